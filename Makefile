@@ -1,0 +1,41 @@
+# The same words on a laptop and in CI. Everything runs in .venv, which is made when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Keeps every pip command below at the tested torch; with a source of CPU wheels configured this is the CPU build.
+export PIP_CONSTRAINT := constraints/cpu.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow check
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+setup: $(READY) ## make .venv with all that tests and evaluation need
+
+quickstart: $(READY) ## train a small model on drawn pictures, then look at quickstart/report.html
+	rm -rf quickstart
+	$(BIN)/contracap quickstart --out quickstart
+
+test: $(READY) ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY) ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY) ## formatter, linter, type checker, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+# open_clip and its needs are the oracle of the tests. They come without dependencies of their own, so that nothing replaces torch.
+$(READY): pyproject.toml constraints/cpu.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contracap needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm==1.0.31 pycocoevalcap==1.2
+	@touch $(READY)
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	@java -version >/dev/null 2>&1 || echo "NOTE: no Java found. Caption metrics then use contracap's own tokenizer instead of the reference one, and the tests that compare the two are skipped. Install a Java runtime (Debian, Ubuntu: apt-get install default-jre-headless) to have both."

@@ -1,0 +1,33 @@
+"""Contrastive captioners (CoCa): one model that captions, classifies and retrieves.
+
+Names are imported when they are first used: `import contracap` alone does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contracap.generation.beam import BeamSearch
+    from contracap.generation.captioner import Captioner
+    from contracap.generation.sampling import Greedy
+    from contracap.pretrained import load
+
+__version__ = "0.1.0"
+__all__ = ["BeamSearch", "Captioner", "Greedy", "__version__", "load"]
+
+_HOMES = {
+    "BeamSearch": "contracap.generation.beam",
+    "Captioner": "contracap.generation.captioner",
+    "Greedy": "contracap.generation.sampling",
+    "load": "contracap.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,222 @@
+"""Frozen dataclasses from TOML files and back: read, check, override, write. Knows no field of CoCa."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pydantic
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what would do."""
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A `cls` with these values, checked: types strictly (a whole number may stand for a float), unknown keys refused.
+
+    Args:
+        cls: a dataclass; its fields may be dataclasses, unions with them, and sequences or mappings of them.
+        values: plain values by field name, nested like the dataclasses. Fields that are left out keep their defaults.
+
+    Raises:
+        ConfigError: for every unknown key, with the nearest right one, every missing key and every wrong value.
+    """
+    unknown = list(_unknown_keys(cls, values, ()))
+    if unknown:
+        raise ConfigError("; ".join(unknown))
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values, default=_plain), strict=True)
+    except pydantic.ValidationError as error:
+        problems = [_problem(cls, details) for details in error.errors(include_url=False)]
+        raise ConfigError("; ".join(dict.fromkeys(problems))) from None
+
+
+def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
+    """The `cls` that a TOML file holds.
+
+    Args:
+        path: the file.
+        cls: a dataclass, as in `build`.
+        overrides: `key.path=value` each, applied in order. A value that is no TOML value is taken as a string.
+
+    Raises:
+        ConfigError: if the file is not TOML, an override is no assignment, or `build` refuses the outcome.
+        FileNotFoundError: if there is no such file.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such file: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+    for override in overrides:
+        _assign(values, override)
+    try:
+        return build(cls, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain values of a dataclass, None left out: `build(type(config), to_dict(config)) == config`.
+
+    Raises:
+        ConfigError: if a field is None whose default is something else, which plain values cannot say.
+    """
+    return _plain(config)
+
+
+def to_toml(config: Any) -> str:
+    """The text that `load_toml` reads back as an equal dataclass."""
+    return "\n".join(_toml_lines(to_dict(config), ())) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            if getattr(value, field.name) is None and field.default is not None:
+                name = f"{type(value).__name__}.{field.name}"
+                raise ConfigError(f"{name} is None but its default is not: give the field the default None to store it")
+        values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _plain(item) for name, item in values.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)  # paths; dates that a TOML file may hold where a string was meant
+
+
+# --- what was wrong ---------------------------------------------------------------------------------------------------
+
+
+def _dataclass_of(hint: Any) -> Any:
+    """The only dataclass among a hint's alternatives, else None."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found = [alternative for alternative in alternatives if dataclasses.is_dataclass(alternative)]
+    return found[0] if len(found) == 1 else None
+
+
+def _items(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, hint and value of everything inside a sequence or a mapping."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for alternative in alternatives:
+        origin, arguments = get_origin(alternative), get_args(alternative)
+        if origin in (list, tuple) and isinstance(value, Sequence) and not isinstance(value, str) and arguments:
+            yield from ((str(index), arguments[0], item) for index, item in enumerate(value))
+        elif origin in (dict, Mapping) and isinstance(value, Mapping) and len(arguments) == 2:
+            yield from ((str(key), arguments[1], item) for key, item in value.items())
+
+
+def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]:
+    cls = _dataclass_of(hint)
+    if cls is not None and isinstance(value, Mapping):
+        hints = get_type_hints(cls)
+        names = [field.name for field in dataclasses.fields(cls) if field.init]
+        for key, item in value.items():
+            if key in names:
+                yield from _unknown_keys(hints[key], item, (*path, key))
+            else:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                right = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(names)}"
+                yield f"unknown key '{'.'.join((*path, str(key)))}'; {right}"
+    else:
+        for name, item_hint, item in _items(hint, value):
+            yield from _unknown_keys(item_hint, item, (*path, name))
+
+
+def _problem(cls: type, details: Any) -> str:
+    """One line for one of pydantic's findings: the dotted key, what it must be, and what it is."""
+    path: list[str] = []
+    hint: Any = cls
+    for step in details["loc"]:
+        holder = _dataclass_of(hint)
+        hints = get_type_hints(holder) if holder is not None else {}
+        if step not in hints:
+            break  # an index, or pydantic's word for one alternative of a union
+        path.append(str(step))
+        hint = hints[step]
+    key = ".".join(path)
+    if details["type"] == "missing" and path and details["loc"][-1] == path[-1]:
+        return f"key '{key}' is missing"
+    if details["type"] == "value_error":
+        message = str(details["ctx"]["error"])
+        return f"'{key}': {message}" if key else message
+    return f"'{key}' must be {_words(hint)}, not {details['input']!r}"
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_words(alternative) for alternative in get_args(hint) if alternative is not type(None))
+    if get_origin(hint) in (tuple, list):
+        items = [_words(argument) for argument in get_args(hint) if argument is not ...]
+        alike = ... in get_args(hint) or len(items) == 1
+        return f"a list, each {items[0]}" if alike else f"a list ({', '.join(items)})"
+    if dataclasses.is_dataclass(hint):
+        return "a table"
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    return plain.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+# --- overrides and writing --------------------------------------------------------------------------------------------
+
+
+def _assign(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = [name.strip() for name in key.split(".")]
+    if not equals or not all(path):
+        raise ConfigError(f"override '{override}' is not of the form key.path=value")
+    table = values
+    for depth, name in enumerate(path[:-1], start=1):
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override '{override}': '{'.'.join(path[:depth])}' is a value, not a table")
+    table[path[-1]] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    """Values first, then the tables inside, each under its own header."""
+    tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    yield from (f"{_toml_key(key)} = {_toml_text(value)}" for key, value in table.items() if key not in tables)
+    for key, value in tables.items():
+        yield ""
+        yield f"[{'.'.join(map(_toml_key, (*path, key)))}]"
+        yield from _toml_lines(value, (*path, key))
+
+
+def _toml_key(key: str) -> str:
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else _toml_text(key)
+
+
+def _toml_text(value: Any) -> str:
+    if isinstance(value, str):  # JSON's escapes are TOML's too, but for delete, which TOML wants escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(map(_toml_text, value)) + "]"
+    return repr(value)

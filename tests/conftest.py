@@ -1,0 +1,44 @@
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+# The models of the tests are too small for more, and threads that wait for each other crawl on a busy machine.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder with flickr8k, cifar10 and caption_metrics: CONTRACAP_DATA, else ../shared/data."""
+    folder = Path(os.environ.get("CONTRACAP_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}: set CONTRACAP_DATA to a folder with flickr8k, cifar10 and caption_metrics")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_clip() -> ModuleType:
+    """The real open_clip, the oracle; `make setup` installs it. In CI it must be there."""
+    # Its torchvision is a CUDA build, whose operators cannot be registered beside the CPU build of torch.
+    sys.modules.setdefault("torchvision._meta_registrations", ModuleType("torchvision._meta_registrations"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if os.environ.get("CI"):
+            import open_clip
+
+            return open_clip
+        return pytest.importorskip("open_clip", reason="open_clip is not installed: make setup", exc_type=ImportError)

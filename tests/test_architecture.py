@@ -1,0 +1,74 @@
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "src" / "contracap"
+
+# What a module (or all of a folder, where it has no row of its own) may import of ours; `config` is open to all.
+MAY_IMPORT = {
+    "config": "",
+    "tokenizer": "",
+    "image": "",
+    "processor": "tokenizer image",
+    "losses": "",
+    "model.cache": "",
+    "model.attention": "model.cache",
+    "model.transformer": "model.cache model.attention",
+    "model": "model tokenizer",
+    "pretrained": "model tokenizer image processor",
+    "parallel": "model",
+    "data": "data tokenizer image",
+    "generation.sampling": "",
+    "generation.beam": "generation.sampling",
+    "generation": "generation model tokenizer image processor",
+    "evaluation": "evaluation model data generation tokenizer image processor",
+    "training": "training model pretrained losses parallel data tokenizer image processor",
+    "trainer": "training recipe model pretrained data image",
+    "recipe": "training model losses parallel data tokenizer image",
+    "quickstart": "*",
+    "cli": "*",
+}
+LAST = {"quickstart", "cli"}  # nobody imports these, but for the verbs of cli
+FOREIGN = {"torchvision", "open_clip", "transformers", "ray"}
+
+
+def row(module: str) -> str:
+    """The longest entry of the table that covers a module."""
+    covering = [name for name in MAY_IMPORT if f"{module}.".startswith(f"{name}.")]
+    return max(covering, key=len) if covering else ""
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def offences(path: Path) -> Iterator[str]:
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    if module and not row(module):
+        yield f"{path}: no row of the table covers {module}"
+    for line, name in imports(path):
+        if name.split(".")[0] in FOREIGN:
+            yield f"{path}:{line}: imports {name}, which the package does without"
+        target = name.removeprefix("contracap.")
+        if not name.startswith("contracap.") or not module or target == "__version__" or row(target) == "config":
+            continue
+        allowed = MAY_IMPORT[row(module)].split()
+        inside = any(f"{target}.".startswith(f"{prefix}.") for prefix in allowed)
+        if not (inside or "*" in allowed) or (row(target) in LAST and module != "cli"):
+            yield f"{path}:{line}: {module} imports {target}; it may import: config {' '.join(allowed)}"
+
+
+def test_imports_go_up_the_table_only() -> None:
+    found = [offence for path in sorted(PACKAGE.rglob("*.py")) for offence in offences(path)]
+    assert not found, "\n".join(found)
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    program = "import sys, contracap, contracap.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

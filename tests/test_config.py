@@ -1,0 +1,154 @@
+import string
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contracap.config import ConfigError, build, load_toml, to_dict, to_toml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    peak_rate: float = 8e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Literal["cosine", "linear"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.peak_rate <= 0:
+            raise ValueError(f"peak_rate is {self.peak_rate}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    name: str
+    every: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    steps: int
+    data: str | tuple[str, ...] = "shards"
+    out: Path = Path("runs/one")
+    resume: bool = False
+    optimizer: Optimizer = Optimizer()
+    teacher: Optimizer | None = None
+    evaluators: tuple[Evaluator, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_fields_left_out_keep_their_defaults() -> None:
+    assert build(Run, {"steps": 3, "optimizer": {"betas": [0.8, 0.9]}}) == Run(
+        steps=3, optimizer=Optimizer(betas=(0.8, 0.9))
+    )
+
+
+def test_a_whole_number_stands_for_a_float() -> None:
+    assert isinstance(build(Optimizer, {"peak_rate": 1}).peak_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 1, "optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'peak_rate'?"),
+        ({"steps": 1, "teacher": {"beta": 1}}, "unknown key 'teacher.beta'; did you mean 'betas'?"),
+        (
+            {"steps": 1, "evaluators": [{"name": "a"}, {"nam": "b"}]},
+            "unknown key 'evaluators.1.nam'; did you mean 'name'?",
+        ),
+        (
+            {"steps": 1, "optimizer": {"xyz": 1}},
+            "unknown key 'optimizer.xyz'; the keys here are peak_rate, betas, schedule",
+        ),
+        ({}, "key 'steps' is missing"),
+        ({"steps": "5"}, "'steps' must be a whole number, not '5'"),
+        ({"steps": 1.5}, "'steps' must be a whole number, not 1.5"),
+        ({"steps": 1, "resume": 1}, "'resume' must be true or false, not 1"),
+        ({"steps": 1, "data": 5}, "'data' must be a string or a list, each a string, not 5"),
+        ({"steps": 1, "optimizer": 5}, "'optimizer' must be a table, not 5"),
+        (
+            {"steps": 1, "optimizer": {"schedule": "step"}},
+            "'optimizer.schedule' must be one of 'cosine', 'linear', not 'step'",
+        ),
+        ({"steps": 1, "optimizer": {"peak_rate": -1.0}}, "'optimizer': peak_rate is -1.0; it must be above 0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_path(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(Run, values)
+    assert str(caught.value) == message
+
+
+def test_every_wrong_key_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"^key 'steps' is missing; 'resume' must be true or false, not 'no'$"):
+        build(Run, {"resume": "no"})
+
+
+def test_overrides_win_and_are_toml_values_else_strings(tmp_path: Path) -> None:
+    path = written(tmp_path, 'steps = 5\n[optimizer]\nschedule = "linear"\n')
+    overrides = ["steps=7", "optimizer.peak_rate=1e-3", "out=runs/two", "resume=true", "teacher.betas=[0.1, 0.2]"]
+    assert load_toml(path, Run, overrides) == Run(
+        steps=7,
+        out=Path("runs/two"),
+        resume=True,
+        optimizer=Optimizer(peak_rate=1e-3, schedule="linear"),
+        teacher=Optimizer(betas=(0.1, 0.2)),
+    )
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "optimizer..betas=1", "steps.more=1"])
+def test_an_override_that_is_no_assignment_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="override"):
+        load_toml(written(tmp_path, "steps = 5"), Run, [override])
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*missing.toml"):
+        load_toml(tmp_path / "missing.toml", Run)
+    path = written(tmp_path, "steps = ")
+    with pytest.raises(ConfigError, match=r"run.toml is not a TOML file"):
+        load_toml(path, Run)
+    with pytest.raises(ConfigError, match=r"run.toml: unknown key 'step'; did you mean 'steps'\?"):
+        load_toml(written(tmp_path, "step = 5"), Run)
+
+
+texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
+numbers = st.floats(allow_nan=False, width=64)
+optimizers = st.builds(
+    Optimizer,
+    peak_rate=st.floats(min_value=1e-300, allow_nan=False),
+    betas=st.tuples(numbers, numbers),
+    schedule=st.sampled_from(["cosine", "linear"]),
+)
+runs = st.builds(
+    Run,
+    steps=st.integers(-(2**62), 2**62),
+    data=texts | st.lists(texts, max_size=3).map(tuple),
+    out=st.text(string.ascii_letters, min_size=1).map(Path),
+    resume=st.booleans(),
+    optimizer=optimizers,
+    teacher=st.none() | optimizers,
+    evaluators=st.lists(st.builds(Evaluator, name=texts), max_size=2).map(tuple),
+    weights=st.dictionaries(texts, numbers, max_size=3),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs)
+def test_what_is_written_is_read_back_equal(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
+    assert build(Run, to_dict(run)) == run
+    assert load_toml(written(tmp_path_factory.getbasetemp(), to_toml(run)), Run) == run
+
+
+def test_a_none_that_cannot_be_written_is_refused() -> None:
+    broken = replace(Run(steps=1), optimizer=None)
+    with pytest.raises(ConfigError, match=r"Run.optimizer is None but its default is not"):
+        to_dict(broken)
