@@ -1,0 +1,203 @@
+"""The contrastive captioner: the parts joined."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
+
+from contracap.model.cache import DecodingCache, LayerCache
+from contracap.model.pooler import PoolerConfig, build_pooler
+from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder
+from contracap.model.vision import VisionConfig, VisionEncoder
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoCaConfig:
+    """Sizes of a contrastive captioner; without a decoder it is a CLIP.
+
+    Attributes:
+        embed_dim: width of the contrastive embedding and of the caption tokens.
+    """
+
+    embed_dim: int
+    vision: VisionConfig
+    pooler: PoolerConfig = field(default_factory=PoolerConfig)
+    text: TextConfig
+    decoder: DecoderConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.decoder is None:
+            return
+        if self.pooler.kind == "class_token":
+            raise ValueError("a decoder needs caption tokens; pooler.kind 'class_token' makes none: use 'shared'")
+        if self.embed_dim != self.text.width:
+            raise ValueError(f"the decoder reads caption tokens of its own width: embed_dim {self.embed_dim} must equal "
+                             f"text.width {self.text.width}")  # fmt: skip
+
+
+@dataclass
+class CoCaOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        image_features: [batch embed], unit rows.
+        text_features: [batch embed], unit rows.
+        logit_scale: scalar, already exponentiated.
+        logits: [batch context-1 vocabulary]; row i scores token i + 1, rows beyond the text are unspecified. None without a decoder.
+    """
+
+    image_features: Float[Tensor, "batch embed"]
+    text_features: Float[Tensor, "batch embed"]
+    logit_scale: Float[Tensor, ""]
+    logits: Float[Tensor, "batch positions vocabulary"] | None
+
+
+@dataclass
+class TrainingFeatures:
+    """What the losses read; None where a branch was skipped.
+
+    Attributes:
+        image_features, text_features: [batch embed], unit rows, float32.
+        caption_states: [batch token-1 width]; the vocabulary matrix turns row i into scores of token i + 1.
+    """
+
+    image_features: Float[Tensor, "batch embed"] | None = None
+    text_features: Float[Tensor, "batch embed"] | None = None
+    caption_states: Float[Tensor, "batch positions width"] | None = None
+
+
+class CoCa(nn.Module):
+    """A contrastive captioner on one device. Source: CoCa (arXiv 2205.01917), laid out as the released open_clip models."""
+
+    def __init__(self, config: CoCaConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.pooler = build_pooler(config.pooler, embed_dim=config.embed_dim, vision_width=config.vision.width)
+        self.text = TextEncoder(config.text, embed_dim=config.embed_dim)
+        self.decoder = (
+            TextDecoder(config.decoder, width=config.text.width, vocab_size=config.text.vocab_size)
+            if config.decoder
+            else None
+        )
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+    def initialise(self) -> None:
+        """Fill every parameter with its initial value, from torch's global generator."""
+        self.vision.initialise()
+        self.pooler.initialise()
+        self.text.initialise()
+        if self.decoder is not None:
+            self.decoder.initialise()
+        nn.init.constant_(self.logit_scale, INITIAL_LOGIT_SCALE)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.logit_scale.device
+
+    def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embed"]:
+        """Contrastive embedding of normalised pictures, unit rows."""
+        return unit(self.pooler.contrastive(self.vision(pixels)))
+
+    def encode_text(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed"]:
+        """Contrastive embedding of texts, unit rows; a text ends at its first end token.
+
+        Raises: ValueError: if a text is longer than the context.
+        """
+        embedding, _ = self.text(self.text.fit(ids))
+        return unit(embedding)
+
+    def encode_caption_tokens(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
+        """Contrastive embedding (unit rows) and caption tokens of pictures, from one pass."""
+        self.require_decoder()
+        embedding, caption_tokens = self.pooler(self.vision(pixels))
+        return unit(embedding), caption_tokens
+
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"], ids: Int64[Tensor, "batch tokens"]) -> CoCaOutput:
+        """Both embeddings and, with a decoder, the caption logits of each text given its picture.
+
+        Raises: ValueError: if a text is longer than the context.
+        """
+        features = self.features(pixels, self.text.fit(ids), contrastive=True, captioning=self.decoder is not None)
+        logits = None
+        if features.caption_states is not None:
+            logits = self.decoder.vocabulary(features.caption_states)
+            logits = pad(logits, (0, 0, 0, self.config.text.context - 1 - logits.shape[1]))
+        return CoCaOutput(features.image_features, features.text_features, self.logit_scale.exp(), logits)
+
+    def features(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        ids: Int64[Tensor, "batch token"],
+        *,
+        contrastive: bool,
+        captioning: bool,
+    ) -> TrainingFeatures:
+        """What the wanted losses read; the other branch is not computed. `ids` as the text encoder's `fit` leaves them."""
+        image_tokens = self.vision(pixels)
+        if not captioning:
+            text_embedding, _ = self.text(ids)
+            return TrainingFeatures(unit(self.pooler.contrastive(image_tokens)), unit(text_embedding))
+        self.require_decoder()
+        if not contrastive:
+            caption_tokens = self.pooler.caption_tokens(image_tokens)
+            states = self.text.token_states(ids[:, :-1])
+            return TrainingFeatures(caption_states=self.decoder(states, self.decoder.project(caption_tokens)))
+        image_embedding, caption_tokens = self.pooler(image_tokens)
+        text_embedding, states = self.text(ids)
+        caption_states = self.decoder(states[:, :-1], self.decoder.project(caption_tokens))
+        return TrainingFeatures(unit(image_embedding), unit(text_embedding), caption_states)
+
+    def start_decoding(
+        self, caption_tokens: Float[Tensor, "images memory embed"], *, beams: int, max_tokens: int
+    ) -> DecodingCache:
+        """A cache for texts of at most `max_tokens` tokens, `beams` for each picture (neighbouring rows).
+
+        Raises: ValueError: if `max_tokens` exceeds the context.
+        """
+        self.require_decoder()
+        text, decoder = self.config.text, self.config.decoder
+        if max_tokens > text.context:
+            raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
+        memory = self.decoder.project(caption_tokens)
+
+        def caches(layers: int, heads: int) -> list[LayerCache]:
+            return [
+                LayerCache(
+                    rows=len(caption_tokens) * beams,
+                    heads=heads,
+                    max_tokens=max_tokens,
+                    head_dim=text.width // heads,
+                    device=caption_tokens.device,
+                    dtype=memory[0][0].dtype,
+                )
+                for _ in range(layers)
+            ]
+
+        return DecodingCache(caches(text.layers, text.heads), caches(decoder.layers, decoder.heads), memory)
+
+    def decode(self, ids: Int64[Tensor, "rows token"], cache: DecodingCache) -> Float[Tensor, "rows vocabulary"]:
+        """Append tokens to the cache and score what follows the last of them; float32 logits.
+
+        The first call may give several tokens per row (a prompt), later ones give one.
+        """
+        states = self.text.token_states(ids, cache.text)
+        return self.decoder.vocabulary(self.decoder(states, cache.memory, cache.decoder)[:, -1]).float()
+
+    def require_decoder(self) -> None:
+        """Raises: ValueError: if the model is a CLIP."""
+        if self.decoder is None:
+            raise ValueError("this model has no text decoder (it is a CLIP): it cannot caption; load or train a coca size")
+
+
+def unit(embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:
+    """Rows of length 1, at least in float32."""
+    return normalize(embedding.double() if embedding.dtype == torch.float64 else embedding.float(), dim=-1)

@@ -1,0 +1,153 @@
+"""Attentional pooling: learned queries make the contrastive vector and the caption tokens out of the image tokens."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contracap.model.attention import CrossAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolerConfig:
+    """How image tokens become one contrastive vector and a sequence of caption tokens.
+
+    Attributes:
+        kind: `shared`, one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the released
+            layout); `cascade`, a contrastive query on top of all caption tokens, and `parallel`, a contrastive query beside
+            them (both the paper's); `class_token`, no queries at all: CLIP's vector, and no caption tokens.
+        queries: learned queries, the contrastive one included where it is `shared`.
+    """
+
+    kind: Literal["shared", "cascade", "parallel", "class_token"] = "shared"
+    queries: int = 256
+    heads: int = 8
+
+
+class AttentionalPool(nn.Module):
+    """Learned queries attend to a memory once; no residual, no feed-forward. Source: Set Transformer (arXiv 1810.00825)."""
+
+    def __init__(self, width: int, *, queries: int, heads: int, memory_width: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(queries, width))
+        self.query_norm = nn.LayerNorm(width)
+        self.memory_norm = nn.LayerNorm(memory_width)
+        self.attention = CrossAttention(width, heads, memory_width=memory_width)
+
+    def initialise(self) -> None:
+        """Fill what the pool owns."""
+        nn.init.normal_(self.queries)
+        self.query_norm.reset_parameters()
+        self.memory_norm.reset_parameters()
+        self.attention.initialise(depth=1)
+
+    def forward(
+        self, memory: Float[Tensor, "batch memory memory_width"], chosen: slice = slice(None)
+    ) -> Float[Tensor, "batch query width"]:
+        """Outputs of the `chosen` queries; each is independent of the others."""
+        key, value = self.attention.project(self.memory_norm(memory))
+        queries = repeat(self.query_norm(self.queries[chosen]), "query width -> batch query width", batch=len(memory))
+        return self.attention(queries, key, value)
+
+
+class SharedPooler(nn.Module):
+    """One pool; query 0 is projected to the contrastive vector, the others are the caption tokens as they are."""
+
+    def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int):
+        super().__init__()
+        self.pool = AttentionalPool(embed_dim, queries=config.queries, heads=config.heads, memory_width=vision_width)
+        self.norm_out = nn.LayerNorm(embed_dim)
+        self.projection = nn.Linear(embed_dim, embed_dim, bias=False)
+
+    def initialise(self) -> None:
+        """Fill what the pooler owns."""
+        self.pool.initialise()
+        self.norm_out.reset_parameters()
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+
+    def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
+        """The contrastive vector alone, by one query."""
+        return self.projection(self.norm_out(self.pool(tokens, slice(0, 1)))[:, 0])
+
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
+        """The caption tokens alone."""
+        return self.norm_out(self.pool(tokens, slice(1, None)))
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"]
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
+        """Contrastive vector and caption tokens."""
+        pooled = self.norm_out(self.pool(tokens))
+        return self.projection(pooled[:, 0]), pooled[:, 1:]
+
+
+class TwoPoolers(nn.Module):
+    """The paper's: one pool for the caption tokens, and one query of its own for the contrastive vector.
+
+    In a cascade that query reads the caption tokens, in parallel it reads the image tokens. Image tokens are normalised before
+    the pools, and nothing is projected after them. Source: CoCa (arXiv 2205.01917), section 3.2, attentional poolers.
+    """
+
+    def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int):
+        super().__init__()
+        self.cascade = config.kind == "cascade"
+        self.norm_in = nn.LayerNorm(vision_width)
+        self.caption_pool = AttentionalPool(
+            embed_dim, queries=config.queries, heads=config.heads, memory_width=vision_width
+        )
+        self.contrastive_pool = AttentionalPool(
+            embed_dim, queries=1, heads=config.heads, memory_width=embed_dim if self.cascade else vision_width
+        )
+
+    def initialise(self) -> None:
+        """Fill what the pooler owns."""
+        self.norm_in.reset_parameters()
+        self.caption_pool.initialise()
+        self.contrastive_pool.initialise()
+
+    def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
+        """The contrastive vector alone; a cascade has to pool the caption tokens for it."""
+        tokens = self.norm_in(tokens)
+        return self.contrastive_pool(self.caption_pool(tokens) if self.cascade else tokens)[:, 0]
+
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
+        """The caption tokens alone."""
+        return self.caption_pool(self.norm_in(tokens))
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"]
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
+        """Contrastive vector and caption tokens."""
+        tokens = self.norm_in(tokens)
+        caption_tokens = self.caption_pool(tokens)
+        return self.contrastive_pool(caption_tokens if self.cascade else tokens)[:, 0], caption_tokens
+
+
+class ClassTokenPooler(nn.Module):
+    """CLIP's: the class token, normalised and projected. There are no caption tokens."""
+
+    def __init__(self, *, embed_dim: int, vision_width: int):
+        super().__init__()
+        self.norm_out = nn.LayerNorm(vision_width)
+        self.projection = nn.Linear(vision_width, embed_dim, bias=False)
+
+    def initialise(self) -> None:
+        """Fill what the pooler owns."""
+        self.norm_out.reset_parameters()
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+
+    def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
+        """The contrastive vector."""
+        return self.projection(self.norm_out(tokens[:, 0]))
+
+
+def build_pooler(config: PoolerConfig, *, embed_dim: int, vision_width: int) -> nn.Module:
+    """The pooler that `config.kind` names."""
+    if config.kind == "shared":
+        return SharedPooler(config, embed_dim=embed_dim, vision_width=vision_width)
+    if config.kind == "class_token":
+        return ClassTokenPooler(embed_dim=embed_dim, vision_width=vision_width)
+    return TwoPoolers(config, embed_dim=embed_dim, vision_width=vision_width)

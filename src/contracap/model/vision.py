@@ -1,0 +1,80 @@
+"""The image encoder: a vision transformer that returns every token."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contracap.model.transformer import SelfBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Sizes of the image encoder, in pixels, channels and counts."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+    patch_dropout: float = 0.0
+    """Share of the patches left out of each training step (FLIP, arXiv 2212.00794); none in evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"vision width {self.width} is not a multiple of its {self.heads} heads")
+        if not 0.0 <= self.patch_dropout < 1.0:
+            raise ValueError(f"patch_dropout is {self.patch_dropout}; it must be at least 0 and below 1")
+
+    @property
+    def patches(self) -> int:
+        """Patches per picture."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class VisionEncoder(nn.Module):
+    """Patches and a class token through pre-norm blocks. Source: ViT (arXiv 2010.11929), with CLIP's norm before the blocks."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_token = nn.Parameter(torch.empty(config.width))
+        self.position = nn.Parameter(torch.empty(1 + config.patches, config.width))
+        self.norm_in = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+
+    def initialise(self) -> None:
+        """Fill what the encoder owns."""
+        self.patch_embedding.reset_parameters()
+        nn.init.normal_(self.class_token, std=self.config.width**-0.5)
+        nn.init.normal_(self.position, std=self.config.width**-0.5)
+        self.norm_in.reset_parameters()
+        for block in self.blocks:
+            block.initialise(depth=self.config.layers)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
+        """Tokens of normalised pictures, the class token first."""
+        size = self.config.image_size
+        if images.shape[2:] != (size, size):
+            raise ValueError(f"pictures are {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}")
+        patches = rearrange(self.patch_embedding(images), "batch dim row column -> batch (row column) dim")
+        patches = self.drop(patches + self.position[1:])
+        first = repeat(self.class_token + self.position[0], "dim -> batch 1 dim", batch=len(images))
+        tokens = self.norm_in(torch.cat([first.to(patches.dtype), patches], dim=1))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    def drop(self, patches: Float[Tensor, "batch patch dim"]) -> Float[Tensor, "batch kept dim"]:
+        """In training, keep a random subset of each picture's patches."""
+        if not self.training or not self.config.patch_dropout:
+            return patches
+        kept = max(1, round(patches.shape[1] * (1.0 - self.config.patch_dropout)))
+        chosen = torch.rand(patches.shape[:2], device=patches.device).topk(kept, dim=1).indices
+        return patches.gather(1, repeat(chosen, "batch kept -> batch kept dim", dim=patches.shape[2]))

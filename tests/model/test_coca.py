@@ -1,0 +1,194 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.sizes import SIZES, find_size
+from contracap.pretrained import random_model
+
+from .tiny_models import POOLERS, TINY, tiny_clip, with_pooler
+
+def texts(*lengths: int) -> torch.Tensor:
+    ids = torch.zeros(len(lengths), TINY.text.context, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, 0] = TINY.text.end - 1
+        ids[row, 1 : length - 1] = torch.arange(1, length - 1) + 10 * row
+        ids[row, length - 1] = TINY.text.end
+    return ids
+
+
+def pictures(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, TINY.vision.image_size, TINY.vision.image_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "text", "decoder"),
+    [
+        ("coca_ViT-B-32", 89_164_032, 63_428_608, 100_967_424),
+        ("coca_ViT-L-14", 306_724_864, 123_651_072, 208_074_240),
+    ],
+)
+def test_released_sizes_have_their_published_parameter_counts(name: str, image: int, text: int, decoder: int) -> None:
+    with torch.device("meta"):
+        model = CoCa(SIZES[name])
+
+    def count(*parts) -> int:
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+    assert (count(model.vision, model.pooler), count(model.text), count(model.decoder)) == (image, text, decoder)
+
+
+@pytest.mark.parametrize("config", [*map(with_pooler, POOLERS), tiny_clip()], ids=[*POOLERS, "clip"])
+def test_initialise_leaves_no_value_unset(config: CoCaConfig) -> None:
+    model = CoCa(config)
+    tensors = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.fill_(float("nan"))
+    model.initialise()
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_decoder_starts_with_the_text_towers_statistics() -> None:
+    torch.manual_seed(0)
+    model = CoCa(SIZES["flickr8k"])
+    model.initialise()
+    width, layers = model.config.text.width, model.config.decoder.layers
+    assert model.decoder.vocabulary.weight.std().item() == pytest.approx(width**-0.5, rel=0.02)
+    for block in [*model.decoder.self_blocks, *model.decoder.cross_blocks]:
+        assert block.attention.out.weight.std().item() == pytest.approx((width * 2 * layers) ** -0.5, rel=0.02)
+        assert block.feed_forward.expand.weight.std().item() == pytest.approx((2 * width) ** -0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", POOLERS)
+def test_each_branch_of_a_pooler_equals_both_together(kind: str) -> None:
+    model, _ = random_model(with_pooler(kind), seed=0)
+    tokens = model.vision(pictures(3))
+    contrastive, caption_tokens = model.pooler(tokens)
+    torch.testing.assert_close(model.pooler.contrastive(tokens), contrastive)
+    torch.testing.assert_close(model.pooler.caption_tokens(tokens), caption_tokens)
+    queries = TINY.pooler.queries - (kind == "shared")
+    assert caption_tokens.shape == (3, queries, TINY.embed_dim)
+
+
+def test_cascade_reads_caption_tokens_and_parallel_does_not() -> None:
+    for kind, expected in (("cascade", True), ("parallel", False)):
+        model, _ = random_model(with_pooler(kind), seed=0)
+        model.encode_image(pictures(2)).sum().backward()
+        assert (model.pooler.caption_pool.queries.grad is not None) == expected
+
+
+@pytest.mark.parametrize("cls_mask", ["legacy", "correct"])
+def test_fill_beyond_the_text_changes_nothing(cls_mask: str) -> None:
+    model, _ = random_model(replace(TINY, text=replace(TINY.text, cls_mask=cls_mask)), seed=0)
+    ids = texts(2, 5, 9)
+    embeddings, states = model.text(ids)  # every column computed
+    fitted = model.text.fit(ids)
+    assert fitted.shape == (3, 10)
+    trimmed_embeddings, trimmed_states = model.text(fitted)
+    torch.testing.assert_close(trimmed_embeddings, embeddings)
+    torch.testing.assert_close(trimmed_states, states[:, :10])
+    torch.testing.assert_close(model.encode_text(ids[:, :9]), model.encode_text(ids))  # the fill token is put back
+
+
+def test_correct_mask_reads_lengths_and_not_the_fill_id() -> None:
+    model, _ = random_model(TINY, seed=0)
+    plain, filled = texts(6), texts(6)
+    filled[0, 6:] = 77  # behind the end token anything may stand
+    torch.testing.assert_close(model.encode_text(filled), model.encode_text(plain))
+    inner = texts(6)
+    inner[0, 2] = 0  # inside a text, id 0 is a token like any other
+    assert model.text.class_keys(inner)[0].tolist() == [True] * 6 + [False] * 10 + [True]
+
+
+def test_legacy_class_token_sees_the_first_fill_token_and_itself_only_in_a_full_text() -> None:
+    model, _ = random_model(replace(TINY, text=replace(TINY.text, cls_mask="legacy")), seed=0)
+    short, full = model.text.class_keys(texts(6, 16))
+    assert short.tolist() == [True] * 7 + [False] * 10
+    assert full.tolist() == [True] * 17
+
+
+def test_skipped_branches_give_the_same_as_both() -> None:
+    model, _ = random_model(TINY, seed=0)
+    pixels, ids = pictures(3), model.text.fit(texts(4, 7, 5))
+    both = model.features(pixels, ids, contrastive=True, captioning=True)
+    contrastive = model.features(pixels, ids, contrastive=True, captioning=False)
+    captioning = model.features(pixels, ids, contrastive=False, captioning=True)
+    torch.testing.assert_close(contrastive.image_features, both.image_features)
+    torch.testing.assert_close(contrastive.text_features, both.text_features)
+    torch.testing.assert_close(captioning.caption_states, both.caption_states)
+    assert contrastive.caption_states is None
+    assert captioning.image_features is None
+
+
+def test_a_later_word_changes_no_earlier_logit_and_the_picture_changes_all() -> None:
+    model, _ = random_model(TINY, seed=0)
+    pixels, ids = pictures(1), texts(8)
+    changed = ids.clone()
+    changed[0, 5] = 500
+    before, after = model(pixels, ids).logits[0], model(pixels, changed).logits[0]
+    torch.testing.assert_close(before[:5], after[:5])
+    assert not torch.allclose(before[5], after[5])
+    other = model(pictures(1), ids).logits[0]
+    assert all(not torch.allclose(before[row], other[row]) for row in range(7))
+
+
+def test_patch_dropout_is_for_training_only() -> None:
+    model, _ = random_model(replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5)), seed=0)
+    pixels = pictures(2)
+    assert model.vision(pixels).shape[1] == 17
+    torch.testing.assert_close(model.encode_image(pixels), model.encode_image(pixels))
+    model.train()
+    assert model.vision(pixels).shape[1] == 9
+    assert not torch.allclose(model.encode_image(pixels), model.encode_image(pixels))
+
+
+def test_cached_decoding_equals_full_forward_also_after_reordering() -> None:
+    model, _ = random_model(TINY, seed=0)
+    model.double()
+    pixels, beams = pictures(2).double(), 3
+    ids = torch.randint(1, 1000, (6, 10))
+    _, caption_tokens = model.encode_caption_tokens(pixels)
+    cache = model.start_decoding(caption_tokens, beams=beams, max_tokens=10)
+    logits = model.decode(ids[:, :3], cache)  # a prompt of three tokens
+    for position in range(3, 10):
+        full = model.decoder(model.text.token_states(ids[:, :position]), model.decoder.project(caption_tokens))
+        torch.testing.assert_close(logits.double(), model.decoder.vocabulary(full)[:, -1], rtol=1e-5, atol=1e-6)
+        rows = torch.tensor([2, 0, 0, 5, 5, 3])  # within each picture
+        cache.reorder(rows)
+        ids[:, :position] = ids[rows, :position]
+        logits = model.decode(ids[:, position : position + 1], cache)
+    assert cache.length == 10
+    with pytest.raises(ValueError, match="larger max_tokens"):
+        model.decode(ids[:, :1], cache)
+
+
+def test_clip_cannot_caption_and_says_so() -> None:
+    model, _ = random_model(tiny_clip(), seed=0)
+    assert model(pictures(1), texts(4)).logits is None
+    with pytest.raises(ValueError, match="no text decoder"):
+        model.encode_caption_tokens(pictures(1))
+
+
+def test_a_text_longer_than_the_context_is_refused() -> None:
+    model, _ = random_model(TINY, seed=0)
+    with pytest.raises(ValueError, match="17 tokens; this model takes 16"):
+        model.encode_text(torch.full((1, 17), 5))
+
+
+def test_pictures_of_another_size_are_refused() -> None:
+    model, _ = random_model(TINY, seed=0)
+    with pytest.raises(ValueError, match="this model takes 32 x 32"):
+        model.encode_image(torch.randn(1, 3, 40, 40))
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="caption tokens of its own width"):
+        replace(TINY, embed_dim=40)
+    with pytest.raises(ValueError, match="makes none"):
+        with_pooler("class_token")
+    with pytest.raises(ValueError, match="not a multiple"):
+        replace(TINY.vision, patch_size=7)
+    with pytest.raises(ValueError, match="unknown size 'coca'"):
+        find_size("coca")
