@@ -1,0 +1,235 @@
+"""Tar shards: listing, reading and writing them.
+
+A shard is a tar file whose members lie in groups: `folder/key.jpg`, `folder/key.json`, ... make one sample. The
+grouping is that of the webdataset library, so shards of img2dataset and others are read as they are.
+"""
+
+import gzip
+import io
+import json
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import fsspec
+
+BUFFER_BYTES = 4 * 2**20  # without it every header of a remote shard costs a round trip
+GZIP_SUFFIXES = (".tar.gz", ".tgz")
+SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
+PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
+META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
+
+
+class ShardError(ValueError):
+    """A shard that cannot be read to its end; the message names it."""
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used; the message names it and says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One group of members as it lies in a shard: lower-case suffix to bytes."""
+
+    key: str
+    members: dict[str, bytes]
+    shard: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One picture, still encoded, with its captions (possibly none) and the fields of its `.json` member.
+
+    A `.cls` member, the label of webdataset's classification shards, becomes the field `label`.
+    """
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    fields: dict[str, Any]
+    shard: str
+
+
+def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    """The shards that a folder, a file, or a list of those stands for, a folder's in the order of their names.
+
+    Args:
+        paths: folders are searched for `*.tar`, `*.tar.gz` and `*.tgz`, not their subfolders. What has a `://` is a
+            remote shard and taken as it stands.
+
+    Raises:
+        FileNotFoundError: if a path does not exist, or a folder or the list holds no shard.
+    """
+    shards = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        if "://" in str(path):
+            shards.append(str(path))
+        elif Path(path).is_dir():
+            found = sorted(str(file) for file in Path(path).iterdir() if file.name.endswith(SHARD_SUFFIXES))
+            if not found:
+                raise FileNotFoundError(f"no shards (*.tar, *.tar.gz, *.tgz) in the folder {path}")
+            shards.extend(found)
+        elif Path(path).exists():
+            shards.append(str(path))
+        else:
+            raise FileNotFoundError(f"no such shard or folder of shards: {path}")
+    if not shards:
+        raise FileNotFoundError("the list of shards is empty")
+    return shards
+
+
+def samples(shard: str, start: int = 0) -> Iterator[Sample]:
+    """The samples of one shard in their order, without the first `start`.
+
+    Raises:
+        ShardError: after the last whole sample, if the shard is missing, cut or broken.
+        SampleError: at a group without a picture or with an unreadable caption.
+    """
+    return map(parse, records(shard, start))
+
+
+def records(shard: str, start: int = 0) -> Iterator[Record]:
+    """The groups of one shard as they lie there, without the first `start`, which are passed over unread.
+
+    The key is the name up to the first dot behind the last slash. As in webdataset, a new key starts a new group;
+    beyond it, so does a suffix that the group already has.
+
+    Raises:
+        ShardError: after the last whole group, if the shard is missing, cut or broken.
+    """
+    record, begun = None, 0
+    try:
+        with _opened(shard) as archive:
+            for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+                if not member.isreg() or META_NAME.match(member.name):
+                    continue
+                folder, slash, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                if not stem or not dot:
+                    continue
+                key, suffix = folder + slash + stem, suffix.lower()
+                if record is None or key != record.key or suffix in record.members:
+                    if record is not None and begun > start:
+                        yield record
+                    record = Record(key=key, members={}, shard=shard)
+                    begun += 1
+                content = cast(IO[bytes], archive.extractfile(member)).read() if begun > start else b""
+                record.members[suffix] = content
+    except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
+        whole = max(0, begun - 1)  # the last group begun may lack members
+        raise ShardError(f"cannot read shard {shard} beyond its first {whole} samples: {_reason(error)}") from error
+    if record is not None and begun > start:
+        yield record
+
+
+def parse(record: Record) -> Sample:
+    """The sample that a group of members holds. Captions: `captions` of the `.json`, else the `.txt`, else `caption`.
+
+    Raises:
+        SampleError: if there is no picture, or the `.json`, `.txt` or `.cls` member is not what it should be.
+    """
+    members = record.members
+    picture = next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), None)
+    if picture is None:
+        raise SampleError(f"{_name(record)} has no picture (members: {', '.join(sorted(members))})")
+    try:
+        fields = json.loads(members["json"]) if "json" in members else {}
+        if not isinstance(fields, dict):
+            raise ValueError("the .json member is no object")
+        if "cls" in members:
+            fields["label"] = int(members["cls"])
+        captions = _captions(fields, members.get("txt"))
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"{_name(record)}: {error}") from error
+    return Sample(key=record.key, image=picture, captions=captions, fields=fields, shard=record.shard)
+
+
+def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Writes a shard, whole or not at all; the same records make the same bytes.
+
+    Args:
+        path: the file; its folder is made if need be. `.gz` and `.tgz` are compressed.
+        records: key and members (suffix to bytes) of each sample, such as `("000017", {"jpg": ..., "json": ...})`.
+
+    Raises:
+        ValueError: if a key would not be read back, because it is empty or its last part has a dot.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if path.name.endswith(GZIP_SUFFIXES):
+                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as compressed:
+                    _write(compressed, records)
+            else:
+                _write(file, records)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _write(stream: io.BufferedIOBase, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    with tarfile.open(fileobj=cast(IO[bytes], stream), mode="w") as archive:
+        for key, members in records:
+            base = key.rpartition("/")[2]
+            if not base or "." in base:
+                raise ValueError(f"sample key {key!r}: the part behind the last slash must not be empty or have a dot")
+            for suffix, content in members.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+@contextmanager
+def _opened(shard: str) -> Generator[tarfile.TarFile, None, None]:
+    compression = "gzip" if shard.endswith(GZIP_SUFFIXES) else None
+    with (
+        fsspec.open(shard, "rb", compression=compression) as file,
+        io.BufferedReader(cast(io.RawIOBase, file), BUFFER_BYTES) as stream,
+        tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictHeader) as archive,
+    ):
+        yield archive
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """Only the end-of-archive mark ends a shard: `tarfile` by itself takes a broken or missing header for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # pyrefly: ignore
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # pyrefly: ignore[missing-attribute]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+
+
+def _captions(fields: dict[str, Any], text: bytes | None) -> tuple[str, ...]:
+    if fields.get("captions") is not None:
+        captions = fields["captions"]
+    elif text is not None:
+        captions = [text.decode("utf-8")]
+    else:
+        captions = [fields["caption"]] if fields.get("caption") is not None else []
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("captions must be a list of strings")
+    return tuple(caption for caption in (caption.strip() for caption in captions) if caption)
+
+
+def _name(record: Record) -> str:
+    return f"sample {record.key} of {record.shard}"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,260 @@
+import io
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from contracap.data.batch import Batch
+from contracap.data.loader import DataConfig, TrainingBatches, evaluation_samples
+from contracap.data.order import OrderError
+from contracap.data.shards import SampleError, ShardError, write_shard
+from contracap.image import AugmentationConfig, ImageConfig
+from contracap.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(context=20, vocab_size=600)
+AUGMENTATION = AugmentationConfig(crop_scale=(0.3, 1.0), flip=0.5)
+
+
+def jpeg(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (30, 24, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_shard(path: Path, keys: range) -> None:
+    def captions(key: int) -> bytes:
+        return json.dumps({"captions": [f"picture {key}", f"again {key}", f"the third of {key}"]}).encode()
+
+    write_shard(path, ((f"{key:04}", {"jpg": jpeg(key), "json": captions(key)}) for key in keys))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards with 5, 6, 7 and 8 pictures, one of them broken."""
+    folder = tmp_path_factory.mktemp("shards")
+    start = 0
+    for number, size in enumerate((5, 6, 7)):
+        make_shard(folder / f"{number}.tar", range(start, start + size))
+        start += size
+    good = ((f"{key:04}", {"jpg": jpeg(key), "txt": b"a"}) for key in range(18, 25))
+    write_shard(folder / "3.tar", [("broken", {"jpg": jpeg(0)[:200], "txt": b"a"}), *good])
+    return folder
+
+
+def training(
+    folder: Path,
+    *,
+    workers: int = 0,
+    streams: int = 2,
+    batch_size: int = 3,
+    shuffle_buffer: int = 5,
+    seed: int = 7,
+    augmentation: AugmentationConfig = AUGMENTATION,
+) -> TrainingBatches:
+    config = DataConfig(
+        train=str(folder),
+        batch_size=batch_size,
+        shuffle_buffer=shuffle_buffer,
+        streams=streams,
+        workers=workers,
+        augmentation=augmentation,
+    )
+    return TrainingBatches(config, image=ImageConfig(size=16), tokenizer=TOKENIZER, seed=seed)
+
+
+def assert_equal(batches: list[Batch], others: list[Batch]) -> None:
+    assert [batch.keys for batch in batches] == [batch.keys for batch in others]
+    for batch, other in zip(batches, others, strict=True):
+        assert torch.equal(batch.pixels, other.pixels)
+        assert torch.equal(batch.ids, other.ids)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> list[Batch]:
+    return list(islice(training(folder), 24))  # 72 samples of 25: nearly three epochs
+
+
+# The first batches, the middle of an epoch with a partly used buffer, and the ends of the two streams' first epochs.
+@pytest.mark.parametrize("stop", [0, 1, 3, 7, 8, 9, 10, 16])
+def test_resumed_batches_equal_uninterrupted_ones(folder: Path, uninterrupted: list[Batch], stop: int) -> None:
+    stopped = training(folder)
+    assert_equal(list(islice(stopped, stop)), uninterrupted[:stop])
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = training(folder)
+    resumed.load_state_dict(state)
+    assert_equal(list(islice(resumed, 24 - stop)), uninterrupted[stop:])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 1)])
+@pytest.mark.parametrize("stop", [5, 8])
+def test_batches_and_resume_do_not_depend_on_workers(
+    folder: Path, uninterrupted: list[Batch], before: int, after: int, stop: int
+) -> None:
+    stopped = training(folder, workers=before)
+    assert_equal(list(islice(stopped, stop)), uninterrupted[:stop])
+    resumed = training(folder, workers=after)
+    resumed.load_state_dict(stopped.state_dict())
+    assert_equal(list(islice(resumed, 24 - stop)), uninterrupted[stop:])
+    reference = training(folder)
+    list(islice(reference, 24))
+    assert resumed.state_dict() == reference.state_dict()
+
+
+def test_iterating_again_goes_on_where_the_last_iteration_stopped(folder: Path, uninterrupted: list[Batch]) -> None:
+    batches = training(folder)
+    assert_equal([*islice(batches, 5), *islice(batches, 4)], uninterrupted[:9])
+
+
+def test_one_stream_gives_every_sample_once_per_epoch(folder: Path) -> None:
+    batches = training(folder, streams=1, batch_size=5, shuffle_buffer=9)
+    expected = [f"{number:04}" for number in range(25)]
+    orders = []
+    for _ in range(3):
+        keys = [key for batch in islice(batches, 5) for key in batch.keys]
+        assert sorted(keys) == expected
+        orders.append(keys)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_captions_and_crops_vary_between_epochs(folder: Path) -> None:
+    texts: dict[str, set[str]] = {}
+    crops: dict[str, set[bytes]] = {}
+    for batch in islice(training(folder, streams=1, batch_size=5), 60):
+        for key, ids, pixels in zip(batch.keys, batch.ids, batch.pixels, strict=True):
+            texts.setdefault(key, set()).add(TOKENIZER.decode(ids.tolist()))
+            crops.setdefault(key, set()).add(pixels.numpy().tobytes())
+    assert texts["0003"] == {"picture 3", "again 3", "the third of 3"}
+    assert len(crops["0003"]) == 12
+
+
+def test_batch_is_uint8_pixels_and_ids_cut_to_the_longest_text(tmp_path: Path) -> None:
+    captions = ["a", "a b c d e", "a b c d e f", "x " * 50]
+    tokens = [8, 8, 16, 20]  # start, letters, end and one more, rounded up to 8, at most the context
+    for caption, width in zip(captions, tokens, strict=True):
+        write_shard(tmp_path / "s.tar", [("0", {"jpg": jpeg(0), "txt": caption.encode()})])
+        batch = next(iter(training(tmp_path, streams=1, batch_size=2)))
+        assert batch.ids.shape == (2, width)
+        assert torch.equal(batch.ids, TOKENIZER([caption] * 2)[:, :width])
+        assert batch.pixels.shape == (2, 3, 16, 16)
+        assert batch.pixels.dtype == torch.uint8
+        assert len(batch.to("cpu")) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_picture_is_skipped_with_one_warning_line(
+    folder: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = training(folder, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        keys = {key for batch in islice(batches, 16) for key in batch.keys}
+    lines = [record.getMessage() for record in caplog.records]
+    assert "broken" not in keys
+    assert batches.skipped == len(lines) > 0
+    assert all("broken of" in line and "3.tar" in line and "\n" not in line for line in lines)
+
+
+def test_cut_shard_is_skipped_with_one_warning_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_shard(tmp_path / "0.tar", range(6))
+    make_shard(tmp_path / "1.tar", range(6, 12))
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 3])
+    batches = training(tmp_path, streams=1, batch_size=1, shuffle_buffer=100)
+    with caplog.at_level(logging.WARNING):
+        keys = [batch.keys[0] for batch in islice(batches, 7)]
+    assert len(set(keys)) == 7
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "1.tar" in line
+    assert batches.skipped == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_without_a_usable_sample_is_an_error_instead_of_an_endless_search(tmp_path: Path, workers: int) -> None:
+    write_shard(tmp_path / "0.tar", [("a", {"jpg": b"no picture", "txt": b"a"}), ("b", {"jpg": jpeg(0), "txt": b" "})])
+    with pytest.raises(OrderError, match="no usable sample") as error:
+        next(iter(training(tmp_path, streams=1, workers=workers)))
+    assert "\n" not in str(error.value)
+
+
+def test_reading_draws_no_random_numbers_of_the_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for workers in (0, 1):
+        next(iter(training(folder, workers=workers)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_state_is_small_and_survives_json(folder: Path) -> None:
+    batches = training(folder, streams=4, shuffle_buffer=2000)
+    list(islice(batches, 9))
+    assert json.loads(json.dumps(batches.state_dict())) == batches.state_dict()
+    assert len(json.dumps(batches.state_dict())) < 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [({"seed": 8}, "seed"), ({"streams": 4}, "streams"), ({"shuffle_buffer": 6}, "buffer")]
+)
+def test_resuming_with_another_order_is_refused(folder: Path, change: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot resume the data: .*{name}"):
+        training(folder, **change).load_state_dict(training(folder).state_dict())
+
+
+def test_resuming_with_other_shards_is_refused(folder: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        make_shard(tmp_path / f"other-{number}.tar", range(2))
+    with pytest.raises(ValueError, match="shard_names"):
+        training(tmp_path).load_state_dict(training(folder).state_dict())
+
+
+def test_too_few_shards_are_refused_at_once(folder: Path) -> None:
+    with pytest.raises(ValueError, match="8 streams need at least 8 shards, there are 4"):
+        training(folder, streams=8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"streams": 3, "workers": 2}, r"streams \(3\) must be a multiple of workers \(2\): set streams to 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1, is 0"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer must be at least 1, is 0"),
+        ({"workers": -1}, "workers must be at least 0, is -1"),
+    ],
+)
+def test_impossible_settings_are_refused(values: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"train": "shards", "batch_size": 4} | values
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)
+
+
+def test_seed_outside_32_bits_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"0 to 2\*\*32 - 1, is -1"):
+        training(folder, seed=-1)
+
+
+def test_batches_can_be_sent_to_a_spawned_worker(folder: Path, uninterrupted: list[Batch]) -> None:
+    assert_equal(list(islice(pickle.loads(pickle.dumps(training(folder))), 2)), uninterrupted[:2])
+
+
+def test_evaluation_reads_every_sample_once_in_order_and_stops_at_damage(tmp_path: Path) -> None:
+    make_shard(tmp_path / "0.tar", range(3))
+    make_shard(tmp_path / "1.tar", range(3, 5))
+    assert [sample.key for sample in evaluation_samples(tmp_path)] == ["0000", "0001", "0002", "0003", "0004"]
+    write_shard(tmp_path / "1.tar", [("a", {"txt": b"no picture"})])
+    with pytest.raises(SampleError, match=r"sample a of .*1\.tar has no picture"):
+        exhaust(evaluation_samples(tmp_path))
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:1500])
+    with pytest.raises(ShardError, match=r"0\.tar"):
+        exhaust(evaluation_samples(tmp_path))
+
+
+def exhaust(iterator: Iterator[object]) -> None:
+    for _ in iterator:
+        pass
