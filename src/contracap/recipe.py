@@ -1,0 +1,96 @@
+"""A recipe: one run, whole. Model, data, losses, optimizer and what happens when, as a TOML file says it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from contracap.config import build, load_toml, to_dict
+from contracap.data.loader import DataConfig
+from contracap.losses import LossConfig
+from contracap.model.coca import CoCaConfig
+from contracap.model.sizes import find_size
+from contracap.training.checkpoint import CheckpointConfig
+from contracap.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run. Fine-tuning, CLIP and caption-only training are recipes too.
+
+    Attributes:
+        size: a row of the size table.
+        model: fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`.
+        steps: updates of the weights.
+        out: the run folder.
+        seed: of initial weights, data order, augmentation and patch dropout.
+        resume: go on from the run folder's last checkpoint, or start if there is none.
+        initialise_from: weights to start from, anything `contracap.load` reads; positions are interpolated to another picture size.
+        frozen: parameters that stay as they are, by the beginning of their names: `["vision", "text.token_embedding"]`.
+        device: `auto` is CUDA when there is one, else the CPU.
+        precision: `bf16` runs the forward pass under autocast; weights and optimizer stay float32.
+        accumulation: parts a batch is cut into, one forward and backward each. The captioning loss equals that of the whole batch;
+            the contrastive loss contrasts within a part.
+        ema_decay: of the moving average of the weights, per step; 0 keeps none.
+        nonfinite: what a NaN or infinite loss or gradient does: `stop` the run, or `skip` that step.
+        log_every: steps between records in metrics.jsonl and TensorBoard.
+        validate_every: steps between passes over `data.validation`; 0 for none.
+    """
+
+    size: str
+    model: dict[str, Any] = field(default_factory=dict)
+    steps: int
+    out: str
+    seed: int = 0
+    resume: bool = False
+    initialise_from: str | None = None
+    frozen: tuple[str, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    log_every: int = 20
+    validate_every: int = 0
+    data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if self.log_every < 1 or self.validate_every < 0:
+            raise ValueError("log_every must be at least 1 and validate_every at least 0")
+        if self.accumulation < 1 or self.data.batch_size % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}; it must divide data.batch_size {self.data.batch_size}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.validate_every and self.data.validation is None:
+            raise ValueError("validate_every needs data.validation, the shards to validate on")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
+        if self.loss.captioning and self.model_config.decoder is None:
+            raise ValueError(f"{self.size} has no decoder: set loss.captioning = 0, or take a coca size")
+
+    @property
+    def model_config(self) -> CoCaConfig:
+        """The size, with the recipe's changes."""
+        return build(CoCaConfig, _merged(to_dict(find_size(self.size)), self.model))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file, with `key.path=value` overrides.
+
+    Raises: ConfigError: naming the key, the value and what would do.
+    """
+    return load_toml(path, Recipe, overrides)
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(values) | {
+        name: _merged(values[name], change)
+        if isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
+        else change
+        for name, change in changes.items()
+    }

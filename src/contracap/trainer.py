@@ -1,0 +1,150 @@
+"""The trainer: a recipe in, a run folder out."""
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from contracap.config import to_toml
+from contracap.data.loader import TrainingBatches, validation_batches
+from contracap.image import ImageConfig
+from contracap.model.coca import CoCa
+from contracap.model.weights import WeightsError, interpolate_position, meta_state, require_same_keys, shapes_of
+from contracap.pretrained import processor_for, random_model, read_weights
+from contracap.recipe import Recipe
+from contracap.training.checkpoint import (
+    CheckpointError,
+    last_checkpoint,
+    moving_average,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from contracap.training.loop import Event, TrainingError, repeat_steps
+from contracap.training.metrics import Recorder
+from contracap.training.optimizer import build_optimizer, freeze
+from contracap.training.step import StepConfig, TrainingState, label_mask, losses
+
+RECIPE_FILE = "recipe.toml"
+CHECKPOINTS = "checkpoints"
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe) -> Path:
+    """Train to the recipe's last step and return the newest checkpoint.
+
+    Writes to the run folder: `recipe.toml` (resolved), `metrics.jsonl`, `tensorboard/`, `checkpoints/` with `last`.
+
+    Raises:
+        CheckpointError: if the folder holds a run and `resume` is false, or one of another model.
+        TrainingError: at a NaN or infinite loss, unless the recipe skips such steps.
+    """
+    folder = Path(recipe.out)
+    checkpoints = folder / CHECKPOINTS
+    checkpoint = last_checkpoint(checkpoints)
+    if checkpoint and not recipe.resume:
+        raise CheckpointError(f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out")
+    device = _device(recipe)
+    model, image = starting_model(recipe)
+    freeze(model, recipe.frozen)
+    model.to(device)
+    state = TrainingState(
+        model=model,
+        optimizer=build_optimizer(model, recipe.optimizer),
+        average=moving_average(model) if recipe.ema_decay else None,
+    )
+    tokenizer = processor_for(model.config, image).tokenizer
+    batches = TrainingBatches(recipe.data, image=image, tokenizer=tokenizer, seed=recipe.seed)
+    if checkpoint:
+        batches.load_state_dict(restore_checkpoint(checkpoint, state))
+        logger.info("going on from %s", checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / RECIPE_FILE, to_toml(recipe))
+    config = StepConfig(
+        loss=recipe.loss,
+        optimizer=recipe.optimizer,
+        image=image,
+        total_steps=recipe.steps,
+        precision=recipe.precision,
+        accumulation=recipe.accumulation,
+        ema_decay=recipe.ema_decay,
+        seed=recipe.seed,
+    )
+    with Recorder(folder, start=state.step, total_steps=recipe.steps) as recorder:
+
+        def validation() -> None:
+            recorder.record(state.step, validate(model, recipe, config))
+
+        def checkpointing() -> None:
+            save_checkpoint(checkpoints, state, image=image, data=batches.state_dict(), keep=recipe.checkpoint.keep)
+
+        events = [Event(recipe.log_every, recorder.log), Event(recipe.checkpoint.every, checkpointing)]
+        if recipe.validate_every:
+            events.insert(1, Event(recipe.validate_every, validation))
+        try:
+            repeat_steps(state, batches, config, recorder=recorder, events=events, nonfinite=recipe.nonfinite)
+        except TrainingError as error:
+            raise TrainingError(
+                f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. Lower optimizer.peak_rate, or "
+                "say nonfinite=skip to leave such steps out"
+            ) from None
+    return checkpoints / last_checkpoint(checkpoints).name
+
+
+def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
+    """The model before its first step: random, or from the recipe's weights with positions interpolated to its picture size.
+
+    Raises: WeightsError: if the weights are of another size than the recipe says.
+    """
+    if recipe.initialise_from is None:
+        model, processor = random_model(recipe.model_config, seed=recipe.seed)
+        return model, processor.image_config
+    weights = read_weights(recipe.initialise_from)
+    # The mask that the weights were trained with goes on, unless the recipe asks for the other.
+    wanted = recipe.model_config
+    if "cls_mask" not in recipe.model.get("text", {}):
+        wanted = replace(wanted, text=replace(wanted.text, cls_mask=weights.model.text.cls_mask))
+    fitted = dict(weights.state)
+    fitted["vision.position"] = interpolate_position(fitted["vision.position"], patches=wanted.vision.patches)
+    try:
+        require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
+    except WeightsError as error:
+        raise WeightsError(f"{weights.path} is not of size {recipe.size}: {error}") from None
+    with torch.device("meta"):
+        model = CoCa(wanted)
+    model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
+    return model.requires_grad_(True), replace(weights.image, size=wanted.vision.image_size)
+
+
+@torch.inference_mode()
+def validate(model: CoCa, recipe: Recipe, config: StepConfig) -> dict[str, float]:
+    """Mean losses over the full batches of `data.validation`, under `validation_...` names."""
+    model.eval()
+    sums: dict[str, float] = {}
+    tokenizer = processor_for(model.config, config.image).tokenizer
+    batches = tokens = 0
+    for batch in validation_batches(
+        recipe.data.validation, batch_size=recipe.data.batch_size, image=config.image, tokenizer=tokenizer
+    ):
+        batch = batch.to(model.device)
+        batches += 1
+        tokens += int(label_mask(batch.ids, tokenizer.end).sum())
+        for name, value in losses(model, batch, config, tokens=1).items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    # Summed over tokens the one, averaged over batches the other.
+    counts = {"captioning_loss": tokens, "contrastive_loss": batches}
+    return {f"validation_{name}": value / counts[name] for name, value in sums.items()}
+
+
+def _device(recipe: Recipe) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if recipe.device == "cuda" and not cuda:
+        raise TrainingError("device = 'cuda', but torch finds no CUDA device; say device=cpu or auto")
+    return torch.device("cuda" if recipe.device == "cuda" or (recipe.device == "auto" and cuda) else "cpu")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

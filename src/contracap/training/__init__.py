@@ -1,0 +1,1 @@
+"""Training: parameter groups, one update, repetition, checkpoints, records."""

@@ -1,0 +1,53 @@
+"""Repetition: steps, and what happens between them."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from contracap.data.batch import Batch
+from contracap.training.metrics import Recorder
+from contracap.training.step import NonFiniteError, StepConfig, TrainingState, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(ValueError):
+    """A run that stopped and cannot go on as it is."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to do every so many steps, and after the last one."""
+
+    every: int
+    action: Callable[[], None]
+
+
+def repeat_steps(
+    state: TrainingState,
+    batches: Iterable[Batch],
+    config: StepConfig,
+    *,
+    recorder: Recorder,
+    events: Sequence[Event],
+    nonfinite: Literal["stop", "skip"],
+) -> None:
+    """Train from `state.step` to `config.total_steps`. Events that are due at the same step happen in their order.
+
+    Raises: TrainingError: at a loss or gradient that is not finite, unless such steps are to be skipped.
+    """
+    for batch in itertools.islice(batches, config.total_steps - state.step):
+        try:
+            numbers = train_step(state, batch, config)
+        except NonFiniteError as error:
+            if nonfinite == "stop":
+                raise TrainingError(f"step {state.step + 1}: {error}") from None
+            logger.warning("skipped step %d: %s", state.step + 1, error)
+            numbers = {}
+        state.step += 1
+        recorder.step(numbers, samples=len(batch))
+        for event in events:
+            if state.step % event.every == 0 or state.step == config.total_steps:
+                event.action()

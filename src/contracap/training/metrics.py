@@ -1,0 +1,90 @@
+"""What a run tells: a line per record in metrics.jsonl, TensorBoard curves, progress on the terminal."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Records numbers by step. On a terminal a progress bar, elsewhere a log line per record."""
+
+    def __init__(self, folder: Path, *, start: int, total_steps: int):
+        """`start`: steps done before; records beyond it, of a run that was cut off, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / METRICS_FILE
+        _forget_after(self._path, start)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        self._done, self._total = start, total_steps
+        self._numbers: Mapping[str, float] = {}
+        self._samples = self._steps = 0
+        self._since = time.monotonic()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    def step(self, numbers: Mapping[str, float], *, samples: int) -> None:
+        """A step is done; `numbers` is empty if it was skipped."""
+        self._done += 1
+        self._steps += 1
+        self._samples += samples
+        self._numbers = numbers or self._numbers
+        self._bar.update()
+
+    def log(self) -> None:
+        """Record the newest numbers and the speed since the last record, whatever happened in between included."""
+        seconds = time.monotonic() - self._since
+        left = seconds / self._steps * (self._total - self._done)
+        self.record(self._done, {**self._numbers, "samples_per_second": self._samples / seconds}, left)
+        self._samples = self._steps = 0
+        self._since = time.monotonic()
+
+    def record(self, step: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> None:
+        """Write numbers down; the line is on disk when this returns."""
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        text = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self._bar.disable:
+            left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
+            logger.info("step %d of %d%s: %s", step, self._total, left, text)
+        else:
+            self._bar.set_postfix_str(text)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order."""
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)

@@ -1,0 +1,87 @@
+"""AdamW: which parameters decay, and the learning rate at each step."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        peak_rate: learning rate reached after `warmup_steps`.
+        final_rate: learning rate the cosine ends at.
+        clip_norm: largest global norm of the gradient; 0 for none.
+    """
+
+    peak_rate: float = 1e-3
+    final_rate: float = 0.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-6
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.peak_rate <= 0 or not 0 <= self.final_rate <= self.peak_rate:
+            raise ValueError(f"rates must be 0 <= final_rate <= peak_rate and peak_rate > 0; they are {self.final_rate} and "
+                             f"{self.peak_rate}")  # fmt: skip
+        if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
+            raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
+
+
+def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
+    """Learning rate of the update after `step` updates: linear warm-up to the peak, then half a cosine to the final rate."""
+    if step < config.warmup_steps:
+        return config.peak_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.final_rate + (config.peak_rate - config.final_rate) * (1 + math.cos(math.pi * done)) / 2
+
+
+def decays(module: nn.Module, parameter_name: str) -> bool:
+    """Whether weight decay applies: to matrices that multiply a signal, not to norms, biases, embeddings, positions and queries."""
+    return parameter_name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that require gradients, in two groups.
+
+    Raises: ValueError: if nothing is left to train.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                groups[decays(module, name)].append(parameter)
+    if not any(groups.values()):
+        raise ValueError("every parameter is frozen: nothing is left to train")
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decaying else 0.0}
+            for decaying, parameters in groups.items()
+            if parameters
+        ],
+        lr=config.peak_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
+    """Stop gradients of every parameter whose name begins with one of `prefixes`, whole words between dots.
+
+    Raises: ValueError: for a prefix that no parameter has.
+    """
+    names = dict(model.named_parameters())
+    for prefix in prefixes:
+        chosen = [parameter for name, parameter in names.items() if f"{name}.".startswith(f"{prefix}.")]
+        if not chosen:
+            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise ValueError(f"frozen: no parameter's name begins with {prefix!r}; the parts are {parts}")
+        for parameter in chosen:
+            parameter.requires_grad_(False)

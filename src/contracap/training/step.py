@@ -1,0 +1,130 @@
+"""One update of the weights."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from contracap.data.batch import Batch
+from contracap.image import ImageConfig, normalise
+from contracap.losses import LossConfig, captioning_loss, contrastive_loss
+from contracap.model.coca import CoCa
+from contracap.tokenizer import lengths
+from contracap.training.optimizer import OptimizerConfig, learning_rate
+
+LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient that is NaN or infinite; the weights were left as they were."""
+
+
+@dataclass
+class TrainingState:
+    """What a step changes.
+
+    Attributes:
+        step: updates tried so far.
+        average: moving average of the weights by name; None when the run keeps none.
+    """
+
+    model: CoCa
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor] | None
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a step needs of the recipe; attributes as in `Recipe`."""
+
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    image: ImageConfig
+    total_steps: int
+    precision: str
+    accumulation: int
+    ema_decay: float
+    seed: int
+
+
+def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tensor) -> dict[str, Tensor]:
+    """The wanted losses by name, not weighted; what has weight 0 is not computed.
+
+    Args:
+        batch: on the model's device.
+        tokens: what the captioning loss is divided by: the labels of the batch, or of the larger one that this is a part of.
+    """
+    wanted = config.loss
+    parts = {}
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        features = model.features(
+            normalise(batch.pixels, config.image),
+            batch.ids,
+            contrastive=wanted.contrastive > 0,
+            captioning=wanted.captioning > 0,
+        )
+        if features.caption_states is not None:
+            parts["captioning_loss"] = captioning_loss(
+                features.caption_states,
+                model.decoder.vocabulary.weight,
+                labels=batch.ids[:, 1:],
+                valid=label_mask(batch.ids, model.config.text.end),
+                tokens=tokens,
+            )
+    if features.image_features is not None:  # outside autocast: the product of the embeddings stays float32
+        parts["contrastive_loss"] = contrastive_loss(
+            features.image_features, features.text_features, logit_scale=model.logit_scale.exp()
+        )
+    return parts
+
+
+def label_mask(ids: Tensor, end: int) -> Tensor:
+    """True at position i of [batch token-1] where token i + 1 belongs to the text, its end token included."""
+    positions = torch.arange(1, ids.shape[1], device=ids.device)
+    return positions < lengths(ids, end)[:, None]
+
+
+def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[str, float]:
+    """Forward, backward, clip, update. Returns losses (nats), `gradient_norm` before clipping, `logit_scale`, `learning_rate`.
+
+    Randomness (patch dropout) depends on the seed and the step alone, so that a resumed run repeats it.
+
+    Raises: NonFiniteError: before anything was changed.
+    """
+    model, optimizer = state.model, state.optimizer
+    torch.manual_seed(config.seed * 1_000_003 + state.step)
+    rate = learning_rate(state.step, config.optimizer, total_steps=config.total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    model.train()
+    batch = batch.to(model.device)
+    tokens = label_mask(batch.ids, model.config.text.end).sum()
+    # Of each part the captioning loss is a share of the whole batch's; the contrastive loss a mean over the part's rows.
+    shares = {"contrastive_loss": 1 / config.accumulation, "captioning_loss": 1.0}
+    weights = {"contrastive_loss": config.loss.contrastive, "captioning_loss": config.loss.captioning}
+    totals: dict[str, Tensor] = {}
+    for part in batch.split(config.accumulation):
+        values = {name: value * shares[name] for name, value in losses(model, part, config, tokens=tokens).items()}
+        sum(weights[name] * value for name, value in values.items()).backward()
+        totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
+    norm = torch.nn.utils.clip_grad_norm_(
+        [parameter for parameter in model.parameters() if parameter.grad is not None],
+        config.optimizer.clip_norm or math.inf,
+    )
+    numbers = {name: value.item() for name, value in totals.items()}
+    numbers |= {"loss": sum(weights[name] * value for name, value in numbers.items()), "gradient_norm": norm.item()}
+    if not all(math.isfinite(value) for value in numbers.values()):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.logit_scale.clamp_(*LOGIT_SCALE_RANGE)
+        if state.average is not None:
+            current = dict(model.named_parameters())
+            torch._foreach_lerp_(
+                list(state.average.values()), [current[name] for name in state.average], 1.0 - config.ema_decay
+            )
+    return numbers | {"learning_rate": rate, "logit_scale": model.logit_scale.exp().item()}

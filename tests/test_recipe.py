@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from contracap.config import ConfigError, build, load_toml, to_toml
+from contracap.recipe import Recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+LEAST = {"size": "tiny", "steps": 200, "out": "runs/x", "data": {"train": "shards", "batch_size": 8}}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_comes_back_from_what_it_writes(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    (tmp_path / "resolved.toml").write_text(to_toml(recipe))
+    assert load_toml(tmp_path / "resolved.toml", Recipe) == recipe
+
+
+def test_there_are_recipes() -> None:
+    assert {"quickstart", "flickr8k-cpu"} <= {path.stem for path in RECIPES}
+
+
+def test_a_recipe_changes_fields_of_its_size() -> None:
+    recipe = build(Recipe, LEAST | {"model": {"vision": {"patch_dropout": 0.5}, "text": {"cls_mask": "legacy"}}})
+    config = recipe.model_config
+    assert (config.vision.patch_dropout, config.vision.patch_size) == (0.5, 8)
+    assert config.text.cls_mask == "legacy"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
+        ({"optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'peak_rate'"),
+        ({"steps": 0}, "at least 1"),
+        ({"steps": 50}, "warmup_steps 100 must be below steps 50"),
+        ({"accumulation": 3}, "must divide data.batch_size 8"),
+        ({"validate_every": 10}, "needs data.validation"),
+        ({"size": "huge"}, "unknown size 'huge'; the sizes are coca_ViT-B-32"),
+        ({"size": "ViT-B-32"}, "has no decoder: set loss.captioning = 0"),
+        ({"model": {"vision": {"depth": 3}}}, "depth"),
+        ({"ema_decay": 1.0}, "below 1"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Recipe, LEAST | change)

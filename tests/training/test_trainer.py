@@ -1,0 +1,187 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from contracap.config import build, to_toml
+from contracap.model.weights import WeightsError
+from contracap.pretrained import load, read_weights, save, save_open_clip
+from contracap.recipe import Recipe
+from contracap.trainer import starting_model, train
+from contracap.training.checkpoint import CheckpointError
+from contracap.training.loop import TrainingError
+from contracap.training.metrics import read_metrics
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """Step and both losses of every record that has them, as they are."""
+    return [
+        (record["step"], record["contrastive_loss"], record["captioning_loss"])
+        for record in read_metrics(folder)
+        if "loss" in record
+    ]
+
+
+def assert_same_weights(first: Path, second: Path, file: str = "model.safetensors") -> None:
+    ours, theirs = read_weights(first / file).state, read_weights(second / file).state
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_what_the_documents_promise(recipe_values: dict) -> None:
+    checkpoint = train(build(Recipe, recipe_values | {"validate_every": 4}))
+    folder = Path(recipe_values["out"])
+    assert checkpoint == folder / "checkpoints" / "step-00000008"
+    assert (folder / "checkpoints" / "last").resolve() == checkpoint.resolve()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last", "step-00000004", "step-00000008"]
+    assert list((folder / "tensorboard").iterdir())
+    records = read_metrics(folder)
+    assert [step for step, *_ in losses(folder)] == list(range(1, 9))
+    assert {"learning_rate", "gradient_norm", "logit_scale", "samples_per_second"} <= set(records[0])
+    assert [record["step"] for record in records if "validation_captioning_loss" in record] == [4, 8]
+    model, processor = load(folder / "checkpoints" / "last")
+    assert model.encode_image(processor.images([torch_picture()])).shape == (1, 32)
+
+
+def torch_picture():
+    from PIL import Image
+
+    return Image.new("RGB", (50, 40), "red")
+
+
+def test_resumed_run_equals_uninterrupted_run(recipe_values: dict, tmp_path: Path) -> None:
+    values = recipe_values | {"model": {"vision": {"patch_dropout": 0.5}}, "ema_decay": 0.9, "accumulation": 2}
+    whole = train(build(Recipe, values | {"out": str(tmp_path / "whole")}))
+    parts = values | {"out": str(tmp_path / "parts"), "resume": True}
+    stopped = build(Recipe, parts)
+    # Cut off in the middle, behind the checkpoint of step 4: the records of steps 5 and 6 are written and then lost.
+    with pytest.MonkeyPatch.context() as patch:
+        count = iter(range(100))
+        from contracap.training import loop
+
+        step = loop.train_step
+
+        def dies(*args):
+            if next(count) == 6:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        patch.setattr(loop, "train_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped)
+    assert len(losses(tmp_path / "parts")) == 6
+    resumed = train(stopped)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same_weights(whole, resumed)
+    assert_same_weights(whole, resumed, "average.safetensors")
+    assert train(stopped) == resumed  # a finished run has nothing left to do
+
+
+def test_losses_after_kill_9_and_resume_equal_the_uninterrupted_run(recipe_values: dict, tmp_path: Path) -> None:
+    values = recipe_values | {"steps": 40, "checkpoint": {"every": 3}}
+    (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, values)))
+    command = [sys.executable, "-m", "contracap", "train", str(tmp_path / "recipe.toml"), "resume=true"]
+    subprocess.run([*command, f"out={tmp_path / 'whole'}"], check=True, capture_output=True)
+    killed, kills = tmp_path / "killed", 0
+    for reached in (5, 17, 28):
+        process = subprocess.Popen([*command, f"out={killed}"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (len(losses(killed)) if (killed / "metrics.jsonl").exists() else 0) < reached:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3, "a run ended before it was killed"
+    subprocess.run([*command, f"out={killed}"], check=True, capture_output=True)
+    assert len(losses(killed)) == 40
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert_same_weights(killed / "checkpoints" / "last", tmp_path / "whole" / "checkpoints" / "last")
+
+
+def test_a_run_is_not_overwritten_and_not_mixed_with_another(recipe_values: dict) -> None:
+    train(build(Recipe, recipe_values))
+    with pytest.raises(CheckpointError, match="already holds a run, up to step-00000008: resume=true goes on"):
+        train(build(Recipe, recipe_values))
+    with pytest.raises(CheckpointError, match="another size"):
+        train(build(Recipe, recipe_values | {"resume": True, "model": {"text": {"cls_mask": "legacy"}}}))
+    with pytest.raises(ValueError, match="cannot resume the data: seed"):
+        train(build(Recipe, recipe_values | {"resume": True, "seed": 5}))
+
+
+def test_a_checkpoint_cut_off_while_being_written_is_not_taken(recipe_values: dict, monkeypatch) -> None:
+    from contracap.training import checkpoint as module
+
+    calls = iter(range(10))
+    save_file = module.dcp.save
+
+    def dies_at_the_second(*args, **kwargs):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(module.dcp, "save", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(build(Recipe, recipe_values))
+    checkpoints = Path(recipe_values["out"]) / "checkpoints"
+    assert (checkpoints / "last").resolve().name == "step-00000004"
+    assert load(checkpoints / "last")
+    assert train(build(Recipe, recipe_values | {"resume": True})).name == "step-00000008"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last", "step-00000004", "step-00000008"]
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(recipe_values: dict, monkeypatch, nonfinite: str) -> None:
+    from contracap.training import step as module
+
+    calls = iter(range(100))
+    loss = module.contrastive_loss
+    monkeypatch.setattr(
+        module, "contrastive_loss", lambda *args, **kwargs: loss(*args, **kwargs) * (float("nan") if next(calls) == 5 else 1)
+    )
+    recipe = build(Recipe, recipe_values | {"nonfinite": nonfinite})
+    if nonfinite == "stop":
+        with pytest.raises(TrainingError, match=r"step 6: .*nan.* Last good checkpoint: .*step-00000004"):
+            train(recipe)
+    else:
+        model, _ = load(train(recipe))
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_run_starts_from_other_weights_at_another_picture_size(recipe_values: dict, tmp_path: Path) -> None:
+    source, processor = load("tiny", weights="random", seed=7)
+    legacy = build(Recipe, recipe_values | {"model": {"text": {"cls_mask": "legacy"}}}).model_config
+    save_open_clip(tmp_path / "hub", model=legacy, image=processor.image_config, state=source.state_dict())
+    values = recipe_values | {
+        "initialise_from": str(tmp_path / "hub"),
+        "frozen": ["vision", "text.token_embedding"],
+        "model": {"vision": {"image_size": 48}},
+    }
+    model, image = starting_model(build(Recipe, values))
+    assert (image.size, len(model.vision.position)) == (48, 37)
+    assert model.config.text.cls_mask == "legacy"  # as the weights were trained
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained, _ = load(train(build(Recipe, values)))
+    for name, parameter in trained.named_parameters():
+        frozen = name.startswith(("vision.", "text.token_embedding."))
+        assert torch.equal(parameter, before[name]) == frozen, name
+    asked = {"model": {"vision": {"image_size": 48}, "text": {"cls_mask": "correct"}}}
+    assert starting_model(build(Recipe, values | asked))[0].config.text.cls_mask == "correct"
+
+
+def test_weights_of_another_size_are_refused(recipe_values: dict, tmp_path: Path) -> None:
+    model, processor = load("tiny", weights="random", seed=0)
+    save(tmp_path / "tiny.safetensors", model=model.config, image=processor.image_config, state=model.state_dict())
+    with pytest.raises(WeightsError, match="is not of size scenes: the weights do not fit: .*missing"):
+        train(build(Recipe, recipe_values | {"size": "scenes", "initialise_from": str(tmp_path / "tiny.safetensors")}))
+
+
+def test_metrics_after_the_checkpoint_and_a_cut_last_line_are_dropped(recipe_values: dict) -> None:
+    folder = Path(recipe_values["out"])
+    train(build(Recipe, recipe_values | {"steps": 4}))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n" + '{"step": 6, "lo')
+    train(build(Recipe, recipe_values | {"resume": True}))
+    assert [record["step"] for record in read_metrics(folder)] == list(range(1, 9))
