@@ -1,0 +1,132 @@
+"""Beam search against exhaustive search and against plain Python, on tables of logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contracap.generation import BeamSearch
+from contracap.generation.beam import CHUNK, best
+
+from .logit_tables import END, START, VOCAB, Table, every_text, plain_beam_search, run
+
+penalties = st.sampled_from([-2.0, -0.5, 0.0, 0.6, 1.0, 2.0])
+
+
+def assert_same(found, expected):
+    assert [text.token_ids for text in found] == [text.token_ids for text in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4, abs=1e-5)
+        assert one.score == pytest.approx(other.score, rel=1e-4, abs=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), max_tokens=st.integers(2, 5), min_tokens=st.integers(0, 5), penalty=penalties)
+def test_wide_beam_equals_exhaustive_search(seed, max_tokens, min_tokens, penalty):
+    wide = BeamSearch(120, max_tokens, min(min_tokens, max_tokens), penalty)  # at most 3 ** 3 * 4 continuations a step
+    table = Table(tuple(range(2)), seed)
+    for image, found in enumerate(run(wide, table)):
+        assert_same(found, every_text(table, image, wide)[:120])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    width=st.integers(2, 5),
+    max_tokens=st.integers(2, 9),
+    min_tokens=st.integers(0, 6),
+    penalty=penalties,
+    spread=st.sampled_from([0.5, 2.0, 6.0]),
+)
+def test_narrow_beam_that_stops_early_equals_a_plain_search_that_does_not(
+    seed, width, max_tokens, min_tokens, penalty, spread
+):
+    strategy = BeamSearch(width, max_tokens, min(min_tokens, max_tokens), penalty)
+    table = Table(tuple(range(2)), seed, spread)
+    for image, found in enumerate(run(strategy, table)):
+        assert_same(found, plain_beam_search(table, image, strategy))
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.1])
+def test_search_stops_before_the_longest_length_where_it_can(penalty):
+    strategy = BeamSearch(3, 200, 0, penalty)
+    search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
+    logits = torch.tensor([[0.0, -9.0, -9.0, -9.0, 9.0]])
+    steps = 0
+    while not search.done:
+        search.advance(logits.repeat(3, 1))
+        steps += 1
+    assert steps < 10
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32), width=st.integers(1, 4), penalty=penalties)
+def test_a_batch_of_pictures_gives_what_each_gives_alone(seed, width, penalty):
+    table, strategy = Table(tuple(range(4)), seed), BeamSearch(width, 8, 2, penalty)
+    assert run(strategy, table) == [run(strategy, table.only(image))[0] for image in range(4)]
+
+
+def test_a_constant_added_to_the_logits_changes_nothing():
+    class Shifted(Table):
+        def logits(self, image, beginning):
+            return super().logits(image, beginning) + 7.0 * len(beginning)
+
+    strategy, images = BeamSearch(4, 8, 2), (0, 1, 2)
+    for one, other in zip(run(strategy, Table(images, 5)), run(strategy, Shifted(images, 5)), strict=True):
+        assert_same(one, other)
+
+
+def test_length_penalty_lengthens_above_zero_and_shortens_below():
+    table = Table(tuple(range(8)), seed=6, spread=1.0)
+    mean_lengths = [
+        sum(len(texts[0].token_ids) for texts in run(BeamSearch(40, 7, 0, penalty), table)) / 8
+        for penalty in (-2.0, 0.0, 3.0)
+    ]
+    assert mean_lengths[0] < mean_lengths[1] < mean_lengths[2]
+
+
+def test_texts_are_ranked_unlike_each_other_and_as_many_as_the_width():
+    for texts in run(BeamSearch(5, 8, 2), Table(tuple(range(6)), seed=7)):
+        assert len(texts) == len({text.token_ids for text in texts}) == 5
+        assert [text.score for text in texts] == sorted((text.score for text in texts), reverse=True)
+
+
+def test_fewer_texts_than_the_width_are_returned_where_fewer_exist():
+    strategy = BeamSearch(6, 2, 0)  # one token: a word or the end
+    (texts,) = run(strategy, Table(tuple(range(1)), seed=8))
+    assert sorted(text.token_ids for text in texts) == [(), (0,), (1,), (2,)]
+
+
+def test_equals_are_ranked_by_beam_then_by_token():
+    strategy = BeamSearch(4, 3, 3)
+    search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
+    while not search.done:
+        search.advance(torch.zeros(4, VOCAB))
+    assert [text.token_ids for text in search.hypotheses()[0]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    columns=st.integers(1, 3 * CHUNK + 5),
+    count=st.integers(1, 12),
+    levels=st.sampled_from([2, 5, 10**6]),
+)
+def test_best_equals_a_stable_sort(seed, columns, count, levels):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (3, columns), generator=generator).float()
+    scores[scores == 0] = -torch.inf
+    count = min(count, columns)
+    values, places = best(scores, count)
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected.values[:, :count])
+    assert torch.equal(places, expected.indices[:, :count])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("width", 0), ("width", True), ("length_penalty", float("nan")), ("length_penalty", 99.0)],
+)
+def test_impossible_settings_are_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=f"{setting} must be"):
+        BeamSearch(**{setting: value})
