@@ -1,0 +1,97 @@
+"""Samples, pictures and texts into features, batch by batch: what the evaluators have in common."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from contracap.data.loader import evaluation_samples
+from contracap.data.shards import Sample
+from contracap.image import ImageError
+from contracap.model.coca import CoCa
+from contracap.processor import Processor
+
+Source = str | Path | Sequence[str | Path] | Sequence[Sample]  # shards or folders of them, or samples at hand
+
+
+def sample_batches(source: Source, size: int) -> Iterator[list[Sample]]:
+    """All samples once, in their order, `size` at a time.
+
+    Raises:
+        ValueError: if `size` is below 1 or there is no sample.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size is {size}; it must be at least 1 sample")
+    stream = iter(_samples(source))
+    batch = list(islice(stream, size))
+    if not batch:
+        raise ValueError(f"no samples to evaluate on{f' in {source}' if isinstance(source, str | Path) else ''}")
+    while batch:
+        yield batch
+        batch = list(islice(stream, size))
+
+
+def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Tensor, "batch 3 height width"]:
+    """The samples' pictures as the model is fed them.
+
+    Raises:
+        ImageError: if a picture cannot be used; names its sample.
+    """
+    try:
+        return processor.images([sample.image for sample in samples])
+    except ImageError:
+        for sample in samples:
+            try:
+                processor.images([sample.image])
+            except ImageError as error:
+                raise ImageError(f"sample {sample.key} of {sample.shard}: {error}") from error
+        raise
+
+
+def embed_pictures(model: CoCa, processor: Processor, samples: Sequence[Sample]) -> Float32[Tensor, "batch embed"]:
+    """Embeddings of one batch of pictures, unit rows, where the model is."""
+    pixels = picture_pixels(samples, processor)
+    return finite(model.encode_image(pixels.to(next(model.parameters()))), "pictures")
+
+
+def embed_texts(
+    model: CoCa, processor: Processor, texts: Sequence[str], batch_size: int
+) -> Float32[Tensor, "text embed"]:
+    """Embeddings of texts, `batch_size` at a time, unit rows, where the model is."""
+    device = next(model.parameters()).device
+    chunks = (processor.texts(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size))
+    return finite(torch.cat([model.encode_text(ids.to(device)) for ids in chunks]), "texts")
+
+
+def finite(features: Tensor, what: str) -> Float32[Tensor, "row embed"]:
+    """The features in fp32.
+
+    Raises:
+        ValueError: if one is NaN or infinite: comparisons with NaN are false, which would count as perfect ranks.
+    """
+    if not features.isfinite().all():
+        raise ValueError(f"the model's features of {what} are not finite (NaN or infinite): its weights are broken")
+    return features.float()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products in fp32: no autocast, no TF32. Half precision makes ties, and figures that move between runs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _samples(source: Source) -> Iterable[Sample]:
+    if isinstance(source, str | Path):
+        return evaluation_samples(source)
+    at_hand = [item for item in source if isinstance(item, Sample)]
+    return at_hand or evaluation_samples([item for item in source if not isinstance(item, Sample)])

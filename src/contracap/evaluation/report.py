@@ -1,0 +1,181 @@
+"""A self-contained HTML page: tables, curves and pictures in one file that asks the network for nothing.
+
+Plain strings are escaped wherever they are put in; only what a function here made, `Html`, is taken as it is.
+"""
+
+import base64
+import html
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+
+class Html(str):
+    """A string that is HTML already."""
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #1a8f4c; --bad: #cf3535; --accent: #2f6fde;
+  --second: #d9730d; --third: #8a4fd0; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; background: Canvas;
+  color: CanvasText; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; }
+td.number, th.number { text-align: right; }
+img { display: block; image-rendering: pixelated; border-radius: 4px; width: 72px; height: 72px; }
+figure { margin: 0; } figcaption { font-size: .85rem; line-height: 1.3; margin-top: .3rem; overflow-wrap: anywhere; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
+.gallery img { width: 100%; height: auto; max-width: 12rem; }
+.good, .bad { border: 3px solid var(--good); } .bad { border-color: var(--bad); }
+.good-text { color: var(--good); } .bad-text { color: var(--bad); }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 11px; }
+.grid line { stroke: var(--line); } .curve { fill: none; stroke-width: 1.6; }
+.curve0 { stroke: var(--accent); } .curve1 { stroke: var(--second); } .curve2 { stroke: var(--third); }
+.key0 { fill: var(--accent); } .key1 { fill: var(--second); } .key2 { fill: var(--third); }
+"""
+
+
+def text(words: str) -> Html:
+    """Words as they are: escaped, unless they are HTML already."""
+    return words if isinstance(words, Html) else Html(html.escape(words))
+
+
+def paragraph(words: str) -> Html:
+    """A paragraph."""
+    return Html(f"<p>{text(words)}</p>\n")
+
+
+def verdict(words: str, *, good: bool) -> Html:
+    """Words with a tick or a cross before them, so that colour is not all that tells."""
+    return Html(f'<span class="{"good" if good else "bad"}-text">{"✓" if good else "✗"} {text(words)}</span>')
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> Html:
+    """A table; it scrolls by itself where the screen is narrow.
+
+    Args:
+        head: names of the columns.
+        rows: a cell for each column.
+        numbers: columns that are set flush right.
+    """
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        number = [' class="number"' if column in numbers else "" for column in range(len(cells))]
+        made = "".join(f"<{tag}{kind}>{text(cell)}</{tag}>" for cell, kind in zip(cells, number, strict=True))
+        return f"<tr>{made}</tr>\n"
+
+    body = "".join(line(row, "td") for row in rows)
+    return Html(f'<div class="wide"><table>\n{line(head, "th")}{body}</table></div>\n')
+
+
+def picture(image: bytes, *, alt: str, good: bool | None = None) -> Html:
+    """A picture inside the page, from a PNG's or a JPEG's bytes; framed green or red if it is right or wrong."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    frame = "" if good is None else f' class="{"good" if good else "bad"}"'
+    content = base64.b64encode(image).decode()
+    return Html(f'<img{frame} alt="{html.escape(alt)}" src="data:image/{kind};base64,{content}">')
+
+
+def gallery(items: Iterable[tuple[Html, str]]) -> Html:
+    """Pictures, each with what stands below it, as many in a row as fit."""
+    figures = "".join(f"<figure>{shown}<figcaption>{text(below)}</figcaption></figure>\n" for shown, below in items)
+    return Html(f'<div class="gallery">\n{figures}</div>\n')
+
+
+def charts(made: Iterable[Html]) -> Html:
+    """Charts side by side where the screen is wide enough."""
+    return Html(f'<div class="curves">\n{"".join(made)}</div>\n')
+
+
+def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, across: str) -> Html:
+    """Up to three curves over a common axis, as an SVG picture.
+
+    Args:
+        title: above the chart.
+        curves: name to points (x, y), in the order of x; points that are not finite are left out.
+        across: what x is.
+
+    Raises:
+        ValueError: if there are more than three curves, or no point to draw.
+    """
+    if len(curves) > 3:
+        raise ValueError(f"a chart shows up to three curves, not {len(curves)}")
+    shown = {name: [(x, y) for x, y in points if math.isfinite(x + y)] for name, points in curves.items()}
+    points = [point for curve in shown.values() for point in curve]
+    if not points:
+        raise ValueError(f"no point to draw in the chart {title!r}")
+    width, height, left, right, top, bottom = 340, 220, 42, 10, 26, 34
+    (x_low, x_high), (y_low, y_high) = (_range(values) for values in zip(*points, strict=True))
+    y_low = min(0.0, y_low)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (width - left - right) * (x - x_low) / (x_high - x_low),
+            height - bottom - (height - top - bottom) * (y - y_low) / (y_high - y_low),
+        )
+
+    parts = [f'<text x="{left}" y="14">{text(title)}</text>', '<g class="grid">']
+    for tick in _ticks(y_low, y_high):
+        _, y = place(x_low, tick)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in _ticks(x_low, x_high):
+        x, _ = place(tick, y_low)
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 14}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'</g><text x="{width - right}" y="{height - 4}" text-anchor="end">{text(across)}</text>')
+    for number, (name, curve) in enumerate(shown.items()):
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+        parts.append(f'<polyline class="curve curve{number}" points="{line}"/>')
+        key = left + 6 + number * 105
+        parts.append(f'<circle class="key{number}" cx="{key}" cy="{height - 8}" r="4"/>')
+        parts.append(f'<text x="{key + 8}" y="{height - 4}">{text(name)}</text>')
+    label = html.escape(f"{title} over {across}")
+    return Html(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>\n')
+
+
+def page(title: str, sections: Mapping[str, Iterable[Html]]) -> str:
+    """The whole page: a title and, under each heading, its parts; the heading "" has none."""
+    parts = []
+    for heading, contents in sections.items():
+        parts += [f"<h2>{text(heading)}</h2>\n"] if heading else []
+        parts += contents
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
+        f"{''.join(parts)}</body>\n</html>\n"
+    )
+
+
+def write_page(path: str | Path, content: str) -> None:
+    """Writes the file, whole or not at all; its folder is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return low, high if high > low else low + 1.0
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers within a range."""
+    rough = (high - low) / 4
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]

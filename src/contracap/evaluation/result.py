@@ -1,0 +1,115 @@
+"""The JSON result of a command: what was run, on how many samples, and the figures that came out."""
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+VERSIONED = ("contracap", "torch", "numpy", "pillow", "tokenizers")
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """What all evaluators are: `run` yields figures, the rest is filled in once it has come to its end.
+
+    Attributes:
+        samples: how many there were.
+        reasons: figures that could not be computed, with the reason.
+        details: what else belongs into the result, beside the figures.
+    """
+
+    samples: int
+    reasons: dict[str, str]
+    details: dict[str, Any]
+
+    def run(self, model: Any) -> Iterator[tuple[str, float]]:
+        """Name and value of each figure that can be computed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a command leaves behind.
+
+    Attributes:
+        command: as it was typed.
+        seed: of the run; None if nothing random took part.
+        samples: that the figures rest on.
+        figures: name to number, or to None with the reason under the same name in `reasons`.
+        details: further keys of the file, such as `bleu_stats`.
+
+    Raises:
+        ValueError: if a figure is None without a reason, or a detail has the name of a key of its own.
+    """
+
+    command: str
+    seed: int | None
+    samples: int
+    figures: Mapping[str, float | None]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unexplained = [name for name, value in self.figures.items() if value is None and name not in self.reasons]
+        if unexplained:
+            raise ValueError(f"figures without a value or a reason: {', '.join(unexplained)}")
+        taken = {"command", "versions", "seed", "samples", "figures", "reasons"} & self.details.keys()
+        if taken:
+            raise ValueError(f"details would overwrite the result's own keys: {', '.join(sorted(taken))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file; a figure that is no finite number becomes null with a reason."""
+        reasons = dict(self.reasons)
+        figures: dict[str, float | None] = {}
+        for name, value in self.figures.items():
+            finite = value is not None and math.isfinite(value)
+            figures[name] = value if finite else None
+            if not finite:
+                reasons.setdefault(name, f"came out as {value}, which is no finite number")
+        own = {"command": self.command, "versions": versions(), "seed": self.seed, "samples": self.samples}
+        return own | {"figures": figures, "reasons": reasons} | dict(self.details)
+
+    def write(self, path: str | Path) -> None:
+        """Writes the file, whole or not at all; its folder is made if need be."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def measure(evaluator: Evaluator, model: Any, *, command: str, seed: int | None = None) -> Result:
+    """Runs an evaluator to its end; what it cannot compute is None, with the reason."""
+    figures = dict(evaluator.run(model))
+    return Result(
+        command=command,
+        seed=seed,
+        samples=evaluator.samples,
+        figures=figures | dict.fromkeys(evaluator.reasons),
+        reasons=evaluator.reasons,
+        details=evaluator.details,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that can change a figure, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,151 @@
+import math
+import random
+
+import pytest
+
+from contracap.evaluation.overlap import bleu, cider, common_length, mean, rouge_l
+
+WORDS = "a man dog red ball on the grass with two cats runs jumps over small bench".split()  # noqa: SIM905
+
+
+def written(seed: int, pictures: int = 60, shortest: int = 0) -> tuple[list[list[str]], list[str]]:
+    """Random token strings: one to five references a picture and something near one of them."""
+    draw = random.Random(seed)
+    references, hypotheses = [], []
+    for _ in range(pictures):
+        captions = [" ".join(draw.choices(WORDS, k=draw.randint(1, 14))) for _ in range(draw.randint(1, 5))]
+        words = [word if draw.random() < 0.7 else draw.choice(WORDS) for word in draw.choice(captions).split()]
+        references.append(captions)
+        hypotheses.append(" ".join(words[: draw.randint(shortest, 14)]))
+    return references, hypotheses
+
+
+def peer_scores(metric, references: list[list[str]], hypotheses: list[str]):
+    arguments = {"verbose": 0} if type(metric).__name__ == "Bleu" else {}
+    return metric.compute_score(dict(enumerate(references)), {i: [h] for i, h in enumerate(hypotheses)}, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bleu_of_set_and_of_each_picture_equals_pycocoevalcap(seed: int) -> None:
+    peer = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    references, hypotheses = written(seed)
+    corpus, pictures = peer_scores(peer.Bleu(4), references, hypotheses)
+    assert bleu(references, hypotheses).scores == pytest.approx(corpus, rel=1e-12)
+    single = [
+        bleu([captions], [hypothesis]).scores for captions, hypothesis in zip(references, hypotheses, strict=True)
+    ]
+    for n in range(4):
+        assert [scores[n] for scores in single] == pytest.approx(pictures[n], rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rouge_l_equals_pycocoevalcap(seed: int) -> None:
+    peer = pytest.importorskip("pycocoevalcap.rouge.rouge")
+    references, hypotheses = written(seed)
+    corpus, pictures = peer_scores(peer.Rouge(), references, hypotheses)
+    assert rouge_l(references, hypotheses) == pytest.approx(list(pictures), rel=1e-12)
+    assert mean(rouge_l(references, hypotheses)) == pytest.approx(corpus, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cider_equals_pycocoevalcap(seed: int) -> None:
+    peer = pytest.importorskip("pycocoevalcap.cider.cider")
+    references, hypotheses = written(seed)
+    corpus, pictures = peer_scores(peer.Cider(), references, hypotheses)
+    assert cider(references, hypotheses) == pytest.approx(list(pictures), rel=1e-10, abs=1e-12)
+    assert mean(cider(references, hypotheses)) == pytest.approx(corpus, rel=1e-10)
+
+
+@pytest.mark.parametrize("shortest", [0, 4])
+def test_bleu_equals_sacrebleu(shortest: int) -> None:
+    peer = pytest.importorskip("sacrebleu")
+    references, hypotheses = written(7, shortest=shortest)
+    most = max(map(len, references))
+    streams = [[captions[i] if i < len(captions) else None for captions in references] for i in range(most)]
+    for n, score in enumerate(bleu(references, hypotheses).scores, start=1):
+        metric = peer.BLEU(tokenize="none", smooth_method="none", max_ngram_order=n, force=True)
+        assert score == pytest.approx(metric.corpus_score(hypotheses, streams).score / 100, rel=1e-6)
+
+
+def test_bleu_equals_nltk() -> None:
+    peer = pytest.importorskip("nltk.translate.bleu_score")
+    references, hypotheses = written(8)
+    # nltk counts one n-gram in a hypothesis too short for any, coco-caption none: leave such hypotheses out.
+    kept = [i for i, hypothesis in enumerate(hypotheses) if len(hypothesis.split()) >= 4]
+    references, hypotheses = [references[i] for i in kept], [hypotheses[i] for i in kept]
+    theirs = [[caption.split() for caption in captions] for captions in references], [h.split() for h in hypotheses]
+    for n, score in enumerate(bleu(references, hypotheses).scores, start=1):
+        assert score == pytest.approx(peer.corpus_bleu(*theirs, weights=[1 / n] * n), rel=1e-9)
+
+
+def test_bleu_takes_the_shorter_of_two_equally_near_references() -> None:
+    assert bleu([["a b c d", "a b"]], ["a b c"]).reference_length == 2
+
+
+def test_bleu_counts_a_word_as_often_as_one_reference_has_it() -> None:
+    found = bleu([["the cat the", "the dog"]], ["the the the the"])
+    assert found.correct[0] == 2
+    assert found.guessed == (4, 3, 2, 1)
+
+
+def test_cider_of_one_picture_is_zero() -> None:
+    assert cider([["a red ball"]], ["a red ball"]) == [0.0]
+
+
+def test_cider_does_not_depend_on_the_order_of_the_pictures() -> None:
+    references, hypotheses = written(3)
+    order = random.Random(0).sample(range(len(references)), len(references))
+    scores = cider(references, hypotheses)
+    shuffled = cider([references[i] for i in order], [hypotheses[i] for i in order])
+    assert shuffled == [scores[i] for i in order]
+    assert mean(shuffled) == mean(scores)
+
+
+def test_cider_of_the_reference_itself_is_ten_and_repeating_it_costs() -> None:
+    references = [["red ball on grass"], ["two cats jump over"]]
+    assert cider(references, ["red ball on grass", "x"])[0] == pytest.approx(10.0)
+    repeated = cider(references, ["red ball on grass red ball on grass", "x"])[0]
+    assert repeated < 10 * math.exp(-(4**2) / 72)  # clipped counts and the length penalty
+
+
+def test_rouge_l_takes_precision_and_recall_from_different_references() -> None:
+    # precision 2/2 from the first, recall 1/1 from the second
+    assert rouge_l([["a b c d", "a"]], ["a b"]) == [1.0]
+
+
+def test_rouge_l_keeps_a_number_with_its_fraction_together() -> None:
+    assert rouge_l([["25\u00a01/2 dogs"]], ["25 1/2 dogs"])[0] < 1
+    assert bleu([["25\u00a01/2 dogs"]], ["25 1/2 dogs"]).correct == (3, 2, 1, 0)
+
+
+def test_empty_hypothesis_scores_nothing() -> None:
+    references = [["a red ball"], ["two cats"]]
+    assert rouge_l(references, ["", "two cats"]) == [0.0, pytest.approx(1.0)]
+    assert cider(references, ["", "two cats"])[0] == 0.0
+    assert bleu(references, ["", ""]).scores == pytest.approx((0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("metric", [bleu, rouge_l, cider])
+@pytest.mark.parametrize(
+    ("references", "hypotheses", "message"),
+    [
+        ([["a"], ["b", " "]], ["a", "b"], r"picture 1 .* empty reference"),
+        ([[]], ["a"], "picture 0 .* no reference"),
+        ([["a"]], ["a", "b"], "1 pictures have references, 2"),
+        ([], [], "no caption to score"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(metric, references, hypotheses, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        metric(references, hypotheses)
+
+
+def test_common_length_equals_the_plain_dynamic_programme() -> None:
+    draw = random.Random(1)
+    for _ in range(200):
+        first, second = (draw.choices("abcd", k=draw.randint(0, 12)) for _ in range(2))
+        table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+        for i, one in enumerate(first):
+            for j, other in enumerate(second):
+                table[i + 1][j + 1] = table[i][j] + 1 if one == other else max(table[i][j + 1], table[i + 1][j])
+        assert common_length(first, second) == table[-1][-1]

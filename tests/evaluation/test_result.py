@@ -1,0 +1,63 @@
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from contracap.evaluation.result import Result, measure, versions
+
+
+class Fixed:
+    """An evaluator with fixed figures."""
+
+    def __init__(self) -> None:
+        self.samples, self.reasons, self.details = 0, {}, {}
+
+    def run(self, model) -> Iterator[tuple[str, float]]:
+        yield "acc1", 0.5
+        self.samples, self.reasons, self.details = 3, {"acc5": "too few classes"}, {"classes": 3}
+
+
+def test_file_holds_the_keys_of_every_result(tmp_path) -> None:
+    path = tmp_path / "new" / "result.json"
+    measure(Fixed(), None, command="contracap evaluate x", seed=7).write(path)
+    content = json.loads(path.read_text())
+    assert content.pop("versions")["python"] == versions()["python"]
+    assert content == {
+        "command": "contracap evaluate x",
+        "seed": 7,
+        "samples": 3,
+        "figures": {"acc1": 0.5, "acc5": None},
+        "reasons": {"acc5": "too few classes"},
+        "classes": 3,
+    }
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_versions_name_what_can_change_a_figure() -> None:
+    assert {"python", "torch", "numpy"} <= versions().keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_becomes_null_with_a_reason(value: float) -> None:
+    content = Result(command="x", seed=None, samples=1, figures={"CIDEr": value}).to_dict()
+    assert content["figures"] == {"CIDEr": None}
+    assert "no finite number" in content["reasons"]["CIDEr"]
+
+
+def test_null_without_a_reason_is_refused() -> None:
+    with pytest.raises(ValueError, match="without a value or a reason: SPICE"):
+        Result(command="x", seed=None, samples=1, figures={"SPICE": None})
+
+
+def test_details_cannot_overwrite_the_figures() -> None:
+    with pytest.raises(ValueError, match="own keys: figures"):
+        Result(command="x", seed=None, samples=1, figures={}, details={"figures": {}})
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path) -> None:
+    path = tmp_path / "result.json"
+    Result(command="old", seed=None, samples=1, figures={}).write(path)
+    with pytest.raises(TypeError):
+        Result(command="new", seed=None, samples=1, figures={}, details={"odd": object()}).write(path)
+    assert json.loads(path.read_text())["command"] == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]

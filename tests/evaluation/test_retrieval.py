@@ -1,0 +1,147 @@
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from contracap.data.shards import write_shard
+from contracap.evaluation import retrieval
+from contracap.evaluation.retrieval import Retrieval, places, ranks, recall
+
+from .worlds import COLOURS, ColourModel, processor, record, sample
+
+
+def embeddings(images: int, captions: tuple[int, int], seed: int, width: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Random unit rows, texts near their pictures, from `captions[0]` to `captions[1]` of them a picture, shuffled."""
+    draw = torch.Generator().manual_seed(seed)
+    counts = torch.randint(captions[0], captions[1] + 1, (images,), generator=draw)
+    owner = torch.arange(images).repeat_interleave(counts)
+    owner = owner[torch.randperm(len(owner), generator=draw)]
+    pictures = torch.randn(images, width, generator=draw)
+    texts = pictures[owner] + 1.5 * torch.randn(len(owner), width, generator=draw)
+    return normalize(pictures, dim=-1), normalize(texts, dim=-1), owner
+
+
+def clip_benchmark_recall(scores: Tensor, positive: Tensor, k: int) -> Tensor:
+    """CLIP_benchmark's formula: right candidates among the top K, over all right candidates, for each query."""
+    chosen = torch.zeros_like(positive).scatter(1, scores.topk(k, dim=1).indices, True)
+    return (chosen & positive).sum(dim=1) / positive.sum(dim=1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("chunk", [1, 1000, 2**22])
+def test_recall_equals_clip_benchmark_with_several_captions_a_picture(monkeypatch, seed: int, chunk: int) -> None:
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    images, texts, owner = embeddings(40, (5, 7), seed)
+    scores = texts @ images.T
+    positive = owner[:, None] == torch.arange(len(images))
+    found = recall(images, texts, owner, (1, 5, 10))
+    for k in (1, 5, 10):
+        to_image = clip_benchmark_recall(scores, positive, k)
+        to_text = (clip_benchmark_recall(scores.T, positive.T, k) > 0).float()  # a hit rate
+        assert found[f"text_to_image_recall@{k}"] == pytest.approx(to_image.mean().item(), abs=1e-6)
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(to_text.mean().item(), abs=1e-6)
+    assert 0.1 < found["text_to_image_recall@1"] < 0.9
+
+
+def test_of_equal_scores_the_first_candidate_stands_first() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    assert [int(places(scores, torch.tensor([i]))) for i in range(5)] == [3, 0, 1, 2, 4]
+
+
+def test_a_collapsed_model_is_at_chance() -> None:
+    same = torch.ones(10, 4) / 2
+    found = recall(same, same.repeat_interleave(2, dim=0), torch.arange(10).repeat_interleave(2), (1, 5))
+    assert found == {
+        "text_to_image_recall@1": 0.1,
+        "text_to_image_recall@5": 0.5,
+        "image_to_text_recall@1": 0.1,
+        "image_to_text_recall@5": 0.3,  # the captions of three pictures
+    }
+
+
+def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
+    images, texts, owner = embeddings(4, (3, 3), 0)
+    with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs a K from 1 to 4, the number of pictures"):
+        recall(images, texts, owner, (1, 5))
+    with pytest.raises(ValueError, match=r"recall@0 needs a K from 1"):
+        recall(images, texts, owner, (0,))
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    images, texts, owner = embeddings(4, (1, 1), 0)
+    with pytest.raises(ValueError, match="not finite"):
+        ranks(images.index_fill(0, torch.tensor([1]), torch.nan), texts, owner)
+
+
+def test_a_picture_without_a_text_is_refused() -> None:
+    images, texts, owner = embeddings(4, (1, 1), 0)
+    with pytest.raises(ValueError, match="at least one text"):
+        ranks(images, texts, owner.clamp(max=2))
+
+
+def test_half_precision_features_and_autocast_are_ranked_in_fp32() -> None:
+    images, texts, owner = embeddings(30, (2, 2), 1)
+    images, texts = images.bfloat16(), texts.bfloat16()
+    expected = [rank.tolist() for rank in ranks(images.float(), texts.float(), owner)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [rank.tolist() for rank in ranks(images, texts, owner)] == expected
+
+
+def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:
+    names = list(COLOURS)
+    write_shard(
+        tmp_path / "0.tar",
+        [record(name, name, captions=[f"a {name} wall", f"all {name}"]) for name in names],
+    )
+    evaluator = Retrieval(tmp_path, processor(), batch_size=4)
+    model = ColourModel().train()
+    figures = dict(evaluator.run(model))
+    assert model.training
+    assert figures == {
+        "text_to_image_recall@1": 1.0,
+        "text_to_image_recall@5": 1.0,
+        "image_to_text_recall@1": 1.0,
+        "image_to_text_recall@5": 1.0,
+        "image_to_text_recall@10": 1.0,
+    }
+    assert evaluator.reasons == {
+        "text_to_image_recall@10": "text_to_image_recall@10 needs at least 10 pictures to choose from; there are 6"
+    }
+    assert (evaluator.samples, evaluator.details) == (6, {"captions": 12})
+    assert evaluator.features is not None
+    assert evaluator.features.keys == names
+    assert evaluator.features.image_of_text.tolist() == [i for i in range(6) for _ in range(2)]
+
+
+def test_evaluator_counts_wrong_captions() -> None:
+    colours = [*COLOURS][:3]
+    samples = [sample(name, name, f"a {name} wall") for name in colours]
+    samples += [sample("odd", "yellow", "a red wall", "a yellow wall")]  # the first is nearer to the picture of red
+    figures = dict(Retrieval(samples, processor(), ks=(1,)).run(ColourModel()))
+    assert figures == {"text_to_image_recall@1": 4 / 5, "image_to_text_recall@1": 1.0}
+
+
+def test_batch_size_does_not_change_the_figures() -> None:
+    samples = [sample(f"{a}-{b}", a, f"a {b} wall") for a, b in combinations(COLOURS, 2)]
+    figures = [dict(Retrieval(samples, processor(), batch_size=size).run(ColourModel())) for size in (1, 4, 64)]
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_shards_without_a_sample_are_refused(tmp_path) -> None:
+    write_shard(tmp_path / "0.tar", [])
+    with pytest.raises(ValueError, match=f"no samples to evaluate on in {tmp_path}"):
+        dict(Retrieval(tmp_path, processor()).run(ColourModel()))
+
+
+def test_errors_name_the_sample() -> None:
+    good, silent = sample("good", "red", "a red wall"), sample("silent", "red")
+    with pytest.raises(ValueError, match=r"sample silent of shard\.tar has no caption"):
+        dict(Retrieval([good, silent], processor()).run(ColourModel()))
+    object.__setattr__(silent, "captions", ("a wall",))
+    object.__setattr__(silent, "image", b"no picture")
+    with pytest.raises(ValueError, match=r"sample silent of shard\.tar: "):
+        dict(Retrieval([good, silent], processor()).run(ColourModel()))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        dict(Retrieval([good], processor(), batch_size=0).run(ColourModel()))
