@@ -1,0 +1,301 @@
+"""The verbs of the command line. Whatever needs torch is imported inside them, so that `--help` answers at once."""
+
+import logging
+import shlex
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+try:
+    from tyro.conf import DisallowNone, arg
+    from tyro.extras import SubcommandApp
+except ModuleNotFoundError:
+    sys.exit("contracap: error: the command line needs the package tyro: pip install tyro")
+
+if TYPE_CHECKING:
+    from contracap.evaluation.result import Evaluator
+    from contracap.generation.captioner import Caption, Captioner
+    from contracap.model.coca import CoCa, CoCaConfig
+    from contracap.processor import Processor
+
+WeightsName = Annotated[
+    str, arg(metavar="WEIGHTS", help="a run's checkpoint, a weights file, a folder or an hf-hub: name")
+]
+Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
+ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]
+BATCH = 16  # pictures at a time
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, or 1 for wrong input. A call that cannot be parsed exits with 2."""
+    weights = SubcommandApp()
+    weights.command(inspect)
+    weights.command(convert)
+    app = SubcommandApp()
+    for verb in (quickstart, train, evaluate, caption):
+        app.command(verb)
+    app.command(
+        weights, name="weights", help="Look into weights files, and convert them to and from open_clip's layout."
+    )
+    try:
+        status = app.cli(
+            prog="contracap",
+            description="Contrastive captioners: train, caption, classify, retrieve, evaluate.",
+            args=arguments,
+            config=(DisallowNone,),
+        )
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        return _fail(_message(error))
+    return status or 0
+
+
+def quickstart(
+    *, out: Annotated[Path, arg(metavar="DIR", help="folder for results.json, report.html and the run")]
+) -> None:
+    """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download."""
+    from contracap.quickstart import quickstart as run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run(out)
+
+
+def train(
+    recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="what to train, on what, how long, and where it goes")],
+    overrides: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="[KEY.PATH=VALUE ...]", help="changes to it, such as out=runs/first data.batch_size=64 resume=true"
+        ),
+    ] = (),
+    /,
+) -> None:
+    """Train as a recipe says; its key `out` is the run folder."""
+    from contracap.recipe import load_recipe
+    from contracap.trainer import train as run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(run(load_recipe(recipe, overrides)))
+
+
+def evaluate(
+    weights: WeightsName,
+    /,
+    *,
+    task: Annotated[Literal["retrieval", "captioning", "zeroshot"], arg(help="what to measure")],
+    data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
+    classes: Annotated[
+        Path | None, arg(metavar="FILE", help="for zeroshot: a JSON list of names, or a JSON object with `classes`")
+    ] = None,
+    templates: Annotated[
+        Path | None, arg(metavar="FILE", help="for zeroshot: a JSON list of prompts, {} where the name goes")
+    ] = None,
+    size: Size = None,
+    json: ResultFile = None,
+) -> None:
+    """Measure a model on tar shards."""
+    from contracap.evaluation.result import measure
+
+    model, processor = _load(weights, size)
+    result = measure(_evaluator(task, data, processor, classes, templates), model, command=_command())
+    for name, value in result.figures.items():
+        print(f"{name:24}{f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+    if json is not None:
+        result.write(json)
+
+
+def caption(
+    weights: WeightsName,
+    paths: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="pictures, or folders of them")],
+    /,
+    *,
+    size: Size = None,
+    json: ResultFile = None,
+) -> int:
+    """Write a caption for each picture: its path, a tab, the text. Unreadable pictures are listed at the end."""
+    from contracap.evaluation.result import Result
+    from contracap.generation.captioner import Captioner
+
+    pictures = list(_pictures(paths))
+    captioner = Captioner(*_load(weights, size))
+    rows, unreadable = [], []
+    for first in range(0, len(pictures), BATCH):
+        for path, made in _captions(captioner, pictures[first : first + BATCH]):
+            if isinstance(made, ValueError):
+                unreadable.append(made)
+            else:
+                print(f"{path}\t{made.text}", flush=True)
+                rows.append({"path": str(path), "caption": made.text, "score": made.score})
+    if json is not None:
+        figures = {"unreadable": float(len(unreadable))}
+        Result(command=_command(), seed=None, samples=len(rows), figures=figures, details={"captions": rows}).write(
+            json
+        )
+    for error in unreadable:
+        _fail(_message(error))
+    return 1 if unreadable else 0
+
+
+def inspect(
+    file: WeightsName, /, *, size: Annotated[str | None, arg(metavar="NAME", help="a size to compare with")] = None
+) -> None:
+    """Print what a weights file holds, and how it differs from a size."""
+    from torch import Tensor
+
+    from contracap.model.sizes import SIZES, find_size
+    from contracap.model.weights import key_differences, meta_state, shapes_of, to_open_clip
+    from contracap.pretrained import METADATA_KEY, find_weights, read_tensors
+
+    path = find_weights(file)
+    tensors, metadata = read_tensors(path)
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.get("state_dict", tensors).items()}
+    if others := [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(f"{path} is no weights file: {others[0]} is no tensor")
+    ours = METADATA_KEY in metadata
+
+    def differences(config: "CoCaConfig") -> list[str]:
+        expected = meta_state(config)
+        return key_differences(shapes_of(tensors), shapes_of(expected if ours else to_open_clip(expected, config)))
+
+    if size is None:
+        size = next((name for name, config in SIZES.items() if not differences(config)), None)
+    if size is None:
+        fit = f"none fits exactly; --size NAME compares with one of {', '.join(SIZES)}"
+    else:
+        fit = f"{size}: {'; '.join(differences(find_size(size))) or 'every name and shape fits'}"
+    parts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        parts[name.split(".")[0]] += tensor.numel()
+    print(f"file           {path}")
+    print(f"layout         {'contracap' if ours else 'open_clip'}")
+    print(f"tensors        {len(tensors)}, {', '.join(sorted({str(tensor.dtype) for tensor in tensors.values()}))}")
+    print(f"parameters     {parts.total() / 1e6:.2f} million")
+    for part, count in parts.most_common():
+        print(f"  {part:12} {count / 1e6:.2f}")
+    if ours:
+        print(f"configuration  {metadata[METADATA_KEY]}")
+    print(f"size           {fit}")
+
+
+def convert(
+    file: WeightsName,
+    out: Annotated[Path, arg(metavar="OUT", help="a folder for open_clip, a .safetensors file for contracap")],
+    /,
+    *,
+    to: Annotated[
+        Literal["open_clip", "contracap"] | None,
+        arg(help="the layout to write; by default the one the file does not have"),
+    ] = None,
+    size: Size = None,
+) -> None:
+    """Write weights in the other layout, bit-equal."""
+    from contracap.pretrained import read_weights, save, save_open_clip
+
+    found = read_weights(file, size=size)
+    to = to or ("open_clip" if found.layout == "contracap" else "contracap")
+    if to == "contracap":
+        if out.suffix != ".safetensors":
+            raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
+        save(out, model=found.model, image=found.image, state=found.state)
+    else:
+        if out.suffix or out.is_file():
+            raise ValueError(f"open_clip's layout is a folder of two files, and {out} names a file: give a folder")
+        save_open_clip(out, model=found.model, image=found.image, state=found.state)
+        if found.model.text.pool == "class_token" and found.model.text.cls_mask == "correct":
+            print(
+                "note: open_clip up to 3.3.0 ignores correct_cls_mask, so its text features will differ",
+                file=sys.stderr,
+            )
+    print(f"{found.path} ({found.layout}) -> {out} ({to})")
+
+
+def _evaluator(
+    task: str, data: tuple[str, ...], processor: "Processor", classes: Path | None, templates: Path | None
+) -> "Evaluator":
+    from contracap.evaluation.captioning import Captioning
+    from contracap.evaluation.retrieval import Retrieval
+    from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, load_classes, load_templates
+
+    if task == "retrieval":
+        return Retrieval(data, processor)
+    if task == "captioning":
+        return Captioning(data, processor)
+    if classes is None:
+        raise ValueError(
+            "zeroshot needs the names of the classes: --classes FILE, a JSON list in the order of the labels"
+        )
+    prompts = load_templates(templates) if templates else TEMPLATES
+    return ZeroShot(data, processor, classes=load_classes(classes), templates=prompts)
+
+
+def _command() -> str:
+    """As it was typed."""
+    return shlex.join(["contracap", *sys.argv[1:]])
+
+
+def _load(weights: str, size: str | None) -> "tuple[CoCa, Processor]":
+    import torch
+
+    from contracap.pretrained import load
+
+    model, processor = load(weights, size=size)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _pictures(paths: Sequence[str]) -> Iterator[Path]:
+    """The files among `paths`, and the pictures in its folders by name."""
+    from contracap.data.shards import PICTURE_SUFFIXES
+
+    if not paths:
+        raise ValueError("nothing to caption: give pictures, or folders of them")
+    for path in map(Path, paths):
+        if not path.is_dir():
+            if not path.exists():
+                raise FileNotFoundError(f"no such picture or folder: {path}")
+            yield path
+            continue
+        found = sorted(file for file in path.iterdir() if file.suffix.lower().lstrip(".") in PICTURE_SUFFIXES)
+        if not found:
+            raise FileNotFoundError(f"no pictures in the folder {path}")
+        yield from found
+
+
+def _captions(captioner: "Captioner", pictures: Sequence[Path]) -> "Iterator[tuple[Path, Caption | ValueError]]":
+    """A caption for each picture, or why it cannot be read; then the others of its batch go one by one."""
+    from contracap.image import ImageError
+
+    try:
+        yield from zip(pictures, captioner(pictures, batch_size=len(pictures)), strict=True)
+    except ImageError as error:
+        if len(pictures) == 1:
+            yield pictures[0], error
+        else:
+            for picture in pictures:
+                yield from _captions(captioner, [picture])
+
+
+def _fail(message: str, *, status: int = 1) -> int:
+    print(f"contracap: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether an error tells a user what was wrong: one that this package raised, or the system's word on a file.
+
+    Anything else is a mistake of ours, and is shown with its traceback.
+    """
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    raised_by_us = raised_in.is_relative_to(Path(__file__).parent) and isinstance(error, ValueError | ImportError)
+    return raised_by_us or isinstance(error, OSError) or type(error).__module__.startswith("contracap.")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,218 @@
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import contracap
+from contracap.cli import main
+from contracap.data.shards import write_shard
+from contracap.model.sizes import SIZES
+from contracap.pretrained import random_model, read_weights, save
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a verb: exit status, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model, processor = random_model(SIZES["tiny"], seed=0)
+    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
+    return path
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 32), (shade, 255 - shade, 90)).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(3):
+        (folder / f"{index}.jpg").write_bytes(picture(80 * index))
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    records = [
+        (
+            f"{index:03}",
+            {"jpg": picture(20 * index), "txt": f"a flat picture {index}".encode(), "cls": b"%d" % (index % 2)},
+        )
+        for index in range(12)
+    ]
+    write_shard(folder / "0.tar", records)
+    return folder
+
+
+def test_help_answers_at_once_without_torch() -> None:
+    program = (
+        "import sys; sys.argv = ['contracap', '--help']\n"
+        "from contracap.cli import main\n"
+        "try: main()\n"
+        "finally: sys.exit(3 if 'torch' in sys.modules else 0)\n"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, "torch was imported"
+        for verb in ("quickstart", "train", "evaluate", "caption", "weights"):
+            assert verb in done.stdout
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("verb", [["train"], ["evaluate"], ["caption"], ["weights", "inspect"], ["weights", "convert"]])
+def test_each_verb_has_help(run: Run, verb: list[str]) -> None:
+    status, out, _ = run(*verb, "--help")
+    assert status == 0 and "usage: contracap" in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["bogus"], ["evaluate", "w"], ["quickstart", "--out"]])
+def test_a_call_that_cannot_be_parsed_exits_with_2(run: Run, arguments: list[str]) -> None:
+    assert run(*arguments)[0] == 2
+
+
+def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: Path, tmp_path: Path) -> None:
+    empty, broken, recipe = tmp_path / "empty", tmp_path / "broken.safetensors", tmp_path / "recipe.toml"
+    empty.mkdir()
+    broken.write_bytes(b"nothing")
+    torch.save({"epoch": 3}, tmp_path / "other.pt")
+    recipe.write_text('size = "tiny"\nsteps = 3\nout = "run"\nstep = 4\n[data]\ntrain = "x"\nbatch_size = 4\n')
+    evaluate = ["evaluate", weights, "--data", shards, "--task"]
+    calls: list[tuple[list[object], str]] = [
+        (["train", tmp_path / "none.toml"], "no such file"),
+        (["train", recipe], "unknown key 'step'; did you mean 'steps'?"),
+        (["caption", tmp_path / "none.safetensors", empty], "no pictures in the folder"),
+        (["caption", tmp_path / "none.safetensors", tmp_path / "none.jpg"], "no such picture or folder"),
+        (["caption", weights], "nothing to caption"),
+        (["weights", "inspect", tmp_path / "none"], "no weights at"),
+        (["weights", "inspect", broken], "not a readable safetensors file"),
+        (["weights", "inspect", tmp_path / "other.pt"], "epoch is no tensor"),
+        (["weights", "inspect", weights, "--size", "huge"], "unknown size 'huge'"),
+        (["weights", "convert", weights, tmp_path / "file.bin"], "give a folder"),
+        (["weights", "convert", weights, tmp_path / "file.bin", "--to", "contracap"], ".safetensors"),
+        ([*evaluate, "zeroshot"], "--classes FILE"),
+        ([*evaluate, "zeroshot", "--classes", tmp_path / "none.json"], "No such file or directory"),
+        (["evaluate", weights, "--task", "retrieval", "--data", empty], "no shards"),
+    ]
+    for arguments, message in calls:
+        status, out, err = run(*arguments)
+        assert (status, out) == (1, ""), arguments
+        assert err.startswith("contracap: error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_an_error_of_our_own_making_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Path:
+        return Path({}[name])
+
+    monkeypatch.setattr("contracap.pretrained.find_weights", broken)
+    with pytest.raises(KeyError):
+        run("weights", "inspect", "x")
+
+
+def test_caption_prints_a_line_for_each_picture(run: Run, weights: Path, pictures: Path, tmp_path: Path) -> None:
+    status, out, _ = run("caption", weights, pictures, pictures / "1.jpg", "--json", tmp_path / "result.json")
+    assert status == 0
+    model, processor = contracap.load(weights)
+    paths = [pictures / name for name in ("0.jpg", "1.jpg", "2.jpg", "1.jpg")]
+    captions = contracap.Captioner(model, processor)(paths)
+    assert out == "".join(f"{path}\t{caption.text}\n" for path, caption in zip(paths, captions, strict=True))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["samples"] == 4
+    assert [row["caption"] for row in result["captions"]] == [caption.text for caption in captions]
+
+
+def test_an_unreadable_picture_stops_no_other(run: Run, weights: Path, pictures: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 cut")
+    status, out, err = run("caption", weights, pictures / "0.jpg", broken, pictures / "2.jpg")
+    assert status == 1
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(pictures / "0.jpg"), str(pictures / "2.jpg")]
+    assert err.count("\n") == 1 and str(broken) in err
+
+
+def test_evaluate_writes_every_figure_or_its_reason(run: Run, weights: Path, shards: Path, tmp_path: Path) -> None:
+    classes, result_file = tmp_path / "classes.json", tmp_path / "result.json"
+    classes.write_text('{"classes": ["green", "red"]}')
+    wanted = {
+        "retrieval": {f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)},
+        "zeroshot": {"acc1", "acc5", "mean_per_class_recall"},
+        "captioning": {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "METEOR", "SPICE"},
+    }
+    for task, figures in wanted.items():
+        more = ["--classes", classes] if task == "zeroshot" else []
+        status, out, err = run("evaluate", weights, "--task", task, "--data", shards, "--json", result_file, *more)
+        assert status == 0, err
+        result = json.loads(result_file.read_text())
+        assert set(result["figures"]) == figures == {line.split()[0] for line in out.splitlines()}
+        assert result.keys() >= {"command", "versions", "seed", "samples", "figures"} and result["samples"] == 12
+        assert {name for name, value in result["figures"].items() if value is None} == set(result["reasons"])
+
+
+def test_inspect_finds_the_size_and_tells_differences(run: Run, weights: Path) -> None:
+    status, out, _ = run("weights", "inspect", weights)
+    assert status == 0
+    assert re.search(r"layout +contracap", out) and re.search(r"size +tiny: every name and shape fits", out)
+    _, out, _ = run("weights", "inspect", weights, "--size", "ViT-B-32")
+    assert re.search(r"size +ViT-B-32: .*missing.*extra.*should be", out)
+
+
+def test_convert_there_and_back_is_bit_equal(run: Run, weights: Path, tmp_path: Path) -> None:
+    status, _, err = run("weights", "convert", weights, tmp_path / "theirs")
+    assert status == 0 and "ignores correct_cls_mask" in err
+    assert json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())["model_cfg"]
+    assert re.search(r"size +tiny: every", run("weights", "inspect", tmp_path / "theirs")[1])
+    assert run("weights", "convert", tmp_path / "theirs", tmp_path / "back.safetensors")[0] == 0
+    before, after = read_weights(weights), read_weights(tmp_path / "back.safetensors")
+    assert before.model == after.model and before.state.keys() == after.state.keys()
+    assert all(torch.equal(before.state[name], after.state[name]) for name in before.state)
+
+
+def test_train_runs_a_recipe_with_overrides(run: Run, shards: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'size = "tiny"\nsteps = 100\nout = "none"\noptimizer.warmup_steps = 1\n'
+        f'[data]\ntrain = "{shards}"\nbatch_size = 4\n'
+    )
+    status, out, err = run("train", recipe, f"out={tmp_path / 'run'}", "steps=2", "device=cpu")
+    assert status == 0, err
+    assert Path(out.strip()).exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run("caption", tmp_path / "run" / "checkpoints" / "last", tmp_path / "none.jpg")[0] == 1
+    assert run("weights", "inspect", tmp_path / "run" / "checkpoints" / "last")[0] == 0
+
+
+def test_everything_named_by_the_package_is_there() -> None:
+    assert dir(contracap) == contracap.__all__ == sorted(contracap.__all__)
+    assert all(getattr(contracap, name) for name in contracap.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Captionr'"):
+        contracap.Captionr  # noqa: B018
