@@ -18,7 +18,9 @@ def test_contrastive_loss_is_symmetric_and_mixed_up_pairs_cost_more() -> None:
     torch.testing.assert_close(
         contrastive_loss(images, texts, logit_scale=scale), contrastive_loss(texts, images, logit_scale=scale)
     )
-    assert contrastive_loss(images, images, logit_scale=scale) < contrastive_loss(images, images.roll(1, 0), logit_scale=scale)
+    assert contrastive_loss(images, images, logit_scale=scale) < contrastive_loss(
+        images, images.roll(1, 0), logit_scale=scale
+    )
 
 
 def test_captioning_loss_is_the_token_mean_of_what_is_valid() -> None:

@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy, linear
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the two losses in their sum; a weight of 0 skips that branch of the model. Source: CoCa, section 3.2, 1 : 2."""
+    """Weights of the two losses in their sum; a weight of 0 skips that branch of the model. Source: CoCa, section
+    3.2, 1 : 2."""
 
     contrastive: float = 1.0
     captioning: float = 2.0

@@ -68,8 +68,8 @@ def load(
     """A model in evaluation mode, float32 on the CPU, and the processor that feeds it.
 
     Args:
-        name: a size of the table, which then needs `weights`; or what holds weights: a file (`.safetensors`, or a pickle with
-            tensors only), a folder, a run's checkpoint, or `hf-hub:organisation/repository`.
+        name: a size of the table, which then needs `weights`; or what holds weights: a file (`.safetensors`, or a
+            pickle with tensors only), a folder, a run's checkpoint, or `hf-hub:organisation/repository`.
         weights: for a size: the same choice, or "random".
         seed: for random weights; 0 when left out.
         size: for a file that does not say its size and fits none of the table's.
@@ -115,7 +115,8 @@ def processor_for(model: CoCaConfig, image: ImageConfig) -> Processor:
 
 
 def read_weights(name: str | Path, *, size: str | None = None) -> Weights:
-    """Read a file, a folder or an `hf-hub:` name. The configuration comes from the file or its folder, else from `size`, else from
+    """Read a file, a folder or an `hf-hub:` name. The configuration comes from the file or its folder, else from
+    `size`, else from
     the one size of the table that fits the shapes.
 
     Raises: WeightsError: as `load`.
@@ -152,7 +153,9 @@ def find_weights(name: str | Path) -> Path:
             if (path / candidate).is_file():
                 return path / candidate
         raise WeightsError(f"{path} holds no weights; looked for {', '.join(WEIGHT_FILES)}")
-    raise WeightsError(f"no weights at {str(name)!r}: neither a file, a folder, 'hf-hub:...' nor a size ({', '.join(SIZES)})")
+    raise WeightsError(
+        f"no weights at {str(name)!r}: neither a file, a folder, 'hf-hub:...' nor a size ({', '.join(SIZES)})"
+    )
 
 
 def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
@@ -185,7 +188,8 @@ def save(path: Path, *, model: CoCaConfig, image: ImageConfig, state: Mapping[st
 
 
 def save_open_clip(folder: Path, *, model: CoCaConfig, image: ImageConfig, state: Mapping[str, Tensor]) -> None:
-    """Write open_clip's hub folder: `open_clip_config.json` and `open_clip_model.safetensors`, bit-equal to what was read."""
+    """Write open_clip's hub folder: `open_clip_config.json` and `open_clip_model.safetensors`, bit-equal to what was
+    read."""
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": image.mean, "std": image.std, "interpolation": "bicubic", "resize_mode": image.resize}
     text = json.dumps({"model_cfg": config_to_open_clip(model), "preprocess_cfg": preprocess}, indent=2)

@@ -25,12 +25,13 @@ class Recipe:
         out: the run folder.
         seed: of initial weights, data order, augmentation and patch dropout.
         resume: go on from the run folder's last checkpoint, or start if there is none.
-        initialise_from: weights to start from, anything `contracap.load` reads; positions are interpolated to another picture size.
+        initialise_from: weights to start from, anything `contracap.load` reads; positions are interpolated to
+            another picture size.
         frozen: parameters that stay as they are, by the beginning of their names: `["vision", "text.token_embedding"]`.
         device: `auto` is CUDA when there is one, else the CPU.
         precision: `bf16` runs the forward pass under autocast; weights and optimizer stay float32.
-        accumulation: parts a batch is cut into, one forward and backward each. The captioning loss equals that of the whole batch;
-            the contrastive loss contrasts within a part.
+        accumulation: parts a batch is cut into, one forward and backward each. The captioning loss equals that of
+            the whole batch; the contrastive loss contrasts within a part.
         ema_decay: of the moving average of the weights, per step; 0 keeps none.
         nonfinite: what a NaN or infinite loss or gradient does: `stop` the run, or `skip` that step.
         log_every: steps between records in metrics.jsonl and TensorBoard.
@@ -63,7 +64,9 @@ class Recipe:
         if self.log_every < 1 or self.validate_every < 0:
             raise ValueError("log_every must be at least 1 and validate_every at least 0")
         if self.accumulation < 1 or self.data.batch_size % self.accumulation:
-            raise ValueError(f"accumulation is {self.accumulation}; it must divide data.batch_size {self.data.batch_size}")
+            raise ValueError(
+                f"accumulation is {self.accumulation}; it must divide data.batch_size {self.data.batch_size}"
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.validate_every and self.data.validation is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from contracap.config import to_toml
-from contracap.data.loader import TrainingBatches, validation_batches
+from contracap.data.loader import DataConfig, TrainingBatches, validation_batches
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.weights import WeightsError, interpolate_position, meta_state, require_same_keys, shapes_of
@@ -16,6 +16,7 @@ from contracap.pretrained import processor_for, random_model, read_weights
 from contracap.recipe import Recipe
 from contracap.training.checkpoint import (
     CheckpointError,
+    checkpoint_name,
     last_checkpoint,
     moving_average,
     restore_checkpoint,
@@ -44,7 +45,9 @@ def train(recipe: Recipe) -> Path:
     checkpoints = folder / CHECKPOINTS
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint and not recipe.resume:
-        raise CheckpointError(f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out")
+        raise CheckpointError(
+            f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
+        )
     device = _device(recipe)
     model, image = starting_model(recipe)
     freeze(model, recipe.frozen)
@@ -74,7 +77,7 @@ def train(recipe: Recipe) -> Path:
     with Recorder(folder, start=state.step, total_steps=recipe.steps) as recorder:
 
         def validation() -> None:
-            recorder.record(state.step, validate(model, recipe, config))
+            recorder.record(state.step, validate(model, recipe.data, config))
 
         def checkpointing() -> None:
             save_checkpoint(checkpoints, state, image=image, data=batches.state_dict(), keep=recipe.checkpoint.keep)
@@ -86,14 +89,15 @@ def train(recipe: Recipe) -> Path:
             repeat_steps(state, batches, config, recorder=recorder, events=events, nonfinite=recipe.nonfinite)
         except TrainingError as error:
             raise TrainingError(
-                f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. Lower optimizer.peak_rate, or "
-                "say nonfinite=skip to leave such steps out"
+                f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. "
+                "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
             ) from None
-    return checkpoints / last_checkpoint(checkpoints).name
+    return checkpoints / checkpoint_name(recipe.steps)
 
 
 def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
-    """The model before its first step: random, or from the recipe's weights with positions interpolated to its picture size.
+    """The model before its first step: random, or from the recipe's weights with positions interpolated to its
+    picture size.
 
     Raises: WeightsError: if the weights are of another size than the recipe says.
     """
@@ -118,14 +122,14 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
 
 
 @torch.inference_mode()
-def validate(model: CoCa, recipe: Recipe, config: StepConfig) -> dict[str, float]:
+def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, float]:
     """Mean losses over the full batches of `data.validation`, under `validation_...` names."""
     model.eval()
     sums: dict[str, float] = {}
     tokenizer = processor_for(model.config, config.image).tokenizer
     batches = tokens = 0
     for batch in validation_batches(
-        recipe.data.validation, batch_size=recipe.data.batch_size, image=config.image, tokenizer=tokenizer
+        data.validation or (), batch_size=data.batch_size, image=config.image, tokenizer=tokenizer
     ):
         batch = batch.to(model.device)
         batches += 1

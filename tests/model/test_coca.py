@@ -9,6 +9,7 @@ from contracap.pretrained import random_model
 
 from .tiny_models import POOLERS, TINY, tiny_clip, with_pooler
 
+
 def texts(*lengths: int) -> torch.Tensor:
     ids = torch.zeros(len(lengths), TINY.text.context, dtype=torch.int64)
     for row, length in enumerate(lengths):

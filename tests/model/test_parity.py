@@ -122,8 +122,8 @@ def test_open_clip_configuration_is_ours(open_clip, name: str) -> None:
 def test_id_0_inside_a_text_hides_nothing_from_the_decoder_unlike_in_open_clip_3_3_0(open_clip) -> None:
     """The mark "!" in a run of punctuation is id 0, which open_clip takes for fill.
 
-    The code that trained the released weights (2023) hid the key after it from the class token alone; 3.3.0 hides it from
-    every later token, so that its caption logits change from there on. Ours follow 2023.
+    The code that trained the released weights (2023) hid the key after it from the class token alone; 3.3.0 hides it
+    from every later token, so that its caption logits change from there on. Ours follow 2023.
     """
     peer, model = peer_and_ours(open_clip, "coca_ViT-B-32")
     ids = open_clip.get_tokenizer("coca_ViT-B-32")(["wow!; what a goal"])

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from contracap.model.sizes import SIZES
@@ -12,14 +14,16 @@ def test_rate_climbs_in_a_line_and_falls_along_a_cosine() -> None:
     assert rates[4] == 1.0
     assert rates[54] == pytest.approx(0.55)  # half way down
     assert rates[104] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[4:]))
 
 
 def test_only_matrices_that_multiply_a_signal_decay() -> None:
     model, _ = random_model(SIZES["tiny"], seed=0)
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay = {names[parameter]: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    decay = {
+        names[parameter]: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
     assert set(decay) == set(names.values())
     for name in (
         "vision.patch_embedding.weight",
@@ -49,7 +53,9 @@ def test_frozen_parts_are_named_by_whole_words() -> None:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {name.split(".")[0] for name in frozen} == {"vision", "text"}
     assert all(name.startswith(("vision.", "text.blocks.0.")) for name in frozen)
-    with pytest.raises(ValueError, match="begins with 'visio'; the parts are decoder, logit_scale, pooler, text, vision"):
+    with pytest.raises(
+        ValueError, match="begins with 'visio'; the parts are decoder, logit_scale, pooler, text, vision"
+    ):
         freeze(model, ["visio"])
     freeze(model, ["vision", "pooler", "text", "decoder", "logit_scale"])
     with pytest.raises(ValueError, match="nothing is left to train"):

@@ -61,7 +61,10 @@ def test_both_losses_fall_when_a_batch_repeats() -> None:
 @pytest.mark.parametrize(
     ("loss", "untouched"),
     [
-        (LossConfig(contrastive=0.0, captioning=1.0), ["text.class_token", "text.projection", "pooler.projection", "logit_scale"]),
+        (
+            LossConfig(contrastive=0.0, captioning=1.0),
+            ["text.class_token", "text.projection", "pooler.projection", "logit_scale"],
+        ),
         (LossConfig(contrastive=1.0, captioning=0.0), ["decoder"]),
     ],
 )
@@ -92,7 +95,9 @@ def test_accumulated_contrast_is_the_mean_over_the_parts() -> None:
     loss = LossConfig(contrastive=1.0, captioning=0.0)
     accumulated = train_step(new_state(), batch(), replace(CONFIG, loss=loss, accumulation=2))
     halves = [train_step(new_state(), half, replace(CONFIG, loss=loss)) for half in batch().split(2)]
-    assert accumulated["contrastive_loss"] == pytest.approx(sum(half["contrastive_loss"] for half in halves) / 2, rel=1e-5)
+    assert accumulated["contrastive_loss"] == pytest.approx(
+        sum(half["contrastive_loss"] for half in halves) / 2, rel=1e-5
+    )
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

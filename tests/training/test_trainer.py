@@ -38,7 +38,11 @@ def test_a_run_leaves_what_the_documents_promise(recipe_values: dict) -> None:
     folder = Path(recipe_values["out"])
     assert checkpoint == folder / "checkpoints" / "step-00000008"
     assert (folder / "checkpoints" / "last").resolve() == checkpoint.resolve()
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last", "step-00000004", "step-00000008"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "last",
+        "step-00000004",
+        "step-00000008",
+    ]
     assert list((folder / "tensorboard").iterdir())
     records = read_metrics(folder)
     assert [step for step, *_ in losses(folder)] == list(range(1, 9))
@@ -133,13 +137,17 @@ def test_a_checkpoint_cut_off_while_being_written_is_not_taken(recipe_values: di
 
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
-def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(recipe_values: dict, monkeypatch, nonfinite: str) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(
+    recipe_values: dict, monkeypatch, nonfinite: str
+) -> None:
     from contracap.training import step as module
 
     calls = iter(range(100))
     loss = module.contrastive_loss
     monkeypatch.setattr(
-        module, "contrastive_loss", lambda *args, **kwargs: loss(*args, **kwargs) * (float("nan") if next(calls) == 5 else 1)
+        module,
+        "contrastive_loss",
+        lambda *args, **kwargs: loss(*args, **kwargs) * (float("nan") if next(calls) == 5 else 1),
     )
     recipe = build(Recipe, recipe_values | {"nonfinite": nonfinite})
     if nonfinite == "stop":
@@ -174,7 +182,7 @@ def test_a_run_starts_from_other_weights_at_another_picture_size(recipe_values: 
 def test_weights_of_another_size_are_refused(recipe_values: dict, tmp_path: Path) -> None:
     model, processor = load("tiny", weights="random", seed=0)
     save(tmp_path / "tiny.safetensors", model=model.config, image=processor.image_config, state=model.state_dict())
-    with pytest.raises(WeightsError, match="is not of size scenes: the weights do not fit: .*missing"):
+    with pytest.raises(WeightsError, match=r"is not of size scenes: the weights do not fit: .*missing"):
         train(build(Recipe, recipe_values | {"size": "scenes", "initialise_from": str(tmp_path / "tiny.safetensors")}))
 
 

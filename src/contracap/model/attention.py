@@ -38,11 +38,15 @@ class SelfAttention(nn.Module):
 
         Args:
             causal: each token sees itself and what comes before.
-            class_keys: given when the last row of `tokens` is a class token that no other row sees; true where it looks.
+            class_keys: given when the last row of `tokens` is a class token that no other row sees; true where it
+                looks.
             cache: keys and values of earlier tokens, which these follow; they are appended to it.
         """
         query, key, value = rearrange(
-            self.query_key_value(tokens), "batch token (part head dim) -> part batch head token dim", part=3, head=self.heads
+            self.query_key_value(tokens),
+            "batch token (part head dim) -> part batch head token dim",
+            part=3,
+            head=self.heads,
         )
         if cache is not None:
             first = cache.length == 0
@@ -84,7 +88,10 @@ class CrossAttention(nn.Module):
     ) -> tuple[Float[Tensor, "images head memory dim"], Float[Tensor, "images head memory dim"]]:
         """Keys and values of a memory, once for all the queries that will read it."""
         key, value = rearrange(
-            self.key_value(memory), "images memory (part head dim) -> part images head memory dim", part=2, head=self.heads
+            self.key_value(memory),
+            "images memory (part head dim) -> part images head memory dim",
+            part=2,
+            head=self.heads,
         )
         return key, value
 
@@ -94,7 +101,8 @@ class CrossAttention(nn.Module):
         key: Float[Tensor, "images head memory dim"],
         value: Float[Tensor, "images head memory dim"],
     ) -> Float[Tensor, "rows token width"]:
-        """Attend to projected memory. Rows that share a picture (its beams, neighbours in `rows`) share its memory, uncopied."""
+        """Attend to projected memory. Rows that share a picture (its beams, neighbours in `rows`) share its memory,
+        uncopied."""
         images = len(key)
         query = rearrange(
             self.query(queries),
@@ -104,5 +112,7 @@ class CrossAttention(nn.Module):
         )
         attended = scaled_dot_product_attention(query, key, value)
         return self.out(
-            rearrange(attended, "images head (beam token) dim -> (images beam) token (head dim)", token=queries.shape[1])
+            rearrange(
+                attended, "images head (beam token) dim -> (images beam) token (head dim)", token=queries.shape[1]
+            )
         )

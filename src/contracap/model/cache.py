@@ -14,7 +14,9 @@ class LayerCache:
         length: tokens held so far.
     """
 
-    def __init__(self, *, rows: int, heads: int, max_tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, *, rows: int, heads: int, max_tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ):
         self.keys = torch.empty(rows, heads, max_tokens, head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         self.length = 0
@@ -28,7 +30,9 @@ class LayerCache:
         """
         start, end = self.length, self.length + keys.shape[2]
         if end > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens; {end} were asked for. Give a larger max_tokens.")
+            raise ValueError(
+                f"the cache holds {self.keys.shape[2]} tokens; {end} were asked for. Give a larger max_tokens."
+            )
         self.keys[:, :, start:end] = keys
         self.values[:, :, start:end] = values
         self.length = end
@@ -42,13 +46,14 @@ class LayerCache:
 
 @dataclass
 class DecodingCache:
-    """All that a decoding step reads besides its new tokens. Rows are picture-major: the beams of one picture are neighbours.
+    """All that a decoding step reads besides its new tokens. Rows are picture-major: the beams of one picture are
+    neighbours.
 
     Attributes:
         text: one cache per layer of the text encoder.
         decoder: one cache per self-attention layer of the text decoder.
-        memory: per cross-attention layer, keys and values of the caption tokens, each [images head memory dim]; held once per
-            picture, whatever the number of its beams.
+        memory: per cross-attention layer, keys and values of the caption tokens, each [images head memory dim]; held
+            once per picture, whatever the number of its beams.
     """
 
     text: list[LayerCache]

@@ -36,8 +36,10 @@ class CoCaConfig:
         if self.pooler.kind == "class_token":
             raise ValueError("a decoder needs caption tokens; pooler.kind 'class_token' makes none: use 'shared'")
         if self.embed_dim != self.text.width:
-            raise ValueError(f"the decoder reads caption tokens of its own width: embed_dim {self.embed_dim} must equal "
-                             f"text.width {self.text.width}")  # fmt: skip
+            raise ValueError(
+                "the decoder reads caption tokens of its own width: "
+                f"embed_dim {self.embed_dim} must equal text.width {self.text.width}"
+            )
 
 
 @dataclass
@@ -48,7 +50,8 @@ class CoCaOutput:
         image_features: [batch embed], unit rows.
         text_features: [batch embed], unit rows.
         logit_scale: scalar, already exponentiated.
-        logits: [batch context-1 vocabulary]; row i scores token i + 1, rows beyond the text are unspecified. None without a decoder.
+        logits: [batch context-1 vocabulary]; row i scores token i + 1, rows beyond the text are unspecified. None
+            without a decoder.
     """
 
     image_features: Float[Tensor, "batch embed"]
@@ -72,7 +75,8 @@ class TrainingFeatures:
 
 
 class CoCa(nn.Module):
-    """A contrastive captioner on one device. Source: CoCa (arXiv 2205.01917), laid out as the released open_clip models."""
+    """A contrastive captioner on one device. Source: CoCa (arXiv 2205.01917), laid out as the released open_clip
+    models."""
 
     def __init__(self, config: CoCaConfig):
         super().__init__()
@@ -127,8 +131,9 @@ class CoCa(nn.Module):
         Raises: ValueError: if a text is longer than the context.
         """
         features = self.features(pixels, self.text.fit(ids), contrastive=True, captioning=self.decoder is not None)
+        assert features.image_features is not None and features.text_features is not None  # both were wanted
         logits = None
-        if features.caption_states is not None:
+        if self.decoder is not None:
             logits = self.decoder.vocabulary(features.caption_states)
             logits = pad(logits, (0, 0, 0, self.config.text.context - 1 - logits.shape[1]))
         return CoCaOutput(features.image_features, features.text_features, self.logit_scale.exp(), logits)
@@ -141,19 +146,20 @@ class CoCa(nn.Module):
         contrastive: bool,
         captioning: bool,
     ) -> TrainingFeatures:
-        """What the wanted losses read; the other branch is not computed. `ids` as the text encoder's `fit` leaves them."""
+        """What the wanted losses read; the other branch is not computed. `ids` as the text encoder's `fit` leaves
+        them."""
         image_tokens = self.vision(pixels)
         if not captioning:
             text_embedding, _ = self.text(ids)
             return TrainingFeatures(unit(self.pooler.contrastive(image_tokens)), unit(text_embedding))
-        self.require_decoder()
+        decoder = self.require_decoder()
         if not contrastive:
             caption_tokens = self.pooler.caption_tokens(image_tokens)
             states = self.text.token_states(ids[:, :-1])
-            return TrainingFeatures(caption_states=self.decoder(states, self.decoder.project(caption_tokens)))
+            return TrainingFeatures(caption_states=decoder(states, decoder.project(caption_tokens)))
         image_embedding, caption_tokens = self.pooler(image_tokens)
         text_embedding, states = self.text(ids)
-        caption_states = self.decoder(states[:, :-1], self.decoder.project(caption_tokens))
+        caption_states = decoder(states[:, :-1], decoder.project(caption_tokens))
         return TrainingFeatures(unit(image_embedding), unit(text_embedding), caption_states)
 
     def start_decoding(
@@ -163,11 +169,10 @@ class CoCa(nn.Module):
 
         Raises: ValueError: if `max_tokens` exceeds the context.
         """
-        self.require_decoder()
-        text, decoder = self.config.text, self.config.decoder
+        decoder, text = self.require_decoder(), self.config.text
         if max_tokens > text.context:
             raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
-        memory = self.decoder.project(caption_tokens)
+        memory = decoder.project(caption_tokens)
 
         def caches(layers: int, heads: int) -> list[LayerCache]:
             return [
@@ -182,22 +187,31 @@ class CoCa(nn.Module):
                 for _ in range(layers)
             ]
 
-        return DecodingCache(caches(text.layers, text.heads), caches(decoder.layers, decoder.heads), memory)
+        return DecodingCache(
+            caches(text.layers, text.heads), caches(decoder.config.layers, decoder.config.heads), memory
+        )
 
     def decode(self, ids: Int64[Tensor, "rows token"], cache: DecodingCache) -> Float[Tensor, "rows vocabulary"]:
         """Append tokens to the cache and score what follows the last of them; float32 logits.
 
         The first call may give several tokens per row (a prompt), later ones give one.
         """
-        states = self.text.token_states(ids, cache.text)
-        return self.decoder.vocabulary(self.decoder(states, cache.memory, cache.decoder)[:, -1]).float()
+        decoder = self.require_decoder()
+        states = decoder(self.text.token_states(ids, cache.text), cache.memory, cache.decoder)
+        return decoder.vocabulary(states[:, -1]).float()
 
-    def require_decoder(self) -> None:
-        """Raises: ValueError: if the model is a CLIP."""
+    def require_decoder(self) -> TextDecoder:
+        """The text decoder.
+
+        Raises: ValueError: if the model is a CLIP, which has none.
+        """
         if self.decoder is None:
-            raise ValueError("this model has no text decoder (it is a CLIP): it cannot caption; load or train a coca size")
+            raise ValueError(
+                "this model has no text decoder (it is a CLIP): it cannot caption; load or train a coca size"
+            )
+        return self.decoder
 
 
 def unit(embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:
     """Rows of length 1, at least in float32."""
-    return normalize(embedding.double() if embedding.dtype == torch.float64 else embedding.float(), dim=-1)
+    return normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)

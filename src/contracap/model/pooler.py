@@ -1,5 +1,6 @@
 """Attentional pooling: learned queries make the contrastive vector and the caption tokens out of the image tokens."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +17,10 @@ class PoolerConfig:
     """How image tokens become one contrastive vector and a sequence of caption tokens.
 
     Attributes:
-        kind: `shared`, one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the released
-            layout); `cascade`, a contrastive query on top of all caption tokens, and `parallel`, a contrastive query beside
-            them (both the paper's); `class_token`, no queries at all: CLIP's vector, and no caption tokens.
+        kind: `shared`, one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the
+            released layout); `cascade`, a contrastive query on top of all caption tokens, and `parallel`, a
+            contrastive query beside them (both the paper's); `class_token`, no queries at all: CLIP's vector, and no
+            caption tokens.
         queries: learned queries, the contrastive one included where it is `shared`.
     """
 
@@ -28,7 +30,8 @@ class PoolerConfig:
 
 
 class AttentionalPool(nn.Module):
-    """Learned queries attend to a memory once; no residual, no feed-forward. Source: Set Transformer (arXiv 1810.00825)."""
+    """Learned queries attend to a memory once; no residual, no feed-forward. Source: Set Transformer (arXiv
+    1810.00825)."""
 
     def __init__(self, width: int, *, queries: int, heads: int, memory_width: int):
         super().__init__()
@@ -53,7 +56,29 @@ class AttentionalPool(nn.Module):
         return self.attention(queries, key, value)
 
 
-class SharedPooler(nn.Module):
+class Pooler(nn.Module, ABC):
+    """What the model asks of every kind of pooler."""
+
+    @abstractmethod
+    def initialise(self) -> None:
+        """Fill what the pooler owns."""
+
+    @abstractmethod
+    def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
+        """The contrastive vector alone, not of unit length."""
+
+    @abstractmethod
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
+        """The caption tokens alone."""
+
+    @abstractmethod
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"]
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
+        """Contrastive vector and caption tokens."""
+
+
+class SharedPooler(Pooler):
     """One pool; query 0 is projected to the contrastive vector, the others are the caption tokens as they are."""
 
     def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int):
@@ -63,7 +88,6 @@ class SharedPooler(nn.Module):
         self.projection = nn.Linear(embed_dim, embed_dim, bias=False)
 
     def initialise(self) -> None:
-        """Fill what the pooler owns."""
         self.pool.initialise()
         self.norm_out.reset_parameters()
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
@@ -73,22 +97,21 @@ class SharedPooler(nn.Module):
         return self.projection(self.norm_out(self.pool(tokens, slice(0, 1)))[:, 0])
 
     def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
-        """The caption tokens alone."""
         return self.norm_out(self.pool(tokens, slice(1, None)))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
     ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
-        """Contrastive vector and caption tokens."""
         pooled = self.norm_out(self.pool(tokens))
         return self.projection(pooled[:, 0]), pooled[:, 1:]
 
 
-class TwoPoolers(nn.Module):
+class TwoPoolers(Pooler):
     """The paper's: one pool for the caption tokens, and one query of its own for the contrastive vector.
 
-    In a cascade that query reads the caption tokens, in parallel it reads the image tokens. Image tokens are normalised before
-    the pools, and nothing is projected after them. Source: CoCa (arXiv 2205.01917), section 3.2, attentional poolers.
+    In a cascade that query reads the caption tokens, in parallel it reads the image tokens. Image tokens are
+    normalised before the pools, and nothing is projected after them. Source: CoCa (arXiv 2205.01917), section 3.2,
+    attentional poolers.
     """
 
     def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int):
@@ -103,7 +126,6 @@ class TwoPoolers(nn.Module):
         )
 
     def initialise(self) -> None:
-        """Fill what the pooler owns."""
         self.norm_in.reset_parameters()
         self.caption_pool.initialise()
         self.contrastive_pool.initialise()
@@ -114,19 +136,17 @@ class TwoPoolers(nn.Module):
         return self.contrastive_pool(self.caption_pool(tokens) if self.cascade else tokens)[:, 0]
 
     def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
-        """The caption tokens alone."""
         return self.caption_pool(self.norm_in(tokens))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
     ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
-        """Contrastive vector and caption tokens."""
         tokens = self.norm_in(tokens)
         caption_tokens = self.caption_pool(tokens)
         return self.contrastive_pool(caption_tokens if self.cascade else tokens)[:, 0], caption_tokens
 
 
-class ClassTokenPooler(nn.Module):
+class ClassTokenPooler(Pooler):
     """CLIP's: the class token, normalised and projected. There are no caption tokens."""
 
     def __init__(self, *, embed_dim: int, vision_width: int):
@@ -135,16 +155,22 @@ class ClassTokenPooler(nn.Module):
         self.projection = nn.Linear(vision_width, embed_dim, bias=False)
 
     def initialise(self) -> None:
-        """Fill what the pooler owns."""
         self.norm_out.reset_parameters()
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
-        """The contrastive vector."""
         return self.projection(self.norm_out(tokens[:, 0]))
 
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch 0 embed"]:
+        return tokens[:, :0] @ self.projection.weight.T
 
-def build_pooler(config: PoolerConfig, *, embed_dim: int, vision_width: int) -> nn.Module:
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"]
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch 0 embed"]]:
+        return self.contrastive(tokens), self.caption_tokens(tokens)
+
+
+def build_pooler(config: PoolerConfig, *, embed_dim: int, vision_width: int) -> Pooler:
     """The pooler that `config.kind` names."""
     if config.kind == "shared":
         return SharedPooler(config, embed_dim=embed_dim, vision_width=vision_width)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from contracap.model.cache import LayerCache
-from contracap.model.transformer import CrossBlock, SelfBlock
+from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import lengths
 
 
@@ -21,8 +21,8 @@ class TextConfig:
         context: longest text in tokens, start and end included; the class token comes on top.
         vocab_size: tokens of the tokenizer; the last two are start and end.
         pool: where the contrastive vector is read: at a class token after the text (CoCa), or at the end token (CLIP).
-        cls_mask: what the class token sees. `correct`: the text and itself. `legacy`, as the released weights were trained:
-            the text, the first fill token after it, and itself only if the text fills the context.
+        cls_mask: what the class token sees. `correct`: the text and itself. `legacy`, as the released weights were
+            trained: the text, the first fill token after it, and itself only if the text fills the context.
     """
 
     context: int = 76
@@ -67,7 +67,7 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.class_token = nn.Parameter(torch.empty(config.width)) if has_class_token else None
         self.position = nn.Parameter(torch.empty(config.context + has_class_token, config.width))
-        self.blocks = nn.ModuleList(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.blocks = Stack(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
 
@@ -77,8 +77,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.position, std=0.01)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.01)
-        for block in self.blocks:
-            block.initialise(depth=self.config.layers)
+        self.blocks.initialise()
         self.norm_out.reset_parameters()
         nn.init.normal_(self.projection.weight, std=self.config.width**-0.5)
 
@@ -126,7 +125,8 @@ class TextEncoder(nn.Module):
         if self.config.cls_mask == "correct":
             visible = torch.arange(tokens, device=ids.device) < lengths(ids, self.config.end)[:, None]
             return torch.nn.functional.pad(visible, (0, 1), value=True)
-        # The release tested the id before each key, so that the fill id 0 hides a key one place late; see docs/decisions.
+        # The release tested the id before each key, so that the fill id 0 hides a key one place late; see
+        # docs/decisions.
         visible = torch.nn.functional.pad(ids != 0, (1, 0), value=True)
         if tokens < self.config.context:
             visible[:, -1] = False
@@ -142,15 +142,15 @@ class TextDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, *, width: int, vocab_size: int):
         super().__init__()
         self.config = config
-        self.self_blocks = nn.ModuleList(SelfBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
-        self.cross_blocks = nn.ModuleList(CrossBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.self_blocks = Stack(SelfBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.cross_blocks = Stack(CrossBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, vocab_size, bias=False)
 
     def initialise(self) -> None:
         """Fill what the decoder owns, the vocabulary matrix by N(0, 1 / width)."""
-        for block in [*self.self_blocks, *self.cross_blocks]:
-            block.initialise(depth=self.config.layers)
+        self.self_blocks.initialise()
+        self.cross_blocks.initialise()
         self.norm_out.reset_parameters()
         nn.init.normal_(self.vocabulary.weight, std=self.vocabulary.in_features**-0.5)
 
@@ -164,7 +164,8 @@ class TextDecoder(nn.Module):
         memory: list[tuple[Tensor, Tensor]],
         caches: list[LayerCache] | None = None,
     ) -> Float[Tensor, "rows token width"]:
-        """Normalised states, which `vocabulary` turns into logits; arguments as `project` and `token_states` make them."""
+        """Normalised states, which `vocabulary` turns into logits; arguments as `project` and `token_states` make
+        them."""
         for index, (self_block, cross_block) in enumerate(zip(self.self_blocks, self.cross_blocks, strict=True)):
             states = self_block(states, causal=True, cache=caches[index] if caches else None)
             states = cross_block(states, *memory[index])

@@ -1,10 +1,15 @@
 """The pre-norm residual blocks that every tower is made of."""
 
+from collections.abc import Iterator
+from typing import Generic, TypeVar, cast
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from contracap.model.attention import CrossAttention, SelfAttention
 from contracap.model.cache import LayerCache
+
+Block = TypeVar("Block", "SelfBlock", "CrossBlock")
 
 
 class FeedForward(nn.Module):
@@ -91,3 +96,15 @@ class CrossBlock(nn.Module):
     ) -> Float[Tensor, "rows token width"]:
         tokens = tokens + self.attention(self.attention_norm(tokens), key, value)
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
+
+
+class Stack(nn.ModuleList, Generic[Block]):
+    """Blocks in their order; whoever owns them says how they are run."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return cast(Iterator[Block], super().__iter__())
+
+    def initialise(self) -> None:
+        """Fill what the blocks own, for a residual stream as deep as the stack."""
+        for block in self:
+            block.initialise(depth=len(self))

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from contracap.model.transformer import SelfBlock
+from contracap.model.transformer import SelfBlock, Stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class VisionConfig:
 
 
 class VisionEncoder(nn.Module):
-    """Patches and a class token through pre-norm blocks. Source: ViT (arXiv 2010.11929), with CLIP's norm before the blocks."""
+    """Patches and a class token through pre-norm blocks. Source: ViT (arXiv 2010.11929), with CLIP's norm before the
+    blocks."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -47,7 +48,7 @@ class VisionEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.position = nn.Parameter(torch.empty(1 + config.patches, config.width))
         self.norm_in = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.blocks = Stack(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
 
     def initialise(self) -> None:
         """Fill what the encoder owns."""
@@ -55,14 +56,15 @@ class VisionEncoder(nn.Module):
         nn.init.normal_(self.class_token, std=self.config.width**-0.5)
         nn.init.normal_(self.position, std=self.config.width**-0.5)
         self.norm_in.reset_parameters()
-        for block in self.blocks:
-            block.initialise(depth=self.config.layers)
+        self.blocks.initialise()
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
         """Tokens of normalised pictures, the class token first."""
         size = self.config.image_size
         if images.shape[2:] != (size, size):
-            raise ValueError(f"pictures are {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}")
+            raise ValueError(
+                f"pictures are {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}"
+            )
         patches = rearrange(self.patch_embedding(images), "batch dim row column -> batch (row column) dim")
         patches = self.drop(patches + self.position[1:])
         first = repeat(self.class_token + self.position[0], "dim -> batch 1 dim", batch=len(images))

@@ -1,8 +1,10 @@
-"""Foreign weight names to ours and back: the layout of open_clip's CoCa and CLIP files, and the shape checks of every load."""
+"""Foreign weight names to ours and back: the layout of open_clip's CoCa and CLIP files, and the shape checks of
+every load."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -33,7 +35,6 @@ def open_clip_rows(config: CoCaConfig) -> list[Row]:
 
     Source: the key table in open_clip's own state dicts, checked by tests against the package.
     """
-    with_decoder = config.decoder is not None
     text = "text." if config.text.pool == "class_token" else ""
     rows = [
         _same("logit_scale", "logit_scale"),
@@ -51,7 +52,7 @@ def open_clip_rows(config: CoCaConfig) -> list[Row]:
     ]
     if config.text.pool == "class_token":
         rows.append(_same("text.cls_emb", "text.class_token"))
-    if with_decoder:
+    if config.decoder is not None:
         layers = config.decoder.layers
         rows += _self_blocks("text_decoder.resblocks", "decoder.self_blocks", layers)
         for index in range(layers):
@@ -79,7 +80,9 @@ def from_open_clip(tensors: Mapping[str, Tensor], config: CoCaConfig) -> dict[st
     require_same_keys(shapes_of(theirs), shapes_of(to_open_clip(empty, config)))
     state = {}
     for row in open_clip_rows(config):
-        state |= _restack(theirs, row.theirs, row.ours, [len(empty[name]) for name in row.ours if empty[name].ndim], row.transposed)
+        state |= _restack(
+            theirs, row.theirs, row.ours, [len(empty[name]) for name in row.ours if empty[name].ndim], row.transposed
+        )
     return {name: state[name] for name in empty}
 
 
@@ -110,7 +113,8 @@ def key_differences(found: Mapping[str, torch.Size], expected: Mapping[str, torc
         ],
     }
     return [
-        f"{len(names)} {kind}: {', '.join(names[:shown])}" + (f" and {len(names) - shown} more" if len(names) > shown else "")
+        f"{len(names)} {kind}: {', '.join(names[:shown])}"
+        + (f" and {len(names) - shown} more" if len(names) > shown else "")
         for kind, names in kinds.items()
         if names
     ]
@@ -150,7 +154,8 @@ def match_size(found: Mapping[str, torch.Size]) -> str | None:
 
 
 def config_from_open_clip(model: Mapping) -> CoCaConfig:
-    """Sizes from the `model_cfg` of an `open_clip_config.json`. Its files mean the legacy CLS mask unless they say otherwise.
+    """Sizes from the `model_cfg` of an `open_clip_config.json`. Its files mean the legacy CLS mask unless they say
+    otherwise.
 
     Raises: WeightsError: if it describes a model of another kind.
     """
@@ -165,8 +170,15 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
             (text, "ls_init_value", (None,)),
         ):
             if section.get(name, plain[0]) not in plain:
-                raise WeightsError(f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read")
-        kinds = {True: "shared", False: "class_token", "cascade": "cascade", "parallel": "parallel"}
+                raise WeightsError(
+                    f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read"
+                )
+        kinds: dict[bool | str, Literal["shared", "cascade", "parallel", "class_token"]] = {
+            True: "shared",
+            False: "class_token",
+            "cascade": "cascade",
+            "parallel": "parallel",
+        }
         has_class_token = bool(text.get("embed_cls", False))
         return CoCaConfig(
             embed_dim=model["embed_dim"],
@@ -241,7 +253,11 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
 
 
 def _restack(
-    tensors: Mapping[str, Tensor], source: tuple[str, ...], target: tuple[str, ...], target_rows: list[int], transposed: bool
+    tensors: Mapping[str, Tensor],
+    source: tuple[str, ...],
+    target: tuple[str, ...],
+    target_rows: list[int],
+    transposed: bool,
 ) -> dict[str, Tensor]:
     """Stack the source tensors and cut the stack into the target's; one to one, the tensor itself."""
     if len(source) == len(target) == 1:
@@ -294,7 +310,10 @@ def _attentional_pool(theirs: str, ours: str, *, packed: bool) -> list[Row]:
     if not packed:  # torch's attention keeps three matrices when the memory has another width than the queries
         attention[0:1] = [
             _same(f"{theirs}.attn.q_proj_weight", f"{ours}.attention.query.weight"),
-            Row((f"{theirs}.attn.k_proj_weight", f"{theirs}.attn.v_proj_weight"), (f"{ours}.attention.key_value.weight",)),
+            Row(
+                (f"{theirs}.attn.k_proj_weight", f"{theirs}.attn.v_proj_weight"),
+                (f"{ours}.attention.key_value.weight",),
+            ),
         ]
     return [
         _same(f"{theirs}.query", f"{ours}.queries"),

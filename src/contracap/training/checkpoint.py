@@ -47,16 +47,14 @@ class CheckpointConfig:
             raise ValueError("checkpoint.every and checkpoint.keep must be at least 1")
 
 
-def save_checkpoint(
-    folder: Path, state: TrainingState, *, image: ImageConfig, data: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(folder: Path, state: TrainingState, *, image: ImageConfig, data: dict[str, Any], keep: int) -> Path:
     """Write `folder/step-NNNNNNNN` and point `folder/last` at it; a kill at any moment leaves the one before.
 
     Args:
         data: position in the data, plain JSON values.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{state.step:08d}"
+    final = folder / checkpoint_name(state.step)
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -84,7 +82,8 @@ def save_checkpoint(
 def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
     """Fill `state` from a checkpoint of the same model and return the position in the data.
 
-    Raises: CheckpointError: if the checkpoint is of another model or lacks a part. WeightsError: if its weights are broken.
+    Raises: CheckpointError: if the checkpoint is of another model or lacks a part. WeightsError: if its weights are
+        broken.
     """
     weights = read_weights(checkpoint / WEIGHTS_FILE)
     if weights.model != state.model.config:
@@ -106,6 +105,11 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
             tensor.copy_(average[name])
     state.step = position["step"]
     return position["data"]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -28,14 +28,17 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.peak_rate <= 0 or not 0 <= self.final_rate <= self.peak_rate:
-            raise ValueError(f"rates must be 0 <= final_rate <= peak_rate and peak_rate > 0; they are {self.final_rate} and "
-                             f"{self.peak_rate}")  # fmt: skip
+            raise ValueError(
+                "the learning rates must be 0 <= final_rate <= peak_rate, with peak_rate above 0; "
+                f"they are {self.final_rate} and {self.peak_rate}"
+            )
         if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
             raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
 
 
 def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
-    """Learning rate of the update after `step` updates: linear warm-up to the peak, then half a cosine to the final rate."""
+    """Learning rate of the update after `step` updates: linear warm-up to the peak, then half a cosine to the final
+    rate."""
     if step < config.warmup_steps:
         return config.peak_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -43,7 +46,8 @@ def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> fl
 
 
 def decays(module: nn.Module, parameter_name: str) -> bool:
-    """Whether weight decay applies: to matrices that multiply a signal, not to norms, biases, embeddings, positions and queries."""
+    """Whether weight decay applies: to matrices that multiply a signal, not to norms, biases, embeddings, positions
+    and queries."""
     return parameter_name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
 
 

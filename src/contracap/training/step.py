@@ -54,7 +54,8 @@ def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tenso
 
     Args:
         batch: on the model's device.
-        tokens: what the captioning loss is divided by: the labels of the batch, or of the larger one that this is a part of.
+        tokens: what the captioning loss is divided by: the labels of the batch, or of the larger one that this is a
+            part of.
     """
     wanted = config.loss
     parts = {}
@@ -65,7 +66,7 @@ def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tenso
             contrastive=wanted.contrastive > 0,
             captioning=wanted.captioning > 0,
         )
-        if features.caption_states is not None:
+        if features.caption_states is not None and model.decoder is not None:
             parts["captioning_loss"] = captioning_loss(
                 features.caption_states,
                 model.decoder.vocabulary.weight,
@@ -73,7 +74,9 @@ def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tenso
                 valid=label_mask(batch.ids, model.config.text.end),
                 tokens=tokens,
             )
-    if features.image_features is not None:  # outside autocast: the product of the embeddings stays float32
+    if (
+        features.image_features is not None and features.text_features is not None
+    ):  # outside autocast: the product of the embeddings stays float32
         parts["contrastive_loss"] = contrastive_loss(
             features.image_features, features.text_features, logit_scale=model.logit_scale.exp()
         )
@@ -87,7 +90,8 @@ def label_mask(ids: Tensor, end: int) -> Tensor:
 
 
 def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[str, float]:
-    """Forward, backward, clip, update. Returns losses (nats), `gradient_norm` before clipping, `logit_scale`, `learning_rate`.
+    """Forward, backward, clip, update. Returns losses (nats), `gradient_norm` before clipping, `logit_scale`,
+    `learning_rate`.
 
     Randomness (patch dropout) depends on the seed and the step alone, so that a resumed run repeats it.
 
@@ -101,13 +105,14 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     model.train()
     batch = batch.to(model.device)
     tokens = label_mask(batch.ids, model.config.text.end).sum()
-    # Of each part the captioning loss is a share of the whole batch's; the contrastive loss a mean over the part's rows.
+    # Of each part the captioning loss is a share of the whole batch's; the contrastive loss a mean over the part's
+    # rows.
     shares = {"contrastive_loss": 1 / config.accumulation, "captioning_loss": 1.0}
     weights = {"contrastive_loss": config.loss.contrastive, "captioning_loss": config.loss.captioning}
     totals: dict[str, Tensor] = {}
     for part in batch.split(config.accumulation):
         values = {name: value * shares[name] for name, value in losses(model, part, config, tokens=tokens).items()}
-        sum(weights[name] * value for name, value in values.items()).backward()
+        torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
     norm = torch.nn.utils.clip_grad_norm_(
         [parameter for parameter in model.parameters() if parameter.grad is not None],
@@ -123,8 +128,6 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     with torch.no_grad():
         model.logit_scale.clamp_(*LOGIT_SCALE_RANGE)
         if state.average is not None:
-            current = dict(model.named_parameters())
-            torch._foreach_lerp_(
-                list(state.average.values()), [current[name] for name in state.average], 1.0 - config.ema_decay
-            )
+            for name, parameter in model.named_parameters():
+                state.average[name].lerp_(parameter, 1.0 - config.ema_decay)
     return numbers | {"learning_rate": rate, "logit_scale": model.logit_scale.exp().item()}
