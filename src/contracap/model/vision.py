@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from contracap.model.transformer import SelfBlock, Stack
@@ -44,7 +44,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.width, bias=False)
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.position = nn.Parameter(torch.empty(1 + config.patches, config.width))
         self.norm_in = nn.LayerNorm(config.width)
@@ -65,18 +65,30 @@ class VisionEncoder(nn.Module):
             raise ValueError(
                 f"pictures are {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}"
             )
-        patches = rearrange(self.patch_embedding(images), "batch dim row column -> batch (row column) dim")
-        patches = self.drop(patches + self.position[1:])
+        patches = rearrange(
+            images,
+            "batch channel (row height) (column width) -> batch (row column) (channel height width)",
+            height=self.config.patch_size,
+            width=self.config.patch_size,
+        )
+        kept = self.kept_patches(patches)
+        patches, position = pick(patches, kept), pick(self.position[1:].expand(len(images), -1, -1), kept)
         first = repeat(self.class_token + self.position[0], "dim -> batch 1 dim", batch=len(images))
-        tokens = self.norm_in(torch.cat([first.to(patches.dtype), patches], dim=1))
+        tokens = self.norm_in(torch.cat([first, self.patch_embedding(patches) + position], dim=1))
         for block in self.blocks:
             tokens = block(tokens)
         return tokens
 
-    def drop(self, patches: Float[Tensor, "batch patch dim"]) -> Float[Tensor, "batch kept dim"]:
-        """In training, keep a random subset of each picture's patches."""
+    def kept_patches(self, patches: Float[Tensor, "batch patch pixels"]) -> Int64[Tensor, "batch kept"] | None:
+        """In training with patch dropout, a random subset for each picture; else None, for all."""
         if not self.training or not self.config.patch_dropout:
-            return patches
+            return None
         kept = max(1, round(patches.shape[1] * (1.0 - self.config.patch_dropout)))
-        chosen = torch.rand(patches.shape[:2], device=patches.device).topk(kept, dim=1).indices
-        return patches.gather(1, repeat(chosen, "batch kept -> batch kept dim", dim=patches.shape[2]))
+        return torch.rand(patches.shape[:2], device=patches.device).topk(kept, dim=1).indices
+
+
+def pick(
+    rows: Float[Tensor, "batch row dim"], kept: Int64[Tensor, "batch kept"] | None
+) -> Float[Tensor, "batch _ dim"]:
+    """The kept rows of each picture."""
+    return rows if kept is None else rows.gather(1, repeat(kept, "batch kept -> batch kept dim", dim=rows.shape[2]))

@@ -23,11 +23,17 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """Tensors of the foreign layout beside ours: stacked along dimension 0, both sides hold the same numbers."""
+    """Tensors of the foreign layout beside ours: stacked along dimension 0, both sides hold the same numbers.
+
+    Attributes:
+        transposed: one tensor on each side, ours the transpose of theirs.
+        flattened: one tensor on each side, ours theirs with every dimension but the first made one; their shape.
+    """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     transposed: bool = False
+    flattened: tuple[int, ...] = ()
 
 
 def open_clip_rows(config: CoCaConfig) -> list[Row]:
@@ -40,7 +46,11 @@ def open_clip_rows(config: CoCaConfig) -> list[Row]:
         _same("logit_scale", "logit_scale"),
         _same("visual.class_embedding", "vision.class_token"),
         _same("visual.positional_embedding", "vision.position"),
-        _same("visual.conv1.weight", "vision.patch_embedding.weight"),
+        Row(
+            ("visual.conv1.weight",),
+            ("vision.patch_embedding.weight",),
+            flattened=(config.vision.width, 3, config.vision.patch_size, config.vision.patch_size),
+        ),
         *_norm("visual.ln_pre", "vision.norm_in"),
         *_self_blocks("visual.transformer.resblocks", "vision.blocks", config.vision.layers),
         *_pooler_rows(config),
@@ -80,9 +90,14 @@ def from_open_clip(tensors: Mapping[str, Tensor], config: CoCaConfig) -> dict[st
     require_same_keys(shapes_of(theirs), shapes_of(to_open_clip(empty, config)))
     state = {}
     for row in open_clip_rows(config):
-        state |= _restack(
-            theirs, row.theirs, row.ours, [len(empty[name]) for name in row.ours if empty[name].ndim], row.transposed
-        )
+        if row.transposed:
+            state[row.ours[0]] = theirs[row.theirs[0]].T.contiguous()
+        elif row.flattened:
+            state[row.ours[0]] = theirs[row.theirs[0]].flatten(1)
+        else:
+            state |= _restacked(
+                theirs, row.theirs, row.ours, [len(empty[name]) for name in row.ours if empty[name].ndim]
+            )
     return {name: state[name] for name in empty}
 
 
@@ -90,8 +105,13 @@ def to_open_clip(state: Mapping[str, Tensor], config: CoCaConfig) -> dict[str, T
     """Our tensors under open_clip's names and in its shapes; bit-equal after `from_open_clip`."""
     converted = {}
     for row in open_clip_rows(config):
-        total = sum(len(state[name]) for name in row.ours if state[name].ndim)
-        converted |= _restack(state, row.ours, row.theirs, [total // len(row.theirs)] * len(row.theirs), row.transposed)
+        if row.transposed:
+            converted[row.theirs[0]] = state[row.ours[0]].T.contiguous()
+        elif row.flattened:
+            converted[row.theirs[0]] = state[row.ours[0]].reshape(row.flattened)
+        else:
+            total = sum(len(state[name]) for name in row.ours if state[name].ndim)
+            converted |= _restacked(state, row.ours, row.theirs, [total // len(row.theirs)] * len(row.theirs))
     return converted
 
 
@@ -252,17 +272,12 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
     return model
 
 
-def _restack(
-    tensors: Mapping[str, Tensor],
-    source: tuple[str, ...],
-    target: tuple[str, ...],
-    target_rows: list[int],
-    transposed: bool,
+def _restacked(
+    tensors: Mapping[str, Tensor], source: tuple[str, ...], target: tuple[str, ...], target_rows: list[int]
 ) -> dict[str, Tensor]:
     """Stack the source tensors and cut the stack into the target's; one to one, the tensor itself."""
     if len(source) == len(target) == 1:
-        tensor = tensors[source[0]]
-        return {target[0]: tensor.T.contiguous() if transposed else tensor}
+        return {target[0]: tensors[source[0]]}
     parts = torch.cat([tensors[name] for name in source]).split(target_rows)
     return {name: part.clone() for name, part in zip(target, parts, strict=True)}
 
