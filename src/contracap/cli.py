@@ -209,7 +209,8 @@ def convert(
         save_open_clip(out, model=found.model, image=found.image, state=found.state)
         if found.model.text.pool == "class_token" and found.model.text.cls_mask == "correct":
             print(
-                "note: open_clip up to 3.3.0 ignores correct_cls_mask, so its text features will differ",
+                "warning: the class token's mask of this model is the correct one. The configuration says "
+                "correct_cls_mask, which open_clip 3.3.0 cannot follow: it refuses the key",
                 file=sys.stderr,
             )
     print(f"{found.path} ({found.layout}) -> {out} ({to})")

@@ -1,8 +1,6 @@
 """From a name, a file, a folder or a hub repository to a model and its processor, and from a model to a file."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contracap.config import ConfigError, build, to_dict
+from contracap.files import replacing, write_text
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES, find_size
@@ -190,25 +189,15 @@ def save(path: Path, *, model: CoCaConfig, image: ImageConfig, state: Mapping[st
 def save_open_clip(folder: Path, *, model: CoCaConfig, image: ImageConfig, state: Mapping[str, Tensor]) -> None:
     """Write open_clip's hub folder: `open_clip_config.json` and `open_clip_model.safetensors`, bit-equal to what was
     read."""
-    folder.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": image.mean, "std": image.std, "interpolation": "bicubic", "resize_mode": image.resize}
     text = json.dumps({"model_cfg": config_to_open_clip(model), "preprocess_cfg": preprocess}, indent=2)
     _write_safetensors(folder / OPEN_CLIP_WEIGHTS, to_open_clip(state, model), {"format": "pt"})
-    partial = folder / f".{OPEN_CLIP_CONFIG}.partial"
-    partial.write_text(text + "\n")
-    os.replace(partial, folder / OPEN_CLIP_CONFIG)
+    write_text(folder / OPEN_CLIP_CONFIG, text + "\n")
 
 
 def _write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with replacing(path) as partial:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, partial, metadata=metadata)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def _own_configuration(path: Path, text: str) -> tuple[CoCaConfig, ImageConfig]:

@@ -1,7 +1,6 @@
 """The trainer: a recipe in, a run folder out."""
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 
 from contracap.config import to_toml
 from contracap.data.loader import DataConfig, TrainingBatches, validation_batches
+from contracap.files import write_text
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.weights import WeightsError, interpolate_position, meta_state, require_same_keys, shapes_of
@@ -62,8 +62,7 @@ def train(recipe: Recipe) -> Path:
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
         logger.info("going on from %s", checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / RECIPE_FILE, to_toml(recipe))
+    write_text(folder / RECIPE_FILE, to_toml(recipe))
     config = StepConfig(
         loss=recipe.loss,
         optimizer=recipe.optimizer,
@@ -146,9 +145,3 @@ def _device(recipe: Recipe) -> torch.device:
     if recipe.device == "cuda" and not cuda:
         raise TrainingError("device = 'cuda', but torch finds no CUDA device; say device=cpu or auto")
     return torch.device("cuda" if recipe.device == "cuda" or (recipe.device == "auto" and cuda) else "cpu")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -7,10 +7,8 @@ grouping is that of the webdataset library, so shards of img2dataset and others 
 import gzip
 import io
 import json
-import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
+
+from contracap.files import replacing
 
 BUFFER_BYTES = 4 * 2**20  # without it every header of a remote shard costs a round trip
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
@@ -163,20 +163,12 @@ def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, byte
         ValueError: if a key would not be read back, because it is empty or its last part has a dot.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if path.name.endswith(GZIP_SUFFIXES):
-                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as compressed:
-                    _write(compressed, records)
-            else:
-                _write(file, records)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as partial, partial.open("wb") as file:
+        if path.name.endswith(GZIP_SUFFIXES):
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as compressed:
+                _write(compressed, records)
+        else:
+            _write(file, records)
 
 
 def _write(stream: io.BufferedIOBase, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from contracap.evaluation.features import Source, picture_pixels, sample_batches
 from contracap.evaluation.overlap import Bleu, bleu, cider, mean, rouge_l
 from contracap.evaluation.tokens import TokenizerName, available_tokenizer, tokenize
+from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.sampling import Strategy
 from contracap.model.coca import CoCa
@@ -107,14 +108,14 @@ class Captioning:
         source: Source,
         processor: Processor,
         *,
-        strategy: Strategy | None = None,
+        strategy: Strategy = BeamSearch(),
         tokenizer: TokenizerName | None = None,
         batch_size: int = 16,
     ):
         """Evaluates on `source`.
 
         Args:
-            strategy: how to decode; by default the captioner's beam search.
+            strategy: how to decode; its `max_tokens` is cut to the model's context.
             tokenizer: by default Java's, where it can run.
             batch_size: pictures decoded at a time.
         """

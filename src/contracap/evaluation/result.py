@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+from contracap.files import write_text
 
 VERSIONED = ("contracap", "torch", "numpy", "pillow", "tokenizers")
 
@@ -78,17 +78,7 @@ class Result:
     def write(self, path: str | Path) -> None:
         """Writes the file, whole or not at all; its folder is made if need be."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(path, text)
 
 
 def measure(evaluator: Evaluator, model: Any, *, command: str, seed: int | None = None) -> Result:

@@ -53,11 +53,13 @@ class Captioner:
             )
         self.model, self.processor = model, processor
 
-    def __call__(self, sources: Sequence[Any], strategy: Strategy | None = None, batch_size: int = 16) -> list[Caption]:
+    def __call__(
+        self, sources: Sequence[Any], strategy: Strategy = BeamSearch(), batch_size: int = 16
+    ) -> list[Caption]:
         """A caption for each picture (PIL image, path or bytes), in order.
 
         Args:
-            strategy: `BeamSearch(...)` or `Greedy(...)`; by default `BeamSearch()`, cut to a shorter context.
+            strategy: `BeamSearch(...)` or `Greedy(...)`; its `max_tokens` is cut to the model's context.
             batch_size: pictures at a time; does not change the captions.
 
         Raises:
@@ -75,7 +77,7 @@ class Captioner:
 
     @torch.inference_mode()
     def generate(
-        self, pixels: Float[Tensor, "batch 3 height width"], strategy: Strategy | None = None
+        self, pixels: Float[Tensor, "batch 3 height width"], strategy: Strategy = BeamSearch()
     ) -> list[Caption]:
         """A caption for each picture of one batch, as `processor.images` gives it.
 
@@ -94,18 +96,11 @@ class Captioner:
                     cache.reorder(rows)
         return [self._caption(hypotheses) for hypotheses in search.hypotheses()]
 
-    def _checked(self, strategy: Strategy | None) -> Strategy:
-        """The strategy, if this model can follow it."""
-        context = self.model.config.text.context
-        if strategy is None:
-            return BeamSearch(max_tokens=min(BeamSearch.max_tokens, context))
+    def _checked(self, strategy: Strategy) -> Strategy:
+        """The strategy, as far as this model can follow it."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be one such as Greedy() or BeamSearch(width=6), not {strategy!r}")
-        if strategy.max_tokens > context:
-            raise ValueError(
-                f"max_tokens is {strategy.max_tokens}; the model's context is {context} tokens, give at most that"
-            )
-        return strategy
+        return replace(strategy, max_tokens=min(strategy.max_tokens, self.model.config.text.context))
 
     def _caption(self, hypotheses: list[Hypothesis]) -> Caption:
         if not hypotheses or not math.isfinite(hypotheses[0].score):

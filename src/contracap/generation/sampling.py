@@ -7,7 +7,7 @@ batch, which is fed logits and never sees a model.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -57,7 +57,9 @@ class Search(Protocol):
 
 @runtime_checkable
 class Strategy(Protocol):
-    """The settings of a way to decode."""
+    """The settings of a way to decode, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def max_tokens(self) -> int:

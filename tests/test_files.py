@@ -1,0 +1,31 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from contracap.files import replacing, write_text
+
+
+def test_a_file_appears_whole_and_nothing_beside_it(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "a.txt", "first\n")
+    write_text(tmp_path / "new" / "a.txt", "zweite ü\n")
+    assert (tmp_path / "new" / "a.txt").read_text(encoding="utf-8") == "zweite ü\n"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "good")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a.txt").read_text() == "good"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_rights_are_those_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640

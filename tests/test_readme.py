@@ -1,0 +1,77 @@
+"""The README is held to the tree and to the package."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from contracap.cli import main
+from contracap.pretrained import load, save, save_open_clip
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = re.findall(r"^    (?:\.venv/bin/)?contracap (.*)$", README, flags=re.MULTILINE)
+
+
+def test_the_tree_names_every_file_of_the_package() -> None:
+    tracked = subprocess.run(["git", "ls-files", "src", "recipes", "docs"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    tree = README[README.index("## The tree") :]
+    files = [Path(line) for line in tracked.stdout.split()]
+    skipped = {"py.typed"}
+    named_by_folder = {"vocabulary", "decisions"}
+    missing = [
+        str(file)
+        for file in files
+        if file.name not in skipped
+        and not named_by_folder & set(file.parts)
+        and not (file.name == "__init__.py" and len(file.parts) > 3)
+        and f" {file.name} " not in tree
+        and f" {file} " not in tree
+    ]
+    assert not missing
+
+
+@pytest.fixture
+def a_finished_quickstart(tmp_path: Path, monkeypatch) -> Path:
+    """What the README's lines need: a run's checkpoint, a drawn picture, a photograph, released weights."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = load("tiny", weights="random", seed=0)
+    checkpoint = Path("quickstart/run/checkpoints/last/model.safetensors")
+    save(checkpoint, model=model.config, image=processor.image_config, state=model.state_dict())
+    for name in ("quickstart/sample.png", "photograph.jpg"):
+        Image.new("RGB", (60, 50), "orange").save(name)
+    save_open_clip(Path("hub"), model=model.config, image=processor.image_config, state=model.state_dict())
+    return tmp_path
+
+
+def test_python_blocks_run(a_finished_quickstart: Path, monkeypatch, capsys) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda _, name, **__: str(a_finished_quickstart / "hub" / name)
+    )
+    assert len(PYTHON) == 2
+    for block in PYTHON:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "a small red circle" in capsys.readouterr().out
+
+
+def test_the_caption_command_runs(a_finished_quickstart: Path, capsys) -> None:
+    command = next(command for command in COMMANDS if command.startswith("caption "))
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.startswith("quickstart/sample.png\t")
+
+
+def test_every_command_names_a_verb_and_a_recipe_that_exist(capsys) -> None:
+    for command in COMMANDS:
+        verb, *rest = command.split()
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, "--help"])
+        assert stopped.value.code == 0, command
+        assert all((ROOT / word).is_file() for word in rest if word.startswith("recipes/")), command
+    assert len(COMMANDS) >= 6
