@@ -6,10 +6,7 @@ Plain strings are escaped wherever they are put in; only what a function here ma
 import base64
 import html
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 
 class Html(str):
@@ -152,21 +149,6 @@ def page(title: str, sections: Mapping[str, Iterable[Html]]) -> str:
     )
 
 
-def write_page(path: str | Path, content: str) -> None:
-    """Writes the file, whole or not at all; its folder is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return low, high if high > low else low + 1.0
@@ -175,7 +157,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers within a range."""
     rough = (high - low) / 4
-    unit = 10 ** math.floor(math.log10(rough))
+    unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]

@@ -38,10 +38,10 @@ SIZES: dict[str, CoCaConfig] = {
     # The drawn scenes of the quickstart.
     "scenes": CoCaConfig(
         embed_dim=192,
-        vision=VisionConfig(image_size=48, patch_size=8, width=192, layers=4, heads=4),
-        pooler=PoolerConfig(queries=9, heads=4),
-        text=TextConfig(context=40, vocab_size=2048, width=192, layers=2, heads=4),
-        decoder=DecoderConfig(layers=2, heads=4),
+        vision=VisionConfig(image_size=72, patch_size=24, width=192, layers=4, heads=4),
+        pooler=PoolerConfig(queries=11, heads=4),
+        text=TextConfig(context=32, vocab_size=4096, width=192, layers=2, heads=4),
+        decoder=DecoderConfig(layers=1, heads=4),
     ),
     # Tests.
     "tiny": CoCaConfig(

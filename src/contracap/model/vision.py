@@ -54,7 +54,8 @@ class VisionEncoder(nn.Module):
         """Fill what the encoder owns."""
         self.patch_embedding.reset_parameters()
         nn.init.normal_(self.class_token, std=self.config.width**-0.5)
-        nn.init.normal_(self.position, std=self.config.width**-0.5)
+        with torch.no_grad():
+            self.position.copy_(sine_positions(self.config))
         self.norm_in.reset_parameters()
         self.blocks.initialise()
 
@@ -92,3 +93,21 @@ def pick(
 ) -> Float[Tensor, "batch _ dim"]:
     """The kept rows of each picture."""
     return rows if kept is None else rows.gather(1, repeat(kept, "batch kept -> batch kept dim", dim=rows.shape[2]))
+
+
+def sine_positions(config: VisionConfig) -> Float[Tensor, "token dim"]:
+    """Initial positions: sines and cosines of row and column, half of the channels each, amplitude 0.5; class token 0.
+
+    Deviation from CLIP, whose small random positions a small model needs many samples to find: see docs/performance.md.
+    Source: MoCo v3 (arXiv 2104.02057), section 4, for the sines.
+    """
+    side, waves = config.image_size // config.patch_size, -(-config.width // 4)
+    places = torch.arange(side, dtype=torch.float32)
+    angles = places[:, None] * 100.0 ** (-torch.arange(waves) / waves)
+    along = 0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = (
+        repeat(along, "row wave -> (row column) wave", column=side),
+        repeat(along, "column wave -> (row column) wave", row=side),
+    )
+    patches = torch.cat([rows, columns], dim=1)[:, : config.width]
+    return torch.cat([torch.zeros(1, config.width), patches])

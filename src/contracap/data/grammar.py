@@ -1,0 +1,121 @@
+"""Captions of drawn scenes: many phrasings of one meaning, and the parser that reads any of them back."""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from contracap.data.scenes import COLORS, SHAPES, SIZES, Relation, Scene, Texture, Thing
+
+# Words between two objects, and words before "it": which relation they name, and whether they name it backwards.
+RELATION_WORDS: dict[str, tuple[Relation, bool]] = {
+    "to the left of": ("left of", False),
+    "to the right of": ("left of", True),
+    "left of": ("left of", False),
+    "right of": ("left of", True),
+    "above": ("above", False),
+    "over": ("above", False),
+    "below": ("above", True),
+    "under": ("above", True),
+}
+IT_WORDS: dict[str, tuple[Relation, bool]] = {
+    "to its left": ("left of", False),
+    "to its right": ("left of", True),
+    "above it": ("above", False),
+    "below it": ("above", True),
+}
+# {a} stands in the relation to {b}.
+RELATION_PHRASES = (
+    "{a} {relation} {b}",
+    "{a} is {relation} {b}",
+    "there is {a} {relation} {b}",
+    "{relation} {b} is {a}",
+)
+IT_PHRASES = ("{b} , {relation} {a}", "there is {b} ; {relation} is {a}")
+ALONE_PHRASES = ("{a}", "there is {a}")
+# What may be said of a single object without telling all: the prompt templates of zero-shot classification.
+COLOR_TEMPLATES = ("a {} thing", "there is a {} thing")
+SHAPE_TEMPLATES = ("a {}", "there is a {}")
+TEXTURE_NOUNS: dict[Texture, str] = {"striped": "stripes"}
+
+
+def describe(scene: Scene, generator: np.random.Generator) -> str:
+    """A caption that tells everything about the scene, in a random phrasing; of textures only plain goes unsaid."""
+    if scene.relation is None:
+        return _pick(ALONE_PHRASES, generator).format(a=_describe_thing(scene.things[0], generator))
+    backwards = bool(generator.integers(2))
+    first, second = (_describe_thing(thing, generator) for thing in scene.things)
+    a, b = (second, first) if backwards else (first, second)
+    phrase = _pick(RELATION_PHRASES + IT_PHRASES, generator)
+    words = IT_WORDS if phrase in IT_PHRASES else RELATION_WORDS
+    relation = _pick([word for word, meaning in words.items() if meaning == (scene.relation, backwards)], generator)
+    return phrase.format(a=a, b=b, relation=relation)
+
+
+def hint(scene: Scene, generator: np.random.Generator) -> str:
+    """A caption of a scene with a single object that tells its colour only, or its shape only."""
+    (thing,) = scene.things
+    if generator.integers(2):
+        return _pick(COLOR_TEMPLATES, generator).format(thing.color)
+    return _pick(SHAPE_TEMPLATES, generator).format(thing.shape)
+
+
+def parse(caption: str) -> Scene | None:
+    """What a caption says, or None if it is no complete sentence of this grammar.
+
+    Case, spacing and a final full stop do not matter; a texture that is not mentioned is plain.
+    """
+    text = " ".join(re.sub(r"([,;.])", r" \1 ", caption.lower()).split()).removesuffix(" .")
+    for pattern, words in _PATTERNS:
+        if match := pattern.fullmatch(text):
+            found = match.groupdict()
+            a = _read_thing(found, "a")
+            if words is None:
+                return Scene((a,))
+            relation, backwards = words[found["relation"]]
+            b = _read_thing(found, "b")
+            return Scene((b, a) if backwards else (a, b), relation)
+    return None
+
+
+def _pick(choices: Any, generator: np.random.Generator) -> str:
+    return choices[generator.integers(len(choices))]
+
+
+def _describe_thing(thing: Thing, generator: np.random.Generator) -> str:
+    if thing.texture == "plain":
+        return f"a {thing.size} {thing.color} {thing.shape}"
+    if generator.integers(2):
+        return f"a {thing.size} {thing.texture} {thing.color} {thing.shape}"
+    return f"a {thing.size} {thing.color} {thing.shape} with {TEXTURE_NOUNS[thing.texture]}"
+
+
+def _read_thing(found: dict[str, Any], name: str) -> Thing:
+    textures: dict[str, Texture] = {noun: texture for texture, noun in TEXTURE_NOUNS.items()}
+    texture = found[f"{name}_adjective"] or textures.get(found[f"{name}_noun"], "plain")
+    return Thing(
+        size=found[f"{name}_size"], texture=texture, color=found[f"{name}_color"], shape=found[f"{name}_shape"]
+    )
+
+
+def _thing_pattern(name: str) -> str:
+    """Size, then perhaps a texture, colour, shape, and perhaps "with" a texture if none was said before."""
+    return (
+        rf"a (?P<{name}_size>{'|'.join(SIZES)}) (?:(?P<{name}_adjective>{'|'.join(TEXTURE_NOUNS)}) )?"
+        rf"(?P<{name}_color>{'|'.join(COLORS)}) (?P<{name}_shape>{'|'.join(SHAPES)})"
+        rf"(?({name}_adjective)|(?: with (?P<{name}_noun>{'|'.join(TEXTURE_NOUNS.values())}))?)"
+    )
+
+
+def _patterns() -> list[tuple[re.Pattern[str], dict[str, tuple[Relation, bool]] | None]]:
+    patterns = list[tuple[re.Pattern[str], dict[str, tuple[Relation, bool]] | None]]()
+    groups = ((ALONE_PHRASES, None), (RELATION_PHRASES, RELATION_WORDS), (IT_PHRASES, IT_WORDS))
+    for phrases, words in groups:
+        relation = f"(?P<relation>{'|'.join(words or ())})"
+        for phrase in phrases:
+            pattern = phrase.format(a=_thing_pattern("a"), b=_thing_pattern("b"), relation=relation)
+            patterns.append((re.compile(pattern), words))
+    return patterns
+
+
+_PATTERNS = _patterns()
