@@ -19,15 +19,14 @@ MAY_IMPORT = {
     "model.transformer": "model.cache model.attention",
     "model": "model tokenizer",
     "pretrained": "model tokenizer image processor",
-    "parallel": "model",
     "data": "data tokenizer image",
     "generation.sampling": "",
     "generation.beam": "generation.sampling",
     "generation": "generation model tokenizer image processor",
     "evaluation": "evaluation model data generation tokenizer image processor",
-    "training": "training model pretrained losses parallel data tokenizer image processor",
+    "training": "training model pretrained losses data tokenizer image processor",
     "trainer": "training recipe model pretrained data image",
-    "recipe": "training model losses parallel data tokenizer image",
+    "recipe": "training model losses data tokenizer image",
     "quickstart": "*",
     "cli": "*",
     "__main__": "cli",
@@ -48,7 +47,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            module = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
 def offences(path: Path) -> Iterator[str]:
@@ -56,6 +56,8 @@ def offences(path: Path) -> Iterator[str]:
     if module and not row(module):
         yield f"{path}: no row of the table covers {module}"
     for line, name in imports(path):
+        if name.startswith("."):
+            yield f"{path}:{line}: {name} is relative; write it out, from contracap on"
         if name.split(".")[0] in FOREIGN:
             yield f"{path}:{line}: imports {name}, which the package does without"
         target = name.removeprefix("contracap.")

@@ -90,7 +90,7 @@ def test_open_clip_reads_what_we_wrote(tmp_path: Path, open_clip) -> None:
 
 def test_a_hub_name_is_downloaded_by_the_hubs_library(tmp_path: Path, state, monkeypatch) -> None:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     save_open_clip(tmp_path, model=LEGACY, image=IMAGE, state=state)
     asked = []
@@ -101,10 +101,17 @@ def test_a_hub_name_is_downloaded_by_the_hubs_library(tmp_path: Path, state, mon
             raise EntryNotFoundError(name)
         return str(tmp_path / name)
 
+    def offline(*_, **__) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model, _ = load("hf-hub:someone/coca@v2")
     assert_holds(model, state)
     assert set(asked) == {("someone/coca", "v2")}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(WeightsError, match="the hub does not answer"):
+        load("hf-hub:someone/coca")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(WeightsError, match="hf-hub:someone/coca holds no weights"):
         load("hf-hub:someone/coca")

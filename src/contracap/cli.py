@@ -146,17 +146,12 @@ def inspect(
     file: WeightsName, /, *, size: Annotated[str | None, arg(metavar="NAME", help="a size to compare with")] = None
 ) -> None:
     """Print what a weights file holds, and how it differs from a size."""
-    from torch import Tensor
-
     from contracap.model.sizes import SIZES, find_size
     from contracap.model.weights import key_differences, meta_state, shapes_of, to_open_clip
     from contracap.pretrained import METADATA_KEY, find_weights, read_tensors
 
     path = find_weights(file)
     tensors, metadata = read_tensors(path)
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.get("state_dict", tensors).items()}
-    if others := [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(f"{path} is no weights file: {others[0]} is no tensor")
     ours = METADATA_KEY in metadata
 
     def differences(config: "CoCaConfig") -> list[str]:
@@ -195,7 +190,8 @@ def convert(
     size: Size = None,
 ) -> None:
     """Write weights in the other layout, bit-equal."""
-    from contracap.pretrained import read_weights, save, save_open_clip
+    from contracap.model.weights import not_for_open_clip
+    from contracap.pretrained import PICKLES, read_weights, save, save_open_clip
 
     found = read_weights(file, size=size)
     to = to or ("open_clip" if found.layout == "contracap" else "contracap")
@@ -204,15 +200,11 @@ def convert(
             raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
         save(out, model=found.model, image=found.image, state=found.state)
     else:
-        if out.suffix or out.is_file():
+        if out.suffix in (".safetensors", *PICKLES) or out.is_file():
             raise ValueError(f"open_clip's layout is a folder of two files, and {out} names a file: give a folder")
         save_open_clip(out, model=found.model, image=found.image, state=found.state)
-        if found.model.text.pool == "class_token" and found.model.text.cls_mask == "correct":
-            print(
-                "warning: the class token's mask of this model is the correct one. The configuration says "
-                "correct_cls_mask, which open_clip 3.3.0 cannot follow: it refuses the key",
-                file=sys.stderr,
-            )
+        for problem in not_for_open_clip(found.model):
+            print(f"contracap: warning: open_clip 3.3.0 cannot follow this model: {problem}", file=sys.stderr)
     print(f"{found.path} ({found.layout}) -> {out} ({to})")
 
 

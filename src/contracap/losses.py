@@ -55,10 +55,10 @@ def captioning_loss(
 
     Args:
         states: the decoder's normalised states.
-        vocabulary: the matrix that scores each token. Of other positions only as many are multiplied by it
-            as make the number of rows a multiple of `ROWS`.
+        vocabulary: the matrix that scores each token. It is multiplied with the valid positions alone,
+            filled up to a multiple of `ROWS` with rows whose result is ignored.
         labels: the token that follows each position.
-        tokens: valid positions of the whole batch, which may be larger than what is given here.
+        tokens: valid positions of the whole batch, which may be larger than what is given here; above 0.
 
     Source: CoCa (arXiv 2205.01917), equation 4.
     """

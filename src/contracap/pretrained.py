@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,9 +129,6 @@ def read_weights(name: str | Path, *, size: str | None = None) -> Weights:
         with _naming(path):
             require_same_keys(shapes_of(tensors), shapes_of(meta_state(model)))
         return Weights(path, "contracap", model, image, tensors)
-    if "state_dict" in tensors:
-        tensors = tensors["state_dict"]
-    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     model, image = _foreign_configuration(path, tensors, size)
     with _naming(path):
         return Weights(path, "open_clip", model, image, from_open_clip(tensors, model))
@@ -157,8 +154,9 @@ def find_weights(name: str | Path) -> Path:
     )
 
 
-def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
-    """Tensors of a file and, of safetensors, the metadata. Pickles are read with tensors only, never with code.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a file and, of safetensors, the metadata. Pickles are read with tensors only, never with code; of a
+    training checkpoint, its `state_dict`.
 
     Raises: WeightsError: if the file is broken or of another kind.
     """
@@ -174,9 +172,10 @@ def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
         except Exception as error:  # torch raises many kinds, pickle's own among them
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise WeightsError(f"{path} is not a file of plain tensors: {reason}") from None
-        if not isinstance(content, Mapping):
-            raise WeightsError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-        return dict(content), {}
+        content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+        if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+            raise WeightsError(f"{path} holds other things than named tensors: not a weights file")
+        return {str(key).removeprefix("module."): tensor for key, tensor in content.items()}, {}
     raise WeightsError(f"{path} is no weights file: the ending must be .safetensors, {', '.join(PICKLES)}")
 
 
@@ -221,10 +220,8 @@ def _foreign_configuration(path: Path, tensors: Mapping, size: str | None) -> tu
             known = {name: wanted[name] for name in ("mean", "std") if name in wanted}
             known |= {"resize": wanted["resize_mode"]} if "resize_mode" in wanted else {}
             return model, build(ImageConfig, {"size": model.vision.image_size, **known})
-        except (json.JSONDecodeError, AttributeError, WeightsError, ConfigError) as error:
+        except (json.JSONDecodeError, AttributeError, ValueError) as error:
             raise WeightsError(f"{beside} cannot be used: {error}") from None
-    if any(not isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise WeightsError(f"{path} holds other things than tensors: not a weights file")
     size = size or match_size(shapes_of(tensors))
     if size is None:
         raise WeightsError(f"{path} says no configuration and fits no size exactly; name one: {', '.join(SIZES)}")
@@ -238,17 +235,32 @@ def _foreign_configuration(path: Path, tensors: Mapping, size: str | None) -> tu
 def _from_hub(repository: str) -> Path:
     """Download configuration and weights of a hub repository into the hub's own cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     repository, _, revision = repository.partition("@")
-    try:
-        with suppress(EntryNotFoundError):  # our own files carry their configuration inside
-            hf_hub_download(repository, OPEN_CLIP_CONFIG, revision=revision or None)
-        for candidate in WEIGHT_FILES:
-            with suppress(EntryNotFoundError):
-                return Path(hf_hub_download(repository, candidate, revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise WeightsError(f"hf-hub:{repository}: {str(error).strip().splitlines()[0]}") from None
+
+    def download(name: str) -> Path | None:
+        """The file, or None if the repository has none of that name."""
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision or None))
+        except LocalEntryNotFoundError:  # no connection, and not in the cache: a kind of EntryNotFoundError
+            raise WeightsError(
+                f"hf-hub:{repository}: {name} is not in the cache, and the hub does not answer"
+            ) from None
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise WeightsError(f"hf-hub:{repository}: {str(error).strip().splitlines()[0]}") from None
+
+    download(OPEN_CLIP_CONFIG)  # beside the weights; our own files carry their configuration inside
+    for candidate in WEIGHT_FILES:
+        if path := download(candidate):
+            return path
     raise WeightsError(f"hf-hub:{repository} holds no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 

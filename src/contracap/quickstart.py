@@ -240,8 +240,8 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
             paragraph(
                 f"A contrastive captioner ({recipe.size}) was trained from nothing on drawn scenes: {recipe.steps} "
                 f"steps of {recipe.data.batch_size}. Of the {len(PAIRS)} colour-shape pairs {len(HELD_OUT)} were in no "
-                "training picture and in no training caption, though each colour and each shape was, with others. Every "
-                "test scene holds such a pair: of two objects at least one, and a single object always."
+                "training picture and in no training caption, though each colour and each shape was, with others. "
+                "Every test scene holds such a pair: of two objects at least one, and a single object always."
             ),
             table(("", "reached", "chance", "target"), _figure_rows(figures), numbers=(1, 2, 3)),
         ],

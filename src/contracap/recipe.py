@@ -67,6 +67,12 @@ class Recipe:
             raise ValueError(
                 f"accumulation is {self.accumulation}; it must divide data.batch_size {self.data.batch_size}"
             )
+        if self.loss.contrastive and self.data.batch_size // self.accumulation < 2:
+            raise ValueError(
+                "the contrastive loss needs at least 2 pairs in each part: raise data.batch_size or lower accumulation"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.validate_every and self.data.validation is None:

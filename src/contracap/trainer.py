@@ -1,19 +1,22 @@
 """The trainer: a recipe in, a run folder out."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from contracap.config import to_toml
+from contracap.config import to_dict, to_toml
 from contracap.data.loader import DataConfig, TrainingBatches, validation_batches
+from contracap.data.shards import list_shards
 from contracap.files import write_text
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.weights import WeightsError, interpolate_position, meta_state, require_same_keys, shapes_of
-from contracap.pretrained import processor_for, random_model, read_weights
-from contracap.recipe import Recipe
+from contracap.pretrained import load, processor_for, random_model, read_weights
+from contracap.recipe import Recipe, load_recipe
 from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
@@ -49,8 +52,17 @@ def train(recipe: Recipe) -> Path:
             f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
         )
     device = _device(recipe)
-    model, image = starting_model(recipe)
+    if recipe.data.validation is not None:
+        list_shards(recipe.data.validation)  # a wrong path is found now, not hours later
+    if checkpoint:
+        require_same_run(folder, recipe)
+        model, processor = load(checkpoint)
+        image = processor.image_config
+    else:
+        model, image = starting_model(recipe)
     freeze(model, recipe.frozen)
+    freeze(model, [] if recipe.loss.contrastive else model.only_for_contrastive())
+    freeze(model, [] if recipe.loss.captioning else model.only_for_captioning())
     model.to(device)
     state = TrainingState(
         model=model,
@@ -61,6 +73,10 @@ def train(recipe: Recipe) -> Path:
     batches = TrainingBatches(recipe.data, image=image, tokenizer=tokenizer, seed=recipe.seed)
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
+        if state.step > recipe.steps:
+            raise CheckpointError(
+                f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps"
+            )
         logger.info("going on from %s", checkpoint)
     write_text(folder / RECIPE_FILE, to_toml(recipe))
     config = StepConfig(
@@ -83,7 +99,7 @@ def train(recipe: Recipe) -> Path:
 
         events = [Event(recipe.log_every, recorder.log), Event(recipe.checkpoint.every, checkpointing)]
         if recipe.validate_every:
-            events.insert(1, Event(recipe.validate_every, validation))
+            events.append(Event(recipe.validate_every, validation))
         try:
             repeat_steps(state, batches, config, recorder=recorder, events=events, nonfinite=recipe.nonfinite)
         except TrainingError as error:
@@ -92,6 +108,47 @@ def train(recipe: Recipe) -> Path:
                 "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
             ) from None
     return checkpoints / checkpoint_name(recipe.steps)
+
+
+# What a resumed run may change: none of it changes the updates, but for `steps`, which draws the cosine out.
+FREE = (
+    "resume",
+    "out",
+    "steps",
+    "device",
+    "nonfinite",
+    "log_every",
+    "validate_every",
+    "checkpoint",
+    "data.validation",
+    "data.workers",
+    "data.train",
+)
+
+
+def require_same_run(folder: Path, recipe: Recipe) -> None:
+    """Raises: CheckpointError: if the run in `folder` was started with other settings, naming them."""
+    stored = folder / RECIPE_FILE
+    if not stored.is_file():
+        return
+    before, now = (dict(_flat(to_dict(each))) for each in (load_recipe(stored), recipe))
+    changed = [
+        f"{key} was {before.get(key)} and is now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder} was run with another recipe: {'; '.join(changed)}. Resume with its own {stored}"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:

@@ -68,7 +68,7 @@ def test_inverse_relations_say_the_same() -> None:
         "A large blue square with stripes is below a small red circle."
     )
     assert parse("a small red circle left of a large blue square") == parse(
-        "there is a small red circle; to its right is a large blue square"
+        "a small red circle, to its right a large blue square"
     )
     assert parse("a small red circle left of a large blue square") != parse(
         "a small red circle right of a large blue square"
@@ -123,6 +123,13 @@ def test_the_world_is_as_large_as_promised() -> None:
     assert len(COLORS) >= 8
     assert len(SIZES) == 2
     assert len(TEXTURES) >= 2
+    relations = {meaning for words in (RELATION_WORDS, IT_WORDS) for meaning in words.values()}
+    assert relations == {
+        ("left of", False),
+        ("left of", True),
+        ("above", False),
+        ("above", True),
+    }  # 4: and their inverses
     things = len(SHAPES) * len(COLORS) * len(SIZES) * len(TEXTURES)
     assert count_meanings() == 2 * things * (things - 1)
 

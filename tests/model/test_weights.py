@@ -64,11 +64,11 @@ def test_a_wrong_key_is_named(damage, message: str) -> None:
         from_open_clip(tensors, TINY)
 
 
-def test_prefixes_of_wrapped_models_and_a_logit_scale_of_one_number_are_accepted() -> None:
+def test_a_logit_scale_of_one_number_is_accepted() -> None:
     state = random_model(TINY, seed=0)[0].state_dict()
-    wrapped = {f"module.{name}": tensor for name, tensor in to_open_clip(state, TINY).items()}
-    wrapped["module.logit_scale"] = wrapped["module.logit_scale"].reshape(1)
-    assert torch.equal(from_open_clip(wrapped, TINY)["logit_scale"], state["logit_scale"])
+    theirs = to_open_clip(state, TINY)
+    theirs["logit_scale"] = theirs["logit_scale"].reshape(1)
+    assert torch.equal(from_open_clip(theirs, TINY)["logit_scale"], state["logit_scale"])
 
 
 def test_a_size_is_found_by_its_shapes() -> None:
@@ -85,6 +85,9 @@ def test_a_size_is_found_by_its_shapes() -> None:
         (lambda model: model["vision_cfg"].update(timm_model_name="convnext"), "timm_model_name"),
         (lambda model: model.update(quick_gelu=True), "quick_gelu"),
         (lambda model: model["text_cfg"].pop("width"), "width"),
+        (lambda model: model["vision_cfg"].update(pool_type="avg"), "pool_type"),
+        (lambda model: model["text_cfg"].update(no_causal_mask=True), "no_causal_mask"),
+        (lambda model: model["vision_cfg"].update(layers=[3, 4, 6, 3]), "another kind of model"),
     ],
 )
 def test_a_configuration_of_another_kind_of_model_is_refused(change, message: str) -> None:

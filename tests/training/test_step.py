@@ -10,7 +10,7 @@ from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
-from contracap.training.step import NonFiniteError, StepConfig, TrainingState, train_step
+from contracap.training.step import NonFiniteError, StepConfig, TrainingState, label_mask, losses, train_step
 
 TINY = SIZES["tiny"]
 CONFIG = StepConfig(
@@ -80,6 +80,22 @@ def test_a_loss_of_weight_0_leaves_its_branch_alone(loss: LossConfig, untouched:
             assert torch.equal(parameter, before[name]), name
     changed = [name for name, parameter in state.model.named_parameters() if not torch.equal(parameter, before[name])]
     assert any(name.startswith("vision.") for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["shared", "cascade", "parallel"])
+@pytest.mark.parametrize(("contrastive", "captioning"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
+    kind: str, contrastive: float, captioning: float
+) -> None:
+    state = new_state(replace(TINY, pooler=replace(TINY.pooler, kind=kind)))
+    model = state.model
+    config = replace(CONFIG, loss=LossConfig(contrastive=contrastive, captioning=captioning))
+    tokens = label_mask(batch().ids, TINY.text.end).sum()
+    sum(losses(model, batch(), config, tokens=tokens).values()).backward()
+    unreached = () if contrastive else tuple(model.only_for_contrastive())
+    unreached += () if captioning else tuple(model.only_for_captioning())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith(unreached), name
 
 
 def test_accumulated_captioning_equals_the_whole_batch() -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,9 @@ OVERSAMPLING = 3
 BOARD = 3
 # The rest are shares of the picture's side. Half the side of the square around an object, before 5 % of jitter:
 RADII: dict[Size, float] = {"small": 0.095, "large": 0.145}
-JITTER = 0.012
-# Width of the dark line around an object. Without it a model of this size reads a shape by its colour, and fails on pairs
-# that it has not seen.
+JITTER = 0.02
+# Width of the dark line around an object. Without it a model of this size reads a shape by its colour, and fails on
+# pairs that it has not seen.
 OUTLINE = 0.025
 INK = (24, 24, 24)
 PAINT: dict[Color, tuple[int, int, int]] = {
@@ -105,20 +105,16 @@ def _background(generator: np.random.Generator) -> Image.Image:
 def _places(scene: Scene, generator: np.random.Generator) -> np.ndarray:
     """Centres (x, y), shares of the side: in the middle of the board's fields, up to `JITTER` off.
 
-    Two objects lie apart along their relation's axis, at least twice as far as across it.
+    A single object stands in any field; two stand left and right, or above and below, of the middle one.
     """
-    points = [(x, y) for x in range(BOARD) for y in range(BOARD)]
+    middle, last = BOARD // 2, BOARD - 1
     if scene.relation is None:
-        chosen = [points[generator.integers(len(points))]]
+        fields = [tuple(generator.integers(BOARD, size=2))]
+    elif scene.relation == "left of":
+        fields = [(0, middle), (last, middle)]
     else:
-        along = 0 if scene.relation == "left of" else 1
-        pairs = [
-            [a, b]
-            for a, b in product(points, repeat=2)
-            if b[along] - a[along] >= max(1, 2 * abs(b[1 - along] - a[1 - along]))
-        ]
-        chosen = pairs[generator.integers(len(pairs))]
-    return (np.array(chosen) + 0.5) / BOARD + generator.uniform(-JITTER, JITTER, size=(len(chosen), 2))
+        fields = [(middle, 0), (middle, last)]
+    return (np.array(fields) + 0.5) / BOARD + generator.uniform(-JITTER, JITTER, size=(len(fields), 2))
 
 
 def _draw_thing(

@@ -31,7 +31,7 @@ RELATION_PHRASES = (
     "there is {a} {relation} {b}",
     "{relation} {b} is {a}",
 )
-IT_PHRASES = ("{b} , {relation} {a}", "there is {b} ; {relation} is {a}")
+IT_PHRASES = ("{b} , {relation} {a}",)
 ALONE_PHRASES = ("{a}", "there is {a}")
 # What may be said of a single object without telling all: the prompt templates of zero-shot classification.
 COLOR_TEMPLATES = ("a {} thing", "there is a {} thing")

@@ -26,8 +26,9 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)
 
-# One sixth of all pairs: each colour is held out in one shape. Where a shape is held out in two colours, exchanging the
-# colours of two objects turns one held-out pair into another, so that a test scene has a colour-swapped twin in the test.
+# One sixth of all pairs: each colour is held out in one shape. Where a shape is held out in two colours, exchanging
+# the colours of two objects turns one held-out pair into another, so that a test scene has a colour-swapped twin that
+# is a test scene too.
 HELD_OUT_COLORS: dict[Shape, tuple[Color, ...]] = {
     "circle": ("red", "blue"),
     "square": ("green",),

@@ -120,7 +120,7 @@ class Captioning:
             batch_size: pictures decoded at a time.
         """
         self.source, self.processor, self.strategy = source, processor, strategy
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer, self.batch_size = tokenizer or available_tokenizer(), batch_size
         self.samples = 0
         self.reasons = dict(UNAVAILABLE)
         self.details: dict[str, Any] = {}

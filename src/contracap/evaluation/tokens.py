@@ -52,7 +52,10 @@ def find_jar() -> Path | None:
 
 def available_tokenizer() -> TokenizerName:
     """The tokenizer that `tokenize` takes when none is named: Java's where Java and its jar are present."""
-    return "java" if find_java() and find_jar() else "python"
+    java = find_java()
+    runs = java is not None and find_jar() is not None
+    # macOS has a `java` that only says that there is none.
+    return "java" if runs and not subprocess.run([java, "-version"], capture_output=True).returncode else "python"
 
 
 def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) -> list[str]:

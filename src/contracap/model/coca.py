@@ -31,10 +31,16 @@ class CoCaConfig:
     decoder: DecoderConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.pooler.kind != "class_token" and self.embed_dim % self.pooler.heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of the pooler's {self.pooler.heads} heads")
         if self.decoder is None:
             return
         if self.pooler.kind == "class_token":
             raise ValueError("a decoder needs caption tokens; pooler.kind 'class_token' makes none: use 'shared'")
+        if self.text.width % self.decoder.heads:
+            raise ValueError(
+                f"text width {self.text.width} is not a multiple of the decoder's {self.decoder.heads} heads"
+            )
         if self.embed_dim != self.text.width:
             raise ValueError(
                 "the decoder reads caption tokens of its own width: "
@@ -199,6 +205,17 @@ class CoCa(nn.Module):
         decoder = self.require_decoder()
         states = decoder(self.text.token_states(ids, cache.text), cache.memory, cache.decoder)
         return decoder.vocabulary(states[:, -1]).float()
+
+    def only_for_contrastive(self) -> list[str]:
+        """Beginnings of the names of the parameters that the captioning loss does not reach."""
+        pool = "pooler.contrastive_pool" if self.config.pooler.kind in ("cascade", "parallel") else "pooler.projection"
+        names = ["logit_scale", "text.norm_out", "text.projection", pool]
+        return names + (["text.class_token"] if self.config.text.pool == "class_token" else [])
+
+    def only_for_captioning(self) -> list[str]:
+        """Beginnings of the names of the parameters that the contrastive loss does not reach."""
+        pools = ["pooler.caption_pool"] if self.config.pooler.kind == "parallel" else []
+        return pools + (["decoder"] if self.decoder is not None else [])
 
     def require_decoder(self) -> TextDecoder:
         """The text decoder.

@@ -28,6 +28,11 @@ class PoolerConfig:
     queries: int = 256
     heads: int = 8
 
+    def __post_init__(self) -> None:
+        least = {"shared": 2, "cascade": 1, "parallel": 1, "class_token": 0}[self.kind]
+        if self.queries < least:
+            raise ValueError(f"pooler.queries is {self.queries}; a {self.kind} pooler needs at least {least}")
+
 
 class AttentionalPool(nn.Module):
     """Learned queries attend to a memory once; no residual, no feed-forward. Source: Set Transformer (arXiv
@@ -41,11 +46,14 @@ class AttentionalPool(nn.Module):
         self.attention = CrossAttention(width, heads, memory_width=memory_width)
 
     def initialise(self) -> None:
-        """Fill what the pool owns."""
+        """Fill what the pool owns. Attention starts sharp, each query on a few tokens: docs/decisions/0004-initial-values.md."""
         nn.init.normal_(self.queries)
         self.query_norm.reset_parameters()
         self.memory_norm.reset_parameters()
         self.attention.initialise(depth=1)
+        with torch.no_grad():
+            self.attention.query.weight.mul_(2)
+            self.attention.key_value.weight[: self.queries.shape[1]].mul_(2)  # the keys
 
     def forward(
         self, memory: Float[Tensor, "batch memory memory_width"], chosen: slice = slice(None)

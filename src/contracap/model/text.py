@@ -126,7 +126,7 @@ class TextEncoder(nn.Module):
             visible = torch.arange(tokens, device=ids.device) < lengths(ids, self.config.end)[:, None]
             return torch.nn.functional.pad(visible, (0, 1), value=True)
         # The release tested the id before each key, so that the fill id 0 hides a key one place late; see
-        # docs/decisions.
+        # docs/decisions/0003-cls-mask.md.
         visible = torch.nn.functional.pad(ids != 0, (1, 0), value=True)
         if tokens < self.config.context:
             visible[:, -1] = False

@@ -24,7 +24,7 @@ class VisionConfig:
     """Share of the patches left out of each training step (FLIP, arXiv 2212.00794); none in evaluation."""
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"vision width {self.width} is not a multiple of its {self.heads} heads")
@@ -96,15 +96,16 @@ def pick(
 
 
 def sine_positions(config: VisionConfig) -> Float[Tensor, "token dim"]:
-    """Initial positions: sines and cosines of row and column, half of the channels each, amplitude 0.5; class token 0.
+    """Initial positions: sines and cosines of row and column, half of the channels each, amplitude 2; class token 0.
 
-    Deviation from CLIP, whose small random positions a small model needs many samples to find: see docs/performance.md.
+    Deviation from CLIP, whose small random positions a small model needs many samples to find: see
+    docs/decisions/0004-initial-values.md.
     Source: MoCo v3 (arXiv 2104.02057), section 4, for the sines.
     """
     side, waves = config.image_size // config.patch_size, -(-config.width // 4)
     places = torch.arange(side, dtype=torch.float32)
     angles = places[:, None] * 100.0 ** (-torch.arange(waves) / waves)
-    along = 0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
+    along = 2.0 * torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = (
         repeat(along, "row wave -> (row column) wave", column=side),
         repeat(along, "column wave -> (row column) wave", row=side),

@@ -83,7 +83,7 @@ def from_open_clip(tensors: Mapping[str, Tensor], config: CoCaConfig) -> dict[st
 
     Raises: WeightsError: naming every key that is missing, extra or of another shape than `config` asks for.
     """
-    theirs = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    theirs = dict(tensors)
     if "logit_scale" in theirs and theirs["logit_scale"].shape == (1,):
         theirs["logit_scale"] = theirs["logit_scale"].reshape(())
     empty = meta_state(config)
@@ -186,8 +186,18 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
             (model, "custom_text", (True, False)),
             (vision, "timm_model_name", (None,)),
             (vision, "ls_init_value", (None,)),
+            (vision, "pool_type", ("tok",)),
+            (vision, "final_ln_after_pool", (False,)),
+            (vision, "no_ln_pre", (False,)),
+            (vision, "pos_embed_type", ("learnable",)),
+            (vision, "act_kwargs", (None, {})),
+            (vision, "norm_kwargs", (None, {})),
             (text, "hf_model_name", (None,)),
             (text, "ls_init_value", (None,)),
+            (text, "pool_type", ("argmax",)),
+            (text, "no_causal_mask", (False,)),
+            (text, "act_kwargs", (None, {})),
+            (text, "norm_kwargs", (None, {})),
         ):
             if section.get(name, plain[0]) not in plain:
                 raise WeightsError(
@@ -233,6 +243,19 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
         )
     except KeyError as missing:
         raise WeightsError(f"its configuration lacks or misnames {missing}: not a CoCa or CLIP of open_clip") from None
+    except (TypeError, AttributeError) as error:
+        raise WeightsError(f"its configuration is of another kind of model than a CoCa or CLIP: {error}") from None
+
+
+def not_for_open_clip(config: CoCaConfig) -> list[str]:
+    """What open_clip 3.3.0 cannot follow in a model of this configuration; one text each."""
+    problems = {
+        "it refuses correct_cls_mask, the class token's correct mask": config.text.pool == "class_token"
+        and config.text.cls_mask == "correct",
+        f"its {config.pooler.kind} pooler is another one": config.pooler.kind in ("cascade", "parallel"),
+        "its tokenizer has 49408 ids only": config.text.vocab_size != TextConfig.vocab_size,
+    }
+    return [problem for problem, holds in problems.items() if holds]
 
 
 def config_to_open_clip(config: CoCaConfig) -> dict:

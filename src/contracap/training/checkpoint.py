@@ -54,9 +54,10 @@ def save_checkpoint(folder: Path, state: TrainingState, *, image: ImageConfig, d
         data: position in the data, plain JSON values.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*.partial"):
+        _remove(left_over)
     final = folder / checkpoint_name(state.step)
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     save(partial / WEIGHTS_FILE, model=state.model.config, image=image, state=state.model.state_dict())
     if state.average is not None:
@@ -67,15 +68,16 @@ def save_checkpoint(folder: Path, state: TrainingState, *, image: ImageConfig, d
     (partial / POSITION_FILE).write_text(json.dumps({"step": state.step, "data": data}))
     for path in [*partial.rglob("*"), partial]:
         _to_disk(path)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _remove(final)
     os.replace(partial, final)
     link = folder / f".{LAST}.partial"
-    link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     os.replace(link, folder / LAST)
     _to_disk(folder)
-    for old in sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name))[:-keep]:
-        shutil.rmtree(old)
+    older = sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and path.name < final.name)
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        _remove(old)
     return final
 
 
@@ -94,7 +96,8 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
         with _one_process():
             dcp.load(optimizer, checkpoint_id=checkpoint / OPTIMIZER_FOLDER, no_dist=True)
     except (OSError, json.JSONDecodeError, dcp.api.CheckpointException, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be resumed from: {str(error).splitlines()[0]}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CheckpointError(f"{checkpoint} cannot be resumed from: {reason}") from None
     set_optimizer_state_dict(state.model, state.optimizer, optimizer["optimizer"])
     state.model.load_state_dict(weights.state)
     if state.average is not None:
@@ -113,8 +116,16 @@ def checkpoint_name(step: int) -> str:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's checkpoint folder."""
-    return (folder / LAST).resolve() if (folder / LAST).exists() else None
+    """The newest whole checkpoint of a run's checkpoint folder; None if there is none yet.
+
+    Raises: CheckpointError: if `last` points to a checkpoint that is gone.
+    """
+    link = folder / LAST
+    if link.is_symlink() and not link.exists():
+        raise CheckpointError(
+            f"{link} points to {os.readlink(link)}, which is gone; point it to another one, or remove it"
+        )
+    return link.resolve() if link.exists() else None
 
 
 def moving_average(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -128,6 +139,16 @@ def _one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder that never stands half deleted under its own name."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = path.with_name(f".{path.name.strip('.')}.removed.partial")
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+    else:
+        path.unlink()
 
 
 def _to_disk(path: Path) -> None:

@@ -29,7 +29,7 @@ class Recorder:
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
         self._done, self._total = start, total_steps
         self._numbers: Mapping[str, float] = {}
-        self._samples = self._steps = 0
+        self._samples = self._steps = self._skipped = 0
         self._since = time.monotonic()
 
     def __enter__(self) -> "Recorder":
@@ -45,19 +45,21 @@ class Recorder:
         self._done += 1
         self._steps += 1
         self._samples += samples
-        self._numbers = numbers or self._numbers
+        self._numbers = numbers
+        self._skipped += not numbers
         self._bar.update()
 
     def log(self) -> None:
         """Record the newest numbers and the speed since the last record, whatever happened in between included."""
         seconds = time.monotonic() - self._since
         left = seconds / self._steps * (self._total - self._done)
-        self.record(self._done, {**self._numbers, "samples_per_second": self._samples / seconds}, left)
-        self._samples = self._steps = 0
+        skipped = {"skipped_steps": self._skipped} if self._skipped else {}
+        self.record(self._done, {**self._numbers, **skipped, "samples_per_second": self._samples / seconds}, left)
+        self._samples = self._steps = self._skipped = 0
         self._since = time.monotonic()
 
     def record(self, step: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> None:
-        """Write numbers down; the line is on disk when this returns."""
+        """Write numbers down; the system has the line when this returns."""
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
         for name, value in numbers.items():

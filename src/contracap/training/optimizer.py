@@ -34,6 +34,8 @@ class OptimizerConfig:
             )
         if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
             raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.epsilon <= 0:
+            raise ValueError(f"betas {self.betas} must be at least 0 and below 1, and epsilon {self.epsilon} above 0")
 
 
 def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
@@ -48,7 +50,7 @@ def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> fl
 def decays(module: nn.Module, parameter_name: str) -> bool:
     """Whether weight decay applies: to matrices that multiply a signal, not to norms, biases, embeddings, positions
     and queries."""
-    return parameter_name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
+    return parameter_name == "weight" and isinstance(module, nn.Linear)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
