@@ -46,7 +46,10 @@ class AttentionalPool(nn.Module):
         self.attention = CrossAttention(width, heads, memory_width=memory_width)
 
     def initialise(self) -> None:
-        """Fill what the pool owns. Attention starts sharp, each query on a few tokens: docs/decisions/0004-initial-values.md."""
+        """Fill what the pool owns; attention starts sharp, each query on a few tokens.
+
+        Source: docs/decisions/0004-initial-values.md.
+        """
         nn.init.normal_(self.queries)
         self.query_norm.reset_parameters()
         self.memory_norm.reset_parameters()
