@@ -173,8 +173,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise WeightsError(f"{path} is not a file of plain tensors: {reason}") from None
         content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-        if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-            raise WeightsError(f"{path} holds other things than named tensors: not a weights file")
+        if not isinstance(content, Mapping):
+            raise WeightsError(f"{path} holds a {type(content).__name__}, not named tensors: not a weights file")
+        if others := [key for key, tensor in content.items() if not isinstance(tensor, Tensor)]:
+            raise WeightsError(f"{path} is no weights file: {others[0]} is no tensor")
         return {str(key).removeprefix("module."): tensor for key, tensor in content.items()}, {}
     raise WeightsError(f"{path} is no weights file: the ending must be .safetensors, {', '.join(PICKLES)}")
 

@@ -53,7 +53,7 @@ class Recorder:
         """Record the newest numbers and the speed since the last record, whatever happened in between included."""
         seconds = time.monotonic() - self._since
         left = seconds / self._steps * (self._total - self._done)
-        skipped = {"skipped_steps": self._skipped} if self._skipped else {}
+        skipped = {"skipped_steps": float(self._skipped)} if self._skipped else {}
         self.record(self._done, {**self._numbers, **skipped, "samples_per_second": self._samples / seconds}, left)
         self._samples = self._steps = self._skipped = 0
         self._since = time.monotonic()
