@@ -137,12 +137,7 @@ def test_the_world_is_as_large_as_promised() -> None:
 def test_training_scenes_are_followed_by_some_of_their_twins() -> None:
     scenes = list(islice(training_scenes(np.random.default_rng(0)), 1000))
     followed = sum(later in legal_twins(scene, test=False).values() for scene, later in pairwise(scenes))
-    exchanged = sum(
-        len(scene.things) == 2 and later == Scene(scene.things[::-1], scene.relation)
-        for scene, later in pairwise(scenes)
-    )
-    assert 100 < followed < 500
-    assert 20 < exchanged < 200
+    assert 200 < followed < 500
 
 
 def test_a_twin_exchanges_one_attribute() -> None:

@@ -128,17 +128,14 @@ def training_scenes(generator: np.random.Generator, *, alone: float = 0.25, twin
     Args:
         generator: The only source of chance.
         alone: Probability of a scene with a single object.
-        twinned: Probability that a scene of two objects is followed by a twin that differs by one exchange: of an
-            attribute, or of the places.
+        twinned: Probability that a scene of two objects is followed by one of its attribute-swapped twins.
     """
     while True:
         scene = random_scene(generator, TRAINED, objects=1 if generator.random() < alone else 2)
         yield scene
-        twins = list(legal_twins(scene, test=False).values())
-        if scene.relation is not None:
-            twins.append(Scene(scene.things[::-1], scene.relation))  # the two have exchanged places
+        twins = legal_twins(scene, test=False)
         if twins and generator.random() < twinned:
-            yield twins[generator.integers(len(twins))]
+            yield twins[sorted(twins)[generator.integers(len(twins))]]
 
 
 def single_scenes(generator: np.random.Generator, count: int) -> list[Scene]:
