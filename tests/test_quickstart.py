@@ -127,17 +127,36 @@ def test_a_wrong_override_is_refused_before_anything_is_drawn(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_quickstart_reaches_its_targets(tmp_path: Path) -> None:
-    done = run("--out", str(tmp_path / "out"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    """A whole quickstart from the command line, and its figures."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = run("--out", str(out))
     assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    figures = content["figures"]
-    for name in NAMES - {"seconds", "caption_accuracy"}:
-        assert figures[name] >= TARGETS[name], figures
-    assert figures["caption_accuracy"] > 0.25, figures  # its target of 0.8 is not reached yet: runs/log.md
     assert "recall@1" in done.stdout
-    again = run("--out", str(tmp_path / "out"))
+    return out, json.loads((out / "results.json").read_text(encoding="utf-8"))["figures"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zeroshot_color",
+        "zeroshot_shape",
+        "text_to_image_recall@1",
+        "image_to_text_recall@1",
+        pytest.param("caption_accuracy", marks=pytest.mark.xfail(reason="not reached yet: runs/log.md", strict=True)),
+    ],
+)
+def test_quickstart_reaches_its_targets(whole, name: str) -> None:
+    _, figures = whole
+    assert figures[name] >= TARGETS[name], figures
+
+
+@pytest.mark.slow
+def test_a_second_quickstart_in_the_same_folder_is_refused_in_one_line(whole) -> None:
+    out, _ = whole
+    again = run("--out", str(out))
     assert again.returncode == 1
     assert again.stderr.startswith("contracap: error: ")
     assert "Traceback" not in again.stderr

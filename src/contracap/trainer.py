@@ -13,7 +13,7 @@ from contracap.data.loader import DataConfig, TrainingBatches, validation_batche
 from contracap.data.shards import list_shards
 from contracap.files import write_text
 from contracap.image import ImageConfig
-from contracap.model.coca import CoCa
+from contracap.model.coca import CoCa, evaluating
 from contracap.model.weights import WeightsError, interpolate_position, meta_state, require_same_keys, shapes_of
 from contracap.pretrained import load, processor_for, random_model, read_weights
 from contracap.recipe import Recipe, load_recipe
@@ -180,7 +180,6 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
 @torch.inference_mode()
 def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, float]:
     """Mean losses over the full batches of `data.validation`, under `validation_...` names."""
-    model.eval()
     sums: dict[str, float] = {}
     tokenizer = processor_for(model.config, config.image).tokenizer
     batches = tokens = 0
@@ -190,7 +189,9 @@ def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, flo
         batch = batch.to(model.device)
         batches += 1
         tokens += int(label_mask(batch.ids, tokenizer.end).sum())
-        for name, value in losses(model, batch, config, tokens=1).items():
+        with evaluating(model):
+            parts = losses(model, batch, config, tokens=1)
+        for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     # Summed over tokens the one, averaged over batches the other.
     counts = {"captioning_loss": tokens, "contrastive_loss": batches}

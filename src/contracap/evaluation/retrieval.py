@@ -13,8 +13,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from contracap.evaluation.features import Source, embed_pictures, embed_texts, finite, full_precision, sample_batches
-from contracap.generation.captioner import evaluating
-from contracap.model.coca import CoCa
+from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
 CHUNK = 2**20  # scores that are held at a time: 4 MiB in fp32

@@ -1,18 +1,17 @@
 """Pictures to sentences."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from contracap.generation.beam import BeamSearch
 from contracap.generation.sampling import Hypothesis, Strategy, check_count
-from contracap.model.coca import CoCa
+from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
 
@@ -117,15 +116,3 @@ class Captioner:
             for found in hypotheses
         )
         return replace(alternatives[0], alternatives=alternatives)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no patch dropout); afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

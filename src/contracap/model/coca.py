@@ -1,6 +1,8 @@
 """The contrastive captioner: the parts joined."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -232,3 +234,15 @@ class CoCa(nn.Module):
 def unit(embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:
     """Rows of length 1, at least in float32."""
     return normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no patch dropout); afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
