@@ -14,6 +14,7 @@ from PIL import Image
 import contracap
 from contracap.cli import main
 from contracap.data.shards import write_shard
+from contracap.evaluation.captioning import Captioning
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, read_weights, save
 
@@ -149,6 +150,27 @@ def test_caption_prints_a_line_for_each_picture(run: Run, weights: Path, picture
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["samples"] == 4
     assert [row["caption"] for row in result["captions"]] == [caption.text for caption in captions]
+
+
+def test_beams_and_length_penalty_reach_the_decoding(
+    run: Run, weights: Path, pictures: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = contracap.load(weights)
+    greedy = contracap.Captioner(model, processor)([pictures / "0.jpg"], contracap.Greedy())[0]
+    assert greedy.text != contracap.Captioner(model, processor)([pictures / "0.jpg"])[0].text
+    status, out, _ = run("caption", weights, pictures / "0.jpg", "--beams", "1")
+    assert status == 0 and out == f"{pictures / '0.jpg'}\t{greedy.text}\n"
+    run(
+        "caption", weights, pictures / "0.jpg", "--beams", "1", "--length-penalty", "0", "--json", tmp_path / "sum.json"
+    )
+    (row,) = json.loads((tmp_path / "sum.json").read_text())["captions"]
+    assert row["score"] == pytest.approx(greedy.log_probability, rel=1e-5)
+    made = []
+    monkeypatch.setattr(Captioning, "run", lambda self, model: iter(made.append(self.strategy) or ()))
+    run("evaluate", weights, "--task", "captioning", "--data", shards, "--beams", "3", "--length-penalty", "0.5")
+    assert made == [contracap.BeamSearch(width=3, length_penalty=0.5)]
+    status, _, err = run("caption", weights, pictures, "--beams", "0")
+    assert status == 1 and "beams of a picture" in err
 
 
 def test_an_unreadable_picture_stops_no_other(run: Run, weights: Path, pictures: Path, tmp_path: Path) -> None:

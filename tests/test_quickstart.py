@@ -141,11 +141,11 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, float]]:
 @pytest.mark.parametrize(
     "name",
     [
+        "caption_accuracy",
         "zeroshot_color",
         "zeroshot_shape",
         "text_to_image_recall@1",
         "image_to_text_recall@1",
-        pytest.param("caption_accuracy", marks=pytest.mark.xfail(reason="not reached yet: runs/log.md", strict=True)),
     ],
 )
 def test_quickstart_reaches_its_targets(whole, name: str) -> None:

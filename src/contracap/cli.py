@@ -17,6 +17,7 @@ except ModuleNotFoundError:
 
 if TYPE_CHECKING:
     from contracap.evaluation.result import Evaluator
+    from contracap.generation.beam import BeamSearch
     from contracap.generation.captioner import Caption, Captioner
     from contracap.model.coca import CoCa, CoCaConfig
     from contracap.processor import Processor
@@ -26,6 +27,11 @@ WeightsName = Annotated[
 ]
 Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]
+Beams = Annotated[int, arg(help="for captions: how many are searched side by side for a picture; 1 is greedy decoding")]
+LengthPenalty = Annotated[
+    float,
+    arg(help="for captions: ranked by log-probability / length to this power; 0 ranks by the sum, for shorter ones"),
+]
 BATCH = 16  # pictures at a time
 
 
@@ -96,14 +102,18 @@ def evaluate(
     templates: Annotated[
         Path | None, arg(metavar="FILE", help="for zeroshot: a JSON list of prompts, {} where the name goes")
     ] = None,
+    beams: Beams = 6,
+    length_penalty: LengthPenalty = 1.0,
     size: Size = None,
     json: ResultFile = None,
 ) -> None:
     """Measure a model on tar shards."""
     from contracap.evaluation.result import measure
+    from contracap.generation.beam import BeamSearch
 
+    strategy = BeamSearch(width=beams, length_penalty=length_penalty)
     model, processor = _load(weights, size)
-    result = measure(_evaluator(task, data, processor, classes, templates), model, command=_command())
+    result = measure(_evaluator(task, data, processor, classes, templates, strategy), model, command=_command())
     for name, value in result.figures.items():
         print(f"{name:24}{f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
     if json is not None:
@@ -115,18 +125,22 @@ def caption(
     paths: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="pictures, or folders of them")],
     /,
     *,
+    beams: Beams = 6,
+    length_penalty: LengthPenalty = 1.0,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
     """Write a caption for each picture: its path, a tab, the text. Unreadable pictures are listed at the end."""
     from contracap.evaluation.result import Result
+    from contracap.generation.beam import BeamSearch
     from contracap.generation.captioner import Captioner
 
+    strategy = BeamSearch(width=beams, length_penalty=length_penalty)
     pictures = list(_pictures(paths))
     captioner = Captioner(*_load(weights, size))
     rows, unreadable = [], []
     for first in range(0, len(pictures), BATCH):
-        for path, made in _captions(captioner, pictures[first : first + BATCH]):
+        for path, made in _captions(captioner, pictures[first : first + BATCH], strategy):
             if isinstance(made, ValueError):
                 unreadable.append(made)
             else:
@@ -209,7 +223,12 @@ def convert(
 
 
 def _evaluator(
-    task: str, data: tuple[str, ...], processor: "Processor", classes: Path | None, templates: Path | None
+    task: str,
+    data: tuple[str, ...],
+    processor: "Processor",
+    classes: Path | None,
+    templates: Path | None,
+    strategy: "BeamSearch",
 ) -> "Evaluator":
     from contracap.evaluation.captioning import Captioning
     from contracap.evaluation.retrieval import Retrieval
@@ -218,7 +237,7 @@ def _evaluator(
     if task == "retrieval":
         return Retrieval(data, processor)
     if task == "captioning":
-        return Captioning(data, processor)
+        return Captioning(data, processor, strategy=strategy)
     if classes is None:
         raise ValueError(
             "zeroshot needs the names of the classes: --classes FILE, a JSON list in the order of the labels"
@@ -259,18 +278,20 @@ def _pictures(paths: Sequence[str]) -> Iterator[Path]:
         yield from found
 
 
-def _captions(captioner: "Captioner", pictures: Sequence[Path]) -> "Iterator[tuple[Path, Caption | ValueError]]":
+def _captions(
+    captioner: "Captioner", pictures: Sequence[Path], strategy: "BeamSearch"
+) -> "Iterator[tuple[Path, Caption | ValueError]]":
     """A caption for each picture, or why it cannot be read; then the others of its batch go one by one."""
     from contracap.image import ImageError
 
     try:
-        yield from zip(pictures, captioner(pictures, batch_size=len(pictures)), strict=True)
+        yield from zip(pictures, captioner(pictures, strategy, batch_size=len(pictures)), strict=True)
     except ImageError as error:
         if len(pictures) == 1:
             yield pictures[0], error
         else:
             for picture in pictures:
-                yield from _captions(captioner, [picture])
+                yield from _captions(captioner, [picture], strategy)
 
 
 def _fail(message: str, *, status: int = 1) -> int:

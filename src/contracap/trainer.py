@@ -14,7 +14,7 @@ from contracap.data.shards import list_shards
 from contracap.files import write_text
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa, evaluating
-from contracap.model.weights import WeightsError, interpolate_position, meta_state, require_same_keys, shapes_of
+from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.pretrained import load, processor_for, random_model, read_weights
 from contracap.recipe import Recipe, load_recipe
 from contracap.training.checkpoint import (
@@ -165,8 +165,7 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
     wanted = recipe.model_config
     if "cls_mask" not in recipe.model.get("text", {}):
         wanted = replace(wanted, text=replace(wanted.text, cls_mask=weights.model.text.cls_mask))
-    fitted = dict(weights.state)
-    fitted["vision.position"] = interpolate_position(fitted["vision.position"], patches=wanted.vision.patches)
+    fitted = interpolate_positions(weights.state, patches=wanted.vision.patches)
     try:
         require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
     except WeightsError as error:

@@ -40,7 +40,11 @@ def test_released_sizes_have_their_published_parameter_counts(name: str, image: 
     assert (count(model.vision, model.pooler), count(model.text), count(model.decoder)) == (image, text, decoder)
 
 
-@pytest.mark.parametrize("config", [*map(with_pooler, POOLERS), tiny_clip()], ids=[*POOLERS, "clip"])
+@pytest.mark.parametrize(
+    "config",
+    [*map(with_pooler, POOLERS), *(with_pooler(kind, positions=True) for kind in POOLERS), tiny_clip()],
+    ids=[*POOLERS, *(f"{kind}, positions" for kind in POOLERS), "clip"],
+)
 def test_initialise_leaves_no_value_unset(config: CoCaConfig) -> None:
     model = CoCa(config)
     tensors = [*model.parameters(), *model.buffers()]
@@ -71,6 +75,28 @@ def test_each_branch_of_a_pooler_equals_both_together(kind: str) -> None:
     torch.testing.assert_close(model.pooler.caption_tokens(tokens), caption_tokens)
     queries = TINY.pooler.queries - (kind == "shared")
     assert caption_tokens.shape == (3, queries, TINY.embed_dim)
+
+
+@pytest.mark.parametrize("kind", POOLERS)
+@pytest.mark.parametrize(("positions", "same"), [(False, True), (True, False)])
+def test_only_a_pooler_with_positions_tells_places_apart(kind: str, positions: bool, same: bool) -> None:
+    model, _ = random_model(with_pooler(kind, positions=positions), seed=0)
+    tokens = model.vision(pictures(1))
+    exchanged = tokens.clone()
+    exchanged[:, [3, 9]] = tokens[:, [9, 3]]
+    before, after = (model.pooler.caption_tokens(each) for each in (tokens, exchanged))
+    assert torch.allclose(before, after, atol=1e-5) == same
+
+
+def test_positions_and_patch_dropout_exclude_each_other() -> None:
+    config = with_pooler("shared", positions=True)
+    with pytest.raises(ValueError, match=r"set vision\.patch_dropout to 0, it is 0\.5"):
+        replace(config, vision=replace(config.vision, patch_dropout=0.5))
+
+
+def test_a_pooler_without_caption_tokens_refuses_positions() -> None:
+    with pytest.raises(ValueError, match=r"class_token pooler has no caption tokens"):
+        with_pooler("class_token", positions=True)
 
 
 def test_cascade_reads_caption_tokens_and_parallel_does_not() -> None:

@@ -8,8 +8,9 @@ from contracap.model.weights import (
     config_from_open_clip,
     config_to_open_clip,
     from_open_clip,
-    interpolate_position,
+    interpolate_positions,
     match_size,
+    not_for_open_clip,
     shapes_of,
     to_open_clip,
 )
@@ -22,6 +23,9 @@ EVERY_KIND = {
     "shared, one width": replace(TINY, vision=replace(TINY.vision, width=TINY.embed_dim)),
     "cascade": with_pooler("cascade"),
     "parallel": with_pooler("parallel"),
+    "shared, positions": with_pooler("shared", positions=True),
+    "cascade, positions": with_pooler("cascade", positions=True),
+    "parallel, positions": with_pooler("parallel", positions=True),
     "clip": tiny_clip(),
 }
 
@@ -37,6 +41,12 @@ def test_weights_come_back_bit_equal_from_open_clips_layout(config) -> None:
 @pytest.mark.parametrize("config", EVERY_KIND.values(), ids=EVERY_KIND.keys())
 def test_configuration_comes_back_from_open_clips_layout(config) -> None:
     assert config_from_open_clip(config_to_open_clip(config)) == config
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_open_clip_cannot_follow_positions_of_a_pooler(positions: bool) -> None:
+    problems = not_for_open_clip(with_pooler("shared", positions=positions))
+    assert any("positions" in problem for problem in problems) == positions
 
 
 def test_open_clip_files_mean_the_legacy_mask_unless_they_say_otherwise() -> None:
@@ -97,11 +107,18 @@ def test_a_configuration_of_another_kind_of_model_is_refused(change, message: st
         config_from_open_clip(model)
 
 
-def test_interpolated_positions_keep_the_class_token_and_the_grid() -> None:
-    position = torch.randn(1 + 16, 8)
-    assert torch.equal(interpolate_position(position, patches=16), position)
-    larger = interpolate_position(position, patches=64)
+@pytest.mark.parametrize("name", ["vision.position", "pooler.pool.position", "pooler.caption_pool.position"])
+def test_interpolated_positions_keep_the_class_token_and_the_grid(name: str) -> None:
+    position, other = torch.randn(1 + 16, 8), torch.randn(17, 8)
+
+    def interpolated(tensor: torch.Tensor, patches: int) -> torch.Tensor:
+        fitted = interpolate_positions({name: tensor, "text.position": other}, patches=patches)
+        assert fitted["text.position"] is other
+        return fitted[name]
+
+    assert torch.equal(interpolated(position, 16), position)
+    larger = interpolated(position, 64)
     assert larger.shape == (65, 8)
     assert torch.equal(larger[0], position[0])
     flat = torch.cat([position[:1], torch.ones(16, 8)])
-    torch.testing.assert_close(interpolate_position(flat, patches=36)[1:], torch.ones(36, 8))
+    torch.testing.assert_close(interpolated(flat, 36)[1:], torch.ones(36, 8))

@@ -10,8 +10,8 @@ TINY = SIZES["tiny"]
 POOLERS = ("shared", "cascade", "parallel")
 
 
-def with_pooler(kind: str) -> CoCaConfig:
-    return replace(TINY, pooler=replace(TINY.pooler, kind=kind))
+def with_pooler(kind: str, *, positions: bool = False) -> CoCaConfig:
+    return replace(TINY, pooler=replace(TINY.pooler, kind=kind, adds_positions=positions))
 
 
 def tiny_clip() -> CoCaConfig:

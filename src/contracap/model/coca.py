@@ -35,6 +35,11 @@ class CoCaConfig:
     def __post_init__(self) -> None:
         if self.pooler.kind != "class_token" and self.embed_dim % self.pooler.heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of the pooler's {self.pooler.heads} heads")
+        if self.pooler.adds_positions and self.vision.patch_dropout:
+            raise ValueError(
+                "pooler.adds_positions needs every patch at its place: set vision.patch_dropout to 0, "
+                f"it is {self.vision.patch_dropout}"
+            )
         if self.decoder is None:
             return
         if self.pooler.kind == "class_token":
@@ -90,7 +95,12 @@ class CoCa(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision)
-        self.pooler = build_pooler(config.pooler, embed_dim=config.embed_dim, vision_width=config.vision.width)
+        self.pooler = build_pooler(
+            config.pooler,
+            embed_dim=config.embed_dim,
+            vision_width=config.vision.width,
+            image_tokens=config.vision.tokens,
+        )
         self.text = TextEncoder(config.text, embed_dim=config.embed_dim)
         self.decoder = (
             TextDecoder(config.decoder, width=config.text.width, vocab_size=config.text.vocab_size)

@@ -22,31 +22,44 @@ class PoolerConfig:
             contrastive query beside them (both the paper's); `class_token`, no queries at all: CLIP's vector, and no
             caption tokens.
         queries: learned queries, the contrastive one included where it is `shared`.
+        adds_positions: whether learned positions are added to the normalised image tokens that the caption tokens are
+            pooled from. They let a small model tell which of two objects stands where; the released models have none.
+            See docs/decisions/0005-positions-in-the-pooler.md.
     """
 
     kind: Literal["shared", "cascade", "parallel", "class_token"] = "shared"
     queries: int = 256
     heads: int = 8
+    adds_positions: bool = False
 
     def __post_init__(self) -> None:
         least = {"shared": 2, "cascade": 1, "parallel": 1, "class_token": 0}[self.kind]
         if self.queries < least:
             raise ValueError(f"pooler.queries is {self.queries}; a {self.kind} pooler needs at least {least}")
+        if self.adds_positions and self.kind == "class_token":
+            raise ValueError("pooler.adds_positions is true, but a class_token pooler has no caption tokens to place")
 
 
 class AttentionalPool(nn.Module):
-    """Learned queries attend to a memory once; no residual, no feed-forward. Source: Set Transformer (arXiv
-    1810.00825)."""
+    """Learned queries attend to a memory once; no residual, no feed-forward.
 
-    def __init__(self, width: int, *, queries: int, heads: int, memory_width: int):
+    Args:
+        positions: rows of the memory, which get a learned position each; None for none. Deviation from DETR (arXiv
+            2005.12872), which adds them for the keys alone: here the values carry them on.
+
+    Source: Set Transformer (arXiv 1810.00825).
+    """
+
+    def __init__(self, width: int, *, queries: int, heads: int, memory_width: int, positions: int | None = None):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(queries, width))
         self.query_norm = nn.LayerNorm(width)
         self.memory_norm = nn.LayerNorm(memory_width)
         self.attention = CrossAttention(width, heads, memory_width=memory_width)
+        self.position = nn.Parameter(torch.empty(positions, memory_width)) if positions is not None else None
 
     def initialise(self) -> None:
-        """Fill what the pool owns; attention starts sharp, each query on a few tokens.
+        """Fill what the pool owns; with positions, attention starts sharp, each query on a few tokens.
 
         Source: docs/decisions/0004-initial-values.md.
         """
@@ -54,15 +67,18 @@ class AttentionalPool(nn.Module):
         self.query_norm.reset_parameters()
         self.memory_norm.reset_parameters()
         self.attention.initialise(depth=1)
-        with torch.no_grad():
-            self.attention.query.weight.mul_(2)
-            self.attention.key_value.weight[: self.queries.shape[1]].mul_(2)  # the keys
+        if self.position is not None:
+            nn.init.normal_(self.position)
+            with torch.no_grad():
+                self.attention.query.weight.mul_(2)
+                self.attention.key_value.weight[: self.queries.shape[1]].mul_(2)  # the keys
 
     def forward(
         self, memory: Float[Tensor, "batch memory memory_width"], chosen: slice = slice(None)
     ) -> Float[Tensor, "batch query width"]:
         """Outputs of the `chosen` queries; each is independent of the others."""
-        key, value = self.attention.project(self.memory_norm(memory))
+        memory = self.memory_norm(memory)
+        key, value = self.attention.project(memory if self.position is None else memory + self.position)
         queries = repeat(self.query_norm(self.queries[chosen]), "query width -> batch query width", batch=len(memory))
         return self.attention(queries, key, value)
 
@@ -92,9 +108,15 @@ class Pooler(nn.Module, ABC):
 class SharedPooler(Pooler):
     """One pool; query 0 is projected to the contrastive vector, the others are the caption tokens as they are."""
 
-    def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int):
+    def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int, positions: int | None):
         super().__init__()
-        self.pool = AttentionalPool(embed_dim, queries=config.queries, heads=config.heads, memory_width=vision_width)
+        self.pool = AttentionalPool(
+            embed_dim,
+            queries=config.queries,
+            heads=config.heads,
+            memory_width=vision_width,
+            positions=positions,
+        )
         self.norm_out = nn.LayerNorm(embed_dim)
         self.projection = nn.Linear(embed_dim, embed_dim, bias=False)
 
@@ -125,12 +147,16 @@ class TwoPoolers(Pooler):
     attentional poolers.
     """
 
-    def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int):
+    def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int, positions: int | None):
         super().__init__()
         self.cascade = config.kind == "cascade"
         self.norm_in = nn.LayerNorm(vision_width)
         self.caption_pool = AttentionalPool(
-            embed_dim, queries=config.queries, heads=config.heads, memory_width=vision_width
+            embed_dim,
+            queries=config.queries,
+            heads=config.heads,
+            memory_width=vision_width,
+            positions=positions,
         )
         self.contrastive_pool = AttentionalPool(
             embed_dim, queries=1, heads=config.heads, memory_width=embed_dim if self.cascade else vision_width
@@ -181,10 +207,10 @@ class ClassTokenPooler(Pooler):
         return self.contrastive(tokens), self.caption_tokens(tokens)
 
 
-def build_pooler(config: PoolerConfig, *, embed_dim: int, vision_width: int) -> Pooler:
-    """The pooler that `config.kind` names."""
-    if config.kind == "shared":
-        return SharedPooler(config, embed_dim=embed_dim, vision_width=vision_width)
+def build_pooler(config: PoolerConfig, *, embed_dim: int, vision_width: int, image_tokens: int) -> Pooler:
+    """The pooler that `config.kind` names, for pictures of `image_tokens` tokens."""
     if config.kind == "class_token":
         return ClassTokenPooler(embed_dim=embed_dim, vision_width=vision_width)
-    return TwoPoolers(config, embed_dim=embed_dim, vision_width=vision_width)
+    pooler = SharedPooler if config.kind == "shared" else TwoPoolers
+    positions = image_tokens if config.adds_positions else None
+    return pooler(config, embed_dim=embed_dim, vision_width=vision_width, positions=positions)

@@ -39,7 +39,7 @@ SIZES: dict[str, CoCaConfig] = {
     "scenes": CoCaConfig(
         embed_dim=192,
         vision=VisionConfig(image_size=72, patch_size=24, width=192, layers=4, heads=4),
-        pooler=PoolerConfig(queries=25, heads=4),
+        pooler=PoolerConfig(queries=25, heads=4, adds_positions=True),
         text=TextConfig(context=28, vocab_size=6144, width=192, layers=2, heads=4),
         decoder=DecoderConfig(layers=2, heads=4),
     ),

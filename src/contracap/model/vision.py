@@ -36,6 +36,11 @@ class VisionConfig:
         """Patches per picture."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def tokens(self) -> int:
+        """Tokens per picture: the class token and the patches."""
+        return 1 + self.patches
+
 
 class VisionEncoder(nn.Module):
     """Patches and a class token through pre-norm blocks. Source: ViT (arXiv 2010.11929), with CLIP's norm before the
@@ -46,7 +51,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.width, bias=False)
         self.class_token = nn.Parameter(torch.empty(config.width))
-        self.position = nn.Parameter(torch.empty(1 + config.patches, config.width))
+        self.position = nn.Parameter(torch.empty(config.tokens, config.width))
         self.norm_in = nn.LayerNorm(config.width)
         self.blocks = Stack(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
 
@@ -96,7 +101,7 @@ def pick(
 
 
 def sine_positions(config: VisionConfig) -> Float[Tensor, "token dim"]:
-    """Initial positions: sines and cosines of row and column, half of the channels each, amplitude 2; class token 0.
+    """Initial positions: sines and cosines of row and column, half of the channels each, amplitude 0.5; class token 0.
 
     Deviation from CLIP, whose small random positions a small model needs many samples to find: see
     docs/decisions/0004-initial-values.md.
@@ -105,7 +110,7 @@ def sine_positions(config: VisionConfig) -> Float[Tensor, "token dim"]:
     side, waves = config.image_size // config.patch_size, -(-config.width // 4)
     places = torch.arange(side, dtype=torch.float32)
     angles = places[:, None] * 100.0 ** (-torch.arange(waves) / waves)
-    along = 2.0 * torch.cat([angles.sin(), angles.cos()], dim=1)
+    along = 0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = (
         repeat(along, "row wave -> (row column) wave", column=side),
         repeat(along, "column wave -> (row column) wave", row=side),

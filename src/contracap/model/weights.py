@@ -37,7 +37,8 @@ class Row:
 
 
 def open_clip_rows(config: CoCaConfig) -> list[Row]:
-    """How open_clip 3.3.0 names the tensors of a model; cascade and parallel poolers as its 4.2 line does.
+    """How open_clip 3.3.0 names the tensors of a model; cascade and parallel poolers as its 4.2 line does; a pooler's
+    positions, which it does not know, by a name of our own.
 
     Source: the key table in open_clip's own state dicts, checked by tests against the package.
     """
@@ -146,12 +147,21 @@ def meta_state(config: CoCaConfig) -> dict[str, Tensor]:
         return CoCa(config).state_dict()
 
 
-def interpolate_position(position: Tensor, *, patches: int) -> Tensor:
-    """Positions of the image encoder for another number of patches, bicubic over the grid; the class token's row stays.
+IMAGE_POSITIONS = ("vision.position", "pooler.pool.position", "pooler.caption_pool.position")
 
-    Args:
-        position: [1 + old patches, width], of a square grid, as `patches` is.
+
+def interpolate_positions(state: Mapping[str, Tensor], *, patches: int) -> dict[str, Tensor]:
+    """The weights with the positions of every patch resized, bicubic over the grid, to `patches` in a square.
+
+    The class token's position, which comes first, stays.
     """
+    return {
+        name: _interpolate(tensor, patches=patches) if name in IMAGE_POSITIONS else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _interpolate(position: Tensor, *, patches: int) -> Tensor:
     old, new = math.isqrt(len(position) - 1), math.isqrt(patches)
     if old == new:
         return position
@@ -224,6 +234,7 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
                 kind=kinds[vision.get("attentional_pool", False)],
                 queries=vision.get("attn_pooler_queries", 256) if vision.get("attentional_pool") else 0,
                 heads=vision.get("attn_pooler_heads", 8),
+                adds_positions=vision.get("attn_pooler_positions", False),
             ),
             text=TextConfig(
                 context=text["context_length"],
@@ -253,6 +264,7 @@ def not_for_open_clip(config: CoCaConfig) -> list[str]:
         "it refuses correct_cls_mask, the class token's correct mask": config.text.pool == "class_token"
         and config.text.cls_mask == "correct",
         f"its {config.pooler.kind} pooler is another one": config.pooler.kind in ("cascade", "parallel"),
+        "its pooler adds no positions": config.pooler.adds_positions,
         "its tokenizer has 49408 ids only": config.text.vocab_size != TextConfig.vocab_size,
     }
     return [problem for problem, holds in problems.items() if holds]
@@ -277,6 +289,8 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
             "attn_pooler_heads": pooler.heads,
             "output_tokens": True,
         }
+        if pooler.adds_positions:
+            model["vision_cfg"]["attn_pooler_positions"] = True
     if config.text.pool == "class_token":
         model["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
         if config.text.cls_mask == "correct":
@@ -343,7 +357,7 @@ def _packed_cross_attention(theirs: str, ours: str) -> list[Row]:
     ]
 
 
-def _attentional_pool(theirs: str, ours: str, *, packed: bool) -> list[Row]:
+def _attentional_pool(theirs: str, ours: str, *, packed: bool, positions: bool) -> list[Row]:
     attention = _packed_cross_attention(f"{theirs}.attn", f"{ours}.attention")
     if not packed:  # torch's attention keeps three matrices when the memory has another width than the queries
         attention[0:1] = [
@@ -357,21 +371,22 @@ def _attentional_pool(theirs: str, ours: str, *, packed: bool) -> list[Row]:
         _same(f"{theirs}.query", f"{ours}.queries"),
         *_norm(f"{theirs}.ln_q", f"{ours}.query_norm"),
         *_norm(f"{theirs}.ln_k", f"{ours}.memory_norm"),
+        *([_same(f"{theirs}.positional_embedding", f"{ours}.position")] if positions else []),
         *attention,
     ]
 
 
 def _pooler_rows(config: CoCaConfig) -> list[Row]:
-    same_width = config.vision.width == config.embed_dim
+    same_width, positions = config.vision.width == config.embed_dim, config.pooler.adds_positions
     projection = Row(("visual.proj",), ("pooler.projection.weight",), transposed=True)
     if config.pooler.kind == "class_token":
         return [*_norm("visual.ln_post", "pooler.norm_out"), projection]
     if config.pooler.kind == "shared":
-        pool = _attentional_pool("visual.attn_pool", "pooler.pool", packed=same_width)
+        pool = _attentional_pool("visual.attn_pool", "pooler.pool", packed=same_width, positions=positions)
         return [*pool, *_norm("visual.ln_post", "pooler.norm_out"), projection]
     packed = same_width or config.pooler.kind == "cascade"
     return [
         *_norm("visual.ln_post", "pooler.norm_in"),
-        *_attentional_pool("visual.attn_pool", "pooler.caption_pool", packed=same_width),
-        *_attentional_pool("visual.attn_pool_contrastive", "pooler.contrastive_pool", packed=packed),
+        *_attentional_pool("visual.attn_pool", "pooler.caption_pool", packed=same_width, positions=positions),
+        *_attentional_pool("visual.attn_pool_contrastive", "pooler.contrastive_pool", packed=packed, positions=False),
     ]
