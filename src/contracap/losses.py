@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, pad
-
-ROWS = 256  # the captioning loss scores positions in multiples of this many
-IGNORED = -100
+from torch.nn.functional import cross_entropy, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +41,20 @@ def contrastive_loss(
 
 
 def captioning_loss(
-    states: Float[Tensor, "batch position width"],
+    states: Float[Tensor, "rows width"],
     vocabulary: Float[Tensor, "vocabulary width"],
     *,
-    labels: Int64[Tensor, "batch position"],
-    valid: Bool[Tensor, "batch position"],
+    labels: Int64[Tensor, "rows"],
     tokens: int | Tensor,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the next token, summed over the valid positions and divided by `tokens`.
+    """Cross-entropy of the next token, summed over the rows and divided by `tokens`.
 
     Args:
         states: the decoder's normalised states.
-        vocabulary: the matrix that scores each token. It is multiplied with the valid positions alone,
-            filled up to a multiple of `ROWS` with rows whose result is ignored.
-        labels: the token that follows each position.
-        tokens: valid positions of the whole batch, which may be larger than what is given here; above 0.
+        vocabulary: the matrix that scores each token.
+        labels: the token that follows each row; a row of label -100 counts for nothing.
+        tokens: labels of the whole batch, which may be larger than what is given here; above 0.
 
     Source: CoCa (arXiv 2205.01917), equation 4.
     """
-    rows = valid.flatten().nonzero().squeeze(1)
-    # With another shape for every batch, oneDNN would keep a kernel for each: memory grew by 8 MB a step.
-    fill = -len(rows) % ROWS
-    targets = pad(labels.flatten()[rows], (0, fill), value=IGNORED)
-    rows = pad(rows, (0, fill))
-    logits = linear(states.flatten(0, 1)[rows], vocabulary)
-    return cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") / tokens
+    return cross_entropy(linear(states, vocabulary).float(), labels, reduction="sum") / tokens

@@ -28,7 +28,7 @@ from contracap.training.checkpoint import (
 from contracap.training.loop import Event, TrainingError, repeat_steps
 from contracap.training.metrics import Recorder
 from contracap.training.optimizer import build_optimizer, freeze
-from contracap.training.step import StepConfig, TrainingState, label_mask, losses
+from contracap.training.step import StepConfig, TrainingState, count_labels, losses
 
 RECIPE_FILE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
@@ -187,7 +187,7 @@ def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, flo
     ):
         batch = batch.to(model.device)
         batches += 1
-        tokens += int(label_mask(batch.ids, tokenizer.end).sum())
+        tokens += int(count_labels(batch.ids, tokenizer.end))
         with evaluating(model):
             parts = losses(model, batch, config, tokens=1)
         for name, value in parts.items():

@@ -106,17 +106,66 @@ def test_cascade_reads_caption_tokens_and_parallel_does_not() -> None:
         assert (model.pooler.caption_pool.queries.grad is not None) == expected
 
 
-@pytest.mark.parametrize("cls_mask", ["legacy", "correct"])
-def test_fill_beyond_the_text_changes_nothing(cls_mask: str) -> None:
-    model, _ = random_model(replace(TINY, text=replace(TINY.text, cls_mask=cls_mask)), seed=0)
-    ids = texts(2, 5, 9)
-    embeddings, states = model.text(ids)  # every column computed
-    fitted = model.text.fit(ids)
-    assert fitted.shape == (3, 10)
-    trimmed_embeddings, trimmed_states = model.text(fitted)
-    torch.testing.assert_close(trimmed_embeddings, embeddings)
-    torch.testing.assert_close(trimmed_states, states[:, :10])
-    torch.testing.assert_close(model.encode_text(ids[:, :9]), model.encode_text(ids))  # the fill token is put back
+READINGS = {
+    "correct": TINY,
+    "legacy": replace(TINY, text=replace(TINY.text, cls_mask="legacy")),
+    "end_token": replace(TINY, text=replace(TINY.text, pool="end_token")),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_texts_of_several_lengths_give_what_each_gives_alone(reading: str) -> None:
+    model, _ = random_model(READINGS[reading], seed=0)
+    model.double().requires_grad_(True)
+    ids, pixels = texts(2, 16, 3, 9, 15, 2), pictures(6).double()
+    ids[3, 4] = 0  # inside a text, id 0 is a token
+
+    def outcome(rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        features = model.features(pixels[rows], ids[rows], contrastive=True, captioning=True)
+        counted = features.caption_labels >= 0
+        return features.text_features, features.caption_states[counted], features.caption_labels[counted]
+
+    def gradients(text_features: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:
+        parameters = [
+            parameter for name, parameter in model.named_parameters() if name.startswith(("text", "decoder."))
+        ]
+        outcome = (text_features * torch.arange(32)).sum() + (states.square() * torch.arange(32)).sum()
+        made = torch.autograd.grad(outcome, parameters, allow_unused=True)
+        return [torch.zeros(()) if gradient is None else gradient for gradient in made]
+
+    together = outcome(slice(None))
+    alone = [torch.cat(parts) for parts in zip(*(outcome(slice(row, row + 1)) for row in range(6)), strict=True)]
+    for ours, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert together[2].tolist() == [token for row in ids.tolist() for token in row[1 : row.index(TINY.text.end) + 1]]
+    for ours, expected in zip(gradients(*together[:2]), gradients(*alone[:2]), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+    logits = model(pixels, ids).logits
+    for row, length in enumerate((2, 16, 3, 9, 15, 2)):
+        expected = model(pixels[row : row + 1], ids[row : row + 1]).logits[0, : length - 1]
+        torch.testing.assert_close(logits[row, : length - 1], expected, rtol=1e-10, atol=1e-12)
+    assert logits.shape == (6, 15, 1024)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_fill_beyond_the_texts_changes_nothing(reading: str) -> None:
+    model, _ = random_model(READINGS[reading], seed=0)
+    ids, pixels = texts(2, 5, 9), pictures(3)
+    with torch.no_grad():
+        trimmed, filled = model(pixels, ids[:, :9]), model(pixels, torch.nn.functional.pad(ids, (0, 7)))
+    assert torch.equal(trimmed.text_features, filled.text_features)
+    assert torch.equal(trimmed.logits, filled.logits)
+
+
+def test_no_fill_is_computed_beyond_a_multiple_of_rows() -> None:
+    model, _ = random_model(TINY, seed=0)
+    rows = []
+    model.text.blocks[0].feed_forward.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    for ids in (texts(16, *[3] * 29), texts(5), texts(4, 6)):
+        model.encode_text(ids)
+    # 17 + 29 x 4 rows with the class tokens, filled up; a few texts are never more than their grid
+    assert rows == [192, 6, 14]
 
 
 def test_correct_mask_reads_lengths_and_not_the_fill_id() -> None:
@@ -126,25 +175,33 @@ def test_correct_mask_reads_lengths_and_not_the_fill_id() -> None:
     torch.testing.assert_close(model.encode_text(filled), model.encode_text(plain))
     inner = texts(6)
     inner[0, 2] = 0  # inside a text, id 0 is a token like any other
-    assert model.text.class_keys(inner)[0].tolist() == [True] * 6 + [False] * 10 + [True]
+    layout = model.text.layout(inner)
+    assert layout.columns == 7
+    assert model.text.mask(layout.fit(inner, fill=0), layout) is None
 
 
 def test_legacy_class_token_sees_the_first_fill_token_and_itself_only_in_a_full_text() -> None:
-    model, _ = random_model(replace(TINY, text=replace(TINY.text, cls_mask="legacy")), seed=0)
-    short, full = model.text.class_keys(texts(6, 16))
-    assert short.tolist() == [True] * 7 + [False] * 10
-    assert full.tolist() == [True] * 17
+    model, _ = random_model(READINGS["legacy"], seed=0)
+    ids = texts(6, 15, 16)
+    layout = model.text.layout(ids)
+    short, nearly, full = model.text.mask(layout.fit(ids, fill=0), layout)[:, 0]
+    assert short[7].tolist() == [True] * 7 + [False] * 10
+    assert nearly[16].tolist() == [True] * 16 + [False]
+    assert full[16].tolist() == [True] * 17
+    assert torch.equal(short[:7], torch.ones(7, 17).tril().bool())  # and no token sees the class token
 
 
 def test_skipped_branches_give_the_same_as_both() -> None:
     model, _ = random_model(TINY, seed=0)
-    pixels, ids = pictures(3), model.text.fit(texts(4, 7, 5))
+    pixels, ids = pictures(3), texts(4, 7, 5)
     both = model.features(pixels, ids, contrastive=True, captioning=True)
     contrastive = model.features(pixels, ids, contrastive=True, captioning=False)
     captioning = model.features(pixels, ids, contrastive=False, captioning=True)
+    counted = both.caption_labels >= 0
     torch.testing.assert_close(contrastive.image_features, both.image_features)
     torch.testing.assert_close(contrastive.text_features, both.text_features)
-    torch.testing.assert_close(captioning.caption_states, both.caption_states)
+    torch.testing.assert_close(captioning.caption_states[counted], both.caption_states[counted])
+    assert torch.equal(captioning.caption_labels, both.caption_labels)
     assert contrastive.caption_states is None
     assert captioning.image_features is None
 

@@ -10,7 +10,7 @@ from contracap.losses import captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.model.weights import config_from_open_clip, from_open_clip, to_open_clip
-from contracap.training.step import label_mask
+from contracap.training.step import count_labels
 
 TEXT_LENGTHS = (2, 3, 20, 75, 76)
 
@@ -97,11 +97,13 @@ def test_losses_and_gradients_equal_open_clip(open_clip) -> None:
     ids, pixels = texts(model.config), torch.randn(5, 3, 224, 224)
     theirs = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(**peer(pixels, ids), output_dict=True)
     (theirs["contrastive_loss"] + theirs["caption_loss"]).backward()
-    features = model.features(pixels, model.text.fit(ids), contrastive=True, captioning=True)
-    valid = label_mask(ids, model.config.text.end)
+    features = model.features(pixels, ids, contrastive=True, captioning=True)
     contrastive = contrastive_loss(features.image_features, features.text_features, logit_scale=model.logit_scale.exp())
     captioning = captioning_loss(
-        features.caption_states, model.decoder.vocabulary.weight, labels=ids[:, 1:], valid=valid, tokens=valid.sum()
+        features.caption_states,
+        model.decoder.vocabulary.weight,
+        labels=features.caption_labels,
+        tokens=count_labels(ids, model.config.text.end),
     )
     (contrastive + 2 * captioning).backward()
     assert abs(contrastive.item() / theirs["contrastive_loss"].item() - 1) < 1e-6
@@ -133,9 +135,10 @@ def test_id_0_inside_a_text_hides_nothing_from_the_decoder_unlike_in_open_clip_3
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         theirs, ours = peer(pixels, ids), model(pixels, ids)
-        hidden_from_class = model.text.class_keys(ids)[0]
+        layout = model.text.layout(ids)
+        seen_by_class = model.text.mask(layout.fit(ids, fill=0), layout)[0, 0, -1]
     before, after = slice(0, mark + 1), slice(mark + 1, end)
     assert relative(ours.logits[0, before], theirs["logits"][0, before]) < 1e-5
     assert relative(ours.logits[0, after], theirs["logits"][0, after]) > 1e-3
     # The class token sees the same in both: the start, and every key whose predecessor is not id 0.
-    assert hidden_from_class.tolist() == [True, *(ids[0] != 0).tolist()]
+    assert seen_by_class.tolist() == [True, *(ids[0, : end + 2] != 0).tolist()]

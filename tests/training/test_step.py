@@ -10,7 +10,7 @@ from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
-from contracap.training.step import NonFiniteError, StepConfig, TrainingState, label_mask, losses, train_step
+from contracap.training.step import NonFiniteError, StepConfig, TrainingState, count_labels, losses, train_step
 
 TINY = SIZES["tiny"]
 CONFIG = StepConfig(
@@ -90,7 +90,7 @@ def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
     state = new_state(replace(TINY, pooler=replace(TINY.pooler, kind=kind)))
     model = state.model
     config = replace(CONFIG, loss=LossConfig(contrastive=contrastive, captioning=captioning))
-    tokens = label_mask(batch().ids, TINY.text.end).sum()
+    tokens = count_labels(batch().ids, TINY.text.end)
     sum(losses(model, batch(), config, tokens=tokens).values()).backward()
     unreached = () if contrastive else tuple(model.only_for_contrastive())
     unreached += () if captioning else tuple(model.only_for_captioning())

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from contracap.model.cache import LayerCache
+from contracap.model.layout import GRID, Grid
 
 
 class SelfAttention(nn.Module):
@@ -31,23 +32,24 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        tokens: Float[Tensor, "batch token width"],
+        tokens: Float[Tensor, "*rows width"],
         *,
+        layout: Grid = GRID,
         causal: bool = False,
-        class_keys: Bool[Tensor, "batch token"] | None = None,
+        mask: Bool[Tensor, "batch 1 query key"] | None = None,
         cache: LayerCache | None = None,
-    ) -> Float[Tensor, "batch token width"]:
-        """Attend within `tokens`.
+    ) -> Float[Tensor, "*rows width"]:
+        """Attend within each sequence.
 
         Args:
+            layout: how the sequences lie in `tokens`.
             causal: each token sees itself and what comes before.
-            class_keys: given when the last row of `tokens` is a class token that no other row sees; true where it
-                looks.
+            mask: given in place of `causal`; true where a token looks.
             cache: keys and values of earlier tokens, which these follow; they are appended to it.
         """
         query, key, value = rearrange(
-            self.query_key_value(tokens),
-            "batch token (part head dim) -> part batch head token dim",
+            layout.spread(self.query_key_value(tokens)),
+            "batch column (part head dim) -> part batch head column dim",
             part=3,
             head=self.heads,
         )
@@ -57,14 +59,8 @@ class SelfAttention(nn.Module):
             if not first and query.shape[2] > 1:
                 raise ValueError("tokens that follow others in a cache must be given one at a time")
             causal = first
-        if class_keys is None:
-            attended = attend(query, key, value, causal=causal)
-        else:
-            before = attend(query[:, :, :-1], key[:, :, :-1], value[:, :, :-1], causal=causal)
-            seen = rearrange(class_keys, "batch key -> batch 1 1 key")
-            last = attend(query[:, :, -1:], key, value, mask=seen)
-            attended = torch.cat([before, last], dim=2)
-        return self.out(rearrange(attended, "batch head token dim -> batch token (head dim)"))
+        attended = attend(query, key, value, causal=causal, mask=mask)
+        return self.out(layout.collect(rearrange(attended, "batch head column dim -> batch column (head dim)")))
 
 
 class CrossAttention(nn.Module):
@@ -100,25 +96,27 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        queries: Float[Tensor, "rows token width"],
+        queries: Float[Tensor, "*rows width"],
         key: Float[Tensor, "images head memory dim"],
         value: Float[Tensor, "images head memory dim"],
-    ) -> Float[Tensor, "rows token width"]:
-        """Attend to projected memory. Rows that share a picture (its beams, neighbours in `rows`) share its memory,
-        uncopied."""
-        images = len(key)
+        *,
+        layout: Grid = GRID,
+    ) -> Float[Tensor, "*rows width"]:
+        """Attend to projected memory. Sequences that share a picture (its beams, neighbours) share its memory,
+        uncopied. `layout` is how they lie in `queries`."""
+        grid = layout.spread(self.query(queries))
         query = rearrange(
-            self.query(queries),
-            "(images beam) token (head dim) -> images head (beam token) dim",
-            images=images,
+            grid,
+            "(images beam) column (head dim) -> images head (beam column) dim",
+            images=len(key),
             head=self.heads,
         )
-        attended = attend(query, key, value)
-        return self.out(
-            rearrange(
-                attended, "images head (beam token) dim -> (images beam) token (head dim)", token=queries.shape[1]
-            )
+        attended = rearrange(
+            attend(query, key, value),
+            "images head (beam column) dim -> (images beam) column (head dim)",
+            column=grid.shape[1],
         )
+        return self.out(layout.collect(attended))
 
 
 def attend(
@@ -127,7 +125,7 @@ def attend(
     value: Float[Tensor, "batch head key dim"],
     *,
     causal: bool = False,
-    mask: Bool[Tensor, "batch 1 1 key"] | None = None,
+    mask: Bool[Tensor, "batch 1 token key"] | None = None,
 ) -> Float[Tensor, "batch head token dim"]:
     """`scaled_dot_product_attention`, by the kernel that is fastest: see docs/performance.md."""
     # On the CPU the fused kernel's backward pass in bf16 takes 2.5 to 4 times as long as plain matrix products.

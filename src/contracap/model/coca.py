@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from contracap.model.cache import DecodingCache, LayerCache
+from contracap.model.layout import Packed, pack
 from contracap.model.pooler import PoolerConfig, build_pooler
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder
 from contracap.model.vision import VisionConfig, VisionEncoder
 
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 
@@ -79,12 +81,15 @@ class TrainingFeatures:
 
     Attributes:
         image_features, text_features: [batch embed], unit rows, float32.
-        caption_states: [batch token-1 width]; the vocabulary matrix turns row i into scores of token i + 1.
+        caption_states: [rows width], a row for each token but the last of each text, text after text, and some that
+            fill up their number; the vocabulary matrix turns a row into scores of the token after it.
+        caption_labels: [rows]; that token, `IGNORED` for the fill.
     """
 
     image_features: Float[Tensor, "batch embed"] | None = None
     text_features: Float[Tensor, "batch embed"] | None = None
-    caption_states: Float[Tensor, "batch positions width"] | None = None
+    caption_states: Float[Tensor, "rows width"] | None = None
+    caption_labels: Int64[Tensor, "rows"] | None = None
 
 
 class CoCa(nn.Module):
@@ -132,7 +137,7 @@ class CoCa(nn.Module):
 
         Raises: ValueError: if a text is longer than the context.
         """
-        embedding, _ = self.text(self.text.fit(ids))
+        embedding, _ = self.text(ids, self.text.layout(ids))
         return unit(embedding)
 
     def encode_caption_tokens(
@@ -148,37 +153,46 @@ class CoCa(nn.Module):
 
         Raises: ValueError: if a text is longer than the context.
         """
-        features = self.features(pixels, self.text.fit(ids), contrastive=True, captioning=self.decoder is not None)
+        features = self.features(pixels, ids, contrastive=True, captioning=self.decoder is not None)
         assert features.image_features is not None and features.text_features is not None  # both were wanted
         logits = None
         if self.decoder is not None:
-            logits = self.decoder.vocabulary(features.caption_states)
+            logits = self.captions(ids).spread(self.decoder.vocabulary(features.caption_states))
             logits = pad(logits, (0, 0, 0, self.config.text.context - 1 - logits.shape[1]))
         return CoCaOutput(features.image_features, features.text_features, self.logit_scale.exp(), logits)
 
     def features(
         self,
         pixels: Float[Tensor, "batch 3 height width"],
-        ids: Int64[Tensor, "batch token"],
+        ids: Int64[Tensor, "batch tokens"],
         *,
         contrastive: bool,
         captioning: bool,
     ) -> TrainingFeatures:
-        """What the wanted losses read; the other branch is not computed. `ids` as the text encoder's `fit` leaves
-        them."""
-        image_tokens = self.vision(pixels)
+        """What the wanted losses read; the other branch is not computed.
+
+        Raises: ValueError: if a text is longer than the context.
+        """
         if not captioning:
-            text_embedding, _ = self.text(ids)
-            return TrainingFeatures(unit(self.pooler.contrastive(image_tokens)), unit(text_embedding))
-        decoder = self.require_decoder()
-        if not contrastive:
+            return TrainingFeatures(text_features=self.encode_text(ids), image_features=self.encode_image(pixels))
+        # Layouts first: they wait for the ids, and so for whatever the device was given before.
+        decoder, captions, texts = self.require_decoder(), self.captions(ids), self.text.layout(ids)
+        features = TrainingFeatures(caption_labels=captions.collect(captions.fit(ids[:, 1:], fill=IGNORED)))
+        image_tokens = self.vision(pixels)
+        if contrastive:
+            image_embedding, caption_tokens = self.pooler(image_tokens)
+            text_embedding, states = self.text(ids, texts)
+            features.image_features, features.text_features = unit(image_embedding), unit(text_embedding)
+            states = captions.collect(texts.spread(states)[:, : captions.columns])
+        else:
             caption_tokens = self.pooler.caption_tokens(image_tokens)
-            states = self.text.token_states(ids[:, :-1])
-            return TrainingFeatures(caption_states=decoder(states, decoder.project(caption_tokens)))
-        image_embedding, caption_tokens = self.pooler(image_tokens)
-        text_embedding, states = self.text(ids)
-        caption_states = decoder(states[:, :-1], decoder.project(caption_tokens))
-        return TrainingFeatures(unit(image_embedding), unit(text_embedding), caption_states)
+            states = self.text.token_states(captions.fit(ids, fill=0), captions)
+        features.caption_states = decoder(states, decoder.project(caption_tokens), captions)
+        return features
+
+    def captions(self, ids: Int64[Tensor, "batch tokens"]) -> Packed:
+        """The rows of the decoder: each token of a text but the last, which nothing follows."""
+        return pack(self.text.lengths(ids) - 1, device=ids.device)
 
     def start_decoding(
         self, caption_tokens: Float[Tensor, "images memory embed"], *, beams: int, max_tokens: int
@@ -215,7 +229,7 @@ class CoCa(nn.Module):
         The first call may give several tokens per row (a prompt), later ones give one.
         """
         decoder = self.require_decoder()
-        states = decoder(self.text.token_states(ids, cache.text), cache.memory, cache.decoder)
+        states = decoder(self.text.token_states(ids, caches=cache.text), cache.memory, caches=cache.decoder)
         return decoder.vocabulary(states[:, -1]).float()
 
     def only_for_contrastive(self) -> list[str]:

@@ -7,8 +7,10 @@ import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn.functional import embedding, pad
 
 from contracap.model.cache import LayerCache
+from contracap.model.layout import GRID, Grid, Packed, pack
 from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import lengths
 
@@ -81,56 +83,70 @@ class TextEncoder(nn.Module):
         self.norm_out.reset_parameters()
         nn.init.normal_(self.projection.weight, std=self.config.width**-0.5)
 
-    def fit(self, ids: Int64[Tensor, "batch tokens"]) -> Int64[Tensor, "batch fitted"]:
-        """Cut or fill `ids` to the columns that matter: the longest text and one fill token, at most the context.
+    def lengths(self, ids: Int64[Tensor, "batch tokens"]) -> Int64[Tensor, "batch"]:
+        """Tokens of each text, start and end included; on the CPU, where shapes are made of them.
 
         Raises: ValueError: if a text is longer than the context.
         """
-        context = self.config.context
-        longest = int(lengths(ids, self.config.end).max())
-        if longest > context:
-            raise ValueError(f"a text has {longest} tokens; this model takes {context}, start and end included")
-        columns = min(context, longest + 1)
-        return torch.nn.functional.pad(ids, (0, max(0, columns - ids.shape[1])))[:, :columns]
+        counted = lengths(ids, self.config.end).cpu()
+        if (longest := int(counted.max())) > self.config.context:
+            raise ValueError(
+                f"a text has {longest} tokens; this model takes {self.config.context}, start and end included"
+            )
+        return counted
+
+    def layout(self, ids: Int64[Tensor, "batch tokens"]) -> Packed:
+        """The rows of each text: its tokens, with `legacy` one fill token, then the class token.
+
+        Raises: ValueError: if a text is longer than the context.
+        """
+        rows = self.lengths(ids)
+        if self.class_token is not None:
+            if self.config.cls_mask == "legacy":
+                rows = (rows + 1).clamp(max=self.config.context)
+            rows = rows + 1
+        return pack(rows, device=ids.device)
+
+    def embed(
+        self, ids: Int64[Tensor, "batch column"], layout: Grid, *, first: int = 0
+    ) -> Float[Tensor, "*rows width"]:
+        """Token and position, the first column at position `first`."""
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
+        return self.token_embedding(layout.collect(ids)) + embedding(layout.collect(positions), self.position)
 
     def token_states(
-        self, ids: Int64[Tensor, "rows token"], caches: list[LayerCache] | None = None
-    ) -> Float[Tensor, "rows token width"]:
+        self, ids: Int64[Tensor, "batch column"], layout: Grid = GRID, caches: list[LayerCache] | None = None
+    ) -> Float[Tensor, "*rows width"]:
         """States of the tokens, not normalised, without a class token; with `caches`, `ids` follow what those hold."""
-        first = caches[0].length if caches else 0
-        states = self.token_embedding(ids) + self.position[first : first + ids.shape[1]]
+        states = self.embed(ids, layout, first=caches[0].length if caches else 0)
         for index, block in enumerate(self.blocks):
-            states = block(states, causal=True, cache=caches[index] if caches else None)
+            states = block(states, layout=layout, causal=True, cache=caches[index] if caches else None)
         return states
 
     def forward(
-        self, ids: Int64[Tensor, "batch token"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch token width"]]:
-        """Contrastive vector, not of unit length, and token states of texts that were made to `fit`."""
-        if self.class_token is None:
-            states = self.token_states(ids)
-            ends = repeat(lengths(ids, self.config.end) - 1, "batch -> batch 1 width", width=states.shape[2])
-            return self.projection(self.norm_out(states.gather(1, ends)[:, 0])), states
-        tokens = self.token_embedding(ids) + self.position[: ids.shape[1]]
-        last = repeat(self.class_token + self.position[-1], "width -> batch 1 width", batch=len(ids))
-        states = torch.cat([tokens, last.to(tokens.dtype)], dim=1)
-        class_keys = self.class_keys(ids)
+        self, ids: Int64[Tensor, "batch tokens"], layout: Packed
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "rows width"]]:
+        """Contrastive vector, not of unit length, and states of all rows of `layout`, which is that of `ids`."""
+        ids = layout.fit(ids, fill=0)
+        states, mask = self.embed(ids, layout), self.mask(ids, layout)
+        if self.class_token is not None:
+            last = repeat(self.class_token + self.position[-1], "width -> batch width", batch=len(ids))
+            states = states.index_copy(0, layout.ends, last.to(states.dtype))
         for block in self.blocks:
-            states = block(states, causal=True, class_keys=class_keys)
-        return self.projection(self.norm_out(states[:, -1])), states[:, :-1]
+            states = block(states, layout=layout, causal=mask is None, mask=mask)
+        return self.projection(self.norm_out(states.index_select(0, layout.ends))), states
 
-    def class_keys(self, ids: Int64[Tensor, "batch token"]) -> Bool[Tensor, "batch keys"]:
-        """Where the class token looks: one column per token, and the last for itself. See `TextConfig.cls_mask`."""
-        tokens = ids.shape[1]
-        if self.config.cls_mask == "correct":
-            visible = torch.arange(tokens, device=ids.device) < lengths(ids, self.config.end)[:, None]
-            return torch.nn.functional.pad(visible, (0, 1), value=True)
-        # The release tested the id before each key, so that the fill id 0 hides a key one place late; see
-        # docs/decisions/0003-cls-mask.md.
-        visible = torch.nn.functional.pad(ids != 0, (1, 0), value=True)
-        if tokens < self.config.context:
-            visible[:, -1] = False
-        return visible
+    def mask(self, ids: Int64[Tensor, "batch column"], layout: Packed) -> Bool[Tensor, "batch 1 column column"] | None:
+        """What each row sees; None if that is what comes before it and itself. See `TextConfig.cls_mask`."""
+        if self.class_token is None or self.config.cls_mask == "correct":
+            return None
+        # The release tested the id before each key, so that the class token sees one fill token, and not itself: the
+        # fill id 0 hides a key one place late. See docs/decisions/0003-cls-mask.md.
+        shown = pad(ids != 0, (1, -1), value=True)
+        column = torch.arange(layout.columns, device=ids.device)
+        is_class = column == layout.lengths[:, None] - 1
+        seen = (column <= column[:, None]) & (shown[:, None, :] | ~is_class[:, :, None])
+        return seen[:, None]
 
 
 class TextDecoder(nn.Module):
@@ -160,13 +176,14 @@ class TextDecoder(nn.Module):
 
     def forward(
         self,
-        states: Float[Tensor, "rows token width"],
+        states: Float[Tensor, "*rows width"],
         memory: list[tuple[Tensor, Tensor]],
+        layout: Grid = GRID,
         caches: list[LayerCache] | None = None,
-    ) -> Float[Tensor, "rows token width"]:
+    ) -> Float[Tensor, "*rows width"]:
         """Normalised states, which `vocabulary` turns into logits; arguments as `project` and `token_states` make
         them."""
         for index, (self_block, cross_block) in enumerate(zip(self.self_blocks, self.cross_blocks, strict=True)):
-            states = self_block(states, causal=True, cache=caches[index] if caches else None)
-            states = cross_block(states, *memory[index])
+            states = self_block(states, layout=layout, causal=True, cache=caches[index] if caches else None)
+            states = cross_block(states, *memory[index], layout=layout)
         return self.norm_out(states)

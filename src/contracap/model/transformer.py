@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from contracap.model.attention import CrossAttention, SelfAttention
 from contracap.model.cache import LayerCache
+from contracap.model.layout import GRID, Grid
 
 Block = TypeVar("Block", "SelfBlock", "CrossBlock")
 
@@ -30,7 +31,7 @@ class FeedForward(nn.Module):
         nn.init.normal_(self.expand.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(self.contract.weight, std=(width * 2 * depth) ** -0.5)
 
-    def forward(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
+    def forward(self, tokens: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         return self.contract(self.activation(self.expand(tokens)))
 
 
@@ -53,14 +54,17 @@ class SelfBlock(nn.Module):
 
     def forward(
         self,
-        tokens: Float[Tensor, "batch token width"],
+        tokens: Float[Tensor, "*rows width"],
         *,
+        layout: Grid = GRID,
         causal: bool = False,
-        class_keys: Bool[Tensor, "batch token"] | None = None,
+        mask: Bool[Tensor, "batch 1 query key"] | None = None,
         cache: LayerCache | None = None,
-    ) -> Float[Tensor, "batch token width"]:
+    ) -> Float[Tensor, "*rows width"]:
         """Arguments as in `SelfAttention`."""
-        tokens = tokens + self.attention(self.attention_norm(tokens), causal=causal, class_keys=class_keys, cache=cache)
+        tokens = tokens + self.attention(
+            self.attention_norm(tokens), layout=layout, causal=causal, mask=mask, cache=cache
+        )
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
 
 
@@ -90,11 +94,14 @@ class CrossBlock(nn.Module):
 
     def forward(
         self,
-        tokens: Float[Tensor, "rows token width"],
+        tokens: Float[Tensor, "*rows width"],
         key: Float[Tensor, "images head memory dim"],
         value: Float[Tensor, "images head memory dim"],
-    ) -> Float[Tensor, "rows token width"]:
-        tokens = tokens + self.attention(self.attention_norm(tokens), key, value)
+        *,
+        layout: Grid = GRID,
+    ) -> Float[Tensor, "*rows width"]:
+        """Arguments as in `CrossAttention`."""
+        tokens = tokens + self.attention(self.attention_norm(tokens), key, value, layout=layout)
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from contracap.data.batch import Batch
@@ -66,12 +67,11 @@ def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tenso
             contrastive=wanted.contrastive > 0,
             captioning=wanted.captioning > 0,
         )
-        if features.caption_states is not None and model.decoder is not None:
+        if features.caption_states is not None and features.caption_labels is not None:
             parts["captioning_loss"] = captioning_loss(
                 features.caption_states,
-                model.decoder.vocabulary.weight,
-                labels=batch.ids[:, 1:],
-                valid=label_mask(batch.ids, model.config.text.end),
+                model.require_decoder().vocabulary.weight,
+                labels=features.caption_labels,
                 tokens=tokens,
             )
     if (
@@ -83,10 +83,9 @@ def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tenso
     return parts
 
 
-def label_mask(ids: Tensor, end: int) -> Tensor:
-    """True at position i of [batch token-1] where token i + 1 belongs to the text, its end token included."""
-    positions = torch.arange(1, ids.shape[1], device=ids.device)
-    return positions < lengths(ids, end)[:, None]
+def count_labels(ids: Int64[Tensor, "batch tokens"], end: int) -> Int64[Tensor, ""]:
+    """Tokens that the captioning loss is over: all of each text but its first, its end token included."""
+    return (lengths(ids, end) - 1).sum()
 
 
 def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[str, float]:
@@ -104,7 +103,7 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
         group["lr"] = rate
     model.train()
     batch = batch.to(model.device)
-    tokens = label_mask(batch.ids, model.config.text.end).sum()
+    tokens = count_labels(batch.ids, model.config.text.end)
     # Of each part the captioning loss is a share of the whole batch's; the contrastive loss a mean over the part's
     # rows.
     shares = {"contrastive_loss": 1 / config.accumulation, "captioning_loss": 1.0}

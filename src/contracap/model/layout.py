@@ -1,0 +1,79 @@
+"""How tokens lie in memory: on the grid that attention works on, or row after row without what fills the grid."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+from torch.nn.functional import pad
+
+ROWS = 64  # packed rows come in multiples of this: oneDNN keeps a kernel for every number (docs/performance.md)
+
+
+class Grid:
+    """Tokens that are a grid already: pictures, learned queries, texts that are being written."""
+
+    def spread(self, tokens: Float[Tensor, "batch column width"]) -> Float[Tensor, "batch column width"]:
+        """The tokens on the grid."""
+        return tokens
+
+    def collect(self, grid: Shaped[Tensor, "batch column *width"]) -> Shaped[Tensor, "batch column *width"]:
+        """The tokens back from the grid."""
+        return grid
+
+
+GRID = Grid()
+
+
+@dataclass(frozen=True)
+class Packed(Grid):
+    """Texts of several lengths, row after row; only attention sees them on a grid, one text a line.
+
+    Attributes:
+        lengths: rows of each text.
+        columns: the longest text's rows.
+        cells: the place on the grid of each row. Behind the rows of the texts some come from empty cells, to fill up
+            a multiple of `ROWS`; but there are never more rows than cells, so that a few texts cost no more than on
+            the grid. What is computed for an empty cell is finite, and nothing else depends on it.
+        sources: the row that each cell shows; an empty cell repeats its text's last row.
+    """
+
+    lengths: Int64[Tensor, "batch"]
+    columns: int
+    cells: Int64[Tensor, "rows"]
+    sources: Int64[Tensor, "cells"]
+
+    @property
+    def ends(self) -> Int64[Tensor, "batch"]:
+        """The row of each text's last token."""
+        return self.lengths.cumsum(0) - 1
+
+    def spread(self, tokens: Float[Tensor, "rows width"]) -> Float[Tensor, "batch column width"]:
+        """The tokens on the grid."""
+        return rearrange(
+            tokens.index_select(0, self.sources), "(batch column) width -> batch column width", column=self.columns
+        )
+
+    def collect(self, grid: Shaped[Tensor, "batch column *width"]) -> Shaped[Tensor, "rows *width"]:
+        """The tokens back from the grid."""
+        return grid.flatten(0, 1).index_select(0, self.cells)
+
+    def fit(self, ids: Int64[Tensor, "batch tokens"], *, fill: int) -> Int64[Tensor, "batch column"]:
+        """Texts cut or filled to the columns of the grid; whatever stands behind a text's rows becomes `fill`."""
+        fitted = pad(ids, (0, max(0, self.columns - ids.shape[1])), value=fill)[:, : self.columns]
+        behind = torch.arange(self.columns, device=ids.device) >= self.lengths[:, None]
+        return fitted.masked_fill(behind, fill)
+
+
+def pack(lengths: Int64[Tensor, "batch"], *, device: torch.device) -> Packed:
+    """The layout of texts with so many rows each. `lengths` are best on the CPU: no shape then waits for `device`."""
+    columns = max(1, int(lengths.max()))
+    column = torch.arange(columns, device=lengths.device)
+    taken = (column < lengths[:, None]).flatten()
+    rows = min(-(-max(1, int(lengths.sum())) // ROWS) * ROWS, len(taken))
+    cells = torch.cat([taken.nonzero(), taken.logical_not().nonzero()]).squeeze(1)[:rows]
+    first = lengths.cumsum(0) - lengths
+    sources = (first[:, None] + column.minimum(lengths[:, None] - 1)).clamp(min=0).flatten()
+    sources[cells] = torch.arange(rows, device=lengths.device)
+    return Packed(lengths.to(device), columns, cells.to(device), sources.to(device))

@@ -1,0 +1,36 @@
+import torch
+
+from contracap.model.layout import GRID, ROWS, pack
+
+
+def test_rows_spread_over_the_grid_come_back_and_empty_cells_pass_no_gradient() -> None:
+    lengths = torch.tensor([3, 0, 5, 1])
+    layout = pack(lengths, device=torch.device("cpu"))
+    rows = torch.arange(20.0).reshape(-1, 1)[: len(layout.cells)].requires_grad_()
+    grid = layout.spread(rows)
+    assert grid.shape == (4, 5, 1)
+    assert [grid[text, :length, 0].tolist() for text, length in enumerate(lengths)] == [
+        [0, 1, 2],
+        [],
+        [3, 4, 5, 6, 7],
+        [8],
+    ]
+    assert layout.ends[[0, 2, 3]].tolist() == [2, 7, 8]
+    assert torch.equal(layout.collect(grid), rows)
+    layout.collect(grid).sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))
+    assert GRID.collect(GRID.spread(grid)) is grid
+
+
+def test_packed_rows_are_filled_up_to_a_multiple_and_never_exceed_the_grid() -> None:
+    many = pack(torch.tensor([40, *[3] * 20]), device=torch.device("cpu"))
+    assert len(many.cells) == 2 * ROWS
+    assert len(set(many.cells.tolist())) == 2 * ROWS
+    assert len(pack(torch.tensor([7, 3]), device=torch.device("cpu")).cells) == 14
+
+
+def test_texts_are_cut_or_filled_to_the_grid() -> None:
+    layout = pack(torch.tensor([1, 3]), device=torch.device("cpu"))
+    expected = [[5, 0, 0], [5, 6, 7]]
+    assert layout.fit(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]]), fill=0).tolist() == expected
+    assert layout.fit(torch.tensor([[5, 6], [5, 6]]), fill=-1).tolist() == [[5, -1, -1], [5, 6, -1]]
