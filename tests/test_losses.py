@@ -23,19 +23,93 @@ def test_contrastive_loss_is_symmetric_and_mixed_up_pairs_cost_more() -> None:
     )
 
 
-def test_captioning_loss_is_the_token_mean_of_what_has_a_label() -> None:
-    states, vocabulary = torch.randn(5, 4), torch.randn(9, 4)
-    loss = captioning_loss(states, vocabulary, labels=torch.tensor([1, 2, 8, -100, 8]), tokens=4)
-    rows = (states @ vocabulary.T).log_softmax(-1)
-    torch.testing.assert_close(loss, -(rows[0, 1] + rows[1, 2] + rows[2, 8] + rows[4, 8]) / 4)
-
-
 def captions(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States, vocabulary and labels in float64, a few rows of fill among them."""
     states, vocabulary = torch.randn(rows, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     labels = torch.randint(0, 9, (rows,))
     labels[3::4] = -100
     return states.requires_grad_(), vocabulary.requires_grad_(), labels
+
+
+def plain(states: torch.Tensor, vocabulary: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(states @ vocabulary.T, labels, reduction="sum") / 6
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 11, 512, None])
+@pytest.mark.parametrize("rows", [1, 11])
+def test_captioning_loss_in_chunks_is_plain_cross_entropy(chunk: int | None, rows: int) -> None:
+    states, vocabulary, labels = captions(rows)
+    loss = captioning_loss(states, vocabulary, labels=labels, tokens=6, chunk=chunk)
+    expected = plain(states, vocabulary, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, (states, vocabulary)),
+        torch.autograd.grad(3 * expected, (states, vocabulary)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            captioning_loss(states, vocabulary, labels=labels, tokens=6, chunk=chunk), expected, rtol=1e-12, atol=1e-12
+        )
+
+
+def test_a_frozen_side_of_the_captioning_loss_gets_no_gradient_and_changes_none() -> None:
+    states, vocabulary, labels = captions()
+    expected = torch.autograd.grad(plain(states, vocabulary, labels), (states, vocabulary))
+    frozen = captioning_loss(states, vocabulary.detach(), labels=labels, tokens=6)
+    torch.testing.assert_close(torch.autograd.grad(frozen, states)[0], expected[0])
+    frozen = captioning_loss(states.detach(), vocabulary, labels=labels, tokens=6)
+    torch.testing.assert_close(torch.autograd.grad(frozen, vocabulary)[0], expected[1])
+    assert not captioning_loss(states.detach(), vocabulary.detach(), labels=labels, tokens=6).requires_grad
+
+
+def test_rows_without_a_label_are_not_read() -> None:
+    states, vocabulary, labels = captions()
+    filled = states.detach().clone()
+    filled[labels < 0] = float("nan")
+    filled.requires_grad_()
+    loss = captioning_loss(filled, vocabulary, labels=labels, tokens=6)
+    torch.testing.assert_close(loss, plain(states, vocabulary, labels))
+    assert torch.equal(torch.autograd.grad(loss, filled)[0][labels < 0], torch.zeros(2, 4, dtype=torch.float64))
+    nothing = captioning_loss(filled, vocabulary, labels=torch.full_like(labels, -100), tokens=6)
+    nothing.backward()
+    assert nothing == 0
+    assert not vocabulary.grad.any()
+
+
+def test_captioning_loss_stands_unlikely_tokens() -> None:
+    states, vocabulary = torch.tensor([[1.0]]), torch.tensor([[0.0], [900.0]])
+    assert captioning_loss(states, vocabulary, labels=torch.tensor([0]), tokens=1).item() == 900.0
+
+
+def test_captioning_loss_under_autocast_multiplies_in_bf16_and_sums_in_fp32() -> None:
+    states, vocabulary, labels = (tensor.detach() for tensor in captions())
+    states, vocabulary = states.float().requires_grad_(), vocabulary.float().requires_grad_()
+    expected = torch.autograd.grad(plain(states, vocabulary, labels), (states, vocabulary))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = captioning_loss(states, vocabulary, labels=labels, tokens=6, chunk=4)
+        logits = torch.nn.functional.linear(states, vocabulary)
+    by_hand = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / 6
+    assert loss.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, by_hand)
+    for ours, theirs in zip(torch.autograd.grad(loss, (states, vocabulary)), expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch has it from 2.13 on")
+def test_captioning_loss_equals_torchs_own() -> None:
+    states, vocabulary, labels = (tensor.detach() for tensor in captions())
+    states, vocabulary = states.float().requires_grad_(), vocabulary.float().requires_grad_()
+    ours = captioning_loss(states, vocabulary, labels=labels, tokens=1, chunk=4)
+    theirs = torch.nn.functional.linear_cross_entropy(states, vocabulary, labels, reduction="sum")
+    torch.testing.assert_close(ours, theirs)
+    for gradient, expected in zip(
+        torch.autograd.grad(ours, (states, vocabulary)), torch.autograd.grad(theirs, (states, vocabulary)), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_parts_of_a_batch_add_up_to_its_captioning_loss() -> None:

@@ -1,11 +1,13 @@
 """The contrastive and the captioning loss: pure functions of tensors, in nats, float32."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +48,87 @@ def captioning_loss(
     *,
     labels: Int64[Tensor, "rows"],
     tokens: int | Tensor,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the next token, summed over the rows and divided by `tokens`.
 
     Args:
         states: the decoder's normalised states.
         vocabulary: the matrix that scores each token.
-        labels: the token that follows each row; a row of label -100 counts for nothing.
+        labels: the token that follows each row; a row whose label is negative counts for nothing, and is not read.
         tokens: labels of the whole batch, which may be larger than what is given here; above 0.
+        chunk: rows that are scored at a time; by default 512 on a CPU, 4096 elsewhere.
 
     Source: CoCa (arXiv 2205.01917), equation 4.
     """
-    return cross_entropy(linear(states, vocabulary).float(), labels, reduction="sum") / tokens
+    chunk = chunk or (512 if states.device.type == "cpu" else 4096)
+    learning = torch.is_grad_enabled()
+    wanted = (learning and states.requires_grad, learning and vocabulary.requires_grad)
+    return _SummedCrossEntropy.apply(states, vocabulary, labels, chunk, wanted) / tokens
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `states @ vocabulary.T`, of which no more than a chunk of rows is ever held.
+
+    While a chunk's scores are there, the gradients are formed from them; the backward pass only scales these.
+    Source: Liger (arXiv 2410.10989), for the idea.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Float[Tensor, "rows width"],
+        vocabulary: Float[Tensor, "vocabulary width"],
+        labels: Int64[Tensor, "rows"],
+        chunk: int,
+        wanted: tuple[bool, bool],
+    ) -> Float[Tensor, ""]:
+        device = states.device.type
+        narrow = torch.is_autocast_enabled(device)  # then the products are of that type; all else is at least float32
+        product = torch.get_autocast_dtype(device) if narrow else torch.promote_types(states.dtype, vocabulary.dtype)
+        exact = torch.promote_types(product, torch.float32)
+        with torch.autocast(device, enabled=False):
+            ignored = labels[:, None] < 0
+            labels = labels.clamp(min=0)[:, None]
+            hidden, matrix = states.to(product).masked_fill(ignored, 0), vocabulary.to(product)
+            to_states = torch.empty_like(hidden) if wanted[0] else None
+            to_vocabulary = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
+            # All chunks share these, so that memory is touched for the first time once.
+            scores = hidden.new_empty(min(chunk, len(hidden)), len(matrix))
+            shares = scores if product == exact else torch.empty_like(scores, dtype=exact)
+            total = torch.zeros((), dtype=exact, device=states.device)
+            for start in range(0, len(hidden), chunk):
+                rows = slice(start, start + chunk)
+                part, target = hidden[rows], labels[rows]
+                score = scores[: len(part)]
+                share = score if shares is scores else shares[: len(part)]  # of the same type they are one, not copied
+                share.copy_(torch.mm(part, matrix.T, out=score))
+                target_score, highest = share.gather(1, target), share.amax(1, keepdim=True)
+                torch.softmax(share, dim=1, out=share)
+                # The highest score and its share say what the scores were normalised by, without another exponential.
+                normaliser = highest - share.amax(1, keepdim=True).log()
+                total += (normaliser - target_score).masked_fill(ignored[rows], 0).sum()
+                if not any(wanted):
+                    continue
+                share.scatter_add_(1, target, share.new_full(target.shape, -1.0))
+                gradient = score.copy_(share)
+                if to_states is not None:
+                    torch.mm(gradient, matrix, out=to_states[rows])
+                if to_vocabulary is not None and product == exact:
+                    to_vocabulary.addmm_(gradient.T, part)
+                elif to_vocabulary is not None:
+                    to_vocabulary += gradient.T @ part
+            if to_states is not None:
+                to_states.masked_fill_(ignored, 0)
+        ctx.save_for_backward(to_states, to_vocabulary)
+        ctx.types = states.dtype, vocabulary.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  # the decorator drops its names
+        scaled = [
+            None if gradient is None else (gradient * grad_outputs[0]).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
+        ]
+        return *scaled, None, None, None
