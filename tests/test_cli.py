@@ -146,7 +146,8 @@ def test_caption_prints_a_line_for_each_picture(run: Run, weights: Path, picture
     model, processor = contracap.load(weights)
     paths = [pictures / name for name in ("0.jpg", "1.jpg", "2.jpg", "1.jpg")]
     captions = contracap.Captioner(model, processor)(paths)
-    assert out == "".join(f"{path}\t{caption.text}\n" for path, caption in zip(paths, captions, strict=True))
+    lines = [f"{path}\t{' '.join(caption.text.split())}" for path, caption in zip(paths, captions, strict=True)]
+    assert out == "".join(f"{line}\n" for line in lines)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["samples"] == 4
     assert [row["caption"] for row in result["captions"]] == [caption.text for caption in captions]
@@ -159,7 +160,7 @@ def test_beams_and_length_penalty_reach_the_decoding(
     greedy = contracap.Captioner(model, processor)([pictures / "0.jpg"], contracap.Greedy())[0]
     assert greedy.text != contracap.Captioner(model, processor)([pictures / "0.jpg"])[0].text
     status, out, _ = run("caption", weights, pictures / "0.jpg", "--beams", "1")
-    assert status == 0 and out == f"{pictures / '0.jpg'}\t{greedy.text}\n"
+    assert status == 0 and out == f"{pictures / '0.jpg'}\t{' '.join(greedy.text.split())}\n"
     run(
         "caption", weights, pictures / "0.jpg", "--beams", "1", "--length-penalty", "0", "--json", tmp_path / "sum.json"
     )
@@ -171,6 +172,14 @@ def test_beams_and_length_penalty_reach_the_decoding(
     assert made == [contracap.BeamSearch(width=3, length_penalty=0.5)]
     status, _, err = run("caption", weights, pictures, "--beams", "0")
     assert status == 1 and "beams of a picture" in err
+
+
+def test_a_caption_that_holds_line_breaks_stays_on_its_line(
+    run: Run, weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("contracap.tokenizer.Tokenizer.decode", lambda *_: "a\tb\r\nc\x0bd\x1ce\x85f\u2028g\n")
+    _, out, _ = run("caption", weights, pictures / "0.jpg")
+    assert out == f"{pictures / '0.jpg'}\ta b c d e f g\n"
 
 
 def test_an_unreadable_picture_stops_no_other(run: Run, weights: Path, pictures: Path, tmp_path: Path) -> None:

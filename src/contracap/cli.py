@@ -144,7 +144,7 @@ def caption(
             if isinstance(made, ValueError):
                 unreadable.append(made)
             else:
-                print(f"{path}\t{made.text}", flush=True)
+                print(f"{path}\t{_one_line(made.text)}", flush=True)
                 rows.append({"path": str(path), "caption": made.text, "score": made.score})
     if json is not None:
         figures = {"unreadable": float(len(unreadable))}
@@ -292,6 +292,11 @@ def _captions(
         else:
             for picture in pictures:
                 yield from _captions(captioner, [picture], strategy)
+
+
+def _one_line(text: str) -> str:
+    """The text without tabs and whatever else ends a line: a model may write any character."""
+    return " ".join(text.split())
 
 
 def _fail(message: str, *, status: int = 1) -> int:

@@ -29,7 +29,8 @@ class Recipe:
             another picture size.
         frozen: parameters that stay as they are, by the beginning of their names: `["vision", "text.token_embedding"]`.
         device: `auto` is CUDA when there is one, else the CPU.
-        precision: `bf16` runs the forward pass under autocast; weights and optimizer stay float32.
+        precision: `bf16` runs the forward pass under autocast; weights and optimizer stay float32. `auto` is that where
+            the device multiplies bf16 matrices in hardware, else `fp32`.
         accumulation: parts a batch is cut into, one forward and backward each. The captioning loss equals that of
             the whole batch; the contrastive loss contrasts within a part.
         ema_decay: of the moving average of the weights, per step; 0 keeps none.
@@ -47,7 +48,7 @@ class Recipe:
     initialise_from: str | None = None
     frozen: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     accumulation: int = 1
     ema_decay: float = 0.0
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -84,7 +84,7 @@ def train(recipe: Recipe) -> Path:
         optimizer=recipe.optimizer,
         image=image,
         total_steps=recipe.steps,
-        precision=recipe.precision,
+        bf16=recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device)),
         accumulation=recipe.accumulation,
         ema_decay=recipe.ema_decay,
         seed=recipe.seed,
@@ -195,6 +195,15 @@ def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, flo
     # Summed over tokens the one, averaged over batches the other.
     counts = {"captioning_loss": tokens, "contrastive_loss": batches}
     return {f"validation_{name}": value / counts[name] for name, value in sums.items()}
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16 matrices. A CPU without them takes 100 times as long as
+    for fp32: docs/performance.md."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch: no
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
 
 
 def _device(recipe: Recipe) -> torch.device:

@@ -18,7 +18,7 @@ CONFIG = StepConfig(
     optimizer=OptimizerConfig(warmup_steps=0),
     image=ImageConfig(size=32),
     total_steps=100,
-    precision="fp32",
+    bf16=False,
     accumulation=1,
     ema_decay=0.0,
     seed=0,
@@ -156,7 +156,7 @@ def test_the_moving_average_follows_the_weights() -> None:
 
 def test_bf16_is_near_fp32_and_keeps_embeddings_in_fp32() -> None:
     fp32 = train_step(new_state(), batch(), CONFIG)
-    bf16 = train_step(new_state(), batch(), replace(CONFIG, precision="bf16"))
+    bf16 = train_step(new_state(), batch(), replace(CONFIG, bf16=True))
     assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.02)
     assert bf16["loss"] != fp32["loss"]
 

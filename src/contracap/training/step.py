@@ -38,13 +38,17 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step needs of the recipe; attributes as in `Recipe`."""
+    """What a step needs of the recipe; attributes as in `Recipe`.
+
+    Attributes:
+        bf16: whether the forward pass runs under autocast.
+    """
 
     loss: LossConfig
     optimizer: OptimizerConfig
     image: ImageConfig
     total_steps: int
-    precision: str
+    bf16: bool
     accumulation: int
     ema_decay: float
     seed: int
@@ -60,7 +64,7 @@ def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tenso
     """
     wanted = config.loss
     parts = {}
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         features = model.features(
             normalise(batch.pixels, config.image),
             batch.ids,
