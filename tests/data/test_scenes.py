@@ -46,13 +46,13 @@ SQUARE = Thing(size="large", texture="striped", color="blue", shape="square")
 
 
 def test_every_phrasing_is_read_back_to_its_meaning() -> None:
-    a, b = "a small red circle", ("a large striped blue square", "a large blue square with stripes")
+    a, b = "a small red plain circle", "a large blue striped square"
     for phrases, words in ((RELATION_PHRASES, RELATION_WORDS), (IT_PHRASES, IT_WORDS)):
-        for phrase, (word, (relation, backwards)), other in product(phrases, words.items(), b):
+        for phrase, (word, (relation, backwards)) in product(phrases, words.items()):
             expected = Scene((SQUARE, CIRCLE) if backwards else (CIRCLE, SQUARE), relation)
-            assert parse(phrase.format(a=a, b=other, relation=word)) == expected
-    for phrase, other in product(ALONE_PHRASES, b):
-        assert parse(phrase.format(a=other)) == Scene((SQUARE,))
+            assert parse(phrase.format(a=a, b=b, relation=word)) == expected
+    for phrase in ALONE_PHRASES:
+        assert parse(phrase.format(a=b)) == Scene((SQUARE,))
 
 
 @pytest.mark.parametrize("objects", [1, 2])
@@ -64,15 +64,10 @@ def test_described_scenes_are_read_back(objects: int) -> None:
 
 
 def test_inverse_relations_say_the_same() -> None:
-    assert parse("a small red circle above a large striped blue square") == parse(
-        "A large blue square with stripes is below a small red circle."
-    )
-    assert parse("a small red circle left of a large blue square") == parse(
-        "a small red circle, to its right a large blue square"
-    )
-    assert parse("a small red circle left of a large blue square") != parse(
-        "a small red circle right of a large blue square"
-    )
+    circle, square = "a small red plain circle", "a large blue striped square"
+    assert parse(f"{circle} above {square}") == parse(f"A{square[1:]}  is below {circle}.") is not None
+    assert parse(f"{circle} left of {square}") == parse(f"{circle}, to its right {square}") is not None
+    assert parse(f"{circle} left of {square}") != parse(f"{circle} right of {square}")
 
 
 @pytest.mark.parametrize(
@@ -80,12 +75,13 @@ def test_inverse_relations_say_the_same() -> None:
     [
         "",
         "a red circle",
-        "a small red circle above",
-        "a small red circle a large blue square",
-        "a small red circle above a large blue square above a small red star",
-        "a large striped blue square with stripes",
-        "a small red red circle",
-        "a small crimson circle",
+        "a small red circle",
+        "a small red plain circle above",
+        "a small red plain circle a large blue plain square",
+        "a small red plain circle above a large blue plain square above a small red plain star",
+        "a large blue striped striped square",
+        "a small red red plain circle",
+        "a small crimson plain circle",
     ],
 )
 def test_incomplete_or_foreign_captions_have_no_meaning(caption: str) -> None:

@@ -25,11 +25,12 @@ OVERSAMPLING = 3
 # cuts the picture into as many: free places would take a model longer to learn than the few minutes that it has.
 BOARD = 3
 # The rest are shares of the picture's side. Half the side of the square around an object, before 5 % of jitter:
-RADII: dict[Size, float] = {"small": 0.095, "large": 0.145}
-JITTER = 0.02
+RADII: dict[Size, float] = {"small": 0.105, "large": 0.155}
+JITTER = 0.015
 # Width of the dark line around an object. Without it a model of this size reads a shape by its colour, and fails on
 # pairs that it has not seen.
 OUTLINE = 0.025
+STRIPES = 0.09  # from one stripe to the next
 INK = (24, 24, 24)
 PAINT: dict[Color, tuple[int, int, int]] = {
     "red": (214, 32, 32),
@@ -129,19 +130,18 @@ def _draw_thing(
     outline = [((x + 1) * radius, (y + 1) * radius) for x, y in OUTLINES[thing.shape]]
     ImageDraw.Draw(mask).polygon(outline, fill=255)
     if thing.texture == "striped":
-        _draw_stripes(surface, marks, canvas.width, generator)
+        _draw_stripes(surface, marks, canvas.width)
     ImageDraw.Draw(surface).polygon(outline, outline=INK, width=round(OUTLINE * canvas.width))
     canvas.paste(surface, (round(centre[0] - radius), round(centre[1] - radius)), mask)
 
 
-def _draw_stripes(
-    surface: Image.Image, marks: tuple[int, int, int], width: int, generator: np.random.Generator
-) -> None:
-    """Horizontal stripes in the marks' colour; on the same scale on large and small."""
+def _draw_stripes(surface: Image.Image, marks: tuple[int, int, int], width: int) -> None:
+    """Horizontal stripes in the marks' colour, from the middle outwards; on the same scale on large and small."""
     pen, side = ImageDraw.Draw(surface), surface.width
-    period = 0.09 * width
-    for start in np.arange(-generator.uniform(0, period), side, period):
-        pen.rectangle((0, start, side, start + period / 2), fill=marks)
+    period = STRIPES * width
+    for start in np.arange(side / 2 - 0.25 * period, side, period):
+        for top in (start, side - start - period / 2):
+            pen.rectangle((0, top, side, top + period / 2), fill=marks)
 
 
 def _rgb(values: np.ndarray) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from contracap.data.scenes import COLORS, SHAPES, SIZES, Relation, Scene, Texture, Thing
+from contracap.data.scenes import ATTRIBUTES, COLORS, SHAPES, SIZES, TEXTURES, Relation, Scene, Thing
 
 # Words between two objects, and words before "it": which relation they name, and whether they name it backwards.
 RELATION_WORDS: dict[str, tuple[Relation, bool]] = {
@@ -36,15 +36,14 @@ ALONE_PHRASES = ("{a}", "there is {a}")
 # What may be said of a single object without telling all: the prompt templates of zero-shot classification.
 COLOR_TEMPLATES = ("a {} thing", "there is a {} thing")
 SHAPE_TEMPLATES = ("a {}", "there is a {}")
-TEXTURE_NOUNS: dict[Texture, str] = {"striped": "stripes"}
 
 
 def describe(scene: Scene, generator: np.random.Generator) -> str:
-    """A caption that tells everything about the scene, in a random phrasing; of textures only plain goes unsaid."""
+    """A caption that tells everything about the scene, in a random phrasing."""
     if scene.relation is None:
-        return _pick(ALONE_PHRASES, generator).format(a=_describe_thing(scene.things[0], generator))
+        return _pick(ALONE_PHRASES, generator).format(a=_describe_thing(scene.things[0]))
     backwards = bool(generator.integers(2))
-    first, second = (_describe_thing(thing, generator) for thing in scene.things)
+    first, second = (_describe_thing(thing) for thing in scene.things)
     a, b = (second, first) if backwards else (first, second)
     phrase = _pick(RELATION_PHRASES + IT_PHRASES, generator)
     words = IT_WORDS if phrase in IT_PHRASES else RELATION_WORDS
@@ -63,7 +62,7 @@ def hint(scene: Scene, generator: np.random.Generator) -> str:
 def parse(caption: str) -> Scene | None:
     """What a caption says, or None if it is no complete sentence of this grammar.
 
-    Case, spacing and a final full stop do not matter; a texture that is not mentioned is plain.
+    Case, spacing and a final full stop do not matter.
     """
     text = " ".join(re.sub(r"([,;.])", r" \1 ", caption.lower()).split()).removesuffix(" .")
     for pattern, words in _PATTERNS:
@@ -82,29 +81,17 @@ def _pick(choices: Any, generator: np.random.Generator) -> str:
     return choices[generator.integers(len(choices))]
 
 
-def _describe_thing(thing: Thing, generator: np.random.Generator) -> str:
-    if thing.texture == "plain":
-        return f"a {thing.size} {thing.color} {thing.shape}"
-    if generator.integers(2):
-        return f"a {thing.size} {thing.texture} {thing.color} {thing.shape}"
-    return f"a {thing.size} {thing.color} {thing.shape} with {TEXTURE_NOUNS[thing.texture]}"
+def _describe_thing(thing: Thing) -> str:
+    return "a " + " ".join(getattr(thing, attribute) for attribute in ATTRIBUTES)
 
 
 def _read_thing(found: dict[str, Any], name: str) -> Thing:
-    textures: dict[str, Texture] = {noun: texture for texture, noun in TEXTURE_NOUNS.items()}
-    texture = found[f"{name}_adjective"] or textures.get(found[f"{name}_noun"], "plain")
-    return Thing(
-        size=found[f"{name}_size"], texture=texture, color=found[f"{name}_color"], shape=found[f"{name}_shape"]
-    )
+    return Thing(**{attribute: found[f"{name}_{attribute}"] for attribute in ATTRIBUTES})
 
 
 def _thing_pattern(name: str) -> str:
-    """Size, then perhaps a texture, colour, shape, and perhaps "with" a texture if none was said before."""
-    return (
-        rf"a (?P<{name}_size>{'|'.join(SIZES)}) (?:(?P<{name}_adjective>{'|'.join(TEXTURE_NOUNS)}) )?"
-        rf"(?P<{name}_color>{'|'.join(COLORS)}) (?P<{name}_shape>{'|'.join(SHAPES)})"
-        rf"(?({name}_adjective)|(?: with (?P<{name}_noun>{'|'.join(TEXTURE_NOUNS.values())}))?)"
-    )
+    words = {"size": SIZES, "color": COLORS, "texture": TEXTURES, "shape": SHAPES}
+    return "a " + " ".join(f"(?P<{name}_{attribute}>{'|'.join(words[attribute])})" for attribute in ATTRIBUTES)
 
 
 def _patterns() -> list[tuple[re.Pattern[str], dict[str, tuple[Relation, bool]] | None]]:

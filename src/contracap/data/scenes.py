@@ -17,7 +17,7 @@ Texture = Literal["plain", "striped"]
 Color = Literal["red", "blue", "green", "purple", "yellow", "pink", "orange", "white"]
 Shape = Literal["circle", "square", "triangle", "star", "cross", "heart"]
 Relation = Literal["left of", "above"]
-Attribute = Literal["size", "texture", "color", "shape"]
+Attribute = Literal["size", "color", "texture", "shape"]  # in the order in which a caption names them
 
 SIZES: tuple[Size, ...] = get_args(Size)
 TEXTURES: tuple[Texture, ...] = get_args(Texture)
@@ -147,7 +147,7 @@ def single_scenes(generator: np.random.Generator, count: int) -> list[Scene]:
 def twin_scenes(generator: np.random.Generator, count: int) -> list[Scene]:
     """Test scenes of two objects, all different in meaning, in pairs: a scene and a twin of it.
 
-    The swapped attribute goes round: size, texture, colour, shape.
+    The swapped attribute goes round: size, colour, texture, shape.
 
     Raises:
         ValueError: if the count is odd.

@@ -59,9 +59,9 @@ class AttentionalPool(nn.Module):
         self.position = nn.Parameter(torch.empty(positions, memory_width)) if positions is not None else None
 
     def initialise(self) -> None:
-        """Fill what the pool owns; with positions, attention starts sharp, each query on a few tokens.
+        """Fill what the pool owns; with positions, query i starts where position i is.
 
-        Source: docs/decisions/0004-initial-values.md.
+        Source: docs/decisions/0005-positions-in-the-pooler.md.
         """
         nn.init.normal_(self.queries)
         self.query_norm.reset_parameters()
@@ -69,9 +69,12 @@ class AttentionalPool(nn.Module):
         self.attention.initialise(depth=1)
         if self.position is not None:
             nn.init.normal_(self.position)
+            key = self.attention.key_value.weight[: self.queries.shape[1]]
             with torch.no_grad():
+                key.mul_(2)
                 self.attention.query.weight.mul_(2)
-                self.attention.key_value.weight[: self.queries.shape[1]].mul_(2)  # the keys
+                placed = self.position[: len(self.queries)] @ key.T @ self.attention.query.weight
+                self.queries[: len(placed)].copy_(placed)
 
     def forward(
         self, memory: Float[Tensor, "batch memory memory_width"], chosen: slice = slice(None)
