@@ -88,6 +88,18 @@ def test_only_a_pooler_with_positions_tells_places_apart(kind: str, positions: b
     assert torch.allclose(before, after, atol=1e-5) == same
 
 
+@pytest.mark.parametrize("kind", POOLERS)
+def test_each_query_starts_at_the_place_of_its_number(kind: str) -> None:
+    model, _ = random_model(with_pooler(kind, positions=True), seed=0)
+    tokens = model.vision(pictures(1))
+    first = 1 if kind == "shared" else 0  # query 0 of a shared pooler makes no caption token
+    for place in range(first, 4):
+        changed = tokens.clone()
+        changed[:, place] = torch.randn(tokens.shape[2], generator=torch.Generator().manual_seed(place))
+        before, after = (model.pooler.caption_tokens(each) for each in (tokens, changed))
+        assert (after - before).norm(dim=2).argmax() == place - first
+
+
 def test_positions_and_patch_dropout_exclude_each_other() -> None:
     config = with_pooler("shared", positions=True)
     with pytest.raises(ValueError, match=r"set vision\.patch_dropout to 0, it is 0\.5"):

@@ -13,7 +13,7 @@ from contracap.config import build, to_toml
 from contracap.model.weights import WeightsError
 from contracap.pretrained import load, read_weights, save, save_open_clip
 from contracap.recipe import Recipe
-from contracap.trainer import starting_model, train
+from contracap.trainer import multiplies_bf16, starting_model, train
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.loop import TrainingError
 from contracap.training.metrics import read_metrics
@@ -32,6 +32,12 @@ def assert_same_weights(first: Path, second: Path, file: str = "model.safetensor
     ours, theirs = read_weights(first / file).state, read_weights(second / file).state
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("has", "expected"), [({}, False), ({"avx2": True}, False), ({"amx_bf16": True}, True)])
+def test_a_cpu_computes_in_bf16_only_if_it_multiplies_it(has: dict, expected: bool, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has, raising=False)
+    assert multiplies_bf16(torch.device("cpu")) is expected
 
 
 def test_a_run_leaves_what_the_documents_promise(recipe_values: dict) -> None:

@@ -30,7 +30,8 @@ JITTER = 0.015
 # Width of the dark line around an object. Without it a model of this size reads a shape by its colour, and fails on
 # pairs that it has not seen.
 OUTLINE = 0.025
-STRIPES = 0.09  # from one stripe to the next
+# From one stripe to the next, and the width of one.
+STRIPES = (0.07, 0.025)
 INK = (24, 24, 24)
 PAINT: dict[Color, tuple[int, int, int]] = {
     "red": (214, 32, 32),
@@ -122,26 +123,23 @@ def _draw_thing(
     canvas: Image.Image, thing: Thing, radius: float, centre: np.ndarray, generator: np.random.Generator
 ) -> None:
     side = round(2 * radius)
-    paint = np.array(PAINT[thing.color]) + generator.uniform(-12, 12, size=3)
-    towards = 0 if sum(PAINT[thing.color]) > 400 else 255
-    fill, marks = (_rgb(paint + share * (towards - paint)) for share in (0, 0.6))
-    surface = Image.new("RGB", (side, side), fill)
+    surface = Image.new("RGB", (side, side), _rgb(np.array(PAINT[thing.color]) + generator.uniform(-12, 12, size=3)))
     mask = Image.new("L", (side, side))
     outline = [((x + 1) * radius, (y + 1) * radius) for x, y in OUTLINES[thing.shape]]
     ImageDraw.Draw(mask).polygon(outline, fill=255)
     if thing.texture == "striped":
-        _draw_stripes(surface, marks, canvas.width)
+        _draw_stripes(surface, canvas.width)
     ImageDraw.Draw(surface).polygon(outline, outline=INK, width=round(OUTLINE * canvas.width))
     canvas.paste(surface, (round(centre[0] - radius), round(centre[1] - radius)), mask)
 
 
-def _draw_stripes(surface: Image.Image, marks: tuple[int, int, int], width: int) -> None:
-    """Horizontal stripes in the marks' colour, from the middle outwards; on the same scale on large and small."""
+def _draw_stripes(surface: Image.Image, width: int) -> None:
+    """Horizontal dark stripes from the middle outwards, on the same scale on large and small."""
     pen, side = ImageDraw.Draw(surface), surface.width
-    period = STRIPES * width
-    for start in np.arange(side / 2 - 0.25 * period, side, period):
-        for top in (start, side - start - period / 2):
-            pen.rectangle((0, top, side, top + period / 2), fill=marks)
+    distance, half = STRIPES[0] * width, STRIPES[1] * width / 2
+    for away in np.arange(0, side / 2, distance):
+        for middle in (side / 2 - away, side / 2 + away):
+            pen.rectangle((0, middle - half, side, middle + half), fill=INK)
 
 
 def _rgb(values: np.ndarray) -> tuple[int, int, int]:

@@ -30,6 +30,7 @@ RELATION_PHRASES = (
     "{a} is {relation} {b}",
     "there is {a} {relation} {b}",
     "{relation} {b} is {a}",
+    "{relation} {b} there is {a}",
 )
 IT_PHRASES = ("{b} , {relation} {a}",)
 ALONE_PHRASES = ("{a}", "there is {a}")

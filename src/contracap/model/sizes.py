@@ -29,18 +29,18 @@ SIZES: dict[str, CoCaConfig] = {
     ),
     # Photographs on a laptop: the Flickr8k recipe.
     "flickr8k": CoCaConfig(
-        embed_dim=256,
-        vision=VisionConfig(image_size=96, patch_size=16, width=256, layers=4, heads=4),
+        embed_dim=192,
+        vision=VisionConfig(image_size=96, patch_size=16, width=192, layers=4, heads=4),
         pooler=PoolerConfig(queries=17, heads=4),
-        text=TextConfig(context=40, vocab_size=6144, width=256, layers=2, heads=4),
+        text=TextConfig(context=40, vocab_size=6144, width=192, layers=2, heads=4),
         decoder=DecoderConfig(layers=2, heads=4),
     ),
     # The drawn scenes of the quickstart.
     "scenes": CoCaConfig(
-        embed_dim=192,
-        vision=VisionConfig(image_size=72, patch_size=24, width=192, layers=4, heads=4),
-        pooler=PoolerConfig(queries=25, heads=4, adds_positions=True),
-        text=TextConfig(context=28, vocab_size=6144, width=192, layers=2, heads=4),
+        embed_dim=128,
+        vision=VisionConfig(image_size=72, patch_size=24, width=192, layers=2, heads=4),
+        pooler=PoolerConfig(queries=10, heads=4, adds_positions=True),
+        text=TextConfig(context=28, vocab_size=6144, width=128, layers=2, heads=4),
         decoder=DecoderConfig(layers=2, heads=4),
     ),
     # Tests.
