@@ -86,11 +86,11 @@ def scene_records(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Shard records: a PNG of `size` pixels, and JSON with the scene and `captions` phrasings of it.
 
-    Of the captions of a single object every second one tells only its colour or its shape.
+    Of the captions of a single object only the first of every four tells all; the others tell its colour or its shape.
     """
     for index, scene in enumerate(scenes):
         alone = scene.relation is None
-        texts = [hint(scene, generator) if alone and i % 2 else describe(scene, generator) for i in range(captions)]
+        texts = [hint(scene, generator) if alone and i % 4 else describe(scene, generator) for i in range(captions)]
         fields = {"captions": texts, "scene": asdict(scene)}
         picture = io.BytesIO()
         draw(scene, generator, size=size).save(picture, "png", compress_level=1)
