@@ -25,8 +25,9 @@ def test_contrastive_loss_is_symmetric_and_mixed_up_pairs_cost_more() -> None:
 
 def captions(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States, vocabulary and labels in float64, a few rows of fill among them."""
-    states, vocabulary = torch.randn(rows, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
-    labels = torch.randint(0, 9, (rows,))
+    generator = torch.Generator().manual_seed(rows)
+    states, vocabulary = (torch.randn(n, 4, dtype=torch.float64, generator=generator) for n in (rows, 9))
+    labels = torch.randint(0, 9, (rows,), generator=generator)
     labels[3::4] = -100
     return states.requires_grad_(), vocabulary.requires_grad_(), labels
 
@@ -125,3 +126,22 @@ def test_loss_weights_that_train_nothing_are_refused() -> None:
         LossConfig(contrastive=0.0, captioning=0.0)
     with pytest.raises(ValueError, match="must not be negative"):
         LossConfig(contrastive=-1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_captioning_loss_on_a_gpu_is_plain_cross_entropy(bf16: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states, vocabulary = (torch.randn(n, 64, generator=generator).cuda().requires_grad_() for n in (5000, 1000))
+    labels = torch.randint(0, 1000, (5000,), generator=generator).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
+        loss = captioning_loss(states, vocabulary, labels=labels, tokens=5000)
+    expected = torch.nn.functional.cross_entropy(states @ vocabulary.T, labels)
+    tolerance = 2e-2 if bf16 else 1e-4
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0.0)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, (states, vocabulary)),
+        torch.autograd.grad(expected, (states, vocabulary)),
+        strict=True,
+    ):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()

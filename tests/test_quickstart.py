@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from contracap.data.drawing import scene_records
-from contracap.data.scenes import twin_scenes
+from contracap.data.grammar import describe
+from contracap.data.scenes import PAIRS, random_scene, twin_scenes
 from contracap.data.shards import Sample
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
 from contracap.quickstart import CHANCE, TARGETS, SceneCaptioning, figures_as_text, find_recipe, quickstart
 from contracap.recipe import load_recipe
+from contracap.tokenizer import Tokenizer, lengths
 
 NAMES = {
     "caption_accuracy",
@@ -81,6 +83,16 @@ def test_the_recipe_is_found_and_names_an_ordinary_run() -> None:
     recipe = load_recipe(find_recipe())
     assert recipe.data.augmentation.flip == 0.0  # left would become right
     assert recipe.loss.captioning > 0 < recipe.loss.contrastive
+
+
+def test_no_caption_is_cut_by_the_context_of_the_size() -> None:
+    """A caption that is cut could never be right."""
+    recipe = load_recipe(find_recipe())
+    _, processor = load(recipe.size, weights="random", seed=0)
+    generator = np.random.default_rng(0)
+    captions = [describe(random_scene(generator, PAIRS, objects=2), generator) for _ in range(2000)]
+    roomy = Tokenizer(context=100, vocab_size=processor.tokenizer.vocab_size)
+    assert lengths(roomy(captions), roomy.end).max() <= processor.tokenizer.context
 
 
 def test_only_the_whole_truth_counts_as_a_right_caption(monkeypatch) -> None:

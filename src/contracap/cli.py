@@ -111,7 +111,7 @@ def evaluate(
     from contracap.evaluation.result import measure
     from contracap.generation.beam import BeamSearch
 
-    strategy = BeamSearch(width=beams, length_penalty=length_penalty)
+    strategy = BeamSearch(width=beams, length_penalty=length_penalty)  # refused before the weights are read
     model, processor = _load(weights, size)
     result = measure(_evaluator(task, data, processor, classes, templates, strategy), model, command=_command())
     for name, value in result.figures.items():

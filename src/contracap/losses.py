@@ -61,7 +61,8 @@ def captioning_loss(
 
     Source: CoCa (arXiv 2205.01917), equation 4.
     """
-    chunk = chunk or (512 if states.device.type == "cpu" else 4096)
+    if chunk is None:
+        chunk = 512 if states.device.type == "cpu" else 4096
     learning = torch.is_grad_enabled()
     wanted = (learning and states.requires_grad, learning and vocabulary.requires_grad)
     return _SummedCrossEntropy.apply(states, vocabulary, labels, chunk, wanted) / tokens
@@ -70,7 +71,8 @@ def captioning_loss(
 class _SummedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `states @ vocabulary.T`, of which no more than a chunk of rows is ever held.
 
-    While a chunk's scores are there, the gradients are formed from them; the backward pass only scales these.
+    While a chunk's scores are there, the gradients are formed from them; the backward pass only scales these. Torch's
+    own `linear_cross_entropy` (2.13 and later) does so too, but sums a bf16 loss in bf16 and does not join autocast.
     Source: Liger (arXiv 2410.10989), for the idea.
     """
 
@@ -95,6 +97,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             to_vocabulary = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
             # All chunks share these, so that memory is touched for the first time once.
             scores = hidden.new_empty(min(chunk, len(hidden)), len(matrix))
+            # Probabilities, in the place of the scores where the type allows it.
             shares = scores if product == exact else torch.empty_like(scores, dtype=exact)
             total = torch.zeros((), dtype=exact, device=states.device)
             for start in range(0, len(hidden), chunk):

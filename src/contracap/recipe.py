@@ -13,6 +13,8 @@ from contracap.model.sizes import find_size
 from contracap.training.checkpoint import CheckpointConfig
 from contracap.training.optimizer import OptimizerConfig
 
+Precision = Literal["auto", "fp32", "bf16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -30,7 +32,7 @@ class Recipe:
         frozen: parameters that stay as they are, by the beginning of their names: `["vision", "text.token_embedding"]`.
         device: `auto` is CUDA when there is one, else the CPU.
         precision: `bf16` runs the forward pass under autocast; weights and optimizer stay float32. `auto` is that where
-            the device multiplies bf16 matrices in hardware, else `fp32`.
+            the device multiplies bf16 matrices in hardware, else `fp32`; the run folder's recipe says which it was.
         accumulation: parts a batch is cut into, one forward and backward each. The captioning loss equals that of
             the whole batch; the contrastive loss contrasts within a part.
         ema_decay: of the moving average of the weights, per step; 0 keeps none.
@@ -48,7 +50,7 @@ class Recipe:
     initialise_from: str | None = None
     frozen: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     accumulation: int = 1
     ema_decay: float = 0.0
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from contracap.image import ImageConfig
 from contracap.model.coca import CoCa, evaluating
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.pretrained import load, processor_for, random_model, read_weights
-from contracap.recipe import Recipe, load_recipe
+from contracap.recipe import Precision, Recipe, load_recipe
 from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
@@ -52,6 +52,7 @@ def train(recipe: Recipe) -> Path:
             f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
         )
     device = _device(recipe)
+    recipe = replace(recipe, precision=precision_on(device, recipe.precision))
     if recipe.data.validation is not None:
         list_shards(recipe.data.validation)  # a wrong path is found now, not hours later
     if checkpoint:
@@ -84,7 +85,7 @@ def train(recipe: Recipe) -> Path:
         optimizer=recipe.optimizer,
         image=image,
         total_steps=recipe.steps,
-        bf16=recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(device)),
+        bf16=recipe.precision == "bf16",
         accumulation=recipe.accumulation,
         ema_decay=recipe.ema_decay,
         seed=recipe.seed,
@@ -197,13 +198,16 @@ def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, flo
     return {f"validation_{name}": value / counts[name] for name, value in sums.items()}
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for products of bf16 matrices. A CPU without them takes 100 times as long as
-    for fp32: docs/performance.md."""
+def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:
+    """The precision of a run on this device: what the recipe wants, or for `auto` bf16 if the device has instructions
+    for products of bf16 matrices. A CPU without them takes 20 to 400 times as long: docs/performance.md."""
+    if wanted != "auto":
+        return wanted
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch: no
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch: fp32
+    multiplies = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
+    return "bf16" if multiplies and torch.backends.mkldnn.is_available() else "fp32"
 
 
 def _device(recipe: Recipe) -> torch.device:

@@ -70,12 +70,15 @@ def test_inverse_relations_say_the_same() -> None:
     assert parse(f"{circle} left of {square}") != parse(f"{circle} right of {square}")
 
 
+def test_a_texture_may_come_first_and_plain_may_go_unsaid() -> None:
+    assert parse("a small red circle above a large striped blue square") == Scene((CIRCLE, SQUARE), "above")
+
+
 @pytest.mark.parametrize(
     "caption",
     [
         "",
         "a red circle",
-        "a small red circle",
         "a small red plain circle above",
         "a small red plain circle a large blue plain square",
         "a small red plain circle above a large blue plain square above a small red plain star",

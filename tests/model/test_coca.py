@@ -90,12 +90,13 @@ def test_only_a_pooler_with_positions_tells_places_apart(kind: str, positions: b
 
 @pytest.mark.parametrize("kind", POOLERS)
 def test_each_query_starts_at_the_place_of_its_number(kind: str) -> None:
-    model, _ = random_model(with_pooler(kind, positions=True), seed=0)
-    tokens = model.vision(pictures(1))
+    config = SIZES["scenes"]
+    model, _ = random_model(replace(config, pooler=replace(config.pooler, kind=kind)), seed=0)
+    tokens = torch.randn(1, 10, 192, generator=torch.Generator().manual_seed(0))
     first = 1 if kind == "shared" else 0  # query 0 of a shared pooler makes no caption token
-    for place in range(first, 4):
+    for place in range(first, 10):
         changed = tokens.clone()
-        changed[:, place] = torch.randn(tokens.shape[2], generator=torch.Generator().manual_seed(place))
+        changed[:, place] = -tokens[:, place]
         before, after = (model.pooler.caption_tokens(each) for each in (tokens, changed))
         assert (after - before).norm(dim=2).argmax() == place - first
 
@@ -161,11 +162,14 @@ def test_texts_of_several_lengths_give_what_each_gives_alone(reading: str) -> No
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_fill_beyond_the_texts_changes_nothing(reading: str) -> None:
+@pytest.mark.parametrize("fill", [0, 7, TINY.text.end])
+def test_what_stands_behind_the_texts_changes_nothing(reading: str, fill: int) -> None:
     model, _ = random_model(READINGS[reading], seed=0)
     ids, pixels = texts(2, 5, 9), pictures(3)
+    behind = torch.arange(ids.shape[1]) >= torch.tensor([[2], [5], [9]])
+    filled_ids = torch.nn.functional.pad(ids.masked_fill(behind, fill), (0, 7), value=fill)
     with torch.no_grad():
-        trimmed, filled = model(pixels, ids[:, :9]), model(pixels, torch.nn.functional.pad(ids, (0, 7)))
+        trimmed, filled = model(pixels, ids[:, :9]), model(pixels, filled_ids)
     assert torch.equal(trimmed.text_features, filled.text_features)
     assert torch.equal(trimmed.logits, filled.logits)
 

@@ -3,10 +3,10 @@ import torch
 from contracap.model.layout import GRID, ROWS, pack
 
 
-def test_rows_spread_over_the_grid_come_back_and_empty_cells_pass_no_gradient() -> None:
+def test_rows_spread_over_the_grid_come_back() -> None:
     lengths = torch.tensor([3, 0, 5, 1])
     layout = pack(lengths, device=torch.device("cpu"))
-    rows = torch.arange(20.0).reshape(-1, 1)[: len(layout.cells)].requires_grad_()
+    rows = torch.arange(20.0).reshape(-1, 1)[: len(layout.cells)]
     grid = layout.spread(rows)
     assert grid.shape == (4, 5, 1)
     assert [grid[text, :length, 0].tolist() for text, length in enumerate(lengths)] == [
@@ -17,9 +17,17 @@ def test_rows_spread_over_the_grid_come_back_and_empty_cells_pass_no_gradient() 
     ]
     assert layout.ends[[0, 2, 3]].tolist() == [2, 7, 8]
     assert torch.equal(layout.collect(grid), rows)
+    assert GRID.collect(GRID.spread(grid)) is grid
+
+
+def test_an_empty_cell_repeats_its_texts_last_row_and_passes_no_gradient() -> None:
+    layout = pack(torch.tensor([40, *[3] * 20]), device=torch.device("cpu"))
+    rows = torch.randn(len(layout.cells), 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    grid = layout.spread(rows)
+    assert grid[:, :, 0].numel() > len(rows)
+    assert torch.equal(grid[20, 3:], grid[20, 2].expand(37, -1))
     layout.collect(grid).sum().backward()
     assert torch.equal(rows.grad, torch.ones_like(rows))
-    assert GRID.collect(GRID.spread(grid)) is grid
 
 
 def test_packed_rows_are_filled_up_to_a_multiple_and_never_exceed_the_grid() -> None:

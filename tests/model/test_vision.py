@@ -30,6 +30,18 @@ def test_waves_are_equally_loud_on_pictures_that_fade_with_frequency() -> None:
     assert heard.max() < 3 * heard.min()
 
 
+def test_the_first_waves_read_brightness_red_against_green_and_yellow_against_blue() -> None:
+    encoder = VisionEncoder(CONFIG)
+    encoder.initialise()
+    red, green, blue = torch.eye(3)
+    for color, heard in ((red + green + blue, 0), (red - green, 1), (red + green - 2 * blue, 2)):
+        patch = color[:, None, None].expand(3, 8, 8).flatten()  # as `forward` flattens it
+        loud = encoder.patch_embedding(patch).abs()
+        means = [row for row, wave in enumerate(cosine_patches(CONFIG)) if wave.reshape(3, 64).std(1).max() < 1e-6]
+        assert loud.argmax() == means[heard]
+        assert (loud > 1e-4).sum() == 1
+
+
 @pytest.mark.parametrize(("patch", "waves"), [(8, 64), (4, 48)])
 def test_rows_that_no_wave_fills_are_random(patch: int, waves: int) -> None:
     config = replace(CONFIG, patch_size=patch)

@@ -167,3 +167,15 @@ def test_patch_dropout_repeats_with_the_seed_and_the_step() -> None:
     other = train_step(new_state(dropping), batch(), replace(CONFIG, seed=1))
     assert first == again
     assert first["loss"] != other["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_on_a_gpu_gives_the_losses_of_one_on_the_cpu(bf16: bool) -> None:
+    expected = train_step(new_state(), batch(), CONFIG)
+    state = new_state()
+    state.model.cuda()
+    state.optimizer = build_optimizer(state.model, CONFIG.optimizer)
+    found = train_step(state, batch(), replace(CONFIG, bf16=bf16))
+    for name in ("contrastive_loss", "captioning_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=2e-2 if bf16 else 1e-4)

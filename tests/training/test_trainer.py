@@ -13,7 +13,7 @@ from contracap.config import build, to_toml
 from contracap.model.weights import WeightsError
 from contracap.pretrained import load, read_weights, save, save_open_clip
 from contracap.recipe import Recipe
-from contracap.trainer import multiplies_bf16, starting_model, train
+from contracap.trainer import precision_on, starting_model, train
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.loop import TrainingError
 from contracap.training.metrics import read_metrics
@@ -34,10 +34,24 @@ def assert_same_weights(first: Path, second: Path, file: str = "model.safetensor
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("has", "expected"), [({}, False), ({"avx2": True}, False), ({"amx_bf16": True}, True)])
-def test_a_cpu_computes_in_bf16_only_if_it_multiplies_it(has: dict, expected: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [({}, "fp32"), ({"avx2": True}, "fp32"), ({"amx_bf16": True}, "bf16"), ({"bf16": True}, "bf16")],
+)
+def test_a_cpu_computes_in_bf16_only_if_it_multiplies_it(has: dict, expected: str, monkeypatch) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has, raising=False)
-    assert multiplies_bf16(torch.device("cpu")) is expected
+    cpu = torch.device("cpu")
+    assert precision_on(cpu, "auto") == expected
+    assert precision_on(cpu, "bf16") == "bf16" and precision_on(cpu, "fp32") == "fp32"
+
+
+def test_a_run_records_its_precision_and_goes_on_in_no_other(recipe_values: dict, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
+    train(build(Recipe, recipe_values))
+    assert 'precision = "fp32"' in (Path(recipe_values["out"]) / "recipe.toml").read_text()
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    with pytest.raises(CheckpointError, match="precision was fp32 and is now bf16"):
+        train(build(Recipe, recipe_values | {"resume": True}))
 
 
 def test_a_run_leaves_what_the_documents_promise(recipe_values: dict) -> None:

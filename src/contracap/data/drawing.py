@@ -25,7 +25,7 @@ OVERSAMPLING = 3
 # cuts the picture into as many: free places would take a model longer to learn than the few minutes that it has.
 BOARD = 3
 # The rest are shares of the picture's side. Half the side of the square around an object, before 5 % of jitter:
-RADII: dict[Size, float] = {"small": 0.105, "large": 0.155}
+RADII: dict[Size, float] = {"small": 0.105, "large": 0.145}
 JITTER = 0.015
 # Width of the dark line around an object. Without it a model of this size reads a shape by its colour, and fails on
 # pairs that it has not seen.

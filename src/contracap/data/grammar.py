@@ -63,7 +63,8 @@ def hint(scene: Scene, generator: np.random.Generator) -> str:
 def parse(caption: str) -> Scene | None:
     """What a caption says, or None if it is no complete sentence of this grammar.
 
-    Case, spacing and a final full stop do not matter.
+    Case, spacing and a final full stop do not matter; a texture may stand before the colour or behind it, and one that
+    is not mentioned is plain.
     """
     text = " ".join(re.sub(r"([,;.])", r" \1 ", caption.lower()).split()).removesuffix(" .")
     for pattern, words in _PATTERNS:
@@ -87,12 +88,17 @@ def _describe_thing(thing: Thing) -> str:
 
 
 def _read_thing(found: dict[str, Any], name: str) -> Thing:
-    return Thing(**{attribute: found[f"{name}_{attribute}"] for attribute in ATTRIBUTES})
+    texture = found[f"{name}_texture"] or found[f"{name}_before"] or "plain"
+    return Thing(texture=texture, **{word: found[f"{name}_{word}"] for word in ("size", "color", "shape")})
 
 
 def _thing_pattern(name: str) -> str:
-    words = {"size": SIZES, "color": COLORS, "texture": TEXTURES, "shape": SHAPES}
-    return "a " + " ".join(f"(?P<{name}_{attribute}>{'|'.join(words[attribute])})" for attribute in ATTRIBUTES)
+    """Size, colour, shape, and perhaps a texture before the colour, or behind it if none was said before."""
+    size, texture, color, shape = ("|".join(words) for words in (SIZES, TEXTURES, COLORS, SHAPES))
+    return (
+        rf"a (?P<{name}_size>{size}) (?:(?P<{name}_before>{texture}) )?(?P<{name}_color>{color}) "
+        rf"(?({name}_before)|(?:(?P<{name}_texture>{texture}) )?)(?P<{name}_shape>{shape})"
+    )
 
 
 def _patterns() -> list[tuple[re.Pattern[str], dict[str, tuple[Relation, bool]] | None]]:

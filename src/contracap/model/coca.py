@@ -157,7 +157,7 @@ class CoCa(nn.Module):
         assert features.image_features is not None and features.text_features is not None  # both were wanted
         logits = None
         if self.decoder is not None:
-            logits = self.captions(ids).spread(self.decoder.vocabulary(features.caption_states))
+            logits = self.caption_layout(ids).spread(self.decoder.vocabulary(features.caption_states))
             logits = pad(logits, (0, 0, 0, self.config.text.context - 1 - logits.shape[1]))
         return CoCaOutput(features.image_features, features.text_features, self.logit_scale.exp(), logits)
 
@@ -176,7 +176,7 @@ class CoCa(nn.Module):
         if not captioning:
             return TrainingFeatures(text_features=self.encode_text(ids), image_features=self.encode_image(pixels))
         # Layouts first: they wait for the ids, and so for whatever the device was given before.
-        decoder, captions, texts = self.require_decoder(), self.captions(ids), self.text.layout(ids)
+        decoder, captions, texts = self.require_decoder(), self.caption_layout(ids), self.text.layout(ids)
         features = TrainingFeatures(caption_labels=captions.collect(captions.fit(ids[:, 1:], fill=IGNORED)))
         image_tokens = self.vision(pixels)
         if contrastive:
@@ -190,7 +190,7 @@ class CoCa(nn.Module):
         features.caption_states = decoder(states, decoder.project(caption_tokens), captions)
         return features
 
-    def captions(self, ids: Int64[Tensor, "batch tokens"]) -> Packed:
+    def caption_layout(self, ids: Int64[Tensor, "batch tokens"]) -> Packed:
         """The rows of the decoder: each token of a text but the last, which nothing follows."""
         return pack(self.text.lengths(ids) - 1, device=ids.device)
 

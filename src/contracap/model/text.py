@@ -127,7 +127,8 @@ class TextEncoder(nn.Module):
         self, ids: Int64[Tensor, "batch tokens"], layout: Packed
     ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "rows width"]]:
         """Contrastive vector, not of unit length, and states of all rows of `layout`, which is that of `ids`."""
-        ids = layout.fit(ids, fill=0)
+        behind = torch.arange(ids.shape[1], device=ids.device) >= lengths(ids, self.config.end)[:, None]
+        ids = layout.fit(ids.masked_fill(behind, 0), fill=0)
         states, mask = self.embed(ids, layout), self.mask(ids, layout)
         if self.class_token is not None:
             last = repeat(self.class_token + self.position[-1], "width -> batch width", batch=len(ids))
