@@ -96,7 +96,9 @@ def test_a_hint_tells_no_whole_scene() -> None:
     hints = {hint(Scene((CIRCLE,)), generator) for _ in range(50)}
     assert len(hints) > 2
     assert all(parse(words) is None for words in hints)
-    assert all(("red" in words) != ("circle" in words) for words in hints)
+    assert all(("red" in words) + ("circle" in words) + ("in the middle" in words) == 1 for words in hints)
+    left = {hint(Scene((CIRCLE,), place=("left of", False)), generator) for _ in range(50)}
+    assert "a thing left of the middle" in left and "there is a thing to the left of the middle" in left
 
 
 def test_training_scenes_hold_no_held_out_pair_yet_every_colour_and_shape() -> None:

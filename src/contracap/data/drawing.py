@@ -86,7 +86,8 @@ def scene_records(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Shard records: a PNG of `size` pixels, and JSON with the scene and `captions` phrasings of it.
 
-    Of the captions of a single object only the first of every four tells all; the others tell its colour or its shape.
+    Of the captions of a single object only the first of every four tells all; the others tell its colour, its shape or
+    its place.
     """
     for index, scene in enumerate(scenes):
         alone = scene.relation is None
@@ -107,15 +108,18 @@ def _background(generator: np.random.Generator) -> Image.Image:
 def _places(scene: Scene, generator: np.random.Generator) -> np.ndarray:
     """Centres (x, y), shares of the side: in the middle of the board's fields, up to `JITTER` off.
 
-    A single object stands in any field; two stand left and right, or above and below, of the middle one.
+    Two objects stand left and right, or above and below, of the middle one; a single object in one of these fields, or
+    in the middle.
     """
     middle, last = BOARD // 2, BOARD - 1
-    if scene.relation is None:
-        fields = [tuple(generator.integers(BOARD, size=2))]
-    elif scene.relation == "left of":
-        fields = [(0, middle), (last, middle)]
+    sides = {"left of": [(0, middle), (last, middle)], "above": [(middle, 0), (middle, last)]}
+    if scene.relation is not None:
+        fields = sides[scene.relation]
+    elif scene.place is not None:
+        relation, backwards = scene.place
+        fields = [sides[relation][backwards]]
     else:
-        fields = [(middle, 0), (middle, last)]
+        fields = [(middle, middle)]
     return (np.array(fields) + 0.5) / BOARD + generator.uniform(-JITTER, JITTER, size=(len(fields), 2))
 
 

@@ -37,6 +37,7 @@ ALONE_PHRASES = ("{a}", "there is {a}")
 # What may be said of a single object without telling all: the prompt templates of zero-shot classification.
 COLOR_TEMPLATES = ("a {} thing", "there is a {} thing")
 SHAPE_TEMPLATES = ("a {}", "there is a {}")
+PLACE_TEMPLATES = ("a thing {}", "there is a thing {}")
 
 
 def describe(scene: Scene, generator: np.random.Generator) -> str:
@@ -53,11 +54,18 @@ def describe(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def hint(scene: Scene, generator: np.random.Generator) -> str:
-    """A caption of a scene with a single object that tells its colour only, or its shape only."""
+    """A caption of a scene with a single object that tells its colour only, its shape only, or its place only.
+
+    Places are told by the words for relations, which two objects alone would teach slowly: there the decoder has to
+    find out what a relation looks like and which object it is about, both at once.
+    """
     (thing,) = scene.things
-    if generator.integers(2):
-        return _pick(COLOR_TEMPLATES, generator).format(thing.color)
-    return _pick(SHAPE_TEMPLATES, generator).format(thing.shape)
+    templates, word = (
+        (COLOR_TEMPLATES, thing.color),
+        (SHAPE_TEMPLATES, thing.shape),
+        (PLACE_TEMPLATES, _describe_place(scene, generator)),
+    )[generator.integers(3)]
+    return _pick(templates, generator).format(word)
 
 
 def parse(caption: str) -> Scene | None:
@@ -85,6 +93,13 @@ def _pick(choices: Any, generator: np.random.Generator) -> str:
 
 def _describe_thing(thing: Thing) -> str:
     return "a " + " ".join(getattr(thing, attribute) for attribute in ATTRIBUTES)
+
+
+def _describe_place(scene: Scene, generator: np.random.Generator) -> str:
+    if scene.place is None:
+        return "in the middle"
+    words = [word for word, meaning in RELATION_WORDS.items() if meaning == scene.place]
+    return f"{_pick(words, generator)} the middle"
 
 
 def _read_thing(found: dict[str, Any], name: str) -> Thing:

@@ -6,7 +6,7 @@ one: of two objects at least one, and a single object always.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal, get_args
 
@@ -25,6 +25,7 @@ COLORS: tuple[Color, ...] = get_args(Color)
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 ATTRIBUTES: tuple[Attribute, ...] = get_args(Attribute)
+PLACES: tuple[tuple[Relation, bool] | None, ...] = (None, *product(RELATIONS, (False, True)))
 
 # One sixth of all pairs: each colour is held out in one shape. Where a shape is held out in two colours, exchanging
 # the colours of two objects turns one held-out pair into another, so that a test scene has a colour-swapped twin that
@@ -64,10 +65,15 @@ class Scene:
     """The meaning of a picture or of a caption: equal scenes say the same, in whichever words.
 
     Of two objects the first is `relation` the second; "right of" and "below" are the same relations read backwards.
+
+    Attributes:
+        place: of a single object, its relation to the middle of the picture, and whether that is read backwards; None
+            in the middle. Scenes that differ in it alone are equal.
     """
 
     things: tuple[Thing, ...]
     relation: Relation | None = None
+    place: tuple[Relation, bool] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.things) not in (1, 2) or (len(self.things) == 2) != (self.relation is not None):
@@ -95,8 +101,9 @@ def random_scene(generator: np.random.Generator, pairs: frozenset[tuple[Color, S
         thing = Thing(size=size, texture=texture, color=color, shape=shape)
         if thing not in things:
             things.append(thing)
-    relation = RELATIONS[generator.integers(len(RELATIONS))] if objects == 2 else None
-    return Scene(tuple(things), relation)
+    if objects == 1:
+        return Scene(tuple(things), place=PLACES[generator.integers(len(PLACES))])
+    return Scene(tuple(things), RELATIONS[generator.integers(len(RELATIONS))])
 
 
 def twin(scene: Scene, attribute: Attribute) -> Scene:
@@ -122,7 +129,7 @@ def is_test(scene: Scene) -> bool:
     return not scene.pairs.isdisjoint(HELD_OUT)
 
 
-def training_scenes(generator: np.random.Generator, *, alone: float = 0.25, twinned: float = 0.5) -> Iterator[Scene]:
+def training_scenes(generator: np.random.Generator, *, alone: float = 0.3, twinned: float = 0.5) -> Iterator[Scene]:
     """Endless scenes without a held-out pair.
 
     Args:
