@@ -16,7 +16,7 @@ from contracap.model.pooler import PoolerConfig, build_pooler
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder
 from contracap.model.vision import VisionConfig, VisionEncoder
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
+IGNORED = -100  # a label that the captioning loss leaves out, as it does every negative one
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 

@@ -26,7 +26,7 @@ class Grid:
 GRID = Grid()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed(Grid):
     """Texts of several lengths, row after row; only attention sees them on a grid, one text a line.
 

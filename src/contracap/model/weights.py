@@ -16,6 +16,8 @@ from contracap.model.sizes import SIZES
 from contracap.model.text import DecoderConfig, TextConfig
 from contracap.model.vision import VisionConfig
 
+IMAGE_POSITIONS = ("vision.position", "pooler.pool.position", "pooler.caption_pool.position")  # a row for each patch
+
 
 class WeightsError(ValueError):
     """Weights that do not fit the model they were meant for."""
@@ -145,9 +147,6 @@ def meta_state(config: CoCaConfig) -> dict[str, Tensor]:
     """The model's tensors without memory behind them: names and shapes."""
     with torch.device("meta"):
         return CoCa(config).state_dict()
-
-
-IMAGE_POSITIONS = ("vision.position", "pooler.pool.position", "pooler.caption_pool.position")
 
 
 def interpolate_positions(state: Mapping[str, Tensor], *, patches: int) -> dict[str, Tensor]:
