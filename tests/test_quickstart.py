@@ -152,7 +152,7 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, float]]:
 # What every seed reached that was measured, less a margin: see runs/log.md. The targets themselves stand behind it.
 FLOORS = {
     "caption_accuracy": 0.35,
-    "zeroshot_color": 0.8,
+    "zeroshot_color": 0.75,
     "zeroshot_shape": 0.8,
     "text_to_image_recall@1": 0.75,
     "image_to_text_recall@1": 0.75,
