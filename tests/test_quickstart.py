@@ -149,26 +149,17 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, float]]:
     return out, json.loads((out / "results.json").read_text(encoding="utf-8"))["figures"]
 
 
-# What every seed reached that was measured, less a margin: see runs/log.md. The targets themselves stand behind it.
-FLOORS = {
-    "caption_accuracy": 0.35,
-    "zeroshot_color": 0.75,
-    "zeroshot_shape": 0.8,
-    "text_to_image_recall@1": 0.75,
-    "image_to_text_recall@1": 0.75,
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FLOORS)
-def test_quickstart_reaches_what_every_measured_seed_reached(whole, name: str) -> None:
-    _, figures = whole
-    assert figures[name] >= FLOORS[name], figures
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FLOORS)
-@pytest.mark.xfail(reason="depends on the seed and on the processor's rounding: runs/log.md", strict=False)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "caption_accuracy",
+        "zeroshot_color",
+        "zeroshot_shape",
+        "text_to_image_recall@1",
+        "image_to_text_recall@1",
+    ],
+)
 def test_quickstart_reaches_its_targets(whole, name: str) -> None:
     _, figures = whole
     assert figures[name] >= TARGETS[name], figures

@@ -109,9 +109,7 @@ def pick(
     return rows if kept is None else rows.gather(1, repeat(kept, "batch kept -> batch kept dim", dim=rows.shape[2]))
 
 
-def cosine_patches(
-    config: VisionConfig,
-) -> Float[Tensor, "kept pixels"]:
+def cosine_patches(config: VisionConfig) -> Float[Tensor, "kept pixels"]:
     """Initial rows of the patch embedding: each reads one two-dimensional cosine wave in one colour direction.
 
     Waves of low frequency come first, those of colour at half the resolution of those of brightness, as pictures are
