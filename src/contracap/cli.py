@@ -1,6 +1,7 @@
 """The verbs of the command line. Whatever needs torch is imported inside them, so that `--help` answers at once."""
 
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -32,6 +33,7 @@ LengthPenalty = Annotated[
     float,
     arg(help="for captions: ranked by log-probability / length to this power; 0 ranks by the sum, for shorter ones"),
 ]
+Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one for each core")]
 BATCH = 16  # pictures at a time
 
 
@@ -40,9 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     weights = SubcommandApp()
     weights.command(inspect)
     weights.command(convert)
+    shards = SubcommandApp()
+    for verb in (make, index, show):
+        shards.command(verb)
     app = SubcommandApp()
-    for verb in (quickstart, train, evaluate, caption):
+    for verb in (quickstart, train, evaluate, caption, bench):
         app.command(verb)
+    app.command(shards, name="shards", help="Make tar shards of any source, index them, and look at them.")
     app.command(
         weights, name="weights", help="Look into weights files, and convert them to and from open_clip's layout."
     )
@@ -156,6 +162,101 @@ def caption(
     return 1 if unreadable else 0
 
 
+def make(
+    source: Annotated[Path, arg(metavar="SOURCE", help="a folder, a table, JSON or a token file: docs/data.md")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="DIR", help="folder for the shards, index.json and skipped.jsonl")],
+    kind: Annotated[
+        Literal["auto", "folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder"],
+        arg(help="what the source is; auto finds out"),
+    ] = "auto",
+    pictures: Annotated[
+        Path | None, arg(metavar="DIR", help="where the names of pictures start, if not beside the source")
+    ] = None,
+    split: Annotated[tuple[str, ...], arg(help="of Karpathy's JSON, those to take; by default all")] = (),
+    image_column: Annotated[str | None, arg(metavar="NAME", help="of a table, if it is not called as usual")] = None,
+    caption_column: Annotated[str | None, arg(metavar="NAME", help="likewise")] = None,
+    shorter_side: Annotated[
+        int | None, arg(metavar="PIXELS", help="make larger pictures smaller, as JPEG; by default all stay as they are")
+    ] = None,
+    samples_per_shard: Annotated[int, arg(help="pictures for each shard")] = 1000,
+    workers: Workers = None,
+) -> None:
+    """Make tar shards of a source. The same command goes on where it was interrupted."""
+    from contracap.data.making import SKIPPED_FILE, make_shards
+
+    made = make_shards(
+        source,
+        out,
+        kind=kind,
+        pictures=pictures,
+        splits=split,
+        image_column=image_column,
+        caption_column=caption_column,
+        shorter_side=shorter_side,
+        samples_per_shard=samples_per_shard,
+        workers=_workers(workers),
+    )
+    print(f"{made.samples} samples in {made.shards} shards: {out}")
+    for reason, number in made.skipped.items():
+        print(f"skipped {number}: {reason}")
+    if made.skipped:
+        print(f"each is named in {out / SKIPPED_FILE}")
+
+
+def index(
+    folder: Annotated[Path, arg(metavar="DIR", help="a local folder of tar shards")], /, *, workers: Workers = None
+) -> None:
+    """Write index.json beside shards: what each holds. Training then need not count their samples."""
+    from contracap.data.index import INDEX_FILE, index_folder
+
+    entries = index_folder(folder, workers=_workers(workers))
+    samples, captions = (sum(getattr(entry, name) for entry in entries) for name in ("samples", "captions"))
+    print(f"{samples} samples with {captions} captions in {len(entries)} shards: {folder / INDEX_FILE}")
+
+
+def show(
+    paths: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="FILE.html", help="the page")] = Path("shards.html"),
+    recipe: Annotated[Path | None, arg(metavar="RECIPE.toml", help="crop the samples as this run would")] = None,
+    limit: Annotated[int | None, arg(help="samples to read, the first ones; by default all")] = None,
+    samples: Annotated[int, arg(help="samples on the page")] = 48,
+    seed: Annotated[int, arg(help="of the samples and their crops")] = 0,
+) -> None:
+    """Count what is in shards, and show some of their samples on a page as the trainer will see them."""
+    from contracap.data.show import survey_lines, write_page
+    from contracap.data.survey import survey
+    from contracap.image import AugmentationConfig, ImageConfig
+    from contracap.recipe import load_recipe
+
+    image, augmentation = ImageConfig(), AugmentationConfig()
+    if recipe is not None:
+        run = load_recipe(recipe)
+        image, augmentation = ImageConfig(size=run.model_config.vision.image_size), run.data.augmentation
+    found = survey(paths, limit=limit, sample_count=samples, seed=seed, image=image, augmentation=augmentation)
+    write_page(found, out)
+    print(*survey_lines(found), f"the page: {out}", sep="\n")
+
+
+def bench(
+    name: Annotated[Literal["data"], arg(metavar="NAME", help="what to measure: data")],
+    /,
+    *,
+    rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
+    json: ResultFile = None,
+) -> None:
+    """Measure speed and memory, beside open_clip in the same run where it is installed."""
+    from contracap.bench.data import bench_data
+
+    benchmark = {"data": bench_data}[name](rounds=rounds)
+    print(benchmark.table())
+    if json is not None:
+        benchmark.result(_command()).write(json)
+
+
 def inspect(
     file: WeightsName, /, *, size: Annotated[str | None, arg(metavar="NAME", help="a size to compare with")] = None
 ) -> None:
@@ -244,6 +345,10 @@ def _evaluator(
         )
     prompts = load_templates(templates) if templates else TEMPLATES
     return ZeroShot(data, processor, classes=load_classes(classes), templates=prompts)
+
+
+def _workers(wanted: int | None) -> int:
+    return (os.cpu_count() or 1) if wanted is None else wanted
 
 
 def _command() -> str:

@@ -29,7 +29,14 @@ from contracap.data.scenes import (
     twin_scenes,
 )
 from contracap.data.shards import Sample, write_shard
-from contracap.evaluation.report import (
+from contracap.evaluation.result import Result
+from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.zeroshot import ZeroShot
+from contracap.files import replacing, write_text
+from contracap.generation.captioner import Captioner
+from contracap.generation.sampling import Greedy
+from contracap.model.coca import CoCa
+from contracap.page import (
     Html,
     chart,
     charts,
@@ -41,13 +48,6 @@ from contracap.evaluation.report import (
     text,
     verdict,
 )
-from contracap.evaluation.result import Result
-from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.zeroshot import ZeroShot
-from contracap.files import replacing, write_text
-from contracap.generation.captioner import Captioner
-from contracap.generation.sampling import Greedy
-from contracap.model.coca import CoCa
 from contracap.pretrained import load
 from contracap.processor import Processor
 from contracap.recipe import Recipe, load_recipe

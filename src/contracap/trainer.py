@@ -98,7 +98,13 @@ def train(recipe: Recipe) -> Path:
         def checkpointing() -> None:
             save_checkpoint(checkpoints, state, image=image, data=batches.state_dict(), keep=recipe.checkpoint.keep)
 
-        events = [Event(recipe.log_every, recorder.log), Event(recipe.checkpoint.every, checkpointing)]
+        def skipping() -> None:
+            recorder.skips(batches.take_skips())
+
+        def log() -> None:
+            recorder.log({f"skipped/{kind}": number for kind, number in batches.skipped.items()})
+
+        events = [Event(1, skipping), Event(recipe.log_every, log), Event(recipe.checkpoint.every, checkpointing)]
         if recipe.validate_every:
             events.append(Event(recipe.validate_every, validation))
         try:
@@ -108,6 +114,8 @@ def train(recipe: Recipe) -> Path:
                 f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. "
                 "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
             ) from None
+        finally:
+            skipping()  # those that stopped the run, too
     return checkpoints / checkpoint_name(recipe.steps)
 
 
@@ -123,6 +131,7 @@ FREE = (
     "checkpoint",
     "data.validation",
     "data.workers",
+    "data.max_bad_share",
     "data.train",
 )
 

@@ -1,32 +1,49 @@
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracap.data.order import OrderError, SampleStream
-from contracap.data.shards import Sample, SampleError, write_shard
+from contracap.data.captions import CaptionConfig
+from contracap.data.order import Order, OrderError, SampleStream, Source
+from contracap.data.shards import Sample, SampleError, count_samples, write_shard
 
 
-def make_shards(folder: Path, sizes: list[int]) -> list[str]:
+def make_shards(folder: Path, sizes: list[int], name: str = "") -> tuple[str, ...]:
     paths = []
     for number, size in enumerate(sizes):
-        path = folder / f"{number:03}.tar"
-        write_shard(path, ((f"{number}-{member}", {"jpg": b"p", "txt": b"t"}) for member in range(size)))
+        path = folder / f"{name}{number:03}.tar"
+        write_shard(path, ((f"{name}{number}-{member}", {"jpg": b"p", "txt": b"t"}) for member in range(size)))
         paths.append(str(path))
-    return paths
+    return tuple(paths)
 
 
-def prepare(sample: Sample, generator: np.random.Generator) -> tuple[str, float]:
+def order(*sources: tuple[str, ...], weights: tuple[float, ...] = (1.0, 1.0), **changes: Any) -> Order:
+    made = (
+        Source(shards=shards, counts=tuple(map(count_samples, shards)), weight=weight)
+        for shards, weight in zip(sources, weights, strict=False)
+    )
+    return Order(**{"sources": tuple(made), "seed": 5, "streams": 1, "buffer": 7, **changes})
+
+
+def streams_of(order: Order) -> list[SampleStream]:
+    return [SampleStream(order, number) for number in range(order.streams)]
+
+
+def prepare(sample: Sample, caption: str, generator: np.random.Generator) -> tuple[str, float]:
     return sample.key, generator.random()
 
 
-def only_good(sample: Sample, generator: np.random.Generator) -> str:
-    if sample.captions != ("t",):
-        raise SampleError(f"sample {sample.key} is bad")
+def caption_of(sample: Sample, caption: str, generator: np.random.Generator) -> str:
+    return caption
+
+
+def only_good(sample: Sample, caption: str, generator: np.random.Generator) -> str:
     return sample.key
 
 
@@ -34,8 +51,12 @@ def drawn(stream: SampleStream, count: int) -> list[tuple[str, float]]:
     return [stream.draw(prepare) for _ in range(count)]
 
 
+def epoch_of(stream: SampleStream) -> int:
+    return stream.state_dict()["sources"][0]["epoch"]
+
+
 def test_epoch_holds_every_sample_once_in_another_order(tmp_path: Path) -> None:
-    stream = SampleStream(make_shards(tmp_path, [5, 8, 1, 4]), seed=3, shuffle_buffer=7)
+    stream = SampleStream(order(make_shards(tmp_path, [5, 8, 1, 4])))
     first, second = ([key for key, _ in drawn(stream, 18)] for _ in range(2))
     assert len(set(first)) == len(set(second)) == 18
     assert set(first) == set(second)
@@ -43,27 +64,35 @@ def test_epoch_holds_every_sample_once_in_another_order(tmp_path: Path) -> None:
     assert first != sorted(first)
 
 
-def test_streams_share_out_each_epoch(tmp_path: Path) -> None:
-    shards = make_shards(tmp_path, [4] * 7)
-    streams = [SampleStream(shards, seed=0, shuffle_buffer=5, stream=stream, streams=3) for stream in range(3)]
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), streams=st.integers(1, 9))
+def test_spans_of_an_epoch_are_equal_and_hold_every_sample_once(sizes: list[int], streams: int) -> None:
+    source = Source(shards=tuple(map(str, range(len(sizes)))), counts=tuple(sizes))
+    for epoch in range(3):
+        spans = [source.span(seed=3, epoch=epoch, stream=stream, streams=streams) for stream in range(streams)]
+        held = [(shard, sample) for span in spans for shard, begin, end in span for sample in range(begin, end)]
+        assert sorted(held) == [(shard, sample) for shard, size in enumerate(sizes) for sample in range(size)]
+        lengths = [sum(end - begin for _, begin, end in span) for span in spans]
+        assert max(lengths) - min(lengths) <= 1
+        assert all(begin < end for span in spans for _, begin, end in span)
+
+
+@pytest.mark.parametrize("sizes", [[28], [4] * 7, [1, 27]])
+def test_streams_share_out_each_epoch_however_few_the_shards(tmp_path: Path, sizes: list[int]) -> None:
     seen = Counter[tuple[int, str]]()
-    for stream in streams:
+    for stream in streams_of(order(make_shards(tmp_path, sizes), streams=4)):
         key, _ = stream.draw(prepare)
-        while (epoch := stream.state_dict()["epoch"]) < 6:
+        while (epoch := epoch_of(stream)) < 3:
             seen[epoch, key] += 1
             key, _ = stream.draw(prepare)
-    assert len(seen) == 6 * 28
+    assert len(seen) == 3 * 28
     assert set(seen.values()) == {1}
 
 
 def test_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, [6, 6])
-    assert drawn(SampleStream(shards, seed=1, shuffle_buffer=4), 30) == drawn(
-        SampleStream(shards, seed=1, shuffle_buffer=4), 30
-    )
-    assert drawn(SampleStream(shards, seed=1, shuffle_buffer=4), 30) != drawn(
-        SampleStream(shards, seed=2, shuffle_buffer=4), 30
-    )
+    assert drawn(SampleStream(order(shards)), 30) == drawn(SampleStream(order(shards)), 30)
+    assert drawn(SampleStream(order(shards)), 30) != drawn(SampleStream(order(shards, seed=6)), 30)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,86 +100,206 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
 def test_stream_resumed_anywhere_goes_on_as_if_never_stopped(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
+    folder = tmp_path_factory.mktemp("resume")
     sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any), label="sizes")
-    buffer = data.draw(st.integers(1, 30), label="buffer")
-    shards = make_shards(tmp_path_factory.mktemp("resume"), sizes)
+    shards = make_shards(folder, sizes)
+    sources = [shards]
+    if data.draw(st.booleans(), label="mixture"):
+        sources.append(make_shards(folder, [3, 4], name="other"))
+    settings = {
+        "buffer": data.draw(st.integers(1, 30), label="buffer"),
+        "bucket": data.draw(st.sampled_from([None, 2]), label="bucket"),
+        "captions": CaptionConfig(use=data.draw(st.sampled_from(["random", "all"]), label="use")),
+        "quota": data.draw(st.sampled_from([None, 5]), label="quota") if len(sources) == 1 else None,
+        "max_bad_share": 0.9,
+    }
+    whole = order(*sources, **settings)
     if data.draw(st.booleans(), label="cut"):
         Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[: sizes[0] * 2048 - 300])
-        sizes[0] = max(0, sizes[0] - 1)
-        if not any(sizes):
-            return
-    stream = SampleStream(shards, seed=5, shuffle_buffer=buffer)
-    expected = drawn(stream, 3 * sum(sizes))
+    stream = SampleStream(whole)
+    try:
+        expected = drawn(stream, 3 * sum(sizes))
+    except OrderError:  # next to nothing was left
+        return
     last = stream.state_dict()
     stop = data.draw(st.integers(0, len(expected)), label="stop")
-    stopped = SampleStream(shards, seed=5, shuffle_buffer=buffer)
+    stopped = SampleStream(whole)
     assert drawn(stopped, stop) == expected[:stop]
-    state = json.loads(json.dumps(stopped.state_dict()))
-    resumed = SampleStream(shards, seed=5, shuffle_buffer=buffer)
-    resumed.load_state_dict(state)
+    told = len(stopped.take_skips())
+    resumed = SampleStream(whole)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert drawn(resumed, len(expected) - stop) == expected[stop:]
     assert resumed.state_dict() == last
+    assert told + len(resumed.take_skips()) == len(stream.take_skips())
 
 
 def test_state_stays_small(tmp_path: Path) -> None:
-    stream = SampleStream(make_shards(tmp_path, [500]), seed=0, shuffle_buffer=400)
+    stream = SampleStream(order(make_shards(tmp_path, [500]), buffer=400))
     drawn(stream, 450)
     assert len(json.dumps(stream.state_dict())) < 200
 
 
+def test_mixture_draws_by_weight(tmp_path: Path) -> None:
+    small, large = make_shards(tmp_path, [10], name="s"), make_shards(tmp_path, [40], name="l")
+    stream = SampleStream(order(small, large, weights=(3.0, 1.0)))
+    keys = Counter(key for key, _ in drawn(stream, 400))
+    assert 0.7 < sum(count for key, count in keys.items() if key.startswith("s")) / 400 < 0.8
+    large_ones = [count for key, count in keys.items() if key.startswith("l")]
+    assert len(large_ones) == 40  # each in turn, as its own epochs have it
+    assert max(large_ones) - min(large_ones) <= 1
+
+
+def test_replacement_repeats_shards_before_others_have_come(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [2] * 20)
+    source = Source(shards=shards, counts=(2,) * 20, replacement=True)
+    streams = streams_of(Order(sources=(source,), seed=0, streams=2, buffer=4))
+    keys = [Counter(key for key, _ in drawn(stream, 20)) for stream in streams]
+    assert max(keys[0].values()) > 1
+    assert keys[0] != keys[1]
+    assert len(Counter(key for key, _ in drawn(streams[0], 600))) == 40
+
+
+def captioned(path: Path, fields: list[dict[str, Any]]) -> tuple[str, ...]:
+    write_shard(path, ((str(key), {"jpg": b"p", "json": json.dumps(each).encode()}) for key, each in enumerate(fields)))
+    return (str(path),)
+
+
+def test_captions_are_chosen_by_the_rule(tmp_path: Path) -> None:
+    shards = captioned(tmp_path / "0.tar", [{"captions": ["a", "b"], "alt": "x", "new": ["y", "z", " "]}])
+
+    def captions(config: CaptionConfig) -> Counter[str]:
+        stream = SampleStream(order(shards, captions=config))
+        return Counter(stream.draw(caption_of) for _ in range(120))
+
+    assert captions(CaptionConfig()).keys() == {"a", "b"}
+    assert captions(CaptionConfig(use="first")) == {"a": 120}
+    assert captions(CaptionConfig(use="all")) == {"a": 60, "b": 60}
+    weighted = captions(CaptionConfig(weights={"alt": 1.0, "new": 3.0, "none": 5.0}))
+    assert weighted.keys() == {"x", "y", "z"}
+    assert 15 < weighted["x"] < 45
+    assert captions(CaptionConfig(use="all", weights={"alt": 1.0, "new": 3.0})) == {"x": 40, "y": 40, "z": 40}
+
+
+def test_all_captions_of_an_epoch_come_once(tmp_path: Path) -> None:
+    shards = captioned(tmp_path / "0.tar", [{"captions": [f"{key}{letter}" for letter in "abc"]} for key in range(9)])
+    stream = SampleStream(order(shards, captions=CaptionConfig(use="all"), buffer=4))
+    captions = [stream.draw(caption_of) for _ in range(27)]
+    assert len(set(captions)) == 27
+    assert captions != sorted(captions)
+
+
+def test_length_buckets_give_all_streams_equal_lengths_and_leave_out_nothing(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).permutation(np.repeat(np.arange(1, 33), 4))
+    shards = captioned(tmp_path / "0.tar", [{"captions": ["x" * int(length)]} for length in lengths])
+    streams = streams_of(order(shards, streams=2, buffer=32, bucket=4))
+    batches = [[len(stream.draw(caption_of)) for stream in streams for _ in range(4)] for _ in range(16)]
+    assert sorted(length for batch in batches for length in batch) == sorted(lengths.tolist())
+    spreads = [max(batch) - min(batch) for batch in batches]
+    assert np.mean(spreads) < 10  # 30 or so at random
+    means = [np.mean(batch) for batch in batches]
+    assert any(before > after for before, after in pairwise(means))  # not in the order of their lengths
+
+
+@pytest.mark.parametrize(("quota", "epochs"), [(4, {4}), (6, {5})])
+def test_quota_ends_epochs_early_or_fills_them_up(tmp_path: Path, quota: int, epochs: set[int]) -> None:
+    stream = SampleStream(order(make_shards(tmp_path, [3, 2]), quota=quota, buffer=3))
+    for epoch in range(4):
+        assert epoch_of(stream) == epoch
+        keys = [key for key, _ in drawn(stream, quota)]
+        assert {len(set(keys))} == epochs
+
+
 def test_bad_samples_and_cut_shards_are_skipped_and_counted(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, [3, 3])
-    write_shard(shards[0], [("good", {"jpg": b"p", "txt": b"t"}), ("bad", {"jpg": b"p"}), ("none", {"txt": b"t"})])
+    write_shard(shards[0], [("good", {"jpg": b"p", "txt": b"t"}), ("bad", {"txt": b"t"}), ("none", {"jpg": b"p"})])
+    whole = order(shards, buffer=100)
     Path(shards[1]).write_bytes(Path(shards[1]).read_bytes()[: 2048 * 2 + 600])
-    stream = SampleStream(shards, seed=0, shuffle_buffer=100)
+    stream = SampleStream(whole)
     assert Counter(stream.draw(only_good) for _ in range(30)) == {"good": 10, "1-0": 10, "1-1": 10}
-    completed = stream.state_dict()["epoch"]
-    assert 3 * completed <= stream.skipped <= 3 * (completed + 1)
-    reasons = Counter(skip.key for skip in stream.take_skips())
-    assert reasons.total() == stream.skipped
-    assert set(reasons) == {"bad", "none", None}
-
-
-def test_skips_name_sample_shard_and_reason(tmp_path: Path) -> None:
-    shards = make_shards(tmp_path, [2, 0])
-    Path(shards[1]).write_bytes(b"nonsense" * 200)
-    stream = SampleStream(shards, seed=0, shuffle_buffer=10)
-    stream.draw(prepare)
-    (skip,) = stream.take_skips()
-    assert (skip.shard, skip.key) == (shards[1], None)
-    assert shards[1] in skip.reason
+    skips = stream.take_skips()
+    kinds = Counter(skip.kind for skip in skips)
+    assert kinds == stream.state_dict()["skipped"]
+    assert kinds.keys() == {"no_picture", "no_caption", "broken_shard"}
+    assert {skip.key for skip in skips} == {"bad", "none", None}
     assert stream.take_skips() == []
 
 
-@pytest.mark.parametrize("streams", [1, 3])
-def test_pass_without_a_usable_sample_is_an_error_with_the_reason(tmp_path: Path, streams: int) -> None:
-    shards = make_shards(tmp_path, [2, 0, 3])
-    stream = SampleStream(shards, seed=0, shuffle_buffer=4, streams=streams)
+def test_skips_name_sample_shard_and_reason(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [2, 3])
+    whole = order(shards, buffer=10)
+    Path(shards[1]).write_bytes(b"nonsense" * 200)
+    stream = SampleStream(whole)
+    stream.draw(prepare)
+    (skip,) = stream.take_skips()
+    assert (skip.shard, skip.key, skip.kind, skip.samples) == (shards[1], None, "broken_shard", 3)
+    assert shards[1] in skip.reason
 
-    def refuse(sample: Sample, generator: np.random.Generator) -> str:
-        raise SampleError("too blurred")
 
-    with pytest.raises(OrderError, match=r"3 shards .* too blurred"):
-        stream.draw(refuse)
+@pytest.mark.parametrize(("counted", "word"), [(2, "more than the 2"), (6, "holds 4 samples, 6 were counted")])
+def test_shard_with_other_samples_than_were_counted_is_told_of(tmp_path: Path, counted: int, word: str) -> None:
+    (shard,) = make_shards(tmp_path, [4])
+    stream = SampleStream(Order(sources=(Source(shards=(shard,), counts=(counted,)),), seed=0, streams=1, buffer=9))
+    drawn(stream, 1)
+    (skip,) = stream.take_skips()
+    assert word in skip.reason
+    assert skip.samples == max(1, counted - 4)
 
 
-def test_stream_outlives_an_epoch_of_nothing_but_broken_shards(tmp_path: Path) -> None:
-    shards = make_shards(tmp_path, [2, 2, 2])
-    Path(shards[0]).write_bytes(b"")
-    for number in range(3):
-        stream = SampleStream(shards, seed=0, shuffle_buffer=4, stream=number, streams=3)
-        assert len({key for key, _ in drawn(stream, 40)}) == 4
+def test_unsafe_names_and_repeated_keys_are_skipped(tmp_path: Path) -> None:
+    content = {"jpg": b"p", "txt": b"t"}
+    names = ["a/../../etc/x", "/x", "fine", "..dots", "other", "fine"]
+    path = tmp_path / "0.tar"
+    write_shard(path, [(name, content) for name in names if "." not in name.rpartition("/")[2]])
+    stream = SampleStream(order((str(path),), buffer=9))
+    assert {key for key, _ in drawn(stream, 2)} == {"fine", "other"}
+    assert Counter(skip.kind for skip in stream.take_skips()) == {"unsafe_path": 2, "duplicate_key": 1}
+
+
+def test_too_many_bad_samples_are_an_error_that_says_what_would_do(tmp_path: Path) -> None:
+    stream = SampleStream(order(make_shards(tmp_path, [20]), max_bad_share=0.01))
+
+    def mostly(sample: Sample, caption: str, generator: np.random.Generator) -> str:
+        if sample.key != "0-3":
+            raise SampleError("too blurred", kind="blurred")
+        return sample.key
+
+    with pytest.raises(OrderError, match=r"11 of the last .* blurred 11.* too blurred.*raise data\.max_bad_share"):
+        drawn_keys = [stream.draw(mostly) for _ in range(3)]
+        assert drawn_keys
+
+
+def test_bad_samples_are_counted_in_windows(tmp_path: Path) -> None:
+    stream = SampleStream(order(make_shards(tmp_path, [40]), max_bad_share=0.05))
+
+    def one_in_forty(sample: Sample, caption: str, generator: np.random.Generator) -> str:
+        if sample.key == "0-3":
+            raise SampleError("too blurred", kind="blurred")
+        return sample.key
+
+    for _ in range(6000):
+        stream.draw(one_in_forty)
+    assert stream.state_dict()["skipped"]["blurred"] > 150
+
+
+def test_vanished_shard_stops_the_stream_when_its_samples_are_too_many(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [30, 30])
+    whole = order(shards, max_bad_share=0.02)
+    Path(shards[0]).unlink()
+    stream = SampleStream(whole)
+    with pytest.raises(OrderError, match=r"30 of the last 30 .* cannot read shard"):
+        drawn(stream, 60)
 
 
 def test_resuming_over_shards_that_lost_samples_is_refused(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, [6])
-    stream = SampleStream(shards, seed=0, shuffle_buffer=6)
+    whole = order(shards, buffer=6)
+    stream = SampleStream(whole)
     drawn(stream, 5)
     make_shards(tmp_path, [4])
     with pytest.raises(OrderError, match="samples are missing"):
-        SampleStream(shards, seed=0, shuffle_buffer=6).load_state_dict(stream.state_dict())
+        SampleStream(whole).load_state_dict(stream.state_dict())
 
 
-def test_fewer_shards_than_streams_is_an_error_that_says_what_would_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 streams need at least 3 shards, there are 2: set streams to 2 or less"):
-        SampleStream(make_shards(tmp_path, [1, 1]), seed=0, shuffle_buffer=4, streams=3)
+def test_fewer_samples_than_streams_are_an_error_that_says_what_would_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hold 2 samples, too few for 3 streams: set streams to 2 or less"):
+        order(make_shards(tmp_path, [1, 1]), streams=3)

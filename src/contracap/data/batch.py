@@ -1,5 +1,6 @@
 """The one thing that travels from the data to the trainer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,8 +30,22 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked host memory (PyTorch's DataLoader calls this by name)."""
+        """The same batch in page-locked host memory."""
         return replace(self, pixels=self.pixels.pin_memory(), ids=self.ids.pin_memory())
+
+    @staticmethod
+    def joined(batches: Sequence["Batch"]) -> "Batch":
+        """One batch of the rows of several, in order; in pinned memory if there is a CUDA device to send it to."""
+        pinned = torch.cuda.is_available()
+        if len(batches) == 1:
+            return batches[0].pin_memory() if pinned else batches[0]
+        rows, tokens = sum(map(len, batches)), max(batch.ids.shape[1] for batch in batches)
+        pixels = torch.empty((rows, *batches[0].pixels.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        ids = torch.zeros((rows, tokens), dtype=torch.int64, pin_memory=pinned)
+        torch.cat([batch.pixels for batch in batches], out=pixels)
+        for part, batch in zip(ids.split([len(batch) for batch in batches]), batches, strict=True):
+            part[:, : batch.ids.shape[1]] = batch.ids
+        return Batch(pixels=pixels, ids=ids, keys=[key for batch in batches for key in batch.keys])
 
     def split(self, parts: int) -> list["Batch"]:
         """The rows in `parts` equal parts, in order."""

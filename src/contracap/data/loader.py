@@ -2,11 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count, islice
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,120 +17,270 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from contracap.data.batch import Batch
-from contracap.data.order import START, OrderError, SampleStream, Skip
-from contracap.data.shards import Sample, SampleError, list_shards, samples
-from contracap.image import AugmentationConfig, ImageConfig, augment, decode, resize_and_crop
+from contracap.data.captions import CaptionConfig
+from contracap.data.index import samples_in
+from contracap.data.order import Order, OrderError, SampleStream, Skip, Source
+from contracap.data.shards import Sample, list_shards, samples
+from contracap.image import AugmentationConfig, ImageConfig, ImageSizeError, augment, decode, resize_and_crop
 from contracap.tokenizer import Tokenizer, lengths
 
+MOST_STREAMS = 16  # unless the recipe says how many
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One data set of a mixture.
+
+    Attributes:
+        shards: folders of tar shards, or shards.
+        weight: how often it is drawn from, in proportion to the others; see `DataConfig.weighting`.
+        replacement: draw whole shards at random, again and again, in place of epochs that hold each sample once.
+    """
+
+    shards: str | tuple[str, ...]
+    weight: float = 1.0
+    replacement: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and in which order.
 
+    Attributes:
+        train: folders of tar shards, or shards; or a mixture, as a table of named sources.
+        validation: likewise, without mixtures.
+        batch_size: pictures with their captions in a step.
+        weighting: what the weights of a mixture mean: the `probability` that a sample comes from the source, or how
+            often each of its `samples` comes, so that large sources come more often.
+        shuffle_buffer: samples that are shuffled together, all streams taken together.
+        streams: independent orders that fill each batch together, an equal part each. They decide the order, unlike
+            the number of workers and ranks, which each read some of them: a multiple of every number of ranks that a
+            run may have. By default the largest of 1, 2, 4, 8, 16 that divides the batch.
+        workers: processes that read and decode, for each rank; 0: the calling one.
+        epoch_end: how an epoch ends within a batch: the batch `continue`s with the next epoch; or an epoch has a whole
+            number of batches, and the last samples `drop` out, or the first ones come again to `pad` the last batch.
+        captions: which captions stand for a picture.
+        length_buckets: batches of captions of about equal length, from those in the shuffle buffer.
+        augmentation: of the pictures.
+        scaled_decoding: decode large JPEG pictures at a fraction of their size, no less than twice what the model
+            sees: faster, with slightly other pixels.
+        smallest_side: pictures with a shorter side, in pixels, are bad samples.
+        max_bad_share: the run stops when more than this share of a thousand samples in a row is bad.
+
     Raises:
-        ValueError: if a number is too small, or `streams` is no multiple of `workers`.
+        ValueError: if a number is out of range, or the streams do not divide the batch.
     """
 
-    train: str | tuple[str, ...]  # folders of tar shards, or shards
+    train: str | tuple[str, ...] | dict[str, SourceConfig]
     validation: str | tuple[str, ...] | None = None
     batch_size: int
-    shuffle_buffer: int = 2000  # samples that are shuffled together, per stream
-    streams: int = 1  # independent orders that take turns, batch by batch; decides the order, unlike `workers`
-    workers: int = 0  # processes that read and decode; 0: the calling one
+    weighting: Literal["probability", "samples"] = "probability"
+    shuffle_buffer: int = 2000
+    streams: int | None = None
+    workers: int = 0
+    epoch_end: Literal["continue", "drop", "pad"] = "continue"
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    length_buckets: bool = False
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    scaled_decoding: bool = False
+    smallest_side: int = 8
+    max_bad_share: float = 0.05
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("shuffle_buffer", 1), ("streams", 1), ("workers", 0)):
+        for name, least in (("batch_size", 1), ("shuffle_buffer", 1), ("workers", 0), ("smallest_side", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, is {getattr(self, name)}")
-        if self.workers and self.streams % self.workers:
+        if self.streams is not None and (self.streams < 1 or self.batch_size % self.streams):
+            raise ValueError(f"streams is {self.streams}; it must divide batch_size {self.batch_size}")
+        if not 0 <= self.max_bad_share < 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}; it must be at least 0 and below 1")
+        if self.epoch_end != "continue" and (isinstance(self.train, dict) or self.captions.use == "all"):
             raise ValueError(
-                f"streams ({self.streams}) must be a multiple of workers ({self.workers}): "
-                f"set streams to {self.workers} or a multiple of it"
+                f"epoch_end = {self.epoch_end!r} needs one data set and one caption a picture, else nobody knows where "
+                "an epoch ends: leave it out"
             )
+
+    @property
+    def stream_count(self) -> int:
+        return math.gcd(self.batch_size, MOST_STREAMS) if self.streams is None else self.streams
 
 
 class TrainingBatches:
     """Endless batches in an order that depends on the data, the seed, the streams and the shuffle buffer only.
 
-    Batch i comes from stream i modulo `streams`. All else that is random (captions, crops, flips) depends on the
-    number of the draw within the stream. So a run that resumes from `state_dict` gets the batches, bit for bit, that
-    it would have had, also with another number of workers.
+    Each stream fills the same rows of every batch. Of several ranks, each gets the rows of its streams, an equal and
+    contiguous part of the batch; of its workers, each makes a part of that. All that is random besides (captions,
+    crops, flips) depends on the number of the draw within the stream. So a run that resumes from `state_dict` gets the
+    batches, bit for bit, that it would have had, also with another number of workers or ranks.
     """
 
-    def __init__(self, config: DataConfig, *, image: ImageConfig, tokenizer: Tokenizer, seed: int) -> None:
-        """The batches from the beginning.
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        image: ImageConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """The batches from the beginning. Where no index tells how many samples a shard holds, its headers are read.
 
         Raises:
             FileNotFoundError: if `config.train` names no shards.
-            ValueError: if there are fewer shards than streams, or the seed is not from 0 to 2**32 - 1.
+            ValueError: if there are fewer samples than streams, the ranks do not divide the streams, or the seed is
+                not from 0 to 2**32 - 1.
         """
+        streams = config.stream_count
         if not 0 <= seed < 2**32:
             raise ValueError(f"the seed must be from 0 to 2**32 - 1, is {seed}")
-        shards = list_shards(config.train)
+        if streams % ranks:
+            raise ValueError(
+                f"{ranks} ranks cannot share {streams} streams: set data.streams to a multiple of {ranks} that divides "
+                f"the batch of {config.batch_size}"
+            )
         self._config = config
-        self._maker = _BatchMaker(config, shards, image=image, tokenizer=tokenizer, seed=seed)
-        self._maker.stream(0)  # refuses too few shards now, not at the first batch
-        names = "\n".join(shard.rpartition("/")[2] for shard in shards)
-        self._order: dict[str, Any] = {
-            "seed": seed,
-            "streams": config.streams,
-            "shuffle_buffer": config.shuffle_buffer,
-            "shards": len(shards),
-            "shard_names": hashlib.sha256(names.encode()).hexdigest()[:16],
-        }
+        self._order = _order(config, seed)
+        self._maker = _BatchMaker(config, self._order, image=image, tokenizer=tokenizer)
+        each = streams // ranks
+        self._streams = range(rank * each, (rank + 1) * each)
         self._batches = 0
-        self._states = [START] * config.streams
+        start = SampleStream(self._order).state_dict()
+        self._states = {stream: start for stream in self._streams}
+        self._skips: list[Skip] = []
 
     @property
-    def skipped(self) -> int:
-        """Samples and shards that turned out unusable up to the last batch that was yielded."""
-        return sum(state["skipped"] for state in self._states)
+    def skipped(self) -> dict[str, int]:
+        """Samples of this rank's streams that could not be used, by kind, from the very start."""
+        return dict(sum((Counter(state["skipped"]) for state in self._states.values()), Counter[str]()))
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the present position on. What is skipped is logged as a warning, one line each.
+        """The batches from the present position on.
 
         Raises:
-            OrderError: if a whole pass over the data gives nothing, or the shards hold less than when the state that
-                was loaded was saved.
+            OrderError: if more than the allowed share of the samples is bad, or the shards hold less than when the
+                state that was loaded was saved.
         """
-        self._maker.start(self._batches, self._states)
-        loader = DataLoader(
-            self._maker,
-            batch_size=None,
-            num_workers=self._config.workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own, or the loader would draw from the model's random numbers
+        workers = min(self._config.workers, len(self._streams))
+        self._maker.start(self._states)
+        loader = iter(
+            DataLoader(
+                self._maker,
+                batch_size=None,
+                num_workers=workers,
+                generator=torch.Generator(),  # its own, or the loader would draw from the model's random numbers
+            )
         )
-        for made in loader:
-            for skip in made.skips:
-                logger.warning("skipped: %s", skip.reason)
-            if isinstance(made.outcome, OrderError):
-                raise made.outcome
-            self._states[self._batches % self._config.streams] = made.state
+        while True:
+            parts = [next(loader) for _ in range(max(1, workers))]  # the loader takes turns among its workers
+            for part in parts:
+                self._skips += part.skips
+                if isinstance(part.outcome, OrderError):
+                    raise part.outcome
+                self._states |= part.states
             self._batches += 1
-            yield made.outcome
+            yield Batch.joined([part.outcome for part in parts])
+
+    def take_skips(self) -> list[Skip]:
+        """What was left out since the last call."""
+        taken, self._skips = self._skips, []
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was yielded, ready for JSON; what workers read ahead is not in it."""
-        return {"order": self._order, "batches": self._batches, "streams": list(self._states)}
+        """The position after the last batch that was yielded, ready for JSON; what workers read ahead is not in it.
+
+        Of several ranks, each has the streams it reads: `joined_states` puts them together.
+        """
+        streams = {str(stream): state for stream, state in self._states.items()}
+        return {"order": _description(self._order), "batches": self._batches, "streams": streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Goes on where `state` was taken, by any number of ranks and workers.
 
         Raises:
-            ValueError: if that was with another seed, other shards (their names count, not their folder), or another
-                number of streams or length of the shuffle buffer: the order would not be the same.
+            ValueError: if that was with another seed, other shards (their names and numbers of samples count, not
+                their folder) or other settings of the order, or lacks streams of this rank.
         """
-        for name, now in self._order.items():
+        for name, now in _description(self._order).items():
             if state["order"].get(name) != now:
                 raise ValueError(
                     f"cannot resume the data: {name} was {state['order'].get(name)} and is now {now}; "
                     "set it back, or start a new run"
                 )
-        self._batches, self._states = state["batches"], list(state["streams"])
+        lacking = [stream for stream in self._streams if str(stream) not in state["streams"]]
+        if lacking:
+            raise ValueError(
+                f"cannot resume the data: the position of stream {lacking[0]} is not in the saved state, which holds "
+                f"{len(state['streams'])} of {self._order.streams}: join the states of all ranks"
+            )
+        self._batches = state["batches"]
+        self._states = {stream: state["streams"][str(stream)] for stream in self._streams}
+
+
+def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The positions of all ranks after the same batch, as one that any number of ranks can take up."""
+    streams = {stream: position for state in states for stream, position in state["streams"].items()}
+    return {**states[0], "streams": streams}
+
+
+def _order(config: DataConfig, seed: int) -> Order:
+    named = config.train if isinstance(config.train, dict) else {"train": SourceConfig(shards=config.train)}
+    sources = []
+    for source in named.values():
+        shards = tuple(list_shards(source.shards))
+        counts = tuple(samples_in(shards))
+        weight = source.weight * (sum(counts) if config.weighting == "samples" else 1)
+        sources.append(Source(shards=shards, counts=counts, weight=weight, replacement=source.replacement))
+    streams = config.stream_count
+    rows = config.batch_size // streams
+    buffer = -(-config.shuffle_buffer // streams)
+    quota = None
+    if config.epoch_end != "continue":
+        batches = sources[0].samples / config.batch_size
+        quota = rows * (math.floor(batches) if config.epoch_end == "drop" else math.ceil(batches))
+        if not quota:
+            raise ValueError(
+                f"epoch_end = 'drop' drops all of {sources[0].samples} samples, less than a batch of "
+                f"{config.batch_size}: say 'pad' or 'continue'"
+            )
+    return Order(
+        sources=tuple(sources),
+        seed=seed,
+        streams=streams,
+        buffer=-(-buffer // rows) * rows if config.length_buckets else buffer,  # buckets end with the buffer
+        captions=config.captions,
+        bucket=rows if config.length_buckets else None,
+        quota=quota,
+        max_bad_share=config.max_bad_share,
+    )
+
+
+def _description(order: Order) -> dict[str, Any]:
+    """The order in a few words, ready for JSON: equal ones mean equal samples at equal places."""
+    content = [
+        (shard.rpartition("/")[2], count)
+        for source in order.sources
+        for shard, count in zip(source.shards, source.counts, strict=True)
+    ]
+    return {
+        "seed": order.seed,
+        "streams": order.streams,
+        "shuffle_buffer": order.buffer,
+        "captions": [order.captions.use, order.captions.weights],
+        "length_buckets": order.bucket is not None,
+        "samples_an_epoch": order.quota,
+        "mixture": [[source.weight, source.replacement] for source in order.sources],
+        "samples": sum(source.samples for source in order.sources),
+        "shards": len(content),
+        "shard_names": hashlib.sha256("\n".join(f"{name} {count}" for name, count in content).encode()).hexdigest()[
+            :16
+        ],
+    }
 
 
 def evaluation_samples(path: str | Path | Sequence[str | Path]) -> Iterator[Sample]:
@@ -144,63 +296,57 @@ def evaluation_samples(path: str | Path | Sequence[str | Path]) -> Iterator[Samp
 
 @dataclass(frozen=True)
 class _Made:
-    """A batch, or the error that ends its stream, and the position of the stream behind it."""
+    """A worker's part of a batch, or the error that ends it, and the positions of its streams behind it."""
 
     outcome: Batch | OrderError
-    state: dict[str, int]
+    states: dict[int, dict[str, Any]]
     skips: list[Skip]
-
-    def pin_memory(self) -> "_Made":
-        return replace(self, outcome=self.outcome.pin_memory()) if isinstance(self.outcome, Batch) else self
 
 
 class _BatchMaker(IterableDataset):
-    """What a worker does: worker w of W makes every W-th batch from batch w on, and so owns every W-th stream."""
+    """What a worker does: worker w of W owns a W-th of the streams, and makes their part of every batch."""
 
-    def __init__(
-        self, config: DataConfig, shards: Sequence[str], *, image: ImageConfig, tokenizer: Tokenizer, seed: int
-    ) -> None:
-        self._config, self._shards, self._seed = config, shards, seed
-        self._image, self._tokenizer = image, tokenizer
-        self._first, self._states = 0, [START] * config.streams
+    def __init__(self, config: DataConfig, order: Order, *, image: ImageConfig, tokenizer: Tokenizer) -> None:
+        self._config, self._order, self._image, self._tokenizer = config, order, image, tokenizer
+        shorter = 2 * image.size / math.sqrt(config.augmentation.crop_scale[0])  # a crop is twice the model's size then
+        self._shorter_side = math.ceil(shorter) if config.scaled_decoding else None
+        self._states: dict[int, dict[str, Any]] = {}
 
-    def start(self, first: int, states: list[dict[str, int]]) -> None:
+    def start(self, states: dict[int, dict[str, Any]]) -> None:
         """The position from which the next iteration goes on."""
-        self._first, self._states = first, list(states)
-
-    def stream(self, number: int) -> SampleStream:
-        stream = SampleStream(
-            self._shards,
-            seed=self._seed,
-            shuffle_buffer=self._config.shuffle_buffer,
-            stream=number,
-            streams=self._config.streams,
-        )
-        stream.load_state_dict(self._states[number])
-        return stream
+        self._states = dict(states)
 
     def __iter__(self) -> Iterator[_Made]:
         worker = get_worker_info()
-        offset, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        owned: dict[int, SampleStream] = {}
-        for batch in count(self._first + offset, step):
-            number = batch % self._config.streams
-            try:
-                if number not in owned:
-                    owned[number] = self.stream(number)
-                stream = owned[number]
-                prepared = [stream.draw(self._prepare) for _ in range(self._config.batch_size)]
-            except OrderError as error:  # handed over as it is: a loader would wrap it in a worker's traceback
-                yield _Made(error, self._states[number], [])
-                return
-            yield _Made(_collate(prepared, self._tokenizer), stream.state_dict(), stream.take_skips())
+        numbers = np.array_split(list(self._states), worker.num_workers)[worker.id] if worker else self._states
+        streams = {int(number): SampleStream(self._order, int(number)) for number in numbers}
+        rows = self._config.batch_size // self._order.streams
+        try:
+            for number, stream in streams.items():
+                stream.load_state_dict(self._states[number])
+            while True:
+                prepared = [stream.draw(self._prepare) for stream in streams.values() for _ in range(rows)]
+                yield _Made(
+                    _collate(prepared, self._tokenizer),
+                    {number: stream.state_dict() for number, stream in streams.items()},
+                    _skips(streams.values()),
+                )
+        except OrderError as error:  # handed over as it is: a loader would wrap it in a worker's traceback
+            yield _Made(error, {}, _skips(streams.values()))
 
-    def _prepare(self, sample: Sample, generator: np.random.Generator) -> tuple[UInt8[Tensor, "3 size size"], str, str]:
-        if not sample.captions:
-            raise SampleError(f"sample {sample.key} of {sample.shard} has no caption")
-        caption = sample.captions[generator.integers(len(sample.captions))]
-        picture = decode(sample.image, name=f"{sample.key} of {sample.shard}")
+    def _prepare(
+        self, sample: Sample, caption: str, generator: np.random.Generator
+    ) -> tuple[UInt8[Tensor, "3 size size"], str, str]:
+        name = f"{sample.key} of {sample.shard}"
+        picture = decode(sample.image, name=name, shorter_side=self._shorter_side)
+        height, width = picture.shape[1:]
+        if min(height, width) < self._config.smallest_side:
+            raise ImageSizeError(f"{name}: {width} x {height} pixels; smallest_side is {self._config.smallest_side}")
         return augment(picture, self._image, self._config.augmentation, generator), caption, sample.key
+
+
+def _skips(streams: Iterable[SampleStream]) -> list[Skip]:
+    return [skip for stream in streams for skip in stream.take_skips()]
 
 
 def validation_batches(

@@ -7,22 +7,25 @@ grouping is that of the webdataset library, so shards of img2dataset and others 
 import gzip
 import io
 import json
+import logging
+import os
 import re
+import sys
 import tarfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-import fsspec
-
+from contracap.data.remote import WEB, expand, files_in, opened
 from contracap.files import replacing
 
-BUFFER_BYTES = 4 * 2**20  # without it every header of a remote shard costs a round trip
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
 SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
+logger = logging.getLogger(__name__)
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
 
 
@@ -31,16 +34,24 @@ class ShardError(ValueError):
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used; the message names it and says why."""
+    """A sample that cannot be used; the message names it and says why, `kind` is what it is counted under."""
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One group of members as it lies in a shard: lower-case suffix to bytes."""
+    """One group of members as it lies in a shard: lower-case suffix to bytes.
+
+    `repeated`: an earlier group of the shard has the same key.
+    """
 
     key: str
     members: dict[str, bytes]
     shard: str
+    repeated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,28 +72,52 @@ def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
     """The shards that a folder, a file, or a list of those stands for, a folder's in the order of their names.
 
     Args:
-        paths: folders are searched for `*.tar`, `*.tar.gz` and `*.tgz`, not their subfolders. What has a `://` is a
-            remote shard and taken as it stands.
+        paths: folders, local or remote, are searched for `*.tar`, `*.tar.gz` and `*.tgz`, not their subfolders; of a
+            folder on a web server, its `index.json` tells the shards. A URL that ends otherwise than a shard is a
+            folder. Braces are ranges and lists, as in `s3://bucket/{00000..00331}.tar`. `pipe:` and a shell command
+            is one shard, taken as it stands.
 
     Raises:
         FileNotFoundError: if a path does not exist, or a folder or the list holds no shard.
+        ValueError: if braces are wrong, or an index is.
+        RemoteError: if a remote folder cannot be listed.
     """
     shards = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        if "://" in str(path):
-            shards.append(str(path))
-        elif Path(path).is_dir():
-            found = sorted(str(file) for file in Path(path).iterdir() if file.name.endswith(SHARD_SUFFIXES))
-            if not found:
-                raise FileNotFoundError(f"no shards (*.tar, *.tar.gz, *.tgz) in the folder {path}")
-            shards.extend(found)
-        elif Path(path).exists():
-            shards.append(str(path))
-        else:
-            raise FileNotFoundError(f"no such shard or folder of shards: {path}")
+        for name in [str(path)] if os.path.exists(path) else expand(str(path)):
+            shards += _shards_at(name)
     if not shards:
         raise FileNotFoundError("the list of shards is empty")
     return shards
+
+
+def _shards_at(name: str) -> list[str]:
+    if name.startswith("pipe:") or ("://" in name and _file_part(name).endswith(SHARD_SUFFIXES)):
+        return [name]
+    if name.startswith(WEB):
+        from contracap.data.index import read_index  # which imports this module
+
+        files = [f"{name.rstrip('/')}/{file}" for file in read_index(name)]
+        if not files:
+            example = f"{name.rstrip('/')}/{{00000..00331}}.tar"
+            raise FileNotFoundError(f"{name} has no index.json, and no other listing; name its shards, as in {example}")
+    elif "://" in name:
+        files = files_in(name)
+    elif Path(name).is_dir():
+        files = sorted(str(file) for file in Path(name).iterdir())
+    elif Path(name).exists():
+        return [name]
+    else:
+        raise FileNotFoundError(f"no such shard or folder of shards: {name}")
+    shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
+    if not shards:
+        raise FileNotFoundError(f"no shards (*.tar, *.tar.gz, *.tgz) in the folder {name}")
+    return shards
+
+
+def _file_part(url: str) -> str:
+    """A URL without what may follow the name of its file on a web server, such as a signature."""
+    return re.split(r"[?#]", url, maxsplit=1)[0] if url.startswith(WEB) else url
 
 
 def samples(shard: str, start: int = 0) -> Iterator[Sample]:
@@ -104,30 +139,22 @@ def records(shard: str, start: int = 0) -> Iterator[Record]:
     Raises:
         ShardError: after the last whole group, if the shard is missing, cut or broken.
     """
-    record, begun = None, 0
+    return islice(_groups(shard, start), start, None)
+
+
+def count_samples(shard: str) -> int:
+    """How many groups `records` gives, from the headers alone.
+
+    Of a damaged shard those before the damage, but at least 1, so that whoever reads that far learns of it.
+    """
+    number = 0
     try:
-        with _opened(shard) as archive:
-            for member in archive:
-                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
-                if not member.isreg() or META_NAME.match(member.name):
-                    continue
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                if not stem or not dot:
-                    continue
-                key, suffix = folder + slash + stem, suffix.lower()
-                if record is None or key != record.key or suffix in record.members:
-                    if record is not None and begun > start:
-                        yield record
-                    record = Record(key=key, members={}, shard=shard)
-                    begun += 1
-                content = cast(IO[bytes], archive.extractfile(member)).read() if begun > start else b""
-                record.members[suffix] = content
-    except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
-        whole = max(0, begun - 1)  # the last group begun may lack members
-        raise ShardError(f"cannot read shard {shard} beyond its first {whole} samples: {_reason(error)}") from error
-    if record is not None and begun > start:
-        yield record
+        for _ in _groups(shard, unread=sys.maxsize):
+            number += 1
+    except ShardError as error:
+        logger.warning("%s", error)
+        return max(1, number)
+    return number
 
 
 def parse(record: Record) -> Sample:
@@ -137,9 +164,14 @@ def parse(record: Record) -> Sample:
         SampleError: if there is no picture, or the `.json`, `.txt` or `.cls` member is not what it should be.
     """
     members = record.members
+    if record.key.startswith("/") or ".." in record.key.split("/"):
+        raise SampleError(f"{_name(record)}: its name points out of the folder", kind="unsafe_path")
+    if record.repeated:
+        raise SampleError(f"{_name(record)}: an earlier sample of the shard has this key", kind="duplicate_key")
     picture = next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), None)
     if picture is None:
-        raise SampleError(f"{_name(record)} has no picture (members: {', '.join(sorted(members))})")
+        listed = ", ".join(sorted(members))
+        raise SampleError(f"{_name(record)} has no picture (members: {listed})", kind="no_picture")
     try:
         fields = json.loads(members["json"]) if "json" in members else {}
         if not isinstance(fields, dict):
@@ -148,7 +180,7 @@ def parse(record: Record) -> Sample:
             fields["label"] = int(members["cls"])
         captions = _captions(fields, members.get("txt"))
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"{_name(record)}: {error}") from error
+        raise SampleError(f"{_name(record)}: {error}", kind="broken_text") from error
     return Sample(key=record.key, image=picture, captions=captions, fields=fields, shard=record.shard)
 
 
@@ -185,11 +217,11 @@ def _write(stream: io.BufferedIOBase, records: Iterable[tuple[str, Mapping[str, 
 
 @contextmanager
 def _opened(shard: str) -> Generator[tarfile.TarFile, None, None]:
-    compression = "gzip" if shard.endswith(GZIP_SUFFIXES) else None
+    gzipped = _file_part(shard).endswith(GZIP_SUFFIXES) and not shard.startswith("pipe:")
     with (
-        fsspec.open(shard, "rb", compression=compression) as file,
-        io.BufferedReader(cast(io.RawIOBase, file), BUFFER_BYTES) as stream,
-        tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictHeader) as archive,
+        opened(shard) as file,
+        gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream,
+        tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", tarinfo=_StrictHeader) as archive,
     ):
         yield archive
 
@@ -205,6 +237,41 @@ class _StrictHeader(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+
+
+def _groups(shard: str, unread: int) -> Iterator[Record]:
+    """Every group; the members of the first `unread` are empty."""
+    record, begun, keys = None, 0, set[str]()
+    try:
+        with _opened(shard) as archive:
+            for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+                name = _key_and_suffix(member)
+                if name is None:
+                    continue
+                key, suffix = name
+                if record is None or key != record.key or suffix in record.members:
+                    if record is not None:
+                        yield record
+                    record = Record(key=key, members={}, shard=shard, repeated=key in keys)
+                    keys.add(key)
+                    begun += 1
+                content = cast(IO[bytes], archive.extractfile(member)).read() if begun > unread else b""
+                record.members[suffix] = content
+    except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
+        whole = max(0, begun - 1)  # the last group begun may lack members
+        raise ShardError(f"cannot read shard {shard} beyond its first {whole} samples: {_reason(error)}") from error
+    if record is not None:
+        yield record
+
+
+def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Key and lower-case suffix that a member's name stands for; None if it belongs to no sample."""
+    if not member.isreg() or META_NAME.match(member.name):
+        return None
+    folder, slash, base = member.name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
 def _captions(fields: dict[str, Any], text: bytes | None) -> tuple[str, ...]:

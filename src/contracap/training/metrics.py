@@ -1,17 +1,22 @@
-"""What a run tells: a line per record in metrics.jsonl, TensorBoard curves, progress on the terminal."""
+"""What a run tells: a line per record in metrics.jsonl, TensorBoard curves, progress on the terminal; and a line in
+skipped.jsonl for each sample that could not be used."""
 
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from contracap.data.order import Skip
 from contracap.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
+MOST_WARNINGS = 10
 logger = logging.getLogger(__name__)
 
 
@@ -25,6 +30,9 @@ class Recorder:
         self._path = folder / METRICS_FILE
         _forget_after(self._path, start)
         self._file = self._path.open("a")
+        _forget_after(folder / SKIPPED_FILE, start)
+        self._skipped_file = (folder / SKIPPED_FILE).open("a")
+        self._warnings = 0
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
         self._done, self._total = start, total_steps
@@ -39,6 +47,7 @@ class Recorder:
         self._bar.close()
         self._board.close()
         self._file.close()
+        self._skipped_file.close()
 
     def step(self, numbers: Mapping[str, float], *, samples: int) -> None:
         """A step is done; `numbers` is empty if it was skipped."""
@@ -49,12 +58,24 @@ class Recorder:
         self._skipped += not numbers
         self._bar.update()
 
-    def log(self) -> None:
-        """Record the newest numbers and the speed since the last record, whatever happened in between included."""
+    def skips(self, skips: Iterable[Skip]) -> None:
+        """Write down samples that the data left out since the last step. The first ones are warned of, too."""
+        for skip in skips:
+            self._skipped_file.write(json.dumps({"step": self._done, **asdict(skip)}) + "\n")
+            self._skipped_file.flush()
+            self._warnings += 1
+            if self._warnings <= MOST_WARNINGS:
+                logger.warning("skipped: %s", skip.reason)
+            if self._warnings == MOST_WARNINGS:
+                logger.warning("further ones are in %s only", SKIPPED_FILE)
+
+    def log(self, counts: Mapping[str, int]) -> None:
+        """Record the newest numbers, `counts`, and the speed since the last record, whatever came between included."""
         seconds = time.monotonic() - self._since
         left = seconds / self._steps * (self._total - self._done)
         skipped = {"skipped_steps": float(self._skipped)} if self._skipped else {}
-        self.record(self._done, {**self._numbers, **skipped, "samples_per_second": self._samples / seconds}, left)
+        speed = {"samples_per_second": self._samples / seconds}
+        self.record(self._done, {**self._numbers, **skipped, **counts, **speed}, left)
         self._samples = self._steps = self._skipped = 0
         self._since = time.monotonic()
 

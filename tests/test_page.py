@@ -6,12 +6,14 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from contracap.evaluation.report import (
+from contracap.page import (
     Html,
+    bars,
     chart,
     charts,
     gallery,
     page,
+    pairs,
     paragraph,
     picture,
     table,
@@ -20,7 +22,7 @@ from contracap.evaluation.report import (
 )
 
 EVIL = '<script>alert("&")</script>'
-VOID = {"meta", "img", "br", "line", "circle", "polyline"}
+VOID = {"meta", "img", "br", "line", "circle", "polyline", "rect"}
 
 
 class Tags(HTMLParser):
@@ -69,7 +71,8 @@ def whole_page() -> str:
         {
             "": [paragraph(EVIL), table((EVIL, "n"), [(EVIL, "1"), (verdict(EVIL, good=True), shown)], numbers=(1,))],
             EVIL: [gallery([(shown, EVIL), (picture(png(), alt="fine"), verdict("right", good=True))])],
-            "curves": [charts([chart(EVIL, {EVIL: [(0.0, 1.0), (10.0, 0.5)]}, across=EVIL)])],
+            "pairs": [pairs([(shown, shown, [EVIL, EVIL], EVIL)])],
+            "curves": [charts([chart(EVIL, {EVIL: [(0.0, 1.0), (10.0, 0.5)]}, across=EVIL), bars(EVIL, {EVIL: 3})])],
         },
     )
 
@@ -77,7 +80,7 @@ def whole_page() -> str:
 def test_whatever_comes_from_outside_is_escaped(whole_page: str) -> None:
     assert "<script" not in whole_page
     assert "script" not in read(whole_page).seen
-    assert whole_page.count("&lt;script&gt;") >= 8
+    assert whole_page.count("&lt;script&gt;") >= 14
 
 
 def test_the_page_asks_the_network_for_nothing(whole_page: str) -> None:
@@ -136,8 +139,18 @@ def test_points_that_are_not_finite_are_left_out() -> None:
     assert len(drawn.split('points="')[1].split('"')[0].split()) == 2
 
 
+def test_bars_are_as_long_as_their_counts_and_tell_them() -> None:
+    drawn = bars("size", {"small": 500, "none": 0, "large": 1000})
+    read(drawn)
+    widths = [float(part.split('width="')[1].split('"')[0]) for part in drawn.split("<rect")[1:]]
+    assert widths == pytest.approx([widths[2] / 2, 0, widths[2]], abs=0.1)
+    assert all(f">{words}</text>" in drawn for words in ("small", "none", "large", "500", "0", "1,000"))
+
+
 def test_a_chart_refuses_no_points_and_too_many_curves() -> None:
     with pytest.raises(ValueError, match="no point"):
         chart("loss", {"loss": [(0.0, float("nan"))]}, across="step")
+    with pytest.raises(ValueError, match="no bar"):
+        bars("size", {})
     with pytest.raises(ValueError, match="up to three"):
         chart("loss", {str(number): [(0.0, 1.0)] for number in range(4)}, across="step")

@@ -27,11 +27,16 @@ img { display: block; image-rendering: pixelated; border-radius: 4px; width: 72p
 figure { margin: 0; } figcaption { font-size: .85rem; line-height: 1.3; margin-top: .3rem; overflow-wrap: anywhere; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
 .gallery img { width: 100%; height: auto; max-width: 12rem; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.5rem 1rem; }
+.pairs img { width: 100%; height: auto; max-height: 12rem; object-fit: contain; object-position: left top;
+  image-rendering: auto; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }
+.pairs ul { margin: .3rem 0; padding-left: 1.1rem; } .faint { opacity: .65; }
 .good, .bad { border: 3px solid var(--good); } .bad { border-color: var(--bad); }
 .good-text { color: var(--good); } .bad-text { color: var(--bad); }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin-top: 1rem; }
 svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 11px; }
-.grid line { stroke: var(--line); } .curve { fill: none; stroke-width: 1.6; }
+.grid line { stroke: var(--line); } .bar { fill: var(--accent); } .curve { fill: none; stroke-width: 1.6; }
 .curve0 { stroke: var(--accent); } .curve1 { stroke: var(--second); } .curve2 { stroke: var(--third); }
 .key0 { fill: var(--accent); } .key1 { fill: var(--second); } .key2 { fill: var(--third); }
 """
@@ -84,6 +89,17 @@ def gallery(items: Iterable[tuple[Html, str]]) -> Html:
     return Html(f'<div class="gallery">\n{figures}</div>\n')
 
 
+def pairs(items: Iterable[tuple[Html, Html, Sequence[str], str]]) -> Html:
+    """For each item two pictures side by side and, below them, a list of texts and a faint line."""
+    figures = (
+        f'<figure><div class="pair">{first}{second}</div><figcaption>'
+        f"<ul>{''.join(f'<li>{text(words)}</li>' for words in listed)}</ul>"
+        f'<span class="faint">{text(faint)}</span></figcaption></figure>\n'
+        for first, second, listed, faint in items
+    )
+    return Html(f'<div class="pairs">\n{"".join(figures)}</div>\n')
+
+
 def charts(made: Iterable[Html]) -> Html:
     """Charts side by side where the screen is wide enough."""
     return Html(f'<div class="curves">\n{"".join(made)}</div>\n')
@@ -132,6 +148,26 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
         parts.append(f'<circle class="key{number}" cx="{key}" cy="{height - 8}" r="4"/>')
         parts.append(f'<text x="{key + 8}" y="{height - 4}">{text(name)}</text>')
     label = html.escape(f"{title} over {across}")
+    return Html(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>\n')
+
+
+def bars(title: str, counts: Mapping[str, int]) -> Html:
+    """A bar for each name, its count at its end, as an SVG picture.
+
+    Raises:
+        ValueError: if there is no bar to draw.
+    """
+    if not counts:
+        raise ValueError(f"no bar to draw in the chart {title!r}")
+    width, left, right, top, row = 340, 80, 60, 26, 16
+    longest, height = max(1, *counts.values()), top + row * len(counts)
+    parts = [f'<text x="0" y="14">{text(title)}</text>']
+    for number, (name, count) in enumerate(counts.items()):
+        y, length = top + row * number, (width - left - right) * count / longest
+        parts.append(f'<text x="{left - 6}" y="{y + 10}" text-anchor="end">{text(name)}</text>')
+        parts.append(f'<rect class="bar" x="{left}" y="{y}" width="{length:.1f}" height="{row - 4}"/>')
+        parts.append(f'<text x="{left + length + 5:.1f}" y="{y + 10}">{count:,}</text>')
+    label = html.escape(title)
     return Html(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>\n')
 
 

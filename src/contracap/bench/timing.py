@@ -1,0 +1,224 @@
+"""Two ways of doing the same work, timed in turns: what every benchmark is made of."""
+
+import importlib
+import importlib.util
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.machinery import ModuleSpec
+from operator import truediv
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from contracap.evaluation.result import Result
+
+Work = Callable[[], object]
+LEAST_ROUNDS = 7  # fewer have no quartiles worth reading
+
+
+class UnequalError(ValueError):
+    """Ours and the peer's output differ, so that their times say nothing."""
+
+
+class NoPeerError(ImportError):
+    """The peer is not installed; the message says what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a benchmark.
+
+    Attributes:
+        work: what was done.
+        unit: of `ours` and `peer`.
+        ours: the median over the rounds.
+        peer: likewise of the peer; None if there is none.
+        ratio: how many times better than the peer, the median of the rounds' ratios; above 1 is better.
+        quartiles: the lower and the upper one of the rounds' ratios.
+        note: what was compared before the clock ran and how far it agreed, or what else explains the figure.
+        reason: why there is no peer.
+    """
+
+    work: str
+    unit: str
+    ours: float
+    peer: float | None = None
+    ratio: float | None = None
+    quartiles: tuple[float, float] | None = None
+    note: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Rows that were measured together; `machine` is `this_machine()` before they were."""
+
+    rows: Sequence[Row]
+    samples: int
+    seed: int
+    machine: Mapping[str, Any]
+
+    def result(self, command: str) -> Result:
+        """The file of the benchmark: the ratios are its figures, the whole rows stand beside them."""
+        return Result(
+            command=command,
+            seed=self.seed,
+            samples=self.samples,
+            figures={row.work: row.ratio for row in self.rows},
+            reasons={row.work: row.reason for row in self.rows if row.reason},
+            details={"rows": [asdict(row) for row in self.rows], "machine": dict(self.machine)},
+        )
+
+    def table(self) -> str:
+        """The rows for a terminal, and below them their notes."""
+        cells = [("work", "ours", "peer", "unit", "ratio", "quartiles")]
+        for row in self.rows:
+            quartiles = "{:.2f} to {:.2f}".format(*row.quartiles) if row.quartiles else "-"
+            cells.append((row.work, _number(row.ours), _number(row.peer), row.unit, _number(row.ratio), quartiles))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+        notes = [f"{row.work}: {text}" for row in self.rows for text in (row.note, row.reason) if text]
+        return "\n".join(line.rstrip() for line in [*lines, "", *notes])
+
+
+def compare(
+    work: str,
+    *,
+    ours: Work,
+    checked_peer: Callable[[], tuple[Work, str]],
+    items: int,
+    unit: str,
+    rounds: int = LEAST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Row:
+    """How many `items` a second we do, and the peer, on the same work.
+
+    Each does the work once unmeasured, then they take turns; a round's ratio is that of two neighbours in time. Where
+    the peer is not installed, ours is timed alone.
+
+    Args:
+        checked_peer: compares the outputs of both, before any clock runs; returns the peer's work, and says how far
+            they agree and with which tolerance.
+        clock: in seconds; `time.process_time` counts what all threads of this process compute, and nobody else's work.
+
+    Raises:
+        UnequalError: by `checked_peer`, if the outputs differ.
+        ValueError: if there are too few rounds.
+    """
+    try:
+        peer, note = checked_peer()
+    except NoPeerError as error:
+        (seconds,) = in_turns(ours, rounds=rounds, clock=clock)
+        return Row(work=work, unit=unit, ours=items / statistics.median(seconds), reason=str(error))
+    seconds, peer_seconds = in_turns(ours, peer, rounds=rounds, clock=clock)
+    lower, ratio, upper = statistics.quantiles(map(truediv, peer_seconds, seconds), method="inclusive")
+    return Row(
+        work=work,
+        unit=unit,
+        ours=items / statistics.median(seconds),
+        peer=items / statistics.median(peer_seconds),
+        ratio=ratio,
+        quartiles=(lower, upper),
+        note=note,
+    )
+
+
+def in_turns(*works: Work, rounds: int, clock: Callable[[], float]) -> list[list[float]]:
+    """The seconds that each of `works` took in each round; before the first round each runs once unmeasured.
+
+    Raises:
+        ValueError: if there are too few rounds.
+    """
+    if rounds < LEAST_ROUNDS:
+        raise ValueError(f"rounds is {rounds}; it must be at least {LEAST_ROUNDS}")
+    for work in works:
+        work()
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for work, taken in zip(works, seconds, strict=True):
+            begin = clock()
+            work()
+            taken.append(clock() - begin)
+    return seconds
+
+
+def peer_module(name: str) -> ModuleType:
+    """A module of the peer, found by its name: the package does not depend on it.
+
+    Raises:
+        NoPeerError: if it cannot be imported.
+    """
+    try:
+        with _stand_ins(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit this torch
+        raise NoPeerError(f"{name} cannot be imported ({error}): pip install open_clip_torch") from error
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_mib() -> float:
+    """The most memory, in MiB, that has been resident in this process.
+
+    Raises:
+        FileNotFoundError: outside of Linux.
+    """
+    # Not getrusage, whose peak a child process inherits from its parent.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+def this_machine() -> dict[str, Any]:
+    """What figures of speed depend on besides versions; `load` is that of the last 1, 5 and 15 minutes."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Empty modules in place of two that open_clip imports and nothing here calls, where the real ones fail."""
+    absent = []
+    if torch.version.cuda is None:  # CUDA operators of torchvision, which this torch cannot register
+        absent.append("torchvision._meta_registrations")
+    if importlib.util.find_spec("pandas") is None:  # reads its lists of pictures in CSV files
+        absent.append("pandas")
+    added = [name for name in absent if name not in sys.modules]
+    # with a spec, which torch's compiler asks of all modules
+    sys.modules.update({name: importlib.util.module_from_spec(ModuleSpec(name, None)) for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"

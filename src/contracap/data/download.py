@@ -1,0 +1,71 @@
+"""Pictures from the web, fetched politely: few attempts, pauses between them, limits on time and size."""
+
+import string
+import time
+from http.client import HTTPException, HTTPResponse, InvalidURL
+from typing import cast
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+from contracap import __version__
+
+PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt
+SILENCE = 10.0  # seconds for a connection, and for each further piece of the answer
+LONGEST = 60.0  # seconds for a whole picture
+LARGEST = 100 * 2**20  # bytes
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others a moment later
+
+
+class DownloadError(ValueError):
+    """A picture that could not be fetched; the message names its URL, `kind` is what it is counted under."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def download(url: str) -> bytes:
+    """What an http or https URL gives.
+
+    Raises:
+        DownloadError: if it is another URL, or all attempts fail, of kind "http_404" and the like or "no_answer"; or
+            if the answer is larger than `LARGEST`.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        raise DownloadError(f"{url}: only http and https are fetched", "bad_url")
+    for pause in (*PAUSES, None):
+        try:
+            return _attempt(url)
+        except DownloadError:
+            raise
+        except HTTPError as error:
+            error.close()
+            failure = DownloadError(f"{url}: HTTP status {error.code}", f"http_{error.code}")
+            if error.code not in PASSING:
+                break
+        except (InvalidURL, ValueError) as error:  # a port that is no number, a host that cannot be encoded
+            raise DownloadError(f"{url}: {error}", "bad_url") from error
+        except (OSError, HTTPException) as error:
+            failure = DownloadError(f"{url}: {getattr(error, 'reason', None) or error}", "no_answer")
+        if pause is not None:
+            time.sleep(pause)
+    raise failure
+
+
+def _attempt(url: str) -> bytes:
+    # Spaces and foreign letters are common in tables; what is encoded already stays as it is
+    request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": f"contracap/{__version__}"})
+    end = time.monotonic() + LONGEST
+    content = bytearray()
+    with cast(HTTPResponse, urlopen(request, timeout=SILENCE)) as response:
+        while piece := response.read1(2**16):
+            content += piece
+            if len(content) > LARGEST:
+                raise DownloadError(f"{url}: larger than {LARGEST} bytes", "too_large")
+            if time.monotonic() > end:
+                raise TimeoutError(f"not complete after {LONGEST:.0f} s")
+        announced = response.headers["Content-Length"]
+    if announced is not None and len(content) < int(announced):
+        raise ConnectionError(f"cut off after {len(content)} of {announced} bytes")
+    return bytes(content)

@@ -1,0 +1,186 @@
+"""The index beside a set of shards: what each holds, and how long its captions are."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import fsspec
+from tqdm import tqdm
+
+from contracap.config import ConfigError, build
+from contracap.data.shards import SampleError, ShardError, count_samples, list_shards, parse, records
+from contracap.data.workers import in_processes
+from contracap.files import write_text
+from contracap.tokenizer import Tokenizer
+
+INDEX_FILE = "index.json"
+
+
+class IndexFileError(ValueError):
+    """An index that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard, by the name of its file.
+
+    `samples` counts groups of members, also those that turn out unusable. `caption_lengths` is the number of captions
+    of each length in tokens of CLIP's tokenizer, start and end included, not cut to any context.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    captions: int
+    caption_lengths: dict[int, int]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The file as it stands."""
+
+    shards: list[ShardEntry]
+
+
+def describe(shard: str | Path) -> ShardEntry:
+    """The entry of one local shard, which is read whole.
+
+    Raises:
+        ShardError: if it is missing, cut or broken.
+    """
+    path, tokenizer = Path(shard), Tokenizer()
+    samples, lengths = 0, Counter[int]()
+    for record in records(str(path)):
+        samples += 1
+        try:
+            captions = parse(record).captions
+        except SampleError:
+            continue
+        lengths.update(len(tokenizer.encode(caption)) + 2 for caption in captions)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardEntry(
+        name=path.name,
+        samples=samples,
+        bytes=path.stat().st_size,
+        sha256=digest,
+        captions=lengths.total(),
+        caption_lengths=dict(sorted(lengths.items())),
+    )
+
+
+def read_index(folder: str | Path) -> dict[str, ShardEntry]:
+    """The entries by the names of their shards; none if the folder, local or remote, has no index.
+
+    Raises:
+        IndexFileError: if there is one and it cannot be read.
+    """
+    path = f"{folder}/{INDEX_FILE}".replace(f"//{INDEX_FILE}", f"/{INDEX_FILE}")
+    try:
+        with fsspec.open(path, "rb") as file:
+            index = build(_Index, dict(json.loads(file.read())))  # type: ignore[union-attr]
+    except FileNotFoundError:
+        return {}
+    except ConfigError as error:
+        raise IndexFileError(f"{path} is no index of shards ({error}); delete it and index the folder again") from None
+    except Exception as error:  # broken JSON, and whatever the file systems behind fsspec raise
+        raise IndexFileError(f"cannot read the index {path}: {error or type(error).__name__}") from error
+    return {entry.name: entry for entry in index.shards}
+
+
+def samples_in(shards: Sequence[str]) -> list[int]:
+    """How many samples each shard holds.
+
+    From the index in its folder; else from the notes that img2dataset left beside it (`00000_stats.json`); else from
+    the shard's own headers, which takes a moment for each and for a remote shard a download.
+
+    Raises:
+        IndexFileError: if an index cannot be read, or its shard has another size by now.
+    """
+    indexes = {folder: read_index(folder) for folder in {_folder(shard) for shard in shards}}
+    found = {shard: _told(shard, indexes[_folder(shard)]) for shard in shards}
+    unknown = [shard for shard, samples in found.items() if samples is None]
+    if unknown:
+        told = "counting samples; `contracap shards index FOLDER` keeps the numbers"
+        found |= {shard: count_samples(shard) for shard in tqdm(unknown, told, unit=" shards", disable=None, delay=2)}
+    return [found[shard] or 0 for shard in shards]
+
+
+def _told(shard: str, index: Mapping[str, ShardEntry]) -> int | None:
+    folder, name = _folder(shard), shard.rpartition("/")[2]
+    local = "://" not in shard and Path(shard).is_file()
+    if name in index:
+        if local and Path(shard).stat().st_size != index[name].bytes:
+            raise IndexFileError(
+                f"{shard} has {Path(shard).stat().st_size} bytes, in {folder}/{INDEX_FILE} it has {index[name].bytes}: "
+                f"index it again with `contracap shards index {folder}`"
+            )
+        return index[name].samples
+    notes = f"{shard.removesuffix('.tar')}_stats.json"
+    if not local or not Path(notes).is_file():
+        return None
+    try:
+        return int(json.loads(Path(notes).read_text())["successes"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _folder(shard: str) -> str:
+    return shard.rpartition("/")[0] or "."
+
+
+def write_index(folder: str | Path, entries: Iterable[ShardEntry]) -> None:
+    """Writes the index of a local folder, its shards in the order of their names, whole or not at all."""
+    lines = (json.dumps(asdict(entry)) for entry in sorted(entries, key=lambda entry: entry.name))
+    write_text(Path(folder) / INDEX_FILE, '{"shards": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def index_folder(folder: str | Path, workers: int = 0) -> list[ShardEntry]:
+    """Makes or completes the index of a local folder of shards; the entries in the order of their names.
+
+    The entry of a shard is kept while the shard has the same size in bytes and is not newer than the index, and goes
+    when the shard is gone. What is done when the work is interrupted is kept too.
+
+    Args:
+        folder: where the shards lie, and the index will.
+        workers: processes that read; 0: the calling one.
+
+    Raises:
+        FileNotFoundError: if the folder holds no shards.
+        IndexFileError: if there is an index that cannot be read.
+        ShardError: if a shard cannot be read; the others are in the index.
+    """
+    shards, known = list_shards(folder), read_index(folder)
+    written = (Path(folder) / INDEX_FILE).stat().st_mtime_ns if known else 0
+    entries, unknown, broken = list[ShardEntry](), list[Path](), list[ShardError]()
+    for path in map(Path, shards):
+        entry, state = known.get(path.name), path.stat()
+        # Tar files are filled up to 10,240 bytes, so a change often leaves the size
+        if entry is not None and entry.bytes == state.st_size and state.st_mtime_ns <= written:
+            entries.append(entry)
+        else:
+            unknown.append(path)
+    described = in_processes(_described, unknown, workers)
+    try:
+        for made in tqdm(described, "index", len(unknown), unit=" shards", disable=None):
+            if isinstance(made, ShardError):
+                broken.append(made)
+            else:
+                entries.append(made)
+    finally:
+        write_index(folder, entries)
+    if broken:
+        raise min(broken, key=str)
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def _described(shard: Path) -> ShardEntry | ShardError:
+    """An error is handed over, so that it does not end the work on the other shards."""
+    try:
+        return describe(shard)
+    except ShardError as error:
+        return error

@@ -1,0 +1,285 @@
+"""Sources into tar shards: in parallel, resumable, the same bytes every time, with a report of what was left out."""
+
+import hashlib
+import io
+import json
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from tqdm import tqdm
+
+from contracap.config import build
+from contracap.data.annotations import Refused
+from contracap.data.download import DownloadError, download
+from contracap.data.index import ShardEntry, describe, read_index, write_index
+from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES, write_shard
+from contracap.data.sources import Item, Kind, read_source
+from contracap.data.workers import in_processes
+from contracap.files import write_text
+from contracap.image import ImageError, decode
+
+SKIPPED_FILE = "skipped.jsonl"
+PLAN_FILE = "making.json"
+NOTES_FOLDER = ".making"  # a note for each finished shard; gone at the end
+DOWNLOADS = 16  # at a time, in each worker
+JPEG_QUALITY = 95  # of pictures that are made smaller
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of formats that have another name
+
+
+class MakingError(ValueError):
+    """Shards that cannot be made; the message says why and what would do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What stands in the folder at the end. `skipped`: how many of each kind gave no sample."""
+
+    shards: int
+    samples: int
+    skipped: dict[str, int]
+
+
+def make_shards(
+    source: str | Path,
+    out: str | Path,
+    *,
+    kind: Kind | Literal["auto"] = "auto",
+    pictures: str | Path | None = None,
+    splits: Sequence[str] = (),
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    shorter_side: int | None = None,
+    samples_per_shard: int = 1000,
+    workers: int = 0,
+) -> Making:
+    """Makes tar shards of a source, with `index.json` and, of what was left out and why, `skipped.jsonl`.
+
+    A sample is the picture, its bytes untouched, and a `.json` with `captions`, `source` (its name there) and what else
+    the source says. The bytes of the shards depend on the source and the settings only. The same call again goes on
+    where an interrupted one stopped, with the shards that are whole; on a finished folder it does nothing.
+
+    Args:
+        source: what `data.sources.read_source` reads, with `kind`, `pictures`, `splits` and the columns.
+        out: a local folder, made if need be.
+        shorter_side: pixels; larger pictures are scaled down to it and stored upright, as JPEG. None: all as they are.
+        samples_per_shard: of which those that are skipped are missing.
+        workers: processes; 0: the calling one.
+
+    Raises:
+        FileNotFoundError, SourceError: as `read_source`.
+        ValueError: if a number is too small.
+        MakingError: if the folder holds other shards, or shards of another source or other settings; if nothing in the
+            source can be used.
+    """
+    for name, value in (("samples_per_shard", samples_per_shard), ("shorter_side", shorter_side)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, is {value}")
+    read = read_source(
+        source,
+        kind=kind,
+        pictures=pictures,
+        splits=splits,
+        image_column=image_column,
+        caption_column=caption_column,
+    )
+    out, items = Path(out), read.items
+    plan = {
+        "samples_per_shard": samples_per_shard,
+        "shorter_side": shorter_side,
+        "kind": read.kind,
+        "pictures": len(items),
+        "source_sha256": _fingerprint(items),
+    }
+    finished = _begin(out, plan)
+    if finished is not None:
+        return finished
+    tasks = [
+        _Task(number=number, first=first, items=items[first : first + samples_per_shard], side=shorter_side, out=out)
+        for number, first in enumerate(range(0, len(items), samples_per_shard))
+    ]
+    to_do = [task for task in tasks if not task.is_done()]
+    done = len(items) - sum(len(task.items) for task in to_do)
+    with tqdm(total=len(items), initial=done, unit=" pictures", disable=None) as progress:
+        for made in in_processes(_make, to_do, workers):
+            progress.update(made)
+    return _finish(out, plan, [task.read_note() for task in tasks], read.refused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Note:
+    """What became of a shard; there is none if none of its items could be used."""
+
+    entry: ShardEntry | None
+    refused: list[Refused]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One shard to be made. `first` is the number of its first item in the source."""
+
+    number: int
+    first: int
+    items: list[Item]
+    side: int | None
+    out: Path
+
+    @property
+    def shard(self) -> Path:
+        return self.out / f"{self.number:05}.tar"
+
+    @property
+    def note(self) -> Path:
+        return self.out / NOTES_FOLDER / f"{self.number:05}.json"
+
+    def read_note(self) -> _Note:
+        return build(_Note, json.loads(self.note.read_bytes()))
+
+    def is_done(self) -> bool:
+        if not self.note.exists():
+            return False
+        entry = self.read_note().entry
+        return entry is None or (self.shard.is_file() and self.shard.stat().st_size == entry.bytes)
+
+
+def _begin(out: Path, plan: dict[str, Any]) -> Making | None:
+    """Makes the folder ready for a plan, or gives the outcome if that is done already."""
+    plan_file = out / PLAN_FILE
+    if not plan_file.exists():
+        if out.is_dir() and any(file.name.endswith(SHARD_SUFFIXES) for file in out.iterdir()):
+            raise MakingError(f"{out} holds shards already that are not of this source: give another folder")
+        write_text(plan_file, json.dumps(plan) + "\n")
+    try:
+        begun = dict(json.loads(plan_file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise MakingError(f"{plan_file} is broken ({error}): give another folder") from None
+    for name, value in plan.items():
+        if begun.get(name) != value:
+            raise MakingError(
+                f"{out} was begun with another source or other settings: {name} was {begun.get(name)} "
+                f"and is now {value}; set it back, or give another folder"
+            )
+    for partial in out.glob(".*.partial"):  # of a process that was killed
+        partial.unlink()
+    if "outcome" not in begun:
+        return None
+    gone = [name for name in read_index(out) if not (out / name).is_file()]
+    if gone:
+        raise MakingError(f"{out} was finished, but {gone[0]} is gone: bring it back, or give another folder")
+    return build(Making, begun["outcome"])
+
+
+def _finish(out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Sequence[Refused]) -> Making:
+    """The index and the report; then the notes go."""
+    entries = [note.entry for note in notes if note.entry is not None]
+    skipped = [*refused, *(one for note in notes for one in note.refused)]
+    making = Making(
+        shards=len(entries),
+        samples=sum(entry.samples for entry in entries),
+        skipped=dict(sorted(Counter(one.kind for one in skipped).items())),
+    )
+    write_text(out / SKIPPED_FILE, "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
+    if entries:
+        write_index(out, entries)
+        write_text(out / PLAN_FILE, json.dumps({**plan, "outcome": asdict(making)}) + "\n")
+    else:
+        (out / PLAN_FILE).unlink()
+    shutil.rmtree(out / NOTES_FOLDER, ignore_errors=True)
+    if not entries:
+        raise MakingError(
+            f"not one picture of the source could be used; {out / SKIPPED_FILE} says why of each, the last: "
+            f"{skipped[-1].kind}: {skipped[-1].message}"
+        )
+    return making
+
+
+def _make(task: _Task) -> int:
+    """Makes one shard, then its note; returns the number of its items."""
+    refused: list[Refused] = []
+
+    def records() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for position, (item, content) in enumerate(zip(task.items, _contents(task.items), strict=True)):
+            members = content if isinstance(content, Refused) else _members(item, content, task.side)
+            if isinstance(members, Refused):
+                refused.append(members)
+            else:
+                yield f"{task.first + position:09}", members
+
+    write_shard(task.shard, records())
+    entry = None
+    if len(refused) < len(task.items):
+        entry = describe(task.shard)
+    else:
+        task.shard.unlink()
+    write_text(task.note, json.dumps(asdict(_Note(entry=entry, refused=refused))))
+    return len(task.items)
+
+
+def _contents(items: Sequence[Item]) -> Iterator[bytes | Refused]:
+    """The encoded pictures, in order. Those from the web are fetched side by side, ahead of their use."""
+    if not any("://" in item.picture for item in items):
+        yield from map(_content, items)
+        return
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        yield from pool.map(_content, items)
+
+
+def _content(item: Item) -> bytes | Refused:
+    try:
+        if "://" in item.picture:
+            return download(item.picture)
+        path = Path(item.picture)
+        if not path.is_file():
+            return Refused(source=item.source, kind="missing_file", message=f"no such file: {path}")
+        return path.read_bytes()
+    except DownloadError as error:
+        return Refused(source=item.source, kind=error.kind, message=str(error))
+    except OSError as error:
+        return Refused(source=item.source, kind="unreadable_file", message=str(error))
+
+
+def _members(item: Item, content: bytes, side: int | None) -> dict[str, bytes] | Refused:
+    """The members of a sample: the picture under the suffix of its true format, and the `.json`."""
+    try:
+        pixels = decode(content, name=item.source)
+    except ImageError as error:
+        return Refused(source=item.source, kind=error.kind, message=str(error))
+    height, width = pixels.shape[1:]
+    if side is not None and min(height, width) > side:
+        scale = side / min(height, width)
+        size = round(width * scale), round(height * scale)
+        smaller = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        smaller.save(file, "JPEG", quality=JPEG_QUALITY)
+        content = file.getvalue()
+    suffix = _suffix(content)
+    if suffix not in PICTURE_SUFFIXES:
+        message = f"pictures of this format ({suffix}) are not read from shards: convert it"
+        return Refused(source=item.source, kind="unsupported_format", message=message)
+    captions = {"captions": item.captions} if item.captions else {}
+    fields = {**item.fields, **captions, "source": item.source}
+    return {suffix: content, "json": json.dumps(fields, default=str).encode()}
+
+
+def _suffix(content: bytes) -> str:
+    """What the names of such files usually end in; the content has been decoded before, so Pillow knows it."""
+    if content.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd but harmless metadata
+        with Image.open(io.BytesIO(content)) as picture:
+            name = str(picture.format)
+    return SUFFIXES.get(name, name.lower())
+
+
+def _fingerprint(items: Iterable[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.source, item.captions, item.fields], default=str).encode())
+    return digest.hexdigest()

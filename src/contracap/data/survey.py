@@ -1,0 +1,345 @@
+"""What shards hold, counted before a run is paid for, and some of their samples as the trainer will see them."""
+
+import hashlib
+import io
+import math
+import warnings
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image
+from torch import Tensor
+from tqdm import tqdm
+
+from contracap.data.index import read_index
+from contracap.data.shards import Record, Sample, SampleError, ShardError, list_shards, parse, records
+from contracap.image import FORMATS, AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
+from contracap.tokenizer import Tokenizer
+
+CONTEXT = 76  # tokens of the released models' texts; what is longer is cut
+EXAMPLES = 5  # messages kept of each kind of skip
+SHOWN_SIDE = 256  # longest side, in pixels, of the pictures that are kept to be shown
+ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """How many samples or shards cannot be used for one reason, and what was said of the first `EXAMPLES`."""
+
+    count: int = 0
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Samples, usable or not, and the number of captions of each length (tokens, start and end included, not cut)."""
+
+    samples: int
+    caption_lengths: dict[int, int]
+
+    @property
+    def captions(self) -> int:
+        return sum(self.caption_lengths.values())
+
+    @property
+    def cut_share(self) -> float:
+        """The share of the captions that a context of `CONTEXT` tokens cuts."""
+        return share(sum(count for length, count in self.caption_lengths.items() if length > CONTEXT), self.captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownSample:
+    """One sample for a person to look at; both pictures are JPEG files.
+
+    Attributes:
+        width, height: of the picture, in pixels, when it is upright.
+        original: the whole picture, made smaller.
+        crop: a random crop of it, as the trainer makes them.
+    """
+
+    key: str
+    shard: str
+    width: int
+    height: int
+    captions: tuple[str, ...]
+    original: bytes
+    crop: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What `survey` found.
+
+    Attributes:
+        shards: how many there are.
+        shards_read: how many of them were opened.
+        complete: whether all was read, or the limit ended the reading.
+        read: counts of what was read.
+        indexed: counts of all shards, if the reading was not complete and an index tells.
+        captions_per_picture: samples by their number of captions.
+        formats: pictures by format.
+        shorter_sides: pictures by shorter side, pixels.
+        aspect_ratios: pictures by the nearest of `ASPECT_RATIOS`, width to height.
+        repeated_pictures: pictures whose file came before, byte for byte.
+        repeated_captions: captions that came before, word for word.
+        skipped: by kind, what a trainer passes over.
+        shown: samples drawn at random, in the order of the shards.
+        image: what the crops were made for.
+        seed: of the draw and the crops.
+    """
+
+    shards: int
+    shards_read: int
+    complete: bool
+    read: Counts
+    indexed: Counts | None
+    captions_per_picture: dict[int, int]
+    formats: dict[str, int]
+    shorter_sides: dict[int, int]
+    aspect_ratios: dict[str, int]
+    repeated_pictures: int
+    repeated_captions: int
+    skipped: dict[str, Skipped]
+    shown: tuple[ShownSample, ...]
+    image: ImageConfig
+    seed: int
+
+    @property
+    def counts(self) -> Counts:
+        """Those of all shards where they are known, else of what was read."""
+        return self.indexed or self.read
+
+    @property
+    def pictures(self) -> int:
+        return sum(self.formats.values())
+
+    @property
+    def enlarged_share(self) -> float:
+        """The share of the pictures whose shorter side is below the model's."""
+        small = sum(count for side, count in self.shorter_sides.items() if side < self.image.size)
+        return share(small, self.pictures)
+
+
+def survey(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    sample_count: int = 48,
+    seed: int = 0,
+    image: ImageConfig = ImageConfig(),
+    augmentation: AugmentationConfig = AugmentationConfig(),
+) -> Survey:
+    """Reads shards and counts what is in them.
+
+    Pictures are measured by their headers; only those of the samples that are drawn to be shown are decoded. Memory
+    grows by 8 bytes a picture and 8 a caption, the hashes that tell repetitions; pictures are not kept.
+
+    Args:
+        paths: a folder of shards, a shard, or several of them, local or remote.
+        limit: samples to read, the first ones; by default all.
+        sample_count: samples to draw.
+        seed: of the draw and the crops.
+        image: what the trainer makes pictures ready for.
+        augmentation: how it crops and mirrors them.
+
+    Raises:
+        FileNotFoundError: if there are no shards.
+        ValueError: if a number is too small, or an index beside the shards is broken.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1 sample")
+    if sample_count < 0 or seed < 0:
+        raise ValueError(f"sample_count ({sample_count}) and seed ({seed}) must not be negative")
+    shards = list_shards(paths)
+    indexed = _indexed(shards)
+    tally = _Tally(sample_count, seed)
+    complete = True
+    known = [limit] if limit else []
+    if indexed:
+        known.append(indexed.samples)
+    with tqdm(total=min(known, default=None), desc="reading", unit=" samples", disable=None) as progress:
+        for record in tally.records(shards):
+            if tally.samples == limit:
+                complete = False
+                break
+            tally.add(record)
+            progress.update()
+    shown = tuple(tally.shown(image, augmentation))
+    return Survey(
+        shards=len(shards),
+        shards_read=tally.shards_read,
+        complete=complete,
+        read=Counts(samples=tally.samples, caption_lengths=_sorted(tally.caption_lengths)),
+        indexed=None if complete else indexed,
+        captions_per_picture=_sorted(tally.captions_per_picture),
+        formats=dict(tally.formats.most_common()),
+        shorter_sides=_sorted(tally.shorter_sides),
+        aspect_ratios={ratio: tally.aspect_ratios[ratio] for ratio in ASPECT_RATIOS if tally.aspect_ratios[ratio]},
+        repeated_pictures=_repeated(tally.pictures),
+        repeated_captions=_repeated(tally.captions),
+        skipped=dict(sorted(tally.skipped.items())),
+        shown=shown,
+        image=image,
+        seed=seed,
+    )
+
+
+def share(part: int, whole: int) -> float:
+    """`part` of `whole`; nothing of nothing is 0."""
+    return part / whole if whole else 0.0
+
+
+@dataclass
+class _Tally:
+    """What is counted while shards are read, and a draw from their samples that is fair however many there are."""
+
+    sample_count: int
+    seed: int
+    shards_read: int = 0
+    samples: int = 0
+    captions_per_picture: Counter[int] = field(default_factory=Counter)
+    caption_lengths: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    shorter_sides: Counter[int] = field(default_factory=Counter)
+    aspect_ratios: Counter[str] = field(default_factory=Counter)
+    pictures: "array[int]" = field(default_factory=lambda: array("Q"))  # hashes, as those of the captions
+    captions: "array[int]" = field(default_factory=lambda: array("Q"))
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._generator = np.random.default_rng(self.seed)
+        self._tokenizer = Tokenizer()
+        self._drawn: list[tuple[int, Sample, int, int]] = []  # number, sample, width, height
+
+    def records(self, shards: Iterable[str]) -> Iterator[Record]:
+        """The records of all shards, as far as they can be read."""
+        for shard in shards:
+            self.shards_read += 1
+            try:
+                yield from records(shard)
+            except ShardError as error:
+                self._skip("broken_shard", str(error))
+
+    def add(self, record: Record) -> None:
+        self.samples += 1
+        name = f"sample {record.key} of {record.shard}"
+        try:
+            sample = parse(record)
+            self._add_captions(sample.captions, name)
+            width, height, kind = _measure(sample.image, name)
+        except (SampleError, ImageError) as error:
+            self._skip(error.kind, str(error))
+            return
+        self.formats[kind] += 1
+        self.shorter_sides[min(width, height)] += 1
+        self.aspect_ratios[_nearest_ratio(width, height)] += 1
+        self.pictures.append(_hash(sample.image))
+        self._draw(sample, width, height)
+
+    def shown(self, image: ImageConfig, augmentation: AugmentationConfig) -> Iterator[ShownSample]:
+        """The drawn samples; one that turns out broken counts as skipped."""
+        for number, sample, width, height in sorted(self._drawn, key=lambda drawn: drawn[0]):
+            try:
+                pixels = decode(sample.image, name=f"sample {sample.key} of {sample.shard}")
+            except ImageError as error:
+                self._skip(error.kind, str(error))
+                continue
+            crop = augment(pixels, image, augmentation, np.random.default_rng([self.seed, number]))
+            yield ShownSample(
+                key=sample.key,
+                shard=sample.shard,
+                width=width,
+                height=height,
+                captions=sample.captions,
+                original=_jpeg(pixels),
+                crop=_jpeg(crop),
+            )
+
+    def _add_captions(self, captions: Sequence[str], name: str) -> None:
+        self.captions_per_picture[len(captions)] += 1
+        if not captions:  # the picture is measured, and may be shown, all the same
+            self._skip("no_caption", f"{name} has no caption")
+        for caption in captions:
+            self.caption_lengths[len(self._tokenizer.encode(caption)) + 2] += 1
+            self.captions.append(_hash(caption.encode("utf-8", "surrogatepass")))
+
+    def _draw(self, sample: Sample, width: int, height: int) -> None:
+        """Reservoir sampling: the n-th picture gets a place with probability `sample_count` / n, at another's cost."""
+        drawn = (self.samples, sample, width, height)
+        if len(self._drawn) < self.sample_count:
+            self._drawn.append(drawn)
+        elif (place := int(self._generator.integers(len(self.pictures)))) < self.sample_count:
+            self._drawn[place] = drawn
+
+    def _skip(self, kind: str, message: str) -> None:
+        known = self.skipped.get(kind, Skipped())
+        self.skipped[kind] = Skipped(count=known.count + 1, examples=(*known.examples, message)[:EXAMPLES])
+
+
+def _indexed(shards: Sequence[str]) -> Counts | None:
+    """Counts of local shards from the indexes beside them; None if one lacks a shard, or the shard has changed."""
+    paths = [Path(shard) for shard in shards]
+    if not all(path.is_file() for path in paths):
+        return None
+    indexes = {folder: read_index(folder) for folder in {path.parent for path in paths}}
+    samples, lengths = 0, Counter[int]()
+    for path in paths:
+        entry = indexes[path.parent].get(path.name)
+        if entry is None or entry.bytes != path.stat().st_size:
+            return None
+        samples += entry.samples
+        lengths.update(entry.caption_lengths)
+    return Counts(samples=samples, caption_lengths=_sorted(lengths))
+
+
+def _measure(image: bytes, name: str) -> tuple[int, int, str]:
+    """Width and height of the picture when upright, and its format, from the header alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(image)) as opened:
+                (width, height), kind, orientation = opened.size, opened.format, 1
+                with suppress(Exception):  # damaged EXIF data makes Pillow raise almost anything; the pixels are good
+                    orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageSizeError(f"{name}: {error}") from error
+    except Exception as error:  # damaged headers do so, too
+        raise ImageError(f"{name}: not a picture, or cut off within its header") from error
+    if kind not in FORMATS:
+        raise ImageError(f"{name}: {kind} is none of {', '.join(FORMATS)}")
+    return (height, width, kind) if orientation in TURNED else (width, height, kind)
+
+
+def _nearest_ratio(width: int, height: int) -> str:
+    def distance(ratio: str) -> float:
+        across, down = map(int, ratio.split(":"))
+        return abs(math.log(width * down / (height * across)))
+
+    return min(ASPECT_RATIOS, key=distance)
+
+
+def _jpeg(pixels: UInt8[Tensor, "3 height width"]) -> bytes:
+    picture, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
+    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    picture.save(file, "jpeg", quality=85)
+    return file.getvalue()
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def _repeated(hashes: "array[int]") -> int:
+    return len(hashes) - len(np.unique(np.asarray(hashes)))
+
+
+def _sorted(counts: Mapping[int, int]) -> dict[int, int]:
+    return dict(sorted(counts.items()))

@@ -1,0 +1,135 @@
+import hashlib
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import pytest
+
+from contracap.data.index import INDEX_FILE, IndexFileError, ShardEntry, describe, index_folder, read_index, write_index
+from contracap.data.shards import ShardError, write_shard
+
+LONG = "a dog runs " * 60  # 180 words, each a token
+
+
+def make_shard(path: Path, captions: list[list[str]]) -> None:
+    members = (
+        (f"{number}", {"jpg": b"p", "json": json.dumps({"captions": texts}).encode()})
+        for number, texts in enumerate(captions)
+    )
+    write_shard(path, members)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_shard(tmp_path / "a.tar", [["a dog", "a cat"], ["a dog runs"]])
+    make_shard(tmp_path / "b.tar", [["a"], [], [LONG]])
+    return tmp_path
+
+
+def test_entry_counts_samples_captions_and_their_lengths_uncut(folder: Path) -> None:
+    entry = describe(folder / "b.tar")
+    content = (folder / "b.tar").read_bytes()
+    assert entry == ShardEntry(
+        name="b.tar",
+        samples=3,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        captions=2,
+        caption_lengths={3: 1, 182: 1},
+    )
+    assert describe(folder / "a.tar").caption_lengths == {4: 2, 5: 1}
+
+
+def test_unusable_sample_counts_as_sample_without_captions(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [("0", {"txt": b"no picture"}), ("1", {"jpg": b"p", "txt": b"one"})])
+    entry = describe(tmp_path / "s.tar")
+    assert (entry.samples, entry.captions) == (2, 1)
+
+
+def test_index_of_flickr8k_says_what_its_manifest_says(data_folder: Path) -> None:
+    manifest = json.loads((data_folder / "flickr8k" / "manifest.json").read_text())["splits"]["val"]
+    entry = describe(data_folder / manifest["shards"][0]["path"])
+    assert (entry.samples, entry.captions) == (manifest["images"], manifest["captions"])
+    assert (entry.bytes, entry.sha256) == (manifest["shards"][0]["bytes"], manifest["shards"][0]["sha256"])
+    assert sum(entry.caption_lengths.values()) == entry.captions
+
+
+def test_written_index_is_read_back_sorted_by_name(folder: Path) -> None:
+    entries = [describe(folder / name) for name in ("b.tar", "a.tar")]
+    write_index(folder, entries)
+    assert read_index(folder) == {entry.name: entry for entry in entries}
+    document = json.loads((folder / INDEX_FILE).read_text())
+    assert [entry["name"] for entry in document["shards"]] == ["a.tar", "b.tar"]
+    assert document["shards"][1]["caption_lengths"] == {"3": 1, "182": 1}
+
+
+def test_folder_without_index_has_no_entries(tmp_path: Path) -> None:
+    assert read_index(tmp_path) == {}
+    assert read_index("memory://nothing/here") == {}
+
+
+def test_index_of_a_remote_folder_is_read(folder: Path) -> None:
+    entries = index_folder(folder)
+    with fsspec.open("memory://remote/index.json", "wb") as file:
+        cast(Any, file).write((folder / INDEX_FILE).read_bytes())
+    assert list(read_index("memory://remote/").values()) == list(read_index("memory://remote").values()) == entries
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"{}",
+        b'{"shards": [{"name": "a.tar"}]}',
+        b'{"shards": 3}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+)
+def test_broken_index_is_one_line_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / INDEX_FILE).write_bytes(content)
+    with pytest.raises(IndexFileError, match=r"index\.json") as error:
+        read_index(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_completing_an_index_reads_new_and_changed_shards_only(folder: Path) -> None:
+    marked = [replace(entry, sha256=f"as it was: {entry.name}") for entry in index_folder(folder)]
+    write_index(folder, marked)
+    make_shard(folder / "b.tar", [["other"]])
+    make_shard(folder / "c.tar", [["new"]])
+    assert (folder / "b.tar").stat().st_size == marked[1].bytes
+    os.utime(folder / "b.tar", (later := time.time() + 9, later))
+    completed = index_folder(folder)
+    assert completed == [marked[0], describe(folder / "b.tar"), describe(folder / "c.tar")]
+    make_shard(folder / "b.tar", [["a longer shard"]] * 20)
+    assert index_folder(folder)[1].samples == 20
+    (folder / "b.tar").unlink()
+    assert index_folder(folder) == [completed[0], completed[2]] == list(read_index(folder).values())
+
+
+def test_broken_shard_is_an_error_after_the_others_are_indexed(folder: Path) -> None:
+    (folder / "0.tar").write_bytes(b"no tar")
+    with pytest.raises(ShardError, match=r"0\.tar"):
+        index_folder(folder)
+    assert list(read_index(folder)) == ["a.tar", "b.tar"]
+
+
+@pytest.mark.slow
+def test_index_made_by_worker_processes_is_the_same(folder: Path) -> None:
+    entries = index_folder(folder)
+    (folder / INDEX_FILE).unlink()
+    assert index_folder(folder, workers=1) == entries
+    assert list(read_index(folder).values()) == entries
+
+
+def test_less_than_no_workers_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="workers must be at least 0, is -1"):
+        index_folder(folder, workers=-1)

@@ -1,0 +1,172 @@
+"""Runs that are killed again and again, and data that is damaged in every way."""
+
+import io
+import json
+import os
+import random
+import signal
+import tarfile
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from contracap.data.loader import DataConfig, TrainingBatches, joined_states
+from contracap.data.order import Order, SampleStream, Source
+from contracap.data.shards import Sample, count_samples, list_shards, write_shard
+from contracap.files import write_text
+from contracap.image import ImageConfig, decode
+from contracap.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(context=8, vocab_size=600)
+SAMPLES, BATCH = 200, 8
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def members(number: int) -> dict[str, bytes]:
+    return {"jpg": jpeg(number), "json": json.dumps({"caption": f"picture {number}"}).encode()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for shard, numbers in enumerate((range(0, 90), range(90, 95), range(95, SAMPLES))):
+        write_shard(folder / f"{shard}.tar", ((f"{number:03}", members(number)) for number in numbers))
+    return folder
+
+
+def batches_of(folder: Path, *, workers: int = 0, rank: int = 0, ranks: int = 1, **changes: object) -> TrainingBatches:
+    config = DataConfig(
+        **{"train": str(folder), "batch_size": BATCH, "shuffle_buffer": 40, "workers": workers, **changes}
+    )
+    return TrainingBatches(config, image=ImageConfig(size=8), tokenizer=TOKENIZER, seed=3, rank=rank, ranks=ranks)
+
+
+def read_until_killed(folder: Path, out: Path, workers: int, ranks: int, kill_at: int, place: int, last: int) -> None:
+    """Notes the keys of each batch, then the position behind it, from the last position on; may kill itself."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than this machine has cores
+    parts = [batches_of(folder, workers=workers, rank=rank, ranks=ranks) for rank in range(ranks)]
+    log, position, noted = out / "log", out / "position", 0
+    if position.exists():
+        state = json.loads(position.read_text())
+        noted = state["batches"]
+        for part in parts:
+            part.load_state_dict(state)
+    lines = log.read_text().splitlines(keepends=True)[:noted] if log.exists() else []
+    write_text(log, "".join(lines))
+    for step, rows in enumerate(zip(*(islice(part, last - noted) for part in parts), strict=True), noted + 1):
+        if step == kill_at and place == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with log.open("a") as file:
+            file.write(json.dumps([key for batch in rows for key in batch.keys]) + "\n")
+        if step == kill_at and place == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_text(position, json.dumps(joined_states([part.state_dict() for part in parts])))
+        if step == kill_at and place == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_run_killed_twenty_times_reads_every_sample_in_the_order_of_an_uninterrupted_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Each time it goes on with other numbers of workers and ranks."""
+    last = 60
+    expected = [batch.keys for batch in islice(batches_of(folder), last)]
+    chance = random.Random(0)
+    kills = sorted(chance.sample(range(1, last), 20))
+    settings = [(workers, ranks) for workers in (1, 2, 4) for ranks in (1, 2, 4)] * 3
+    chance.shuffle(settings)
+    for kill_at, (workers, ranks) in zip([*kills, 0], settings, strict=False):
+        process = get_context("fork").Process(
+            target=read_until_killed, args=(folder, tmp_path, workers, ranks, kill_at, chance.randrange(3), last)
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == (-signal.SIGKILL if kill_at else 0)
+    seen = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert seen == expected
+    epoch = [key for keys in seen[: SAMPLES // BATCH] for key in keys]
+    assert sorted(epoch) == [f"{number:03}" for number in range(SAMPLES)]
+
+
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    """Ends a test that hangs."""
+
+    def stop(signal_number: int, frame: object) -> None:
+        raise TimeoutError("the test hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("sound") / "0.tar"
+    write_shard(path, ((f"{number:03}", members(number)) for number in range(5)))
+    return path.read_bytes()
+
+
+def flipped(content: bytes, bits: list[int]) -> bytes:
+    changed = bytearray(content)
+    for bit in bits:
+        changed[bit // 8 % len(changed)] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def reordered(content: bytes, order: list[int]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(content)) as old, tarfile.open(fileobj=file, mode="w") as new:
+        parts = old.getmembers()
+        for index in order:
+            new.addfile(parts[index], old.extractfile(parts[index]))
+    return file.getvalue()
+
+
+def decoded(sample: Sample, caption: str, generator: np.random.Generator) -> str:
+    decode(sample.image)
+    return sample.key
+
+
+DAMAGES = st.one_of(
+    st.tuples(st.just(flipped), st.lists(st.integers(0, 2**20), min_size=1, max_size=20)),
+    st.tuples(st.just(lambda content, length: content[: length % len(content)]), st.integers(0, 2**20)),
+    st.tuples(st.just(reordered), st.permutations(range(10))),
+    st.tuples(st.just(lambda content, at: content[:at] + content[at + 512 :]), st.integers(0, 2**15)),
+)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=DAMAGES, counted_before=st.booleans())
+def test_damaged_shard_neither_hangs_nor_crashes_nor_loses_anything_untold(
+    sound: bytes, damage: tuple, counted_before: bool, tmp_path_factory: pytest.TempPathFactory, time_limit: None
+) -> None:
+    change, how = damage
+    folder = tmp_path_factory.mktemp("damaged")
+    shard = folder / "0.tar"
+    shard.write_bytes(sound if counted_before else change(sound, how))
+    write_shard(folder / "1.tar", ((f"{number:03}", members(number)) for number in range(5, 8)))
+    shards = tuple(list_shards(folder))
+    source = Source(shards=shards, counts=tuple(map(count_samples, shards)))
+    shard.write_bytes(change(sound, how))
+    stream = SampleStream(Order(sources=(source,), seed=0, streams=1, buffer=6, max_bad_share=0.9))
+    keys = {stream.draw(decoded) for _ in range(16)}  # two epochs at least
+    told = stream.take_skips()
+    lost = {f"{number:03}" for number in range(8)} - keys
+    assert not lost or told
