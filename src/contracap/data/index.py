@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import fsspec
 from tqdm import tqdm
 
 from contracap.config import ConfigError, build
+from contracap.data.remote import opened
 from contracap.data.shards import SampleError, ShardError, count_samples, list_shards, parse, records
 from contracap.data.workers import in_processes
 from contracap.files import write_text
@@ -81,8 +81,8 @@ def read_index(folder: str | Path) -> dict[str, ShardEntry]:
     """
     path = f"{folder}/{INDEX_FILE}".replace(f"//{INDEX_FILE}", f"/{INDEX_FILE}")
     try:
-        with fsspec.open(path, "rb") as file:
-            index = build(_Index, dict(json.loads(file.read())))  # type: ignore[union-attr]
+        with opened(path) as file:
+            index = build(_Index, dict(json.loads(file.read())))
     except FileNotFoundError:
         return {}
     except ConfigError as error:
@@ -101,8 +101,9 @@ def samples_in(shards: Sequence[str]) -> list[int]:
     Raises:
         IndexFileError: if an index cannot be read, or its shard has another size by now.
     """
-    indexes = {folder: read_index(folder) for folder in {_folder(shard) for shard in shards}}
-    found = {shard: _told(shard, indexes[_folder(shard)]) for shard in shards}
+    files = [shard for shard in shards if not shard.startswith("pipe:")]  # nothing lies beside a command's output
+    indexes = {folder: read_index(folder) for folder in {_folder(shard) for shard in files}}
+    found = dict.fromkeys(shards) | {shard: _told(shard, indexes[_folder(shard)]) for shard in files}
     unknown = [shard for shard, samples in found.items() if samples is None]
     if unknown:
         told = "counting samples; `contracap shards index FOLDER` keeps the numbers"

@@ -218,12 +218,12 @@ def _write(stream: io.BufferedIOBase, records: Iterable[tuple[str, Mapping[str, 
 @contextmanager
 def _opened(shard: str) -> Generator[tarfile.TarFile, None, None]:
     gzipped = _file_part(shard).endswith(GZIP_SUFFIXES) and not shard.startswith("pipe:")
-    with (
-        opened(shard) as file,
-        gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream,
-        tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", tarinfo=_StrictHeader) as archive,
-    ):
-        yield archive
+    with opened(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
+        seeking = file.seekable() and not gzipped  # passes over members without reading them, and reads faster
+        with tarfile.open(
+            fileobj=cast(IO[bytes], stream), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
+        ) as archive:
+            yield archive
 
 
 class _StrictHeader(tarfile.TarInfo):
