@@ -2,14 +2,13 @@
 
 import gzip
 import html
-import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.resources import files
-from itertools import islice
+from itertools import chain, islice
 
-import tokenizers
+import numpy as np
 import torch
 from jaxtyping import Int64
 from tokenizers import Regex
@@ -43,10 +42,9 @@ _NEW_LETTERS = (
 )
 _NEW_NUMBERS = "11de0-11de9 1246f-1246f 12475-1247f 12550-12686 16ff4-16ff6"
 
-if hasattr(
-    os, "register_at_fork"
-):  # a forked loader worker encodes on one thread and the library does not warn about it
-    os.register_at_fork(before=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false"))
+# CLIP's words, in cleaned texts of ASCII alone: the same as the tokenizers library finds with `_pattern`, sooner.
+_ASCII_WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")
+MOST_WORDS, LONGEST_WORD = 2**16, 64  # whose ids are remembered: some tens of megabytes at most
 
 
 class Tokenizer:
@@ -74,7 +72,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.start = vocab_size - 2
         self.end = vocab_size - 1
-        self._encoder, self._bytes = _vocabulary(vocab_size)
+        self._words, self._bytes = _vocabulary(vocab_size)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int, int]]:
         return Tokenizer, (self.context, self.vocab_size)
@@ -84,16 +82,20 @@ class Tokenizer:
 
         Raises: TypeError: if a text is not a string. ValueError: if it needs ftfy and ftfy is not installed.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         room = self.context - 2
-        rows = [
-            [self.start, *ids[:room], self.end] for ids in self._encode([texts] if isinstance(texts, str) else texts)
-        ]
-        padded = [row + [FILL] * (self.context - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), self.context)
+        rows = [self._words.ids(clean(text))[:room] for text in texts]
+        counts = np.array([len(row) for row in rows], dtype=np.int64)
+        table = np.full((len(rows), self.context), FILL, dtype=np.int64)
+        table[:, 0] = self.start
+        inside = np.arange(room) < counts[:, None]
+        table[:, 1:-1][inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(counts.sum()))
+        table[np.arange(len(rows)), counts + 1] = self.end
+        return torch.from_numpy(table)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the whole text, without start and end."""
-        return self._encode([text])[0]
+        return self._words.ids(clean(text))
 
     def decode(self, ids: Iterable[int] | Int64[Tensor, " tokens"]) -> str:
         """Text of `ids` up to the first end token, without the start token; bytes that are not UTF-8 become U+FFFD.
@@ -111,22 +113,36 @@ class Tokenizer:
             pieces.append(self._bytes[token])
         return b"".join(pieces).decode("utf-8", errors="replace").replace(END_OF_WORD, " ").strip()
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        texts = [clean(text) for text in texts]
-        rows = [encoding.ids for encoding in self._encoder.encode_batch(texts, add_special_tokens=False)]
-        for row, text in enumerate(texts):
-            if any(special in text for special in SPECIAL_STRINGS):
-                rows[row] = self._encode_with_specials(text)
-        return rows
 
-    def _encode_with_specials(self, text: str) -> list[int]:
-        special_ids = dict(zip(SPECIAL_STRINGS, (self.start, self.end), strict=True))
-        ids = []
-        for word, _ in self._encoder.pre_tokenizer.pre_tokenize_str(text):
-            if word in special_ids:
-                ids.append(special_ids[word])
-            else:
-                ids.extend(token.id for token in self._encoder.model.tokenize(word))
+class _Words:
+    """Ids of cleaned texts, word by word. Most words come again and again, so what each gives is remembered."""
+
+    def __init__(self, model: BPE, specials: dict[str, list[int]]) -> None:
+        """`specials`: words that have ids of their own."""
+        self._model, self._specials = model, specials
+        self._split = Steps(
+            [Split(Regex(_pattern()), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        self._known = dict(specials)
+
+    def ids(self, text: str) -> list[int]:
+        """Those of a whole text."""
+        if text.isascii():
+            words = _ASCII_WORD.findall(text)
+        else:
+            words = [word for word, _ in self._split.pre_tokenize_str(text)]
+        ids: list[int] = []
+        for word in words:
+            known = self._known.get(word)
+            ids += self._learn(word) if known is None else known
+        return ids
+
+    def _learn(self, word: str) -> list[int]:
+        if len(self._known) >= MOST_WORDS:
+            self._known = dict(self._specials)
+        ids = [token.id for token in self._model.tokenize(word)]
+        if len(word) <= LONGEST_WORD:
+            self._known[word] = ids
         return ids
 
 
@@ -153,8 +169,8 @@ def clean(text: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _vocabulary(vocab_size: int) -> tuple[tokenizers.Tokenizer, list[bytes]]:
-    """The encoder of the first merges, and the bytes of each id below the start token."""
+def _vocabulary(vocab_size: int) -> tuple[_Words, list[bytes]]:
+    """The encoding by the first merges, and the bytes of each id below the start token."""
     symbols = _byte_symbols()
     packed = files("contracap").joinpath("vocabulary", "clip_merges.txt.gz")
     with packed.open("rb") as file, gzip.open(file, "rt", encoding="utf-8") as lines:
@@ -167,11 +183,9 @@ def _vocabulary(vocab_size: int) -> tuple[tokenizers.Tokenizer, list[bytes]]:
     model = BPE(
         vocab={word: number for number, word in enumerate(words)}, merges=merges, end_of_word_suffix=END_OF_WORD
     )
-    encoder = tokenizers.Tokenizer(model)
-    steps = [Split(Regex(_pattern()), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
-    encoder.pre_tokenizer = Steps(steps)
+    specials = {special: [vocab_size - 2 + place] for place, special in enumerate(SPECIAL_STRINGS)}
     byte_of = {symbol: byte for byte, symbol in symbols.items()}
-    return encoder, [bytes(byte_of[character] for character in word) for word in words]
+    return _Words(model, specials), [bytes(byte_of[character] for character in word) for word in words]
 
 
 def _byte_symbols() -> dict[int, str]:
