@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from contracap.config import build, to_toml
+from contracap.data.order import OrderError
+from contracap.data.shards import records, write_shard
 from contracap.model.weights import WeightsError
 from contracap.pretrained import load, read_weights, save, save_open_clip
 from contracap.recipe import Recipe
@@ -234,3 +236,41 @@ def test_metrics_after_the_checkpoint_and_a_cut_last_line_are_dropped(recipe_val
         file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n" + '{"step": 6, "lo')
     train(build(Recipe, recipe_values | {"resume": True}))
     assert [record["step"] for record in read_metrics(folder)] == list(range(1, 9))
+
+
+def test_bad_samples_are_named_and_counted_and_survive_a_resume(recipe_values: dict, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(recipe_values["data"]["train"], shards)
+    good = list(records(str(shards / "000.tar")))
+    broken = [("broken", {"png": b"no picture", "txt": b"a"}), ("silent", {"png": good[0].members["png"]})]
+    write_shard(shards / "002.tar", broken)
+    data = recipe_values["data"] | {"train": str(shards)}
+    values = recipe_values | {"data": data, "steps": 12, "checkpoint": {"every": 4, "keep": 3}}
+    train(build(Recipe, values))
+    folder = Path(values["out"])
+
+    def named() -> list[tuple[int, str | None, str]]:
+        lines = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+        return [(line["step"], line["key"], line["kind"]) for line in lines]
+
+    first = named()
+    assert {(key, kind) for _, key, kind in first} == {("broken", "broken_picture"), ("silent", "no_caption")}
+    counts = read_metrics(folder)[-1]
+    assert counts["skipped/broken_picture"] + counts["skipped/no_caption"] == len(first)
+    link = folder / "checkpoints" / "last"
+    link.unlink()
+    link.symlink_to("step-00000004")
+    train(build(Recipe, values | {"resume": True}))
+    assert named() == first
+    assert read_metrics(folder)[-1]["skipped/no_caption"] == counts["skipped/no_caption"]
+
+
+def test_a_run_over_too_much_bad_data_stops_and_says_so(recipe_values: dict, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(recipe_values["data"]["train"], shards)
+    write_shard(shards / "002.tar", [(f"bad{number}", {"png": b"none", "txt": b"a"}) for number in range(60)])
+    data = recipe_values["data"] | {"train": str(shards), "streams": 1}
+    with pytest.raises(OrderError, match=r"more than max_bad_share = 0\.05 .* broken_picture 51"):
+        train(build(Recipe, recipe_values | {"data": data, "steps": 60}))
+    lines = (Path(recipe_values["out"]) / "skipped.jsonl").read_text().splitlines()
+    assert len(lines) == 51
