@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for verb in (make, index, show):
         shards.command(verb)
     app = SubcommandApp()
-    for verb in (quickstart, train, evaluate, caption, bench):
+    for verb in (quickstart, train, evaluate, caption, plan, bench):
         app.command(verb)
     app.command(shards, name="shards", help="Make tar shards of any source, index them, and look at them.")
     app.command(
@@ -206,14 +206,18 @@ def make(
 
 
 def index(
-    folder: Annotated[Path, arg(metavar="DIR", help="a local folder of tar shards")], /, *, workers: Workers = None
+    folder: Annotated[str, arg(metavar="DIR", help="a folder of tar shards, or its URL")],
+    /,
+    *,
+    out: Annotated[Path | None, arg(metavar="DIR", help="another folder for index.json, as a remote DIR needs")] = None,
+    workers: Workers = None,
 ) -> None:
     """Write index.json beside shards: what each holds. Training then need not count their samples."""
     from contracap.data.index import INDEX_FILE, index_folder
 
-    entries = index_folder(folder, workers=_workers(workers))
+    entries = index_folder(folder, workers=_workers(workers), out=out)
     samples, captions = (sum(getattr(entry, name) for entry in entries) for name in ("samples", "captions"))
-    print(f"{samples} samples with {captions} captions in {len(entries)} shards: {folder / INDEX_FILE}")
+    print(f"{samples} samples with {captions} captions in {len(entries)} shards: {(out or Path(folder)) / INDEX_FILE}")
 
 
 def show(
@@ -241,17 +245,54 @@ def show(
     print(*survey_lines(found), f"the page: {out}", sep="\n")
 
 
+def plan(
+    recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="the run")],
+    overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),
+    /,
+    *,
+    gpus: Annotated[int, arg(metavar="N", help="how many share each batch")],
+    gpu: Annotated[str, arg(metavar="NAME", help="a100-40g, a100-80g, h100-80g, h200-141g, l40s or rtx-4090")],
+    efficiency: Annotated[float, arg(help="share of the GPU's dense peak that forward and backward pass reach")] = 0.5,
+    text_tokens: Annotated[
+        float | None, arg(help="mean length of the captions; by default that of index.json, else the whole context")
+    ] = None,
+    hours_between_failures: Annotated[float, arg(help="of one GPU")] = 50_000.0,
+    json: ResultFile = None,
+) -> None:
+    """Say what a run costs before it is paid for: memory, time and traffic, on paper."""
+    from contracap.plan.run import plan_run
+    from contracap.recipe import load_recipe
+
+    made = plan_run(
+        load_recipe(recipe, overrides),
+        gpus=gpus,
+        gpu=gpu,
+        efficiency=efficiency,
+        text_tokens=text_tokens,
+        hours_between_failures=hours_between_failures,
+    )
+    print(made.table())
+    if json is not None:
+        made.result(_command()).write(json)
+
+
 def bench(
-    name: Annotated[Literal["data"], arg(metavar="NAME", help="what to measure: data")],
+    name: Annotated[Literal["data", "train"], arg(metavar="NAME", help="what to measure: data or train")],
     /,
     *,
     rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
+    device: Annotated[Literal["cpu", "cuda"], arg(help="for train")] = "cpu",
+    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for train, which rows; all if none")] = (),
     json: ResultFile = None,
 ) -> None:
     """Measure speed and memory, beside open_clip in the same run where it is installed."""
     from contracap.bench.data import bench_data
+    from contracap.bench.train import bench_train
 
-    benchmark = {"data": bench_data}[name](rounds=rounds)
+    if name == "data":
+        benchmark = bench_data(rounds=rounds)
+    else:
+        benchmark = bench_train(rounds=rounds, device=device, rows=rows)
     print(benchmark.table())
     if json is not None:
         benchmark.result(_command()).write(json)

@@ -1,5 +1,6 @@
 """The contrastive and the captioning loss: pure functions of tensors, in nats, float32."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +24,91 @@ class LossConfig:
             raise ValueError("loss weights must not be negative, and one must be above 0")
 
 
+Gather = Callable[[Tensor], Iterable[Tensor]]
+"""From this rank's rows (along the first dimension) to blocks which together hold the rows of all ranks, each once, in
+any order; the blocks can be gone through several times. Every rank has equally many rows."""
+
+
+def alone(rows: Tensor) -> Iterable[Tensor]:
+    """The gather of a process that is alone: its own rows."""
+    return [rows]
+
+
 def contrastive_loss(
     image_features: Float[Tensor, "batch embed"],
     text_features: Float[Tensor, "batch embed"],
     *,
     logit_scale: Float[Tensor, ""],
+    gather: Gather = alone,
+    chunk: int = 4096,
 ) -> Float[Tensor, ""]:
-    """Mean of picture-to-text and text-to-picture cross-entropy over the batch.
+    """Mean of picture-to-text and text-to-picture cross-entropy of these rows among the rows of all ranks.
+
+    On many ranks the mean of what they return is the loss of the global batch. Each rank's gradients are those of the
+    *sum* over ranks towards its own features, so that parameters get the gradient of one process on the global batch
+    once they are averaged over ranks, as DDP and FSDP do.
 
     Args:
-        image_features: unit rows; row i belongs to row i of `text_features`.
+        image_features: unit rows, float32 or finer; row i belongs to row i of `text_features`.
         logit_scale: the factor itself, not its logarithm.
+        gather: brings the rows of all ranks; see `parallel`. Its calls are all in the forward pass.
+        chunk: columns that are scored at a time; memory is batch x chunk.
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
-    logits = logit_scale.float() * image_features @ text_features.T
+    scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
+    if gather is not alone or len(image_features) > chunk:
+        learning = torch.is_grad_enabled() and (image_features.requires_grad or text_features.requires_grad)
+        return _ContrastiveLoss.apply(scale * image_features, text_features, gather, chunk, learning)
+    logits = scale * image_features @ text_features.T
     targets = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    """Contrastive loss of scaled pictures and texts, of whose scores no more than `chunk` columns are ever held.
+
+    Two passes over the columns: the first sums up what each row's scores are normalised by, the second forms the
+    gradients. A row is also a column of the other side's rows, on all ranks; what those are normalised by is gathered
+    as well, two numbers a pair, so that no gradient needs to travel. The backward pass only scales.
+    Source: Inf-CL (arXiv 2410.17243), for the online sum in tiles; DisCo-CLIP (arXiv 2304.08480), for gradients of
+    other ranks' terms formed where the features are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Float[Tensor, "batch embed"],
+        texts: Float[Tensor, "batch embed"],
+        gather: Gather,
+        chunk: int,
+        learning: bool,
+    ) -> Float[Tensor, ""]:
+        rows = torch.stack([images, texts])
+        blocks = gather(torch.stack([texts, images], dim=1))  # as columns: opposite each side lies the other
+
+        normaliser = rows.new_full(rows.shape[:2], -torch.inf)
+        for block in blocks:
+            for part in block.split(chunk):
+                columns = part.transpose(0, 1)
+                normaliser = torch.logaddexp(normaliser, (rows @ columns.mT).logsumexp(dim=2))
+        if learning:
+            gradient = torch.zeros_like(rows)
+            for block, theirs in zip(blocks, gather(normaliser.flip(0).T.contiguous()), strict=True):
+                for part, their_part in zip(block.split(chunk), theirs.split(chunk), strict=True):
+                    columns = part.transpose(0, 1)
+                    scores = rows @ columns.mT
+                    shares = (scores - normaliser[:, :, None]).exp_()
+                    shares += scores.sub_(their_part.T[:, None]).exp_()
+                    gradient.baddbmm_(shares, columns)
+            ctx.save_for_backward((gradient / 2 - rows.flip(0)) / len(images))
+        return (normaliser.mean(0) - (images * texts).sum(1)).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  # the decorator drops its names
+        to_images, to_texts = ctx.saved_tensors[0] * grad_outputs[0]
+        return to_images, to_texts, None, None, None
 
 
 def captioning_loss(

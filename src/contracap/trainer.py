@@ -1,6 +1,7 @@
 """The trainer: a recipe in, a run folder out."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any, Literal
 import torch
 
 from contracap.config import to_dict, to_toml
-from contracap.data.loader import DataConfig, TrainingBatches, validation_batches
+from contracap.data.loader import DataConfig, TrainingBatches, joined_states, validation_batches
+from contracap.data.order import OrderError
 from contracap.data.shards import list_shards
 from contracap.files import write_text
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa, evaluating
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
+from contracap.parallel import ParallelError, Ranks, started, wrapped
 from contracap.pretrained import load, processor_for, random_model, read_weights
 from contracap.recipe import Precision, Recipe, load_recipe
 from contracap.training.checkpoint import (
@@ -26,7 +29,7 @@ from contracap.training.checkpoint import (
     save_checkpoint,
 )
 from contracap.training.loop import Event, TrainingError, repeat_steps
-from contracap.training.metrics import Recorder
+from contracap.training.metrics import Recorder, Silent
 from contracap.training.optimizer import build_optimizer, freeze
 from contracap.training.step import StepConfig, TrainingState, count_labels, losses
 
@@ -36,14 +39,22 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> Path:
-    """Train to the recipe's last step and return the newest checkpoint.
+    """Train to the recipe's last step and return the newest checkpoint. Under `torchrun` the ranks share each batch.
 
-    Writes to the run folder: `recipe.toml` (resolved), `metrics.jsonl`, `tensorboard/`, `checkpoints/` with `last`.
+    Writes to the run folder: `recipe.toml` (resolved), `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`, `checkpoints/`
+    with `last`.
 
     Raises:
         CheckpointError: if the folder holds a run and `resume` is false, or one of another model.
         TrainingError: at a NaN or infinite loss, unless the recipe skips such steps.
+        OrderError: if too much of the data is bad.
+        ParallelError: if the ranks cannot be started, or cannot share the batch.
     """
+    with started(_device(recipe)) as ranks:
+        return _train(recipe, ranks)
+
+
+def _train(recipe: Recipe, ranks: Ranks) -> Path:
     folder = Path(recipe.out)
     checkpoints = folder / CHECKPOINTS
     checkpoint = last_checkpoint(checkpoints)
@@ -51,8 +62,12 @@ def train(recipe: Recipe) -> Path:
         raise CheckpointError(
             f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
         )
-    device = _device(recipe)
-    recipe = replace(recipe, precision=precision_on(device, recipe.precision))
+    if recipe.data.batch_size % (ranks.count * recipe.accumulation):
+        raise ParallelError(
+            f"data.batch_size {recipe.data.batch_size} cannot be shared by {ranks.count} ranks in parts of "
+            f"accumulation {recipe.accumulation}: make it a multiple of {ranks.count * recipe.accumulation}"
+        )
+    recipe = replace(recipe, precision=precision_on(ranks.device, recipe.precision))
     if recipe.data.validation is not None:
         list_shards(recipe.data.validation)  # a wrong path is found now, not hours later
     if checkpoint:
@@ -64,14 +79,18 @@ def train(recipe: Recipe) -> Path:
     freeze(model, recipe.frozen)
     freeze(model, [] if recipe.loss.contrastive else model.only_for_contrastive())
     freeze(model, [] if recipe.loss.captioning else model.only_for_captioning())
-    model.to(device)
+    model.to(ranks.device)
     state = TrainingState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
         average=moving_average(model) if recipe.ema_decay else None,
+        ranks=ranks,
+        wrapped=wrapped(model, "ddp", ranks),
     )
     tokenizer = processor_for(model.config, image).tokenizer
-    batches = TrainingBatches(recipe.data, image=image, tokenizer=tokenizer, seed=recipe.seed)
+    batches = TrainingBatches(
+        recipe.data, image=image, tokenizer=tokenizer, seed=recipe.seed, rank=ranks.rank, ranks=ranks.count
+    )
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
         if state.step > recipe.steps:
@@ -79,7 +98,6 @@ def train(recipe: Recipe) -> Path:
                 f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps"
             )
         logger.info("going on from %s", checkpoint)
-    write_text(folder / RECIPE_FILE, to_toml(recipe))
     config = StepConfig(
         loss=recipe.loss,
         optimizer=recipe.optimizer,
@@ -90,21 +108,38 @@ def train(recipe: Recipe) -> Path:
         ema_decay=recipe.ema_decay,
         seed=recipe.seed,
     )
-    with Recorder(folder, start=state.step, total_steps=recipe.steps) as recorder:
-
-        def validation() -> None:
-            recorder.record(state.step, validate(model, recipe.data, config))
-
-        def checkpointing() -> None:
-            save_checkpoint(checkpoints, state, image=image, data=batches.state_dict(), keep=recipe.checkpoint.keep)
+    ranks.wait()  # all have looked at what the folder held before it changes
+    if ranks.rank == 0:
+        write_text(folder / RECIPE_FILE, to_toml(recipe))
+    with Recorder(folder, start=state.step, total_steps=recipe.steps) if ranks.rank == 0 else Silent() as recorder:
 
         def skipping() -> None:
-            recorder.skips(batches.take_skips())
+            recorder.skips([skip for skips in ranks.collect(batches.take_skips()) for skip in skips])
+
+        def counts() -> dict[str, float]:
+            total = sum(map(Counter, ranks.collect(batches.skipped)), Counter[str]())
+            return {f"skipped/{kind}": float(number) for kind, number in total.items()}
 
         def log() -> None:
-            recorder.log({f"skipped/{kind}": number for kind, number in batches.skipped.items()})
+            recorder.log(counts())
 
-        events = [Event(1, skipping), Event(recipe.log_every, log), Event(recipe.checkpoint.every, checkpointing)]
+        def validation() -> None:
+            if ranks.rank == 0:
+                recorder.record(state.step, validate(model, recipe.data, config))
+
+        def checkpointing() -> None:
+            skipping()
+            position = joined_states(ranks.collect(batches.state_dict()))
+            if ranks.rank == 0:
+                save_checkpoint(checkpoints, state, image=image, data=position, keep=recipe.checkpoint.keep)
+            ranks.wait()
+
+        skip_every = 1 if ranks.count == 1 else recipe.log_every  # with several it takes a message to all
+        events = [
+            Event(skip_every, skipping),
+            Event(recipe.log_every, log),
+            Event(recipe.checkpoint.every, checkpointing),
+        ]
         if recipe.validate_every:
             events.append(Event(recipe.validate_every, validation))
         try:
@@ -114,8 +149,10 @@ def train(recipe: Recipe) -> Path:
                 f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. "
                 "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
             ) from None
-        finally:
-            skipping()  # those that stopped the run, too
+        except OrderError:  # on this rank alone: the others are not asked
+            recorder.skips(batches.take_skips())
+            recorder.record(state.step, {f"skipped/{kind}": float(count) for kind, count in batches.skipped.items()})
+            raise
     return checkpoints / checkpoint_name(recipe.steps)
 
 

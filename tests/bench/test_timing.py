@@ -15,6 +15,7 @@ from contracap.bench.timing import (
     in_turns,
     peak_mib,
     peer_module,
+    require_equal,
     this_machine,
     threads,
 )
@@ -80,6 +81,18 @@ def test_nothing_is_timed_where_the_outputs_differ() -> None:
     with pytest.raises(UnequalError, match="row 3 differs"):
         compare("x", ours=lambda: calls.append(1), checked_peer=checked_peer, items=1, unit="items/s")
     assert not calls
+
+
+def test_numbers_are_equal_within_the_tolerance_of_the_peer_s_and_a_nan_never_is() -> None:
+    note = require_equal(
+        {"loss": 2.002, "norm": 1.0, "rate": 5.0}, {"loss": 2.0, "norm": torch.ones(())}, tolerance=0.01
+    )
+    assert note == "loss, norm differ by 1.0e-03 at most (allowed: 1e-02)"
+    with pytest.raises(UnequalError, match=r"loss is 2\.002, the peer's 2: 1.0e-03 apart, allowed is 1e-04"):
+        require_equal({"loss": 2.002}, {"loss": 2.0}, tolerance=1e-4)
+    for ours, peer in ((float("nan"), 1.0), (1.0, float("nan"))):
+        with pytest.raises(UnequalError, match="loss is"):
+            require_equal({"loss": ours}, {"loss": peer}, tolerance=0.01)
 
 
 def test_without_a_peer_ours_is_timed_and_the_rest_is_null_with_the_reason() -> None:
@@ -154,3 +167,14 @@ def test_peak_memory_remembers_what_was_freed() -> None:
     block = b"\1" * (256 * 2**20)
     del block
     assert peak_mib() >= 256
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
+def test_growth_counts_what_a_work_frees_again() -> None:
+    program = (
+        "import torch; from contracap.bench.timing import peak_growth; held = bytearray(64 * 2**20); "
+        "print(peak_growth(lambda: len(b'1' * (256 * 2**20)), torch.device('cpu')))"
+    )
+    child = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert 240 < float(child.stdout) < 288  # 256, as the kernel counts

@@ -9,8 +9,17 @@ from typing import Any, cast
 import fsspec
 import pytest
 
-from contracap.data.index import INDEX_FILE, IndexFileError, ShardEntry, describe, index_folder, read_index, write_index
-from contracap.data.shards import ShardError, write_shard
+from contracap.data.index import (
+    INDEX_FILE,
+    IndexFileError,
+    ShardEntry,
+    describe,
+    index_folder,
+    read_index,
+    samples_in,
+    write_index,
+)
+from contracap.data.shards import ShardError, list_shards, write_shard
 
 LONG = "a dog runs " * 60  # 180 words, each a token
 
@@ -133,3 +142,32 @@ def test_index_made_by_worker_processes_is_the_same(folder: Path) -> None:
 def test_less_than_no_workers_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="workers must be at least 0, is -1"):
         index_folder(folder, workers=-1)
+
+
+def test_shard_that_is_indexed_and_gone_is_an_error(folder: Path) -> None:
+    write_index(folder, [*index_folder(folder), replace(describe(list_shards(folder)[0]), name="gone.tar")])
+    with pytest.raises(IndexFileError, match=r"lists gone\.tar, which is not there"):
+        samples_in(list_shards(folder))
+
+
+def test_samples_are_known_from_the_index_img2dataset_or_the_headers(tmp_path: Path) -> None:
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", ((str(key), {"jpg": b"p"}) for key in range(number + 2)))
+    (tmp_path / "1_stats.json").write_text('{"count": 9, "successes": 7}')
+    shards = list_shards(tmp_path)
+    assert samples_in(shards) == [2, 7, 4]
+    index_folder(tmp_path)
+    assert samples_in(shards) == [2, 3, 4]
+    write_shard(tmp_path / "0.tar", ((str(key), {"jpg": bytes(9000)}) for key in range(8)))
+    with pytest.raises(IndexFileError, match="index it again"):
+        samples_in(shards)
+
+
+def test_remote_folder_is_indexed_into_a_local_one(tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    write_shard(local / "0.tar", [("a", {"jpg": b"p", "txt": b"t"})])
+    with fsspec.open("memory://bucket/shards/0.tar", "wb") as file:
+        cast(Any, file).write((local / "0.tar").read_bytes())
+    with pytest.raises(IndexFileError, match="is remote: give a local folder"):
+        index_folder("memory://bucket/shards/")
+    assert index_folder("memory://bucket/shards/", out=tmp_path / "out") == index_folder(local)

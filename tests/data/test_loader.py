@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import pickle
 from collections.abc import Iterator
 from itertools import islice
@@ -253,10 +254,34 @@ def test_cut_shard_is_told_of_and_its_rest_left_out(tmp_path: Path) -> None:
     whole = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 3])
     batches = training(tmp_path, streams=1, batch_size=1, shuffle_buffer=100)
-    assert len({batch.keys[0] for batch in islice(batches, 7)}) == 7
-    (skip,) = batches.take_skips()
+    keys = {batch.keys[0] for batch in islice(batches, 16)}
+    assert {f"{number:04}" for number in range(8)} <= keys
+    assert "0010" not in keys
+    (skip, *_) = batches.take_skips()
     assert skip.key is None
     assert "1.tar" in skip.reason
+
+
+def test_too_many_lost_samples_stop_the_run(tmp_path: Path) -> None:
+    for number in range(4):
+        make_shard(tmp_path / f"{number}.tar", range(500 * number, 500 * (number + 1)))
+    batches = training(tmp_path, batch_size=8, max_bad_share=0.2, streams=4)
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(b"\1" * len(whole))
+    with pytest.raises(OrderError, match=r"broken shards have lost 500 of .* cannot read shard .*1\.tar"):
+        for _ in islice(batches, 250):
+            pass
+
+
+def test_worker_that_dies_is_one_line(folder: Path) -> None:
+    batches = iter(training(folder, workers=2))
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(OrderError, match="a worker process of the data died") as error:
+        for _ in range(20):
+            next(batches)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -318,6 +343,7 @@ def test_resuming_with_other_shards_is_refused(folder: Path, tmp_path: Path) -> 
     ("values", "message"),
     [
         ({"streams": 3}, "streams is 3; it must divide batch_size 4"),
+        ({"length_buckets": True}, "length_buckets needs epoch_end"),
         ({"max_bad_share": 1.0}, "max_bad_share is 1.0"),
         ({"epoch_end": "pad", "captions": CaptionConfig(use="all")}, "epoch_end = 'pad' needs one data set"),
         ({"batch_size": 0}, "batch_size must be at least 1, is 0"),

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from contracap.data.index import samples_in
 from contracap.data.loader import DataConfig, TrainingBatches, joined_states
 from contracap.data.order import Order, SampleStream, Source
-from contracap.data.shards import Sample, count_samples, list_shards, write_shard
+from contracap.data.shards import Sample, list_shards, write_shard
 from contracap.files import write_text
 from contracap.image import ImageConfig, decode
 from contracap.tokenizer import Tokenizer
@@ -144,11 +145,16 @@ def decoded(sample: Sample, caption: str, generator: np.random.Generator) -> str
     return sample.key
 
 
+def zeroed(content: bytes, block: int) -> bytes:
+    return content[: block * 512] + bytes(512) + content[(block + 1) * 512 :]
+
+
 DAMAGES = st.one_of(
     st.tuples(st.just(flipped), st.lists(st.integers(0, 2**20), min_size=1, max_size=20)),
     st.tuples(st.just(lambda content, length: content[: length % len(content)]), st.integers(0, 2**20)),
     st.tuples(st.just(reordered), st.permutations(range(10))),
     st.tuples(st.just(lambda content, at: content[:at] + content[at + 512 :]), st.integers(0, 2**15)),
+    st.tuples(st.just(zeroed), st.integers(0, 20)),
 )
 
 
@@ -163,10 +169,12 @@ def test_damaged_shard_neither_hangs_nor_crashes_nor_loses_anything_untold(
     shard.write_bytes(sound if counted_before else change(sound, how))
     write_shard(folder / "1.tar", ((f"{number:03}", members(number)) for number in range(5, 8)))
     shards = tuple(list_shards(folder))
-    source = Source(shards=shards, counts=tuple(map(count_samples, shards)))
+    source = Source(shards=shards, counts=tuple(samples_in(shards)))
     shard.write_bytes(change(sound, how))
     stream = SampleStream(Order(sources=(source,), seed=0, streams=1, buffer=6, max_bad_share=0.9))
-    keys = {stream.draw(decoded) for _ in range(16)}  # two epochs at least
-    told = stream.take_skips()
+    keys = set()
+    while stream.state_dict()["sources"][0]["epoch"] < 1:
+        keys.add(stream.draw(decoded))
+    told = sum(skip.samples for skip in stream.take_skips())
     lost = {f"{number:03}" for number in range(8)} - keys
-    assert not lost or told
+    assert told >= (len(lost) if counted_before else bool(lost))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.data.shards import (
+    SAMPLE_SUFFIXES,
     Record,
     SampleError,
     ShardError,
@@ -228,3 +229,31 @@ def test_absent_shards_are_clear_errors(tmp_path: Path) -> None:
         list_shards(str(tmp_path / "nothing.tar"))
     with pytest.raises(FileNotFoundError, match="empty"):
         list_shards([])
+
+
+def test_block_of_zeros_within_a_shard_does_not_end_it(tmp_path: Path) -> None:
+    simple_shard(tmp_path / "0.tar", ["a", "b", "c", "d"])
+    content = bytearray((tmp_path / "0.tar").read_bytes())
+    header = content.index(b"c.jpg")
+    content[header : header + 512] = bytes(512)
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(ShardError, match="a block of zeros at byte"):
+        our_records(str(tmp_path / "0.tar"))
+
+
+def test_members_that_unfold_to_more_than_any_picture_are_not_read(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("bomb.jpg")
+    header.size = 2**40
+    with (tmp_path / "0.tar").open("wb") as file:
+        file.write(header.tobuf(format=tarfile.GNU_FORMAT))
+    with pytest.raises(ShardError, match=r"0\.tar"):
+        our_records(str(tmp_path / "0.tar"))
+    record = Record(key="bomb", members={"jpg": b""}, shard="0.tar", too_large=["jpg"])
+    with pytest.raises(SampleError, match=r"bomb of 0\.tar: jpg has more than 268,435,456 bytes"):
+        parse(record)
+
+
+def test_members_of_other_suffixes_are_left_empty_when_asked_for(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": b"features", "txt": b"t"})])
+    (record,) = records(str(tmp_path / "0.tar"), suffixes=SAMPLE_SUFFIXES)
+    assert record.members == {"jpg": b"p", "npy": b"", "txt": b"t"}

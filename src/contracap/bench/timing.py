@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from contracap.evaluation.result import Result
 
@@ -151,6 +152,24 @@ def in_turns(*works: Work, rounds: int, clock: Callable[[], float]) -> list[list
     return seconds
 
 
+def require_equal(ours: Mapping[str, float | Tensor], peer: Mapping[str, float | Tensor], *, tolerance: float) -> str:
+    """Says how far the peer's numbers and ours of the same names agree, relative to the peer's.
+
+    Raises:
+        UnequalError: if one is further off than `tolerance`, or not a number.
+    """
+    largest = 0.0
+    for name, value in peer.items():
+        found, expected = float(ours[name]), float(value)
+        difference = abs(found / expected - 1)
+        if not difference <= tolerance:  # NaN is not equal either
+            raise UnequalError(
+                f"{name} is {found:.6g}, the peer's {expected:.6g}: {difference:.1e} apart, allowed is {tolerance:.0e}"
+            )
+        largest = max(largest, difference)
+    return f"{', '.join(peer)} differ by {largest:.1e} at most (allowed: {tolerance:.0e})"
+
+
 def peer_module(name: str) -> ModuleType:
     """A module of the peer, found by its name: the package does not depend on it.
 
@@ -182,9 +201,24 @@ def peak_mib() -> float:
     Raises:
         FileNotFoundError: outside of Linux.
     """
-    # Not getrusage, whose peak a child process inherits from its parent.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return _resident_mib("VmHWM")  # not getrusage, whose peak a child process inherits from its parent
+
+
+def peak_growth(work: Work, device: torch.device) -> float:
+    """The MiB that `work` adds at its peak to what is held before it. On a CPU of resident memory, whose peak never
+    falls: only a work that goes beyond all before it in this process is measured.
+
+    Raises:
+        FileNotFoundError: outside of Linux.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
+    resident = _resident_mib("VmRSS")
+    work()
+    return peak_mib() - resident
 
 
 def this_machine() -> dict[str, Any]:
@@ -218,6 +252,11 @@ def _stand_ins() -> Iterator[None]:
     finally:
         for name in added:
             del sys.modules[name]
+
+
+def _resident_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def _number(value: float | None) -> str:

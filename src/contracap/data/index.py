@@ -2,21 +2,26 @@
 
 import hashlib
 import json
+import logging
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from tqdm import tqdm
 
-from contracap.config import ConfigError, build
-from contracap.data.remote import opened
+from contracap.data.remote import BUFFER_BYTES, opened
 from contracap.data.shards import SampleError, ShardError, count_samples, list_shards, parse, records
 from contracap.data.workers import in_processes
 from contracap.files import write_text
 from contracap.tokenizer import Tokenizer
 
 INDEX_FILE = "index.json"
+logger = logging.getLogger(__name__)
 
 
 class IndexFileError(ValueError):
@@ -39,21 +44,25 @@ class ShardEntry:
     caption_lengths: dict[int, int]
 
 
-@dataclass(frozen=True)
-class _Index:
-    """The file as it stands."""
-
-    shards: list[ShardEntry]
-
-
 def describe(shard: str | Path) -> ShardEntry:
-    """The entry of one local shard, which is read whole.
+    """The entry of one shard, which is read whole, and a remote one downloaded for it.
 
     Raises:
         ShardError: if it is missing, cut or broken.
+        RemoteError: if it cannot be downloaded.
     """
-    path, tokenizer = Path(shard), Tokenizer()
-    samples, lengths = 0, Counter[int]()
+    name = str(shard)
+    if "://" not in name:
+        return _describe(Path(name))
+    with TemporaryDirectory() as folder, opened(name) as remote:
+        path = Path(folder, name.rpartition("/")[2])
+        with path.open("wb") as file:
+            shutil.copyfileobj(remote, file, BUFFER_BYTES)
+        return _describe(path)
+
+
+def _describe(path: Path) -> ShardEntry:
+    tokenizer, samples, lengths = Tokenizer(), 0, Counter[int]()
     for record in records(str(path)):
         samples += 1
         try:
@@ -82,14 +91,23 @@ def read_index(folder: str | Path) -> dict[str, ShardEntry]:
     path = f"{folder}/{INDEX_FILE}".replace(f"//{INDEX_FILE}", f"/{INDEX_FILE}")
     try:
         with opened(path) as file:
-            index = build(_Index, dict(json.loads(file.read())))
+            entries = [_entry(**values) for values in dict(json.loads(file.read()))["shards"]]
     except FileNotFoundError:
         return {}
-    except ConfigError as error:
-        raise IndexFileError(f"{path} is no index of shards ({error}); delete it and index the folder again") from None
+    except (KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise IndexFileError(f"{path} is no index of shards ({reason}); delete it and index the folder again") from None
     except Exception as error:  # broken JSON, and whatever the file systems behind fsspec raise
         raise IndexFileError(f"cannot read the index {path}: {error or type(error).__name__}") from error
-    return {entry.name: entry for entry in index.shards}
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(*, caption_lengths: dict[str, int], **values: Any) -> ShardEntry:
+    """From the values in the file. Only what decides the order is checked: an index may have a million entries."""
+    entry = ShardEntry(caption_lengths={int(length): count for length, count in caption_lengths.items()}, **values)
+    if not (isinstance(entry.name, str) and type(entry.samples) is type(entry.bytes) is int and entry.samples >= 0):
+        raise TypeError(f"an entry has name {entry.name!r}, samples {entry.samples!r}, bytes {entry.bytes!r}")
+    return entry
 
 
 def samples_in(shards: Sequence[str]) -> list[int]:
@@ -100,15 +118,34 @@ def samples_in(shards: Sequence[str]) -> list[int]:
 
     Raises:
         IndexFileError: if an index cannot be read, or its shard has another size by now.
+        ShardError: if a remote shard cannot be counted.
     """
     files = [shard for shard in shards if not shard.startswith("pipe:")]  # nothing lies beside a command's output
     indexes = {folder: read_index(folder) for folder in {_folder(shard) for shard in files}}
+    for folder, entries in indexes.items():
+        gone = set(entries).difference(os.listdir(folder)) if os.path.isdir(folder) else ()
+        if gone:
+            raise IndexFileError(
+                f"{folder}/{INDEX_FILE} lists {min(gone)}, which is not there ({len(gone)} of {len(entries)} shards "
+                f"are gone): bring it back, or index what is left with `contracap shards index {folder}`"
+            )
     found = dict.fromkeys(shards) | {shard: _told(shard, indexes[_folder(shard)]) for shard in files}
     unknown = [shard for shard, samples in found.items() if samples is None]
     if unknown:
         told = "counting samples; `contracap shards index FOLDER` keeps the numbers"
-        found |= {shard: count_samples(shard) for shard in tqdm(unknown, told, unit=" shards", disable=None, delay=2)}
+        found |= {shard: _counted(shard) for shard in tqdm(unknown, told, unit=" shards", disable=None, delay=2)}
     return [found[shard] or 0 for shard in shards]
+
+
+def _counted(shard: str) -> int:
+    """Of a damaged shard the samples before the damage and one more, for what broke: reading it will tell of that."""
+    try:
+        return count_samples(shard)
+    except ShardError as error:
+        if not Path(shard).is_file():  # it may be a network's failure: another count another day would be another order
+            raise
+        logger.warning("%s", error)
+        return error.whole + 1
 
 
 def _told(shard: str, index: Mapping[str, ShardEntry]) -> int | None:
@@ -140,7 +177,7 @@ def write_index(folder: str | Path, entries: Iterable[ShardEntry]) -> None:
     write_text(Path(folder) / INDEX_FILE, '{"shards": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
-def index_folder(folder: str | Path, workers: int = 0) -> list[ShardEntry]:
+def index_folder(folder: str | Path, workers: int = 0, *, out: str | Path | None = None) -> list[ShardEntry]:
     """Makes or completes the index of a local folder of shards; the entries in the order of their names.
 
     The entry of a shard is kept while the shard has the same size in bytes and is not newer than the index, and goes
@@ -149,39 +186,52 @@ def index_folder(folder: str | Path, workers: int = 0) -> list[ShardEntry]:
     Args:
         folder: where the shards lie, and the index will.
         workers: processes that read; 0: the calling one.
+        out: another, local folder for the index, as a remote folder of shards needs.
 
     Raises:
         FileNotFoundError: if the folder holds no shards.
         IndexFileError: if there is an index that cannot be read.
+        RemoteError: likewise, of a remote shard.
         ShardError: if a shard cannot be read; the others are in the index.
     """
-    shards, known = list_shards(folder), read_index(folder)
-    written = (Path(folder) / INDEX_FILE).stat().st_mtime_ns if known else 0
-    entries, unknown, broken = list[ShardEntry](), list[Path](), list[ShardError]()
-    for path in map(Path, shards):
-        entry, state = known.get(path.name), path.stat()
+    remote = "://" in str(folder)
+    if remote and out is None:
+        raise IndexFileError(
+            f"{folder} is remote: give a local folder for {INDEX_FILE}, and put it beside the shards then"
+        )
+    out = Path(out or folder)
+    shards, known = list_shards(folder), read_index(out)
+    written = (out / INDEX_FILE).stat().st_mtime_ns if known else 0
+    entries, unknown, broken = list[ShardEntry](), list[str](), list[ShardError | OSError]()
+    for shard in shards:
+        entry = known.get(shard.rpartition("/")[2])
         # Tar files are filled up to 10,240 bytes, so a change often leaves the size
-        if entry is not None and entry.bytes == state.st_size and state.st_mtime_ns <= written:
+        if entry is not None and (remote or _is_unchanged(Path(shard), entry, written)):
             entries.append(entry)
         else:
-            unknown.append(path)
+            unknown.append(shard)
     described = in_processes(_described, unknown, workers)
     try:
         for made in tqdm(described, "index", len(unknown), unit=" shards", disable=None):
-            if isinstance(made, ShardError):
-                broken.append(made)
-            else:
+            if isinstance(made, ShardEntry):
                 entries.append(made)
+            else:
+                broken.append(made)
     finally:
-        write_index(folder, entries)
+        write_index(out, entries)
     if broken:
         raise min(broken, key=str)
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def _described(shard: Path) -> ShardEntry | ShardError:
+def _is_unchanged(path: Path, entry: ShardEntry, since: int) -> bool:
+    state = path.stat()
+    return entry.bytes == state.st_size and state.st_mtime_ns <= since
+
+
+def _described(shard: str) -> ShardEntry | ShardError | OSError:
     """An error is handed over, so that it does not end the work on the other shards."""
     try:
         return describe(shard)
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         return error

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from contracap.data.batch import Batch
 from contracap.data.captions import CaptionConfig
 from contracap.data.index import samples_in
-from contracap.data.order import Order, OrderError, SampleStream, Skip, Source
+from contracap.data.order import WINDOW, Order, OrderError, SampleStream, Skip, Source
 from contracap.data.shards import Sample, list_shards, samples
 from contracap.image import AugmentationConfig, ImageConfig, ImageSizeError, augment, decode, resize_and_crop
 from contracap.tokenizer import Tokenizer, lengths
@@ -57,7 +57,8 @@ class DataConfig:
         batch_size: pictures with their captions in a step.
         weighting: what the weights of a mixture mean: the `probability` that a sample comes from the source, or how
             often each of its `samples` comes, so that large sources come more often.
-        shuffle_buffer: samples that are shuffled together, all streams taken together.
+        shuffle_buffer: samples that are shuffled together, all streams taken together. Twice as many encoded pictures
+            are in memory: the next ones are read while these are used.
         streams: independent orders that fill each batch together, an equal part each. They decide the order, unlike
             the number of workers and ranks, which each read some of them: a multiple of every number of ranks that a
             run may have. By default the largest of 1, 2, 4, 8, 16 that divides the batch.
@@ -65,12 +66,14 @@ class DataConfig:
         epoch_end: how an epoch ends within a batch: the batch `continue`s with the next epoch; or an epoch has a whole
             number of batches, and the last samples `drop` out, or the first ones come again to `pad` the last batch.
         captions: which captions stand for a picture.
-        length_buckets: batches of captions of about equal length, from those in the shuffle buffer.
+        length_buckets: batches of captions of about equal length, from those in the shuffle buffer. Epochs must have a
+            whole number of batches then.
         augmentation: of the pictures.
         scaled_decoding: decode large JPEG pictures at a fraction of their size, no less than twice what the model
             sees: faster, with slightly other pixels.
         smallest_side: pictures with a shorter side, in pixels, are bad samples.
-        max_bad_share: the run stops when more than this share of a thousand samples in a row is bad.
+        max_bad_share: the run stops when more than this share of a thousand samples in a row of a stream is bad, or of
+            an epoch is lost in broken shards.
 
     Raises:
         ValueError: if a number is out of range, or the streams do not divide the batch.
@@ -80,7 +83,7 @@ class DataConfig:
     validation: str | tuple[str, ...] | None = None
     batch_size: int
     weighting: Literal["probability", "samples"] = "probability"
-    shuffle_buffer: int = 2000
+    shuffle_buffer: int = 10_000
     streams: int | None = None
     workers: int = 0
     epoch_end: Literal["continue", "drop", "pad"] = "continue"
@@ -104,6 +107,9 @@ class DataConfig:
                 f"epoch_end = {self.epoch_end!r} needs one data set and one caption a picture, else nobody knows where "
                 "an epoch ends: leave it out"
             )
+
+        if self.length_buckets and self.epoch_end == "continue":
+            raise ValueError("length_buckets needs epoch_end = 'drop' or 'pad', else streams drift apart")
 
     @property
     def stream_count(self) -> int:
@@ -153,6 +159,7 @@ class TrainingBatches:
         start = SampleStream(self._order).state_dict()
         self._states = {stream: start for stream in self._streams}
         self._skips: list[Skip] = []
+        self._read = self._lost = 0  # samples, since about an epoch
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -163,8 +170,7 @@ class TrainingBatches:
         """The batches from the present position on.
 
         Raises:
-            OrderError: if more than the allowed share of the samples is bad, or the shards hold less than when the
-                state that was loaded was saved.
+            OrderError: if more than the allowed share of the samples is bad or lost, or a worker process dies.
         """
         workers = min(self._config.workers, len(self._streams))
         self._maker.start(self._states)
@@ -177,14 +183,40 @@ class TrainingBatches:
             )
         )
         while True:
-            parts = [next(loader) for _ in range(max(1, workers))]  # the loader takes turns among its workers
+            try:
+                parts = [next(loader) for _ in range(max(1, workers))]  # the loader takes turns among its workers
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise OrderError(
+                    f"a worker process of the data died ({' '.join(str(error).split())}). Often that is for lack of "
+                    "memory: lower data.workers or data.shuffle_buffer"
+                ) from None
+            made = []
             for part in parts:
                 self._skips += part.skips
                 if isinstance(part.outcome, OrderError):
                     raise part.outcome
+                made.append(part.outcome)
                 self._states |= part.states
+            batch = Batch.joined(made)
+            lost = sum(skip.samples for part in parts for skip in part.skips if skip.key is None)
+            self._require_few_lost(read=len(batch), lost=lost)
             self._batches += 1
-            yield Batch.joined([part.outcome for part in parts])
+            yield batch
+
+    def _require_few_lost(self, *, read: int, lost: int) -> None:
+        epoch = sum(source.samples for source in self._order.sources) * len(self._streams) // self._order.streams
+        if self._read > max(epoch, WINDOW):  # what came before fades
+            self._read, self._lost = self._read // 2, self._lost // 2
+        self._read += read + lost
+        self._lost += lost
+        if self._lost > self._config.max_bad_share * max(epoch, WINDOW):
+            raise OrderError(
+                f"broken shards have lost {self._lost} of {self._read} samples, more than max_bad_share = "
+                f"{self._config.max_bad_share} of an epoch; the last: {self._skips[-1].reason}. "
+                "Mend the data, or raise data.max_bad_share"
+            )
 
     def take_skips(self) -> list[Skip]:
         """What was left out since the last call."""
@@ -357,12 +389,14 @@ def validation_batches(
     Raises:
         ValueError: at a sample that cannot be used, or if there is no full batch.
     """
-    whole = 0
-    rows = (
-        (resize_and_crop(decode(sample.image, name=sample.key), image), sample.captions[0], sample.key)
-        for sample in evaluation_samples(path)
-        if sample.captions
-    )
+
+    def prepared_rows() -> Iterator[tuple[UInt8[Tensor, "3 size size"], str, str]]:
+        for sample in evaluation_samples(path):
+            if sample.captions:
+                picture = decode(sample.image, name=f"{sample.key} of {sample.shard}")
+                yield resize_and_crop(picture, image), sample.captions[0], sample.key
+
+    rows, whole = prepared_rows(), 0
     while len(prepared := list(islice(rows, batch_size))) == batch_size:
         whole += 1
         yield _collate(prepared, tokenizer)

@@ -81,6 +81,8 @@ def make_shards(
     for name, value in (("samples_per_shard", samples_per_shard), ("shorter_side", shorter_side)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, is {value}")
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, is {workers}")
     read = read_source(
         source,
         kind=kind,
@@ -281,5 +283,5 @@ def _suffix(content: bytes) -> str:
 def _fingerprint(items: Iterable[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps([item.source, item.captions, item.fields], default=str).encode())
+        digest.update(json.dumps([item.source, item.picture, item.captions, item.fields], default=str).encode())
     return digest.hexdigest()

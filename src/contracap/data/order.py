@@ -7,26 +7,27 @@ it falls so: all streams hold the same number of samples but for one, with few s
 stream reads a buffer of samples at a time, shuffles them and hands them out.
 
 The position in a stream is a few whole numbers: what lies in the buffer follows from where its reading began, so a
-resumed stream reads that stretch again, a moment's work, and need not store what it held.
+resumed stream reads that stretch again, a moment's work, and need not store what it held. Every sample that a shard is
+said to hold has its place in the order: one that cannot be read is lost and told of in its turn, and no other moves.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
 from contracap.data.captions import CaptionConfig, all_captions, choose_caption
-from contracap.data.shards import Record, Sample, SampleError, ShardError, parse, records
+from contracap.data.shards import SAMPLE_SUFFIXES, Record, Sample, SampleError, ShardError, parse, records
 from contracap.image import ImageError
 
 T = TypeVar("T")
-Entry = tuple[Record, str | None]  # a sample, and its caption where that is chosen already
 
 DEAL, SHUFFLE, DRAW, PICK, BUCKET = range(5)  # what a random generator is for, so that no two uses share numbers
 WINDOW = 1000  # samples tried in a stream, among which the share of bad ones is counted
+MOST_BROKEN_SHARDS = 20  # in a row, without a sample in between
 
 
 class OrderError(ValueError):
@@ -35,7 +36,7 @@ class OrderError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """What was left out, and why. The key is None where a shard broke off; then `samples` are lost, so far as known."""
+    """What was left out, and why. The key is None for `samples` that a broken shard was to give."""
 
     shard: str
     key: str | None
@@ -44,12 +45,17 @@ class Skip:
     samples: int = 1
 
 
+Slot = Record | Skip  # a place in the order: the sample that lies there, or that it is lost
+Entry = tuple[Slot, str | None]  # and the caption, where that is chosen already
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The shards of one data set.
 
     Attributes:
-        counts: samples that each shard holds.
+        counts: samples that each shard is said to hold. They alone decide the order: what cannot be read is lost, and
+            nothing else moves.
         weight: how often the source is drawn from, in proportion to the others.
         replacement: draw whole shards at random, again and again, in place of epochs that hold each sample once.
     """
@@ -94,7 +100,8 @@ class Order:
         captions: which captions stand for a picture.
         bucket: rows of a stream in a batch, if batches are to hold captions of about equal length, else None.
         quota: samples that a stream hands out in an epoch, if that is fixed, else None: all it has.
-        max_bad_share: the largest share of bad samples among `WINDOW` that a stream puts up with.
+        max_bad_share: the largest share of bad samples among `WINDOW` that a stream puts up with. What broken shards
+            lose does not count here.
     """
 
     sources: tuple[Source, ...]
@@ -122,7 +129,7 @@ class SampleStream:
         """The stream at its start."""
         self._order, self._stream = order, stream
         self._sources = [
-            _RecordStream(source, order, stream, seed=(order.seed + number) % 2**32, lose=self._skip)
+            _SlotStream(source, order, stream, seed=(order.seed + number) % 2**32)
             for number, source in enumerate(order.sources)
         ]
         weights = np.array([source.weight for source in order.sources])
@@ -137,24 +144,29 @@ class SampleStream:
         The generator depends on the seed, the stream and the number of the draw only.
 
         Raises:
-            OrderError: if more than the allowed share of the last samples is bad.
+            OrderError: if more than the allowed share of the last samples is bad, or one shard after the other is.
         """
         while True:
             source = self._sources[self._pick()]
-            record, caption = source.next()
+            slot, caption = source.next()
             generator = np.random.default_rng([self._order.seed, DRAW, self._stream, self._draws])
             self._draws += 1
+            if isinstance(slot, Skip):
+                self._skip(slot)
+                continue
             self._tried += 1
             try:
-                sample = parse(record)
+                sample = parse(slot)
                 if caption is None:
                     caption = choose_caption(sample, self._order.captions, generator)
                 prepared = prepare(sample, caption, generator)
             except (SampleError, ImageError) as error:
-                self._skip(Skip(shard=record.shard, key=record.key, kind=error.kind, reason=str(error)))
+                self._skip(Skip(shard=slot.shard, key=slot.key, kind=error.kind, reason=str(error)))
+                self._bad += 1
+                self._require_few_bad(str(error))
                 continue
-            if self._tried >= WINDOW:
-                self._tried = self._bad = 0
+            if self._tried >= WINDOW:  # what came before fades
+                self._tried, self._bad = self._tried // 2, self._bad // 2
             self._rows += 1
             if self._rows == self._order.quota:
                 source.next_epoch()
@@ -173,11 +185,7 @@ class SampleStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the position of a stream of the same order.
-
-        Raises:
-            OrderError: if the shards hold less than they did.
-        """
+        """Takes up the position of a stream of the same order."""
         for source, position in zip(self._sources, state["sources"], strict=True):
             source.take_up(position)
         self._draws, self._rows, self._tried, self._bad = (state[name] for name in ("draws", "rows", "tried", "bad"))
@@ -196,31 +204,40 @@ class SampleStream:
 
     def _skip(self, skip: Skip) -> None:
         self._skipped[skip.kind] += skip.samples
+        if skip.key is None and self._skips and replace(self._skips[-1], samples=skip.samples) == skip:
+            skip = replace(skip, samples=self._skips.pop().samples + skip.samples)  # one line for all of a shard
         self._skips.append(skip)
-        self._bad += skip.samples
+
+    def _require_few_bad(self, last: str) -> None:
         if self._bad > self._order.max_bad_share * WINDOW:
             counts = ", ".join(f"{kind} {number}" for kind, number in self._skipped.most_common())
             raise OrderError(
-                f"{self._bad} of the last {max(self._tried, self._bad)} samples of a stream cannot be used, more than "
-                f"max_bad_share = {self._order.max_bad_share} of {WINDOW} (so far: {counts}); the last: {skip.reason}. "
+                f"{self._bad} of the last {self._tried} samples of a stream cannot be used, more than max_bad_share = "
+                f"{self._order.max_bad_share} of {WINDOW} (so far: {counts}); the last: {last}. "
                 "Mend the data, or raise data.max_bad_share"
             )
 
 
-class _RecordStream:
-    """A stream's part of one source. What is lost of broken shards goes to `lose`, which may raise."""
+class _SlotStream:
+    """A stream's part of one source, slot by slot."""
 
-    def __init__(self, source: Source, order: Order, stream: int, *, seed: int, lose: Callable[[Skip], None]) -> None:
-        self._source, self._order, self._stream, self._seed, self._lose = source, order, stream, seed, lose
+    def __init__(self, source: Source, order: Order, stream: int, *, seed: int) -> None:
+        self._source, self._order, self._stream, self._seed = source, order, stream, seed
+        self._broken_in_a_row = 0
         self._start((0, 0, 0), fills=0)
 
     def next(self) -> Entry:
-        """The next sample."""
+        """The next slot.
+
+        Raises:
+            OrderError: if `MOST_BROKEN_SHARDS` were read in vain since the last sample.
+        """
         while not self._buffer:
             self._fill()
             if not self._buffer:  # the epoch's end; where it has a quota, samples come again until that is met
                 self._start((self._position[0] + (self._order.quota is None), 0, 0), fills=0)
         self._handed_out += 1
+        self._ahead += islice(self._reader, len(self._ahead) < self._order.buffer)  # one for one: no long halts
         return self._buffer.pop()
 
     def next_epoch(self) -> None:
@@ -228,48 +245,46 @@ class _RecordStream:
         self._start((self._position[0] + 1, 0, 0), fills=0)
 
     def position(self) -> dict[str, int]:
+        """Where the buffer began, and how far it is handed out."""
         names = ("epoch", "shard", "member", "fills", "handed_out")
         return dict(zip(names, (*self._buffer_start, self._fills, self._handed_out), strict=True))
 
     def take_up(self, position: dict[str, int]) -> None:
         self._start((position["epoch"], position["shard"], position["member"]), fills=position["fills"])
         if position["handed_out"]:
-            lose, self._lose = self._lose, lambda skip: None  # the stream told of it when it first came here
             self._fills -= 1
             self._fill()
-            self._lose = lose
             self._handed_out = position["handed_out"]
-            if self._handed_out > len(self._buffer):
-                raise OrderError(
-                    f"cannot resume the data: the shards ({self._source.shards[0]}, ...) are not those of the saved "
-                    "position, samples are missing; bring the old ones back, or start a new run"
-                )
-            del self._buffer[len(self._buffer) - self._handed_out :]
+            del self._buffer[max(0, len(self._buffer) - self._handed_out) :]
 
     def _start(self, position: tuple[int, int, int], *, fills: int) -> None:
-        self._position = self._buffer_start = position
+        self._position = self._buffer_start = self._ahead_start = position
         self._reader = self._read()
         self._buffer: list[Entry] = []
+        self._ahead: list[Slot] = []  # of the next buffer
         self._fills, self._handed_out = fills, 0
 
     def _fill(self) -> None:
-        self._buffer_start, self._handed_out = self._position, 0
-        read = list(islice(self._reader, self._order.buffer))
+        """The next buffer, in its order."""
+        self._ahead += islice(self._reader, self._order.buffer - len(self._ahead))
+        slots, self._ahead = self._ahead, []
+        self._buffer_start, self._ahead_start = self._ahead_start, self._position
+        self._handed_out = 0
         generator = np.random.default_rng([self._seed, SHUFFLE, self._stream, *self._buffer_start])
-        entries = [entry for record in read for entry in self._entries(record)]
+        entries = [entry for slot in slots for entry in self._entries(slot)]
         self._buffer = [entries[index] for index in generator.permutation(len(entries))]
         if self._order.bucket is not None:
             self._buffer = self._bucketed(self._buffer, self._order.bucket, generator)
         self._fills += 1
 
-    def _entries(self, record: Record) -> list[Entry]:
+    def _entries(self, slot: Slot) -> list[Entry]:
         """One for each caption that is to stand for the picture. A bad record is one: drawing it tells why."""
-        if self._order.captions.use == "all":
+        if self._order.captions.use == "all" and isinstance(slot, Record):
             try:
-                return [(record, caption) for caption in all_captions(parse(record), self._order.captions)]
+                return [(slot, caption) for caption in all_captions(parse(slot), self._order.captions)]
             except SampleError:
                 pass
-        return [(record, None)]
+        return [(slot, None)]
 
     def _bucketed(self, entries: list[Entry], rows: int, generator: np.random.Generator) -> list[Entry]:
         """The same, with captions chosen, in runs of `rows` whose captions are of about equal length.
@@ -277,33 +292,43 @@ class _RecordStream:
         All streams put their runs in the same order, so that a batch gets runs of equal rank from all of them.
         """
         chosen = list[Entry]()
-        for record, caption in entries:
+        for slot, caption in entries:
             try:
-                chosen.append((record, caption or choose_caption(parse(record), self._order.captions, generator)))
+                if caption is None and isinstance(slot, Record):
+                    caption = choose_caption(parse(slot), self._order.captions, generator)
             except SampleError:
-                chosen.append((record, None))
+                pass  # drawing it tells why
+            chosen.append((slot, caption))
         chosen.sort(key=lambda entry: len(entry[1] or ""))  # characters: close enough to tokens, and at hand
         runs = [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
         shared = np.random.default_rng([self._seed, BUCKET, self._buffer_start[0], self._fills])
         return [entry for run in shared.permutation(len(runs)) for entry in runs[run]]
 
-    def _read(self) -> Iterator[Record]:
-        """The records from the present position to the end of its epoch; the position keeps pace."""
+    def _read(self) -> Iterator[Slot]:
+        """The slots from the present position to the end of its epoch; the position keeps pace."""
         epoch, first, member = self._position
         span = self._source.span(seed=self._seed, epoch=epoch, stream=self._stream, streams=self._order.streams)
         for number, (index, begin, end) in enumerate(span[first:], first):
             shard, reached = self._source.shards[index], max(begin, member if number == first else 0)
-            # A span that ends within a shard stops there; at a shard's end the reader looks whether that is sound.
-            part = records(shard, reached)
+            counted, part, more = self._source.counts[index], records(shard, reached, suffixes=SAMPLE_SUFFIXES), 0
+            reason = f"{shard} holds fewer samples than the {counted} that were counted"
             try:
-                for record in part if end == self._source.counts[index] else islice(part, end - reached):
-                    if reached == end:
-                        raise ShardError(f"{shard} holds more than the {end} samples that were counted")
+                for record in islice(part, end - reached):
                     reached += 1
                     self._position = (epoch, number, reached)
+                    self._broken_in_a_row = 0
                     yield record
-                if reached < end:
-                    raise ShardError(f"{shard} holds {reached} samples, {end} were counted")
+                more = sum(1 for _ in part) if end == counted else 0
             except ShardError as error:
-                lost = max(1, end - reached)
-                self._lose(Skip(shard=shard, key=None, kind="broken_shard", reason=str(error), samples=lost))
+                reason = str(error)
+            if more:
+                reason = f"{shard} holds {more} samples more than the {counted} that were counted"
+                yield Skip(shard=shard, key=None, kind="broken_shard", reason=reason, samples=more)
+            if reached < end:
+                self._broken_in_a_row += 1
+                if self._broken_in_a_row > MOST_BROKEN_SHARDS:
+                    raise OrderError(f"{self._broken_in_a_row} shards in a row cannot be read; the last: {reason}")
+            while reached < end:
+                reached += 1
+                self._position = (epoch, number, reached)
+                yield Skip(shard=shard, key=None, kind="broken_shard", reason=reason)

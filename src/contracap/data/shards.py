@@ -12,9 +12,9 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,11 +26,17 @@ GZIP_SUFFIXES = (".tar.gz", ".tgz")
 SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
 logger = logging.getLogger(__name__)
+SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, "json", "txt", "cls"))  # of the members that `parse` looks at
+MOST_MEMBER_BYTES = 256 * 2**20  # what is larger is no photograph, but may be a few bytes that unfold
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
 
 
 class ShardError(ValueError):
-    """A shard that cannot be read to its end; the message names it."""
+    """A shard that cannot be read to its end; the message names it, `whole` is how many samples came before."""
+
+    def __init__(self, message: str, *, whole: int = 0) -> None:
+        super().__init__(message)
+        self.whole = whole
 
 
 class SampleError(ValueError):
@@ -45,13 +51,16 @@ class SampleError(ValueError):
 class Record:
     """One group of members as it lies in a shard: lower-case suffix to bytes.
 
-    `repeated`: an earlier group of the shard has the same key.
+    Attributes:
+        repeated: an earlier group of the shard has the same key.
+        too_large: suffixes of members that were not read, because they are larger than any picture or text.
     """
 
     key: str
     members: dict[str, bytes]
     shard: str
     repeated: bool = False
+    too_large: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +93,20 @@ def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
     """
     shards = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for name in [str(path)] if os.path.exists(path) else expand(str(path)):
+        for name in [str(path)] if os.path.exists(path) else _expanded(str(path)):
             shards += _shards_at(name)
     if not shards:
         raise FileNotFoundError("the list of shards is empty")
     return shards
+
+
+def _expanded(pattern: str) -> list[str]:
+    try:
+        return expand(pattern)
+    except ValueError:
+        if pattern.startswith("pipe:"):  # the braces are the command's own
+            return [pattern]
+        raise
 
 
 def _shards_at(name: str) -> list[str]:
@@ -130,31 +148,26 @@ def samples(shard: str, start: int = 0) -> Iterator[Sample]:
     return map(parse, records(shard, start))
 
 
-def records(shard: str, start: int = 0) -> Iterator[Record]:
+def records(shard: str, start: int = 0, *, suffixes: Container[str] | None = None) -> Iterator[Record]:
     """The groups of one shard as they lie there, without the first `start`, which are passed over unread.
 
     The key is the name up to the first dot behind the last slash. As in webdataset, a new key starts a new group;
-    beyond it, so does a suffix that the group already has.
+    beyond it, so does a suffix that the group already has. Members of other `suffixes` than those given are left empty,
+    and so are those of more than `MOST_MEMBER_BYTES`.
 
     Raises:
         ShardError: after the last whole group, if the shard is missing, cut or broken.
     """
-    return islice(_groups(shard, start), start, None)
+    return islice(_groups(shard, start, suffixes), start, None)
 
 
 def count_samples(shard: str) -> int:
     """How many groups `records` gives, from the headers alone.
 
-    Of a damaged shard those before the damage, but at least 1, so that whoever reads that far learns of it.
+    Raises:
+        ShardError: as `records`; it says how many there were before.
     """
-    number = 0
-    try:
-        for _ in _groups(shard, unread=sys.maxsize):
-            number += 1
-    except ShardError as error:
-        logger.warning("%s", error)
-        return max(1, number)
-    return number
+    return sum(1 for _ in _groups(shard, sys.maxsize, None))
 
 
 def parse(record: Record) -> Sample:
@@ -168,6 +181,9 @@ def parse(record: Record) -> Sample:
         raise SampleError(f"{_name(record)}: its name points out of the folder", kind="unsafe_path")
     if record.repeated:
         raise SampleError(f"{_name(record)}: an earlier sample of the shard has this key", kind="duplicate_key")
+    if record.too_large:
+        names = ", ".join(record.too_large)
+        raise SampleError(f"{_name(record)}: {names} has more than {MOST_MEMBER_BYTES:,} bytes", kind="too_large")
     picture = next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), None)
     if picture is None:
         listed = ", ".join(sorted(members))
@@ -234,12 +250,14 @@ class _StrictHeader(tarfile.TarInfo):
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # pyrefly: ignore[missing-attribute]
+            if any(cast(IO[bytes], archive.fileobj).read(tarfile.BLOCKSIZE)):  # the mark is two blocks of zeros
+                raise tarfile.ReadError(f"a block of zeros at byte {archive.offset}, and more behind it") from None
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
 
 
-def _groups(shard: str, unread: int) -> Iterator[Record]:
+def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterator[Record]:
     """Every group; the members of the first `unread` are empty."""
     record, begun, keys = None, 0, set[str]()
     try:
@@ -256,11 +274,15 @@ def _groups(shard: str, unread: int) -> Iterator[Record]:
                     record = Record(key=key, members={}, shard=shard, repeated=key in keys)
                     keys.add(key)
                     begun += 1
-                content = cast(IO[bytes], archive.extractfile(member)).read() if begun > unread else b""
-                record.members[suffix] = content
+                wanted = begun > unread and (suffixes is None or suffix in suffixes)
+                if wanted and (member.size > MOST_MEMBER_BYTES or member.issparse()):
+                    record.too_large.append(suffix)
+                    wanted = False
+                record.members[suffix] = cast(IO[bytes], archive.extractfile(member)).read() if wanted else b""
     except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
         whole = max(0, begun - 1)  # the last group begun may lack members
-        raise ShardError(f"cannot read shard {shard} beyond its first {whole} samples: {_reason(error)}") from error
+        message = f"cannot read shard {shard} beyond its first {whole} samples: {_reason(error)}"
+        raise ShardError(message, whole=whole) from error
     if record is not None:
         yield record
 

@@ -11,7 +11,17 @@ from typing import Any, Protocol, runtime_checkable
 
 from contracap.files import write_text
 
-VERSIONED = ("contracap", "torch", "numpy", "pillow", "tokenizers")
+VERSIONED = (
+    "contracap",
+    "torch",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "tokenizers",
+    "open_clip_torch",
+    "torchvision",
+    "webdataset",
+)
 
 
 @runtime_checkable

@@ -47,7 +47,7 @@ def repeat_steps(
             logger.warning("skipped step %d: %s", state.step + 1, error)
             numbers = {}
         state.step += 1
-        recorder.step(numbers, samples=len(batch))
+        recorder.step(numbers, samples=len(batch) * state.ranks.count)
         for event in events:
             if state.step % event.every == 0 or state.step == config.total_steps:
                 event.action()

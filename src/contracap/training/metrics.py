@@ -65,11 +65,11 @@ class Recorder:
             self._skipped_file.flush()
             self._warnings += 1
             if self._warnings <= MOST_WARNINGS:
-                logger.warning("skipped: %s", skip.reason)
+                logger.warning("skipped: %s", "".join(c if c.isprintable() else repr(c)[1:-1] for c in skip.reason))
             if self._warnings == MOST_WARNINGS:
                 logger.warning("further ones are in %s only", SKIPPED_FILE)
 
-    def log(self, counts: Mapping[str, int]) -> None:
+    def log(self, counts: Mapping[str, float]) -> None:
         """Record the newest numbers, `counts`, and the speed since the last record, whatever came between included."""
         seconds = time.monotonic() - self._since
         left = seconds / self._steps * (self._total - self._done)
@@ -91,6 +91,28 @@ class Recorder:
             logger.info("step %d of %d%s: %s", step, self._total, left, text)
         else:
             self._bar.set_postfix_str(text)
+
+
+class Silent(Recorder):
+    """What the other ranks have: it records nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def step(self, numbers: Mapping[str, float], *, samples: int) -> None:
+        pass
+
+    def skips(self, skips: Iterable[Skip]) -> None:
+        pass
+
+    def log(self, counts: Mapping[str, float]) -> None:
+        pass
+
+    def record(self, step: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> None:
+        pass
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """One update of the weights."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig, normalise
-from contracap.losses import LossConfig, captioning_loss, contrastive_loss
-from contracap.model.coca import CoCa
+from contracap.losses import Gather, LossConfig, alone, captioning_loss, contrastive_loss
+from contracap.model.coca import CoCa, TrainingFeatures
+from contracap.parallel import Ranks, Wrapped, gathered
 from contracap.tokenizer import lengths
 from contracap.training.optimizer import OptimizerConfig, learning_rate
 
@@ -28,12 +31,16 @@ class TrainingState:
     Attributes:
         step: updates tried so far.
         average: moving average of the weights by name; None when the run keeps none.
+        ranks: the processes that take this step together, each on its rows of the batch.
+        wrapped: the model as they share it; None where one process trains alone.
     """
 
     model: CoCa
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] | None
     step: int = 0
+    ranks: Ranks = Ranks()
+    wrapped: Wrapped | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,35 +61,45 @@ class StepConfig:
     seed: int
 
 
-def losses(model: CoCa, batch: Batch, config: StepConfig, *, tokens: int | Tensor) -> dict[str, Tensor]:
+def losses(
+    model: CoCa,
+    batch: Batch,
+    config: StepConfig,
+    *,
+    tokens: int | Tensor,
+    features: Callable[..., TrainingFeatures] | None = None,
+    gather: Gather = alone,
+) -> dict[str, Tensor]:
     """The wanted losses by name, not weighted; what has weight 0 is not computed.
 
     Args:
         batch: on the model's device.
         tokens: what the captioning loss is divided by: the labels of the batch, or of the larger one that this is a
             part of.
+        features: what to call in place of `model.features`.
+        gather: brings the rows of all ranks, for the contrastive loss.
     """
     wanted = config.loss
     parts = {}
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-        features = model.features(
+        made = (features or model.features)(
             normalise(batch.pixels, config.image),
             batch.ids,
             contrastive=wanted.contrastive > 0,
             captioning=wanted.captioning > 0,
         )
-        if features.caption_states is not None and features.caption_labels is not None:
+        if made.caption_states is not None and made.caption_labels is not None:
             parts["captioning_loss"] = captioning_loss(
-                features.caption_states,
+                made.caption_states,
                 model.require_decoder().vocabulary.weight,
-                labels=features.caption_labels,
+                labels=made.caption_labels,
                 tokens=tokens,
             )
     if (
-        features.image_features is not None and features.text_features is not None
+        made.image_features is not None and made.text_features is not None
     ):  # outside autocast: the product of the embeddings stays float32
         parts["contrastive_loss"] = contrastive_loss(
-            features.image_features, features.text_features, logit_scale=model.logit_scale.exp()
+            made.image_features, made.text_features, logit_scale=model.logit_scale.exp(), gather=gather
         )
     return parts
 
@@ -101,27 +118,31 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     Raises: NonFiniteError: before anything was changed.
     """
     model, optimizer = state.model, state.optimizer
-    torch.manual_seed(config.seed * 1_000_003 + state.step)
+    ranks, shared = state.ranks, state.wrapped or Wrapped(model.features)
+    torch.manual_seed(config.seed * 1_000_003 + state.step + ranks.rank * 2**48)  # each drops patches of its own
     rate = learning_rate(state.step, config.optimizer, total_steps=config.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.train()
     batch = batch.to(model.device)
-    tokens = count_labels(batch.ids, model.config.text.end)
+    tokens = ranks.mean(count_labels(batch.ids, model.config.text.end))
+    gather = alone if ranks.count == 1 else gathered
     # Of each part the captioning loss is a share of the whole batch's; the contrastive loss a mean over the part's
     # rows.
     shares = {"contrastive_loss": 1 / config.accumulation, "captioning_loss": 1.0}
     weights = {"contrastive_loss": config.loss.contrastive, "captioning_loss": config.loss.captioning}
     totals: dict[str, Tensor] = {}
-    for part in batch.split(config.accumulation):
-        values = {name: value * shares[name] for name, value in losses(model, part, config, tokens=tokens).items()}
-        torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
+    for left, part in zip(reversed(range(config.accumulation)), batch.split(config.accumulation), strict=True):
+        with shared.accumulating() if left else nullcontext():
+            made = losses(model, part, config, tokens=tokens, features=shared.features, gather=gather)
+            values = {name: value * shares[name] for name, value in made.items()}
+            torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
     norm = torch.nn.utils.clip_grad_norm_(
         [parameter for parameter in model.parameters() if parameter.grad is not None],
         config.optimizer.clip_norm or math.inf,
     )
-    numbers = {name: value.item() for name, value in totals.items()}
+    numbers = {name: ranks.mean(value).item() for name, value in totals.items()}
     numbers |= {"loss": sum(weights[name] * value for name, value in numbers.items()), "gradient_norm": norm.item()}
     if not all(math.isfinite(value) for value in numbers.values()):
         optimizer.zero_grad(set_to_none=True)

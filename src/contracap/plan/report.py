@@ -1,0 +1,91 @@
+"""The plan of a run, as a table for a terminal and as a file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from contracap.evaluation.result import Result
+from contracap.plan.flops import BACKWARD
+
+NAMES, CELLS = 34, 15  # characters of a column
+GIB = 2.0**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will cost.
+
+    Attributes:
+        title: run, GPUs and batch in a line.
+        assumptions: what the plan takes for granted, a line each.
+        warnings: why the run cannot be started like this, a line each.
+        samples: of the whole run.
+        parameters: by part.
+        flops: operations of a sample's forward pass by part, at the mean length of the texts.
+        padded_flops: likewise with texts that fill the context.
+        memory: bytes on each GPU by part.
+        seconds: of a step by what they go to.
+        traffic: bytes that each GPU sends in a step.
+        figures: the numbers for the whole run, by name; the unit is part of the name.
+    """
+
+    title: str
+    assumptions: Sequence[str]
+    warnings: Sequence[str]
+    samples: int
+    parameters: Mapping[str, int]
+    flops: Mapping[str, float]
+    padded_flops: Mapping[str, float]
+    memory: Mapping[str, float]
+    seconds: Mapping[str, float]
+    traffic: Mapping[str, float]
+    figures: Mapping[str, float]
+
+    def table(self) -> str:
+        """The plan for a terminal."""
+        passes = (1, 1 + BACKWARD)
+        flops = {
+            name: [times * number for number in (forward, self.padded_flops[name]) for times in passes]
+            for name, forward in self.flops.items()
+        }
+        heads = ["forward", "+ backward", "padded forward", "+ backward"]
+        lines = [
+            self.title,
+            *_section("parameters", ["million"], _columns(self.parameters), unit=1e6),
+            *_section("GFLOP of a sample", heads, flops, unit=1e9),
+            *_section("memory of a GPU", ["GiB"], _columns(self.memory), unit=GIB),
+            *_section("time of a step", ["ms"], _columns(self.seconds), unit=1e-3),
+            *_section("sent by a GPU in a step", ["MB"], _columns(self.traffic), unit=1e6),
+            "",
+            *(_line(name.replace("_", " "), [_number(value)]) for name, value in self.figures.items()),
+            "",
+            *(f"assumed: {assumption}" for assumption in self.assumptions),
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
+
+    def result(self, command: str) -> Result:
+        """The file of the plan: its figures, and beside them all that they were made of."""
+        parts = asdict(self)
+        figures, samples = parts.pop("figures"), parts.pop("samples")
+        return Result(command=command, seed=None, samples=samples, figures=figures, details={"plan": parts})
+
+
+def _columns(numbers: Mapping[str, float] | Mapping[str, int]) -> dict[str, list[float]]:
+    return {name: [float(number)] for name, number in numbers.items()}
+
+
+def _section(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float]], *, unit: float) -> list[str]:
+    """Aligned lines, their sum last."""
+    together = [sum(column) for column in zip(*rows.values(), strict=True)]
+    lines = ["", _line(title, heads)]
+    for name, numbers in [*rows.items(), ("together", together)]:
+        lines.append(_line(f"  {name}", [_number(number / unit) for number in numbers]))
+    return lines
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:{NAMES}}" + "".join(f"{cell:>{CELLS}}" for cell in cells)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if abs(value) >= 1 or not value else f"{value:.2g}"

@@ -1,0 +1,195 @@
+"""From a recipe to its plan: nothing is computed, read from afar, or asked of a GPU."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from contracap.data.index import read_index
+from contracap.data.loader import DataConfig, SourceConfig
+from contracap.data.shards import list_shards
+from contracap.plan.flops import BACKWARD, Texts, forward_flops, tokens_of
+from contracap.plan.gpus import Gpu, find_gpu
+from contracap.plan.memory import (
+    EXACT,
+    checkpoint_bytes,
+    count_parameters,
+    count_trained,
+    memory_parts,
+    planned_model,
+    saved_bytes,
+)
+from contracap.plan.report import GIB, Plan
+from contracap.plan.speed import WRITING, best_interval, lost_share, step_seconds, traffic_bytes
+from contracap.recipe import Recipe
+
+USABLE = 0.92  # share of a GPU's memory; CUDA, buffers between GPUs and gaps between tensors take the rest: estimated
+MOST_ROWS = 2**20
+
+
+def plan_run(
+    recipe: Recipe,
+    *,
+    gpus: int,
+    gpu: str,
+    efficiency: float = 0.5,
+    text_tokens: float | None = None,
+    hours_between_failures: float = 50_000.0,
+) -> Plan:
+    """The plan of a run in which every GPU holds the whole model and an equal part of each batch.
+
+    Args:
+        gpu: a row of the table in `plan.gpus`.
+        efficiency: share of the GPU's dense peak that forward and backward pass reach.
+        text_tokens: mean length of the captions, start and end included; by default that of the index beside local
+            shards, else the whole context.
+        hours_between_failures: of one GPU. Source: arXiv 2407.21783: 419 stops in 54 days on 16,384 GPUs.
+
+    Raises: ValueError: if an argument is out of range, or there is no such GPU.
+    """
+    machine, config = find_gpu(gpu), recipe.model_config
+    if gpus < 1 or hours_between_failures <= 0:
+        raise ValueError(f"gpus is {gpus} and hours_between_failures {hours_between_failures}; both must be above 0")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"efficiency is {efficiency}; it must be above 0 and at most 1")
+    context = config.text.context
+    if text_tokens is not None and not 2 <= text_tokens <= context:
+        raise ValueError(f"text_tokens is {text_tokens}; it must be from 2 to {context}, the model's context")
+    padded = Texts(mean=float(context), longest=context)
+    known = caption_texts(recipe.data, context) if text_tokens is None else Texts(mean=text_tokens, longest=context)
+    texts = known or padded
+
+    model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts)
+    trained, batch = count_trained(model), recipe.data.batch_size
+    product, peak = (EXACT, machine.fp32) if recipe.precision == "fp32" else (2, machine.bf16)
+    share = batch / gpus
+    rows = share / recipe.accumulation
+    flops = forward_flops(config, tokens)
+    forward = share * sum(flops.values())
+
+    def memory(rows: float) -> Mapping[str, float]:
+        return memory_parts(recipe, model, tokens, rows=rows, gpus=gpus, product=product)
+
+    usable = USABLE * machine.memory
+    largest = bisect_right(range(1, MOST_ROWS), usable, key=lambda rows: sum(memory(float(rows)).values()))
+    traffic = traffic_bytes(
+        trained=trained, embed_dim=config.embed_dim, rows=share, gpus=gpus, contrastive=tokens.contrastive
+    )
+    seconds = step_seconds(
+        machine,
+        rate=efficiency * peak,
+        forward_flops=forward,
+        saved_bytes=share * sum(saved_bytes(config, tokens, product=product).values()),
+        trained=trained,
+        traffic=traffic,
+    )
+    step = sum(seconds.values())
+    hours = recipe.steps * step / 3600
+    checkpoint = checkpoint_bytes(model, averaged=recipe.ema_decay > 0)
+    figures = {
+        "parameters_million": sum(count_parameters(model).values()) / 1e6,
+        "forward_gflop_per_sample": sum(flops.values()) / 1e9,
+        "memory_gib_per_gpu": sum(memory(rows).values()) / GIB,
+        "usable_gib_per_gpu": usable / GIB,
+        "batch_per_gpu": share,
+        "largest_batch_per_gpu": float(recipe.accumulation * largest),
+        "step_seconds": step,
+        "samples_per_second_per_gpu": share / step,
+        "mfu_percent": 100 * (1 + BACKWARD) * forward / step / peak,
+        "sent_megabytes_per_step": sum(traffic.values()) / 1e6,
+        "hours": hours,
+        "days": hours / 24,
+        "gpu_hours": hours * gpus,
+        "checkpoint_gigabytes": checkpoint / 1e9,
+    }
+    figures |= _failures(recipe, step=step, stall=checkpoint / WRITING, between=3600 * hours_between_failures / gpus)
+    precision = "fp32" if product == EXACT else "bf16"
+    return Plan(
+        title=f"{recipe.size} on {gpus} {gpu}, {precision}: {recipe.steps:,} steps of {batch:,} samples, "
+        f"{share:,.5g} on each GPU, texts of {texts.mean:.1f} tokens in the mean",
+        assumptions=_assumptions(machine, rate=efficiency * peak, padded=known is None),
+        warnings=_warnings(recipe, gpus=gpus, gpu=gpu, largest=largest),
+        samples=recipe.steps * batch,
+        parameters=count_parameters(model),
+        flops=flops,
+        padded_flops=forward_flops(config, tokens_of(config, recipe.loss, padded)),
+        memory=memory(rows),
+        seconds=seconds,
+        traffic=traffic,
+        figures=figures,
+    )
+
+
+def caption_texts(data: DataConfig, context: int) -> Texts | None:
+    """Lengths of the captions, cut to the context, as the indexes beside local shards tell; None if none does.
+
+    They are counted in tokens of CLIP's tokenizer, and all captions alike, whatever the weights of a mixture.
+
+    Raises:
+        IndexFileError: if an index cannot be read.
+    """
+    named = data.train if isinstance(data.train, dict) else {"train": SourceConfig(shards=data.train)}
+    counts: Counter[int] = Counter()
+    for source in named.values():
+        for path in [source.shards] if isinstance(source.shards, str) else source.shards:
+            if "://" in path or path.startswith("pipe:"):  # not a place that can be looked into at once
+                continue
+            try:
+                shards = {Path(shard) for shard in list_shards(path)}
+            except FileNotFoundError:  # a plan may come before its data
+                continue
+            for folder in {shard.parent for shard in shards}:
+                for entry in read_index(folder).values():
+                    if folder / entry.name in shards:
+                        counts.update(entry.caption_lengths)
+    if not counts:
+        return None
+    cut = [(min(length, context), count) for length, count in counts.items()]
+    mean = sum(length * count for length, count in cut) / counts.total()
+    return Texts(mean=mean, longest=max(length for length, _ in cut))
+
+
+def _failures(recipe: Recipe, *, step: float, stall: float, between: float) -> dict[str, float]:
+    """What checkpoints and failures cost, all in seconds: with the recipe's checkpoints, and with the best ones."""
+    run = recipe.steps * step
+    interval, best = min(recipe.checkpoint.every * step, run), min(best_interval(stall, between), run)
+    return {
+        "hours_between_failures": between / 3600,
+        "failure_loss_percent": 100 * lost_share(interval, stall, between),
+        "best_steps_between_checkpoints": best / step,
+        "failure_loss_percent_at_best": 100 * lost_share(best, stall, between),
+    }
+
+
+def _assumptions(gpu: Gpu, *, rate: float, padded: bool) -> list[str]:
+    found = [
+        f"{rate / 1e12:,.1f} TFLOP/s in forward and backward pass, {gpu.bandwidth / 1e12:.2f} TB/s in memory, "
+        f"{gpu.link / 1e9:.1f} GB/s to other GPUs, {WRITING / 1e9:.1f} GB/s for checkpoints; data comes fast enough"
+    ]
+    if padded:
+        found.append("every text fills the context: give the mean length of the captions, or index local shards")
+    return found
+
+
+def _warnings(recipe: Recipe, *, gpus: int, gpu: str, largest: int) -> list[str]:
+    batch, streams, parts = recipe.data.batch_size, recipe.data.stream_count, recipe.accumulation
+    found = []
+    if batch % (gpus * parts):
+        each = f"{gpus} GPUs" + (f" with {parts} parts each" if parts > 1 else "")
+        lower = batch // (gpus * parts) * gpus * parts
+        found.append(
+            f"data.batch_size {batch} cannot be shared by {each}: "
+            f"set it to {f'{lower} or ' if lower else ''}{lower + gpus * parts}"
+        )
+    elif streams % gpus:
+        found.append(f"data.streams {streams} cannot be shared by {gpus} GPUs: set it to {gpus}, or a multiple of it")
+    if not largest:
+        found.append(f"not a single sample fits into the memory of one {gpu}: take a larger GPU, or a smaller size")
+    elif batch > largest * parts * gpus:
+        fewest = -(-batch // (largest * parts))
+        enough = [each for each in range(parts, batch) if batch % (gpus * each) == 0 and batch <= largest * each * gpus]
+        found.append(
+            f"{batch / gpus / parts:,.5g} samples at a time do not fit into the memory of one {gpu}, {largest} do: "
+            f"take at least {fewest} GPUs" + (f", or set accumulation = {enough[0]}" if enough else "")
+        )
+    return found

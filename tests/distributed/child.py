@@ -1,0 +1,210 @@
+"""Ranks that do all that the tests ask of them, and write what came out: child.py FOLDER COUNT."""
+
+import itertools
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contracap.losses import Gather, captioning_loss, contrastive_loss
+from contracap.model.coca import CoCa, TrainingFeatures
+from contracap.model.sizes import SIZES
+from contracap.parallel import GATHERS, Ranks, started, whole, wrapped
+from contracap.training.optimizer import OptimizerConfig, build_optimizer
+from contracap.training.step import count_labels
+
+PAIRS = 8
+SCALES = (1.0, 14.3, 100.0)
+CHUNKS = (1, 3, 4096)
+DTYPES = (torch.float32, torch.float64)
+CASES = list(itertools.product(DTYPES, (False, True), SCALES, CHUNKS))  # the second: whether all ranks' rows are equal
+KINDS = ("ddp", "fsdp", "hsdp")
+WIDE = dict(rows=64, width=4, chunk=8)  # each rank's pairs where memory and traffic are counted
+
+
+def pairs(dtype: torch.dtype, *, equal: bool = False) -> tuple[Tensor, Tensor]:
+    """Features of the global batch; with `equal`, every rank gets the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    rows = PAIRS // 4 if equal else PAIRS
+    images, texts = (normalize(torch.randn(rows, 16, dtype=dtype, generator=generator), dim=1) for _ in range(2))
+    return (images.repeat(4, 1), texts.repeat(4, 1)) if equal else (images, texts)
+
+
+def loss_and_gradients(
+    images: Tensor, texts: Tensor, scale: float, **how: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, texts = images.clone().requires_grad_(), texts.clone().requires_grad_()
+    logit_scale = torch.tensor(scale, dtype=images.dtype, requires_grad=True)
+    loss = contrastive_loss(images, texts, logit_scale=logit_scale, **how)
+    return loss.detach(), *torch.autograd.grad(loss, (images, texts, logit_scale))
+
+
+def tiny(dtype: torch.dtype) -> CoCa:
+    torch.manual_seed(0)
+    model = CoCa(SIZES["tiny"])
+    model.initialise()
+    return model.to(dtype)
+
+
+def samples(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pixels and ids of the global batch, captions of 3 to 10 tokens, the longer ones last."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(PAIRS, 12, dtype=torch.int64)
+    for row, length in enumerate(range(3, 3 + PAIRS)):
+        ids[row, :length] = torch.randint(1, 1000, (length,), generator=generator)
+        ids[row, 0], ids[row, length - 1] = 1022, 1023
+    return torch.randn(PAIRS, 3, 32, 32, dtype=dtype, generator=generator), ids
+
+
+def both_losses(
+    model: CoCa,
+    features: Callable[..., TrainingFeatures],
+    pixels: Tensor,
+    ids: Tensor,
+    *,
+    tokens: Tensor,
+    bf16: bool,
+    **how: Gather,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        out = features(pixels, ids, contrastive=True, captioning=True)
+        vocabulary = model.require_decoder().vocabulary.weight
+        captioning = captioning_loss(out.caption_states, vocabulary, labels=out.caption_labels, tokens=tokens)
+    return captioning, contrastive_loss(
+        out.image_features, out.text_features, logit_scale=model.logit_scale.exp(), **how
+    )
+
+
+def backward(
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    ranks: Ranks | None = None,
+    gather: str = "gathered",
+    parts: int = 1,
+    order: Tensor | slice = slice(None),
+    bf16: bool = False,
+) -> tuple[CoCa, dict[str, Any]]:
+    """A tiny model after the backward pass on the global batch in this order, which it takes in parts: each is made
+    of a part of every rank's rows. Its mean loss and, from rank 0, its gradients."""
+    ranks = ranks or Ranks()
+    model = tiny(dtype)
+    parallel = wrapped(model, kind, ranks, bf16=bf16)
+    pixels, ids = (tensor[order].chunk(ranks.count)[ranks.rank].chunk(parts) for tensor in samples(dtype))
+    tokens = ranks.mean(count_labels(torch.cat(ids), 1023))
+    how = {"gather": GATHERS[gather]} if ranks.count > 1 else {}
+    loss = torch.zeros((), dtype=dtype)
+    for index in range(parts):
+        with parallel.accumulating() if index < parts - 1 else nullcontext():
+            captioning, contrastive = both_losses(
+                model, parallel.features, pixels[index], ids[index], tokens=tokens, bf16=bf16, **how
+            )
+            part = 2 * captioning + contrastive / parts
+            part.backward()
+        loss += part.detach()
+    gradients = {name: whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    return model, {"loss": ranks.mean(loss)} | ({"gradients": gradients} if ranks.rank == 0 else {})
+
+
+def update(kind: str, ranks: Ranks | None = None) -> dict[str, Any]:
+    """`backward` in float64, then clipping and AdamW; from rank 0 the weights, and this rank's picture embeddings."""
+    ranks = ranks or Ranks()
+    model, found = backward(kind, torch.float64, ranks=ranks)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    build_optimizer(model, OptimizerConfig()).step()
+    with torch.no_grad():
+        embedding = model.encode_image(samples(torch.float64)[0].chunk(ranks.count)[ranks.rank])
+    weights = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    return found | {"norm": norm, "embedding": embedding} | ({"weights": weights} if ranks.rank == 0 else {})
+
+
+class Watch(TorchDispatchMode):
+    """Counts the numbers in the largest tensor made, and the bytes received from other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.received = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.name()
+        if name == "c10d::_allgather_base_":
+            self.received += args[0].nbytes - args[1].nbytes
+        elif name == "c10d::recv_":
+            self.received += sum(tensor.nbytes for tensor in args[0])
+        elif isinstance(made, Tensor):
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+def main(out: Path) -> None:
+    """What one rank does."""
+    found: dict[Any, Any] = {}
+    with started(torch.device("cpu")) as ranks:
+        found["helpers"] = {
+            "broadcast": ranks.broadcast(f"from {ranks.rank}"),
+            "collect": ranks.collect({"position": ranks.rank}),
+            "sum": ranks.sum(torch.tensor([ranks.rank, 1])),
+            "mean": ranks.mean(torch.tensor(ranks.rank)),
+        }
+        ranks.wait()
+        for gather in GATHERS:
+            for dtype, equal, scale, chunk in CASES:
+                images, texts = (tensor.chunk(ranks.count)[ranks.rank] for tensor in pairs(dtype, equal=equal))
+                found[gather, dtype, equal, scale, chunk] = loss_and_gradients(
+                    images, texts, scale, gather=GATHERS[gather], chunk=chunk
+                )
+            images = normalize(torch.randn(WIDE["rows"], WIDE["width"]), dim=1)
+            with Watch() as watch:
+                loss_and_gradients(images, images, 10.0, gather=GATHERS[gather], chunk=WIDE["chunk"])
+            with torch.no_grad(), Watch() as unlearning:
+                contrastive_loss(images, images, logit_scale=torch.tensor(10.0), gather=GATHERS[gather])
+            found["watch", gather] = (watch.largest, watch.received, unlearning.received)
+        for kind in KINDS:
+            found[kind, "update"] = update(kind, ranks)
+            found[kind, "parts"] = backward(kind, torch.float64, ranks=ranks, parts=2)[1]
+        found["fsdp", "float32"] = backward("fsdp", torch.float32, ranks=ranks)[1]
+        found["fsdp", "bf16"] = backward("fsdp", torch.float32, ranks=ranks, bf16=True)[1]
+        found["ddp", "ring"] = backward("ddp", torch.float64, ranks=ranks, gather="ring")[1]
+        torch.save(found, out / f"{ranks.rank}.pt")
+
+
+def start(rank: int, count: int, out: Path, port: int) -> None:
+    """Be the rank that torchrun would start; under hsdp half of the ranks share."""
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count // 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    main(out)
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # DDP and FSDP need these; the ranks, forks of this process, find them imported
+    import torch.distributed.fsdp
+
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+    forking = multiprocessing.get_context("fork")
+    ranks = [forking.Process(target=start, args=(rank, count, folder, port)) for rank in range(count)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))

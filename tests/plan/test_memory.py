@@ -1,0 +1,155 @@
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker  # a private part of torch, of the tests alone
+
+import contracap.model.attention
+import contracap.plan.memory
+from contracap.config import build
+from contracap.data.batch import Batch
+from contracap.image import ImageConfig
+from contracap.losses import LossConfig
+from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.sizes import SIZES
+from contracap.plan.flops import Texts, tokens_of
+from contracap.plan.memory import checkpoint_bytes, count_parameters, count_trained, memory_parts, planned_model
+from contracap.pretrained import random_model
+from contracap.recipe import Recipe
+from contracap.training.checkpoint import moving_average, save_checkpoint
+from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze
+from contracap.training.step import StepConfig, TrainingState, losses, train_step
+from tests.model.tiny_models import TINY, tiny_clip, with_pooler
+
+LENGTHS = (4, 8, 12, 16)
+SAVED = ("weights in bf16", "activations", "vocabulary gradient")
+
+
+def recipe(size: str = "tiny", **changes: object) -> Recipe:
+    values = {"size": size, "steps": 200, "out": "runs/x", "data": {"train": "shards", "batch_size": 8}}
+    return build(Recipe, values | changes)
+
+
+def step_config(loss: LossConfig, *, bf16: bool = False) -> StepConfig:
+    return StepConfig(
+        loss=loss,
+        optimizer=OptimizerConfig(),
+        image=ImageConfig(size=32),
+        total_steps=1000,
+        bf16=bf16,
+        accumulation=1,
+        ema_decay=0.0,
+        seed=0,
+    )
+
+
+def saved_for_backward(model: CoCa, loss: LossConfig, batch: Batch, *, bf16: bool) -> int:
+    """Bytes of the tensors that torch keeps, each once, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = losses(model, batch, step_config(loss, bf16=bf16), tokens=1)
+    assert graph
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def batch_of(rows: int) -> Batch:
+    ids = torch.zeros(rows, 16, dtype=torch.int64)
+    for row in range(rows):
+        length = LENGTHS[row % len(LENGTHS)]
+        ids[row, : length - 1], ids[row, length - 1] = 5, TINY.text.end
+    return Batch(pixels=torch.zeros(rows, 3, 32, 32, dtype=torch.uint8), ids=ids, keys=["key"] * rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "loss", "bf16"),
+    [
+        (TINY, LossConfig(), False),
+        (TINY, LossConfig(), True),
+        (replace(TINY, text=replace(TINY.text, cls_mask="legacy")), LossConfig(), False),
+        (replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5)), LossConfig(), False),
+        (with_pooler("cascade"), LossConfig(), False),
+        (with_pooler("parallel"), LossConfig(), False),
+        (TINY, LossConfig(captioning=0.0), True),
+        (TINY, LossConfig(contrastive=0.0), False),
+        (tiny_clip(), LossConfig(captioning=0.0), True),
+    ],
+    ids=["fp32", "bf16", "legacy", "patch dropout", "cascade", "parallel", "contrastive", "captioning", "clip"],
+)
+def test_the_planned_activations_are_what_torch_saves(
+    config: CoCaConfig, loss: LossConfig, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A GPU's kernel keeps no scores; on the CPU, bf16 would take one that does.
+    monkeypatch.setattr(contracap.model.attention, "sdpa_kernel", lambda backend: nullcontext())
+    tokens = tokens_of(config, loss, Texts(mean=10.0, longest=16))
+    model = random_model(config, seed=0)[0].train()
+    for rows in (64, 96, 128):
+        parts = memory_parts(recipe(), model, tokens, rows=float(rows), gpus=1, product=2 if bf16 else 4)
+        planned = sum(parts.get(name, 0) for name in SAVED)
+        planned += 2 * rows**2 * 4 * (loss.contrastive > 0)  # the scores of both directions
+        assert planned == pytest.approx(saved_for_backward(model, loss, batch_of(rows), bf16=bf16), rel=0.05), rows
+
+
+def test_the_planned_memory_is_the_peak_of_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contracap.plan.memory, "CAPTION_CHUNK", 512)  # the loss's, on the CPU
+    model = random_model(TINY, seed=0)[0]
+    state = TrainingState(model=model, optimizer=build_optimizer(model, OptimizerConfig()), average=None)
+    train_step(state, batch_of(4), step_config(LossConfig()))  # makes the moments
+    tokens = tokens_of(TINY, LossConfig(), Texts(mean=10.0, longest=16))
+    for rows in (64, 96, 128):
+        tracker = MemTracker()
+        tracker.track_external(model, state.optimizer)
+        with tracker:
+            train_step(state, batch_of(rows), step_config(LossConfig()))
+        peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+        planned = memory_parts(recipe(), model, tokens, rows=float(rows), gpus=1, product=4)
+        assert sum(planned.values()) == pytest.approx(peak, rel=0.05), rows
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [("coca_ViT-B-32", (89.16, 63.42, 100.96)), ("coca_ViT-L-14", (306.72, 123.65, 208.07))],
+)
+def test_parameters_are_those_of_the_released_models(size: str, millions: tuple[float, ...]) -> None:
+    counts = count_parameters(planned_model(recipe(size)))
+    image = counts["vision"] + counts["pooler"]
+    assert [count / 1e6 for count in (image, counts["text"], counts["decoder"])] == pytest.approx(millions, abs=0.01)
+    assert sum(counts.values()) == sum(parameter.numel() for parameter in planned_model(recipe(size)).parameters())
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
+    whole, part = recipe(ema_decay=0.99), recipe(frozen=["vision"])
+    tokens = tokens_of(TINY, LossConfig(), Texts(mean=10.0, longest=16))
+    before, after = (
+        memory_parts(each, planned_model(each), tokens, rows=8.0, gpus=2, product=2) for each in (whole, part)
+    )
+    vision = count_parameters(planned_model(part))["vision"]
+    assert count_trained(planned_model(whole)) - count_trained(planned_model(part)) == vision
+    assert before["gradients"] - after["gradients"] == 4 * vision
+    assert before["AdamW moments"] - after["AdamW moments"] == 8 * vision
+    assert before["moving average"] == before["parameters"] == after["parameters"]
+    assert "moving average" not in after
+
+
+@pytest.mark.parametrize(("frozen", "averaged"), [((), True), (("vision",), False)])
+def test_a_real_checkpoint_has_the_planned_size(frozen: tuple[str, ...], averaged: bool, tmp_path: Path) -> None:
+    model, processor = random_model(SIZES["tiny"], seed=0)
+    freeze(model, frozen)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    state = TrainingState(model=model, optimizer=optimizer, average=moving_average(model) if averaged else None)
+    folder = save_checkpoint(tmp_path, state, image=processor.image_config, data={}, keep=1)
+    real = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert checkpoint_bytes(planned_model(recipe(frozen=frozen)), averaged=averaged) == pytest.approx(real, rel=0.05)
