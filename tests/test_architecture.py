@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "training": "training parallel model pretrained losses data tokenizer image processor",
     "trainer": "training parallel recipe model pretrained data image",
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",
-    "bench": "bench trainer evaluation generation data training losses model pretrained processor tokenizer image recipe",
+    "bench": "bench trainer recipe evaluation generation training losses pretrained model data tokenizer image",
     "recipe": "training model losses data tokenizer image",
     "quickstart": "*",
     "cli": "*",

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -289,10 +290,8 @@ def bench(
     from contracap.bench.data import bench_data
     from contracap.bench.train import bench_train
 
-    if name == "data":
-        benchmark = bench_data(rounds=rounds)
-    else:
-        benchmark = bench_train(rounds=rounds, device=device, rows=rows)
+    training = partial(bench_train, device=device, rows=rows)
+    benchmark = {"data": bench_data, "train": training}[name](rounds=rounds)
     print(benchmark.table())
     if json is not None:
         benchmark.result(_command()).write(json)

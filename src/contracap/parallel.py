@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from contracap.losses import Gather
 from contracap.model.coca import CoCa, TrainingFeatures
@@ -104,8 +105,16 @@ def started(device: torch.device) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    if count == local_count:
+        # torchrun keeps its store when it starts ranks again, and gloo would connect to the addresses of dead ones.
+        # On several machines the counts may differ, so there it is left to luck and another restart.
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # objects and checkpoints go through gloo
+        store=store,
+        rank=rank,
+        world_size=count,
         timeout=TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
