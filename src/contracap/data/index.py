@@ -178,13 +178,13 @@ def write_index(folder: str | Path, entries: Iterable[ShardEntry]) -> None:
 
 
 def index_folder(folder: str | Path, workers: int = 0, *, out: str | Path | None = None) -> list[ShardEntry]:
-    """Makes or completes the index of a local folder of shards; the entries in the order of their names.
+    """Makes or completes the index of a folder of shards; the entries in the order of their names.
 
     The entry of a shard is kept while the shard has the same size in bytes and is not newer than the index, and goes
     when the shard is gone. What is done when the work is interrupted is kept too.
 
     Args:
-        folder: where the shards lie, and the index will.
+        folder: where the shards lie, and the index will; of a remote one, entries at hand are kept as they are.
         workers: processes that read; 0: the calling one.
         out: another, local folder for the index, as a remote folder of shards needs.
 

@@ -107,7 +107,6 @@ class DataConfig:
                 f"epoch_end = {self.epoch_end!r} needs one data set and one caption a picture, else nobody knows where "
                 "an epoch ends: leave it out"
             )
-
         if self.length_buckets and self.epoch_end == "continue":
             raise ValueError("length_buckets needs epoch_end = 'drop' or 'pad', else streams drift apart")
 
@@ -200,21 +199,22 @@ class TrainingBatches:
                 made.append(part.outcome)
                 self._states |= part.states
             batch = Batch.joined(made)
-            lost = sum(skip.samples for part in parts for skip in part.skips if skip.key is None)
-            self._require_few_lost(read=len(batch), lost=lost)
+            self._require_few_lost(len(batch), [skip for part in parts for skip in part.skips if skip.key is None])
             self._batches += 1
             yield batch
 
-    def _require_few_lost(self, *, read: int, lost: int) -> None:
+    def _require_few_lost(self, read: int, skips: Sequence[Skip]) -> None:
+        """`read`: samples that came; `skips`: what broken shards lost since."""
+        lost = sum(skip.samples for skip in skips)
         epoch = sum(source.samples for source in self._order.sources) * len(self._streams) // self._order.streams
         if self._read > max(epoch, WINDOW):  # what came before fades
             self._read, self._lost = self._read // 2, self._lost // 2
         self._read += read + lost
         self._lost += lost
-        if self._lost > self._config.max_bad_share * max(epoch, WINDOW):
+        if skips and self._lost > self._config.max_bad_share * max(epoch, WINDOW):
             raise OrderError(
                 f"broken shards have lost {self._lost} of {self._read} samples, more than max_bad_share = "
-                f"{self._config.max_bad_share} of an epoch; the last: {self._skips[-1].reason}. "
+                f"{self._config.max_bad_share} of an epoch; the last: {skips[-1].reason}. "
                 "Mend the data, or raise data.max_bad_share"
             )
 

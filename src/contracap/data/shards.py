@@ -84,7 +84,7 @@ def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
         paths: folders, local or remote, are searched for `*.tar`, `*.tar.gz` and `*.tgz`, not their subfolders; of a
             folder on a web server, its `index.json` tells the shards. A URL that ends otherwise than a shard is a
             folder. Braces are ranges and lists, as in `s3://bucket/{00000..00331}.tar`. `pipe:` and a shell command
-            is one shard, taken as it stands.
+            is one shard; its braces are ranges and lists too, unless one is neither.
 
     Raises:
         FileNotFoundError: if a path does not exist, or a folder or the list holds no shard.
