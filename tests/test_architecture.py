@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "trainer": "training parallel recipe model pretrained data image",
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",
     "bench": "bench trainer recipe evaluation generation training losses pretrained model data tokenizer image",
-    "recipe": "training model losses data tokenizer image",
+    "recipe": "training parallel model losses data tokenizer image",
     "quickstart": "*",
     "cli": "*",
     "__main__": "cli",

@@ -29,6 +29,21 @@ class ParallelError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How many ranks share a model; one rank alone has all of it.
+
+    Attributes:
+        kind: what `wrapped` does. `ddp`: each rank holds everything. `fsdp`: each holds a share of every parameter, its
+            gradient and its moments. `hsdp`: shares within a machine, copies between machines.
+        gather: how the contrastive loss gets the rows of all ranks. `gathered`: all at once. `ring`: block after block,
+            at twice the traffic and without ever holding them all.
+    """
+
+    kind: Kind = "ddp"
+    gather: Literal["gathered", "ring"] = "gathered"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process among those that train together; by default it is alone, and each method gives back what it got.
 

@@ -10,6 +10,7 @@ from contracap.data.loader import DataConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import find_size
+from contracap.parallel import ParallelConfig
 from contracap.training.checkpoint import CheckpointConfig
 from contracap.training.optimizer import OptimizerConfig
 
@@ -59,6 +60,7 @@ class Recipe:
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
