@@ -79,6 +79,7 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
     freeze(model, recipe.frozen)
     freeze(model, [] if recipe.loss.contrastive else model.only_for_contrastive())
     freeze(model, [] if recipe.loss.captioning else model.only_for_captioning())
+    model.use(recipe.kernels)
     model.to(ranks.device)
     state = TrainingState(
         model=model,
@@ -162,6 +163,7 @@ FREE = (
     "out",
     "steps",
     "device",
+    "kernels",
     "nonfinite",
     "log_every",
     "validate_every",
