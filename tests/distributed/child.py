@@ -1,9 +1,6 @@
 """Ranks that do all that the tests ask of them, and write what came out: child.py FOLDER COUNT."""
 
 import itertools
-import multiprocessing
-import os
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +18,7 @@ from contracap.model.sizes import SIZES
 from contracap.parallel import GATHERS, ParallelConfig, Ranks, started, whole, wrapped
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import count_labels
+from tests.distributed.forks import run_ranks
 
 PAIRS = 8
 SCALES = (1.0, 14.3, 100.0)
@@ -179,33 +177,6 @@ def main(out: Path) -> None:
         torch.save(found, out / f"{ranks.rank}.pt")
 
 
-def start(rank: int, count: int, out: Path, port: int) -> None:
-    """Be the rank that torchrun would start; under hsdp half of the ranks share."""
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count // 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    main(out)
-
-
 if __name__ == "__main__":
-    import torch._dynamo  # DDP and FSDP need these; the ranks, forks of this process, find them imported
-    import torch.distributed.fsdp
-
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    forking = multiprocessing.get_context("fork")
-    ranks = [forking.Process(target=start, args=(rank, count, folder, port)) for rank in range(count)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    sys.exit(any(rank.exitcode for rank in ranks))
+    run_ranks(count, lambda rank: main(folder))

@@ -26,6 +26,7 @@ from .child import (
     update,
 )
 
+ROOT = Path(__file__).parents[2]
 LOSS = {torch.float32: 1e-5, torch.float64: 1e-10}
 GRADIENT = {torch.float32: 1e-4, torch.float64: 1e-10}
 Found = list[dict[Any, Any]]
@@ -37,8 +38,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("no fork on this system")
     out, count = tmp_path_factory.mktemp("ranks"), request.param
-    command = [sys.executable, "-W", "error", Path(__file__).with_name("child.py"), out, str(count)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=300)
+    command = [sys.executable, "-W", "error", "-m", "tests.distributed.child", out, str(count)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(count)]
 

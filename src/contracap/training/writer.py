@@ -140,7 +140,7 @@ class CheckpointWriter:
                 no_dist=self._group is None,
             )
             self._on_rank_0(lambda: self._finish(snapshot, partial, final))
-        except Exception as error:
+        except (Exception, dcp.api.CheckpointException) as error:  # torch's is none of the former
             if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
