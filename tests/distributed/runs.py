@@ -1,4 +1,4 @@
-"""Ranks that train as a list of recipes says, one after the other, and write how each run ended: runs.py FOLDER COUNT."""
+"""Ranks that train as a list of recipes says, a run after the other, and write how each ended: runs.py FOLDER COUNT."""
 
 import errno
 import json

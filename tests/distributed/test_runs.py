@@ -98,9 +98,6 @@ class Runs:
         assert done.returncode == 0, done.stderr
         return self
 
-    def recipe(self, name: str, **changes: Any) -> dict[str, Any]:
-        return self.values | {"out": str(self.folder / name)} | changes
-
     def ends(self, name: str) -> list[str]:
         """How the run ended on each rank."""
         return [(self.folder / f"{name}.{rank}").read_text() for rank in range(self.count)]
