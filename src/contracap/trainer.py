@@ -117,9 +117,9 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
         seed=recipe.seed,
     )
     ranks.wait()  # all have looked at what the folder held before it changes
-    if ranks.rank == 0:
-        write_text(folder / RECIPE_FILE, to_toml(recipe))
     try:
+        if ranks.rank == 0:
+            write_text(folder / RECIPE_FILE, to_toml(recipe))
         with (
             CheckpointWriter(checkpoints, recipe.checkpoint, image=image, ranks=ranks) as writer,
             Recorder(folder, start=state.step, total_steps=recipe.steps) if ranks.rank == 0 else Silent() as recorder,

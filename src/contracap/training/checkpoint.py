@@ -112,6 +112,8 @@ def describe(error: BaseException) -> str:
     """What went wrong, in one line; of several ranks, on the first that had trouble."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return describe(next(iter(error.failures.values()))[0])
+    if isinstance(error.__context__, OSError):  # torch puts a RuntimeError about positions in a file on top
+        return describe(error.__context__)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = " ".join(str(error).split())
