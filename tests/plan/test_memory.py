@@ -15,13 +15,15 @@ from contracap.image import ImageConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
+from contracap.parallel import Ranks
 from contracap.plan.flops import Texts, tokens_of
 from contracap.plan.memory import checkpoint_bytes, count_parameters, count_trained, memory_parts, planned_model
 from contracap.pretrained import random_model
 from contracap.recipe import Recipe
-from contracap.training.checkpoint import moving_average, save_checkpoint
+from contracap.training.checkpoint import CheckpointConfig, last_checkpoint, moving_average
 from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze
 from contracap.training.step import StepConfig, TrainingState, losses, train_step
+from contracap.training.writer import CheckpointWriter
 from tests.model.tiny_models import TINY, tiny_clip, with_pooler
 
 LENGTHS = (4, 8, 12, 16)
@@ -150,6 +152,8 @@ def test_a_real_checkpoint_has_the_planned_size(frozen: tuple[str, ...], average
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     state = TrainingState(model=model, optimizer=optimizer, average=moving_average(model) if averaged else None)
-    folder = save_checkpoint(tmp_path, state, image=processor.image_config, data={}, keep=1)
+    with CheckpointWriter(tmp_path, CheckpointConfig(), image=processor.image_config, ranks=Ranks()) as writer:
+        writer.save(state, data={})
+    folder = last_checkpoint(tmp_path)
     real = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert checkpoint_bytes(planned_model(recipe(frozen=frozen)), averaged=averaged) == pytest.approx(real, rel=0.05)
