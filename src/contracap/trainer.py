@@ -10,16 +10,18 @@ from typing import Any, Literal
 import torch
 
 from contracap.config import to_dict, to_toml
-from contracap.data.loader import DataConfig, TrainingBatches, joined_states, validation_batches
+from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import OrderError
-from contracap.data.shards import list_shards
+from contracap.evaluation.suite import Suite
 from contracap.files import write_text
 from contracap.image import ImageConfig
-from contracap.model.coca import CoCa, evaluating
+from contracap.model.coca import CoCa
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.parallel import ParallelError, Ranks, started, wrapped
+from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for, random_model, read_weights
 from contracap.recipe import Precision, Recipe, load_recipe
+from contracap.training.boards import open_boards
 from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
@@ -29,9 +31,14 @@ from contracap.training.checkpoint import (
     save_checkpoint,
 )
 from contracap.training.loop import Event, TrainingError, repeat_steps
+from contracap.training.meter import Meter
 from contracap.training.metrics import Recorder, Silent
+from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze
-from contracap.training.step import StepConfig, TrainingState, count_labels, losses
+from contracap.training.profiling import Profile
+from contracap.training.step import StepConfig, TrainingState
+from contracap.training.validation import Validation
+from contracap.training.watchdog import CHECKPOINT, EVALUATION, RECORD, Watchdog
 
 RECIPE_FILE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
@@ -41,8 +48,8 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe) -> Path:
     """Train to the recipe's last step and return the newest checkpoint. Under `torchrun` the ranks share each batch.
 
-    Writes to the run folder: `recipe.toml` (resolved), `metrics.jsonl`, `skipped.jsonl`, `tensorboard/`, `checkpoints/`
-    with `last`.
+    Writes to the run folder: `recipe.toml` (resolved), `metrics.jsonl`, `tensorboard/`, `checkpoints/` with `last`; and
+    as there is need `skipped.jsonl`, `spikes.jsonl`, `captions.jsonl`, `profile/`.
 
     Raises:
         CheckpointError: if the folder holds a run and `resume` is false, or one of another model.
@@ -68,14 +75,26 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
             f"accumulation {recipe.accumulation}: make it a multiple of {ranks.count * recipe.accumulation}"
         )
     recipe = replace(recipe, precision=precision_on(ranks.device, recipe.precision))
-    if recipe.data.validation is not None:
-        list_shards(recipe.data.validation)  # a wrong path is found now, not hours later
     if checkpoint:
         require_same_run(folder, recipe)
         model, processor = load(checkpoint)
         image = processor.image_config
     else:
         model, image = starting_model(recipe)
+    config = StepConfig(
+        loss=recipe.loss,
+        optimizer=recipe.optimizer,
+        image=image,
+        total_steps=recipe.steps,
+        bf16=recipe.precision == "bf16",
+        accumulation=recipe.accumulation,
+        ema_decay=recipe.ema_decay,
+        seed=recipe.seed,
+    )
+    processor = processor_for(model.config, image)
+    # Wrong paths are found now, not hours later.
+    validation = Validation(recipe.data, config) if recipe.data.validation is not None else None
+    suite = Suite(recipe.evaluation, processor)
     freeze(model, recipe.frozen)
     freeze(model, [] if recipe.loss.contrastive else model.only_for_contrastive())
     freeze(model, [] if recipe.loss.captioning else model.only_for_captioning())
@@ -87,9 +106,13 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
         ranks=ranks,
         wrapped=wrapped(model, "ddp", ranks),
     )
-    tokenizer = processor_for(model.config, image).tokenizer
     batches = TrainingBatches(
-        recipe.data, image=image, tokenizer=tokenizer, seed=recipe.seed, rank=ranks.rank, ranks=ranks.count
+        recipe.data,
+        image=image,
+        tokenizer=processor.tokenizer,
+        seed=recipe.seed,
+        rank=ranks.rank,
+        ranks=ranks.count,
     )
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
@@ -98,41 +121,64 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
                 f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps"
             )
         logger.info("going on from %s", checkpoint)
-    config = StepConfig(
-        loss=recipe.loss,
-        optimizer=recipe.optimizer,
-        image=image,
-        total_steps=recipe.steps,
-        bf16=recipe.precision == "bf16",
-        accumulation=recipe.accumulation,
-        ema_decay=recipe.ema_decay,
-        seed=recipe.seed,
-    )
     ranks.wait()  # all have looked at what the folder held before it changes
     if ranks.rank == 0:
         write_text(folder / RECIPE_FILE, to_toml(recipe))
-    with Recorder(folder, start=state.step, total_steps=recipe.steps) if ranks.rank == 0 else Silent() as recorder:
+    peak = find_peak(ranks.device, bf16=config.bf16, stated=recipe.peak_tflops)
+    utilisation = ModelUtilisation(model, recipe.loss, peak) if peak else None
+    steps = {"start": state.step, "total_steps": recipe.steps}
+    with (
+        Recorder(
+            folder,
+            boards=open_boards(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe)),
+            **steps,
+        )
+        if ranks.rank == 0
+        else Silent() as recorder,
+        Watchdog(recipe.stall_seconds, ranks, start=state.step) as watchdog,
+        Monitor(
+            recorder,
+            ranks,
+            meter=Meter(ranks.device, end=processor.tokenizer.end),
+            watchdog=watchdog,
+            profile=Profile(folder, rank=ranks.rank, steps=recipe.steps - state.step) if recipe.profile else None,
+            utilisation=utilisation,
+            **steps,
+        ) as monitor,
+    ):
+        if utilisation:
+            logger.info("%s", utilisation)
+            recorder.record(state.step, {"mfu_peak_tflops": utilisation.peak.flops / 1e12})
 
         def skipping() -> None:
-            recorder.skips([skip for skips in ranks.collect(batches.take_skips()) for skip in skips])
+            recorder.skips(state.step, [skip for skips in ranks.collect(batches.take_skips()) for skip in skips])
 
         def counts() -> dict[str, float]:
             total = sum(map(Counter, ranks.collect(batches.skipped)), Counter[str]())
             return {f"skipped/{kind}": float(number) for kind, number in total.items()}
 
         def log() -> None:
-            recorder.log(counts())
+            with monitor.phase(RECORD):
+                monitor.log(counts())
 
-        def validation() -> None:
+        def validating() -> None:
+            if ranks.rank == 0 and validation:
+                with monitor.phase(EVALUATION):
+                    recorder.record(state.step, dict(validation.run(model)))
+
+        def evaluating() -> None:
             if ranks.rank == 0:
-                recorder.record(state.step, validate(model, recipe.data, config))
+                with monitor.phase(EVALUATION), torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.bf16):
+                    recorder.record(state.step, dict(suite.run(model)))
+                    recorder.captions(state.step, suite.captions)
 
         def checkpointing() -> None:
-            skipping()
-            position = joined_states(ranks.collect(batches.state_dict()))
-            if ranks.rank == 0:
-                save_checkpoint(checkpoints, state, image=image, data=position, keep=recipe.checkpoint.keep)
-            ranks.wait()
+            with monitor.phase(CHECKPOINT):
+                skipping()
+                position = joined_states(ranks.collect(batches.state_dict()))
+                if ranks.rank == 0:
+                    save_checkpoint(checkpoints, state, image=image, data=position, keep=recipe.checkpoint.keep)
+                ranks.wait()
 
         skip_every = 1 if ranks.count == 1 else recipe.log_every  # with several it takes a message to all
         events = [
@@ -141,16 +187,18 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
             Event(recipe.checkpoint.every, checkpointing),
         ]
         if recipe.validate_every:
-            events.append(Event(recipe.validate_every, validation))
+            events.append(Event(recipe.validate_every, validating))
+        if suite:
+            events.append(Event(recipe.evaluation.every, evaluating))
         try:
-            repeat_steps(state, batches, config, recorder=recorder, events=events, nonfinite=recipe.nonfinite)
+            repeat_steps(state, batches, config, monitor=monitor, events=events, nonfinite=recipe.nonfinite)
         except TrainingError as error:
             raise TrainingError(
                 f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. "
                 "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
             ) from None
         except OrderError:  # on this rank alone: the others are not asked
-            recorder.skips(batches.take_skips())
+            recorder.skips(state.step, batches.take_skips())
             recorder.record(state.step, {f"skipped/{kind}": float(count) for kind, count in batches.skipped.items()})
             raise
     return checkpoints / checkpoint_name(recipe.steps)
@@ -165,7 +213,12 @@ FREE = (
     "nonfinite",
     "log_every",
     "validate_every",
+    "wandb",
+    "peak_tflops",
+    "stall_seconds",
+    "profile",
     "checkpoint",
+    "evaluation",
     "data.validation",
     "data.workers",
     "data.max_bad_share",
@@ -221,27 +274,6 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
         model = CoCa(wanted)
     model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
     return model.requires_grad_(True), replace(weights.image, size=wanted.vision.image_size)
-
-
-@torch.inference_mode()
-def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, float]:
-    """Mean losses over the full batches of `data.validation`, under `validation_...` names."""
-    sums: dict[str, float] = {}
-    tokenizer = processor_for(model.config, config.image).tokenizer
-    batches = tokens = 0
-    for batch in validation_batches(
-        data.validation or (), batch_size=data.batch_size, image=config.image, tokenizer=tokenizer
-    ):
-        batch = batch.to(model.device)
-        batches += 1
-        tokens += int(count_labels(batch.ids, tokenizer.end))
-        with evaluating(model):
-            parts = losses(model, batch, config, tokens=1)
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    # Summed over tokens the one, averaged over batches the other.
-    counts = {"captioning_loss": tokens, "contrastive_loss": batches}
-    return {f"validation_{name}": value / counts[name] for name, value in sums.items()}
 
 
 def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:
