@@ -31,7 +31,6 @@ from contracap.training.checkpoint import (
     save_checkpoint,
 )
 from contracap.training.loop import Event, TrainingError, repeat_steps
-from contracap.training.meter import Meter
 from contracap.training.metrics import Recorder, Silent
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze
@@ -139,10 +138,10 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
         Monitor(
             recorder,
             ranks,
-            meter=Meter(ranks.device, end=processor.tokenizer.end),
             watchdog=watchdog,
             profile=Profile(folder, rank=ranks.rank, steps=recipe.steps - state.step) if recipe.profile else None,
             utilisation=utilisation,
+            end=processor.tokenizer.end,
             **steps,
         ) as monitor,
     ):

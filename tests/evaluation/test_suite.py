@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from contracap.config import ConfigError, build
@@ -61,6 +62,14 @@ def test_the_first_pictures_are_captioned_as_the_captioner_does(pair, greys: Pat
     assert [caption["caption"] for caption in whole.captions] == [
         caption.text for caption in Captioner(model, processor)(pictures)
     ]
+
+
+def test_a_model_is_evaluated_in_the_precision_that_it_trains_in(pair, greys: Path) -> None:
+    tables = {"retrieval": str(greys), "captions": {"data": str(greys), "samples": 2}}
+    whole = suite(pair, **tables)
+    with torch.autocast("cpu", torch.bfloat16):
+        figures = dict(whole.run(pair[0]))
+    assert all(0 <= value <= 1 for value in figures.values()) and len(whole.captions) == 2
 
 
 def test_a_suite_of_nothing_is_false(pair, greys: Path) -> None:

@@ -81,7 +81,9 @@ class SampleCaption:
 class Suite:
     """The evaluators of an `EvaluationConfig`, in the shape of one.
 
-    The same on every rank: of a model that is shared out, every rank must run it to its end.
+    The same on every rank: of a model that is shared out, every rank must run it to its end. Such a model must have
+    made a training step before: FSDP keeps the tensors that its first pass gathers into, and those of inference mode
+    cannot be trained on.
 
     Attributes:
         captions: written by the last `run`, ready for JSON.

@@ -89,7 +89,7 @@ class Meter:
         if self._asks_gpu:
             try:
                 return torch.cuda.utilization(self._device) / 100
-            except (ImportError, RuntimeError):  # nvidia-ml-py is not installed, or its library finds no driver
+            except Exception:  # nvidia-ml-py is missing, or says in errors of its own that the device cannot tell
                 self._asks_gpu = False
         return None
 

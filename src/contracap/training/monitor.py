@@ -27,16 +27,23 @@ class Monitor:
         recorder: Recorder,
         ranks: Ranks,
         *,
-        meter: Meter,
         watchdog: Watchdog,
         profile: Profile | None,
         utilisation: Utilisation | None,
+        end: int,
         start: int,
         total_steps: int,
     ):
-        """`start`: steps done before."""
+        """Every rank must make one.
+
+        Args:
+            utilisation: None where the peak of the device is not known.
+            end: the id that ends a text.
+            start: steps done before.
+        """
         self._recorder, self._ranks = recorder, ranks
-        self._meter, self._watchdog, self._profile, self._utilisation = meter, watchdog, profile, utilisation
+        self._watchdog, self._profile, self._utilisation = watchdog, profile, utilisation
+        self._meter = Meter(ranks.device, end=end)
         self._done, self._total = start, total_steps
         self._spikes = Spikes()
         self._unwritten: list[Spike] = []

@@ -229,4 +229,6 @@ def _position(frame: FrameType) -> tuple[str, bool]:
     ours = [number for number, each in enumerate(frames) if Path(each.filename).is_relative_to(PACKAGE)]
     innermost = ours[-1] if ours else len(frames) - 1
     called = any(Path(each.filename).is_relative_to(COLLECTIVES) for each in frames[innermost:])
-    return f"{frames[innermost].filename}:{frames[innermost].lineno} in {frames[innermost].name}", called
+    file = Path(frames[innermost].filename)
+    short = file.relative_to(PACKAGE.parent) if ours else file
+    return f"{short}:{frames[innermost].lineno} in {frames[innermost].name}", called
