@@ -2,23 +2,28 @@
 
 import json
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.data.loader import TrainingBatches
 from contracap.data.shards import samples
 from contracap.image import ImageConfig
+from contracap.parallel import Ranks
 from contracap.pretrained import load, read_weights
 from contracap.recipe import Recipe
 from contracap.tokenizer import lengths
 from contracap.trainer import train
 from contracap.training import spikes, step
 from contracap.training.loop import TrainingError
-from contracap.training.metrics import read_metrics
+from contracap.training.metrics import Recorder, read_metrics
+from contracap.training.monitor import Monitor
+from contracap.training.watchdog import Watchdog
 
 
 def losses(folder: str) -> list[tuple[float, float]]:
@@ -89,6 +94,34 @@ def test_a_spike_is_written_with_the_keys_of_its_samples(
     assert spike["numbers"]["loss"] > 100 > spike["usual"]["loss"]
     (warning,) = [message for message in caplog.messages if message.startswith("spike")]
     assert warning.startswith("spike at step 15: loss ") and warning.endswith("spikes.jsonl names the samples")
+
+
+class Two(Ranks):
+    """Rank 0 of two; what it collects, the other one has, too, but for the keys of its samples."""
+
+    def collect(self, value):
+        measured, spikes = value
+        return [value, (measured, [replace(spike, keys=["theirs"]) for spike in spikes])]
+
+
+def test_the_keys_of_a_spike_are_those_of_all_ranks(tmp_path: Path) -> None:
+    ranks = Two(count=2)
+    steps = {"start": 0, "total_steps": 200}
+    numbers = {"loss": 2.0, "gradient_norm": 1.0}
+    batch = Batch(pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ids=torch.ones(1, 4).long(), keys=["ours"])
+    with (
+        Recorder(tmp_path, boards=[], **steps) as recorder,
+        Watchdog(0.0, Ranks(), start=0) as watchdog,
+        Monitor(recorder, ranks, watchdog=watchdog, profile=None, utilisation=None, end=1, **steps) as monitor,
+    ):
+        for _ in range(120):
+            monitor.step(numbers, batch)
+        monitor.step(numbers | {"loss": 9.0}, batch)
+        assert not (tmp_path / "spikes.jsonl").exists()  # until a message to the others is due anyway
+        monitor.log({})
+    (spike,) = map(json.loads, (tmp_path / "spikes.jsonl").read_text().splitlines())
+    assert (spike["step"], spike["keys"], spike["usual"]["loss"]) == (121, ["ours", "theirs"], 2.0)
+    assert read_metrics(tmp_path)[-1]["loss"] == 9.0
 
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])

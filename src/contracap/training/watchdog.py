@@ -128,10 +128,8 @@ class Watchdog:
     def _look(self, now: float) -> None:
         beat, rank = self._beat, self._ranks.rank
         if self._stalled is not None and beat is not self._stalled:
-            logger.warning(
-                "rank %d goes on, after %.0f s %s of step %d",
-                *(rank, beat.since - self._stalled.since, self._stalled.phase, self._stalled.step),
-            )
+            seconds, before = beat.since - self._stalled.since, self._stalled
+            logger.warning("rank %d goes on, after %.0f s %s of step %d", rank, seconds, before.phase, before.step)
             self._stalled = self._compare_at = None
             self._publish(None)
         if self._stalled is None and now - beat.since > self._seconds * (FIRST if beat.step == self._first else 1):
