@@ -6,11 +6,12 @@ activations and softmax are not counted, as is usual; attention counts the whole
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig
 
+CrossAttentionKernel = Literal["auto", "projected", "absorbed"]
 BACKWARD = 2  # forward passes that a backward pass takes: one product for the inputs, one for the weights
 
 
@@ -47,6 +48,8 @@ class Tokens:
         encoder_columns: likewise on attention's grid.
         decoder: rows of the text decoder, each with a label; 0 where there is no captioning loss.
         decoder_columns: likewise on attention's grid.
+        absorbed: whether cross-attention leaves the memory as it is, and takes the products that would make keys and
+            values of it into its queries and outputs.
         contrastive: whether there are embeddings to project to.
     """
 
@@ -57,11 +60,18 @@ class Tokens:
     encoder_columns: float
     decoder: float
     decoder_columns: float
+    absorbed: bool
     contrastive: bool
 
 
-def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts) -> Tokens:
-    """The rows of a sample whose caption is of mean length. Source: model.text.TextEncoder.layout, for the text."""
+def tokens_of(
+    config: CoCaConfig, loss: LossConfig, texts: Texts, *, cross_attention: CrossAttentionKernel = "projected"
+) -> Tokens:
+    """The rows of a sample whose caption is of mean length. Source: model.text.TextEncoder.layout, for the text.
+
+    Args:
+        cross_attention: `auto` is what costs fewer operations.
+    """
     vision, text = config.vision, config.text
     captioning, contrastive = loss.captioning > 0, loss.contrastive > 0
     image = 1.0 + max(1, round(vision.patches * (1.0 - vision.patch_dropout)))
@@ -74,14 +84,20 @@ def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts) -> Tokens:
             return tokens
         return 1 + (min(tokens + 1, float(text.context)) if text.cls_mask == "legacy" else tokens)
 
+    memory = float(config.pooler.queries - (config.pooler.kind == "shared")) if captioning else 0.0
+    absorbed = cross_attention == "absorbed"
+    if cross_attention == "auto" and config.decoder is not None:
+        width, heads = text.width, config.decoder.heads
+        absorbed = decoder_columns * (width + (heads - 1) * memory) < memory * width
     return Tokens(
         image=image,
         pools=tuple(_pools(config, image, captioning=captioning, contrastive=contrastive)),
-        memory=float(config.pooler.queries - (config.pooler.kind == "shared")) if captioning else 0.0,
+        memory=memory,
         encoder=encoder_rows(texts.mean),
         encoder_columns=encoder_rows(float(texts.longest)),
         decoder=decoder,
         decoder_columns=decoder_columns,
+        absorbed=absorbed,
         contrastive=contrastive,
     )
 
@@ -100,29 +116,43 @@ def _pools(config: CoCaConfig, image: float, *, captioning: bool, contrastive: b
 def forward_flops(config: CoCaConfig, tokens: Tokens) -> Mapping[str, float]:
     """Operations of one sample's forward pass, by part; the contrastive loss is left out, a few thousandths of it."""
     vision, text, embed = config.vision, config.text, config.embed_dim
-    hidden = int(vision.width * vision.mlp_ratio)
     image = 2 * (tokens.image - 1) * 3 * vision.patch_size**2 * vision.width
-    image += vision.layers * _self_block(tokens.image, tokens.image, vision.width, hidden)
-    pooler = 0.0
+    pooler = encoder = 0.0
     for pool in tokens.pools:
         pooler += 4 * pool.queries * embed**2 + 4 * pool.memory * (pool.memory_width + pool.queries) * embed
-    hidden = int(text.width * text.mlp_ratio)
-    encoder = text.layers * _self_block(tokens.encoder, tokens.encoder_columns, text.width, hidden)
     if tokens.contrastive:
         pooled = {"shared": embed, "class_token": vision.width}.get(config.pooler.kind, 0)
         pooler += 2 * pooled * embed
         encoder += 2 * text.width * embed
-    parts = {"image encoder": image, "pooler": pooler, "text encoder": encoder}
+    blocks = dict(block_flops(config, tokens))
+    parts = {"image encoder": image + blocks.pop("image encoder"), "pooler": pooler}
+    parts["text encoder"] = encoder + blocks.pop("text encoder")
     if config.decoder is None or not tokens.decoder:
         return parts
-    width, layers, hidden = text.width, config.decoder.layers, int(text.width * config.decoder.mlp_ratio)
+    layers, width = config.decoder.layers, text.width
+    if not tokens.absorbed:  # before the blocks
+        blocks["decoder keys and values"] = layers * 4 * tokens.memory * width**2
+    return parts | blocks | {"vocabulary": 2 * tokens.decoder * width * text.vocab_size}
+
+
+def block_flops(config: CoCaConfig, tokens: Tokens) -> Mapping[str, float]:
+    """Likewise of the transformer blocks alone, which is what a backward pass computes again if it has to."""
+    vision, text, decoder = config.vision, config.text, config.decoder
+    hidden = int(vision.width * vision.mlp_ratio)
+    image = vision.layers * _self_block(tokens.image, tokens.image, vision.width, hidden)
+    hidden = int(text.width * text.mlp_ratio)
+    encoder = text.layers * _self_block(tokens.encoder, tokens.encoder_columns, text.width, hidden)
+    parts = {"image encoder": image, "text encoder": encoder}
+    if decoder is None or not tokens.decoder:
+        return parts
+    width, layers, hidden = text.width, decoder.layers, int(text.width * decoder.mlp_ratio)
+    memories = decoder.heads if tokens.absorbed else 1  # as wide as the text: one for each head, or all heads' one
     return parts | {
         "decoder self-attention": layers * _self_block(tokens.decoder, tokens.decoder_columns, width, hidden),
         "decoder queries": layers * 4 * tokens.decoder * width**2,
-        "decoder keys and values": layers * 4 * tokens.memory * width**2,
-        "decoder scores": layers * 4 * tokens.decoder_columns * tokens.memory * width,
+        "decoder keys and values": layers * 4 * tokens.decoder * width**2 * tokens.absorbed,
+        "decoder scores": layers * 4 * tokens.decoder_columns * memories * tokens.memory * width,
         "decoder feed-forward": layers * 4 * tokens.decoder * width * hidden,
-        "vocabulary": 2 * tokens.decoder * width * text.vocab_size,
     }
 
 
