@@ -1,4 +1,4 @@
-"""Ranks that take training steps and note what they tell each other: step_on_ranks.py FOLDER COUNT.
+"""Ranks that take training steps and note what they tell each other: step_on_ranks.py FOLDER COUNT CASE...
 
 Many ranks are played by one, to which torch's fake process group pretends that the others are there.
 """
@@ -125,16 +125,13 @@ def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, int]:
     return dict(heard.payloads)
 
 
-def main(out: Path, ranks: Ranks) -> None:
+def main(out: Path, ranks: Ranks, names: list[str]) -> None:
     """What one rank does."""
-    heard = {}
-    for name, changes in CASES.items():
-        if ranks.count <= MOST_REAL or not name.startswith("ddp"):  # DDP wants outcomes that the fake group has not
-            heard[name] = heard_in_a_step(recipe_of(ranks.count, **changes), ranks)
+    heard = {name: heard_in_a_step(recipe_of(ranks.count, **CASES[name]), ranks) for name in names}
     torch.save(heard, out / f"{ranks.rank}.pt")
 
 
-def start(rank: int, count: int, out: Path, port: int) -> None:
+def start(rank: int, count: int, out: Path, port: int, names: list[str]) -> None:
     """Be the rank that torchrun would start, of two machines."""
     variables = {
         "RANK": rank,
@@ -146,7 +143,7 @@ def start(rank: int, count: int, out: Path, port: int) -> None:
     }
     os.environ.update({name: str(value) for name, value in variables.items()})
     with started(torch.device("cpu")) as ranks:
-        main(out, ranks)
+        main(out, ranks, names)
 
 
 class PlayedRanks(Ranks):
@@ -156,12 +153,12 @@ class PlayedRanks(Ranks):
         return [value] * self.count
 
 
-def play(count: int, out: Path) -> None:
+def play(count: int, out: Path, names: list[str]) -> None:
     """Be the first of many ranks, on machines of 8."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # a private part of torch, of the tests alone
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
-    main(out, PlayedRanks(rank=0, count=count, local_count=8))
+    main(out, PlayedRanks(rank=0, count=count, local_count=8), names)
     dist.destroy_process_group()
 
 
@@ -170,15 +167,15 @@ if __name__ == "__main__":
     import torch.distributed.fsdp
 
     torch.set_num_threads(1)
-    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+    folder, count, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if count > MOST_REAL:
-        play(count, folder)
+        play(count, folder, names)
         sys.exit()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     forking = multiprocessing.get_context("fork")
-    ranks = [forking.Process(target=start, args=(rank, count, folder, port)) for rank in range(count)]
+    ranks = [forking.Process(target=start, args=(rank, count, folder, port, names)) for rank in range(count)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
