@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "generation.beam": "generation.sampling",
     "generation": "generation model tokenizer image processor",
     "evaluation": "evaluation model data generation tokenizer image processor",
-    "parallel": "losses model",
+    "parallel": "parallel losses model",
     "training": "training parallel model pretrained losses data tokenizer image processor",
     "trainer": "training parallel recipe model pretrained data image",
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",

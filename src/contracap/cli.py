@@ -39,7 +39,8 @@ BATCH = 16  # pictures at a time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, or 1 for wrong input. A call that cannot be parsed exits with 2."""
+    """Run one verb and return the exit status: 0, 1 for wrong input, or 75 where the same call can go on. A call that
+    cannot be parsed exits with 2."""
     weights = SubcommandApp()
     weights.command(inspect)
     weights.command(convert)
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_for_the_user(error):
             raise
-        return _fail(_message(error))
+        return _fail(_message(error), status=getattr(error, "exit_status", 1))
     return status or 0
 
 

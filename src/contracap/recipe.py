@@ -8,7 +8,7 @@ from typing import Any, Literal
 from contracap.config import build, load_toml, to_dict
 from contracap.data.loader import DataConfig
 from contracap.losses import LossConfig
-from contracap.model.coca import CoCaConfig
+from contracap.model.coca import CoCaConfig, KernelConfig
 from contracap.model.sizes import find_size
 from contracap.parallel import ParallelConfig
 from contracap.training.checkpoint import CheckpointConfig
@@ -60,6 +60,7 @@ class Recipe:
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

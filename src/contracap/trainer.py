@@ -1,8 +1,10 @@
 """The trainer: a recipe in, a run folder out."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +12,12 @@ from typing import Any, Literal
 import torch
 
 from contracap.config import to_dict, to_toml
-from contracap.data.loader import DataConfig, TrainingBatches, joined_states, validation_batches
+from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import OrderError
 from contracap.data.shards import list_shards
 from contracap.files import write_text
 from contracap.image import ImageConfig
-from contracap.model.coca import CoCa, evaluating
+from contracap.model.coca import CoCa
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.parallel import ParallelError, Ranks, started, wrapped
 from contracap.pretrained import load, processor_for, random_model, read_weights
@@ -23,15 +25,18 @@ from contracap.recipe import Precision, Recipe, load_recipe
 from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
+    describe,
     last_checkpoint,
     moving_average,
     restore_checkpoint,
-    save_checkpoint,
 )
+from contracap.training.interruption import Interrupted, Requests, requests_to_end
 from contracap.training.loop import Event, TrainingError, repeat_steps
-from contracap.training.metrics import Recorder, Silent
+from contracap.training.metrics import METRICS_FILE, Recorder, Silent
 from contracap.training.optimizer import build_optimizer, freeze
-from contracap.training.step import StepConfig, TrainingState, count_labels, losses
+from contracap.training.step import StepConfig, TrainingState
+from contracap.training.validation import validate
+from contracap.training.writer import CheckpointWriter
 
 RECIPE_FILE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
@@ -45,19 +50,21 @@ def train(recipe: Recipe) -> Path:
     with `last`.
 
     Raises:
-        CheckpointError: if the folder holds a run and `resume` is false, or one of another model.
+        CheckpointError: if the folder holds a run and `resume` is false, or one of another model; if it can no longer
+            be written to.
         TrainingError: at a NaN or infinite loss, unless the recipe skips such steps.
         OrderError: if too much of the data is bad.
         ParallelError: if the ranks cannot be started, or cannot share the batch.
+        Interrupted: after a checkpoint, if any of the ranks got SIGTERM or SIGUSR1.
     """
-    with started(_device(recipe)) as ranks:
-        return _train(recipe, ranks)
+    with requests_to_end() as requests, started(_device(recipe)) as ranks:
+        return _train(recipe, ranks, requests)
 
 
-def _train(recipe: Recipe, ranks: Ranks) -> Path:
+def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     folder = Path(recipe.out)
     checkpoints = folder / CHECKPOINTS
-    checkpoint = last_checkpoint(checkpoints)
+    checkpoint = ranks.broadcast(last_checkpoint(checkpoints))
     if checkpoint and not recipe.resume:
         raise CheckpointError(
             f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
@@ -79,13 +86,15 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
     freeze(model, recipe.frozen)
     freeze(model, [] if recipe.loss.contrastive else model.only_for_contrastive())
     freeze(model, [] if recipe.loss.captioning else model.only_for_captioning())
+    model.use(recipe.kernels)
     model.to(ranks.device)
+    shared = wrapped(model, recipe.parallel, ranks, bf16=recipe.precision == "bf16")
     state = TrainingState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
         average=moving_average(model) if recipe.ema_decay else None,
         ranks=ranks,
-        wrapped=wrapped(model, "ddp", ranks),
+        wrapped=shared,
     )
     tokenizer = processor_for(model.config, image).tokenizer
     batches = TrainingBatches(
@@ -109,63 +118,117 @@ def _train(recipe: Recipe, ranks: Ranks) -> Path:
         seed=recipe.seed,
     )
     ranks.wait()  # all have looked at what the folder held before it changes
-    if ranks.rank == 0:
-        write_text(folder / RECIPE_FILE, to_toml(recipe))
-    with Recorder(folder, start=state.step, total_steps=recipe.steps) if ranks.rank == 0 else Silent() as recorder:
-
-        def skipping() -> None:
-            recorder.skips([skip for skips in ranks.collect(batches.take_skips()) for skip in skips])
-
-        def counts() -> dict[str, float]:
-            total = sum(map(Counter, ranks.collect(batches.skipped)), Counter[str]())
-            return {f"skipped/{kind}": float(number) for kind, number in total.items()}
-
-        def log() -> None:
-            recorder.log(counts())
-
-        def validation() -> None:
-            if ranks.rank == 0:
-                recorder.record(state.step, validate(model, recipe.data, config))
-
-        def checkpointing() -> None:
-            skipping()
-            position = joined_states(ranks.collect(batches.state_dict()))
-            if ranks.rank == 0:
-                save_checkpoint(checkpoints, state, image=image, data=position, keep=recipe.checkpoint.keep)
-            ranks.wait()
-
-        skip_every = 1 if ranks.count == 1 else recipe.log_every  # with several it takes a message to all
-        events = [
-            Event(skip_every, skipping),
-            Event(recipe.log_every, log),
-            Event(recipe.checkpoint.every, checkpointing),
-        ]
-        if recipe.validate_every:
-            events.append(Event(recipe.validate_every, validation))
-        try:
-            repeat_steps(state, batches, config, recorder=recorder, events=events, nonfinite=recipe.nonfinite)
-        except TrainingError as error:
-            raise TrainingError(
-                f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. "
-                "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
-            ) from None
-        except OrderError:  # on this rank alone: the others are not asked
-            recorder.skips(batches.take_skips())
-            recorder.record(state.step, {f"skipped/{kind}": float(count) for kind, count in batches.skipped.items()})
-            raise
+    try:
+        if ranks.rank == 0:
+            write_text(folder / RECIPE_FILE, to_toml(recipe))
+        with (
+            CheckpointWriter(checkpoints, recipe.checkpoint, image=image, ranks=ranks) as writer,
+            Recorder(folder, start=state.step, total_steps=recipe.steps) if ranks.rank == 0 else Silent() as recorder,
+        ):
+            _run(recipe, state, batches, config, writer=writer, recorder=recorder, requests=requests)
+    except OSError as error:
+        raise _stopped(folder, describe(error)) from None
     return checkpoints / checkpoint_name(recipe.steps)
 
 
-# What a resumed run may change: none of it changes the updates, but for `steps`, which draws the cosine out.
+def _run(
+    recipe: Recipe,
+    state: TrainingState,
+    batches: TrainingBatches,
+    config: StepConfig,
+    *,
+    writer: CheckpointWriter,
+    recorder: Recorder,
+    requests: Requests,
+) -> None:
+    """The steps, and what happens between them."""
+    folder, ranks = Path(recipe.out), state.ranks
+    trouble: list[OSError] = []  # that rank 0 has with its records; the others hear of it when they agree
+
+    @contextmanager
+    def recording() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            trouble.append(error)
+
+    def skipping() -> None:
+        skips = [skip for skips in ranks.collect(batches.take_skips()) for skip in skips]
+        with recording():
+            recorder.skips(skips)
+
+    def log() -> None:
+        total = sum(map(Counter, ranks.collect(batches.skipped)), Counter[str]())
+        with recording():
+            if ranks.rank == 0:
+                os.stat(folder / METRICS_FILE)  # lines go on into a file that was deleted, and nobody would notice
+            recorder.log({f"skipped/{kind}": float(number) for kind, number in total.items()})
+
+    def validation() -> None:
+        numbers = validate(state, recipe.data, config)
+        with recording():
+            recorder.record(state.step, numbers)
+
+    def checkpointing() -> None:
+        skipping()
+        writer.save(state, joined_states(ranks.collect(batches.state_dict())))
+
+    def agreeing() -> None:
+        asked, failed = ranks.any(requests.received, writer.failed or bool(trouble))
+        if failed:
+            writer.wait()
+            raise _stopped(folder, ranks.broadcast(describe(trouble[0]) if trouble else ""))
+        if asked and state.step < recipe.steps:
+            checkpointing()
+            writer.wait()
+            raise Interrupted(
+                f"interrupted after step {state.step} of {recipe.steps}: resume=true goes on from "
+                f"{last_checkpoint(folder / CHECKPOINTS)}"
+            )
+
+    events = [
+        Event(1 if ranks.count == 1 else recipe.log_every, skipping),  # with several it takes a message to all
+        Event(recipe.log_every, log),
+        Event(recipe.checkpoint.every, checkpointing),
+        Event(1, agreeing),
+    ]
+    if recipe.validate_every:
+        events.insert(3, Event(recipe.validate_every, validation))
+    try:
+        repeat_steps(state, batches, config, recorder=recorder, events=events, nonfinite=recipe.nonfinite)
+    except TrainingError as error:
+        writer.wait()
+        raise TrainingError(
+            f"{error}. Last good checkpoint: {last_checkpoint(folder / CHECKPOINTS) or 'none yet'}. "
+            "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
+        ) from None
+    except OrderError:  # on this rank alone: the others are not asked
+        recorder.skips(batches.take_skips())
+        recorder.record(state.step, {f"skipped/{kind}": float(count) for kind, count in batches.skipped.items()})
+        raise
+
+
+def _stopped(folder: Path, reason: str) -> CheckpointError:
+    last = last_checkpoint(folder / CHECKPOINTS) or "none yet"
+    return CheckpointError(
+        f"{folder}: the run cannot go on: {reason}. Last good checkpoint: {last}. "
+        "Put that right, then go on with resume=true"
+    )
+
+
+# What a resumed run may change: none of it changes the updates by more than rounding, but for `steps`, which draws the
+# cosine out.
 FREE = (
     "resume",
     "out",
     "steps",
     "device",
+    "kernels",
     "nonfinite",
     "log_every",
     "validate_every",
     "checkpoint",
+    "parallel",
     "data.validation",
     "data.workers",
     "data.max_bad_share",
@@ -221,27 +284,6 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
         model = CoCa(wanted)
     model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
     return model.requires_grad_(True), replace(weights.image, size=wanted.vision.image_size)
-
-
-@torch.inference_mode()
-def validate(model: CoCa, data: DataConfig, config: StepConfig) -> dict[str, float]:
-    """Mean losses over the full batches of `data.validation`, under `validation_...` names."""
-    sums: dict[str, float] = {}
-    tokenizer = processor_for(model.config, config.image).tokenizer
-    batches = tokens = 0
-    for batch in validation_batches(
-        data.validation or (), batch_size=data.batch_size, image=config.image, tokenizer=tokenizer
-    ):
-        batch = batch.to(model.device)
-        batches += 1
-        tokens += int(count_labels(batch.ids, tokenizer.end))
-        with evaluating(model):
-            parts = losses(model, batch, config, tokens=1)
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    # Summed over tokens the one, averaged over batches the other.
-    counts = {"captioning_loss": tokens, "contrastive_loss": batches}
-    return {f"validation_{name}": value / counts[name] for name, value in sums.items()}
 
 
 def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:

@@ -1,9 +1,6 @@
 """Ranks that do all that the tests ask of them, and write what came out: child.py FOLDER COUNT."""
 
 import itertools
-import multiprocessing
-import os
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contracap.losses import Gather, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, TrainingFeatures
 from contracap.model.sizes import SIZES
-from contracap.parallel import GATHERS, Ranks, started, whole, wrapped
+from contracap.parallel import GATHERS, ParallelConfig, Ranks, started, whole, wrapped
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import count_labels
+from tests.distributed.forks import run_ranks
 
 PAIRS = 8
 SCALES = (1.0, 14.3, 100.0)
@@ -98,15 +96,14 @@ def backward(
     of a part of every rank's rows. Its mean loss and, from rank 0, its gradients."""
     ranks = ranks or Ranks()
     model = tiny(dtype)
-    parallel = wrapped(model, kind, ranks, bf16=bf16)
+    parallel = wrapped(model, ParallelConfig(kind=kind, gather=gather), ranks, bf16=bf16)
     pixels, ids = (tensor[order].chunk(ranks.count)[ranks.rank].chunk(parts) for tensor in samples(dtype))
     tokens = ranks.mean(count_labels(torch.cat(ids), 1023))
-    how = {"gather": GATHERS[gather]} if ranks.count > 1 else {}
     loss = torch.zeros((), dtype=dtype)
     for index in range(parts):
         with parallel.accumulating() if index < parts - 1 else nullcontext():
             captioning, contrastive = both_losses(
-                model, parallel.features, pixels[index], ids[index], tokens=tokens, bf16=bf16, **how
+                model, parallel.features, pixels[index], ids[index], tokens=tokens, bf16=bf16, gather=parallel.gather
             )
             part = 2 * captioning + contrastive / parts
             part.backward()
@@ -154,6 +151,7 @@ def main(out: Path) -> None:
             "broadcast": ranks.broadcast(f"from {ranks.rank}"),
             "collect": ranks.collect({"position": ranks.rank}),
             "sum": ranks.sum(torch.tensor([ranks.rank, 1])),
+            "any": ranks.any(ranks.rank == 1, False),
             "mean": ranks.mean(torch.tensor(ranks.rank)),
         }
         ranks.wait()
@@ -174,37 +172,11 @@ def main(out: Path) -> None:
             found[kind, "parts"] = backward(kind, torch.float64, ranks=ranks, parts=2)[1]
         found["fsdp", "float32"] = backward("fsdp", torch.float32, ranks=ranks)[1]
         found["fsdp", "bf16"] = backward("fsdp", torch.float32, ranks=ranks, bf16=True)[1]
-        found["ddp", "ring"] = backward("ddp", torch.float64, ranks=ranks, gather="ring")[1]
+        for kind in KINDS:
+            found[kind, "ring"] = backward(kind, torch.float64, ranks=ranks, gather="ring")[1]
         torch.save(found, out / f"{ranks.rank}.pt")
 
 
-def start(rank: int, count: int, out: Path, port: int) -> None:
-    """Be the rank that torchrun would start; under hsdp half of the ranks share."""
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count // 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    main(out)
-
-
 if __name__ == "__main__":
-    import torch._dynamo  # DDP and FSDP need these; the ranks, forks of this process, find them imported
-    import torch.distributed.fsdp
-
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    forking = multiprocessing.get_context("fork")
-    ranks = [forking.Process(target=start, args=(rank, count, folder, port)) for rank in range(count)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    sys.exit(any(rank.exitcode for rank in ranks))
+    run_ranks(count, lambda rank: main(folder))

@@ -1,3 +1,4 @@
+import itertools
 import multiprocessing
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contracap.losses import contrastive_loss
-from contracap.parallel import GATHERS, ParallelError, Ranks, started, wrapped
+from contracap.parallel import GATHERS, ParallelConfig, ParallelError, Ranks, Wrapped, started, wrapped
 
 from .child import (
     CASES,
@@ -25,6 +26,7 @@ from .child import (
     update,
 )
 
+ROOT = Path(__file__).parents[2]
 LOSS = {torch.float32: 1e-5, torch.float64: 1e-10}
 GRADIENT = {torch.float32: 1e-4, torch.float64: 1e-10}
 Found = list[dict[Any, Any]]
@@ -36,8 +38,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("no fork on this system")
     out, count = tmp_path_factory.mktemp("ranks"), request.param
-    command = [sys.executable, "-W", "error", Path(__file__).with_name("child.py"), out, str(count)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=300)
+    command = [sys.executable, "-W", "error", "-m", "tests.distributed.child", out, str(count)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
@@ -90,9 +92,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -
         close(ours[name], theirs[name], tolerance)
 
 
-@pytest.mark.parametrize(
-    ("kind", "case"), [*((kind, "update") for kind in KINDS), ("fsdp", "float32"), ("ddp", "ring")]
-)
+@pytest.mark.parametrize(("kind", "case"), [*itertools.product(KINDS, ("update", "ring")), ("fsdp", "float32")])
 def test_loss_and_gradients_of_a_model_spread_over_ranks_equal_one_process(found: Found, kind: str, case: str) -> None:
     dtype = torch.float32 if case == "float32" else torch.float64
     expected, ours = backward("ddp", dtype)[1], found[0][kind, case]
@@ -131,6 +131,7 @@ def test_every_rank_hears_the_others(found: Found) -> None:
         assert helpers["broadcast"] == "from 0"
         assert helpers["collect"] == [{"position": other} for other in range(count)]
         assert helpers["sum"].tolist() == [sum(range(count)), count]
+        assert helpers["any"] == [True, False]
         assert helpers["mean"].item() == (count - 1) / 2
 
 
@@ -166,9 +167,10 @@ def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = torch.tensor(7)
         assert ranks.sum(tokens) is ranks.mean(tokens) is ranks.broadcast(tokens) is tokens
         assert ranks.collect("position") == ["position"]
+        assert ranks.any(True, False) == [True, False]
         ranks.wait()
         model = tiny(torch.float32)
-        assert wrapped(model, "fsdp", ranks).features == model.features
+        assert wrapped(model, ParallelConfig(kind="fsdp", gather="ring"), ranks) == Wrapped(model.features)
 
 
 @pytest.mark.parametrize("variables", [{}, {"RANK": "one", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])

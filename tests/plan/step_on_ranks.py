@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import contracap.training.step
 from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig
@@ -94,7 +93,7 @@ def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, int]:
     for parameter, planned in zip(model.parameters(), planned_model(recipe).parameters(), strict=True):
         parameter.requires_grad_(planned.requires_grad)
     bf16 = recipe.precision == "bf16"
-    shared = wrapped(model, recipe.parallel.kind, ranks, bf16=bf16)
+    shared = wrapped(model, recipe.parallel, ranks, bf16=bf16)
     state = TrainingState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
@@ -112,7 +111,6 @@ def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, int]:
         ema_decay=0.0,
         seed=0,
     )
-    contracap.training.step.gathered = GATHERS[recipe.parallel.gather]
     ids = torch.zeros(ROWS, 16, dtype=torch.int64)
     for row in range(ROWS):
         ids[row, : 4 + row], ids[row, 4 + row] = 5, recipe.model_config.text.end

@@ -1,11 +1,12 @@
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker  # a private part of torch, of the tests alone
+from torch.nn.functional import scaled_dot_product_attention
 
 import contracap.model.attention
 import contracap.plan.memory
@@ -13,16 +14,18 @@ from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig
 from contracap.losses import LossConfig
-from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.coca import CoCa, CoCaConfig, KernelConfig
 from contracap.model.sizes import SIZES
+from contracap.parallel import Ranks
 from contracap.plan.flops import Texts, tokens_of
 from contracap.plan.memory import memory_parts
 from contracap.plan.parameters import Shares, checkpoint_bytes, count_parameters, planned_model, shares_of
 from contracap.pretrained import random_model
 from contracap.recipe import Recipe
-from contracap.training.checkpoint import moving_average, save_checkpoint
+from contracap.training.checkpoint import CheckpointConfig, last_checkpoint, moving_average
 from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze
 from contracap.training.step import StepConfig, TrainingState, losses, train_step
+from contracap.training.writer import CheckpointWriter
 from tests.model.tiny_models import TINY, tiny_clip, with_pooler
 
 LENGTHS = (4, 8, 12, 16)
@@ -76,6 +79,13 @@ def batch_of(rows: int) -> Batch:
     return Batch(pixels=torch.zeros(rows, 3, 32, 32, dtype=torch.uint8), ids=ids, keys=["key"] * rows)
 
 
+def fused(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, **how: Any) -> Tensor:
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=how.get("mask"), is_causal=causal, scale=how.get("scale")
+    )
+
+
+@pytest.mark.parametrize("cross_attention", ["projected", "absorbed"])
 @pytest.mark.parametrize(
     ("config", "loss", "bf16"),
     [
@@ -92,12 +102,14 @@ def batch_of(rows: int) -> Batch:
     ids=["fp32", "bf16", "legacy", "patch dropout", "cascade", "parallel", "contrastive", "captioning", "clip"],
 )
 def test_the_planned_activations_are_what_torch_saves(
-    config: CoCaConfig, loss: LossConfig, bf16: bool, monkeypatch: pytest.MonkeyPatch
+    config: CoCaConfig, loss: LossConfig, bf16: bool, cross_attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kernels = KernelConfig(cross_attention=cross_attention)
     # A GPU's kernel keeps no scores; on the CPU, bf16 would take one that does.
-    monkeypatch.setattr(contracap.model.attention, "sdpa_kernel", lambda backend: nullcontext())
-    tokens = tokens_of(config, loss, Texts(mean=10.0, longest=16))
+    monkeypatch.setattr(contracap.model.attention, "attend", fused)
+    tokens = tokens_of(config, loss, Texts(mean=10.0, longest=16), kernels)
     model = random_model(config, seed=0)[0].train()
+    model.use(kernels)
     for rows in (64, 96, 128):
         parts = memory_parts(recipe(), model, alone(model), tokens, rows=float(rows), product=2 if bf16 else 4)
         planned = sum(parts.get(name, 0) for name in SAVED)
@@ -158,6 +170,8 @@ def test_a_real_checkpoint_has_the_planned_size(frozen: tuple[str, ...], average
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     state = TrainingState(model=model, optimizer=optimizer, average=moving_average(model) if averaged else None)
-    folder = save_checkpoint(tmp_path, state, image=processor.image_config, data={}, keep=1)
+    with CheckpointWriter(tmp_path, CheckpointConfig(), image=processor.image_config, ranks=Ranks()) as writer:
+        writer.save(state, data={})
+    folder = last_checkpoint(tmp_path)
     real = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert checkpoint_bytes(planned_model(recipe(frozen=frozen)), averaged=averaged) == pytest.approx(real, rel=0.05)

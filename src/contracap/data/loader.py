@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -182,6 +183,7 @@ class TrainingBatches:
                 batch_size=None,
                 num_workers=workers,
                 generator=torch.Generator(),  # its own, or the loader would draw from the model's random numbers
+                worker_init_fn=_stay,
             )
         )
         while True:
@@ -378,6 +380,14 @@ class _BatchMaker(IterableDataset):
         if min(height, width) < self._config.smallest_side:
             raise ImageSizeError(f"{name}: {width} x {height} pixels; smallest_side is {self._config.smallest_side}")
         return augment(picture, self._image, self._config.augmentation, generator), caption, sample.key
+
+
+def _stay(worker: int) -> None:
+    """Leave it to the run when a worker ends: a scheduler asks all processes at once to end, and the run has a step to
+    finish."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _skips(streams: Iterable[SampleStream]) -> list[Skip]:

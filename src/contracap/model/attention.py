@@ -1,15 +1,14 @@
-"""Attention of a sequence to itself and to another one, by `scaled_dot_product_attention`."""
+"""Attention of a sequence to itself and to another one."""
 
-from contextlib import nullcontext
+from typing import Literal
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from contracap.model.cache import LayerCache
+from contracap.model.cache import LayerCache, Memory, Projected, Unprojected
 from contracap.model.layout import GRID, Grid
 
 
@@ -63,12 +62,22 @@ class SelfAttention(nn.Module):
         return self.out(layout.collect(rearrange(attended, "batch head column dim -> batch column (head dim)")))
 
 
+CrossKernel = Literal["auto", "projected", "absorbed"]
+
+
 class CrossAttention(nn.Module):
-    """Multi-head attention of a sequence, or of learned queries, to a memory of another width."""
+    """Multi-head attention of a sequence, or of learned queries, to a memory of another width.
+
+    Attributes:
+        kernel: how it is computed, to the same end. `projected`: keys and values are made of every row of the memory.
+            `absorbed`: their matrices are multiplied into the queries and the outputs instead, and the memory is read
+            as it is, which is less work for short texts. `auto`: what takes fewer operations.
+    """
 
     def __init__(self, width: int, heads: int, *, memory_width: int):
         super().__init__()
         self.heads = heads
+        self.kernel: CrossKernel = "auto"
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(memory_width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -82,9 +91,15 @@ class CrossAttention(nn.Module):
         for linear in (self.query, self.key_value, self.out):
             nn.init.zeros_(linear.bias)
 
-    def project(
-        self, memory: Float[Tensor, "images memory memory_width"]
-    ) -> tuple[Float[Tensor, "images head memory dim"], Float[Tensor, "images head memory dim"]]:
+    def absorbs(self, *, queries: int, memory: int) -> bool:
+        """Whether so many queries are to read so many rows of memory without projecting them."""
+        width, memory_width = self.key_value.out_features // 2, self.key_value.in_features
+        # Half the operations for keys or values, and as many again for scores or sums; once for each picture.
+        projected = memory * memory_width * width + queries * memory * width
+        absorbed = queries * width * memory_width + queries * self.heads * memory * memory_width
+        return self.kernel == "absorbed" or (self.kernel == "auto" and absorbed < projected)
+
+    def project(self, memory: Float[Tensor, "images memory memory_width"]) -> Projected:
         """Keys and values of a memory, once for all the queries that will read it."""
         key, value = rearrange(
             self.key_value(memory),
@@ -92,31 +107,66 @@ class CrossAttention(nn.Module):
             part=2,
             head=self.heads,
         )
-        return key, value
+        return Projected(key, value)
 
     def forward(
-        self,
-        queries: Float[Tensor, "*rows width"],
-        key: Float[Tensor, "images head memory dim"],
-        value: Float[Tensor, "images head memory dim"],
-        *,
-        layout: Grid = GRID,
+        self, queries: Float[Tensor, "*rows width"], memory: Memory, *, layout: Grid = GRID
     ) -> Float[Tensor, "*rows width"]:
-        """Attend to projected memory. Sequences that share a picture (its beams, neighbours) share its memory,
-        uncopied. `layout` is how they lie in `queries`."""
+        """Attend to a memory. Sequences that share a picture (its beams, neighbours) share its memory, uncopied.
+        `layout` is how they lie in `queries`."""
+        if isinstance(memory, Unprojected):
+            return self.out(self._absorbed(self.query(queries), memory, layout))
         grid = layout.spread(self.query(queries))
         query = rearrange(
             grid,
             "(images beam) column (head dim) -> images head (beam column) dim",
-            images=len(key),
+            images=len(memory.key),
             head=self.heads,
         )
         attended = rearrange(
-            attend(query, key, value),
+            attend(query, memory.key, memory.value),
             "images head (beam column) dim -> (images beam) column (head dim)",
             column=grid.shape[1],
         )
         return self.out(layout.collect(attended))
+
+    def _absorbed(
+        self, query: Float[Tensor, "*rows width"], memory: Unprojected, layout: Grid
+    ) -> Float[Tensor, "*rows width"]:
+        """Attention to the memory's rows instead of keys and values, by queries as wide as these are.
+
+        A score q (W_k (g x + b) + c) is (g W_k^T q) x, but for a term that all of a row's scores share, which softmax
+        ignores. A sum of p (W_v (g x + b) + c) is W_v g (sum of p x) + W_v b + c, for the shares p add up to 1.
+        """
+        key_matrix, value_matrix = self.key_value.weight.chunk(2)
+        gain, shift = memory.norm.weight, memory.norm.bias
+        # Read alike by keys and values; one conversion, and gradients of all layers meet in the tokens' own type.
+        tokens = memory.tokens.to(query.dtype)
+        wide = einsum(
+            rearrange(query, "... (head dim) -> ... head dim", head=self.heads),
+            rearrange(key_matrix * gain, "(head dim) memory_width -> head dim memory_width", head=self.heads),
+            "... head dim, head dim memory_width -> ... head memory_width",
+        )
+        grid = layout.spread(wide.flatten(-2))
+        read = attend(
+            rearrange(
+                grid,
+                "(images beam) column (head memory_width) -> images 1 (beam column head) memory_width",
+                images=len(tokens),
+                head=self.heads,
+            ),
+            tokens[:, None],
+            tokens[:, None],
+            scale=(query.shape[-1] // self.heads) ** -0.5,
+        )
+        sums = layout.collect(read.reshape(grid.shape))
+        values = einsum(
+            rearrange(sums, "... (head memory_width) -> ... head memory_width", head=self.heads),
+            rearrange(value_matrix * gain, "(head dim) memory_width -> head dim memory_width", head=self.heads),
+            "... head memory_width, head dim memory_width -> ... head dim",
+        )
+        constant = value_matrix @ shift + self.key_value.bias.chunk(2)[1]
+        return values.flatten(-2) + constant
 
 
 def attend(
@@ -126,9 +176,15 @@ def attend(
     *,
     causal: bool = False,
     mask: Bool[Tensor, "batch 1 token key"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "batch head token dim"]:
-    """`scaled_dot_product_attention`, by the kernel that is fastest: see docs/performance.md."""
+    """`scaled_dot_product_attention`, or plain products where those are faster: see docs/performance.md."""
     # On the CPU the fused kernel's backward pass in bf16 takes 2.5 to 4 times as long as plain matrix products.
-    plain = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
-    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    if not (query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad):
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    if causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ value

@@ -1,10 +1,10 @@
-"""What decoding remembers: keys and values of the tokens so far, and those of the picture."""
+"""What attention reads besides the tokens it is given: the picture, and keys and values of earlier tokens."""
 
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LayerCache:
@@ -44,6 +44,30 @@ class LayerCache:
             held[:, :, : self.length] = held[rows, :, : self.length]
 
 
+@dataclass(frozen=True)
+class Projected:
+    """A memory's keys and values, of one layer."""
+
+    key: Float[Tensor, "images head memory dim"]
+    value: Float[Tensor, "images head memory dim"]
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """A memory of which no keys and values are made.
+
+    Attributes:
+        tokens: each scaled to mean 0 and deviation 1, the same for all layers.
+        norm: of the layer that reads it; its gain and shift are still to be applied.
+    """
+
+    tokens: Float[Tensor, "images memory memory_width"]
+    norm: nn.LayerNorm
+
+
+Memory = Projected | Unprojected
+
+
 @dataclass
 class DecodingCache:
     """All that a decoding step reads besides its new tokens. Rows are picture-major: the beams of one picture are
@@ -52,13 +76,13 @@ class DecodingCache:
     Attributes:
         text: one cache per layer of the text encoder.
         decoder: one cache per self-attention layer of the text decoder.
-        memory: per cross-attention layer, keys and values of the caption tokens, each [images head memory dim]; held
-            once per picture, whatever the number of its beams.
+        memory: per cross-attention layer, the caption tokens; held once per picture, whatever the number of its
+            beams.
     """
 
     text: list[LayerCache]
     decoder: list[LayerCache]
-    memory: list[tuple[Tensor, Tensor]]
+    memory: list[Memory]
 
     @property
     def length(self) -> int:

@@ -4,14 +4,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
+from contracap.model.attention import CrossAttention, CrossKernel
 from contracap.model.cache import DecodingCache, LayerCache
-from contracap.model.layout import Packed, pack
+from contracap.model.layout import Packed
 from contracap.model.pooler import PoolerConfig, build_pooler
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder
 from contracap.model.vision import VisionConfig, VisionEncoder
@@ -55,6 +57,20 @@ class CoCaConfig:
                 "the decoder reads caption tokens of its own width: "
                 f"embed_dim {self.embed_dim} must equal text.width {self.text.width}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """How the same numbers are computed, up to rounding; no part of what a model is.
+
+    Attributes:
+        text: `packed`: no fill is computed, each text is as long as it is. `padded`: every text fills the context.
+        cross_attention: what `CrossAttention.kernel` says: `projected`, `absorbed`, or by `auto` what takes fewer
+            operations for the texts at hand.
+    """
+
+    text: Literal["packed", "padded"] = "packed"
+    cross_attention: CrossKernel = "auto"
 
 
 @dataclass
@@ -113,6 +129,13 @@ class CoCa(nn.Module):
             else None
         )
         self.logit_scale = nn.Parameter(torch.empty(()))
+
+    def use(self, kernels: KernelConfig) -> None:
+        """Compute in this way from now on; without a call, as `KernelConfig()` says."""
+        self.text.packs = kernels.text == "packed"
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                module.kernel = kernels.cross_attention
 
     def initialise(self) -> None:
         """Fill every parameter with its initial value, from torch's global generator."""
@@ -189,12 +212,12 @@ class CoCa(nn.Module):
         else:
             caption_tokens = self.pooler.caption_tokens(image_tokens)
             states = self.text.token_states(captions.fit(ids, fill=0), captions)
-        features.caption_states = decoder(states, decoder.project(caption_tokens), captions)
+        features.caption_states = decoder(states, decoder.memory(caption_tokens, columns=captions.columns), captions)
         return features
 
     def caption_layout(self, ids: Int64[Tensor, "batch tokens"]) -> Packed:
         """The rows of the decoder: each token of a text but the last, which nothing follows."""
-        return pack(self.text.lengths(ids) - 1, device=ids.device)
+        return self.text.pack(self.text.lengths(ids) - 1, columns=self.config.text.context - 1, device=ids.device)
 
     def start_decoding(
         self, caption_tokens: Float[Tensor, "images memory embed"], *, beams: int, max_tokens: int
@@ -216,13 +239,13 @@ class CoCa(nn.Module):
                     max_tokens=max_tokens,
                     head_dim=text.width // heads,
                     device=caption_tokens.device,
-                    dtype=memory[0][0].dtype,
+                    dtype=memory[0].key.dtype,
                 )
                 for _ in range(layers)
             ]
 
         return DecodingCache(
-            caches(text.layers, text.heads), caches(decoder.config.layers, decoder.config.heads), memory
+            caches(text.layers, text.heads), caches(decoder.config.layers, decoder.config.heads), list(memory)
         )
 
     def decode(self, ids: Int64[Tensor, "rows token"], cache: DecodingCache) -> Float[Tensor, "rows vocabulary"]:

@@ -47,7 +47,8 @@ class Packed(Grid):
     @property
     def ends(self) -> Int64[Tensor, "batch"]:
         """The row of each text's last token."""
-        return self.lengths.cumsum(0) - 1
+        last = rearrange(self.lengths - 1, "batch -> batch 1").clamp(min=0)
+        return rearrange(self.sources, "(batch column) -> batch column", column=self.columns).gather(1, last)[:, 0]
 
     def spread(self, tokens: Float[Tensor, "rows width"]) -> Float[Tensor, "batch column width"]:
         """The tokens on the grid."""
@@ -77,3 +78,9 @@ def pack(lengths: Int64[Tensor, "batch"], *, device: torch.device) -> Packed:
     sources = (first[:, None] + column.minimum(lengths[:, None] - 1)).clamp(min=0).flatten()
     sources[cells] = torch.arange(rows, device=lengths.device)
     return Packed(lengths.to(device), columns, cells.to(device), sources.to(device))
+
+
+def unpacked(lengths: Int64[Tensor, "batch"], *, columns: int, device: torch.device) -> Packed:
+    """The layout that fills a grid of so many columns: a row for every cell, fill or not."""
+    cells = torch.arange(len(lengths) * columns, device=device)
+    return Packed(lengths.to(device), columns, cells, cells)

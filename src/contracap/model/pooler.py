@@ -8,8 +8,10 @@ import torch
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from contracap.model.attention import CrossAttention
+from contracap.model.cache import Unprojected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +82,14 @@ class AttentionalPool(nn.Module):
         self, memory: Float[Tensor, "batch memory memory_width"], chosen: slice = slice(None)
     ) -> Float[Tensor, "batch query width"]:
         """Outputs of the `chosen` queries; each is independent of the others."""
-        memory = self.memory_norm(memory)
-        key, value = self.attention.project(memory if self.position is None else memory + self.position)
         queries = repeat(self.query_norm(self.queries[chosen]), "query width -> batch query width", batch=len(memory))
-        return self.attention(queries, key, value)
+        if self.position is None and self.attention.absorbs(queries=queries.shape[1], memory=memory.shape[1]):
+            tokens = layer_norm(memory, memory.shape[-1:], eps=self.memory_norm.eps)
+            return self.attention(queries, Unprojected(tokens, self.memory_norm))
+        memory = self.memory_norm(memory)
+        return self.attention(
+            queries, self.attention.project(memory if self.position is None else memory + self.position)
+        )
 
 
 class Pooler(nn.Module, ABC):

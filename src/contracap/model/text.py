@@ -7,10 +7,10 @@ import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding, layer_norm, pad
 
-from contracap.model.cache import LayerCache
-from contracap.model.layout import GRID, Grid, Packed, pack
+from contracap.model.cache import LayerCache, Memory, Projected, Unprojected
+from contracap.model.layout import GRID, Grid, Packed, pack, unpacked
 from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import lengths
 
@@ -59,12 +59,16 @@ class TextEncoder(nn.Module):
     """Causal transformer over the text; a class token behind the text reads it for the contrastive vector.
 
     No token sees the class token, so the token states are those of a plain causal language model, and can be cached.
+    Attributes:
+        packs: whether texts are packed, without fill; else each takes the rows of one that fills the context.
+
     Source: CoCa (arXiv 2205.01917), section 3.2, decoupled text decoder; initial values as CLIP's text tower.
     """
 
     def __init__(self, config: TextConfig, *, embed_dim: int):
         super().__init__()
         self.config = config
+        self.packs = True
         has_class_token = config.pool == "class_token"
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.class_token = nn.Parameter(torch.empty(config.width)) if has_class_token else None
@@ -105,7 +109,11 @@ class TextEncoder(nn.Module):
             if self.config.cls_mask == "legacy":
                 rows = (rows + 1).clamp(max=self.config.context)
             rows = rows + 1
-        return pack(rows, device=ids.device)
+        return self.pack(rows, columns=len(self.position), device=ids.device)
+
+    def pack(self, rows: Int64[Tensor, "batch"], *, columns: int, device: torch.device) -> Packed:
+        """The layout of texts with so many rows each; `columns` are those of a text that fills the context."""
+        return pack(rows, device=device) if self.packs else unpacked(rows, columns=columns, device=device)
 
     def embed(
         self, ids: Int64[Tensor, "batch column"], layout: Grid, *, first: int = 0
@@ -171,20 +179,29 @@ class TextDecoder(nn.Module):
         self.norm_out.reset_parameters()
         nn.init.normal_(self.vocabulary.weight, std=self.vocabulary.in_features**-0.5)
 
-    def project(self, caption_tokens: Float[Tensor, "images memory width"]) -> list[tuple[Tensor, Tensor]]:
-        """Each cross-attention's keys and values of the caption tokens, [images head memory dim]."""
+    def project(self, caption_tokens: Float[Tensor, "images memory width"]) -> list[Projected]:
+        """Each cross-attention's keys and values of the caption tokens, for as many passes as are to come."""
         return [block.project(caption_tokens) for block in self.cross_blocks]
+
+    def memory(self, caption_tokens: Float[Tensor, "images memory width"], *, columns: int) -> list[Memory]:
+        """What each cross-attention reads in one pass over texts of so many columns: keys and values, or the caption
+        tokens themselves. See `CrossAttention`."""
+        first = next(iter(self.cross_blocks))
+        if not first.attention.absorbs(queries=columns, memory=caption_tokens.shape[1]):
+            return list(self.project(caption_tokens))
+        tokens = layer_norm(caption_tokens, caption_tokens.shape[-1:], eps=first.memory_norm.eps)
+        return [Unprojected(tokens, block.memory_norm) for block in self.cross_blocks]
 
     def forward(
         self,
         states: Float[Tensor, "*rows width"],
-        memory: list[tuple[Tensor, Tensor]],
+        memory: list[Memory],
         layout: Grid = GRID,
         caches: list[LayerCache] | None = None,
     ) -> Float[Tensor, "*rows width"]:
-        """Normalised states, which `vocabulary` turns into logits; arguments as `project` and `token_states` make
-        them."""
+        """Normalised states, which `vocabulary` turns into logits; arguments as `memory` (or `project`) and
+        `token_states` make them."""
         for index, (self_block, cross_block) in enumerate(zip(self.self_blocks, self.cross_blocks, strict=True)):
             states = self_block(states, layout=layout, causal=True, cache=caches[index] if caches else None)
-            states = cross_block(states, *memory[index], layout=layout)
+            states = cross_block(states, memory[index], layout=layout)
         return self.norm_out(states)

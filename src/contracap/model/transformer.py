@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from contracap.model.attention import CrossAttention, SelfAttention
-from contracap.model.cache import LayerCache
+from contracap.model.cache import LayerCache, Memory, Projected
 from contracap.model.layout import GRID, Grid
 
 Block = TypeVar("Block", "SelfBlock", "CrossBlock")
@@ -86,22 +86,15 @@ class CrossBlock(nn.Module):
         self.attention.initialise(depth=depth)
         self.feed_forward.initialise(depth=depth)
 
-    def project(
-        self, memory: Float[Tensor, "images memory width"]
-    ) -> tuple[Float[Tensor, "images head memory dim"], Float[Tensor, "images head memory dim"]]:
+    def project(self, memory: Float[Tensor, "images memory width"]) -> Projected:
         """This layer's keys and values of the caption tokens."""
         return self.attention.project(self.memory_norm(memory))
 
     def forward(
-        self,
-        tokens: Float[Tensor, "*rows width"],
-        key: Float[Tensor, "images head memory dim"],
-        value: Float[Tensor, "images head memory dim"],
-        *,
-        layout: Grid = GRID,
+        self, tokens: Float[Tensor, "*rows width"], memory: Memory, *, layout: Grid = GRID
     ) -> Float[Tensor, "*rows width"]:
         """Arguments as in `CrossAttention`."""
-        tokens = tokens + self.attention(self.attention_norm(tokens), key, value, layout=layout)
+        tokens = tokens + self.attention(self.attention_norm(tokens), memory, layout=layout)
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
 
 

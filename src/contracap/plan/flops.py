@@ -6,12 +6,12 @@ activations and softmax are not counted, as is usual; attention counts the whole
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from contracap.losses import LossConfig
-from contracap.model.coca import CoCaConfig
+from contracap.model.coca import CoCaConfig, KernelConfig
 
-CrossAttentionKernel = Literal["auto", "projected", "absorbed"]
+KERNELS = KernelConfig()
 BACKWARD = 2  # forward passes that a backward pass takes: one product for the inputs, one for the weights
 
 
@@ -29,11 +29,12 @@ class Texts:
 
 
 class Pool(NamedTuple):
-    """Queries that attend to a memory once."""
+    """Queries that attend to a memory once; `absorbed` as in `Tokens`."""
 
     queries: float
     memory: float
     memory_width: int
+    absorbed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +65,10 @@ class Tokens:
     contrastive: bool
 
 
-def tokens_of(
-    config: CoCaConfig, loss: LossConfig, texts: Texts, *, cross_attention: CrossAttentionKernel = "projected"
-) -> Tokens:
-    """The rows of a sample whose caption is of mean length. Source: model.text.TextEncoder.layout, for the text.
-
-    Args:
-        cross_attention: `auto` is what costs fewer operations.
-    """
+def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts, kernels: KernelConfig = KERNELS) -> Tokens:
+    """The rows of a sample whose caption is of mean length. Source: model.text.TextEncoder.layout, for the text."""
+    if kernels.text == "padded":
+        texts = Texts(mean=float(config.text.context), longest=config.text.context)
     vision, text = config.vision, config.text
     captioning, contrastive = loss.captioning > 0, loss.contrastive > 0
     image = 1.0 + max(1, round(vision.patches * (1.0 - vision.patch_dropout)))
@@ -85,13 +82,12 @@ def tokens_of(
         return 1 + (min(tokens + 1, float(text.context)) if text.cls_mask == "legacy" else tokens)
 
     memory = float(config.pooler.queries - (config.pooler.kind == "shared")) if captioning else 0.0
-    absorbed = cross_attention == "absorbed"
-    if cross_attention == "auto" and config.decoder is not None:
-        width, heads = text.width, config.decoder.heads
-        absorbed = decoder_columns * (width + (heads - 1) * memory) < memory * width
+    absorbed = False
+    if config.decoder is not None and captioning:
+        absorbed = _absorbs(kernels, config.decoder.heads, decoder_columns, text.width, memory, text.width)
     return Tokens(
         image=image,
-        pools=tuple(_pools(config, image, captioning=captioning, contrastive=contrastive)),
+        pools=tuple(_pools(config, image, kernels, captioning=captioning, contrastive=contrastive)),
         memory=memory,
         encoder=encoder_rows(texts.mean),
         encoder_columns=encoder_rows(float(texts.longest)),
@@ -102,15 +98,47 @@ def tokens_of(
     )
 
 
-def _pools(config: CoCaConfig, image: float, *, captioning: bool, contrastive: bool) -> list[Pool]:
-    kind, queries, width = config.pooler.kind, float(config.pooler.queries), config.vision.width
+def _pools(
+    config: CoCaConfig, image: float, kernels: KernelConfig, *, captioning: bool, contrastive: bool
+) -> list[Pool]:
+    kind, queries, width, embed = (
+        config.pooler.kind,
+        float(config.pooler.queries),
+        config.vision.width,
+        config.embed_dim,
+    )
+
+    def pool(queries: float, memory: float, memory_width: int, *, adds_positions: bool = False) -> Pool:
+        absorbed = _absorbs(kernels, config.pooler.heads, queries, embed, memory, memory_width)
+        return Pool(queries, memory, memory_width, absorbed and not adds_positions)
+
     if kind == "class_token":
         return []
+    placed = config.pooler.adds_positions
     if kind == "shared":
-        return [Pool((queries - 1) * captioning + contrastive, image, width)]
-    caption = [Pool(queries, image, width)] if captioning or kind == "cascade" else []
-    one = Pool(1.0, queries, config.embed_dim) if kind == "cascade" else Pool(1.0, image, width)
+        return [pool((queries - 1) * captioning + contrastive, image, width, adds_positions=placed)]
+    caption = [pool(queries, image, width, adds_positions=placed)] if captioning or kind == "cascade" else []
+    one = pool(1.0, queries, embed) if kind == "cascade" else pool(1.0, image, width)
     return caption + [one] * contrastive
+
+
+def _absorbs(kernels: KernelConfig, heads: int, queries: float, width: int, memory: float, memory_width: int) -> bool:
+    """Source: model.attention.CrossAttention.absorbs."""
+    costs = [
+        _attention_flops(heads, queries, queries, width, memory, memory_width, absorbed=absorbed)
+        for absorbed in (False, True)
+    ]
+    return kernels.cross_attention == "absorbed" or (kernels.cross_attention == "auto" and costs[1] < costs[0])
+
+
+def _attention_flops(
+    heads: int, rows: float, columns: float, width: int, memory: float, memory_width: int, *, absorbed: bool
+) -> float:
+    """Of cross-attention what lies between its queries and its outputs: keys and values, then scores and sums.
+    Absorbed, rows take the products in place of the memory, and each head reads all of its width."""
+    if absorbed:
+        return 4 * rows * width * memory_width + 4 * columns * heads * memory * memory_width
+    return 4 * memory * memory_width * width + 4 * columns * memory * width
 
 
 def forward_flops(config: CoCaConfig, tokens: Tokens) -> Mapping[str, float]:
@@ -119,7 +147,9 @@ def forward_flops(config: CoCaConfig, tokens: Tokens) -> Mapping[str, float]:
     image = 2 * (tokens.image - 1) * 3 * vision.patch_size**2 * vision.width
     pooler = encoder = 0.0
     for pool in tokens.pools:
-        pooler += 4 * pool.queries * embed**2 + 4 * pool.memory * (pool.memory_width + pool.queries) * embed
+        asked, read = pool.queries, (pool.memory, pool.memory_width)
+        pooler += 4 * asked * embed**2
+        pooler += _attention_flops(config.pooler.heads, asked, asked, embed, *read, absorbed=pool.absorbed)
     if tokens.contrastive:
         pooled = {"shared": embed, "class_token": vision.width}.get(config.pooler.kind, 0)
         pooler += 2 * pooled * embed

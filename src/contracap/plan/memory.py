@@ -98,8 +98,12 @@ def _pooler(config: CoCaConfig, tokens: Tokens, product: int) -> float:
     embed, kind, width = config.embed_dim, config.pooler.kind, config.vision.width
     total = 0.0 if kind == "shared" else _norm(tokens.image, width)  # a norm of their own, before whatever pools
     for pool in tokens.pools:
-        total += _norm(pool.memory, pool.memory_width) + pool.memory * (pool.memory_width + 2 * embed) * product
+        total += _norm(pool.memory, pool.memory_width) + pool.memory * pool.memory_width * product
         total += pool.queries * (3 * embed * product + config.pooler.heads * EXACT)
+        if pool.absorbed:  # what is asked of the memory and what is read of it, both as wide as it is for each head
+            total += 2 * pool.queries * config.pooler.heads * pool.memory_width * product
+        else:
+            total += pool.memory * 2 * embed * product
         if kind == "shared":
             total += _norm(pool.queries, embed)
     return total

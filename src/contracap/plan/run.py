@@ -61,7 +61,7 @@ def plan_run(
     known = caption_texts(recipe.data, context) if text_tokens is None else Texts(mean=text_tokens, longest=context)
     texts = known or padded
 
-    model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts)
+    model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts, recipe.kernels)
     shares = shares_of(model, recipe.parallel.kind, gpus=gpus, per_machine=gpus_per_machine)
     batch, parts, recompute = recipe.data.batch_size, recipe.accumulation, recipe.parallel.recompute == "blocks"
     product, peak = (EXACT, machine.fp32) if recipe.precision == "fp32" else (2, machine.bf16)
@@ -71,7 +71,7 @@ def plan_run(
     forward = share * sum(flops.values())
     features = 0.0
     if parts > 1 and tokens.contrastive:
-        alone = tokens_of(config, LossConfig(captioning=0.0), texts)
+        alone = tokens_of(config, LossConfig(captioning=0.0), texts, recipe.kernels)
         features = share * sum(forward_flops(config, alone).values())
 
     def memory(rows: float) -> Mapping[str, float]:
@@ -121,7 +121,7 @@ def plan_run(
         samples=recipe.steps * batch,
         parameters=count_parameters(model),
         flops=flops,
-        padded_flops=forward_flops(config, tokens_of(config, recipe.loss, padded)),
+        padded_flops=forward_flops(config, tokens_of(config, recipe.loss, padded, recipe.kernels)),
         memory=memory(rows),
         seconds=seconds,
         collectives=collectives,

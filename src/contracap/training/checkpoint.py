@@ -1,12 +1,9 @@
-"""Checkpoints of a run: written whole or not at all, the newest one under the name `last`."""
+"""Checkpoints of a run: what their folder holds, and how a run goes on from one."""
 
 import json
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from contracap.image import ImageConfig
-from contracap.pretrained import read_weights, save
+from contracap.parallel import share_like
+from contracap.pretrained import read_weights
 from contracap.training.step import TrainingState
 
 LAST = "last"
@@ -27,85 +24,57 @@ OPTIMIZER_FOLDER = "optimizer"
 
 
 class CheckpointError(ValueError):
-    """A run folder that cannot be gone on from."""
+    """A run folder that cannot be gone on from, or not be written to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written.
+    """When checkpoints are written, and which stay.
 
     Attributes:
         every: steps between checkpoints; one is always written at the end.
         keep: newest checkpoints that stay.
+        keep_every: checkpoints after a multiple of so many steps stay for good; 0: none does.
     """
 
     every: int = 500
     keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError("checkpoint.every and checkpoint.keep must be at least 1")
-
-
-def save_checkpoint(folder: Path, state: TrainingState, *, image: ImageConfig, data: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-NNNNNNNN` and point `folder/last` at it; a kill at any moment leaves the one before.
-
-    Args:
-        data: position in the data, plain JSON values.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.partial"):
-        _remove(left_over)
-    final = folder / checkpoint_name(state.step)
-    partial = folder / f".{final.name}.partial"
-    partial.mkdir()
-    save(partial / WEIGHTS_FILE, model=state.model.config, image=image, state=state.model.state_dict())
-    if state.average is not None:
-        save(partial / AVERAGE_FILE, model=state.model.config, image=image, state=state.average)
-    optimizer = {"optimizer": get_optimizer_state_dict(state.model, state.optimizer)}
-    with _one_process():
-        dcp.save(optimizer, checkpoint_id=partial / OPTIMIZER_FOLDER, no_dist=True)
-    (partial / POSITION_FILE).write_text(json.dumps({"step": state.step, "data": data}))
-    for path in [*partial.rglob("*"), partial]:
-        _to_disk(path)
-    if final.exists():
-        _remove(final)
-    os.replace(partial, final)
-    link = folder / f".{LAST}.partial"
-    link.symlink_to(final.name)
-    os.replace(link, folder / LAST)
-    _to_disk(folder)
-    older = sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and path.name < final.name)
-    for old in older[: max(0, len(older) - (keep - 1))]:
-        _remove(old)
-    return final
+        if self.keep_every < 0 or self.keep_every % self.every:
+            raise ValueError(
+                f"checkpoint.keep_every is {self.keep_every}; it must be a multiple of checkpoint.every {self.every}, "
+                "or 0"
+            )
 
 
 def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
-    """Fill `state` from a checkpoint of the same model and return the position in the data.
+    """Fill `state` from a checkpoint whose weights its model already has, and return the position in the data.
 
-    Raises: CheckpointError: if the checkpoint is of another model or lacks a part. WeightsError: if its weights are
-        broken.
+    However many ranks wrote it and however they shared the model, each of these takes what it holds. Nothing more is
+    needed to repeat what a run without a break does: the learning rate and what is random in a step depend on the seed,
+    the step and the rank alone, and what is random in the data on the seed and the position.
+
+    Raises: CheckpointError: if the checkpoint lacks a part. WeightsError: if its average is broken.
     """
-    weights = read_weights(checkpoint / WEIGHTS_FILE)
-    if weights.model != state.model.config:
-        raise CheckpointError(f"{checkpoint} holds a model of another size than the recipe's; choose another `out`")
     try:
         position = json.loads((checkpoint / POSITION_FILE).read_text())
         optimizer = {"optimizer": get_optimizer_state_dict(state.model, state.optimizer)}
-        with _one_process():
-            dcp.load(optimizer, checkpoint_id=checkpoint / OPTIMIZER_FOLDER, no_dist=True)
+        expect_one_process()
+        dcp.load(optimizer, checkpoint_id=checkpoint / OPTIMIZER_FOLDER, no_dist=state.ranks.count == 1)
     except (OSError, json.JSONDecodeError, dcp.api.CheckpointException, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise CheckpointError(f"{checkpoint} cannot be resumed from: {reason}") from None
     set_optimizer_state_dict(state.model, state.optimizer, optimizer["optimizer"])
-    state.model.load_state_dict(weights.state)
     if state.average is not None:
         if not (checkpoint / AVERAGE_FILE).is_file():
             raise CheckpointError(f"{checkpoint} holds no moving average; set ema_decay = 0")
         average = read_weights(checkpoint / AVERAGE_FILE).state
         for name, tensor in state.average.items():
-            tensor.copy_(average[name])
+            tensor.copy_(share_like(average[name], tensor))
     state.step = position["step"]
     return position["data"]
 
@@ -113,6 +82,12 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
 def checkpoint_name(step: int) -> str:
     """Folder of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps after which the whole checkpoints of a run's checkpoint folder were written, in order."""
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.iterdir())
+    return sorted(int(name[1]) for name in names if name)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -133,28 +108,21 @@ def moving_average(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Without the warning that there is no process group, which is as it should be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def describe(error: BaseException) -> str:
+    """What went wrong, in one line; of several ranks, on the first that had trouble."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        return describe(next(iter(error.failures.values()))[0])
+    if isinstance(error.__context__, OSError):  # torch puts a RuntimeError about positions in a file on top
+        return describe(error.__context__)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
 
 
-def _remove(path: Path) -> None:
-    """Delete a file or folder that never stands half deleted under its own name."""
-    if path.is_dir() and not path.is_symlink():
-        hidden = path.with_name(f".{path.name.strip('.')}.removed.partial")
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)
-    else:
-        path.unlink()
+def expect_one_process() -> None:
+    """Never warn that there is no process group, which in one process is as it should be.
 
-
-def _to_disk(path: Path) -> None:
-    """Make sure that what was written survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    For good, and not around a call: warnings belong to the process, and checkpoints are written by a thread.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -13,7 +13,7 @@ from contracap.data.batch import Batch
 from contracap.image import ImageConfig, normalise
 from contracap.losses import Gather, LossConfig, alone, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, TrainingFeatures
-from contracap.parallel import Ranks, Wrapped, gathered
+from contracap.parallel import Ranks, Wrapped, whole
 from contracap.tokenizer import lengths
 from contracap.training.optimizer import OptimizerConfig, learning_rate
 
@@ -126,7 +126,6 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     model.train()
     batch = batch.to(model.device)
     tokens = ranks.mean(count_labels(batch.ids, model.config.text.end))
-    gather = alone if ranks.count == 1 else gathered
     # Of each part the captioning loss is a share of the whole batch's; the contrastive loss a mean over the part's
     # rows.
     shares = {"contrastive_loss": 1 / config.accumulation, "captioning_loss": 1.0}
@@ -134,7 +133,7 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     totals: dict[str, Tensor] = {}
     for left, part in zip(reversed(range(config.accumulation)), batch.split(config.accumulation), strict=True):
         with shared.accumulating() if left else nullcontext():
-            made = losses(model, part, config, tokens=tokens, features=shared.features, gather=gather)
+            made = losses(model, part, config, tokens=tokens, features=shared.features, gather=shared.gather)
             values = {name: value * shares[name] for name, value in made.items()}
             torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
@@ -143,7 +142,10 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
         config.optimizer.clip_norm or math.inf,
     )
     numbers = {name: ranks.mean(value).item() for name, value in totals.items()}
-    numbers |= {"loss": sum(weights[name] * value for name, value in numbers.items()), "gradient_norm": norm.item()}
+    numbers |= {
+        "loss": sum(weights[name] * value for name, value in numbers.items()),
+        "gradient_norm": whole(norm).item(),
+    }
     if not all(math.isfinite(value) for value in numbers.values()):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))

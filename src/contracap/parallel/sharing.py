@@ -1,0 +1,161 @@
+"""A model that many ranks train: copies with averaged gradients, or shares of every parameter."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from contracap.losses import Gather, alone
+from contracap.model.coca import CoCa, TrainingFeatures
+from contracap.model.transformer import CrossBlock, SelfBlock
+from contracap.parallel.gather import GATHERS
+from contracap.parallel.ranks import ParallelError, Ranks
+
+Kind = Literal["ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How many ranks share a model; one rank alone has all of it.
+
+    Attributes:
+        kind: what `wrapped` does. `ddp`: each rank holds everything. `fsdp`: each holds a share of every parameter, its
+            gradient and its moments. `hsdp`: shares within a machine, copies between machines.
+        gather: how the contrastive loss gets the rows of all ranks. `gathered`: all at once. `ring`: block after block,
+            at twice the traffic and without ever holding them all.
+        recompute: `blocks`: of each transformer block only the input is kept, and its activations are computed again in
+            the backward pass: less memory, more time.
+    """
+
+    kind: Kind = "ddp"
+    gather: Literal["gathered", "ring"] = "gathered"
+    recompute: Literal["none", "blocks"] = "none"
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model whose gradients are averaged over the ranks by each backward pass.
+
+    Attributes:
+        features: what to call in place of `CoCa.features`; the same arguments, on the rows of this rank.
+        gather: brings the rows of all ranks, for the contrastive loss.
+        accumulating: a context for the forward and backward passes of all parts of a batch but the last, whose
+            gradients wait on this rank.
+        forward_only: a context for forward passes that no backward pass follows.
+    """
+
+    features: Callable[..., TrainingFeatures]
+    gather: Gather = alone
+    accumulating: Callable[[], AbstractContextManager[None]] = nullcontext
+    forward_only: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def wrapped(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool = False) -> Wrapped:
+    """Spread `model` over the ranks; with one rank it stays as it is, whatever the configuration says.
+
+    Call it when the model is on its device and frozen as it shall be, and before the optimizer is built. Every
+    parameter that is not frozen must take part in the losses.
+
+    Args:
+        config: under `ddp` the values of rank 0 count. Under `fsdp` and `hsdp` a parameter is a DTensor, a block's are
+            fetched when it is used, and all ranks must bring the same values.
+        bf16: whether parameters that are shared out travel and multiply in bf16; gradients are averaged in float32.
+
+    Raises: ParallelError: for `hsdp`, if the machines have different numbers of ranks.
+    """
+    # What changes single blocks comes first: recomputing, then compiling, then sharing out.
+    if ranks.count == 1:
+        return Wrapped(model.features)
+    if config.kind == "ddp":
+        copies = nn.parallel.DistributedDataParallel(_Features(model), gradient_as_bucket_view=True)
+        return Wrapped(copies, GATHERS[config.gather], copies.no_sync)
+    return _sharded(model, config, ranks, bf16=bf16)
+
+
+class _Features(nn.Module):
+    """`CoCa.features` as a forward pass, which is what DDP watches."""
+
+    def __init__(self, model: CoCa):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor, **wanted: bool) -> TrainingFeatures:
+        return self.model.features(*args, **wanted)
+
+
+def units(model: CoCa) -> list[nn.Module]:
+    """The parts whose parameters are fetched when they run and let go again, if ranks share them out; what is in none
+    of them stays with the root."""
+    # A cross-attention is read twice, for its keys and values before its block runs: it stays with the root.
+    return [
+        module.feed_forward if isinstance(module, CrossBlock) else module
+        for module in model.modules()
+        if isinstance(module, SelfBlock | CrossBlock)
+    ]
+
+
+def _sharded(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -> Wrapped:
+    # Imported here: it takes a second, which a run of one process need not wait.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    if config.kind == "hsdp" and len(set(ranks.collect(ranks.local_count))) > 1:
+        raise ParallelError("hsdp needs equally many ranks on each machine: use fsdp or ddp")
+    shape, names = (ranks.count,), ("shard",)
+    if config.kind == "hsdp":
+        shape, names = (ranks.count // ranks.local_count, ranks.local_count), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    )
+    for unit in units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    # The root's parameters are there from the forward pass to the backward: the losses read some of them. FSDP cannot
+    # share out a scalar.
+    scale = model.logit_scale
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params={scale})
+    for method in ("features", "encode_image", "encode_text", "encode_caption_tokens"):
+        register_fsdp_forward_method(model, method)
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad = ranks.mean(parameter.grad)
+
+    if scale.requires_grad:
+        scale.register_post_accumulate_grad_hook(average)
+    assert isinstance(model, FSDPModule)
+
+    @contextmanager
+    def accumulating() -> Iterator[None]:
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    @contextmanager
+    def forward_only() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            model.reshard()  # a backward pass would have given the root's parameters back
+
+    return Wrapped(model.features, GATHERS[config.gather], accumulating, forward_only)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be shared out over the ranks, on each of them."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def share_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The opposite of `whole`: of a tensor that every rank has all of, what this one holds of `like`."""
+    if not hasattr(like, "full_tensor"):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,72 @@
+"""Ranks that train as a list of recipes says, a run after the other, and write how each ended: runs.py FOLDER COUNT."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+from contracap.config import build
+from contracap.recipe import Recipe
+from contracap.trainer import train
+from contracap.training import loop, writer
+from contracap.training.metrics import Recorder
+from tests.distributed.forks import free_port, run_ranks
+
+
+def train_copy(source: str, values: dict) -> None:
+    """Go on from step 3 of another run."""
+    copy = Path(values["out"])
+    shutil.copytree(source, copy, symlinks=True)
+    (copy / "checkpoints" / "last").unlink()
+    (copy / "checkpoints" / "last").symlink_to("step-00000003")
+
+
+def asked_to_end(rank: int) -> object:
+    """The last rank alone gets a signal, within step 2."""
+    step = loop.train_step
+
+    def signalling(state, *args):
+        if rank and state.step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(state, *args)
+
+    return patch.object(loop, "train_step", signalling)
+
+
+def full(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+
+
+TROUBLES: dict[str, Callable[[int], object]] = {
+    "none": lambda rank: patch.object(loop, "train_step", loop.train_step),
+    "asked to end": asked_to_end,
+    "no room for records": lambda rank: patch.object(Recorder, "log", full),
+    "no room for weights": lambda rank: patch.object(writer, "save", full),
+    "no room for moments": lambda rank: patch.object(os, "fsync", full if rank else os.fsync),
+}
+
+
+def main(rank: int, folder: Path, ports: list[int]) -> None:
+    """What one rank does."""
+    for run, port in zip(json.loads((folder / "runs.json").read_text()), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        if run["source"] and rank == 0:  # the others wait for it at the start of the run
+            train_copy(run["source"], run["values"])
+        try:
+            with TROUBLES[run["trouble"]](rank):
+                train(build(Recipe, run["values"]))
+            ended = "done"
+        except Exception as error:
+            ended = f"{type(error).__name__}: {error}"
+        (folder / f"{run['name']}.{rank}").write_text(ended)
+
+
+if __name__ == "__main__":
+    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+    ports = [free_port() for _ in json.loads((folder / "runs.json").read_text())]
+    run_ranks(count, lambda rank: main(rank, folder, ports))

@@ -1,0 +1,203 @@
+"""Whole runs on many ranks, by recipe: how they share the model, what they resume from, and how they end."""
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from contracap.config import build
+from contracap.pretrained import load, read_weights
+from contracap.recipe import Recipe
+from contracap.trainer import train
+from contracap.training.metrics import read_metrics
+
+pytest_plugins = ["tests.training.conftest"]
+ROOT = Path(__file__).parents[2]
+SHARED = {
+    "ddp": {"kind": "ddp", "gather": "ring"},
+    "fsdp": {"kind": "fsdp", "gather": "gathered"},
+    "hsdp": {"kind": "hsdp", "gather": "ring"},
+}
+RESUMED = {"one to fsdp": ("one", "fsdp"), "fsdp to hsdp": ("fsdp", "hsdp"), "hsdp to ddp": ("hsdp", "ddp")}
+TROUBLES = ("no room for records", "no room for weights", "no room for moments")
+
+
+def numbers(folder: Path) -> dict[int, dict[str, float]]:
+    """The records by step, but for the speed."""
+    found: dict[int, dict[str, float]] = {}
+    for record in read_metrics(folder):
+        values = {name: value for name, value in record.items() if not name.startswith("samples_per")}
+        found.setdefault(record["step"], {}).update(values)
+    return found
+
+
+def same_up_to_rounding(ours: Path, theirs: Path) -> None:
+    ours, theirs = numbers(ours), numbers(theirs)
+    assert ours.keys() == theirs.keys() and len(theirs) == 6
+    for step, values in theirs.items():
+        assert ours[step] == pytest.approx(values, rel=1e-3 if step > 4 else 1e-4)  # differences grow
+
+
+def same_average(ours: Path, theirs: Path) -> None:
+    ours, theirs = (read_weights(run / "checkpoints" / "last" / "average.safetensors").state for run in (ours, theirs))
+    for name in theirs:
+        assert (ours[name] - theirs[name]).norm() <= 1e-3 * theirs[name].norm() + 1e-4, name
+
+
+class Runs:
+    """A folder of runs on so many ranks, one after the other, and of one in one process."""
+
+    def __init__(self, folder: Path, count: int, colours: Path):
+        self.folder, self.count = folder, count
+        self.values = {
+            "size": "tiny",
+            "precision": "fp32",
+            "steps": 6,
+            "log_every": 1,
+            "ema_decay": 0.5,
+            "validate_every": 6,
+            "resume": True,
+            "data": {"train": str(colours), "validation": str(colours), "batch_size": 8, "shuffle_buffer": 16},
+            "optimizer": {"warmup_steps": 2},
+            "checkpoint": {"every": 3},
+        }
+        self.queue: list[dict[str, Any]] = []
+        train(build(Recipe, self.recipe("one")))
+        for kind in SHARED:
+            self.add(kind, kind)
+        for name, (source, kind) in RESUMED.items():
+            self.add(name, kind, source=str(folder / source))
+        self.add("asked to end", "fsdp", trouble="asked to end", out=str(folder / "ended"))
+        self.add("ended", "fsdp")
+        for trouble in TROUBLES:
+            self.add(trouble, "fsdp", trouble=trouble)
+
+    def recipe(self, name: str, **changes: Any) -> dict[str, Any]:
+        return self.values | {"out": str(self.folder / name)} | changes
+
+    def add(self, name: str, kind: str, *, source: str | None = None, trouble: str = "none", **changes: Any) -> None:
+        values = self.recipe(name, parallel=SHARED[kind], **changes)
+        self.queue.append({"name": name, "values": values, "source": source, "trouble": trouble})
+
+    def done(self) -> "Runs":
+        (self.folder / "runs.json").write_text(json.dumps(self.queue))
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "tests.distributed.runs", self.folder, str(self.count)],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=400,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr
+        return self
+
+    def ends(self, name: str) -> list[str]:
+        """How the run ended on each rank."""
+        return [(self.folder / f"{name}.{rank}").read_text() for rank in range(self.count)]
+
+
+@pytest.fixture(scope="module")
+def of_two(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork on this system")
+    return Runs(tmp_path_factory.mktemp("two"), 2, colours).done()
+
+
+@pytest.fixture(scope="module")
+def of_four(of_two: Runs, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """These take longer, and so there are more of them."""
+    runs = Runs(tmp_path_factory.mktemp("four"), 4, colours)
+    runs.add("of two", "fsdp", source=str(of_two.folder / "fsdp"))
+    runs.add("wild", "hsdp", optimizer={"peak_rate": 1e30, "warmup_steps": 0})
+    runs.add("captions", "fsdp", frozen=["vision"], loss={"contrastive": 0.0, "captioning": 1.0})
+    runs.add("bf16", "fsdp", precision="bf16")
+    return runs.done()
+
+
+@pytest.fixture(params=["of_two", pytest.param("of_four", marks=pytest.mark.slow)])
+def runs(request: pytest.FixtureRequest) -> Runs:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_run_on_many_ranks_has_the_losses_and_the_average_of_one_process(runs: Runs, kind: str) -> None:
+    assert runs.ends(kind) == ["done"] * runs.count
+    assert {"validation_contrastive_loss", "validation_captioning_loss"} <= set(numbers(runs.folder / "one")[6])
+    same_up_to_rounding(runs.folder / kind, runs.folder / "one")
+    same_average(runs.folder / kind, runs.folder / "one")
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_in_another_way_to_share_the_model(runs: Runs, name: str) -> None:
+    assert runs.ends(name) == ["done"] * runs.count
+    same_up_to_rounding(runs.folder / name, runs.folder / "one")
+    same_average(runs.folder / name, runs.folder / "one")
+
+
+def test_a_run_on_many_ranks_goes_on_in_one_process(runs: Runs) -> None:
+    shutil.copytree(runs.folder / "fsdp", runs.folder / "fsdp to one", symlinks=True)
+    last = runs.folder / "fsdp to one" / "checkpoints" / "last"
+    last.unlink()
+    last.symlink_to("step-00000003")
+    train(build(Recipe, runs.recipe("fsdp to one")))
+    same_up_to_rounding(runs.folder / "fsdp to one", runs.folder / "one")
+    same_average(runs.folder / "fsdp to one", runs.folder / "one")
+    assert load(last)[0].logit_scale.isfinite()
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_goes_on_on_four(of_four: Runs) -> None:
+    assert of_four.ends("of two") == ["done"] * 4
+    same_up_to_rounding(of_four.folder / "of two", of_four.folder / "one")
+    same_average(of_four.folder / "of two", of_four.folder / "one")
+
+
+def test_one_rank_that_is_asked_to_end_ends_all_behind_a_checkpoint_that_goes_on_bit_for_bit(runs: Runs) -> None:
+    for end in runs.ends("asked to end"):
+        assert end.startswith("Interrupted: interrupted after step 2 of 6: resume=true goes on from ")
+        assert end.endswith("step-00000002")
+    assert runs.ends("ended") == ["done"] * runs.count
+    assert numbers(runs.folder / "ended") == numbers(runs.folder / "fsdp")
+    for file in ("model.safetensors", "average.safetensors"):
+        ours, theirs = (
+            read_weights(runs.folder / run / "checkpoints" / "last" / file).state for run in ("ended", "fsdp")
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_every_rank_says_what_could_not_be_written_and_which_checkpoint_is_good(runs: Runs, trouble: str) -> None:
+    for end in runs.ends(trouble):
+        assert end.startswith("CheckpointError: ") and "\n" not in end
+        assert "No space left on device: the disk. Last good checkpoint: none yet. " in end
+    assert not list((runs.folder / trouble / "checkpoints").glob("*"))
+
+
+@pytest.mark.slow
+def test_every_rank_stops_at_a_loss_that_is_not_finite(of_four: Runs) -> None:
+    for end in of_four.ends("wild"):
+        assert end.startswith("TrainingError: step ") and "nan" in end
+
+
+@pytest.mark.slow
+def test_frozen_parts_stay_and_bf16_is_near_when_the_model_is_shared_out(of_four: Runs) -> None:
+    assert of_four.ends("captions") == of_four.ends("bf16") == ["done"] * 4
+    first, trained = (
+        load(of_four.folder / "captions" / "checkpoints" / name)[0] for name in ("step-00000003", "step-00000006")
+    )
+    for (name, before), after in zip(first.named_parameters(), trained.parameters(), strict=True):
+        if name.startswith(("vision.", "decoder.")):
+            assert torch.equal(before, after) == name.startswith("vision."), name
+    one, bf16 = numbers(of_four.folder / "one"), numbers(of_four.folder / "bf16")
+    for step in one:
+        assert bf16[step]["loss"] == pytest.approx(one[step]["loss"], rel=0.02)
+    assert bf16[1]["loss"] != one[1]["loss"]
+    model, _ = load(of_four.folder / "bf16" / "checkpoints" / "last")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

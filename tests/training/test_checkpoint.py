@@ -1,0 +1,273 @@
+import errno
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from contracap import cli
+from contracap.config import build, to_toml
+from contracap.image import ImageConfig
+from contracap.model.sizes import SIZES
+from contracap.parallel import Ranks
+from contracap.pretrained import load, random_model, read_weights
+from contracap.recipe import Recipe
+from contracap.trainer import train
+from contracap.training import loop, writer
+from contracap.training.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    checkpoint_steps,
+    last_checkpoint,
+    moving_average,
+    restore_checkpoint,
+)
+from contracap.training.interruption import Interrupted
+from contracap.training.metrics import Recorder, read_metrics
+from contracap.training.optimizer import build_optimizer
+from contracap.training.step import TrainingState, train_step
+from contracap.training.writer import CheckpointWriter
+
+from .test_step import CONFIG, batch
+
+
+def new_state(seed: int = 0) -> TrainingState:
+    model, _ = random_model(SIZES["tiny"], seed=seed)
+    return TrainingState(model=model, optimizer=build_optimizer(model, CONFIG.optimizer), average=moving_average(model))
+
+
+def advance(state: TrainingState) -> None:
+    train_step(state, batch(), CONFIG)
+    state.step += 1
+
+
+def tensors(state: TrainingState) -> dict[str, Tensor]:
+    """Copies of everything that a step changes."""
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    found = {f"weights.{name}": parameter for name, parameter in state.model.named_parameters()}
+    found |= {f"average.{name}": tensor for name, tensor in (state.average or {}).items()}
+    for parameter, moments in state.optimizer.state.items():
+        found |= {f"{kind}.{names[parameter]}": tensor for kind, tensor in moments.items()}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def writing(folder: Path, **config: Any) -> CheckpointWriter:
+    return CheckpointWriter(folder, CheckpointConfig(**config), image=ImageConfig(size=32), ranks=Ranks())
+
+
+def full(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What writes waits for this."""
+    go, save = threading.Event(), writer.dcp.save
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        assert go.wait(timeout=60)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(writer.dcp, "save", waits)
+    return go
+
+
+def test_steps_while_a_checkpoint_is_written_do_not_change_it(tmp_path: Path, held: threading.Event) -> None:
+    state = new_state()
+    for _ in range(2):
+        advance(state)
+    before = tensors(state)
+    with writing(tmp_path) as saving:
+        saving.save(state, {"place": 7})
+        for _ in range(2):
+            advance(state)
+        assert last_checkpoint(tmp_path) is None  # it was not waited for
+        held.set()
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in tensors(state).items() if "weights" in name)
+    checkpoint = last_checkpoint(tmp_path)
+    restored = new_state(seed=1)
+    restored.model.load_state_dict(read_weights(checkpoint).state)
+    assert restore_checkpoint(checkpoint, restored) == {"place": 7}
+    assert restored.step == 2
+    after = tensors(restored)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path, held: threading.Event) -> None:
+    state = new_state()
+    with writing(tmp_path) as saving:
+        saving.save(state, {})
+        state.step = 1
+        second = threading.Thread(target=saving.save, args=(state, {}))
+        second.start()
+        second.join(timeout=0.2)
+        assert second.is_alive()
+        held.set()
+        second.join()
+    assert checkpoint_steps(tmp_path) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [
+        ({"every": 2, "keep": 2}, [10, 12]),
+        ({"every": 2, "keep": 1, "keep_every": 4}, [0, 4, 8, 12]),
+        ({"every": 2, "keep": 2, "keep_every": 6}, [0, 6, 10, 12]),
+    ],
+)
+def test_the_newest_checkpoints_stay_and_those_kept_for_good(
+    tmp_path: Path, config: dict, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.dcp, "save", lambda *args, **kwargs: None)
+    state = new_state()
+    with writing(tmp_path, **config) as saving:
+        for state.step in range(0, 14, 2):
+            saving.save(state, {})
+    assert checkpoint_steps(tmp_path) == left
+    assert last_checkpoint(tmp_path).name == "step-00000012"
+
+
+def test_checkpoints_kept_for_good_are_among_those_written() -> None:
+    with pytest.raises(ValueError, match=r"keep_every is 30; it must be a multiple of checkpoint\.every 20, or 0"):
+        CheckpointConfig(every=20, keep_every=30)
+
+
+@pytest.mark.parametrize("part", ["save", "dcp.save", "json.dumps", "os.replace"])
+def test_what_cannot_be_written_is_said_at_the_next_step_and_the_last_good_checkpoint_stays(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = new_state()
+    with pytest.raises(CheckpointError) as caught, writing(tmp_path) as saving, monkeypatch.context() as patch:
+        saving.save(state, {})
+        saving.wait()
+        assert not saving.failed
+        patch.setattr(f"contracap.training.writer.{part}", full)
+        state.step = 1
+        saving.save(state, {})
+        while not saving.failed:
+            time.sleep(0.01)
+        saving.wait()
+    good, failed = tmp_path / "step-00000000", tmp_path / "step-00000001"
+    assert str(caught.value) == (
+        f"{failed} cannot be written: No space left on device. Last good checkpoint: {good}. "
+        "Put that right, then go on with resume=true"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", good.name]
+    assert load(tmp_path / "last")
+
+
+def test_a_failed_checkpoint_stops_the_run_before_the_next_one(recipe_values: dict, monkeypatch) -> None:
+    calls = iter(range(10))
+    save = writer.save
+    monkeypatch.setattr(writer, "save", lambda *args, **kwargs: (full if next(calls) else save)(*args, **kwargs))
+    folder = Path(recipe_values["out"])
+    with pytest.raises(CheckpointError, match=r"step-00000004 cannot be written: No space .*: \S+/step-00000002\. Put"):
+        train(build(Recipe, recipe_values | {"steps": 1000, "checkpoint": {"every": 2}}))
+    assert len(read_metrics(folder)) <= 6
+    monkeypatch.undo()
+    assert train(build(Recipe, recipe_values | {"resume": True})).name == "step-00000008"
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Let something happen within a step of the run."""
+    step = loop.train_step
+
+    def acting(state: TrainingState, *args: Any) -> dict[str, float]:
+        if state.step == number - 1:
+            action()
+        return step(state, *args)
+
+    monkeypatch.setattr(loop, "train_step", acting)
+
+
+def test_a_run_whose_folder_vanishes_stops_and_says_so(
+    recipe_values: dict, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(recipe_values["out"])
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(folder))
+    (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, recipe_values | {"steps": 1000})))
+    assert cli.main(["train", str(tmp_path / "recipe.toml")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"contracap: error: {folder}: the run cannot go on: No such file or directory: ")
+    assert "Last good checkpoint: none yet." in error
+    assert not folder.exists()
+
+
+def test_a_checkpoint_does_not_bring_a_vanished_run_folder_back(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with (
+        pytest.raises(CheckpointError, match=r"No such file or directory: .*run/checkpoints"),
+        writing(run / "checkpoints") as saving,
+    ):
+        saving.save(new_state(), {})
+    assert not run.exists()
+
+
+def test_records_that_cannot_be_written_stop_the_run_and_the_last_good_checkpoint_is_named(
+    recipe_values: dict, monkeypatch
+) -> None:
+    log = Recorder.log
+
+    def fills(self: Recorder, *args: Any) -> None:
+        log(self, *args)
+        if self._done == 6:
+            full()
+
+    monkeypatch.setattr(Recorder, "log", fills)
+    with pytest.raises(
+        CheckpointError, match=r"run: the run cannot go on: No space left on device\. Last .*: \S+/step-00000004\. Put"
+    ):
+        train(build(Recipe, recipe_values))
+
+
+def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of_its_own(
+    recipe_values: dict, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, handlers = writer.dcp.save, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    values = recipe_values | {"resume": True, "ema_decay": 0.5}
+    whole = train(build(Recipe, values | {"out": str(tmp_path / "whole")}))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGUSR1))
+
+        def asked_again(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return save(*args, **kwargs)
+
+        patch.setattr(writer.dcp, "save", asked_again)
+        (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, values)))
+        assert cli.main(["train", str(tmp_path / "recipe.toml")]) == 75
+    checkpoints = Path(values["out"]) / "checkpoints"
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error == (
+        f"contracap: error: interrupted after step 3 of 8: resume=true goes on from {checkpoints / 'step-00000003'}"
+    )
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    resumed = train(build(Recipe, values))
+    for file in ("model.safetensors", "average.safetensors"):
+        ours, theirs = read_weights(resumed / file).state, read_weights(whole / file).state
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [record["step"] for record in read_metrics(Path(values["out"]))] == list(range(1, 9))
+
+
+def test_a_run_that_is_asked_to_end_in_its_last_step_is_done(recipe_values: dict, monkeypatch) -> None:
+    at_step(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(build(Recipe, recipe_values)).name == "step-00000008"
+
+
+def test_workers_of_the_data_stay_when_all_processes_are_asked_to_end(recipe_values: dict, monkeypatch) -> None:
+    def ask_all() -> None:
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            os.kill(int(child), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    at_step(monkeypatch, 2, ask_all)
+    with pytest.raises(Interrupted, match="interrupted after step 2 of 8"):
+        train(build(Recipe, recipe_values | {"data": recipe_values["data"] | {"workers": 2}}))
