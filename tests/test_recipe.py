@@ -40,7 +40,7 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
         ({"size": "ViT-B-32"}, "has no decoder: set loss.captioning = 0"),
         ({"model": {"vision": {"depth": 3}}}, "depth"),
         ({"ema_decay": 1.0}, "below 1"),
-        ({"accumulation": 8}, "at least 2 pairs"),
+        ({"data": {"train": "x", "batch_size": 1}}, "at least 2 pairs"),
         ({"seed": -1}, "seed is -1"),
         ({"optimizer": {"betas": [0.9, 1.5]}}, "below 1"),
         ({"model": {"pooler": {"queries": 1}}}, "needs at least 2"),

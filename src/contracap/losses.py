@@ -14,12 +14,20 @@ from torch.nn.functional import cross_entropy
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of the two losses in their sum; a weight of 0 skips that branch of the model. Source: CoCa, section
-    3.2, 1 : 2."""
+    3.2, 1 : 2.
+
+    Attributes:
+        chunk: rows that the captioning loss scores at a time; 0 for what `captioning_loss` takes by itself. A number
+            above those of the batch holds all scores at once.
+    """
 
     contrastive: float = 1.0
     captioning: float = 2.0
+    chunk: int = 0
 
     def __post_init__(self) -> None:
+        if self.chunk < 0:
+            raise ValueError(f"loss.chunk is {self.chunk}; it must be above 0, or 0 for what is usual")
         if min(self.contrastive, self.captioning) < 0 or self.contrastive == self.captioning == 0:
             raise ValueError("loss weights must not be negative, and one must be above 0")
 

@@ -34,8 +34,8 @@ class Recipe:
         device: `auto` is CUDA when there is one, else the CPU.
         precision: `bf16` runs the forward pass under autocast; weights and optimizer stay float32. `auto` is that where
             the device multiplies bf16 matrices in hardware, else `fp32`; the run folder's recipe says which it was.
-        accumulation: parts a batch is cut into, one forward and backward each. The captioning loss equals that of
-            the whole batch; the contrastive loss contrasts within a part.
+        accumulation: parts a batch is cut into, one forward and backward each; losses and gradients are those of the
+            whole batch. With a contrastive loss each part is embedded once more (GradCache).
         ema_decay: of the moving average of the weights, per step; 0 keeps none.
         nonfinite: what a NaN or infinite loss or gradient does: `stop` the run, or `skip` that step.
         log_every: steps between records in metrics.jsonl and TensorBoard.
@@ -73,10 +73,8 @@ class Recipe:
             raise ValueError(
                 f"accumulation is {self.accumulation}; it must divide data.batch_size {self.data.batch_size}"
             )
-        if self.loss.contrastive and self.data.batch_size // self.accumulation < 2:
-            raise ValueError(
-                "the contrastive loss needs at least 2 pairs in each part: raise data.batch_size or lower accumulation"
-            )
+        if self.loss.contrastive and self.data.batch_size < 2:
+            raise ValueError("the contrastive loss needs at least 2 pairs: raise data.batch_size")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
         if not 0.0 <= self.ema_decay < 1.0:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from contracap.data.batch import Batch
-from contracap.image import ImageConfig
-from contracap.losses import LossConfig
+from contracap.image import ImageConfig, normalise
+from contracap.losses import LossConfig, contrastive_loss
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
@@ -98,22 +98,47 @@ def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
         assert (parameter.grad is None) == name.startswith(unreached), name
 
 
-def test_accumulated_captioning_equals_the_whole_batch() -> None:
-    loss = LossConfig(contrastive=0.0, captioning=1.0)
-    whole, parts = new_state(), new_state()
-    numbers = train_step(whole, batch(), replace(CONFIG, loss=loss))
-    accumulated = train_step(parts, batch(), replace(CONFIG, loss=loss, accumulation=4))
-    assert accumulated["captioning_loss"] == pytest.approx(numbers["captioning_loss"], rel=1e-6)
-    assert accumulated["gradient_norm"] == pytest.approx(numbers["gradient_norm"], rel=1e-5)
-
-
-def test_accumulated_contrast_is_the_mean_over_the_parts() -> None:
-    loss = LossConfig(contrastive=1.0, captioning=0.0)
-    accumulated = train_step(new_state(), batch(), replace(CONFIG, loss=loss, accumulation=2))
-    halves = [train_step(new_state(), half, replace(CONFIG, loss=loss)) for half in batch().split(2)]
-    assert accumulated["contrastive_loss"] == pytest.approx(
-        sum(half["contrastive_loss"] for half in halves) / 2, rel=1e-5
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize(("contrastive", "captioning"), [(1.0, 2.0), (1.0, 0.0), (0.0, 1.0)])
+def test_a_batch_in_parts_has_losses_and_gradients_of_the_batch_in_one(
+    parts: int, contrastive: float, captioning: float
+) -> None:
+    config = replace(
+        CONFIG,
+        loss=LossConfig(contrastive=contrastive, captioning=captioning),
+        optimizer=replace(CONFIG.optimizer, peak_rate=1.0, clip_norm=0.0, weight_decay=0.0),
     )
+    states = []
+    for accumulation in (1, parts):
+        state = new_state()
+        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)  # the weights tell the gradients
+        numbers = train_step(state, batch(), replace(config, accumulation=accumulation))
+        states.append((numbers, parameters(state.model)))
+    (whole, expected), (accumulated, found) = states
+    assert accumulated == pytest.approx(whole, rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_part_that_is_embedded_again_drops_the_same_patches() -> None:
+    dropping = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
+    config = replace(CONFIG, loss=LossConfig(contrastive=1.0, captioning=0.0), accumulation=4)
+    numbers = train_step(new_state(dropping), batch(), config)
+    model = new_state(dropping).model.train()
+    torch.manual_seed(0)  # of seed 0 and step 0
+    made = [
+        model.features(normalise(part.pixels, CONFIG.image), part.ids, contrastive=True, captioning=False)
+        for part in batch().split(4)
+    ]
+    loss = contrastive_loss(
+        torch.cat([part.image_features for part in made]),
+        torch.cat([part.text_features for part in made]),
+        logit_scale=model.logit_scale.exp(),
+    )
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    assert numbers["contrastive_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert numbers["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

@@ -1,23 +1,25 @@
 """One update of the weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig, normalise
-from contracap.losses import Gather, LossConfig, alone, captioning_loss, contrastive_loss
-from contracap.model.coca import CoCa, TrainingFeatures
+from contracap.losses import LossConfig, captioning_loss, contrastive_loss
+from contracap.model.coca import CoCa
 from contracap.parallel import Ranks, Wrapped, whole
 from contracap.tokenizer import lengths
 from contracap.training.optimizer import OptimizerConfig, learning_rate
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
+Contrast = Callable[..., Tensor]  # a contrastive loss: of image_features, text_features and logit_scale=
 
 
 class NonFiniteError(ValueError):
@@ -67,8 +69,8 @@ def losses(
     config: StepConfig,
     *,
     tokens: int | Tensor,
-    features: Callable[..., TrainingFeatures] | None = None,
-    gather: Gather = alone,
+    shared: Wrapped | None = None,
+    contrast: Contrast | None = None,
 ) -> dict[str, Tensor]:
     """The wanted losses by name, not weighted; what has weight 0 is not computed.
 
@@ -76,13 +78,14 @@ def losses(
         batch: on the model's device.
         tokens: what the captioning loss is divided by: the labels of the batch, or of the larger one that this is a
             part of.
-        features: what to call in place of `model.features`.
-        gather: brings the rows of all ranks, for the contrastive loss.
+        shared: the model as the ranks share it; None where one process has it alone.
+        contrast: in place of `contrastive_loss`, which contrasts the batch and those of the other ranks.
     """
-    wanted = config.loss
+    wanted, shared = config.loss, shared or Wrapped(model.features)
+    contrast = contrast or partial(contrastive_loss, gather=shared.gather)
     parts = {}
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-        made = (features or model.features)(
+        made = shared.features(
             normalise(batch.pixels, config.image),
             batch.ids,
             contrastive=wanted.contrastive > 0,
@@ -94,14 +97,57 @@ def losses(
                 model.require_decoder().vocabulary.weight,
                 labels=made.caption_labels,
                 tokens=tokens,
+                chunk=wanted.chunk or None,
             )
-    if (
-        made.image_features is not None and made.text_features is not None
-    ):  # outside autocast: the product of the embeddings stays float32
-        parts["contrastive_loss"] = contrastive_loss(
-            made.image_features, made.text_features, logit_scale=model.logit_scale.exp(), gather=gather
+    if made.image_features is not None and made.text_features is not None:
+        # Outside autocast: the product of the embeddings stays float32.
+        parts["contrastive_loss"] = contrast(
+            made.image_features, made.text_features, logit_scale=model.logit_scale.exp()
         )
     return parts
+
+
+def contrast_whole(model: CoCa, parts: Sequence[Batch], config: StepConfig, *, shared: Wrapped) -> list[Contrast]:
+    """For each part of a batch, what its embeddings add to the contrastive loss of the whole batch.
+
+    All parts are embedded once without gradients. Their embeddings are all that is kept; from them come the loss and
+    its gradients towards each of them. Then a part can be embedded again, with gradients: what its function gives has
+    the gradients of the whole loss towards this part, and for its value an equal share of it.
+    Source: GradCache (arXiv 2101.06983).
+    """
+    device = model.device.type
+    with torch.no_grad(), shared.forward_only(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16):
+        made = [
+            shared.features(normalise(part.pixels, config.image), part.ids, contrastive=True, captioning=False)
+            for part in parts
+        ]
+    inputs = [
+        torch.cat([part.image_features for part in made if part.image_features is not None]).requires_grad_(),
+        torch.cat([part.text_features for part in made if part.text_features is not None]).requires_grad_(),
+        model.logit_scale.detach().exp().requires_grad_(),
+    ]
+    loss = contrastive_loss(*inputs[:2], logit_scale=inputs[2], gather=shared.gather)
+    to_images, to_texts, to_scale = torch.autograd.grad(loss, inputs)
+    count = len(parts)
+    return [
+        partial(_share, value=loss.detach() / count, to_images=images, to_texts=texts, to_scale=to_scale / count)
+        for images, texts in zip(to_images.chunk(count), to_texts.chunk(count), strict=True)
+    ]
+
+
+def _share(
+    image_features: Float[Tensor, "batch embed"],
+    text_features: Float[Tensor, "batch embed"],
+    *,
+    logit_scale: Float[Tensor, ""],
+    value: Float[Tensor, ""],
+    to_images: Float[Tensor, "batch embed"],
+    to_texts: Float[Tensor, "batch embed"],
+    to_scale: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """A number of this value, with these gradients."""
+    slope = (image_features * to_images).sum() + (text_features * to_texts).sum() + logit_scale * to_scale
+    return value + slope - slope.detach()
 
 
 def count_labels(ids: Int64[Tensor, "batch tokens"], end: int) -> Int64[Tensor, ""]:
@@ -113,28 +159,31 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     """Forward, backward, clip, update. Returns losses (nats), `gradient_norm` before clipping, `logit_scale`,
     `learning_rate`.
 
+    A batch in parts has the losses and gradients of the batch in one.
     Randomness (patch dropout) depends on the seed and the step alone, so that a resumed run repeats it.
 
     Raises: NonFiniteError: before anything was changed.
     """
     model, optimizer = state.model, state.optimizer
     ranks, shared = state.ranks, state.wrapped or Wrapped(model.features)
-    torch.manual_seed(config.seed * 1_000_003 + state.step + ranks.rank * 2**48)  # each drops patches of its own
     rate = learning_rate(state.step, config.optimizer, total_steps=config.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.train()
     batch = batch.to(model.device)
     tokens = ranks.mean(count_labels(batch.ids, model.config.text.end))
-    # Of each part the captioning loss is a share of the whole batch's; the contrastive loss a mean over the part's
-    # rows.
-    shares = {"contrastive_loss": 1 / config.accumulation, "captioning_loss": 1.0}
+    parts = batch.split(config.accumulation)
+    seed = config.seed * 1_000_003 + state.step + ranks.rank * 2**48  # each rank drops patches of its own
+    contrasts: Sequence[Contrast | None] = [None] * len(parts)
+    torch.manual_seed(seed)
+    if len(parts) > 1 and config.loss.contrastive:
+        contrasts = contrast_whole(model, parts, config, shared=shared)
+        torch.manual_seed(seed)  # each part drops the same patches again
     weights = {"contrastive_loss": config.loss.contrastive, "captioning_loss": config.loss.captioning}
     totals: dict[str, Tensor] = {}
-    for left, part in zip(reversed(range(config.accumulation)), batch.split(config.accumulation), strict=True):
+    for left, part, contrast in zip(reversed(range(len(parts))), parts, contrasts, strict=True):
         with shared.accumulating() if left else nullcontext():
-            made = losses(model, part, config, tokens=tokens, features=shared.features, gather=shared.gather)
-            values = {name: value * shares[name] for name, value in made.items()}
+            values = losses(model, part, config, tokens=tokens, shared=shared, contrast=contrast)
             torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
     norm = torch.nn.utils.clip_grad_norm_(

@@ -26,7 +26,7 @@ def validate(state: TrainingState, data: DataConfig, config: StepConfig) -> dict
             part = batch.split(ranks.count)[ranks.rank].to(model.device)
             batches += 1
             tokens += int(count_labels(part.ids, tokenizer.end))
-            parts = losses(model, part, config, tokens=1, features=shared.features, gather=shared.gather)
+            parts = losses(model, part, config, tokens=1, shared=shared)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
     # Summed over tokens the one, averaged over batches the other; and then over the ranks, both of each quotient.
