@@ -254,6 +254,7 @@ def plan(
     *,
     gpus: Annotated[int, arg(metavar="N", help="how many share each batch")],
     gpu: Annotated[str, arg(metavar="NAME", help="a100-40g, a100-80g, h100-80g, h200-141g, l40s or rtx-4090")],
+    gpus_per_machine: Annotated[int, arg(help="they reach each other faster; under hsdp they share a model")] = 8,
     efficiency: Annotated[float, arg(help="share of the GPU's dense peak that forward and backward pass reach")] = 0.5,
     text_tokens: Annotated[
         float | None, arg(help="mean length of the captions; by default that of index.json, else the whole context")
@@ -269,6 +270,7 @@ def plan(
         load_recipe(recipe, overrides),
         gpus=gpus,
         gpu=gpu,
+        gpus_per_machine=gpus_per_machine,
         efficiency=efficiency,
         text_tokens=text_tokens,
         hours_between_failures=hours_between_failures,

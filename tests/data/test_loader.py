@@ -381,3 +381,22 @@ def test_evaluation_reads_every_sample_once_in_order_and_stops_at_damage(tmp_pat
 def exhaust(iterator: Iterator[object]) -> None:
     for _ in iterator:
         pass
+
+
+def test_captions_are_cut_to_the_most_tokens_and_keep_their_end(folder: Path, uninterrupted: list[Batch]) -> None:
+    cut = list(islice(training(folder, captions=CaptionConfig(max_tokens=5)), 3))
+    for batch, whole in zip(cut, uninterrupted, strict=False):
+        assert batch.keys == whole.keys and batch.ids.shape[1] == 5
+        for row, full in zip(batch.ids, whole.ids, strict=True):
+            length = int((full == TOKENIZER.end).nonzero()[0]) + 1
+            kept = min(length, 5)
+            assert row[kept - 1] == TOKENIZER.end and not row[kept:].any()
+            assert torch.equal(row[: kept - 1], full[: kept - 1])
+    assert max(int((ids == TOKENIZER.end).nonzero()[0]) for batch in uninterrupted[:3] for ids in batch.ids) > 4
+    longer = list(islice(training(folder, captions=CaptionConfig(max_tokens=50)), 3))
+    assert_equal(longer, uninterrupted[:3])
+
+
+def test_a_cut_without_room_for_a_token_says_so() -> None:
+    with pytest.raises(ValueError, match="max_tokens is 2; it must be at least 3"):
+        CaptionConfig(max_tokens=2)

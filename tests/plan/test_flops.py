@@ -6,9 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from contracap.losses import LossConfig, captioning_loss
-from contracap.model.coca import CoCaConfig
+from contracap.model.coca import CoCaConfig, KernelConfig
 from contracap.model.sizes import SIZES
-from contracap.plan.flops import BACKWARD, Texts, Tokens, forward_flops, tokens_of
+from contracap.plan.flops import BACKWARD, Texts, Tokens, block_flops, forward_flops, tokens_of
 from contracap.pretrained import random_model
 from tests.model.tiny_models import POOLERS, TINY, tiny_clip, with_pooler
 
@@ -70,8 +70,62 @@ def test_a_padded_sample_of_clip_takes_the_published_operations(size: str, forwa
 )
 def test_short_texts_without_fill_take_what_the_legacy_mask_needs(size: str, length: int, forward: float) -> None:
     config = replace(SIZES[size], text=replace(SIZES[size].text, cls_mask="legacy"))
-    tokens = tokens_of(config, LossConfig(), Texts(mean=float(length), longest=length))
+    texts = Texts(mean=float(length), longest=length)
+    tokens = tokens_of(config, LossConfig(), texts, KernelConfig(cross_attention="projected"))
     assert sum(forward_flops(config, tokens).values()) / 1e9 == pytest.approx(forward, rel=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "projected", "absorbed"),
+    [
+        ("coca_ViT-B-32", 12, 3.28, 0.75),
+        ("coca_ViT-B-32", 16, 3.31, 1.00),
+        ("coca_ViT-B-32", 20, 3.33, 1.25),
+        ("coca_ViT-B-32", 32, 3.41, 2.01),
+        ("coca_ViT-B-32", 76, 3.68, 4.77),
+        ("coca_ViT-L-14", 12, 7.33, 1.69),
+        ("coca_ViT-L-14", 16, 7.37, 2.26),
+        ("coca_ViT-L-14", 20, 7.41, 2.82),
+        ("coca_ViT-L-14", 32, 7.52, 4.51),
+        ("coca_ViT-L-14", 76, 7.93, 10.72),
+    ],
+)
+def test_keys_values_and_scores_take_the_published_operations_projected_and_absorbed(
+    size: str, rows: int, projected: float, absorbed: float
+) -> None:
+    config, texts = SIZES[size], Texts(mean=rows + 1.0, longest=rows + 1)
+    for kernel, published in (("projected", projected), ("absorbed", absorbed), ("auto", min(projected, absorbed))):
+        flops = forward_flops(config, tokens_of(config, LossConfig(), texts, KernelConfig(cross_attention=kernel)))
+        found = (flops["decoder keys and values"] + flops["decoder scores"]) / 1e9
+        assert found == pytest.approx(published, abs=0.006), kernel
+
+
+@pytest.mark.parametrize(("size", "rows"), [("coca_ViT-B-32", 56), ("coca_ViT-L-14", 54)])
+def test_auto_absorbs_up_to_the_published_break_even(size: str, rows: int) -> None:
+    config = SIZES[size]
+    absorbed = [
+        tokens_of(config, LossConfig(), Texts(mean=4.0, longest=longest), KernelConfig(cross_attention="auto")).absorbed
+        for longest in (rows + 1, rows + 2)
+    ]
+    assert absorbed == [True, False]
+
+
+@pytest.mark.parametrize(("size", "forward"), [("coca_ViT-B-32", 14.34), ("coca_ViT-L-14", 174.65)])
+def test_a_sample_of_sixteen_tokens_takes_the_published_operations(size: str, forward: float) -> None:
+    config = replace(SIZES[size], text=replace(SIZES[size].text, cls_mask="legacy"))
+    tokens = tokens_of(config, LossConfig(), Texts(mean=16.0, longest=16))
+    assert sum(forward_flops(config, tokens).values()) / 1e9 == pytest.approx(forward, abs=0.005)
+
+
+def test_what_is_computed_again_is_all_but_the_ends_of_the_parts() -> None:
+    config = SIZES["coca_ViT-L-14"]
+    for kernel in ("projected", "absorbed"):
+        tokens = tokens_of(config, LossConfig(), FULL, KernelConfig(cross_attention=kernel))
+        forward, blocks = forward_flops(config, tokens), block_flops(config, tokens)
+        left = sum(forward.values()) - sum(blocks.values())
+        patches, projection = 2 * 256 * 3 * 14**2 * 1024, 2 * 768**2
+        keys = 0 if kernel == "absorbed" else forward["decoder keys and values"]
+        assert left == pytest.approx(patches + forward["pooler"] + projection + forward["vocabulary"] + keys)
 
 
 MODELS = {f"coca {kind}": with_pooler(kind) for kind in POOLERS} | {"clip": tiny_clip()}
@@ -79,6 +133,15 @@ LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))
 DROPPING = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
 
 
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        KernelConfig(),
+        KernelConfig(text="padded", cross_attention="projected"),
+        KernelConfig(cross_attention="absorbed"),
+    ],
+    ids=["fewest", "padded", "absorbed"],
+)
 @pytest.mark.parametrize(
     ("config", "loss"),
     [
@@ -88,12 +151,13 @@ DROPPING = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
     ],
     ids=lambda value: f"{value.contrastive:g}:{value.captioning:g}" if isinstance(value, LossConfig) else "model",
 )
-def test_torch_counts_the_planned_operations(config: CoCaConfig, loss: LossConfig) -> None:
+def test_torch_counts_the_planned_operations(config: CoCaConfig, loss: LossConfig, kernels: KernelConfig) -> None:
     rows, length = 64, 7  # so many rows that nothing fills them up
     ids = torch.zeros(rows, config.text.context, dtype=torch.int64)
     ids[:, : length - 1], ids[:, length - 1] = 5, config.text.end
     pixels = torch.zeros(rows, 3, config.vision.image_size, config.vision.image_size)
     model = random_model(config, seed=0)[0].train().requires_grad_(False)
+    model.use(kernels)
     wanted = {"contrastive": loss.contrastive > 0, "captioning": loss.captioning > 0}
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
@@ -101,7 +165,7 @@ def test_torch_counts_the_planned_operations(config: CoCaConfig, loss: LossConfi
         if features.caption_states is not None:
             labels, matrix = features.caption_labels, model.require_decoder().vocabulary.weight
             captioning_loss(features.caption_states, matrix, labels=labels, tokens=1)
-    planned = forward_flops(config, tokens_of(config, loss, Texts(mean=float(length), longest=length)))
+    planned = forward_flops(config, tokens_of(config, loss, Texts(mean=float(length), longest=length), kernels))
     assert counter.get_total_flops() == pytest.approx(rows * sum(planned.values()), rel=1e-9)
 
 

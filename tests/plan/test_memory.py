@@ -1,11 +1,12 @@
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker  # a private part of torch, of the tests alone
+from torch.nn.functional import scaled_dot_product_attention
 
 import contracap.model.attention
 import contracap.plan.memory
@@ -13,11 +14,12 @@ from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig
 from contracap.losses import LossConfig
-from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.coca import CoCa, CoCaConfig, KernelConfig
 from contracap.model.sizes import SIZES
 from contracap.parallel import Ranks
 from contracap.plan.flops import Texts, tokens_of
-from contracap.plan.memory import checkpoint_bytes, count_parameters, count_trained, memory_parts, planned_model
+from contracap.plan.memory import memory_parts
+from contracap.plan.parameters import Shares, checkpoint_bytes, count_parameters, planned_model, shares_of
 from contracap.pretrained import random_model
 from contracap.recipe import Recipe
 from contracap.training.checkpoint import CheckpointConfig, last_checkpoint, moving_average
@@ -48,6 +50,10 @@ def step_config(loss: LossConfig, *, bf16: bool = False) -> StepConfig:
     )
 
 
+def alone(model: CoCa) -> Shares:
+    return shares_of(model, "ddp", gpus=1, per_machine=8)
+
+
 def saved_for_backward(model: CoCa, loss: LossConfig, batch: Batch, *, bf16: bool) -> int:
     """Bytes of the tensors that torch keeps, each once, parameters aside."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -73,6 +79,13 @@ def batch_of(rows: int) -> Batch:
     return Batch(pixels=torch.zeros(rows, 3, 32, 32, dtype=torch.uint8), ids=ids, keys=["key"] * rows)
 
 
+def fused(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, **how: Any) -> Tensor:
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=how.get("mask"), is_causal=causal, scale=how.get("scale")
+    )
+
+
+@pytest.mark.parametrize("cross_attention", ["projected", "absorbed"])
 @pytest.mark.parametrize(
     ("config", "loss", "bf16"),
     [
@@ -89,14 +102,16 @@ def batch_of(rows: int) -> Batch:
     ids=["fp32", "bf16", "legacy", "patch dropout", "cascade", "parallel", "contrastive", "captioning", "clip"],
 )
 def test_the_planned_activations_are_what_torch_saves(
-    config: CoCaConfig, loss: LossConfig, bf16: bool, monkeypatch: pytest.MonkeyPatch
+    config: CoCaConfig, loss: LossConfig, bf16: bool, cross_attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kernels = KernelConfig(cross_attention=cross_attention)
     # A GPU's kernel keeps no scores; on the CPU, bf16 would take one that does.
-    monkeypatch.setattr(contracap.model.attention, "sdpa_kernel", lambda backend: nullcontext())
-    tokens = tokens_of(config, loss, Texts(mean=10.0, longest=16))
+    monkeypatch.setattr(contracap.model.attention, "attend", fused)
+    tokens = tokens_of(config, loss, Texts(mean=10.0, longest=16), kernels)
     model = random_model(config, seed=0)[0].train()
+    model.use(kernels)
     for rows in (64, 96, 128):
-        parts = memory_parts(recipe(), model, tokens, rows=float(rows), gpus=1, product=2 if bf16 else 4)
+        parts = memory_parts(recipe(), model, alone(model), tokens, rows=float(rows), product=2 if bf16 else 4)
         planned = sum(parts.get(name, 0) for name in SAVED)
         planned += 2 * rows**2 * 4 * (loss.contrastive > 0)  # the scores of both directions
         assert planned == pytest.approx(saved_for_backward(model, loss, batch_of(rows), bf16=bf16), rel=0.05), rows
@@ -114,7 +129,7 @@ def test_the_planned_memory_is_the_peak_of_a_real_step(monkeypatch: pytest.Monke
         with tracker:
             train_step(state, batch_of(rows), step_config(LossConfig()))
         peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
-        planned = memory_parts(recipe(), model, tokens, rows=float(rows), gpus=1, product=4)
+        planned = memory_parts(recipe(), model, alone(model), tokens, rows=float(rows), product=4)
         assert sum(planned.values()) == pytest.approx(peak, rel=0.05), rows
 
 
@@ -132,11 +147,14 @@ def test_parameters_are_those_of_the_released_models(size: str, millions: tuple[
 def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
     whole, part = recipe(ema_decay=0.99), recipe(frozen=["vision"])
     tokens = tokens_of(TINY, LossConfig(), Texts(mean=10.0, longest=16))
+    models = [planned_model(each) for each in (whole, part)]
+    shares = [shares_of(model, "ddp", gpus=2, per_machine=8) for model in models]
     before, after = (
-        memory_parts(each, planned_model(each), tokens, rows=8.0, gpus=2, product=2) for each in (whole, part)
+        memory_parts(each, model, share, tokens, rows=8.0, product=2)
+        for each, model, share in zip((whole, part), models, shares, strict=True)
     )
-    vision = count_parameters(planned_model(part))["vision"]
-    assert count_trained(planned_model(whole)) - count_trained(planned_model(part)) == vision
+    vision = count_parameters(models[1])["vision"]
+    assert shares[0].trained - shares[1].trained == vision
     assert before["gradients"] - after["gradients"] == 4 * vision
     assert before["AdamW moments"] - after["AdamW moments"] == 8 * vision
     assert before["moving average"] == before["parameters"] == after["parameters"]

@@ -1,13 +1,17 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from contracap.config import build
 from contracap.data.index import ShardEntry, write_index
+from contracap.parallel import ParallelConfig
 from contracap.plan.flops import Texts
+from contracap.plan.gpus import find_gpu
 from contracap.plan.run import caption_texts, plan_run
-from contracap.plan.speed import best_interval, lost_share, traffic_bytes
+from contracap.plan.speed import best_interval, lost_share, travel_seconds
+from contracap.plan.traffic import Collective
 from contracap.recipe import Recipe, load_recipe
 
 PUBLISHED = load_recipe(Path(__file__).parent.parent.parent / "recipes" / "pretrain-laion2b-coca-vit-l-14.toml")
@@ -52,18 +56,67 @@ def test_a_batch_in_parts_needs_the_memory_of_one_part() -> None:
     assert parts["gradients"] == whole["gradients"]
 
 
-def test_gradients_travel_twice_around_the_ring_and_features_to_all() -> None:
-    arguments = {"trained": 1000, "embed_dim": 32, "rows": 5.0, "contrastive": True}
-    assert traffic_bytes(gpus=4, **arguments) == {"gradients": 2 * 3 / 4 * 4000, "features": 3 * 5 * (2 * 32 + 2) * 4}
-    assert sum(traffic_bytes(gpus=1, **arguments).values()) == 0
-    assert traffic_bytes(gpus=4, **arguments | {"contrastive": False})["features"] == 0
-
-
-def test_gradients_cost_time_only_where_the_backward_pass_does_not_hide_them() -> None:
-    large, small = (
-        plan_run(recipe(data={"train": "x", "batch_size": batch}), gpus=8, gpu="h100-80g") for batch in (2**20, 64)
+def test_what_stays_in_a_machine_travels_faster() -> None:
+    gpu = find_gpu("a100-80g")
+    local, far = (
+        Collective(kind="all_reduce", purpose="gradients", payload=8e9, ranks=8, local=local) for local in (True, False)
     )
-    assert large.seconds["gradients, not hidden"] == 0 < small.seconds["gradients, not hidden"]
+    assert travel_seconds(gpu, [local]) == pytest.approx(14e9 / 300e9)
+    assert travel_seconds(gpu, [local, far]) == pytest.approx(14e9 / 300e9 + 14e9 / 25e9)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+def test_traffic_costs_time_only_where_the_passes_do_not_hide_it(kind: str) -> None:
+    large, small = (
+        plan_run(recipe(data={"train": "x", "batch_size": batch}, parallel={"kind": kind}), gpus=16, gpu="h100-80g")
+        for batch in (2**21, 64)
+    )
+    left = "parameters and gradients, not hidden"
+    assert large.seconds[left] == 0 < small.seconds[left]
+
+
+def test_sharing_a_model_out_takes_less_memory_and_more_traffic() -> None:
+    ddp, hsdp, fsdp = (
+        plan_run(replace(PUBLISHED, parallel=ParallelConfig(kind=kind)), gpus=384, gpu="h200-141g")
+        for kind in ("ddp", "hsdp", "fsdp")
+    )
+    for name, more in (("parameters", 8), ("AdamW moments", 8)):
+        assert ddp.memory[name] == pytest.approx(more * hsdp.memory[name], rel=1e-3)
+        assert hsdp.memory[name] > 40 * fsdp.memory[name]
+    held = [plan.figures["memory_gib_per_gpu"] for plan in (ddp, hsdp, fsdp)]
+    assert held == sorted(held, reverse=True)
+    assert ddp.figures["all_gather_megabytes_per_step"] < hsdp.figures["all_gather_megabytes_per_step"]
+    assert ddp.figures["reduce_scatter_megabytes_per_step"] == 0 < hsdp.figures["reduce_scatter_megabytes_per_step"]
+
+
+def test_computing_again_takes_time_that_the_mfu_does_not_count_and_saves_memory() -> None:
+    kept, again = (
+        plan_run(replace(PUBLISHED, parallel=ParallelConfig(recompute=recompute)), gpus=384, gpu="a100-80g")
+        for recompute in ("none", "blocks")
+    )
+    assert again.flops == kept.flops
+    # Nearly a whole forward pass, for four fifths of the activations.
+    assert again.figures["step_seconds"] / kept.figures["step_seconds"] == pytest.approx(4 / 3, abs=0.04)
+    assert again.figures["mfu_percent"] < kept.figures["mfu_percent"]
+    assert again.memory["activations"] < 0.2 * kept.memory["activations"]
+
+
+def test_a_batch_in_parts_pays_for_its_features_with_a_forward_pass_of_the_contrastive_branch() -> None:
+    whole, parts = (plan_run(recipe(accumulation=accumulation), gpus=2, gpu="l40s") for accumulation in (1, 4))
+    assert whole.seconds["features beforehand"] == 0 < parts.seconds["features beforehand"]
+    contrastive = recipe(loss={"captioning": 0.0})
+    forward = sum(plan_run(contrastive, gpus=2, gpu="l40s").flops.values())
+    assert parts.seconds["features beforehand"] == pytest.approx(32 * forward / (0.5 * 362e12))
+    assert parts.memory["features"] == 2 * 2 * 32 * 32 * 4
+    captioning = plan_run(recipe(accumulation=4, loss={"contrastive": 0.0}), gpus=2, gpu="l40s")
+    assert captioning.seconds["features beforehand"] == 0 and "features" not in captioning.memory
+
+
+def test_a_cut_of_the_captions_is_what_texts_are_padded_to() -> None:
+    cut = recipe(data={"train": "no such shards", "batch_size": 64, "captions": {"max_tokens": 8}})
+    assert "texts of 8.0 tokens" in plan_run(cut, gpus=1, gpu="l40s").title
+    with pytest.raises(ValueError, match=r"text_tokens is 9\.0; it must be from 2 to 8"):
+        plan_run(cut, gpus=1, gpu="l40s", text_tokens=9.0)
 
 
 def test_the_best_interval_loses_less_than_its_neighbours() -> None:
@@ -110,6 +163,7 @@ def test_a_run_that_fits_warns_of_nothing() -> None:
     [
         ({"gpu": "a100"}, "unknown GPU 'a100'; the GPUs are a100-40g"),
         ({"gpus": 0}, "gpus is 0"),
+        ({"gpus_per_machine": 0}, "gpus_per_machine 0"),
         ({"efficiency": 1.5}, "efficiency is 1.5"),
         ({"text_tokens": 17.0}, "text_tokens is 17.0; it must be from 2 to 16"),
         ({"hours_between_failures": 0.0}, "hours_between_failures 0.0"),

@@ -16,12 +16,17 @@ class CaptionConfig:
         use: a `random` caption of the picture each time it comes, its `first`, or `all`, one after the other.
         weights: fields of the `.json` and how often the caption is taken from each, such as
             `{ caption = 0.3, recaption = 0.7 }`: of those that a sample has, in proportion. Empty: its captions.
+        max_tokens: captions are cut to so many tokens in training, start and end included; by default to the model's
+            context. Short texts first make a long run cheaper (CLIPA, arXiv 2305.07017).
     """
 
     use: Literal["random", "first", "all"] = "random"
     weights: dict[str, float] = field(default_factory=dict)
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 3:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 3: start, one token and end")
         for name, weight in self.weights.items():
             if not 0 < weight < float("inf"):
                 raise ValueError(f"the weight of caption field {name} is {weight}; it must be above 0")

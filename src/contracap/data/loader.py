@@ -150,6 +150,9 @@ class TrainingBatches:
                 f"{ranks} ranks cannot share {streams} streams: set data.streams to a multiple of {ranks} that divides "
                 f"the batch of {config.batch_size}"
             )
+        if config.captions.max_tokens is not None:
+            shorter = min(config.captions.max_tokens, tokenizer.context)
+            tokenizer = Tokenizer(context=shorter, vocab_size=tokenizer.vocab_size)
         self._config = config
         self._order = _order(config, seed)
         self._maker = _BatchMaker(config, self._order, image=image, tokenizer=tokenizer)

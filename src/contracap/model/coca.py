@@ -196,8 +196,10 @@ class CoCa(nn.Module):
 
         Raises: ValueError: if a text is longer than the context.
         """
-        if not captioning:
-            return TrainingFeatures(text_features=self.encode_text(ids), image_features=self.encode_image(pixels))
+        if not captioning:  # the parts of encode_text and encode_image: FSDP takes a call of these for a whole pass
+            text_embedding, _ = self.text(ids, self.text.layout(ids))
+            image_embedding = self.pooler.contrastive(self.vision(pixels))
+            return TrainingFeatures(image_features=unit(image_embedding), text_features=unit(text_embedding))
         # Layouts first: they wait for the ids, and so for whatever the device was given before.
         decoder, captions, texts = self.require_decoder(), self.caption_layout(ids), self.text.layout(ids)
         features = TrainingFeatures(caption_labels=captions.collect(captions.fit(ids[:, 1:], fill=IGNORED)))

@@ -2,7 +2,7 @@
 
 from contracap.parallel.gather import GATHERS, Ring, gathered
 from contracap.parallel.ranks import ParallelError, Ranks, started
-from contracap.parallel.sharing import Kind, ParallelConfig, Wrapped, share_like, whole, wrapped
+from contracap.parallel.sharing import Kind, ParallelConfig, Wrapped, share_like, units, whole, wrapped
 
 __all__ = [
     "GATHERS",
@@ -15,6 +15,7 @@ __all__ = [
     "gathered",
     "share_like",
     "started",
+    "units",
     "whole",
     "wrapped",
 ]

@@ -27,10 +27,13 @@ class ParallelConfig:
             A run can go on with another.
         gather: how the contrastive loss gets the rows of all ranks. `gathered`: all at once. `ring`: block after block,
             at twice the traffic and without ever holding them all.
+        recompute: `blocks`: of each transformer block only the input is kept, and its activations are computed again in
+            the backward pass: less memory, more time.
     """
 
     kind: Kind = "ddp"
     gather: Literal["gathered", "ring"] = "gathered"
+    recompute: Literal["none", "blocks"] = "none"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,17 @@ class _Features(nn.Module):
         return self.model.features(*args, **wanted)
 
 
+def units(model: CoCa) -> list[nn.Module]:
+    """The parts whose parameters are fetched when they run and let go again, if ranks share them out; what is in none
+    of them stays with the root."""
+    # A cross-attention is read twice, for its keys and values before its block runs: it stays with the root.
+    return [
+        module.feed_forward if isinstance(module, CrossBlock) else module
+        for module in model.modules()
+        if isinstance(module, SelfBlock | CrossBlock)
+    ]
+
+
 def _sharded(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -> Wrapped:
     # Imported here: it takes a second, which a run of one process need not wait.
     from torch.distributed.device_mesh import init_device_mesh
@@ -102,11 +116,8 @@ def _sharded(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     )
-    for module in model.modules():
-        # A cross-attention is read twice, for its keys and values before its block runs: it stays with the root.
-        unit = module.feed_forward if isinstance(module, CrossBlock) else module
-        if isinstance(module, SelfBlock | CrossBlock):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
     # The root's parameters are there from the forward pass to the backward: the losses read some of them. FSDP cannot
     # share out a scalar.
     scale = model.logit_scale

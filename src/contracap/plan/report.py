@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 
 from contracap.evaluation.result import Result
 from contracap.plan.flops import BACKWARD
+from contracap.plan.traffic import Collective
 
-NAMES, CELLS = 34, 15  # characters of a column
+NAMES, CELLS = 48, 15  # characters of a column
 GIB = 2.0**30
 
 
@@ -24,7 +25,7 @@ class Plan:
         padded_flops: likewise with texts that fill the context.
         memory: bytes on each GPU by part.
         seconds: of a step by what they go to.
-        traffic: bytes that each GPU sends in a step.
+        collectives: of a step.
         figures: the numbers for the whole run, by name; the unit is part of the name.
     """
 
@@ -37,7 +38,7 @@ class Plan:
     padded_flops: Mapping[str, float]
     memory: Mapping[str, float]
     seconds: Mapping[str, float]
-    traffic: Mapping[str, float]
+    collectives: Sequence[Collective]
     figures: Mapping[str, float]
 
     def table(self) -> str:
@@ -48,13 +49,16 @@ class Plan:
             for name, forward in self.flops.items()
         }
         heads = ["forward", "+ backward", "padded forward", "+ backward"]
+        collectives = {
+            f"{each.kind}, {each.purpose}, {each.ranks} GPUs": [each.payload, each.sent] for each in self.collectives
+        }
         lines = [
             self.title,
             *_section("parameters", ["million"], _columns(self.parameters), unit=1e6),
             *_section("GFLOP of a sample", heads, flops, unit=1e9),
             *_section("memory of a GPU", ["GiB"], _columns(self.memory), unit=GIB),
             *_section("time of a step", ["ms"], _columns(self.seconds), unit=1e-3),
-            *_section("sent by a GPU in a step", ["MB"], _columns(self.traffic), unit=1e6),
+            *_section("collectives of a step, MB", ["payload", "sent by a GPU"], collectives, unit=1e6),
             "",
             *(_line(name.replace("_", " "), [_number(value)]) for name, value in self.figures.items()),
             "",
@@ -66,6 +70,8 @@ class Plan:
     def result(self, command: str) -> Result:
         """The file of the plan: its figures, and beside them all that they were made of."""
         parts = asdict(self)
+        for part, each in zip(parts["collectives"], self.collectives, strict=True):
+            part["sent"] = each.sent
         figures, samples = parts.pop("figures"), parts.pop("samples")
         return Result(command=command, seed=None, samples=samples, figures=figures, details={"plan": parts})
 

@@ -8,19 +8,14 @@ from pathlib import Path
 from contracap.data.index import read_index
 from contracap.data.loader import DataConfig, SourceConfig
 from contracap.data.shards import list_shards
-from contracap.plan.flops import BACKWARD, Texts, forward_flops, tokens_of
+from contracap.losses import LossConfig
+from contracap.plan.flops import BACKWARD, Texts, block_flops, forward_flops, tokens_of
 from contracap.plan.gpus import Gpu, find_gpu
-from contracap.plan.memory import (
-    EXACT,
-    checkpoint_bytes,
-    count_parameters,
-    count_trained,
-    memory_parts,
-    planned_model,
-    saved_bytes,
-)
+from contracap.plan.memory import memory_parts, saved_bytes
+from contracap.plan.parameters import EXACT, checkpoint_bytes, count_parameters, planned_model, shares_of
 from contracap.plan.report import GIB, Plan
-from contracap.plan.speed import WRITING, best_interval, lost_share, step_seconds, traffic_bytes
+from contracap.plan.speed import WRITING, best_interval, lost_share, step_seconds
+from contracap.plan.traffic import KINDS, bytes_by_kind, collectives_of
 from contracap.recipe import Recipe
 
 USABLE = 0.92  # share of a GPU's memory; CUDA, buffers between GPUs and gaps between tensors take the rest: estimated
@@ -32,14 +27,16 @@ def plan_run(
     *,
     gpus: int,
     gpu: str,
+    gpus_per_machine: int = 8,
     efficiency: float = 0.5,
     text_tokens: float | None = None,
     hours_between_failures: float = 50_000.0,
 ) -> Plan:
-    """The plan of a run in which every GPU holds the whole model and an equal part of each batch.
+    """The plan of a run in which every GPU has an equal part of each batch, and of the model what `parallel.kind` says.
 
     Args:
         gpu: a row of the table in `plan.gpus`.
+        gpus_per_machine: these reach each other faster, and have one copy of the model together under `hsdp`.
         efficiency: share of the GPU's dense peak that forward and backward pass reach.
         text_tokens: mean length of the captions, start and end included; by default that of the index beside local
             shards, else the whole context.
@@ -48,40 +45,51 @@ def plan_run(
     Raises: ValueError: if an argument is out of range, or there is no such GPU.
     """
     machine, config = find_gpu(gpu), recipe.model_config
-    if gpus < 1 or hours_between_failures <= 0:
-        raise ValueError(f"gpus is {gpus} and hours_between_failures {hours_between_failures}; both must be above 0")
+    if min(gpus, gpus_per_machine) < 1 or hours_between_failures <= 0:
+        raise ValueError(
+            f"gpus is {gpus}, gpus_per_machine {gpus_per_machine} and hours_between_failures {hours_between_failures}; "
+            "all must be above 0"
+        )
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency is {efficiency}; it must be above 0 and at most 1")
-    context = config.text.context
+    context = min(config.text.context, recipe.data.captions.max_tokens or config.text.context)
     if text_tokens is not None and not 2 <= text_tokens <= context:
-        raise ValueError(f"text_tokens is {text_tokens}; it must be from 2 to {context}, the model's context")
+        raise ValueError(
+            f"text_tokens is {text_tokens}; it must be from 2 to {context}, the longest that the run reads"
+        )
     padded = Texts(mean=float(context), longest=context)
     known = caption_texts(recipe.data, context) if text_tokens is None else Texts(mean=text_tokens, longest=context)
     texts = known or padded
 
-    model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts)
-    trained, batch = count_trained(model), recipe.data.batch_size
+    model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts, recipe.kernels)
+    shares = shares_of(model, recipe.parallel.kind, gpus=gpus, per_machine=gpus_per_machine)
+    batch, parts, recompute = recipe.data.batch_size, recipe.accumulation, recipe.parallel.recompute == "blocks"
     product, peak = (EXACT, machine.fp32) if recipe.precision == "fp32" else (2, machine.bf16)
     share = batch / gpus
-    rows = share / recipe.accumulation
+    rows = share / parts
     flops = forward_flops(config, tokens)
     forward = share * sum(flops.values())
+    features = 0.0
+    if parts > 1 and tokens.contrastive:
+        alone = tokens_of(config, LossConfig(captioning=0.0), texts, recipe.kernels)
+        features = share * sum(forward_flops(config, alone).values())
 
     def memory(rows: float) -> Mapping[str, float]:
-        return memory_parts(recipe, model, tokens, rows=rows, gpus=gpus, product=product)
+        return memory_parts(recipe, model, shares, tokens, rows=rows, product=product)
 
     usable = USABLE * machine.memory
     largest = bisect_right(range(1, MOST_ROWS), usable, key=lambda rows: sum(memory(float(rows)).values()))
-    traffic = traffic_bytes(
-        trained=trained, embed_dim=config.embed_dim, rows=share, gpus=gpus, contrastive=tokens.contrastive
-    )
+    collectives = collectives_of(recipe, shares, rows=share, product=product)
     seconds = step_seconds(
         machine,
         rate=efficiency * peak,
         forward_flops=forward,
-        saved_bytes=share * sum(saved_bytes(config, tokens, product=product).values()),
-        trained=trained,
-        traffic=traffic,
+        features_flops=features,
+        recomputed_flops=share * sum(block_flops(config, tokens).values()) * recompute,
+        saved_bytes=share * sum(saved_bytes(config, tokens, product=product, recompute=recompute).values()),
+        trained=shares.trained,
+        parts=parts,
+        collectives=collectives,
     )
     step = sum(seconds.values())
     hours = recipe.steps * step / 3600
@@ -96,7 +104,8 @@ def plan_run(
         "step_seconds": step,
         "samples_per_second_per_gpu": share / step,
         "mfu_percent": 100 * (1 + BACKWARD) * forward / step / peak,
-        "sent_megabytes_per_step": sum(traffic.values()) / 1e6,
+        **{f"{kind}_megabytes_per_step": bytes_by_kind(collectives)[kind] / 1e6 for kind in KINDS},
+        "sent_megabytes_per_step": sum(each.sent for each in collectives) / 1e6,
         "hours": hours,
         "days": hours / 24,
         "gpu_hours": hours * gpus,
@@ -105,17 +114,17 @@ def plan_run(
     figures |= _failures(recipe, step=step, stall=checkpoint / WRITING, between=3600 * hours_between_failures / gpus)
     precision = "fp32" if product == EXACT else "bf16"
     return Plan(
-        title=f"{recipe.size} on {gpus} {gpu}, {precision}: {recipe.steps:,} steps of {batch:,} samples, "
-        f"{share:,.5g} on each GPU, texts of {texts.mean:.1f} tokens in the mean",
+        title=f"{recipe.size} on {gpus} {gpu}, {recipe.parallel.kind}, {precision}: {recipe.steps:,} steps of "
+        f"{batch:,} samples, {share:,.5g} on each GPU, texts of {texts.mean:.1f} tokens in the mean",
         assumptions=_assumptions(machine, rate=efficiency * peak, padded=known is None),
         warnings=_warnings(recipe, gpus=gpus, gpu=gpu, largest=largest),
         samples=recipe.steps * batch,
         parameters=count_parameters(model),
         flops=flops,
-        padded_flops=forward_flops(config, tokens_of(config, recipe.loss, padded)),
+        padded_flops=forward_flops(config, tokens_of(config, recipe.loss, padded, recipe.kernels)),
         memory=memory(rows),
         seconds=seconds,
-        traffic=traffic,
+        collectives=collectives,
         figures=figures,
     )
 
@@ -164,7 +173,8 @@ def _failures(recipe: Recipe, *, step: float, stall: float, between: float) -> d
 def _assumptions(gpu: Gpu, *, rate: float, padded: bool) -> list[str]:
     found = [
         f"{rate / 1e12:,.1f} TFLOP/s in forward and backward pass, {gpu.bandwidth / 1e12:.2f} TB/s in memory, "
-        f"{gpu.link / 1e9:.1f} GB/s to other GPUs, {WRITING / 1e9:.1f} GB/s for checkpoints; data comes fast enough"
+        f"{gpu.local_link / 1e9:.1f} GB/s to GPUs of the same machine, {gpu.link / 1e9:.1f} GB/s to others, "
+        f"{WRITING / 1e9:.1f} GB/s for checkpoints; data comes fast enough"
     ]
     if padded:
         found.append("every text fills the context: give the mean length of the captions, or index local shards")

@@ -1,28 +1,14 @@
-"""The time of one step and its traffic between GPUs, and what failures cost."""
+"""The time of one step, and what failures cost."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from contracap.plan.flops import BACKWARD
 from contracap.plan.gpus import Gpu
-from contracap.plan.memory import EXACT
+from contracap.plan.traffic import Collective
 
 UPDATE_BYTES = 40  # moved in a GPU's memory for each parameter: its gradient is clipped (12), then AdamW (28)
 WRITING = 1e9  # bytes a second that a checkpoint is written with: an assumption
-
-
-def traffic_bytes(*, trained: int, embed_dim: int, rows: float, gpus: int, contrastive: bool) -> Mapping[str, float]:
-    """Bytes that each GPU sends in a step, and receives.
-
-    Gradients go round a ring twice, once to be summed and once to be handed out. Of the contrastive loss, features of
-    both towers go to all, and two numbers a pair.
-
-    Args:
-        trained: parameters that have a gradient.
-        rows: samples of a step on each GPU.
-    """
-    pairs = rows * (gpus - 1) * (2 * embed_dim + 2) * contrastive
-    return {"gradients": 2 * (gpus - 1) / gpus * trained * EXACT, "features": pairs * EXACT}
 
 
 def step_seconds(
@@ -30,29 +16,51 @@ def step_seconds(
     *,
     rate: float,
     forward_flops: float,
+    features_flops: float,
+    recomputed_flops: float,
     saved_bytes: float,
     trained: int,
-    traffic: Mapping[str, float],
+    parts: int,
+    collectives: Sequence[Collective],
 ) -> Mapping[str, float]:
     """Seconds of a step by what they go to.
 
     Forward and backward pass take what their arithmetic takes, or what it takes to write their activations and read
-    them again, whichever is longer. Gradients travel while the backward pass runs; only what is left of that counts.
+    them again, whichever is longer. Parameters travel while a pass runs, gradients while the backward pass of the last
+    part does; only what is left of that counts.
 
     Args:
         rate: operations a second that the arithmetic reaches.
         forward_flops, saved_bytes: of all samples of this GPU.
-        trained: parameters that have a gradient.
-        traffic: as `traffic_bytes` gives it.
+        features_flops: of the passes before the first part of a batch, for the contrastive loss.
+        recomputed_flops: of what the backward pass computes again.
+        trained: parameters with a gradient on this GPU.
+        parts: that a batch is cut into.
     """
     passes = max((1 + BACKWARD) * forward_flops / rate, 2 * saved_bytes / gpu.bandwidth)
-    backward = passes * BACKWARD / (1 + BACKWARD)
+    features, recomputed = features_flops / rate, recomputed_flops / rate
+    forward = passes / (1 + BACKWARD) + features
+    backward = (passes * BACKWARD / (1 + BACKWARD) + recomputed) / parts
+
+    def travel(*purposes: str) -> float:
+        return travel_seconds(gpu, (each for each in collectives if each.purpose in purposes))
+
+    fetching = travel("parameters, backward") / parts
+    left = max(0.0, travel("parameters, forward") - forward)
+    left += (parts - 1) * max(0.0, fetching - backward) + max(0.0, fetching + travel("gradients") - backward)
     return {
         "forward and backward": passes,
+        "features beforehand": features,
+        "computed again": recomputed,
         "update": UPDATE_BYTES * trained / gpu.bandwidth,
-        "features": traffic["features"] / gpu.link,
-        "gradients, not hidden": max(0.0, traffic["gradients"] / gpu.link - backward),
+        "features and numbers": travel("features", "numbers"),
+        "parameters and gradients, not hidden": left,
     }
+
+
+def travel_seconds(gpu: Gpu, collectives: Iterable[Collective]) -> float:
+    """Seconds that collectives take one after the other, by their bytes alone."""
+    return math.fsum(each.sent / (gpu.local_link if each.local else gpu.link) for each in collectives)
 
 
 def best_interval(stall: float, between_failures: float) -> float:
