@@ -16,8 +16,10 @@ from contracap.losses import Gather, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, TrainingFeatures
 from contracap.model.sizes import SIZES
 from contracap.parallel import GATHERS, ParallelConfig, Ranks, started, whole, wrapped
+from contracap.training.checkpoint import moving_average
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
-from contracap.training.step import count_labels
+from contracap.training.step import TrainingState, count_labels
+from contracap.training.writer import Snapshot
 from tests.distributed.forks import run_ranks
 
 PAIRS = 8
@@ -124,6 +126,30 @@ def update(kind: str, ranks: Ranks | None = None) -> dict[str, Any]:
     return found | {"norm": norm, "embedding": embedding} | ({"weights": weights} if ranks.rank == 0 else {})
 
 
+def snapshot(ranks: Ranks) -> dict[str, Any]:
+    """What a snapshot of a model that is shared out holds on this rank: when it is taken, and two steps later."""
+    model, _ = backward("fsdp", torch.float32, ranks=ranks)
+    state = TrainingState(
+        model=model,
+        optimizer=build_optimizer(model, OptimizerConfig()),
+        average=moving_average(model),
+        ranks=ranks,
+    )
+    state.optimizer.step()
+    taken = Snapshot.of(state, {})
+
+    def held() -> dict[str, Tensor]:
+        moments = taken.optimizer["state"]["text.norm_out.weight"]
+        local = getattr(moments["exp_avg"], "to_local", lambda: moments["exp_avg"])()
+        return {name: tensor.clone() for name, tensor in {**taken.weights, "moment": local}.items()}
+
+    before = held()
+    for _ in range(2):
+        state.optimizer.step()
+    moment = state.optimizer.state[model.text.norm_out.weight]["exp_avg"].to_local()
+    return {"before": before, "after": held(), "moved on": moment, "shape": whole(model.text.norm_out.weight).shape}
+
+
 class Watch(TorchDispatchMode):
     """Counts the numbers in the largest tensor made, and the bytes received from other ranks."""
 
@@ -191,6 +217,7 @@ def main(out: Path) -> None:
                 backward(kind, torch.float32, ranks=ranks)
             found[kind, "traffic"] = traffic.bytes
             found[kind, "parts"] = backward(kind, torch.float64, ranks=ranks, parts=2)[1]
+        found["snapshot"] = snapshot(ranks)
         found["fsdp", "float32"] = backward("fsdp", torch.float32, ranks=ranks)[1]
         found["fsdp", "bf16"] = backward("fsdp", torch.float32, ranks=ranks, bf16=True)[1]
         for kind in KINDS:

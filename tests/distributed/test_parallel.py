@@ -150,6 +150,18 @@ def test_gradients_of_a_batch_in_parts_equal_one_process(found: Found, kind: str
     same(ours["gradients"], expected["gradients"], 1e-10)
 
 
+def test_a_snapshot_of_a_shared_model_is_whole_on_rank_0_and_does_not_change_with_it(found: Found) -> None:
+    for number, rank in enumerate(found):
+        taken = rank["snapshot"]
+        before, after = taken["before"], taken["after"]
+        assert before.keys() == after.keys() and ("logit_scale" in before) == (number == 0)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert not torch.equal(taken["moved on"], before["moment"])
+        assert len(before["moment"]) * len(found) == taken["shape"][0]
+    weights = found[0]["snapshot"]["before"]
+    assert weights["text.norm_out.weight"].shape == found[0]["snapshot"]["shape"]
+
+
 def test_every_rank_hears_the_others(found: Found) -> None:
     count = len(found)
     for rank in found:
