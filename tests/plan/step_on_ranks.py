@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig
-from contracap.parallel import GATHERS, Ranks, Value, started, wrapped
+from contracap.parallel import GATHERS, Ranks, started, wrapped
+from contracap.parallel.ranks import Value
 from contracap.plan.parameters import planned_model
 from contracap.pretrained import random_model
 from contracap.recipe import Recipe

@@ -33,8 +33,8 @@ from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import find_size
 from contracap.model.weights import to_open_clip
 from contracap.pretrained import random_model
-from contracap.tokenizer import Tokenizer, lengths
 from contracap.start import precision_on
+from contracap.tokenizer import Tokenizer, lengths
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import LOGIT_SCALE_RANGE, StepConfig, TrainingState, train_step
 

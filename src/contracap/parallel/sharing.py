@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from contracap.losses import Gather, alone
 from contracap.model.coca import CoCa, TrainingFeatures
 from contracap.model.transformer import CrossBlock, SelfBlock
+from contracap.parallel.blocks import change_blocks
 from contracap.parallel.gather import GATHERS
 from contracap.parallel.ranks import ParallelError, Ranks
 
@@ -19,7 +20,7 @@ Kind = Literal["ddp", "fsdp", "hsdp"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How many ranks share a model; one rank alone has all of it.
+    """How a model runs on its devices, and how many ranks share it; one rank alone has all of it.
 
     Attributes:
         kind: what `wrapped` does. `ddp`: each rank holds everything. `fsdp`: each holds a share of every parameter, its
@@ -29,11 +30,13 @@ class ParallelConfig:
             at twice the traffic and without ever holding them all.
         recompute: `blocks`: of each transformer block only the input is kept, and its activations are computed again in
             the backward pass: less memory, more time.
+        compile: whether `torch.compile` fuses what each block does. Meant for GPUs: see docs/performance.md.
     """
 
     kind: Kind = "ddp"
     gather: Literal["gathered", "ring"] = "gathered"
     recompute: Literal["none", "blocks"] = "none"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Wrapped:
 
 
 def wrapped(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool = False) -> Wrapped:
-    """Spread `model` over the ranks; with one rank it stays as it is, whatever the configuration says.
+    """Let the blocks of `model` run as the configuration says, and spread it over the ranks, if there are several.
 
     Call it when the model is on its device and frozen as it shall be, and before the optimizer is built. Every
     parameter that is not frozen must take part in the losses.
@@ -71,7 +74,7 @@ def wrapped(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool = F
 
     Raises: ParallelError: for `hsdp`, if the machines have different numbers of ranks.
     """
-    # What changes single blocks comes first: recomputing, then compiling, then sharing out.
+    change_blocks(model, recompute=config.recompute == "blocks", compiled=config.compile)
     if ranks.count == 1:
         return Wrapped(model.features)
     if config.kind == "ddp":
