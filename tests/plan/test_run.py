@@ -107,9 +107,9 @@ def test_a_batch_in_parts_pays_for_its_features_with_a_forward_pass_of_the_contr
     contrastive = recipe(loss={"captioning": 0.0})
     forward = sum(plan_run(contrastive, gpus=2, gpu="l40s").flops.values())
     assert parts.seconds["features beforehand"] == pytest.approx(32 * forward / (0.5 * 362e12))
-    assert parts.memory["features"] == 2 * 2 * 32 * 32 * 4
+    assert parts.memory["gradients of features"] == 2 * 32 * 32 * 4
     captioning = plan_run(recipe(accumulation=4, loss={"contrastive": 0.0}), gpus=2, gpu="l40s")
-    assert captioning.seconds["features beforehand"] == 0 and "features" not in captioning.memory
+    assert captioning.seconds["features beforehand"] == 0 and "gradients of features" not in captioning.memory
 
 
 def test_a_cut_of_the_captions_is_what_texts_are_padded_to() -> None:

@@ -143,9 +143,9 @@ def memory_parts(
         "pictures": parts * rows * 3 * config.vision.image_size**2,
         "activations": activations,
         "vocabulary gradient": config.text.width * config.text.vocab_size * (tokens.decoder > 0) * EXACT,
-        "captioning scores": captioning_scores(config, tokens, rows=rows, product=product),
+        "captioning scores": captioning_scores(config, tokens, rows=rows, product=product, chunk=recipe.loss.chunk),
         "contrastive scores": scores if parts == 1 else max(0.0, scores - activations),
-        "features": 2 * 2 * parts * rows * config.embed_dim * EXACT * (parts > 1 and tokens.contrastive),
+        "gradients of features": 2 * parts * rows * config.embed_dim * EXACT * (parts > 1 and tokens.contrastive),
     }
     return {name: float(size) for name, size in counted.items() if size}
 
@@ -170,13 +170,13 @@ def _fetched(shares: Shares, activations: float, product: int) -> Mapping[str, f
     }
 
 
-def captioning_scores(config: CoCaConfig, tokens: Tokens, *, rows: float, product: int) -> float:
+def captioning_scores(config: CoCaConfig, tokens: Tokens, *, rows: float, product: int, chunk: int = 0) -> float:
     """Bytes of a chunk's scores, of their shares in float32, and of the vocabulary matrix and its newest gradient as
-    they are multiplied."""
-    chunk = min(float(CAPTION_CHUNK), tokens.decoder * rows)
+    they are multiplied; `chunk` as in `LossConfig`."""
+    scored = min(float(chunk or CAPTION_CHUNK), tokens.decoder * rows)
     narrow = product < EXACT
-    matrix = 2 * config.text.width * config.text.vocab_size * product * (narrow and chunk > 0)
-    return chunk * config.text.vocab_size * (product + EXACT * narrow) + matrix
+    matrix = 2 * config.text.width * config.text.vocab_size * product * (narrow and scored > 0)
+    return scored * config.text.vocab_size * (product + EXACT * narrow) + matrix
 
 
 def contrastive_scores(config: CoCaConfig, *, rows: float, gpus: int) -> float:
