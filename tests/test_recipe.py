@@ -36,6 +36,13 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
         ({"steps": 50}, "warmup_steps 100 must be below steps 50"),
         ({"accumulation": 3}, "must divide data.batch_size 8"),
         ({"validate_every": 10}, "needs data.validation"),
+        ({"stall_seconds": -1.0}, "at least 0"),
+        ({"peak_tflops": 0.0}, "peak_tflops above 0"),
+        (
+            {"size": "ViT-B-32", "loss": {"captioning": 0.0}, "evaluation": {"captions": {"data": "shards"}}},
+            "writes no captions",
+        ),
+        ({"evaluation": {"zeroshot": {"dta": "shards"}}}, "unknown key 'evaluation.zeroshot.dta'; did you mean 'data'"),
         ({"size": "huge"}, "unknown size 'huge'; the sizes are coca_ViT-B-32"),
         ({"size": "ViT-B-32"}, "has no decoder: set loss.captioning = 0"),
         ({"model": {"vision": {"depth": 3}}}, "depth"),

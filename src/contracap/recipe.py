@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from contracap.config import build, load_toml, to_dict
 from contracap.data.loader import DataConfig
+from contracap.evaluation.suite import EvaluationConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig, KernelConfig
 from contracap.model.sizes import find_size
@@ -40,6 +41,12 @@ class Recipe:
         nonfinite: what a NaN or infinite loss or gradient does: `stop` the run, or `skip` that step.
         log_every: steps between records in metrics.jsonl and TensorBoard.
         validate_every: steps between passes over `data.validation`; 0 for none.
+        wandb: project at Weights & Biases that the run is shown in, too.
+        peak_tflops: what one device can do, in multiplications and additions of 10**12 a second: what `mfu` is a share
+            of. GPUs of the table in `plan.gpus` are known.
+        stall_seconds: after which a rank is reported that has not got on with waiting for data, a step, a checkpoint or
+            an evaluation; the first step may take four times that. 0 watches nothing.
+        profile: write a trace of steps 13 to 15 on each rank, for Perfetto: `profile/rank-N.json.gz`.
     """
 
     size: str
@@ -57,12 +64,17 @@ class Recipe:
     nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 20
     validate_every: int = 0
+    wandb: str | None = None
+    peak_tflops: float | None = None
+    stall_seconds: float = 300.0
+    profile: bool = False
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -81,6 +93,10 @@ class Recipe:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.validate_every and self.data.validation is None:
             raise ValueError("validate_every needs data.validation, the shards to validate on")
+        if self.stall_seconds < 0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
+            raise ValueError("stall_seconds must be at least 0 and peak_tflops above 0")
+        if self.evaluation.captions and self.model_config.decoder is None:
+            raise ValueError(f"{self.size} has no decoder and writes no captions: leave evaluation.captions out")
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
         if self.loss.captioning and self.model_config.decoder is None:

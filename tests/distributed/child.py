@@ -143,6 +143,24 @@ class Watch(TorchDispatchMode):
         return made
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that this rank gets of the others' tensors, gets rid of to them, and sums with theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = {"gathered": 0, "scattered": 0, "summed": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name == "c10d::_allgather_base_":
+            self.bytes["gathered"] += args[0].nbytes - args[1].nbytes
+        elif name == "c10d::_reduce_scatter_base_":
+            self.bytes["scattered"] += args[1].nbytes - args[0].nbytes
+        elif name == "c10d::allreduce_":
+            self.bytes["summed"] += sum(tensor.nbytes for tensor in args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def main(out: Path) -> None:
     """What one rank does."""
     found: dict[Any, Any] = {}
@@ -169,6 +187,9 @@ def main(out: Path) -> None:
             found["watch", gather] = (watch.largest, watch.received, unlearning.received)
         for kind in KINDS:
             found[kind, "update"] = update(kind, ranks)
+            with Traffic() as traffic:
+                backward(kind, torch.float32, ranks=ranks)
+            found[kind, "traffic"] = traffic.bytes
             found[kind, "parts"] = backward(kind, torch.float64, ranks=ranks, parts=2)[1]
         found["fsdp", "float32"] = backward("fsdp", torch.float32, ranks=ranks)[1]
         found["fsdp", "bf16"] = backward("fsdp", torch.float32, ranks=ranks, bf16=True)[1]

@@ -2,6 +2,7 @@ import itertools
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from contracap.losses import contrastive_loss
+from contracap.model.sizes import SIZES
+from contracap.model.transformer import CrossBlock, SelfBlock
 from contracap.parallel import GATHERS, ParallelConfig, ParallelError, Ranks, Wrapped, started, wrapped
 
 from .child import (
@@ -84,6 +87,29 @@ def test_bytes_received_are_those_the_docstrings_say(found: Found) -> None:
         assert rank["watch", "ring"][1] == 4 * others * rows * (4 * width + 2)
         for gather in GATHERS:  # without gradients, one pass
             assert rank["watch", gather][2] == 4 * others * rows * 2 * width
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_between_ranks_that_share_a_model_are_those_the_docstring_says(found: Found, kind: str) -> None:
+    count = len(found)
+    shares = {"ddp": 1, "fsdp": count, "hsdp": count // 2}[kind]
+
+    def total(parameters: Iterable[Tensor]) -> int:
+        """Bytes of what is shared out, with the rows that fill it up."""
+        return sum(4 * -(-len(each) // shares) * shares * each[0].numel() for each in parameters if each.ndim)
+
+    model = tiny(torch.float32)
+    blocks = [block for block in model.modules() if isinstance(block, SelfBlock)]
+    blocks += [block.feed_forward for block in model.modules() if isinstance(block, CrossBlock)]
+    parameters, again = total(model.parameters()), sum(total(block.parameters()) for block in blocks)
+    features = 4 * (count - 1) * PAIRS // count * (2 * SIZES["tiny"].embed_dim + 2)
+    labels, loss, scale = 8, 4, 4
+    for rank in found:
+        assert rank[kind, "traffic"] == {
+            "gathered": (shares - 1) * (parameters + again) // shares + features,
+            "scattered": (shares - 1) * parameters // shares,
+            "summed": (0 if kind == "fsdp" else parameters // shares) + labels + loss + scale,
+        }
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:

@@ -25,14 +25,15 @@ SHARED = {
     "hsdp": {"kind": "hsdp", "gather": "ring"},
 }
 RESUMED = {"one to fsdp": ("one", "fsdp"), "fsdp to hsdp": ("fsdp", "hsdp"), "hsdp to ddp": ("hsdp", "ddp")}
+MEASURED = ("samples_per_second", "tokens_per_second", "data_wait_share", "memory_gib")
 TROUBLES = ("no room for records", "no room for weights", "no room for moments")
 
 
 def numbers(folder: Path) -> dict[int, dict[str, float]]:
-    """The records by step, but for the speed."""
+    """The records by step, but for what depends on the machine."""
     found: dict[int, dict[str, float]] = {}
     for record in read_metrics(folder):
-        values = {name: value for name, value in record.items() if not name.startswith("samples_per")}
+        values = {name: value for name, value in record.items() if name not in MEASURED}
         found.setdefault(record["step"], {}).update(values)
     return found
 

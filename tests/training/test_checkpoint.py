@@ -214,14 +214,14 @@ def test_a_checkpoint_does_not_bring_a_vanished_run_folder_back(tmp_path: Path) 
 def test_records_that_cannot_be_written_stop_the_run_and_the_last_good_checkpoint_is_named(
     recipe_values: dict, monkeypatch
 ) -> None:
-    log = Recorder.log
+    record = Recorder.record
 
-    def fills(self: Recorder, *args: Any) -> None:
-        log(self, *args)
-        if self._done == 6:
+    def fills(self: Recorder, step: int, *args: Any) -> None:
+        record(self, step, *args)
+        if step == 6:
             full()
 
-    monkeypatch.setattr(Recorder, "log", fills)
+    monkeypatch.setattr(Recorder, "record", fills)
     with pytest.raises(
         CheckpointError, match=r"run: the run cannot go on: No space left on device\. Last .*: \S+/step-00000004\. Put"
     ):

@@ -15,7 +15,8 @@ from contracap.data.shards import records, write_shard
 from contracap.model.weights import WeightsError
 from contracap.pretrained import load, read_weights, save, save_open_clip
 from contracap.recipe import Recipe
-from contracap.trainer import precision_on, starting_model, train
+from contracap.start import precision_on, starting_model
+from contracap.trainer import train
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.loop import TrainingError
 from contracap.training.metrics import read_metrics

@@ -34,7 +34,7 @@ from contracap.model.sizes import find_size
 from contracap.model.weights import to_open_clip
 from contracap.pretrained import random_model
 from contracap.tokenizer import Tokenizer, lengths
-from contracap.trainer import precision_on
+from contracap.start import precision_on
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import LOGIT_SCALE_RANGE, StepConfig, TrainingState, train_step
 

@@ -24,6 +24,7 @@ class ParallelConfig:
     Attributes:
         kind: what `wrapped` does. `ddp`: each rank holds everything. `fsdp`: each holds a share of every parameter, its
             gradient and its moments. `hsdp`: shares within a machine, copies between machines.
+            A run can go on with another.
         gather: how the contrastive loss gets the rows of all ranks. `gathered`: all at once. `ring`: block after block,
             at twice the traffic and without ever holding them all.
         recompute: `blocks`: of each transformer block only the input is kept, and its activations are computed again in
@@ -63,6 +64,10 @@ def wrapped(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool = F
         config: under `ddp` the values of rank 0 count. Under `fsdp` and `hsdp` a parameter is a DTensor, a block's are
             fetched when it is used, and all ranks must bring the same values.
         bf16: whether parameters that are shared out travel and multiply in bf16; gradients are averaged in float32.
+
+    What a rank exchanges in a step, beside the loss: under `ddp` it sums the trained parameters' bytes with the others.
+    Among N ranks with a share each, it fetches (N - 1) / N of all parameters and, for the backward pass, of the blocks'
+    again, and sends as much of the gradients as of the parameters; between machines, `hsdp` sums 1 / N of these.
 
     Raises: ParallelError: for `hsdp`, if the machines have different numbers of ranks.
     """

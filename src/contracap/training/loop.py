@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from contracap.data.batch import Batch
-from contracap.training.metrics import Recorder
+from contracap.training.monitor import Monitor
 from contracap.training.step import NonFiniteError, StepConfig, TrainingState, train_step
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def repeat_steps(
     batches: Iterable[Batch],
     config: StepConfig,
     *,
-    recorder: Recorder,
+    monitor: Monitor,
     events: Sequence[Event],
     nonfinite: Literal["stop", "skip"],
 ) -> None:
@@ -38,16 +38,17 @@ def repeat_steps(
 
     Raises: TrainingError: at a loss or gradient that is not finite, unless such steps are to be skipped.
     """
-    for batch in itertools.islice(batches, config.total_steps - state.step):
+    for batch in itertools.islice(monitor.batches(batches), config.total_steps - state.step):
         try:
             numbers = train_step(state, batch, config)
         except NonFiniteError as error:
+            monitor.not_finite(str(error), batch, stops=nonfinite == "stop")
             if nonfinite == "stop":
                 raise TrainingError(f"step {state.step + 1}: {error}") from None
             logger.warning("skipped step %d: %s", state.step + 1, error)
             numbers = {}
         state.step += 1
-        recorder.step(numbers, samples=len(batch) * state.ranks.count)
+        monitor.step(numbers, batch)
         for event in events:
             if state.step % event.every == 0 or state.step == config.total_steps:
                 event.action()

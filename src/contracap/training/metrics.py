@@ -1,10 +1,9 @@
-"""What a run tells: a line per record in metrics.jsonl, TensorBoard curves, progress on the terminal; and a line in
-skipped.jsonl for each sample that could not be used."""
+"""What a run tells, written by one rank: a line per record in metrics.jsonl, curves on boards, progress on the
+terminal; and a line for each skipped sample, spike and sample caption in a file of its own."""
 
 import json
 import logging
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,12 @@ from tqdm import tqdm
 
 from contracap.data.order import Skip
 from contracap.files import write_text
+from contracap.training.boards import Board
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
+SPIKES_FILE = "spikes.jsonl"
+CAPTIONS_FILE = "captions.jsonl"
 MOST_WARNINGS = 10
 logger = logging.getLogger(__name__)
 
@@ -23,74 +25,67 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Records numbers by step. On a terminal a progress bar, elsewhere a log line per record."""
 
-    def __init__(self, folder: Path, *, start: int, total_steps: int):
+    def __init__(self, folder: Path, *, start: int, total_steps: int, boards: Sequence[Board]):
         """`start`: steps done before; records beyond it, of a run that was cut off, are dropped."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = folder / METRICS_FILE
-        _forget_after(self._path, start)
-        self._file = self._path.open("a")
-        _forget_after(folder / SKIPPED_FILE, start)
-        self._skipped_file = (folder / SKIPPED_FILE).open("a")
+        self._folder, self._boards = folder, boards
+        for name in (METRICS_FILE, SKIPPED_FILE, SPIKES_FILE, CAPTIONS_FILE):
+            _forget_after(folder / name, start)
         self._warnings = 0
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
-        self._done, self._total = start, total_steps
-        self._numbers: Mapping[str, float] = {}
-        self._samples = self._steps = self._skipped = 0
-        self._since = time.monotonic()
+        self._total = total_steps
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
-        self._board.close()
-        self._file.close()
-        self._skipped_file.close()
+        for board in self._boards:
+            board.close(failed=error is not None)
 
-    def step(self, numbers: Mapping[str, float], *, samples: int) -> None:
-        """A step is done; `numbers` is empty if it was skipped."""
-        self._done += 1
-        self._steps += 1
-        self._samples += samples
-        self._numbers = numbers
-        self._skipped += not numbers
+    def progress(self) -> None:
+        """A step is done."""
         self._bar.update()
 
-    def skips(self, skips: Iterable[Skip]) -> None:
-        """Write down samples that the data left out since the last step. The first ones are warned of, too."""
-        for skip in skips:
-            self._skipped_file.write(json.dumps({"step": self._done, **asdict(skip)}) + "\n")
-            self._skipped_file.flush()
-            self._warnings += 1
-            if self._warnings <= MOST_WARNINGS:
-                logger.warning("skipped: %s", "".join(c if c.isprintable() else repr(c)[1:-1] for c in skip.reason))
-            if self._warnings == MOST_WARNINGS:
-                logger.warning("further ones are in %s only", SKIPPED_FILE)
-
-    def log(self, counts: Mapping[str, float]) -> None:
-        """Record the newest numbers, `counts`, and the speed since the last record, whatever came between included."""
-        seconds = time.monotonic() - self._since
-        left = seconds / self._steps * (self._total - self._done)
-        skipped = {"skipped_steps": float(self._skipped)} if self._skipped else {}
-        speed = {"samples_per_second": self._samples / seconds}
-        self.record(self._done, {**self._numbers, **skipped, **counts, **speed}, left)
-        self._samples = self._steps = self._skipped = 0
-        self._since = time.monotonic()
-
     def record(self, step: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> None:
-        """Write numbers down; the system has the line when this returns."""
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        """Write numbers down, if there are any; the system has the line when this returns."""
+        if not numbers:
+            return
+        self._line(METRICS_FILE, {"step": step, **numbers})
+        for board in self._boards:
+            board.figures(step, numbers)
         text = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar.disable:
             left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
             logger.info("step %d of %d%s: %s", step, self._total, left, text)
         else:
             self._bar.set_postfix_str(text)
+
+    def skips(self, step: int, skips: Iterable[Skip]) -> None:
+        """Write down samples that the data left out since the last step. The first ones are warned of, too."""
+        for skip in skips:
+            self._line(SKIPPED_FILE, {"step": step, **asdict(skip)})
+            self._warnings += 1
+            if self._warnings <= MOST_WARNINGS:
+                logger.warning("skipped: %s", "".join(c if c.isprintable() else repr(c)[1:-1] for c in skip.reason))
+            if self._warnings == MOST_WARNINGS:
+                logger.warning("further ones are in %s only", SKIPPED_FILE)
+
+    def spike(self, spike: Mapping[str, Any]) -> None:
+        """Write down a step whose numbers were not as usual; its field `step` says which."""
+        self._line(SPIKES_FILE, spike)
+
+    def captions(self, step: int, captions: Sequence[Mapping[str, Any]]) -> None:
+        """Write down what the model writes at this step, if anything; each has fields `key` and `caption`."""
+        if not captions:
+            return
+        for caption in captions:
+            self._line(CAPTIONS_FILE, {"step": step, **caption})
+        for board in self._boards:
+            board.captions(step, {caption["key"]: caption["caption"] for caption in captions})
+
+    def _line(self, name: str, values: Mapping[str, Any]) -> None:
+        with (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 class Silent(Recorder):
@@ -99,25 +94,28 @@ class Silent(Recorder):
     def __init__(self) -> None:
         pass
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         pass
 
-    def step(self, numbers: Mapping[str, float], *, samples: int) -> None:
-        pass
-
-    def skips(self, skips: Iterable[Skip]) -> None:
-        pass
-
-    def log(self, counts: Mapping[str, float]) -> None:
+    def progress(self) -> None:
         pass
 
     def record(self, step: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> None:
         pass
 
+    def skips(self, step: int, skips: Iterable[Skip]) -> None:
+        pass
+
+    def spike(self, spike: Mapping[str, Any]) -> None:
+        pass
+
+    def captions(self, step: int, captions: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, in order."""
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -125,7 +123,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

@@ -1,38 +1,50 @@
-"""The losses on data that the model is not trained on."""
+"""The losses on pairs that are not trained on."""
+
+from collections.abc import Iterator
 
 import torch
 
 from contracap.data.loader import DataConfig, validation_batches
-from contracap.model.coca import evaluating
-from contracap.parallel import Wrapped
+from contracap.data.shards import list_shards
+from contracap.model.coca import CoCa, evaluating
+from contracap.parallel import Ranks, Wrapped
 from contracap.pretrained import processor_for
-from contracap.training.step import StepConfig, TrainingState, count_labels, losses
+from contracap.training.step import StepConfig, count_labels, losses
 
 
-@torch.no_grad()
-def validate(state: TrainingState, data: DataConfig, config: StepConfig) -> dict[str, float]:
-    """Mean losses over the full batches of `data.validation`, under `validation_...` names.
+class Validation:
+    """Mean losses over the full batches of `data.validation`.
 
     Every rank reads all of it and scores its rows of each batch, so that the batches contrast as in one process.
     """
-    model, ranks, shared = state.model, state.ranks, state.wrapped or Wrapped(state.model.features)
-    sums: dict[str, float] = {}
-    tokenizer = processor_for(model.config, config.image).tokenizer
-    batches = tokens = 0
-    with evaluating(model), shared.forward_only():
+
+    def __init__(self, data: DataConfig, config: StepConfig, ranks: Ranks, shared: Wrapped):
+        """Raises: FileNotFoundError: if there are no such shards."""
+        list_shards(data.validation or ())
+        self.data, self.config, self.ranks, self.shared = data, config, ranks, shared
+
+    @torch.no_grad()
+    def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
+        """Name and value of each loss, under `validation_...` names. Every rank must run it to its end."""
+        sums: dict[str, float] = {}
+        tokenizer = processor_for(model.config, self.config.image).tokenizer
+        batches = tokens = 0
         for batch in validation_batches(
-            data.validation or (), batch_size=data.batch_size, image=config.image, tokenizer=tokenizer
+            self.data.validation or (),
+            batch_size=self.data.batch_size,
+            image=self.config.image,
+            tokenizer=tokenizer,
         ):
-            part = batch.split(ranks.count)[ranks.rank].to(model.device)
+            part = batch.split(self.ranks.count)[self.ranks.rank].to(model.device)
             batches += 1
             tokens += int(count_labels(part.ids, tokenizer.end))
-            parts = losses(model, part, config, tokens=1, shared=shared)
+            with evaluating(model), self.shared.forward_only():
+                parts = losses(model, part, self.config, tokens=1, shared=self.shared)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-    # Summed over tokens the one, averaged over batches the other; and then over the ranks, both of each quotient.
-    counts = {"captioning_loss": tokens, "contrastive_loss": batches}
-    return {
-        f"validation_{name}": (numbers[0] / numbers[1]).item()
-        for name, value in sums.items()
-        for numbers in [ranks.mean(torch.tensor([value, counts[name]], dtype=torch.float64, device=ranks.device))]
-    }
+        # Summed over tokens the one, averaged over batches the other; then over the ranks, both of each quotient.
+        counts = {"captioning_loss": tokens, "contrastive_loss": batches}
+        for name, value in sums.items():
+            numbers = torch.tensor([value, counts[name]], dtype=torch.float64, device=model.device)
+            total, count = self.ranks.mean(numbers).tolist()
+            yield f"validation_{name}", total / count

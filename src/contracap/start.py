@@ -1,0 +1,116 @@
+"""What a run starts from: its recipe's weights and device, or what its folder says of its first part."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from contracap.config import to_dict
+from contracap.image import ImageConfig
+from contracap.model.coca import CoCa
+from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
+from contracap.parallel import ParallelError
+from contracap.pretrained import random_model, read_weights
+from contracap.recipe import Precision, Recipe, load_recipe
+from contracap.training.checkpoint import CheckpointError
+
+RECIPE_FILE = "recipe.toml"
+
+# What a resumed run may change: none of it changes the updates by more than rounding, but for `steps`, which draws the
+# cosine out.
+FREE = (
+    "resume",
+    "out",
+    "steps",
+    "device",
+    "kernels",
+    "nonfinite",
+    "log_every",
+    "validate_every",
+    "wandb",
+    "peak_tflops",
+    "stall_seconds",
+    "profile",
+    "checkpoint",
+    "parallel",
+    "evaluation",
+    "data.validation",
+    "data.workers",
+    "data.max_bad_share",
+    "data.train",
+)
+
+
+def require_same_run(folder: Path, recipe: Recipe) -> None:
+    """Raises: CheckpointError: if the run in `folder` was started with other settings, naming them."""
+    stored = folder / RECIPE_FILE
+    if not stored.is_file():
+        return
+    before, now = (dict(_flat(to_dict(each))) for each in (load_recipe(stored), recipe))
+    changed = [
+        f"{key} was {before.get(key)} and is now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder} was run with another recipe: {'; '.join(changed)}. Resume with its own {stored}"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
+    """The model before its first step: random, or from the recipe's weights with positions interpolated to its
+    picture size.
+
+    Raises: WeightsError: if the weights are of another size than the recipe says.
+    """
+    if recipe.initialise_from is None:
+        model, processor = random_model(recipe.model_config, seed=recipe.seed)
+        return model, processor.image_config
+    weights = read_weights(recipe.initialise_from)
+    # The mask that the weights were trained with goes on, unless the recipe asks for the other.
+    wanted = recipe.model_config
+    if "cls_mask" not in recipe.model.get("text", {}):
+        wanted = replace(wanted, text=replace(wanted.text, cls_mask=weights.model.text.cls_mask))
+    fitted = interpolate_positions(weights.state, patches=wanted.vision.patches)
+    try:
+        require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
+    except WeightsError as error:
+        raise WeightsError(f"{weights.path} is not of size {recipe.size}: {error}") from None
+    with torch.device("meta"):
+        model = CoCa(wanted)
+    model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
+    return model.requires_grad_(True), replace(weights.image, size=wanted.vision.image_size)
+
+
+def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:
+    """The precision of a run on this device: what the recipe wants, or for `auto` bf16 if the device has instructions
+    for products of bf16 matrices. A CPU without them takes 20 to 400 times as long: docs/performance.md."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch: fp32
+    multiplies = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
+    return "bf16" if multiplies and torch.backends.mkldnn.is_available() else "fp32"
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where the recipe wants to run.
+
+    Raises: ParallelError: if that is CUDA, and torch finds none.
+    """
+    cuda = torch.cuda.is_available()
+    if recipe.device == "cuda" and not cuda:
+        raise ParallelError("device = 'cuda', but torch finds no CUDA device; say device=cpu or auto")
+    return torch.device("cuda" if recipe.device == "cuda" or (recipe.device == "auto" and cuda) else "cpu")

@@ -1,0 +1,36 @@
+"""Ranks that train a model they share out, and evaluate it between steps: evaluated.py SHARDS OUT."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from contracap.config import build
+from contracap.evaluation.suite import EvaluationConfig, Suite
+from contracap.parallel import started, whole, wrapped
+from contracap.pretrained import load
+
+if __name__ == "__main__":
+    shards, out = sys.argv[1], Path(sys.argv[2])
+    model, processor = load("tiny", weights="random", seed=0)
+    tables = {"retrieval": shards, "captions": {"data": shards, "samples": 3}}
+    suite = Suite(build(EvaluationConfig, tables), processor)
+    found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
+    with started(torch.device("cpu")) as ranks:
+        features = wrapped(model, "fsdp", ranks).features
+
+        def gradient_norm() -> float:
+            torch.manual_seed(0)
+            ids = processor.texts(["a red picture", "a green picture"])
+            made = features(torch.randn(2, 3, 32, 32), ids, contrastive=True, captioning=True)
+            (made.image_features.sum() + made.text_features.sum() + made.caption_states.sum()).backward()
+            norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+            model.zero_grad()
+            return norm
+
+        norms = [gradient_norm()]
+        for _ in range(2):
+            found["shared"] = [dict(suite.run(model)), list(suite.captions)]
+            norms.append(gradient_norm())
+        (out / f"{ranks.rank}.json").write_text(json.dumps(found | {"norms": norms}))

@@ -1,0 +1,104 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from contracap.config import ConfigError, build
+from contracap.data.shards import write_shard
+from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.suite import EvaluationConfig, Suite
+from contracap.evaluation.zeroshot import ZeroShot
+from contracap.generation.captioner import Captioner
+from contracap.pretrained import load
+
+GREYS = ["dark", "bright"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load("tiny", weights="random", seed=0)
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory) -> Path:
+    """A shard of 20 grey pictures with captions and labels, and the names of the two classes."""
+    folder = tmp_path_factory.mktemp("greys")
+
+    def record(index: int) -> tuple[str, dict[str, bytes]]:
+        file = io.BytesIO()
+        Image.new("L", (40, 40), 12 * index).save(file, "PNG")
+        fields = {"captions": [f"grey number {index}", "a grey"], "label": index // 10}
+        return f"{index:04d}", {"png": file.getvalue(), "json": json.dumps(fields).encode()}
+
+    write_shard(folder / "000.tar", map(record, range(20)))
+    (folder / "classes.json").write_text(json.dumps(GREYS))
+    return folder
+
+
+def suite(pair, **tables: object) -> Suite:
+    return Suite(build(EvaluationConfig, tables), pair[1])
+
+
+def test_figures_are_those_of_the_evaluators_under_their_names(pair, greys: Path) -> None:
+    model, processor = pair
+    zeroshot = {"data": str(greys), "classes": str(greys / "classes.json")}
+    found = dict(suite(pair, retrieval=str(greys), zeroshot=zeroshot).run(model))
+    alone = {f"retrieval/{name}": value for name, value in Retrieval(str(greys), processor).run(model)}
+    alone |= {f"zeroshot/{name}": value for name, value in ZeroShot(str(greys), processor, classes=GREYS).run(model)}
+    assert found == alone
+    assert {"retrieval/text_to_image_recall@1", "zeroshot/acc1"} <= set(found)
+
+
+def test_the_first_pictures_are_captioned_as_the_captioner_does(pair, greys: Path) -> None:
+    model, processor = pair
+    whole = suite(pair, captions={"data": str(greys), "samples": 18})
+    assert dict(whole.run(model)) == {}
+    assert [caption["key"] for caption in whole.captions] == [f"{index:04d}" for index in range(18)]
+    assert whole.captions[17]["references"] == ("grey number 17", "a grey")
+    pictures = [Image.new("L", (40, 40), 12 * index) for index in range(18)]
+    assert [caption["caption"] for caption in whole.captions] == [
+        caption.text for caption in Captioner(model, processor)(pictures)
+    ]
+
+
+def test_a_model_is_evaluated_in_the_precision_that_it_trains_in(pair, greys: Path) -> None:
+    tables = {"retrieval": str(greys), "captions": {"data": str(greys), "samples": 2}}
+    whole = suite(pair, **tables)
+    with torch.autocast("cpu", torch.bfloat16):
+        figures = dict(whole.run(pair[0]))
+    assert all(0 <= value <= 1 for value in figures.values()) and len(whole.captions) == 2
+
+
+def test_a_suite_of_nothing_is_false(pair, greys: Path) -> None:
+    assert not suite(pair)
+    assert suite(pair, captions={"data": str(greys)})
+    assert suite(pair, retrieval=[str(greys)])
+
+
+@pytest.mark.parametrize("name", ["retrieval", "zeroshot", "captions"])
+def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name: str) -> None:
+    gone = str(greys / "gone")
+    tables = {
+        "retrieval": gone,
+        "zeroshot": {"data": gone, "classes": str(greys / "classes.json")},
+        "captions": {"data": gone},
+    }
+    with pytest.raises(FileNotFoundError, match="gone"):
+        suite(pair, **{name: tables[name]})
+
+
+def test_a_file_without_classes_is_found_when_the_suite_is_made(pair, greys: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        suite(pair, zeroshot={"data": str(greys), "classes": str(greys / "none.json")})
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [({"every": 0}, "every is 0"), ({"captions": {"data": "x", "samples": 0}}, "samples is 0")],
+)
+def test_a_wrong_table_says_what_is_wrong(tables: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(EvaluationConfig, tables)

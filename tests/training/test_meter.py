@@ -1,0 +1,82 @@
+import time
+
+import pytest
+import torch
+
+from contracap.data.batch import Batch
+from contracap.training.meter import GIB, Measured, Meter, figures
+
+END = 1023
+
+
+def batch() -> Batch:
+    """Three texts of 2, 4 and 5 tokens; the last fills its row."""
+    ids = torch.tensor([[1022, END, 0, 0, 0], [1022, 7, 8, END, 0], [1022, 7, 8, 9, END]])
+    return Batch(pixels=torch.zeros(3, 3, 8, 8, dtype=torch.uint8), ids=ids, keys=["a", "b", "c"])
+
+
+def measured(**changed: float | None) -> Measured:
+    fields = dict(steps=2, samples=8, tokens=40, seconds=4.0, waited=1.0, memory=1.0 * GIB, gpu_utilisation=None)
+    return Measured(**(fields | changed))
+
+
+def test_tokens_are_those_of_the_texts_without_fill() -> None:
+    meter = Meter(torch.device("cpu"), end=END)
+    meter.step(batch())
+    meter.step(batch())
+    taken = meter.take()
+    assert (taken.steps, taken.samples, taken.tokens) == (2, 6, 22)
+
+
+def test_counts_begin_anew_with_each_record() -> None:
+    meter = Meter(torch.device("cpu"), end=END)
+    time.sleep(0.02)
+    meter.step(batch())
+    meter.waited(0.01)
+    first = meter.take()
+    assert first.waited == 0.01 and first.seconds >= 0.02
+    second = meter.take()
+    assert (second.samples, second.tokens, second.waited) == (0, 0, 0.0)
+    assert second.seconds < first.seconds
+
+
+def test_resident_memory_holds_what_the_process_allocates() -> None:
+    meter = Meter(torch.device("cpu"), end=END)
+    held = torch.ones(2**25)  # 128 MiB, touched
+    assert held.nbytes < meter.take().memory < 2**40
+
+
+def test_speeds_are_of_all_ranks_and_the_rest_of_the_worst() -> None:
+    found = figures([measured(), measured(seconds=5.0, waited=4.0, tokens=60, memory=3.0 * GIB)], None)
+    assert found == {
+        "samples_per_second": 16 / 5,
+        "tokens_per_second": 100 / 5,
+        "data_wait_share": 0.8,
+        "memory_gib": 3.0,
+    }
+
+
+def test_utilisation_is_told_the_speed_of_one_device_and_the_mean_text() -> None:
+    found = figures([measured(), measured()], lambda samples_per_second, tokens: samples_per_second * 1000 + tokens)
+    assert found["mfu"] == 2 * 1000 + 5
+
+
+def test_gpu_utilisation_is_the_mean_and_only_there_if_all_know_it() -> None:
+    assert figures([measured(gpu_utilisation=0.5), measured(gpu_utilisation=1.0)], None)["gpu_utilisation"] == 0.75
+    assert "gpu_utilisation" not in figures([measured(gpu_utilisation=0.5), measured()], None)
+
+
+def test_a_driver_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def utilization(device: torch.device) -> int:
+        asked.append(device)
+        raise ModuleNotFoundError("nvidia-ml-py")
+
+    monkeypatch.setattr("torch.cuda.utilization", utilization)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3 * GIB)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    meter = Meter(torch.device("cuda", 0), end=END)
+    taken = [meter.take(), meter.take()]
+    assert [each.gpu_utilisation for each in taken] == [None, None] and len(asked) == 1
+    assert taken[0].memory == 3 * GIB
