@@ -8,13 +8,15 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contracap.config import build
@@ -54,6 +56,9 @@ CASES |= {
     "fsdp frozen text": {"parallel": {"kind": "fsdp"}, "frozen": ["text"]},
     "fsdp one block frozen": {"parallel": {"kind": "fsdp"}, "frozen": ["vision.blocks.0"]},
     "fsdp captioning in parts": {"parallel": {"kind": "fsdp"}, "loss": {"contrastive": 0.0}, "accumulation": 2},
+    "ddp in parts": {"accumulation": 2},
+    "fsdp in parts": {"parallel": {"kind": "fsdp"}, "accumulation": 2},
+    "hsdp contrastive in parts": {"parallel": {"kind": "hsdp"}, "loss": {"captioning": 0.0}, "accumulation": 4},
     "ddp captioning in parts": {"loss": {"contrastive": 0.0}, "accumulation": 2},
 }
 
@@ -77,7 +82,7 @@ class Heard(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind.__name__ == "DTensor" for kind in types):
+        if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor first; what it calls comes here again
         name = func.name()
         if name in PAYLOADS:
@@ -88,8 +93,13 @@ class Heard(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, int]:
-    """What this rank tells the others in its first step."""
+def numbers_here(tensors: Iterable[Tensor]) -> int:
+    """How many numbers this rank holds of them."""
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in tensors)
+
+
+def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, int], int, int]:
+    """What this rank tells the others in its first step; how many parameters it holds, and how many it trains."""
     model = random_model(recipe.model_config, seed=0)[0]
     for parameter, planned in zip(model.parameters(), planned_model(recipe).parameters(), strict=True):
         parameter.requires_grad_(planned.requires_grad)
@@ -121,7 +131,8 @@ def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, int]:
             train_step(state, batch, config)
         except NonFiniteError:  # what ranks say that are not there may be no number
             assert ranks.count > MOST_REAL
-    return dict(heard.payloads)
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return dict(heard.payloads), numbers_here(model.parameters()), numbers_here(trained)
 
 
 def main(out: Path, ranks: Ranks, names: list[str]) -> None:

@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -5,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker  # a private part of torch, of the tests alone
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import contracap.model.attention
 import contracap.plan.memory
@@ -117,20 +119,52 @@ def test_the_planned_activations_are_what_torch_saves(
         assert planned == pytest.approx(saved_for_backward(model, loss, batch_of(rows), bf16=bf16), rel=0.05), rows
 
 
-def test_the_planned_memory_is_the_peak_of_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that are there at the same time, at most; those that are there before must be given."""
+
+    def __init__(self, tensors: list[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, storage: int, size: int) -> None:
+        self.known.remove(storage)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return made
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_planned_memory_is_the_peak_of_a_real_step(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contracap.plan.memory, "CAPTION_CHUNK", 512)  # the loss's, on the CPU
     model = random_model(TINY, seed=0)[0]
     state = TrainingState(model=model, optimizer=build_optimizer(model, OptimizerConfig()), average=None)
-    train_step(state, batch_of(4), step_config(LossConfig()))  # makes the moments
+    config = replace(step_config(LossConfig()), accumulation=parts)
+    train_step(state, batch_of(4 * parts), config)  # makes the moments
+    planned_for = recipe(data={"train": "shards", "batch_size": 8}, accumulation=parts)
     tokens = tokens_of(TINY, LossConfig(), Texts(mean=10.0, longest=16))
     for rows in (64, 96, 128):
-        tracker = MemTracker()
-        tracker.track_external(model, state.optimizer)
-        with tracker:
-            train_step(state, batch_of(rows), step_config(LossConfig()))
-        peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
-        planned = memory_parts(recipe(), model, alone(model), tokens, rows=float(rows), product=4)
-        assert sum(planned.values()) == pytest.approx(peak, rel=0.05), rows
+        batch = batch_of(parts * rows)
+        moments = [value for kept in state.optimizer.state.values() for value in kept.values()]
+        with Live([*model.parameters(), *moments, batch.pixels]) as live:
+            train_step(state, batch, config)
+        planned = memory_parts(planned_for, model, alone(model), tokens, rows=float(rows), product=4)
+        assert sum(planned.values()) == pytest.approx(live.peak, rel=0.05), rows
 
 
 @pytest.mark.parametrize(

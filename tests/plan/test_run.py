@@ -89,6 +89,23 @@ def test_sharing_a_model_out_takes_less_memory_and_more_traffic() -> None:
     assert ddp.figures["reduce_scatter_megabytes_per_step"] == 0 < hsdp.figures["reduce_scatter_megabytes_per_step"]
 
 
+def test_a_ring_holds_the_features_of_two_gpus_and_sends_them_twice() -> None:
+    gathered, ring = (
+        plan_run(recipe(size="coca_ViT-B-32", parallel={"gather": gather}), gpus=16, gpu="a100-80g")
+        for gather in ("gathered", "ring")
+    )
+    scores = [2 * 2 * 4 * 4 * columns + 2 * rows * 512 * 4 for columns, rows in ((64, 64), (4, 8))]
+    assert [plan.memory["contrastive scores"] for plan in (gathered, ring)] == scores
+    assert gathered.figures["send_megabytes_per_step"] == 0 == ring.figures["all_gather_megabytes_per_step"]
+    sent = [plan.figures["sent_megabytes_per_step"] for plan in (gathered, ring)]
+    assert sent[0] < sent[1]
+
+
+def test_a_gpu_alone_has_no_collectives_in_its_table() -> None:
+    assert "collectives" not in plan_run(recipe(), gpus=1, gpu="l40s").table()
+    assert "all_reduce, gradients, 16 GPUs" in plan_run(recipe(), gpus=16, gpu="l40s").table()
+
+
 def test_computing_again_takes_time_that_the_mfu_does_not_count_and_saves_memory() -> None:
     kept, again = (
         plan_run(replace(PUBLISHED, parallel=ParallelConfig(recompute=recompute)), gpus=384, gpu="a100-80g")
@@ -107,9 +124,9 @@ def test_a_batch_in_parts_pays_for_its_features_with_a_forward_pass_of_the_contr
     contrastive = recipe(loss={"captioning": 0.0})
     forward = sum(plan_run(contrastive, gpus=2, gpu="l40s").flops.values())
     assert parts.seconds["features beforehand"] == pytest.approx(32 * forward / (0.5 * 362e12))
-    assert parts.memory["features"] == 2 * 2 * 32 * 32 * 4
+    assert parts.memory["gradients of features"] == 2 * 32 * 32 * 4
     captioning = plan_run(recipe(accumulation=4, loss={"contrastive": 0.0}), gpus=2, gpu="l40s")
-    assert captioning.seconds["features beforehand"] == 0 and "features" not in captioning.memory
+    assert captioning.seconds["features beforehand"] == 0 and "gradients of features" not in captioning.memory
 
 
 def test_a_cut_of_the_captions_is_what_texts_are_padded_to() -> None:

@@ -25,14 +25,16 @@ SHARED = [name for name in CASES if not name.startswith("ddp")]
 @pytest.mark.parametrize(
     ("count", "names"),
     [
-        (2, ["ddp gathered", "fsdp ring", "fsdp bf16"]),
+        (2, ["ddp gathered", "fsdp ring", "fsdp in parts"]),
         pytest.param(2, list(CASES), marks=pytest.mark.slow),
         pytest.param(4, list(CASES), marks=pytest.mark.slow),
         pytest.param(FAKE, SHARED, marks=pytest.mark.slow),
     ],
     ids=["2 ranks, some", "2 ranks", "4 ranks", "384 ranks"],
 )
-def test_ranks_tell_each_other_exactly_the_planned_bytes(count: int, names: list[str], tmp_path: Path) -> None:
+def test_ranks_tell_each_other_exactly_the_planned_bytes_and_hold_the_planned_shares(
+    count: int, names: list[str], tmp_path: Path
+) -> None:
     if count <= MOST_REAL and "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("no fork on this system")
     command = [sys.executable, "-W", "error", "-m", "tests.plan.step_on_ranks", str(tmp_path), str(count), *names]
@@ -40,12 +42,16 @@ def test_ranks_tell_each_other_exactly_the_planned_bytes(count: int, names: list
     assert done.returncode == 0, done.stderr
     written = sorted(tmp_path.glob("*.pt"))
     assert len(written) == (count if count <= MOST_REAL else 1)
-    for heard in map(torch.load, written):
+    for rank, heard in enumerate(map(torch.load, written)):
         assert list(heard) == names
-        for name, payloads in heard.items():
+        for name, (payloads, held, trained) in heard.items():
+            recipe = recipe_of(count, **CASES[name])
             per_machine = count // 2 if count <= MOST_REAL else 8
-            made = planned(recipe_of(count, **CASES[name]), count, per_machine=per_machine)
-            assert {kind: number for kind, number in bytes_by_kind(made).items() if number} == payloads, name
+            made = bytes_by_kind(planned(recipe, count, per_machine=per_machine))
+            assert {kind: number for kind, number in made.items() if number} == payloads, name
+            shares = shares_of(planned_model(recipe), recipe.parallel.kind, gpus=count, per_machine=per_machine)
+            if rank == 0:  # the last ranks may hold less, the first has whole shares
+                assert (held, trained) == (shares.held, shares.trained), name
 
 
 @pytest.mark.parametrize(
@@ -82,12 +88,13 @@ def test_the_features_of_a_batch_in_parts_travel_once_and_its_contrastive_branch
     def payload(made: list[Collective], purpose: str) -> float:
         return sum(each.payload for each in made if each.purpose == purpose)
 
-    for purpose in ("features", "gradients", "numbers"):
+    for purpose in ("features", "numbers"):
         assert payload(parts, purpose) == payload(whole, purpose)
+    assert payload(parts, "gradients") == payload(whole, "gradients") + 4  # of the logit scale, once more
     recipe = recipe_of(16, parallel={"kind": "fsdp"})
     shares = shares_of(planned_model(recipe), "fsdp", gpus=16, per_machine=8)
-    encoders = 4 * sum(unit.whole for unit in shares.blocks if not unit.decoder)
-    assert payload(parts, "parameters, forward") == 2 * (payload(whole, "parameters, forward") + encoders)
+    beforehand = 4 * (2 * sum(unit.whole for unit in shares.blocks if not unit.decoder) + shares.root.whole)
+    assert payload(parts, "parameters, forward") == 2 * payload(whole, "parameters, forward") + beforehand
     assert payload(parts, "parameters, backward") == 2 * payload(whole, "parameters, backward")
 
 

@@ -133,7 +133,8 @@ def memory_parts(
         gradients += sum(unit.trained for unit in shares.shared) * EXACT
     elif parts == 1 and (shares.blocks or shares.gpus == 1):
         gradients = max(0.0, gradients - activations)
-    scores = contrastive_scores(config, rows=parts * rows, gpus=shares.gpus) if tokens.contrastive else 0.0
+    ring = recipe.parallel.gather == "ring"
+    scores = contrastive_scores(config, rows=parts * rows, gpus=shares.gpus, ring=ring) if tokens.contrastive else 0.0
     counted = {
         "parameters": shares.held * EXACT,
         "gradients": gradients,
@@ -143,9 +144,9 @@ def memory_parts(
         "pictures": parts * rows * 3 * config.vision.image_size**2,
         "activations": activations,
         "vocabulary gradient": config.text.width * config.text.vocab_size * (tokens.decoder > 0) * EXACT,
-        "captioning scores": captioning_scores(config, tokens, rows=rows, product=product),
+        "captioning scores": captioning_scores(config, tokens, rows=rows, product=product, chunk=recipe.loss.chunk),
         "contrastive scores": scores if parts == 1 else max(0.0, scores - activations),
-        "features": 2 * 2 * parts * rows * config.embed_dim * EXACT * (parts > 1 and tokens.contrastive),
+        "gradients of features": 2 * parts * rows * config.embed_dim * EXACT * (parts > 1 and tokens.contrastive),
     }
     return {name: float(size) for name, size in counted.items() if size}
 
@@ -170,16 +171,18 @@ def _fetched(shares: Shares, activations: float, product: int) -> Mapping[str, f
     }
 
 
-def captioning_scores(config: CoCaConfig, tokens: Tokens, *, rows: float, product: int) -> float:
+def captioning_scores(config: CoCaConfig, tokens: Tokens, *, rows: float, product: int, chunk: int = 0) -> float:
     """Bytes of a chunk's scores, of their shares in float32, and of the vocabulary matrix and its newest gradient as
-    they are multiplied."""
-    chunk = min(float(CAPTION_CHUNK), tokens.decoder * rows)
+    they are multiplied; `chunk` as in `LossConfig`."""
+    scored = min(float(chunk or CAPTION_CHUNK), tokens.decoder * rows)
     narrow = product < EXACT
-    matrix = 2 * config.text.width * config.text.vocab_size * product * (narrow and chunk > 0)
-    return chunk * config.text.vocab_size * (product + EXACT * narrow) + matrix
+    matrix = 2 * config.text.width * config.text.vocab_size * product * (narrow and scored > 0)
+    return scored * config.text.vocab_size * (product + EXACT * narrow) + matrix
 
 
-def contrastive_scores(config: CoCaConfig, *, rows: float, gpus: int) -> float:
-    """Bytes of both directions' scores for a chunk of columns, of their shares, and of the features of all GPUs."""
-    columns = rows * gpus
-    return (2 * 2 * rows * min(columns, float(CONTRASTIVE_CHUNK)) + 2 * columns * config.embed_dim) * EXACT
+def contrastive_scores(config: CoCaConfig, *, rows: float, gpus: int, ring: bool = False) -> float:
+    """Bytes of both directions' scores for a chunk of columns, of their shares, and of the features of all GPUs, in a
+    ring of two at a time."""
+    block = rows if ring else rows * gpus
+    held = min(2, gpus) * rows if ring else block
+    return (2 * 2 * rows * min(block, float(CONTRASTIVE_CHUNK)) + 2 * held * config.embed_dim) * EXACT

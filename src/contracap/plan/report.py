@@ -81,7 +81,9 @@ def _columns(numbers: Mapping[str, float] | Mapping[str, int]) -> dict[str, list
 
 
 def _section(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float]], *, unit: float) -> list[str]:
-    """Aligned lines, their sum last."""
+    """Aligned lines, their sum last; none of no rows."""
+    if not rows:
+        return []
     together = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = ["", _line(title, heads)]
     for name, numbers in [*rows.items(), ("together", together)]:

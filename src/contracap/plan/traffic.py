@@ -45,8 +45,8 @@ def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int)
     """The collectives of one training step; what is between steps (logs, checkpoints) is not among them.
 
     Under `fsdp` and `hsdp` a part of the batch fetches each block for its forward and for its backward pass, and the
-    root once; the last part's backward pass reduces the gradients. A batch in several parts runs its
-    contrastive branch once more beforehand, for the features of the whole batch.
+    root once; the last part's backward pass reduces the gradients. A batch in several parts runs its contrastive branch
+    once more beforehand, for the features of the whole batch.
 
     Args:
         rows: samples of a step on each GPU.
@@ -63,15 +63,17 @@ def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int)
             found.append(Collective(kind=kind, purpose=purpose, payload=float(payload), ranks=ranks, local=local))
 
     run = [unit for unit in shares.blocks if captioning or not unit.decoder]
-    forward = shares.root.whole + sum(unit.whole for unit in run)  # the root by what runs first after a backward pass
-    before = first * sum(unit.whole for unit in run if not unit.decoder)
+    forward = shares.root.whole + sum(unit.whole for unit in run)
+    before = parts * sum(unit.whole for unit in run if not unit.decoder) + shares.root.whole
     backward = sum(unit.whole for unit in run if unit.backward)
     reduced = sum(unit.trained for unit in shares.shared)
-    add("all_gather", "parameters, forward", parts * (forward + before) * product, shards, within)
+    add("all_gather", "parameters, forward", (parts * forward + first * before) * product, shards, within)
     add("all_gather", "parameters, backward", parts * backward * product, shards, within)
     add("reduce_scatter", "gradients", reduced * EXACT, shards, within)
     add("all_reduce", "gradients", reduced // shards * EXACT, copies, together)
-    add("all_reduce", "gradients", shares.copied.trained * EXACT, gpus, together)
+    # Beside what is shared out, the logit scale's gradient is averaged after each part.
+    copied = shares.copied.trained * (parts if shares.blocks else 1)
+    add("all_reduce", "gradients", copied * EXACT, gpus, together)
     pairs, width = rows * contrastive * EXACT, 2 * recipe.model_config.embed_dim
     if recipe.parallel.gather == "gathered":  # rows of both towers, then what each pair is normalised by
         add("all_gather", "features", gpus * pairs * (width + 2), gpus, together)
