@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := constraints/cpu.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow check
+.PHONY: help setup quickstart test test-slow bench check
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -18,11 +18,15 @@ quickstart: $(READY) ## train a small model on drawn pictures, then look at quic
 	rm -rf quickstart
 	$(BIN)/contracap quickstart --out quickstart
 
-test: $(READY) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test: $(READY) ## the tests, without the slow ones, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+bench: $(READY) ## data pipeline and training steps beside open_clip's, about 40 minutes
+	$(BIN)/contracap bench data
+	$(BIN)/contracap bench train
 
 check: $(READY) ## formatter, linter, type checker, import directions
 	$(BIN)/ruff format --check .
