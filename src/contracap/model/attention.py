@@ -148,7 +148,7 @@ class CrossAttention(nn.Module):
             "... head dim, head dim memory_width -> ... head memory_width",
         )
         grid = layout.spread(wide.flatten(-2))
-        read = attend(
+        read = plain_attention(  # no fused kernel takes heads as wide as the memory
             rearrange(
                 grid,
                 "(images beam) column (head memory_width) -> images 1 (beam column head) memory_width",
@@ -176,15 +176,26 @@ def attend(
     *,
     causal: bool = False,
     mask: Bool[Tensor, "batch 1 token key"] | None = None,
-    scale: float | None = None,
 ) -> Float[Tensor, "batch head token dim"]:
     """`scaled_dot_product_attention`, or plain products where those are faster: see docs/performance.md."""
     # On the CPU the fused kernel's backward pass in bf16 takes 2.5 to 4 times as long as plain matrix products.
-    if not (query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad):
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
-    if causal:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+        if causal:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        return plain_attention(query, key, value, mask=mask, scale=query.shape[-1] ** -0.5)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
+def plain_attention(
+    query: Float[Tensor, "batch head token dim"],
+    key: Float[Tensor, "batch head key dim"],
+    value: Float[Tensor, "batch head key dim"],
+    *,
+    mask: Bool[Tensor, "batch 1 token key"] | Bool[Tensor, "token key"] | None = None,
+    scale: float,
+) -> Float[Tensor, "batch head token dim"]:
+    """Attention by matrix products, which holds all scores."""
+    scores = (query * scale) @ key.mT
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
     return scores.softmax(dim=-1) @ value

@@ -190,11 +190,10 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
         [parameter for parameter in model.parameters() if parameter.grad is not None],
         config.optimizer.clip_norm or math.inf,
     )
-    numbers = {name: ranks.mean(value).item() for name, value in totals.items()}
-    numbers |= {
-        "loss": sum(weights[name] * value for name, value in numbers.items()),
-        "gradient_norm": whole(norm).item(),
-    }
+    means = ranks.mean(torch.stack(list(totals.values())))
+    *found, gradient_norm = torch.cat([means, whole(norm).reshape(1)]).tolist()  # the device is waited for once
+    numbers = dict(zip(totals, found, strict=True))
+    numbers |= {"loss": sum(weights[name] * numbers[name] for name in totals), "gradient_norm": gradient_norm}
     if not all(math.isfinite(value) for value in numbers.values()):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
