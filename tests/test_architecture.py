@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "start": "training parallel recipe model pretrained image",
     "trainer": "start plan evaluation training parallel recipe model pretrained data",
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",
-    "bench": "bench start recipe evaluation generation training losses pretrained model data tokenizer image",
+    "bench": "bench plan start recipe evaluation generation training parallel losses pretrained model data tokenizer "
+    "image",
     "recipe": "evaluation training parallel model losses data tokenizer image",
     "quickstart": "*",
     "cli": "*",

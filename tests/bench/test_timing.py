@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from contracap.bench import timing
 from contracap.bench.timing import (
     Benchmark,
     NoPeerError,
@@ -13,6 +14,7 @@ from contracap.bench.timing import (
     Work,
     compare,
     in_turns,
+    matmul_rate,
     peak_mib,
     peer_module,
     require_equal,
@@ -66,6 +68,12 @@ def test_works_run_in_turns_after_one_run_of_each() -> None:
     seconds = in_turns(lambda: calls.append("a"), lambda: calls.append("b"), rounds=7, clock=lambda: float(len(calls)))
     assert calls == ["a", "b"] * 8
     assert seconds == [[1.0] * 7, [1.0] * 7]
+
+
+def test_the_rate_of_a_product_is_its_operations_by_its_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(number / 2 for number in range(14))  # each product takes half a second
+    monkeypatch.setattr(timing, "device_clock", lambda device: next(times))
+    assert matmul_rate(torch.device("cpu"), torch.bfloat16, side=64) == 2 * 2 * 64**3
 
 
 def test_few_rounds_are_refused() -> None:

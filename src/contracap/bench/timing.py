@@ -10,7 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.machinery import ModuleSpec
 from operator import truediv
 from pathlib import Path
@@ -119,18 +120,27 @@ def compare(
         peer, note = checked_peer()
     except NoPeerError as error:
         (seconds,) = in_turns(ours, rounds=rounds, clock=clock)
-        return Row(work=work, unit=unit, ours=items / statistics.median(seconds), reason=str(error))
+        return timed_row(work, seconds, items=items, unit=unit, reason=str(error))
     seconds, peer_seconds = in_turns(ours, peer, rounds=rounds, clock=clock)
+    return timed_row(work, seconds, peer_seconds, items=items, unit=unit, note=note)
+
+
+def timed_row(
+    work: str,
+    seconds: Sequence[float],
+    peer_seconds: Sequence[float] | None = None,
+    *,
+    items: int,
+    unit: str,
+    note: str = "",
+    reason: str = "",
+) -> Row:
+    """The row of what `in_turns` measured: of ours and, if there is one, of the peer in the same rounds."""
+    row = Row(work=work, unit=unit, ours=items / statistics.median(seconds), note=note, reason=reason)
+    if peer_seconds is None:
+        return row
     lower, ratio, upper = statistics.quantiles(map(truediv, peer_seconds, seconds), method="inclusive")
-    return Row(
-        work=work,
-        unit=unit,
-        ours=items / statistics.median(seconds),
-        peer=items / statistics.median(peer_seconds),
-        ratio=ratio,
-        quartiles=(lower, upper),
-        note=note,
-    )
+    return replace(row, peer=items / statistics.median(peer_seconds), ratio=ratio, quartiles=(lower, upper))
 
 
 def in_turns(*works: Work, rounds: int, clock: Callable[[], float]) -> list[list[float]]:
@@ -219,6 +229,23 @@ def peak_growth(work: Work, device: torch.device) -> float:
     resident = _resident_mib("VmRSS")
     work()
     return peak_mib() - resident
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, side: int = 2048, repeats: int = 7) -> float:
+    """Operations a second of a product of two square matrices, the median of `repeats`."""
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    calls = 100 if device.type == "cuda" else 1  # one takes a GPU a few hundredths of a millisecond
+    (seconds,) = in_turns(
+        lambda: [left @ right for _ in range(calls)], rounds=repeats, clock=partial(device_clock, device)
+    )
+    return calls * 2 * side**3 / statistics.median(seconds)
+
+
+def device_clock(device: torch.device) -> float:
+    """Seconds, read when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def this_machine() -> dict[str, Any]:

@@ -1,70 +1,44 @@
 """How fast a model learns, and in how much memory: training steps beside open_clip's, and the captioning loss."""
 
-import gc
 import os
-import random
-import time
-from collections import Counter
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from contracap.bench.accumulation import accumulation_memory_row, accumulation_time_row
+from contracap.bench.largest import largest_batch_row
 from contracap.bench.memory import captioning_loss_row
+from contracap.bench.steps import Pair, Setting, Step, Ways, describe, describe_limit, make_batch
 from contracap.bench.timing import (
     LEAST_ROUNDS,
     Benchmark,
+    NoPeerError,
     Row,
-    Work,
-    compare,
-    peer_module,
+    device_clock,
+    in_turns,
+    matmul_rate,
     require_equal,
     this_machine,
+    timed_row,
 )
 from contracap.data.batch import Batch
 from contracap.data.loader import evaluation_samples
-from contracap.image import ImageConfig, normalise
-from contracap.losses import LossConfig
-from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import find_size
-from contracap.model.weights import to_open_clip
-from contracap.pretrained import random_model
 from contracap.start import precision_on
-from contracap.tokenizer import Tokenizer, lengths
-from contracap.training.optimizer import OptimizerConfig, build_optimizer
-from contracap.training.step import LOGIT_SCALE_RANGE, StepConfig, TrainingState, train_step
+from contracap.tokenizer import lengths
 
-Step = Callable[[slice], Mapping[str, float | Tensor]]  # trains on these rows of its batch; losses and gradient norm
 Device = Literal["cpu", "cuda"]
 
 B_32, L_14, CLIP = "coca_ViT-B-32", "coca_ViT-L-14", "ViT-B-32"
 BATCHES = {"cpu": {B_32: 16, L_14: 4}, "cuda": {B_32: 1024, L_14: 256}}
 LOSS_BATCH = 256
-CHECKED = 16  # samples of a batch, its first, on which the two sides are compared
-TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
-JOINED = 20  # captions that make a text longer than any context
-LOSS = LossConfig()
-OPTIMIZER = OptimizerConfig(peak_rate=1e-5, warmup_steps=0)  # a batch comes again and again: the rate is low
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all rows share.
-
-    Attributes:
-        captions: that texts are drawn from.
-        precision: of the forward pass, of both sides; weights and optimizer are float32.
-    """
-
-    captions: Sequence[str]
-    device: torch.device
-    precision: Literal["fp32", "bf16"]
-    rounds: int
-    seed: int
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -74,18 +48,20 @@ class Passes:
     Attributes:
         batch: rows of it.
         parts: steps it takes; doubled when the device's memory is full, which the unmeasured round finds out.
+        numbers: of the last step.
     """
 
     step: Step
     batch: int
     parts: int = 1
+    numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __call__(self) -> None:
         while True:
             rows = self.batch // self.parts
             try:
                 for first in range(0, self.batch, rows):
-                    self.step(slice(first, first + rows))
+                    self.numbers = self.step(slice(first, first + rows))
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
@@ -97,38 +73,47 @@ class Passes:
 def bench_train(
     *, rounds: int = LEAST_ROUNDS, device: Device = "cpu", rows: Sequence[str] = (), seed: int = 0
 ) -> Benchmark:
-    """Speed of a training step beside open_clip's, and the memory of the captioning loss.
+    """Speed and memory of training steps beside open_clip's, and the memory of the captioning loss.
 
     Args:
         rounds: of each comparison.
-        device: of all rows; batches are larger on `cuda`.
-        rows: which to measure, by their names in `ROWS`; none means all.
+        device: of all rows; batches are larger on `cuda`, and both sides are timed eager and compiled.
+        rows: which to measure, by their names in `ROWS`, and on `cuda` in `CUDA_ROWS`; none means all.
 
     Raises:
         FileNotFoundError: if there are no Flickr8k shards in the folder that CONTRACAP_DATA names, or ../shared/data.
         UnequalError: if a step gives other losses or another gradient norm than open_clip's; it is not timed then.
         ValueError: for a row that there is not, too few rounds, or `cuda` where torch finds none.
     """
-    unknown = [name for name in rows if name not in ROWS]
+    named = ROWS | CUDA_ROWS
+    unknown = [name for name in rows if name not in named]
     if unknown:
-        raise ValueError(f"no row {unknown[0]!r} in this benchmark; the rows are {', '.join(ROWS)}")
-    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"no row {unknown[0]!r} in this benchmark; the rows are {', '.join(named)}")
+    if device == "cpu":
+        named = ROWS
+        foreign = [name for name in rows if name not in named]
+        if foreign:
+            raise ValueError(f"row {foreign[0]!r} is measured in the memory of a GPU; say --device cuda")
+    elif not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch finds no CUDA device; say cpu")
     place = torch.device(device)
+    precision = precision_on(place, "auto")
     setting = Setting(
         captions=flickr8k_captions(),
         device=place,
-        precision=precision_on(place, "auto"),
+        precision=precision,
         rounds=rounds,
         seed=seed,
+        compiled=device == "cuda",
     )
-    machine = this_machine() | {"device": device, "precision": setting.precision}
+    machine = this_machine() | {"device": device, "precision": precision}
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(place)
-    measured = []
-    for name in rows or ROWS:
-        measured.append(ROWS[name](setting))
-        gc.collect()  # the row's models, before the next row makes its own
+    # A CPU without instructions for bf16 would take minutes over such a product.
+    rates = {name: matmul_rate(place, DTYPES[name]) for name in dict.fromkeys(["fp32", precision])}
+    setting.matmul = rates[precision]
+    machine["matmul_tflops"] = {name: round(rate / 1e12, 3) for name, rate in rates.items()}
+    measured = [named[name](setting) for name in rows or named]
     return Benchmark(rows=measured, samples=len(setting.captions), seed=seed, machine=machine)
 
 
@@ -147,70 +132,100 @@ def flickr8k_captions() -> list[str]:
 
 
 def step_row(setting: Setting, *, size: str, full: bool) -> Row:
-    """Our step on a batch beside open_clip's; `full`: on half of it, with texts that fill the context."""
-    samples = BATCHES[setting.device.type][size] // (2 if full else 1)
+    """Our step on a batch beside open_clip's; `full`: with texts that fill the context, on a CPU on half of it."""
+    samples = BATCHES[setting.device.type][size]
+    if full and setting.device.type == "cpu":
+        samples //= 2
     batch = make_batch(size, setting, samples=samples, full=full)
-    model, ours = our_step(size, batch, setting)
-
-    def checked_peer() -> tuple[Step, str]:
-        peer = peer_step(size, model, batch, setting)
-        return peer, agreement(ours, peer, size, setting)
-
+    pair = setting.pair(size)
     texts = f"texts of {batch.ids.shape[1]} tokens" if full else "Flickr8k captions"
-    return compare_steps(f"{size} step, batch {len(batch)}, {texts}", ours, checked_peer, batch, setting)
+    return compare_steps(f"{size} step, batch {samples}, {texts}", pair, partial(pair.checked_peer, batch), batch)
 
 
 def clip_row(setting: Setting) -> Row:
     """Our step of a CoCa beside open_clip's step of a CLIP with the same towers, on the same pictures and texts."""
     samples = BATCHES[setting.device.type][B_32]
     batch, clip_batch = (make_batch(size, setting, samples=samples, full=False) for size in (B_32, CLIP))
-    model, ours = our_step(B_32, batch, setting)
+    pair = setting.pair(B_32)
 
-    def checked_peer() -> tuple[Step, str]:
-        coca_note = agreement(ours, peer_step(B_32, model, batch, setting), B_32, setting)
-        clip_model, our_clip = our_step(CLIP, clip_batch, setting)
-        peer = peer_step(CLIP, clip_model, clip_batch, setting)
-        return peer, f"{coca_note}; {agreement(our_clip, peer, CLIP, setting)}"
+    def checked_peer() -> tuple[Ways, str]:
+        _, coca_note = pair.checked_peer(batch)
+        clip, clip_note = Pair(CLIP, setting).checked_peer(clip_batch)
+        return clip, f"{coca_note}; {clip_note}"
 
     work = f"{B_32} step against open_clip's CLIP {CLIP} step, batch {samples} (ratio: CLIP's time by ours)"
-    row = compare_steps(work, ours, checked_peer, batch, setting)
+    row = compare_steps(work, pair, checked_peer, batch)
     if row.ratio is None:
         return row
     return replace(row, note=f"our CoCa step takes {1 / row.ratio:.2f} times a CLIP step; {row.note}")
 
 
-def compare_steps(
-    work: str, ours: Step, checked_peer: Callable[[], tuple[Step, str]], batch: Batch, setting: Setting
-) -> Row:
-    """The row of two steps, which says what texts they were timed on; each goes over the batch in as many parts as the
-    device's memory needs."""
-    sides = {"ours": Passes(ours, len(batch))}
-
-    def checked_passes() -> tuple[Work, str]:
+def compare_steps(work: str, pair: Pair, checked_peer: Callable[[], tuple[Ways, str]], batch: Batch) -> Row:
+    """The row of the pair's own step on the batch and the peer's, each in the fastest of its ways, and over the batch
+    in as many parts as the device's memory needs."""
+    setting, note, reason = pair.setting, "", ""
+    sides = {}
+    try:
         peer, note = checked_peer()
-        sides["open_clip's"] = Passes(peer, len(batch))
-        return sides["open_clip's"], note
-
-    def clock() -> float:
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize(setting.device)
-        return time.perf_counter()
-
-    row = compare(
+    except NoPeerError as error:
+        reason = str(error)
+    else:
+        sides["open_clip's"] = checked_passes(peer, len(batch), setting)
+    sides = {"ours": checked_passes(pair.ours.ways(batch), len(batch), setting)} | sides
+    works = {(whose, way): passes for whose, side in sides.items() for way, passes in side.items()}
+    measured = in_turns(*works.values(), rounds=setting.rounds, clock=partial(device_clock, setting.device))
+    seconds = dict(zip(works, measured, strict=True))
+    fastest = {
+        whose: min((seconds[whose, way] for way in side), key=statistics.median) for whose, side in sides.items()
+    }
+    row = timed_row(
         work,
-        ours=sides["ours"],
-        checked_peer=checked_passes,
+        fastest["ours"],
+        fastest.get("open_clip's"),
         items=len(batch),
         unit="samples/s",
-        rounds=setting.rounds,
-        clock=clock,
+        reason=reason,
     )
-    split = [f"{whose} in {side.parts} steps, for want of memory" for whose, side in sides.items() if side.parts > 1]
-    return replace(row, note="; ".join([*filter(None, [row.note]), *split, describe(batch)]))
+    speeds = [
+        f"{whose} {way} {len(batch) / statistics.median(taken):,.1f} samples/s"
+        for (whose, way), taken in seconds.items()
+    ]
+    split = [
+        f"{whose} {way} in {passes.parts} steps, for want of memory"
+        for (whose, way), passes in works.items()
+        if passes.parts > 1
+    ]
+    remarks = [
+        note,
+        ", ".join(speeds) if setting.compiled else "",
+        *split,
+        describe_limit(pair.ours.model, batch, row.ours, setting),
+        describe(batch),
+    ]
+    return replace(row, note="; ".join(filter(None, remarks)))
+
+
+def checked_passes(ways: Ways, samples: int, setting: Setting) -> Mapping[str, Passes]:
+    """Of each way of one side. A compiled one begins with the parts that the eager one needs, so that it is compiled
+    for the batch that is timed.
+
+    Raises:
+        UnequalError: if its numbers are not those of the eager one.
+    """
+    passes = {"eager": Passes(ways["eager"], samples)}
+    if "compiled" in ways:
+        passes["eager"]()
+        passes["compiled"] = Passes(ways["compiled"], samples, passes["eager"].parts)
+        passes["compiled"]()
+        expected = Passes(ways["eager"], samples, passes["compiled"].parts)
+        expected()
+        require_equal(passes["compiled"].numbers, expected.numbers, tolerance=setting.tolerance)
+    return passes
 
 
 def loss_memory_row(setting: Setting) -> Row:
     """Memory that the captioning loss and its gradients take, on the labels of a batch of captions."""
+    setting.release()
     config = find_size(B_32).text
     batch = make_batch(B_32, setting, samples=LOSS_BATCH, full=False)
     ends = lengths(batch.ids, config.end).tolist()
@@ -225,123 +240,18 @@ def loss_memory_row(setting: Setting) -> Row:
     return replace(row, note=f"{row.note}; {describe(batch)}")
 
 
+# In this order the models of each size are made once.
 ROWS: dict[str, Callable[[Setting], Row]] = {
     "b-32": partial(step_row, size=B_32, full=False),
     "b-32-full": partial(step_row, size=B_32, full=True),
     "b-32-clip": clip_row,
+    "accumulation-time": partial(accumulation_time_row, size=B_32),
     "l-14": partial(step_row, size=L_14, full=False),
     "l-14-full": partial(step_row, size=L_14, full=True),
     "loss-memory": loss_memory_row,
+    "accumulation-memory": partial(accumulation_memory_row, size=B_32),
 }
-
-
-def make_batch(size: str, setting: Setting, *, samples: int, full: bool) -> Batch:
-    """Random pixels with captions, or with several joined to fill the context; on the device.
-
-    The texts are the same for every size.
-    """
-    config = find_size(size)
-    chooser = random.Random(setting.seed)
-    texts = [" ".join(chooser.choices(setting.captions, k=JOINED if full else 1)) for _ in range(samples)]
-    side = config.vision.image_size
-    generator = torch.Generator().manual_seed(setting.seed)
-    pixels = torch.randint(0, 256, (samples, 3, side, side), generator=generator, dtype=torch.uint8)
-    ids = Tokenizer(config.text.context, config.text.vocab_size)(texts)
-    return Batch(pixels=pixels, ids=ids, keys=[str(row) for row in range(samples)]).to(setting.device)
-
-
-def describe(batch: Batch) -> str:
-    """How many texts of the batch have how many tokens, start and end included."""
-    end = int(batch.ids.max())  # the last id of every vocabulary
-    counts = Counter(lengths(batch.ids, end).tolist())
-    mean = sum(length * count for length, count in counts.items()) / len(batch)
-    listed = ", ".join(f"{length}: {count}" for length, count in sorted(counts.items()))
-    return f"texts by their tokens, {mean:.1f} on average: {listed}"
-
-
-def released(size: str) -> CoCaConfig:
-    """The size as open_clip's models are: with the legacy mask of the class token."""
-    config = find_size(size)
-    return replace(config, text=replace(config.text, cls_mask="legacy"))
-
-
-def our_step(size: str, batch: Batch, setting: Setting) -> tuple[CoCa, Step]:
-    """A model with random weights, and its step as the trainer makes it."""
-    config = released(size)
-    model, processor = random_model(config, seed=setting.seed)
-    model.to(setting.device)
-    state = TrainingState(model=model, optimizer=build_optimizer(model, OPTIMIZER), average=None)
-    step_config = StepConfig(
-        loss=LOSS if config.decoder else replace(LOSS, captioning=0.0),
-        optimizer=OPTIMIZER,
-        image=processor.image_config,
-        total_steps=1000,
-        bf16=setting.precision == "bf16",
-        accumulation=1,
-        ema_decay=0.0,
-        seed=setting.seed,
-    )
-
-    def step(rows: slice) -> Mapping[str, float]:
-        part = Batch(pixels=batch.pixels[rows], ids=batch.ids[rows], keys=batch.keys[rows])
-        numbers = train_step(state, part, step_config)
-        state.step += 1
-        return numbers
-
-    return model, step
-
-
-def peer_step(size: str, model: CoCa, batch: Batch, setting: Setting) -> Step:
-    """open_clip's model with the weights of `model`, and the step of its trainer, but for optimizer and clipping,
-    which are ours.
-
-    Raises:
-        NoPeerError: if open_clip is not installed.
-    """
-    open_clip = peer_module("open_clip")
-    peer = open_clip.create_model(size, load_weights=False, output_dict=True)
-    peer.load_state_dict(to_open_clip(model.state_dict(), model.config))
-    peer.to(setting.device).train()
-    if model.decoder is None:
-        loss = open_clip.ClipLoss()
-    else:
-        loss = open_clip.CoCaLoss(caption_loss_weight=LOSS.captioning, clip_loss_weight=LOSS.contrastive)
-    flat = [parameter for parameter in peer.parameters() if parameter.ndim < 2]
-    matrices = [parameter for parameter in peer.parameters() if parameter.ndim >= 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": flat, "weight_decay": 0.0}, {"params": matrices, "weight_decay": OPTIMIZER.weight_decay}],
-        lr=OPTIMIZER.peak_rate,
-        betas=OPTIMIZER.betas,
-        eps=OPTIMIZER.epsilon,
-        fused=True,
-    )
-    pixels = normalise(batch.pixels, ImageConfig(size=batch.pixels.shape[-1]))
-    bf16 = setting.precision == "bf16"
-
-    def step(rows: slice) -> Mapping[str, Tensor]:
-        with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=bf16):
-            losses = loss(**peer(pixels[rows], batch.ids[rows]), output_dict=True)
-            total = torch.stack(list(losses.values())).sum()
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(peer.parameters(), OPTIMIZER.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            peer.logit_scale.clamp_(*LOGIT_SCALE_RANGE)
-        found = {"contrastive_loss": losses["contrastive_loss"].detach() / LOSS.contrastive, "gradient_norm": norm}
-        if "caption_loss" in losses:
-            found["captioning_loss"] = losses["caption_loss"].detach() / LOSS.captioning
-        return found
-
-    return step
-
-
-def agreement(ours: Step, peer: Step, size: str, setting: Setting) -> str:
-    """How far a step of both agrees, with the same weights.
-
-    Raises:
-        UnequalError: if not within the tolerance of the precision.
-    """
-    rows = slice(0, CHECKED)
-    note = require_equal(ours(rows), peer(rows), tolerance=TOLERANCES[setting.precision])
-    return f"{size} in {setting.precision}: {note}"
+CUDA_ROWS: dict[str, Callable[[Setting], Row]] = {
+    "largest-batch-b-32": partial(largest_batch_row, size=B_32),
+    "largest-batch-l-14": partial(largest_batch_row, size=L_14),
+}
