@@ -19,7 +19,7 @@ from contracap.training.step import count_labels, losses
 Side = Literal["ours", "open_clip's"]
 
 PARTS = 8
-MICRO_BATCHES = {"cpu": 8, "cuda": 128}
+MICRO_BATCHES = {"cpu": 16, "cuda": 128}
 LEAST_MIB = 1.0  # that our extra memory counts with in the ratio, where there is less
 
 
