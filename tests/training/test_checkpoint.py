@@ -356,6 +356,22 @@ def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of
     assert [record["step"] for record in read_metrics(Path(values["out"]))] == list(range(1, 9))
 
 
+def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict, monkeypatch) -> None:
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("contracap.trainer.Validation.run", lambda *args: pytest.fail("evaluates"))
+    with pytest.raises(Interrupted, match="interrupted after step 3 of 8"):
+        train(build(Recipe, recipe_values | {"validate_every": 3}))
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_no_success(recipe_values: dict, monkeypatch) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(Recorder, "__exit__", lambda self, kind, *_: ended.append(kind))
+    monkeypatch.setattr(writer, "save", full)
+    with pytest.raises(CheckpointError, match="step-00000008 cannot be written: No space left"):
+        train(build(Recipe, recipe_values | {"checkpoint": {"every": 8}}))
+    assert ended == [CheckpointError]
+
+
 def test_a_run_that_is_asked_to_end_in_its_last_step_is_done(recipe_values: dict, monkeypatch) -> None:
     at_step(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))
     assert train(build(Recipe, recipe_values)).name == "step-00000008"
