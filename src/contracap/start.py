@@ -19,13 +19,15 @@ from contracap.training.checkpoint import CheckpointError
 RECIPE_FILE = "recipe.toml"
 
 # What a resumed run may change: none of it changes the updates by more than rounding, but for `steps`, which draws the
-# cosine out.
+# cosine out, and `device` and `accumulation`, as the number of ranks: with them, other patches are dropped.
 FREE = (
     "resume",
     "out",
     "steps",
     "device",
     "kernels",
+    "accumulation",
+    "loss.chunk",
     "nonfinite",
     "log_every",
     "validate_every",

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -65,7 +65,7 @@ def train(recipe: Recipe) -> Path:
 def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     folder = Path(recipe.out)
     checkpoints = folder / CHECKPOINTS
-    checkpoint = ranks.broadcast(last_checkpoint(checkpoints))
+    checkpoint = _newest(checkpoints, ranks)
     if checkpoint and not recipe.resume:
         raise CheckpointError(
             f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
@@ -128,47 +128,62 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     utilisation = ModelUtilisation(model, recipe.loss, peak) if peak else None
     steps = {"start": state.step, "total_steps": recipe.steps}
     ranks.wait()  # all have looked at what the folder held before it changes
-    try:
-        if ranks.rank == 0:
-            write_text(folder / RECIPE_FILE, to_toml(recipe))
-        with (
-            CheckpointWriter(checkpoints, recipe.checkpoint, image=image, ranks=ranks) as writer,
-            _recorder(recipe, state) as recorder,
-            Watchdog(recipe.stall_seconds, ranks, start=state.step) as watchdog,
-            Monitor(
-                recorder,
-                ranks,
-                watchdog=watchdog,
-                profile=Profile(folder, rank=ranks.rank, steps=recipe.steps - state.step) if recipe.profile else None,
-                utilisation=utilisation,
-                end=processor.tokenizer.end,
-                **steps,
-            ) as monitor,
-        ):
-            if utilisation:
-                logger.info("%s", utilisation)
+    with (
+        CheckpointWriter(checkpoints, recipe.checkpoint, image=image, ranks=ranks) as writer,
+        _recorder(recipe, state) as recorder,
+        Watchdog(recipe.stall_seconds, ranks, start=state.step) as watchdog,
+        Monitor(
+            recorder,
+            ranks,
+            watchdog=watchdog,
+            profile=Profile(folder, rank=ranks.rank, steps=recipe.steps - state.step) if recipe.profile else None,
+            utilisation=utilisation,
+            end=processor.tokenizer.end,
+            **steps,
+        ) as monitor,
+    ):
+        run = _Run(
+            recipe=recipe,
+            state=state,
+            batches=batches,
+            monitor=monitor,
+            recorder=recorder,
+            writer=writer,
+            requests=requests,
+        )
+        if utilisation:
+            logger.info("%s", utilisation)
+            with run.recording():
                 recorder.record(state.step, {"mfu_peak_tflops": utilisation.peak.flops / 1e12})
-            run = _Run(
-                recipe=recipe,
-                state=state,
-                batches=batches,
-                monitor=monitor,
-                recorder=recorder,
-                writer=writer,
-                requests=requests,
-            )
-            run.repeat(config, validation=validation, suite=suite)
-    except OSError as error:
-        raise _stopped(folder, describe(error)) from None
+        run.repeat(config, validation=validation, suite=suite)
     return checkpoints / checkpoint_name(recipe.steps)
 
 
+def _newest(checkpoints: Path, ranks: Ranks) -> Path | None:
+    """The checkpoint to go on from, as rank 0 sees the folder: what others see of a network's may be older."""
+    found: Path | CheckpointError | None = None
+    if ranks.rank == 0:
+        try:
+            found = last_checkpoint(checkpoints)
+        except CheckpointError as error:
+            found = error
+    found = ranks.broadcast(found)
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
+
+
 def _recorder(recipe: Recipe, state: TrainingState) -> Recorder:
+    """Begin the run's records, with its recipe."""
     if state.ranks.rank:
         return Silent()
     folder = Path(recipe.out)
-    boards = open_boards(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe))
-    return Recorder(folder, boards=boards, start=state.step, total_steps=recipe.steps)
+    try:
+        write_text(folder / RECIPE_FILE, to_toml(recipe))
+        boards = open_boards(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe))
+        return Recorder(folder, boards=boards, start=state.step, total_steps=recipe.steps)
+    except OSError as error:
+        raise _stopped(folder, describe(error)) from None
 
 
 @dataclass(kw_only=True)
@@ -206,15 +221,19 @@ class _Run:
             repeat_steps(state, self.batches, config, monitor=self.monitor, events=events, nonfinite=recipe.nonfinite)
         except TrainingError as error:
             self.writer.wait()
+            remedy = "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
+            if recipe.nonfinite == "skip":
+                remedy = "Point `last` to an earlier one, or lower optimizer.peak_rate in a new run"
             raise TrainingError(
-                f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. "
-                "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
+                f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. {remedy}"
             ) from None
         except OrderError:  # on this rank alone: the others are not asked
             self.recorder.skips(state.step, self.batches.take_skips())
             counts = {f"skipped/{kind}": float(count) for kind, count in self.batches.skipped.items()}
             self.recorder.record(state.step, counts)
             raise
+        with self.monitor.phase(CHECKPOINT):
+            self.writer.wait()  # a run whose last one cannot be written is no success
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -238,25 +257,55 @@ class _Run:
 
     def validating(self, validation: Validation) -> None:
         """Record losses on other pairs."""
+        self.agreeing()  # it takes a while
         with self.monitor.phase(EVALUATION):
-            numbers = dict(validation.run(self.state.model))
+            numbers = self.measured(lambda: dict(validation.run(self.state.model)))
             with self.recording():
                 self.recorder.record(self.state.step, numbers)
 
     def evaluating(self, suite: Suite, *, bf16: bool) -> None:
         """Record what the recipe wants measured on the way."""
-        model = self.state.model
+        self.agreeing()
+        model, suite.captions = self.state.model, []
         with self.monitor.phase(EVALUATION):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                numbers = dict(suite.run(model))
+                numbers = self.measured(lambda: dict(suite.run(model)))
             with self.recording():
                 self.recorder.record(self.state.step, numbers)
                 self.recorder.captions(self.state.step, suite.captions)
 
+    def measured(self, measure: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+        """The figures; none, and a warning, if they fail on any rank, which is no reason to end a run.
+
+        A rank that fails while the others wait for it, as those that share a model out do, is lost nevertheless.
+        """
+        numbers, reason = {}, ""
+        try:
+            numbers = measure()
+        except Exception as error:
+            reason = describe(error)
+        for rank, problem in enumerate(self.state.ranks.collect(reason)):
+            if problem:
+                numbers = {}
+                if self.state.ranks.rank == 0:
+                    logger.warning("no figures at step %d: rank %d: %s", self.state.step, rank, problem)
+        return numbers
+
     def checkpointing(self) -> None:
+        """Begin to write a checkpoint, unless the newest step was skipped.
+
+        A run that has gone astray would push good ones out. The last step's is written in any case, and so is that of
+        a run that is asked to end: its weights are those after the last good step.
+        """
+        if not self.monitor.skipped or self.state.step == self.recipe.steps:
+            self.save()
+
+    def save(self) -> None:
         """Begin to write a checkpoint; the one before is whole by then."""
         with self.monitor.phase(CHECKPOINT):
             self.skipping()
+            with self.recording():
+                self.monitor.write_spikes()
             self.writer.save(self.state, joined_states(self.state.ranks.collect(self.batches.state_dict())))
 
     def agreeing(self) -> None:
@@ -273,7 +322,7 @@ class _Run:
             reason = ranks.broadcast(describe(self.trouble[0]) if self.trouble else "")
             raise _stopped(Path(recipe.out), reason)
         if asked and self.state.step < recipe.steps:
-            self.checkpointing()
+            self.save()
             self.writer.wait()
             raise Interrupted(
                 f"interrupted after step {self.state.step} of {recipe.steps}: resume=true goes on from "

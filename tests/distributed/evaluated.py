@@ -8,7 +8,7 @@ import torch
 
 from contracap.config import build
 from contracap.evaluation.suite import EvaluationConfig, Suite
-from contracap.parallel import started, whole, wrapped
+from contracap.parallel import ParallelConfig, started, whole, wrapped
 from contracap.pretrained import load
 
 if __name__ == "__main__":
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     suite = Suite(build(EvaluationConfig, tables), processor)
     found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
     with started(torch.device("cpu")) as ranks:
-        features = wrapped(model, "fsdp", ranks).features
+        features = wrapped(model, ParallelConfig(kind="fsdp"), ranks).features
 
         def gradient_norm() -> float:
             torch.manual_seed(0)

@@ -62,6 +62,7 @@ class Runs:
             "steps": 6,
             "log_every": 1,
             "ema_decay": 0.5,
+            "accumulation": 2,
             "validate_every": 6,
             "resume": True,
             "data": {"train": str(colours), "validation": str(colours), "batch_size": 8, "shuffle_buffer": 16},
@@ -69,7 +70,7 @@ class Runs:
             "checkpoint": {"every": 3},
         }
         self.queue: list[dict[str, Any]] = []
-        train(build(Recipe, self.recipe("one")))
+        train(build(Recipe, self.recipe("one", accumulation=1)))
         for kind in SHARED:
             self.add(kind, kind)
         for name, (source, kind) in RESUMED.items():

@@ -164,6 +164,105 @@ def test_what_cannot_be_written_is_said_at_the_next_step_and_the_last_good_check
     assert load(tmp_path / "last")
 
 
+class Killed(BaseException):
+    """Nothing cleans up behind it."""
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_kill_at_any_moment_of_a_write_leaves_a_run_that_goes_on(
+    tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, rmtree, state, kills = os.replace, shutil.rmtree, new_state(), 0
+
+    def dying(action: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if action is rmtree:
+                    next(path for path in args[0].rglob("*") if path.is_file()).unlink()
+                raise Killed
+            action(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(writer.os, "replace", dying(replace))
+    monkeypatch.setattr(writer.shutil, "rmtree", dying(rmtree))
+    while True:
+        folder, left, state.step = tmp_path / str(kills), 0, 1
+        if before:
+            with writing(folder, keep=1) as saving:
+                saving.save(state, {})
+        state.step, left = 2, kills + 1
+        try:
+            with writing(folder, keep=1) as saving:
+                saving.save(state, {})
+            break
+        except Killed:
+            kills += 1
+        left, found = 0, last_checkpoint(folder)
+        assert found is not None or not before
+        if found is not None:
+            assert restore_checkpoint(found, new_state()) == {} and load(found)
+        state.step = 3
+        with writing(folder, keep=1) as saving:
+            saving.save(state, {})
+        assert sorted(path.name for path in folder.iterdir()) == ["last", "step-00000003"]
+    assert kills >= (4 if before else 2)  # and what torch does
+
+
+def test_without_a_link_a_run_goes_on_from_the_newest_checkpoint(recipe_values: dict) -> None:
+    values = recipe_values | {"resume": True}
+    train(build(Recipe, values))
+    last = Path(values["out"]) / "checkpoints" / "last"
+    last.unlink()
+    train(build(Recipe, values | {"steps": 10}))
+    assert last.resolve().name == "step-00000010"
+    assert [record["step"] for record in read_metrics(Path(values["out"]))] == list(range(1, 11))
+    last.unlink()
+    shutil.copytree(last.with_name("step-00000010"), last)  # a copy that followed links
+    train(build(Recipe, values | {"steps": 12}))
+    assert last.is_symlink() and last.resolve().name == "step-00000012"
+
+
+def test_what_cannot_be_deleted_is_warned_of_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path, **kwargs: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    state = new_state()
+    with writing(tmp_path, keep=1) as saving:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.shutil, "rmtree", busy)
+            for state.step in range(4):
+                saving.save(state, {})
+            saving.wait()
+        assert f"{tmp_path / 'step-00000002'} cannot be deleted: Device or resource busy: " in caplog.text
+        assert checkpoint_steps(tmp_path) == [3]
+        assert len(list(tmp_path.iterdir())) == 5  # with three that are hidden
+        state.step = 4
+        saving.save(state, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000004"]
+
+
+def test_a_checkpoint_before_the_first_step_counts_none(tmp_path: Path) -> None:
+    first, restored = new_state(), new_state(seed=1)
+    with writing(tmp_path) as saving:
+        saving.save(first, {})
+    restored.model.load_state_dict(read_weights(tmp_path / "last").state)
+    restore_checkpoint(tmp_path / "last", restored)
+    plain = new_state()
+    for state in (plain, first, restored):
+        advance(state)
+    expected = tensors(plain)
+    assert {float(moments["step"]) for moments in plain.optimizer.state.values()} == {1.0}
+    for state in (first, restored):
+        assert all(
+            torch.equal(tensor, expected[name]) for name, tensor in tensors(state).items() if "average" not in name
+        )
+
+
 def test_a_failed_checkpoint_stops_the_run_before_the_next_one(recipe_values: dict, monkeypatch) -> None:
     calls = iter(range(10))
     save = writer.save
@@ -255,6 +354,22 @@ def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of
         ours, theirs = read_weights(resumed / file).state, read_weights(whole / file).state
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [record["step"] for record in read_metrics(Path(values["out"]))] == list(range(1, 9))
+
+
+def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict, monkeypatch) -> None:
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("contracap.trainer.Validation.run", lambda *args: pytest.fail("evaluates"))
+    with pytest.raises(Interrupted, match="interrupted after step 3 of 8"):
+        train(build(Recipe, recipe_values | {"validate_every": 3}))
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_no_success(recipe_values: dict, monkeypatch) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(Recorder, "__exit__", lambda self, kind, *_: ended.append(kind))
+    monkeypatch.setattr(writer, "save", full)
+    with pytest.raises(CheckpointError, match="step-00000008 cannot be written: No space left"):
+        train(build(Recipe, recipe_values | {"checkpoint": {"every": 8}}))
+    assert ended == [CheckpointError]
 
 
 def test_a_run_that_is_asked_to_end_in_its_last_step_is_done(recipe_values: dict, monkeypatch) -> None:

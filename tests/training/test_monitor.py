@@ -24,6 +24,7 @@ from contracap.training.loop import TrainingError
 from contracap.training.metrics import Recorder, read_metrics
 from contracap.training.monitor import Monitor
 from contracap.training.watchdog import Watchdog
+from contracap.training.writer import CheckpointWriter
 
 
 def losses(folder: str) -> list[tuple[float, float]]:
@@ -171,3 +172,19 @@ def test_wrong_paths_of_evaluators_are_found_before_the_first_step(recipe_values
     with pytest.raises(FileNotFoundError, match="gone"):
         train(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_spike_is_written_with_the_checkpoint_that_follows_it(
+    recipe_values: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale_loss(monkeypatch, at=3, factor=float("nan"))
+    recipe = build(Recipe, recipe_values | {"log_every": 8, "nonfinite": "skip", "checkpoint": {"every": 4}})
+    save, seen = CheckpointWriter.save, []
+
+    def saving(*args: object) -> None:
+        seen.append([line["step"] for line in lines(recipe, "spikes.jsonl")])
+        save(*args)
+
+    monkeypatch.setattr(CheckpointWriter, "save", saving)
+    train(recipe)
+    assert seen == [[3], [3]]

@@ -152,7 +152,7 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(recipe_values: dict
         train(build(Recipe, recipe_values | {"resume": True, "steps": 4}))
     checkpoints = Path(recipe_values["out"]) / "checkpoints"
     shutil.rmtree(checkpoints / "step-00000008")
-    with pytest.raises(CheckpointError, match="points to step-00000008, which is gone"):
+    with pytest.raises(CheckpointError, match=r"points to step-00000008, which is gone; point it to step-00000004$"):
         train(build(Recipe, recipe_values | {"resume": True}))
 
 
@@ -200,6 +200,81 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(
         assert [record.get("skipped_steps") for record in records] == [None] * 5 + [1] + [None] * 2
         assert "loss" not in records[5]
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def broken_from(monkeypatch: pytest.MonkeyPatch, *, first: int, last: int) -> None:
+    """The contrastive losses of these steps, from 1, are not finite."""
+    from contracap.training import step as module
+
+    calls, loss = iter(range(1, 1000)), module.contrastive_loss
+    monkeypatch.setattr(
+        module,
+        "contrastive_loss",
+        lambda *args, **kwargs: loss(*args, **kwargs) * (float("nan") if first <= next(calls) <= last else 1),
+    )
+
+
+def test_a_run_whose_every_step_is_skipped_stops_and_keeps_its_good_checkpoint(
+    recipe_values: dict, monkeypatch
+) -> None:
+    monkeypatch.setattr("contracap.training.loop.MOST_SKIPPED", 5)
+    broken_from(monkeypatch, first=3, last=1000)
+    values = recipe_values | {"nonfinite": "skip", "steps": 100, "checkpoint": {"every": 1, "keep": 1}}
+    with pytest.raises(
+        TrainingError, match=r"step 7: .*, number 5 of such steps in a row\. Last .*step-00000002\. Point"
+    ):
+        train(build(Recipe, values))
+
+
+def test_skipped_steps_between_good_ones_do_not_add_up(recipe_values: dict, monkeypatch) -> None:
+    monkeypatch.setattr("contracap.training.loop.MOST_SKIPPED", 2)
+    broken_from(monkeypatch, first=8, last=8)
+    calls = iter(range(1, 100))
+    from contracap.training import step as module
+
+    loss = module.captioning_loss
+    monkeypatch.setattr(
+        module,
+        "captioning_loss",
+        lambda *args, **kwargs: loss(*args, **kwargs) * (float("inf") if next(calls) in (4, 6) else 1),
+    )
+    values = recipe_values | {"nonfinite": "skip", "checkpoint": {"every": 2, "keep": 9}}
+    last = train(build(Recipe, values))  # the last step was skipped, too
+    assert [path.name for path in sorted(last.parent.glob("step-*"))] == ["step-00000002", "step-00000008"]
+    assert load(last)
+
+
+def test_an_evaluation_that_fails_is_warned_of_and_the_run_goes_on(
+    recipe_values: dict, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from contracap.evaluation.suite import Suite
+    from contracap.training.validation import Validation
+
+    run, times = Validation.run, iter(range(9))
+    monkeypatch.setattr(Suite, "run", lambda *args: iter([("retrieval/rank", 1 / 0)]))
+    monkeypatch.setattr(
+        Validation, "run", lambda *args: run(*args) if next(times) else iter(Path("/gone.tar").read_text())
+    )
+    values = recipe_values | {
+        "validate_every": 4,
+        "evaluation": {"every": 4, "retrieval": recipe_values["data"]["train"]},
+    }
+    assert train(build(Recipe, values)).name == "step-00000008"
+    assert "no figures at step 4: rank 0: No such file or directory: /gone.tar" in caplog.text
+    assert "no figures at step 8: rank 0: ZeroDivisionError: division by zero" in caplog.text
+    records = read_metrics(Path(values["out"]))
+    assert [record["step"] for record in records if "validation_contrastive_loss" in record] == [8]
+
+
+def test_a_shard_that_has_gone_is_not_blamed_on_the_run_folder(recipe_values: dict, monkeypatch) -> None:
+    from contracap.training import loop
+
+    def gone(*args):
+        raise FileNotFoundError(2, "No such file or directory", "shards/000.tar")
+
+    monkeypatch.setattr(loop, "train_step", gone)
+    with pytest.raises(FileNotFoundError, match=r"shards/000\.tar"):
+        train(build(Recipe, recipe_values))
 
 
 def test_a_run_starts_from_other_weights_at_another_picture_size(recipe_values: dict, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from contracap.model.transformer import CrossBlock, SelfBlock
 
+MOST_COMPILED = 64  # versions of one function
+
 
 def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
     """Let every transformer block of `model` run so, from now on; what it computes and its parameters stay the same.
@@ -18,6 +20,8 @@ def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
         compiled: by `torch.compile`, block by block: those of a stack are alike, so that one is compiled for all, and
             once more when texts of another length come; from then on for every length.
     """
+    if compiled:
+        _allow_recompilations()
     for block in model.modules():
         if isinstance(block, SelfBlock | CrossBlock):
             # On the instance, behind the hooks by which FSDP fetches parameters before each call.
@@ -27,6 +31,17 @@ def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
             if compiled:
                 forward = torch.compile(forward)
             block.forward = forward
+
+
+def _allow_recompilations() -> None:
+    """Beyond its limit, torch runs a function as it is and says nothing.
+
+    It counts by function, and one serves all stacks: vision, text and decoder, each with and without gradients, under
+    autocast and not, and for other lengths, are more than the 8 it allows.
+    """
+    import torch._dynamo  # takes seconds
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -83,7 +83,7 @@ class Ranks:
 @contextmanager
 def started(device: torch.device) -> Iterator[Ranks]:
     """The ranks that `torchrun` started, in a process group (nccl between CUDA devices, gloo else) that ends with the
-    context; without `torchrun`, one process and no group.
+    context, or after an error on CUDA with the process; without `torchrun`, one process and no group.
 
     Args:
         device: its type counts; of several CUDA devices each rank takes its own.
@@ -118,8 +118,13 @@ def started(device: torch.device) -> Iterator[Ranks]:
     )
     try:
         yield Ranks(rank=rank, count=count, local_count=local_count, device=device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # nccl would wait for what it has begun with ranks that may be lost; gloo does not, and the process can start
+        # ranks again.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _variable(name: str) -> int:

@@ -62,7 +62,7 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
     """
     try:
         position = json.loads((checkpoint / POSITION_FILE).read_text())
-        optimizer = {"optimizer": get_optimizer_state_dict(state.model, state.optimizer)}
+        optimizer = {"optimizer": optimizer_state(state)}
         expect_one_process()
         dcp.load(optimizer, checkpoint_id=checkpoint / OPTIMIZER_FOLDER, no_dist=state.ranks.count == 1)
     except (OSError, json.JSONDecodeError, dcp.api.CheckpointException, RuntimeError) as error:
@@ -91,16 +91,29 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's checkpoint folder; None if there is none yet.
+    """The checkpoint that a run goes on from: the one that `last` points to, or without that link, which some copies
+    leave out, the newest. None if there is none yet.
 
     Raises: CheckpointError: if `last` points to a checkpoint that is gone.
     """
     link = folder / LAST
-    if link.is_symlink() and not link.exists():
-        raise CheckpointError(
-            f"{link} points to {os.readlink(link)}, which is gone; point it to another one, or remove it"
-        )
-    return link.resolve() if link.exists() else None
+    names = [checkpoint_name(step) for step in checkpoint_steps(folder)] if folder.is_dir() else []
+    if not link.is_symlink():
+        return (folder / names[-1]).resolve() if names else None
+    if not link.exists():
+        remedy = f"point it to {' or '.join(names[-3:])}" if names else "no other is left: choose another out"
+        raise CheckpointError(f"{link} points to {os.readlink(link)}, which is gone; {remedy}")
+    return link.resolve()
+
+
+def optimizer_state(state: TrainingState) -> dict[str, Any]:
+    """The moments by parameter name; zeros, after no step, of an optimizer that has not stepped."""
+    fresh = not state.optimizer.state
+    found = get_optimizer_state_dict(state.model, state.optimizer)
+    if fresh:  # torch has made the moments by a step with no gradient, and counts it
+        for moments in state.optimizer.state.values():
+            moments["step"].zero_()
+    return found
 
 
 def moving_average(model: torch.nn.Module) -> dict[str, torch.Tensor]:

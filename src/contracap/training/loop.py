@@ -10,6 +10,7 @@ from contracap.data.batch import Batch
 from contracap.training.monitor import Monitor
 from contracap.training.step import NonFiniteError, StepConfig, TrainingState, train_step
 
+MOST_SKIPPED = 50  # steps in a row that are left out before the run stops: its weights will not come back
 logger = logging.getLogger(__name__)
 
 
@@ -36,17 +37,24 @@ def repeat_steps(
 ) -> None:
     """Train from `state.step` to `config.total_steps`. Events that are due at the same step happen in their order.
 
-    Raises: TrainingError: at a loss or gradient that is not finite, unless such steps are to be skipped.
+    Raises: TrainingError: at a loss or gradient that is not finite; if such steps are to be skipped, at the last of
+        `MOST_SKIPPED` in a row.
     """
+    skipped = 0
     for batch in itertools.islice(monitor.batches(batches), config.total_steps - state.step):
         try:
             numbers = train_step(state, batch, config)
         except NonFiniteError as error:
-            monitor.not_finite(str(error), batch, stops=nonfinite == "stop")
-            if nonfinite == "stop":
-                raise TrainingError(f"step {state.step + 1}: {error}") from None
+            skipped += 1
+            stops = nonfinite == "stop" or skipped == MOST_SKIPPED
+            monitor.not_finite(str(error), batch, stops=stops)
+            if stops:
+                row = f", number {skipped} of such steps in a row" if skipped > 1 else ""
+                raise TrainingError(f"step {state.step + 1}: {error}{row}") from None
             logger.warning("skipped step %d: %s", state.step + 1, error)
             numbers = {}
+        else:
+            skipped = 0
         state.step += 1
         monitor.step(numbers, batch)
         for event in events:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 
 from contracap.data.batch import Batch
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Sees every batch and every step of this rank. Messages to other ranks happen in `log` alone, and where the run
-    stops at a step that is not finite."""
+    """Sees every batch and every step of this rank. Messages to other ranks happen in `log` and `write_spikes`,
+    and where the run stops at a step that is not finite."""
 
     def __init__(
         self,
@@ -55,8 +55,9 @@ class Monitor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for spike in self._unwritten:  # a run that was cut off: with the keys of this rank
-            self._recorder.spike(asdict(spike))
+        with suppress(OSError):  # why the run was cut off has been said
+            for spike in self._unwritten:  # with the keys of this rank
+                self._recorder.spike(asdict(spike))
         if self._profile is not None:
             self._profile.close()
 
@@ -95,7 +96,16 @@ class Monitor:
         """The step that would be next has numbers that are NaN or infinite; `stops` if it is the run's last."""
         self._keep(self._spikes.not_finite(self._done + 1, reason, batch.keys))
         if stops:
-            self._write(self._ranks.collect(self._unwritten))
+            self.write_spikes()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the newest step was left out."""
+        return not self._numbers
+
+    def write_spikes(self) -> None:
+        """Write down the spikes that are not yet. Every rank must call it."""
+        self._write(self._ranks.collect(self._unwritten))
 
     def _keep(self, spike: Spike) -> None:
         self._unwritten.append(spike)

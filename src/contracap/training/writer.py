@@ -1,6 +1,7 @@
 """Checkpoints written while the run goes on, whole or not at all, the newest one under the name `last`."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCaConfig
-from contracap.parallel import Ranks, whole
+from contracap.parallel import TIMEOUT, Ranks, whole
 from contracap.pretrained import save
 from contracap.training.checkpoint import (
     AVERAGE_FILE,
@@ -31,8 +32,11 @@ from contracap.training.checkpoint import (
     describe,
     expect_one_process,
     last_checkpoint,
+    optimizer_state,
 )
 from contracap.training.step import TrainingState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Snapshot:
             model=state.model.config,
             weights=brought(state.model.state_dict()),
             average=None if state.average is None else brought(state.average),
-            optimizer=_copied(get_optimizer_state_dict(state.model, state.optimizer)),
+            optimizer=_copied(optimizer_state(state)),
             data=data,
         )
 
@@ -85,10 +89,10 @@ class CheckpointWriter:
         self._folder, self._config, self._image, self._ranks = folder, config, image, ranks
         self._group: dist.ProcessGroup | None = None
         if ranks.count > 1:
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=self._take_device)
         self._written: Future[None] | None = None
         self._step: int | None = None
         expect_one_process()
@@ -97,9 +101,16 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._thread.shutdown()
+        # Where other ranks may be lost, what went wrong is said at once. On CPUs the group ends here as well, which the
+        # thread still needs. What is not whole yet has no final name.
+        self._thread.shutdown(wait=kind is None or self._group is None or self._ranks.device.type == "cpu")
         if kind is None:
             self.wait()
+
+    def _take_device(self) -> None:
+        """A thread starts on device 0, whichever its rank has."""
+        if self._ranks.device.index is not None and self._ranks.device.type == "cuda":
+            torch.cuda.set_device(self._ranks.device)
 
     def save(self, state: TrainingState, data: dict[str, Any]) -> None:
         """Copy what a checkpoint holds and begin to write it, when the one before is written. Nothing to do if that was
@@ -179,9 +190,11 @@ class CheckpointWriter:
         if final.exists():
             _remove(final)
         os.replace(partial, final)
-        link = self._folder / f".{LAST}.partial"
+        link, last = self._folder / f".{LAST}.partial", self._folder / LAST
         link.symlink_to(final.name)
-        os.replace(link, self._folder / LAST)
+        if last.is_dir() and not last.is_symlink():  # a copy of the run that followed links
+            _remove(last)
+        os.replace(link, last)
         _to_disk(self._folder)
         steps = [step for step in checkpoint_steps(self._folder) if step <= snapshot.step]
         for step in steps[: -self._config.keep]:
@@ -199,13 +212,21 @@ def _copied(value: Any) -> Any:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or folder that never stands half deleted under its own name."""
-    if path.is_dir() and not path.is_symlink():
-        hidden = path.with_name(f".{path.name.strip('.')}.removed.partial")
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)
-    else:
-        path.unlink()
+    """Delete a file or folder that never stands half deleted under its own name.
+
+    What cannot be deleted, such as a file that another machine has open on NFS, is no reason to end a run: the next
+    checkpoint tries again.
+    """
+    removed = ".removed.partial"
+    try:
+        if path.is_dir() and not path.is_symlink():
+            hidden = path if path.name.endswith(removed) else path.with_name(f".{path.name.strip('.')}{removed}")
+            os.replace(path, hidden)
+            shutil.rmtree(hidden)
+        else:
+            path.unlink()
+    except OSError as error:
+        logger.warning("%s cannot be deleted: %s", path, describe(error))
 
 
 def _to_disk(path: Path) -> None:
