@@ -20,7 +20,7 @@ from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
 from contracap.recipe import Recipe
 from contracap.start import RECIPE_FILE, device_of, precision_on, require_same_run, starting_model
-from contracap.training.boards import open_boards
+from contracap.training.boards import open_boards, require_wandb
 from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
@@ -114,6 +114,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
         ranks=ranks.count,
     )
     # Wrong paths are found now, not hours later.
+    require_wandb(recipe.wandb)
     validation = Validation(recipe.data, config, ranks, shared) if recipe.data.validation is not None else None
     suite = Suite(recipe.evaluation, processor)
     if checkpoint:
