@@ -191,13 +191,16 @@ def test_what_cannot_run_is_warned_of(changes: dict, gpus: int, message: str) ->
 
 
 def test_what_a_warning_advises_warns_of_nothing() -> None:
-    changes = {"size": "coca_ViT-L-14", "data": {"train": "x", "batch_size": 90112}}
-    (warning,) = plan_run(recipe(**changes), gpus=256, gpu="a100-40g").warnings
-    assert 'do: set parallel.recompute = "blocks", or take 1024 GPUs, or set accumulation = 4' in warning
+    changes = {"size": "coca_ViT-L-14", "data": {"train": "x", "batch_size": 90112, "streams": 256}}
+    (warning,) = plan_run(recipe(**changes), gpus=256, gpu="a100-80g").warnings
+    assert warning.endswith(
+        'do: set parallel.recompute = "blocks", or take 512 GPUs and set data.streams = 512, or set accumulation = 2'
+    )
     again = recipe(**changes, parallel={"recompute": "blocks"})
-    assert plan_run(again, gpus=256, gpu="a100-40g").warnings == []
-    assert plan_run(recipe(**changes), gpus=1024, gpu="a100-40g").warnings == []
-    assert plan_run(recipe(**changes, accumulation=4), gpus=256, gpu="a100-40g").warnings == []
+    parts = recipe(**changes, accumulation=2)
+    more = recipe(**changes | {"data": changes["data"] | {"streams": 512}})
+    for advised, gpus in ((again, 256), (more, 512), (parts, 256)):
+        assert plan_run(advised, gpus=gpus, gpu="a100-80g").warnings == []
 
 
 def test_a_run_that_fits_warns_of_nothing() -> None:

@@ -226,17 +226,17 @@ def _warnings(recipe: Recipe, fits: Fits, *, gpus: int, gpu: str, per_machine: i
 
 
 def _ways_to_fit(recipe: Recipe, fits: Fits, *, gpus: int, per_machine: int) -> Iterator[str]:
-    """What would do, each by itself and without a warning of its own."""
+    """What would do, each by itself; GPUs that the streams of the data can be shared by come before fewer others."""
     batch, streams, parts = recipe.data.batch_size, recipe.data.stream_count, recipe.accumulation
     again = replace(recipe, parallel=replace(recipe.parallel, recompute="blocks"))
-    if again != recipe and not batch % (gpus * parts) and not streams % gpus and fits(again, gpus):
+    if again != recipe and fits(again, gpus):
         yield 'set parallel.recompute = "blocks"'
-    numbers = (number for number in range(gpus + 1, batch // parts + 1) if not batch % (number * parts))
-    shared = (number for number in numbers if not streams % number)
+    numbers = [number for number in range(gpus + 1, batch // parts + 1) if not batch % (number * parts)]
     if recipe.parallel.kind == "hsdp":
-        shared = (number for number in shared if not number % min(number, per_machine))
-    for number in islice((number for number in shared if fits(recipe, number)), 1):
-        yield f"take {number} GPUs"
-    cuts = (cut for cut in range(parts + 1, batch // gpus + 1) if not batch % (gpus * cut) and not streams % gpus)
+        numbers = [number for number in numbers if not number % min(number, per_machine)]
+    numbers.sort(key=lambda number: streams % number > 0)
+    for number in islice((number for number in numbers if fits(recipe, number)), 1):
+        yield f"take {number} GPUs" + (f" and set data.streams = {number}" if streams % number else "")
+    cuts = (cut for cut in range(parts + 1, batch // gpus + 1) if not batch % (gpus * cut))
     for cut in islice((cut for cut in cuts if fits(replace(recipe, accumulation=cut), gpus)), 1):
         yield f"set accumulation = {cut}"
