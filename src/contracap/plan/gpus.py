@@ -23,10 +23,10 @@ class Gpu:
     local_link: float
 
 
-# Rates and bandwidths: NVIDIA's data sheets of the A100 (SXM4), H100 (SXM5), H200 (SXM5) and L40S, and its white paper
-# on the Ada architecture for the RTX 4090, all without sparsity. Links: 400 Gbit/s for each A100, H100 and H200,
-# though many clusters of A100s have half of that; 200 Gbit/s for an L40S, 100 Gbit/s for an RTX 4090. Within a machine: NVLink, one direction, for A100,
-# H100 and H200; PCIe 4.0 with 16 lanes for the others.
+# Rates and bandwidths: NVIDIA's data sheets of the A100 (SXM4), H100 (SXM5), H200 (SXM5) and L40S, and its white
+# paper on the Ada architecture for the RTX 4090, all without sparsity. Links: 400 Gbit/s for each A100, H100 and
+# H200, though many clusters of A100s have half of that; 200 Gbit/s for an L40S, 100 Gbit/s for an RTX 4090. Within a
+# machine: NVLink, one direction, for A100, H100 and H200; PCIe 4.0 with 16 lanes for the others.
 GPUS: dict[str, Gpu] = {
     "a100-40g": Gpu(memory=39.4 * 2**30, bf16=312e12, fp32=19.5e12, bandwidth=1.555e12, link=50e9, local_link=300e9),
     "a100-80g": Gpu(memory=79.2 * 2**30, bf16=312e12, fp32=19.5e12, bandwidth=2.039e12, link=50e9, local_link=300e9),

@@ -15,7 +15,14 @@ from contracap.losses import LossConfig
 from contracap.plan.flops import BACKWARD, Texts, block_flops, forward_flops, tokens_of, training_flops
 from contracap.plan.gpus import Gpu, find_gpu
 from contracap.plan.memory import memory_parts, saved_bytes
-from contracap.plan.parameters import EXACT, checkpoint_bytes, count_parameters, planned_model, shares_of, snapshot_bytes
+from contracap.plan.parameters import (
+    EXACT,
+    checkpoint_bytes,
+    count_parameters,
+    planned_model,
+    shares_of,
+    snapshot_bytes,
+)
 from contracap.plan.report import GIB, Plan
 from contracap.plan.speed import COPYING, WRITING, Failures, step_seconds
 from contracap.plan.traffic import KINDS, bytes_by_kind, collectives_of

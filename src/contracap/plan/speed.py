@@ -8,7 +8,9 @@ from contracap.plan.gpus import Gpu
 from contracap.plan.traffic import Collective
 
 UPDATE_BYTES = 40  # moved in a GPU's memory for each parameter: its gradient is clipped (12), then AdamW (28)
-COPYING = 5e9  # bytes a second that a checkpoint is copied off a GPU with, into memory that is not pinned: an assumption
+COPYING = (
+    5e9  # bytes a second that a checkpoint is copied off a GPU with, into memory that is not pinned: an assumption
+)
 WRITING = 1e9  # bytes a second that it is then written with, beside the steps: an assumption
 
 
