@@ -72,7 +72,7 @@ def offences(path: Path) -> Iterator[str]:
             continue
         allowed = MAY_IMPORT[row(module)].split()
         inside = any(f"{target}.".startswith(f"{prefix}.") for prefix in allowed)
-        if not (inside or "*" in allowed) or (row(target) in LAST and module not in {"cli", "__main__"}):
+        if not (inside or "*" in allowed) or (row(target) in LAST and row(module) not in {"cli", "__main__"}):
             yield f"{path}:{line}: {module} imports {target}; it may import: config files {' '.join(allowed)}"
 
 

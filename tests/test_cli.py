@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -215,6 +216,20 @@ def test_inspect_finds_the_size_and_tells_differences(run: Run, weights: Path) -
     assert re.search(r"layout +contracap", out) and re.search(r"size +tiny: every name and shape fits", out)
     _, out, _ = run("weights", "inspect", weights, "--size", "ViT-B-32")
     assert re.search(r"size +ViT-B-32: .*missing.*extra.*should be", out)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_costs_neither_the_result_nor_a_traceback(tmp_path: Path, unbuffered: str) -> None:
+    recipe, result = tmp_path / "recipe.toml", tmp_path / "plan.json"
+    recipe.write_text('size = "tiny"\nsteps = 200\nout = "none"\n[data]\ntrain = "none"\nbatch_size = 64\n')
+    command = [sys.executable, "-m", "contracap", "plan", recipe, "--gpus", "1", "--gpu", "l40s", "--json", result]
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert json.loads(result.read_text())["samples"] == 200 * 64
 
 
 def test_convert_there_and_back_is_bit_equal(run: Run, weights: Path, tmp_path: Path) -> None:

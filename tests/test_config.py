@@ -68,7 +68,14 @@ def test_a_whole_number_stands_for_a_float() -> None:
             {"steps": 1, "optimizer": {"xyz": 1}},
             "unknown key 'optimizer.xyz'; the keys here are peak_rate, betas, schedule",
         ),
+        ({"steps": 1, "betas": [0.1, 0.2]}, "unknown key 'betas'; did you mean 'optimizer.betas'?"),
         ({}, "key 'steps' is missing"),
+        (
+            {"steps": 1, "optimizer": {"peak_rate": float("nan"), "betas": [0.1, float("-inf")]}},
+            "'optimizer.peak_rate' must be a finite number, not nan; "
+            "'optimizer.betas.1' must be a finite number, not -inf",
+        ),
+        ({"steps": 1, "weights": {"a": float("inf")}}, "'weights.a' must be a finite number, not inf"),
         ({"steps": "5"}, "'steps' must be a whole number, not '5'"),
         ({"steps": 1.5}, "'steps' must be a whole number, not 1.5"),
         ({"steps": 1, "resume": 1}, "'resume' must be true or false, not 1"),
@@ -121,10 +128,10 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
-numbers = st.floats(allow_nan=False, width=64)
+numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
 optimizers = st.builds(
     Optimizer,
-    peak_rate=st.floats(min_value=1e-300, allow_nan=False),
+    peak_rate=st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False),
     betas=st.tuples(numbers, numbers),
     schedule=st.sampled_from(["cosine", "linear"]),
 )

@@ -29,3 +29,11 @@ def test_rights_are_those_of_any_new_file(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_error_names_the_path_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (Path("/proc/x.json"), tmp_path / "folder"):
+        with pytest.raises(OSError) as caught:
+            write_text(path, "x")
+        assert caught.value.filename == str(path) and caught.value.strerror

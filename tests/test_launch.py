@@ -80,7 +80,9 @@ def test_pods_find_each_other_by_the_names_the_service_gives_them() -> None:
     assert pod["spec"]["subdomain"] == service["metadata"]["name"]
     machines = job["spec"]["parallelism"]
     assert (job["spec"]["completionMode"], job["spec"]["completions"]) == ("Indexed", machines)
-    options = dict(option.removeprefix("--").split("=") for option in container["command"] if option.startswith("--"))
+    options = dict(
+        option.removeprefix("--").split("=", 1) for option in container["command"] if option.startswith("--")
+    )
     port = container["ports"][0]["containerPort"]
     assert options["rdzv-endpoint"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}:{port}"
     assert options["nnodes"] == str(machines)
@@ -100,6 +102,12 @@ if command == "sync":
         if file.is_file() and not any(fnmatch.fnmatch(name, pattern) for pattern in excluded):
             (at(target) / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, at(target) / name)
+elif command == "rm":
+    options = [target, *options]
+    excluded = [pattern for option, pattern in zip(options, options[1:]) if option == "--exclude"]
+    for file in at(source).rglob("*"):
+        if file.is_file() and not any(fnmatch.fnmatch(str(file.relative_to(at(source))), each) for each in excluded):
+            file.unlink()
 elif source == "-":
     at(target).write_text(sys.stdin.read())
 else:
@@ -117,6 +125,9 @@ def test_a_spot_job_goes_on_from_the_whole_checkpoint_that_was_copied(tmp_path: 
         f"echo 1 > {run}/$place; done; exit 3"
     )
     goes_on = f"cat {run}/metrics {run}/checkpoints/last/weights; readlink {run}/checkpoints/last"
+    old = tmp_path / bucket / "checkpoints" / "step-0" / "weights"
+    old.parent.mkdir(parents=True)
+    old.touch()
     for machine, (body, status) in enumerate(((begins, 3), (goes_on, 0))):
         home = tmp_path / str(machine)
         tools = home / ".venv" / "bin"
@@ -141,4 +152,5 @@ def test_a_spot_job_goes_on_from_the_whole_checkpoint_that_was_copied(tmp_path: 
             )
         assert done.returncode == status, (home / "said").read_text()
     assert (tmp_path / "1" / "said").read_text() == "1\n1\nstep-1\n"
+    assert not old.exists()
     assert not list(tmp_path.rglob("bucket/**/*partial*")) and not list(tmp_path.rglob("bucket/**/last"))

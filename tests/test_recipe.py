@@ -36,8 +36,11 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
         ({"steps": 50}, "warmup_steps 100 must be below steps 50"),
         ({"accumulation": 3}, "must divide data.batch_size 8"),
         ({"validate_every": 10}, "needs data.validation"),
-        ({"stall_seconds": -1.0}, "at least 0"),
-        ({"peak_tflops": 0.0}, "peak_tflops above 0"),
+        ({"stall_seconds": -1.0}, "stall_seconds is -1.0; it must be above 0, or 0"),
+        ({"stall_seconds": float("nan")}, "'stall_seconds' must be a finite number, not nan"),
+        ({"peak_tflops": float("inf")}, "'peak_tflops' must be a finite number, not inf"),
+        ({"wandb": ""}, "wandb is ''; give the project's name, or leave the key out"),
+        ({"peak_tflops": 0.0}, "peak_tflops is 0.0; it must be above 0"),
         (
             {"size": "ViT-B-32", "loss": {"captioning": 0.0}, "evaluation": {"captions": {"data": "shards"}}},
             "writes no captions",

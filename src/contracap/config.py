@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ class ConfigError(ValueError):
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A `cls` with these values, checked: types strictly (a whole number may stand for a float), unknown keys refused.
+    """A `cls` with these values, checked: types strictly (a whole number may stand for a float); unknown keys, NaN
+    and infinity are refused.
 
     Args:
         cls: a dataclass; its fields may be dataclasses, unions with them, and sequences or mappings of them.
@@ -32,6 +34,9 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     unknown = list(_unknown_keys(cls, values, ()))
     if unknown:
         raise ConfigError("; ".join(unknown))
+    endless = [f"'{key}' must be a finite number, not {number}" for key, number in _not_finite(values, ())]
+    if endless:
+        raise ConfigError("; ".join(endless))
     try:
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(values, default=_plain), strict=True)
     except pydantic.ValidationError as error:
@@ -119,6 +124,19 @@ def _items(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
             yield from ((str(key), arguments[1], item) for key, item in value.items())
 
 
+def _not_finite(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    """Key and value of each number that is NaN or infinite: these pass every comparison that checks a range, or half
+    of them."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, (*path, str(index)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield ".".join(path), value
+
+
 def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]:
     cls = _dataclass_of(hint)
     if cls is not None and isinstance(value, Mapping):
@@ -128,12 +146,22 @@ def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]
             if key in names:
                 yield from _unknown_keys(hints[key], item, (*path, key))
             else:
-                near = difflib.get_close_matches(str(key), names, n=1)
+                near = list(_leaves(cls, str(key), path)) or difflib.get_close_matches(str(key), names, n=1)
                 right = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(names)}"
                 yield f"unknown key '{'.'.join((*path, str(key)))}'; {right}"
     else:
         for name, item_hint, item in _items(hint, value):
             yield from _unknown_keys(item_hint, item, (*path, name))
+
+
+def _leaves(cls: type, name: str, path: tuple[str, ...]) -> Iterator[str]:
+    """The dotted keys of this name in the tables inside."""
+    for key, hint in get_type_hints(cls).items():
+        inside = _dataclass_of(hint)
+        if inside is not None:
+            if name in get_type_hints(inside):
+                yield ".".join((*path, key, name))
+            yield from _leaves(inside, name, (*path, key))
 
 
 def _problem(cls: type, details: Any) -> str:

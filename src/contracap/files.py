@@ -12,10 +12,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """An empty file beside `path` to write to; at the end it takes the name `path`, or vanishes if there was an error.
 
     The folder is made if need be. Rights are those of any new file.
+
+    Raises: OSError: of `path`, if there can be no such file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    with _named(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(descriptor)
     partial = Path(name)
     try:
@@ -25,9 +28,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.chmod(0o666 & ~umask)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _named(path):
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The system's word on a name nobody gave becomes one on `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_text(path: str | Path, text: str) -> None:

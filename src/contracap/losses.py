@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
+CAPTION_CHUNK = CONTRASTIVE_CHUNK = 4096  # rows and columns that are scored at a time on a GPU
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -48,7 +50,7 @@ def contrastive_loss(
     *,
     logit_scale: Float[Tensor, ""],
     gather: Gather = alone,
-    chunk: int = 4096,
+    chunk: int = CONTRASTIVE_CHUNK,
 ) -> Float[Tensor, ""]:
     """Mean of picture-to-text and text-to-picture cross-entropy of these rows among the rows of all ranks.
 
@@ -139,7 +141,7 @@ def captioning_loss(
     Source: CoCa (arXiv 2205.01917), equation 4.
     """
     if chunk is None:
-        chunk = 512 if states.device.type == "cpu" else 4096
+        chunk = 512 if states.device.type == "cpu" else CAPTION_CHUNK
     learning = torch.is_grad_enabled()
     wanted = (learning and states.requires_grad, learning and vocabulary.requires_grad)
     return _SummedCrossEntropy.apply(states, vocabulary, labels, chunk, wanted) / tokens

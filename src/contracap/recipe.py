@@ -79,8 +79,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
-        if self.log_every < 1 or self.validate_every < 0:
-            raise ValueError("log_every must be at least 1 and validate_every at least 0")
+        if self.log_every < 1:
+            raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
+        if self.validate_every < 0:
+            raise ValueError(f"validate_every is {self.validate_every}; it must be at least 1, or 0 for none")
         if self.accumulation < 1 or self.data.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation is {self.accumulation}; it must divide data.batch_size {self.data.batch_size}"
@@ -93,8 +95,12 @@ class Recipe:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.validate_every and self.data.validation is None:
             raise ValueError("validate_every needs data.validation, the shards to validate on")
-        if self.stall_seconds < 0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
-            raise ValueError("stall_seconds must be at least 0 and peak_tflops above 0")
+        if self.stall_seconds < 0:
+            raise ValueError(f"stall_seconds is {self.stall_seconds}; it must be above 0, or 0 to watch nothing")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
+        if self.wandb is not None and not self.wandb.strip():
+            raise ValueError(f"wandb is {self.wandb!r}; give the project's name, or leave the key out")
         if self.evaluation.captions and self.model_config.decoder is None:
             raise ValueError(f"{self.size} has no decoder and writes no captions: leave evaluation.captions out")
         if self.optimizer.warmup_steps >= self.steps:

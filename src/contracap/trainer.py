@@ -20,7 +20,7 @@ from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
 from contracap.recipe import Recipe
 from contracap.start import RECIPE_FILE, device_of, precision_on, require_same_run, starting_model
-from contracap.training.boards import open_boards
+from contracap.training.boards import open_boards, require_wandb
 from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
@@ -33,7 +33,7 @@ from contracap.training.interruption import Interrupted, Requests, requests_to_e
 from contracap.training.loop import Event, TrainingError, repeat_steps
 from contracap.training.metrics import Recorder, Silent
 from contracap.training.monitor import Monitor
-from contracap.training.optimizer import build_optimizer, freeze
+from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
 from contracap.training.profiling import Profile
 from contracap.training.step import StepConfig, TrainingState
 from contracap.training.validation import Validation
@@ -94,8 +94,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     )
     processor = processor_for(model.config, image)
     freeze(model, recipe.frozen)
-    freeze(model, [] if recipe.loss.contrastive else model.only_for_contrastive())
-    freeze(model, [] if recipe.loss.captioning else model.only_for_captioning())
+    freeze_unused(model, recipe.loss)
     model.use(recipe.kernels)
     model.to(ranks.device)
     shared = wrapped(model, recipe.parallel, ranks, bf16=config.bf16)
@@ -115,6 +114,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
         ranks=ranks.count,
     )
     # Wrong paths are found now, not hours later.
+    require_wandb(recipe.wandb)
     validation = Validation(recipe.data, config, ranks, shared) if recipe.data.validation is not None else None
     suite = Suite(recipe.evaluation, processor)
     if checkpoint:

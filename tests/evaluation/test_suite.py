@@ -1,5 +1,6 @@
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.suite import EvaluationConfig, Suite
 from contracap.evaluation.zeroshot import ZeroShot
 from contracap.generation.captioner import Captioner
+from contracap.model.coca import CoCa
 from contracap.pretrained import load
+from contracap.recipe import Recipe
+from contracap.trainer import train
 
 GREYS = ["dark", "bright"]
 
@@ -64,12 +68,39 @@ def test_the_first_pictures_are_captioned_as_the_captioner_does(pair, greys: Pat
     ]
 
 
-def test_a_model_is_evaluated_in_the_precision_that_it_trains_in(pair, greys: Path) -> None:
-    tables = {"retrieval": str(greys), "captions": {"data": str(greys), "samples": 2}}
-    whole = suite(pair, **tables)
-    with torch.autocast("cpu", torch.bfloat16):
-        figures = dict(whole.run(pair[0]))
-    assert all(0 <= value <= 1 for value in figures.values()) and len(whole.captions) == 2
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_is_evaluated_in_the_precision_that_it_trains_in(
+    greys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    seen = []
+    run = Suite.run
+
+    def watched(self: Suite, model: CoCa) -> Iterator[tuple[str, float]]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return run(self, model)
+
+    monkeypatch.setattr(Suite, "run", watched)
+    values = {
+        "size": "tiny",
+        "steps": 1,
+        "out": str(tmp_path / "run"),
+        "device": "cpu",
+        "precision": precision,
+        "data": {"train": str(greys), "batch_size": 4},
+        "optimizer": {"warmup_steps": 0},
+        "evaluation": {"retrieval": str(greys), "captions": {"data": str(greys), "samples": 2}},
+    }
+    train(build(Recipe, values))
+    assert seen == [precision == "bf16"]
+    assert len((tmp_path / "run" / "captions.jsonl").read_text().splitlines()) == 2
+
+
+def test_shards_without_labels_are_found_when_the_suite_is_made(pair, greys: Path, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("L", (40, 40)).save(file, "PNG")
+    write_shard(tmp_path / "0.tar", [("0000", {"png": file.getvalue(), "txt": b"a grey"})])
+    with pytest.raises(ValueError, match=r"sample 0000 of .*0\.tar has no label: give each sample a field `label`"):
+        suite(pair, zeroshot={"data": str(tmp_path), "classes": str(greys / "classes.json")})
 
 
 def test_a_suite_of_nothing_is_false(pair, greys: Path) -> None:

@@ -10,7 +10,7 @@ from contracap.parallel import ParallelConfig
 from contracap.plan.flops import Texts
 from contracap.plan.gpus import find_gpu
 from contracap.plan.run import caption_texts, plan_run
-from contracap.plan.speed import best_interval, lost_share, travel_seconds
+from contracap.plan.speed import Failures, travel_seconds
 from contracap.plan.traffic import Collective
 from contracap.recipe import Recipe, load_recipe
 
@@ -62,7 +62,7 @@ def test_what_stays_in_a_machine_travels_faster() -> None:
         Collective(kind="all_reduce", purpose="gradients", payload=8e9, ranks=8, local=local) for local in (True, False)
     )
     assert travel_seconds(gpu, [local]) == pytest.approx(14e9 / 300e9)
-    assert travel_seconds(gpu, [local, far]) == pytest.approx(14e9 / 300e9 + 14e9 / 25e9)
+    assert travel_seconds(gpu, [local, far]) == pytest.approx(14e9 / 300e9 + 14e9 / 50e9)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
@@ -137,12 +137,31 @@ def test_a_cut_of_the_captions_is_what_texts_are_padded_to() -> None:
 
 
 def test_the_best_interval_loses_less_than_its_neighbours() -> None:
-    between = 3600 * 50_000 / 384
-    best = best_interval(1.0, between)
+    failures = Failures(stall=1.0, writing=0.0, between=3600 * 50_000 / 384)
+    best = failures.best_interval
     assert best / 60 == pytest.approx(16, abs=0.5)
-    assert 100 * lost_share(best, 1.0, between) == pytest.approx(0.2, abs=0.01)
-    assert lost_share(best, 1.0, between) < min(lost_share(factor * best, 1.0, between) for factor in (0.9, 1.1))
-    assert best_interval(1.0, 3600 * 50_000 / 4096) / 60 == pytest.approx(5, abs=0.1)
+    assert 100 * failures.lost_share(best) == pytest.approx(0.2, abs=0.01)
+    assert failures.lost_share(best) < min(failures.lost_share(factor * best) for factor in (0.9, 1.1))
+    many = replace(failures, between=3600 * 50_000 / 4096)
+    assert many.best_interval / 60 == pytest.approx(5, abs=0.1)
+
+
+def test_the_next_checkpoint_waits_until_the_one_before_is_written() -> None:
+    failures = Failures(stall=1.0, writing=600.0, between=10_000.0)
+    assert failures.best_interval == 600
+    assert failures.lost_share(600.0) == pytest.approx(1 / 600 + (300 + 600) / 10_000)
+    assert failures.lost_share(200.0) == pytest.approx(401 / 200 + (100 + 600) / 10_000)
+
+
+def test_the_published_run_is_held_up_for_a_copy_and_not_for_the_writing() -> None:
+    figures = plan_run(PUBLISHED, gpus=384, gpu="a100-40g", efficiency=0.156).figures
+    parameters = 1e6 * figures["parameters_million"]
+    assert PUBLISHED.parallel.kind == "ddp"
+    assert figures["checkpoint_stall_seconds"] == pytest.approx(12 * parameters / 5e9)
+    assert figures["checkpoint_writing_seconds"] == pytest.approx(figures["checkpoint_gigabytes"])
+    assert figures["failure_loss_percent_at_best"] == pytest.approx(0.26, abs=0.01)
+    out = plan_run(replace(PUBLISHED, parallel=ParallelConfig(kind="fsdp")), gpus=384, gpu="a100-40g").figures
+    assert out["checkpoint_stall_seconds"] == pytest.approx(4 * parameters / 5e9, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +174,7 @@ def test_the_best_interval_loses_less_than_its_neighbours() -> None:
         (
             {"size": "coca_ViT-L-14", "data": {"train": "x", "batch_size": 1024}},
             2,
-            "512 samples at a time do not fit into the memory of one l40s, 95 do: take at least 11 GPUs, or set "
+            "512 samples at a time do not fit into the memory of one l40s, 95 do: take 16 GPUs, or set "
             "accumulation = 8",
         ),
         (
@@ -171,6 +190,19 @@ def test_what_cannot_run_is_warned_of(changes: dict, gpus: int, message: str) ->
     assert f"warning: {message}" in plan.table()
 
 
+def test_what_a_warning_advises_warns_of_nothing() -> None:
+    changes = {"size": "coca_ViT-L-14", "data": {"train": "x", "batch_size": 90112, "streams": 256}}
+    (warning,) = plan_run(recipe(**changes), gpus=256, gpu="a100-80g").warnings
+    assert warning.endswith(
+        'do: set parallel.recompute = "blocks", or take 512 GPUs and set data.streams = 512, or set accumulation = 2'
+    )
+    again = recipe(**changes, parallel={"recompute": "blocks"})
+    parts = recipe(**changes, accumulation=2)
+    more = recipe(**changes | {"data": changes["data"] | {"streams": 512}})
+    for advised, gpus in ((again, 256), (more, 512), (parts, 256)):
+        assert plan_run(advised, gpus=gpus, gpu="a100-80g").warnings == []
+
+
 def test_a_run_that_fits_warns_of_nothing() -> None:
     assert plan_run(recipe(), gpus=16, gpu="l40s").warnings == []
 
@@ -180,10 +212,14 @@ def test_a_run_that_fits_warns_of_nothing() -> None:
     [
         ({"gpu": "a100"}, "unknown GPU 'a100'; the GPUs are a100-40g"),
         ({"gpus": 0}, "gpus is 0"),
-        ({"gpus_per_machine": 0}, "gpus_per_machine 0"),
+        ({"gpus_per_machine": 0}, "gpus_per_machine is 0; it must be at least 1"),
+        ({"efficiency": float("nan")}, "efficiency is nan"),
+        ({"text_tokens": float("nan")}, "text_tokens is nan"),
         ({"efficiency": 1.5}, "efficiency is 1.5"),
         ({"text_tokens": 17.0}, "text_tokens is 17.0; it must be from 2 to 16"),
-        ({"hours_between_failures": 0.0}, "hours_between_failures 0.0"),
+        ({"hours_between_failures": 0.0}, "hours_between_failures is 0.0; it must be a finite number above 0"),
+        ({"hours_between_failures": float("nan")}, "hours_between_failures is nan"),
+        ({"hours_between_failures": float("inf")}, "hours_between_failures is inf"),
     ],
 )
 def test_a_wrong_argument_says_what_is_wrong(changes: dict, message: str) -> None:

@@ -32,6 +32,23 @@ def test_utilisation_is_what_the_plan_says_of_the_same_speed() -> None:
     assert 0.3 < found < 0.5
 
 
+def test_the_plan_spares_a_frozen_tower_its_backward_pass_as_training_does() -> None:
+    values = {"size": "coca_ViT-L-14", "steps": 2000, "out": "none", "data": {"train": "none", "batch_size": 1024}}
+    whole, frozen = (
+        plan_run(build(Recipe, values | {"precision": "bf16", "frozen": names}), gpus=8, gpu="h100-80g")
+        for names in ((), ("vision",))
+    )
+    forward = frozen.flops["image encoder"]
+    assert frozen.training_flops["image encoder"] == forward and whole.training_flops["image encoder"] == 3 * forward
+    assert frozen.figures["step_seconds"] < 0.7 * whole.figures["step_seconds"]
+    encoder = model("coca_ViT-L-14")
+    encoder.vision.requires_grad_(False)
+    found = ModelUtilisation(encoder, LossConfig(), Peak(flops=989e12, source="the table"))
+    assert 100 * found(frozen.figures["samples_per_second_per_gpu"], 76.0) == pytest.approx(
+        frozen.figures["mfu_percent"], rel=1e-9
+    )
+
+
 def test_longer_texts_at_the_same_speed_use_more() -> None:
     of = utilisation(model())
     assert of(100.0, 12.0) > of(100.0, 6.0)

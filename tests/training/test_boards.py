@@ -7,7 +7,7 @@ import pytest
 from contracap.config import build
 from contracap.recipe import Recipe
 from contracap.trainer import train
-from contracap.training.boards import open_boards
+from contracap.training.boards import BoardError, open_boards
 
 
 class Wandb:
@@ -71,6 +71,22 @@ def test_a_project_without_the_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"wandb = 'captions' needs .*: pip install 'contracap\[wandb\]'"):
         train(build(Recipe, recipe_values | {"wandb": "captions"}))
+    assert not Path(recipe_values["out"]).exists()  # the run has not begun
+
+
+def test_a_board_that_cannot_begin_says_what_would_do_and_leaves_no_id(
+    tmp_path: Path, wandb: Wandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        BoardError,
+        match=r"^wandb = 'captions' cannot be begun: api_key not configured \(no-tty\)\. Log in .*offline",
+    ):
+        open_boards(tmp_path, start=0, wandb="captions", settings={})
+    assert not (tmp_path / "wandb-id.txt").exists()
 
 
 def test_boards_show_figures_and_captions(tmp_path: Path, wandb: Wandb) -> None:

@@ -90,7 +90,8 @@ class Suite:
     """
 
     def __init__(self, config: EvaluationConfig, processor: Processor):
-        """Raises: FileNotFoundError, ValueError: if shards are missing, or a file does not hold what it should."""
+        """Raises: FileNotFoundError, ValueError: if shards are missing, or a file does not hold what it should, such as
+        a label in the first sample of `zeroshot`."""
         tables = [table.data for table in (config.zeroshot, config.captions) if table is not None]
         for data in [*tables, *([config.retrieval] if config.retrieval is not None else [])]:
             list_shards(data)  # a wrong path is found now, not hours later
@@ -100,9 +101,10 @@ class Suite:
             self._evaluators["retrieval"] = Retrieval(config.retrieval, processor)
         if (zeroshot := config.zeroshot) is not None:
             templates = load_templates(zeroshot.templates) if zeroshot.templates else TEMPLATES
-            self._evaluators["zeroshot"] = ZeroShot(
-                zeroshot.data, processor, classes=load_classes(zeroshot.classes), templates=templates
-            )
+            classes = load_classes(zeroshot.classes)
+            evaluator = ZeroShot(zeroshot.data, processor, classes=classes, templates=templates)
+            evaluator.label(next(sample_batches(zeroshot.data, 1))[0])
+            self._evaluators["zeroshot"] = evaluator
         self.captions: list[Mapping[str, Any]] = []
 
     def __bool__(self) -> bool:

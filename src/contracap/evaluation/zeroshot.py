@@ -90,11 +90,15 @@ class ZeroShot:
         with evaluating(model):
             weights = classifier(model, self.processor, self.classes, self.templates, batch_size=self.batch_size)
             for batch in sample_batches(self.source, self.batch_size):
-                labels += [self._label(sample) for sample in batch]
+                labels += [self.label(sample) for sample in batch]
                 scores.append(logits(embed_pictures(model, self.processor, batch), weights).cpu())
         return torch.cat(scores), torch.tensor(labels)
 
-    def _label(self, sample: Sample) -> int:
+    def label(self, sample: Sample) -> int:
+        """The class of a sample.
+
+        Raises: ValueError: if it has no label, or one without a class.
+        """
         label = sample.fields.get("label")
         if not isinstance(label, int) or not 0 <= label < len(self.classes):
             raise ValueError(

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from contracap.losses import LossConfig
-from contracap.model.coca import CoCaConfig, KernelConfig
+from contracap.model.coca import CoCa, CoCaConfig, KernelConfig
 
 KERNELS = KernelConfig()
+TOWERS = {"image encoder": "vision", "text encoder": "text"}  # fed data alone: frozen as a whole, they go forward only
 BACKWARD = 2  # forward passes that a backward pass takes: one product for the inputs, one for the weights
 
 
@@ -184,6 +185,17 @@ def block_flops(config: CoCaConfig, tokens: Tokens) -> Mapping[str, float]:
         "decoder scores": layers * 4 * tokens.decoder_columns * memories * tokens.memory * width,
         "decoder feed-forward": layers * 4 * tokens.decoder * width * hidden,
     }
+
+
+def training_flops(model: CoCa, forward: Mapping[str, float]) -> Mapping[str, float]:
+    """Operations of forward and backward pass by part, from those of the forward pass. A tower that is frozen as a
+    whole is spared the backward pass."""
+    frozen = {
+        part
+        for part, name in TOWERS.items()
+        if not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
+    }
+    return {part: (1 if part in frozen else 1 + BACKWARD) * flops for part, flops in forward.items()}
 
 
 def _self_block(rows: float, columns: float, width: int, hidden: int) -> float:

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from contracap.losses import CAPTION_CHUNK, CONTRASTIVE_CHUNK
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.plan.flops import Tokens
 from contracap.plan.parameters import EXACT, MOMENTS, Shares
 from contracap.recipe import Recipe
 
 STATISTICS = 2 * EXACT  # mean and deviation, which a norm keeps of each row
-CAPTION_CHUNK = CONTRASTIVE_CHUNK = 4096  # rows and columns that `losses` scores at a time on a GPU
 
 
 def saved_bytes(config: CoCaConfig, tokens: Tokens, *, product: int, recompute: bool = False) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ from torch import nn
 from contracap.model.coca import CoCa
 from contracap.parallel import Kind, units
 from contracap.recipe import Recipe
-from contracap.training.optimizer import freeze
+from contracap.training.optimizer import freeze, freeze_unused
 
 EXACT = 4  # bytes of a float32 number: weights, gradients, moments, the residual stream, what norms read
 MOMENTS = 2  # that AdamW keeps of each parameter
@@ -21,8 +21,7 @@ def planned_model(recipe: Recipe) -> CoCa:
     with torch.device("meta"):
         model = CoCa(recipe.model_config)
     freeze(model, recipe.frozen)
-    freeze(model, [] if recipe.loss.contrastive else model.only_for_contrastive())
-    freeze(model, [] if recipe.loss.captioning else model.only_for_captioning())
+    freeze_unused(model, recipe.loss)
     return model
 
 
@@ -39,6 +38,12 @@ def checkpoint_bytes(model: CoCa, *, averaged: bool) -> int:
         weights += parameter.numel() * EXACT + WEIGHTS_ENTRY
         moments += (parameter.numel() * EXACT * MOMENTS + OPTIMIZER_ENTRY) * parameter.requires_grad
     return weights * (1 + averaged) + moments
+
+
+def snapshot_bytes(model: CoCa, shares: "Shares", *, averaged: bool) -> int:
+    """Bytes that are copied off the first GPU for a checkpoint: all weights, and its own share of the moments."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return (weights * (1 + averaged) + shares.trained * MOMENTS) * EXACT
 
 
 @dataclass(frozen=True, kw_only=True)

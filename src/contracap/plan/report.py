@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from contracap.evaluation.result import Result
-from contracap.plan.flops import BACKWARD
 from contracap.plan.traffic import Collective
 
 NAMES, CELLS = 48, 15  # characters of a column
@@ -22,7 +21,8 @@ class Plan:
         samples: of the whole run.
         parameters: by part.
         flops: operations of a sample's forward pass by part, at the mean length of the texts.
-        padded_flops: likewise with texts that fill the context.
+        training_flops: likewise of forward and backward pass.
+        padded_flops, padded_training_flops: likewise with texts that fill the context.
         memory: bytes on each GPU by part.
         seconds: of a step by what they go to.
         collectives: of a step.
@@ -35,7 +35,9 @@ class Plan:
     samples: int
     parameters: Mapping[str, int]
     flops: Mapping[str, float]
+    training_flops: Mapping[str, float]
     padded_flops: Mapping[str, float]
+    padded_training_flops: Mapping[str, float]
     memory: Mapping[str, float]
     seconds: Mapping[str, float]
     collectives: Sequence[Collective]
@@ -43,11 +45,8 @@ class Plan:
 
     def table(self) -> str:
         """The plan for a terminal."""
-        passes = (1, 1 + BACKWARD)
-        flops = {
-            name: [times * number for number in (forward, self.padded_flops[name]) for times in passes]
-            for name, forward in self.flops.items()
-        }
+        columns = (self.flops, self.training_flops, self.padded_flops, self.padded_training_flops)
+        flops = {name: [column[name] for column in columns] for name in self.flops}
         heads = ["forward", "+ backward", "padded forward", "+ backward"]
         collectives = {
             f"{each.kind}, {each.purpose}, {each.ranks} GPUs": [each.payload, each.sent] for each in self.collectives

@@ -1,25 +1,36 @@
 """From a recipe to its plan: nothing is computed, read from afar, or asked of a GPU."""
 
+import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from contracap.data.index import read_index
 from contracap.data.loader import DataConfig, SourceConfig
 from contracap.data.shards import list_shards
 from contracap.losses import LossConfig
-from contracap.plan.flops import BACKWARD, Texts, block_flops, forward_flops, tokens_of
+from contracap.plan.flops import BACKWARD, Texts, block_flops, forward_flops, tokens_of, training_flops
 from contracap.plan.gpus import Gpu, find_gpu
 from contracap.plan.memory import memory_parts, saved_bytes
-from contracap.plan.parameters import EXACT, checkpoint_bytes, count_parameters, planned_model, shares_of
+from contracap.plan.parameters import (
+    EXACT,
+    checkpoint_bytes,
+    count_parameters,
+    planned_model,
+    shares_of,
+    snapshot_bytes,
+)
 from contracap.plan.report import GIB, Plan
-from contracap.plan.speed import WRITING, best_interval, lost_share, step_seconds
+from contracap.plan.speed import COPYING, WRITING, Failures, step_seconds
 from contracap.plan.traffic import KINDS, bytes_by_kind, collectives_of
 from contracap.recipe import Recipe
 
 USABLE = 0.92  # share of a GPU's memory; CUDA, buffers between GPUs and gaps between tensors take the rest: estimated
 MOST_ROWS = 2**20
+Fits = Callable[[Recipe, int], bool]  # whether a step of the recipe on so many GPUs has the memory it takes
 
 
 def plan_run(
@@ -45,11 +56,11 @@ def plan_run(
     Raises: ValueError: if an argument is out of range, or there is no such GPU.
     """
     machine, config = find_gpu(gpu), recipe.model_config
-    if min(gpus, gpus_per_machine) < 1 or hours_between_failures <= 0:
-        raise ValueError(
-            f"gpus is {gpus}, gpus_per_machine {gpus_per_machine} and hours_between_failures {hours_between_failures}; "
-            "all must be above 0"
-        )
+    for name, number in {"gpus": gpus, "gpus_per_machine": gpus_per_machine}.items():
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
+    if not 0 < hours_between_failures < math.inf:
+        raise ValueError(f"hours_between_failures is {hours_between_failures}; it must be a finite number above 0")
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency is {efficiency}; it must be above 0 and at most 1")
     context = min(config.text.context, recipe.data.captions.max_tokens or config.text.context)
@@ -67,8 +78,9 @@ def plan_run(
     product, peak = (EXACT, machine.fp32) if recipe.precision == "fp32" else (2, machine.bf16)
     share = batch / gpus
     rows = share / parts
-    flops = forward_flops(config, tokens)
-    forward = share * sum(flops.values())
+    flops, blocks = forward_flops(config, tokens), block_flops(config, tokens)
+    training = training_flops(model, flops)
+    again = (sum(training_flops(model, blocks).values()) - sum(blocks.values())) / BACKWARD
     features = 0.0
     if parts > 1 and tokens.contrastive:
         alone = tokens_of(config, LossConfig(captioning=0.0), texts, recipe.kernels)
@@ -77,15 +89,21 @@ def plan_run(
     def memory(rows: float) -> Mapping[str, float]:
         return memory_parts(recipe, model, shares, tokens, rows=rows, product=product)
 
+    def fits(changed: Recipe, gpus: int) -> bool:
+        others = shares_of(model, changed.parallel.kind, gpus=gpus, per_machine=gpus_per_machine)
+        rows = batch / gpus / changed.accumulation
+        return sum(memory_parts(changed, model, others, tokens, rows=rows, product=product).values()) <= usable
+
     usable = USABLE * machine.memory
     largest = bisect_right(range(1, MOST_ROWS), usable, key=lambda rows: sum(memory(float(rows)).values()))
     collectives = collectives_of(recipe, shares, rows=share, product=product)
     seconds = step_seconds(
         machine,
         rate=efficiency * peak,
-        forward_flops=forward,
+        forward_flops=share * sum(flops.values()),
+        training_flops=share * sum(training.values()),
         features_flops=features,
-        recomputed_flops=share * sum(block_flops(config, tokens).values()) * recompute,
+        recomputed_flops=share * again * recompute,
         saved_bytes=share * sum(saved_bytes(config, tokens, product=product, recompute=recompute).values()),
         trained=shares.trained,
         parts=parts,
@@ -103,7 +121,7 @@ def plan_run(
         "largest_batch_per_gpu": float(recipe.accumulation * largest),
         "step_seconds": step,
         "samples_per_second_per_gpu": share / step,
-        "mfu_percent": 100 * (1 + BACKWARD) * forward / step / peak,
+        "mfu_percent": 100 * share * sum(training.values()) / step / peak,
         **{f"{kind}_megabytes_per_step": bytes_by_kind(collectives)[kind] / 1e6 for kind in KINDS},
         "sent_megabytes_per_step": sum(each.sent for each in collectives) / 1e6,
         "hours": hours,
@@ -111,17 +129,25 @@ def plan_run(
         "gpu_hours": hours * gpus,
         "checkpoint_gigabytes": checkpoint / 1e9,
     }
-    figures |= _failures(recipe, step=step, stall=checkpoint / WRITING, between=3600 * hours_between_failures / gpus)
+    failures = Failures(
+        stall=snapshot_bytes(model, shares, averaged=recipe.ema_decay > 0) / COPYING,
+        writing=checkpoint / WRITING,
+        between=3600 * hours_between_failures / gpus,
+    )
+    figures |= _failure_figures(recipe, failures, step=step)
+    padded_flops = forward_flops(config, tokens_of(config, recipe.loss, padded, recipe.kernels))
     precision = "fp32" if product == EXACT else "bf16"
     return Plan(
         title=f"{recipe.size} on {gpus} {gpu}, {recipe.parallel.kind}, {precision}: {recipe.steps:,} steps of "
         f"{batch:,} samples, {share:,.5g} on each GPU, texts of {texts.mean:.1f} tokens in the mean",
         assumptions=_assumptions(machine, rate=efficiency * peak, padded=known is None),
-        warnings=_warnings(recipe, gpus=gpus, gpu=gpu, largest=largest),
+        warnings=_warnings(recipe, fits, gpus=gpus, gpu=gpu, per_machine=gpus_per_machine, largest=largest),
         samples=recipe.steps * batch,
         parameters=count_parameters(model),
         flops=flops,
-        padded_flops=forward_flops(config, tokens_of(config, recipe.loss, padded, recipe.kernels)),
+        training_flops=training,
+        padded_flops=padded_flops,
+        padded_training_flops=training_flops(model, padded_flops),
         memory=memory(rows),
         seconds=seconds,
         collectives=collectives,
@@ -158,15 +184,17 @@ def caption_texts(data: DataConfig, context: int) -> Texts | None:
     return Texts(mean=mean, longest=max(length for length, _ in cut))
 
 
-def _failures(recipe: Recipe, *, step: float, stall: float, between: float) -> dict[str, float]:
-    """What checkpoints and failures cost, all in seconds: with the recipe's checkpoints, and with the best ones."""
+def _failure_figures(recipe: Recipe, failures: Failures, *, step: float) -> dict[str, float]:
+    """What checkpoints and failures cost: with the recipe's checkpoints, and with the best ones."""
     run = recipe.steps * step
-    interval, best = min(recipe.checkpoint.every * step, run), min(best_interval(stall, between), run)
+    interval, best = min(recipe.checkpoint.every * step, run), min(failures.best_interval, run)
     return {
-        "hours_between_failures": between / 3600,
-        "failure_loss_percent": 100 * lost_share(interval, stall, between),
+        "hours_between_failures": failures.between / 3600,
+        "checkpoint_stall_seconds": failures.stall,
+        "checkpoint_writing_seconds": failures.writing,
+        "failure_loss_percent": 100 * failures.lost_share(interval),
         "best_steps_between_checkpoints": best / step,
-        "failure_loss_percent_at_best": 100 * lost_share(best, stall, between),
+        "failure_loss_percent_at_best": 100 * failures.lost_share(best),
     }
 
 
@@ -174,14 +202,15 @@ def _assumptions(gpu: Gpu, *, rate: float, padded: bool) -> list[str]:
     found = [
         f"{rate / 1e12:,.1f} TFLOP/s in forward and backward pass, {gpu.bandwidth / 1e12:.2f} TB/s in memory, "
         f"{gpu.local_link / 1e9:.1f} GB/s to GPUs of the same machine, {gpu.link / 1e9:.1f} GB/s to others, "
-        f"{WRITING / 1e9:.1f} GB/s for checkpoints; data comes fast enough"
+        f"{COPYING / 1e9:.1f} GB/s for a checkpoint off a GPU and {WRITING / 1e9:.1f} GB/s for writing it while steps "
+        "go on; data comes fast enough"
     ]
     if padded:
         found.append("every text fills the context: give the mean length of the captions, or index local shards")
     return found
 
 
-def _warnings(recipe: Recipe, *, gpus: int, gpu: str, largest: int) -> list[str]:
+def _warnings(recipe: Recipe, fits: Fits, *, gpus: int, gpu: str, per_machine: int, largest: int) -> list[str]:
     batch, streams, parts = recipe.data.batch_size, recipe.data.stream_count, recipe.accumulation
     found = []
     if batch % (gpus * parts):
@@ -195,11 +224,26 @@ def _warnings(recipe: Recipe, *, gpus: int, gpu: str, largest: int) -> list[str]
         found.append(f"data.streams {streams} cannot be shared by {gpus} GPUs: set it to {gpus}, or a multiple of it")
     if not largest:
         found.append(f"not a single sample fits into the memory of one {gpu}: take a larger GPU, or a smaller size")
-    elif batch > largest * parts * gpus:
-        fewest = -(-batch // (largest * parts))
-        enough = [each for each in range(parts, batch) if batch % (gpus * each) == 0 and batch <= largest * each * gpus]
+    elif not fits(recipe, gpus):
         found.append(
             f"{batch / gpus / parts:,.5g} samples at a time do not fit into the memory of one {gpu}, {largest} do: "
-            f"take at least {fewest} GPUs" + (f", or set accumulation = {enough[0]}" if enough else "")
+            + (", or ".join(_ways_to_fit(recipe, fits, gpus=gpus, per_machine=per_machine)) or "take a larger GPU")
         )
     return found
+
+
+def _ways_to_fit(recipe: Recipe, fits: Fits, *, gpus: int, per_machine: int) -> Iterator[str]:
+    """What would do, each by itself; GPUs that the streams of the data can be shared by come before fewer others."""
+    batch, streams, parts = recipe.data.batch_size, recipe.data.stream_count, recipe.accumulation
+    again = replace(recipe, parallel=replace(recipe.parallel, recompute="blocks"))
+    if again != recipe and fits(again, gpus):
+        yield 'set parallel.recompute = "blocks"'
+    numbers = [number for number in range(gpus + 1, batch // parts + 1) if not batch % (number * parts)]
+    if recipe.parallel.kind == "hsdp":
+        numbers = [number for number in numbers if not number % min(number, per_machine)]
+    numbers.sort(key=lambda number: streams % number > 0)
+    for number in islice((number for number in numbers if fits(recipe, number)), 1):
+        yield f"take {number} GPUs" + (f" and set data.streams = {number}" if streams % number else "")
+    cuts = (cut for cut in range(parts + 1, batch // gpus + 1) if not batch % (gpus * cut))
+    for cut in islice((cut for cut in cuts if fits(replace(recipe, accumulation=cut), gpus)), 1):
+        yield f"set accumulation = {cut}"

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from contracap.plan.flops import BACKWARD
 from contracap.plan.gpus import Gpu
 from contracap.plan.traffic import Collective
 
 UPDATE_BYTES = 40  # moved in a GPU's memory for each parameter: its gradient is clipped (12), then AdamW (28)
-WRITING = 1e9  # bytes a second that a checkpoint is written with: an assumption
+COPYING = (
+    5e9  # bytes a second that a checkpoint is copied off a GPU with, into memory that is not pinned: an assumption
+)
+WRITING = 1e9  # bytes a second that it is then written with, beside the steps: an assumption
 
 
 def step_seconds(
@@ -16,6 +19,7 @@ def step_seconds(
     *,
     rate: float,
     forward_flops: float,
+    training_flops: float,
     features_flops: float,
     recomputed_flops: float,
     saved_bytes: float,
@@ -32,15 +36,17 @@ def step_seconds(
     Args:
         rate: operations a second that the arithmetic reaches.
         forward_flops, saved_bytes: of all samples of this GPU.
+        training_flops: likewise, with those of the backward pass.
         features_flops: of the passes before the first part of a batch, for the contrastive loss.
         recomputed_flops: of what the backward pass computes again.
         trained: parameters with a gradient on this GPU.
         parts: that a batch is cut into.
     """
-    passes = max((1 + BACKWARD) * forward_flops / rate, 2 * saved_bytes / gpu.bandwidth)
+    passes = max(training_flops / rate, 2 * saved_bytes / gpu.bandwidth)
     features, recomputed = features_flops / rate, recomputed_flops / rate
-    forward = passes / (1 + BACKWARD) + features
-    backward = (passes * BACKWARD / (1 + BACKWARD) + recomputed) / parts
+    first = passes * forward_flops / training_flops
+    forward = first + features
+    backward = (passes - first + recomputed) / parts
 
     def travel(*purposes: str) -> float:
         return travel_seconds(gpu, (each for each in collectives if each.purpose in purposes))
@@ -63,16 +69,28 @@ def travel_seconds(gpu: Gpu, collectives: Iterable[Collective]) -> float:
     return math.fsum(each.sent / (gpu.local_link if each.local else gpu.link) for each in collectives)
 
 
-def best_interval(stall: float, between_failures: float) -> float:
-    """Seconds between checkpoints that lose the least. Source: J. W. Young, Comm. ACM 17 (1974).
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """What checkpoints and failures cost; a checkpoint is copied between two steps and written beside them.
 
-    Args:
+    Attributes:
         stall: seconds that a checkpoint holds the run up.
-        between_failures: mean seconds from one failure of any GPU to the next.
+        writing: seconds until it is whole. The next one waits for that.
+        between: mean seconds from one failure of any GPU to the next.
     """
-    return math.sqrt(2 * stall * between_failures)
 
+    stall: float
+    writing: float
+    between: float
 
-def lost_share(interval: float, stall: float, between_failures: float) -> float:
-    """Share of the time that goes to writing checkpoints and, after a failure, to repeating half an interval."""
-    return stall / interval + interval / (2 * between_failures)
+    @property
+    def best_interval(self) -> float:
+        """Seconds between checkpoints that lose the least. Source: J. W. Young, Comm. ACM 17 (1974), for what lies
+        above the time that writing takes."""
+        return max(self.writing, math.sqrt(2 * self.stall * self.between))
+
+    def lost_share(self, interval: float) -> float:
+        """Share of the time that goes to checkpoints every `interval` seconds of steps and, after a failure, to
+        repeating half an interval and what was done while the lost checkpoint was written."""
+        waiting = max(0.0, self.writing - interval)
+        return (self.stall + waiting) / interval + (interval / 2 + self.writing) / self.between

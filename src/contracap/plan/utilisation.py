@@ -6,7 +6,7 @@ import torch
 
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa
-from contracap.plan.flops import BACKWARD, Texts, forward_flops, tokens_of
+from contracap.plan.flops import Texts, forward_flops, tokens_of, training_flops
 from contracap.plan.gpus import find_gpu
 
 # What the driver calls the GPUs of the table; others of the same family, such as an H100 for PCIe, are slower.
@@ -20,8 +20,6 @@ DEVICES = {
     "NVIDIA L40S": "l40s",
     "NVIDIA GeForce RTX 4090": "rtx-4090",
 }
-# Towers that are fed data alone: frozen as a whole, they need no backward pass.
-TOWERS = {"image encoder": "vision", "text encoder": "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +60,7 @@ class ModelUtilisation:
 
     def __init__(self, model: CoCa, loss: LossConfig, peak: Peak):
         self.peak = peak
-        self._config, self._loss = model.config, loss
-        frozen = {
-            part
-            for part, name in TOWERS.items()
-            if not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
-        }
-        self._passes = {part: 1 if part in frozen else 1 + BACKWARD for part in TOWERS}
+        self._model, self._loss = model, loss
 
     def __str__(self) -> str:
         return (
@@ -78,10 +70,9 @@ class ModelUtilisation:
 
     def flops(self, tokens: float) -> float:
         """Operations for one sample in training, its text of `tokens` tokens, start and end included."""
-        parts = forward_flops(
-            self._config, tokens_of(self._config, self._loss, Texts(mean=tokens, longest=round(tokens)))
-        )
-        return sum(self._passes.get(part, 1 + BACKWARD) * flops for part, flops in parts.items())
+        config, texts = self._model.config, Texts(mean=tokens, longest=round(tokens))
+        forward = forward_flops(config, tokens_of(config, self._loss, texts))
+        return sum(training_flops(self._model, forward).values())
 
     def __call__(self, samples_per_second: float, tokens: float) -> float:
         """MFU from the speed of one device and the mean length of the texts, as a share from 0 to 1."""

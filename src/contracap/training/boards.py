@@ -13,6 +13,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb-id.txt"
 
 
+class BoardError(RuntimeError):
+    """A board that cannot be opened; the message says what would do."""
+
+
 @runtime_checkable
 class Board(Protocol):
     """Something that shows numbers and texts by step."""
@@ -38,10 +42,26 @@ def open_boards(folder: Path, *, start: int, wandb: str | None, settings: Mappin
         wandb: project of Weights & Biases.
         settings: of the run, for those who compare runs.
 
-    Raises: ImportError: if `wandb` is named and its package is missing.
+    Raises: ImportError, BoardError: if `wandb` is named and its package is missing, or cannot begin.
     """
     others = [WeightsAndBiases(folder, project=wandb, settings=settings)] if wandb is not None else []
     return [TensorBoard(folder, start=start), *others]
+
+
+def require_wandb(project: str | None) -> None:
+    """To be asked on every rank before a run begins, though one of them shows it.
+
+    Raises: ImportError: if a project is named and the package of Weights & Biases is missing.
+    """
+    if project is None:
+        return
+    try:
+        importlib.import_module("wandb")
+    except ImportError:
+        raise ImportError(
+            f"wandb = {project!r} needs the package of Weights & Biases: pip install 'contracap[wandb]', or leave "
+            "the key out"
+        ) from None
 
 
 class TensorBoard:
@@ -71,26 +91,27 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, *, project: str, settings: Mapping[str, Any]):
-        """Raises: ImportError: if the package is missing."""
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise ImportError(
-                f"wandb = {project!r} needs the package of Weights & Biases: pip install 'contracap[wandb]', or leave "
-                "the key out"
-            ) from None
+        """Raises: ImportError: if the package is missing. BoardError: if it cannot begin."""
+        require_wandb(project)
+        wandb = importlib.import_module("wandb")
         known = folder / WANDB_ID_FILE
-        if not known.is_file():
-            write_text(known, secrets.token_hex(4) + "\n")
+        id = known.read_text().strip() if known.is_file() else secrets.token_hex(4)
         self._table = wandb.Table
-        self._run = wandb.init(
-            project=project,
-            dir=str(folder),
-            name=folder.name,
-            id=known.read_text().strip(),
-            resume="allow",
-            config=dict(settings),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                dir=str(folder),
+                name=folder.name,
+                id=id,
+                resume="allow",
+                config=dict(settings),
+            )
+        except Exception as error:  # of its own kinds, by what its server, its account or its settings lack
+            raise BoardError(
+                f"wandb = {project!r} cannot be begun: {' '.join(str(error).split()) or type(error).__name__}. "
+                "Log in with `wandb login`, set WANDB_MODE=offline, or leave the key out"
+            ) from error
+        write_text(known, id + "\n")
         # Their own count only grows; after a resume ours may go back to the checkpoint's step.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

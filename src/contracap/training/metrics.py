@@ -3,6 +3,7 @@ terminal; and a line for each skipped sample, spike and sample caption in a file
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +86,7 @@ class Recorder:
 
     def _line(self, name: str, values: Mapping[str, Any]) -> None:
         with (self._folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
 
 
 class Silent(Recorder):
@@ -114,8 +115,17 @@ class Silent(Recorder):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order."""
+    """The records of a run, in order; a number that was NaN or infinite is None."""
     return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _forget_after(path: Path, step: int) -> None:

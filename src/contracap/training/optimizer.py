@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from contracap.losses import LossConfig
+from contracap.model.coca import CoCa
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -32,10 +35,13 @@ class OptimizerConfig:
                 "the learning rates must be 0 <= final_rate <= peak_rate, with peak_rate above 0; "
                 f"they are {self.final_rate} and {self.peak_rate}"
             )
-        if self.warmup_steps < 0 or self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError("warmup_steps, weight_decay and clip_norm must not be negative")
-        if not all(0 <= beta < 1 for beta in self.betas) or self.epsilon <= 0:
-            raise ValueError(f"betas {self.betas} must be at least 0 and below 1, and epsilon {self.epsilon} above 0")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {list(self.betas)}; each must be at least 0 and below 1")
+        if self.epsilon <= 0:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be above 0")
 
 
 def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
@@ -91,3 +97,9 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
             raise ValueError(f"frozen: no parameter's name begins with {prefix!r}; the parts are {parts}")
         for parameter in chosen:
             parameter.requires_grad_(False)
+
+
+def freeze_unused(model: CoCa, loss: LossConfig) -> None:
+    """Likewise of what only a loss that the run does without would train."""
+    freeze(model, [] if loss.contrastive else model.only_for_contrastive())
+    freeze(model, [] if loss.captioning else model.only_for_captioning())

@@ -1,0 +1,30 @@
+"""How a verb that goes wrong says so."""
+
+import sys
+import traceback
+from pathlib import Path
+
+
+def fail(message: str, *, status: int = 1) -> int:
+    """One line on stderr; returns the exit status."""
+    print(f"contracap: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether an error tells a user what was wrong: one that this package raised, or the system's word on a file.
+
+    Anything else is a mistake of ours, and is shown with its traceback.
+    """
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    raised_by_us = raised_in.is_relative_to(Path(__file__).parent.parent) and isinstance(
+        error, ValueError | ImportError
+    )
+    return raised_by_us or isinstance(error, OSError) or type(error).__module__.startswith("contracap.")
+
+
+def message(error: Exception) -> str:
+    """What was wrong, and with which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,45 @@
+"""What several verbs take, and what they make of it."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from contracap.model.coca import CoCa
+    from contracap.processor import Processor
+
+WeightsName = Annotated[
+    str, arg(metavar="WEIGHTS", help="a run's checkpoint, a weights file, a folder or an hf-hub: name")
+]
+Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
+ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]
+Beams = Annotated[int, arg(help="for captions: how many are searched side by side for a picture; 1 is greedy decoding")]
+LengthPenalty = Annotated[
+    float,
+    arg(help="for captions: ranked by log-probability / length to this power; 0 ranks by the sum, for shorter ones"),
+]
+Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one for each core")]
+
+
+def worker_count(wanted: int | None) -> int:
+    """Processes, by default one for each core."""
+    return (os.cpu_count() or 1) if wanted is None else wanted
+
+
+def command_line() -> str:
+    """As it was typed."""
+    return shlex.join(["contracap", *sys.argv[1:]])
+
+
+def load_model(weights: str, size: str | None) -> "tuple[CoCa, Processor]":
+    """Any weights, on the GPU if there is one."""
+    import torch
+
+    from contracap.pretrained import load
+
+    model, processor = load(weights, size=size)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor

@@ -1,0 +1,70 @@
+"""The verbs that make a run, or plan one."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from contracap.cli.options import ResultFile, command_line
+
+
+def quickstart(
+    *, out: Annotated[Path, arg(metavar="DIR", help="folder for results.json, report.html and the run")]
+) -> None:
+    """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download."""
+    from contracap.quickstart import quickstart as run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run(out)
+
+
+def train(
+    recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="what to train, on what, how long, and where it goes")],
+    overrides: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="[KEY.PATH=VALUE ...]", help="changes to it, such as out=runs/first data.batch_size=64 resume=true"
+        ),
+    ] = (),
+    /,
+) -> None:
+    """Train as a recipe says; its key `out` is the run folder."""
+    from contracap.recipe import load_recipe
+    from contracap.trainer import train as run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(run(load_recipe(recipe, overrides)))
+
+
+def plan(
+    recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="the run")],
+    overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),
+    /,
+    *,
+    gpus: Annotated[int, arg(metavar="N", help="how many share each batch")],
+    gpu: Annotated[str, arg(metavar="NAME", help="a100-40g, a100-80g, h100-80g, h200-141g, l40s or rtx-4090")],
+    gpus_per_machine: Annotated[int, arg(help="they reach each other faster; under hsdp they share a model")] = 8,
+    efficiency: Annotated[float, arg(help="share of the GPU's dense peak that forward and backward pass reach")] = 0.5,
+    text_tokens: Annotated[
+        float | None, arg(help="mean length of the captions; by default that of index.json, else the whole context")
+    ] = None,
+    hours_between_failures: Annotated[float, arg(help="of one GPU")] = 50_000.0,
+    json: ResultFile = None,
+) -> None:
+    """Say what a run costs before it is paid for: memory, time and traffic, on paper."""
+    from contracap.plan.run import plan_run
+    from contracap.recipe import load_recipe
+
+    made = plan_run(
+        load_recipe(recipe, overrides),
+        gpus=gpus,
+        gpu=gpu,
+        gpus_per_machine=gpus_per_machine,
+        efficiency=efficiency,
+        text_tokens=text_tokens,
+        hours_between_failures=hours_between_failures,
+    )
+    if json is not None:
+        made.result(command_line()).write(json)
+    print(made.table())

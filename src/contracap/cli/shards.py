@@ -1,0 +1,91 @@
+"""The verbs of shards."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from contracap.cli.options import Workers, worker_count
+
+
+def make(
+    source: Annotated[Path, arg(metavar="SOURCE", help="a folder, a table, JSON or a token file: docs/data.md")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="DIR", help="folder for the shards, index.json and skipped.jsonl")],
+    kind: Annotated[
+        Literal["auto", "folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder"],
+        arg(help="what the source is; auto finds out"),
+    ] = "auto",
+    pictures: Annotated[
+        Path | None, arg(metavar="DIR", help="where the names of pictures start, if not beside the source")
+    ] = None,
+    split: Annotated[tuple[str, ...], arg(help="of Karpathy's JSON, those to take; by default all")] = (),
+    image_column: Annotated[str | None, arg(metavar="NAME", help="of a table, if it is not called as usual")] = None,
+    caption_column: Annotated[str | None, arg(metavar="NAME", help="likewise")] = None,
+    shorter_side: Annotated[
+        int | None, arg(metavar="PIXELS", help="make larger pictures smaller, as JPEG; by default all stay as they are")
+    ] = None,
+    samples_per_shard: Annotated[int, arg(help="pictures for each shard")] = 1000,
+    workers: Workers = None,
+) -> None:
+    """Make tar shards of a source. The same command goes on where it was interrupted."""
+    from contracap.data.making import SKIPPED_FILE, make_shards
+
+    made = make_shards(
+        source,
+        out,
+        kind=kind,
+        pictures=pictures,
+        splits=split,
+        image_column=image_column,
+        caption_column=caption_column,
+        shorter_side=shorter_side,
+        samples_per_shard=samples_per_shard,
+        workers=worker_count(workers),
+    )
+    print(f"{made.samples} samples in {made.shards} shards: {out}")
+    for reason, number in made.skipped.items():
+        print(f"skipped {number}: {reason}")
+    if made.skipped:
+        print(f"each is named in {out / SKIPPED_FILE}")
+
+
+def index(
+    folder: Annotated[str, arg(metavar="DIR", help="a folder of tar shards, or its URL")],
+    /,
+    *,
+    out: Annotated[Path | None, arg(metavar="DIR", help="another folder for index.json, as a remote DIR needs")] = None,
+    workers: Workers = None,
+) -> None:
+    """Write index.json beside shards: what each holds. Training then need not count their samples."""
+    from contracap.data.index import INDEX_FILE, index_folder
+
+    entries = index_folder(folder, workers=worker_count(workers), out=out)
+    samples, captions = (sum(getattr(entry, name) for entry in entries) for name in ("samples", "captions"))
+    print(f"{samples} samples with {captions} captions in {len(entries)} shards: {(out or Path(folder)) / INDEX_FILE}")
+
+
+def show(
+    paths: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="FILE.html", help="the page")] = Path("shards.html"),
+    recipe: Annotated[Path | None, arg(metavar="RECIPE.toml", help="crop the samples as this run would")] = None,
+    limit: Annotated[int | None, arg(help="samples to read, the first ones; by default all")] = None,
+    samples: Annotated[int, arg(help="samples on the page")] = 48,
+    seed: Annotated[int, arg(help="of the samples and their crops")] = 0,
+) -> None:
+    """Count what is in shards, and show some of their samples on a page as the trainer will see them."""
+    from contracap.data.show import survey_lines, write_page
+    from contracap.data.survey import survey
+    from contracap.image import AugmentationConfig, ImageConfig
+    from contracap.recipe import load_recipe
+
+    image, augmentation = ImageConfig(), AugmentationConfig()
+    if recipe is not None:
+        run = load_recipe(recipe)
+        image, augmentation = ImageConfig(size=run.model_config.vision.image_size), run.data.augmentation
+    found = survey(paths, limit=limit, sample_count=samples, seed=seed, image=image, augmentation=augmentation)
+    write_page(found, out)
+    print(*survey_lines(found), f"the page: {out}", sep="\n")
