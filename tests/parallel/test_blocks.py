@@ -56,3 +56,12 @@ def test_compiled_blocks_give_the_same_losses_and_gradients() -> None:
     for name in ("compiled", "both"):
         for numbers, expected in zip(found[name], found["plain"], strict=True):
             assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_stay_compiled_when_a_run_validates_and_evaluates() -> None:
+    subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("recompiled.py"))],
+        check=True,
+        capture_output=True,
+    )
