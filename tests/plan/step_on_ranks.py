@@ -3,9 +3,6 @@
 Many ranks are played by one, to which torch's fake process group pretends that the others are there.
 """
 
-import multiprocessing
-import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -29,6 +26,7 @@ from contracap.pretrained import random_model
 from contracap.recipe import Recipe
 from contracap.training.optimizer import build_optimizer
 from contracap.training.step import NonFiniteError, StepConfig, TrainingState, train_step
+from tests.distributed.forks import run_ranks
 
 ROWS, MOST_REAL, FAKE = 4, 8, 384
 
@@ -141,17 +139,8 @@ def main(out: Path, ranks: Ranks, names: list[str]) -> None:
     torch.save(heard, out / f"{ranks.rank}.pt")
 
 
-def start(rank: int, count: int, out: Path, port: int, names: list[str]) -> None:
-    """Be the rank that torchrun would start, of two machines."""
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count // 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in variables.items()})
+def start(out: Path, names: list[str]) -> None:
+    """Be a rank of two machines."""
     with started(torch.device("cpu")) as ranks:
         main(out, ranks, names)
 
@@ -173,21 +162,12 @@ def play(count: int, out: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # DDP and FSDP need these; the ranks, forks of this process, find them imported
-    import torch.distributed.fsdp
-
-    torch.set_num_threads(1)
     folder, count, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if count > MOST_REAL:
+        import torch._dynamo  # DDP and FSDP need these
+        import torch.distributed.fsdp
+
+        torch.set_num_threads(1)
         play(count, folder, names)
-        sys.exit()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forking = multiprocessing.get_context("fork")
-    ranks = [forking.Process(target=start, args=(rank, count, folder, port, names)) for rank in range(count)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    sys.exit(any(rank.exitcode for rank in ranks))
+    else:
+        run_ranks(count, lambda _: start(folder, names))
