@@ -147,7 +147,7 @@ def _share(
 ) -> Float[Tensor, ""]:
     """A number of this value, with these gradients."""
     slope = (image_features * to_images).sum() + (text_features * to_texts).sum() + logit_scale * to_scale
-    return value + slope - slope.detach()
+    return value + (slope - slope.detach())
 
 
 def count_labels(ids: Int64[Tensor, "batch tokens"], end: int) -> Int64[Tensor, ""]:
@@ -160,7 +160,7 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     `learning_rate`.
 
     A batch in parts has the losses and gradients of the batch in one.
-    Randomness (patch dropout) depends on the seed and the step alone, so that a resumed run repeats it.
+    Randomness (patch dropout) depends on seed, step and rank alone, so that a resumed run repeats it.
 
     Raises: NonFiniteError: before anything was changed.
     """
