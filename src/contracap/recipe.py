@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contracap.config import build, load_toml, to_dict
-from contracap.data.loader import DataConfig
+from contracap.data.config import DataConfig
 from contracap.evaluation.suite import EvaluationConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig, KernelConfig

@@ -14,7 +14,8 @@ from PIL import Image
 
 from contracap.data.batch import Batch
 from contracap.data.captions import CaptionConfig
-from contracap.data.loader import DataConfig, SourceConfig, TrainingBatches, evaluation_samples, joined_states
+from contracap.data.config import DataConfig, SourceConfig
+from contracap.data.loader import TrainingBatches, evaluation_samples, joined_states
 from contracap.data.order import OrderError
 from contracap.data.shards import SampleError, ShardError, write_shard
 from contracap.image import AugmentationConfig, ImageConfig

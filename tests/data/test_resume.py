@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from contracap.data.config import DataConfig
 from contracap.data.index import samples_in
-from contracap.data.loader import DataConfig, TrainingBatches, joined_states
+from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import Order, SampleStream, Source
 from contracap.data.shards import Sample, list_shards, write_shard
 from contracap.files import write_text

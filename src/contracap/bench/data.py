@@ -31,7 +31,8 @@ from contracap.bench.timing import (
     this_machine,
     threads,
 )
-from contracap.data.loader import DataConfig, TrainingBatches, evaluation_samples, validation_batches
+from contracap.data.config import DataConfig
+from contracap.data.loader import TrainingBatches, evaluation_samples, validation_batches
 from contracap.data.shards import list_shards, write_shard
 from contracap.image import AugmentationConfig, ImageConfig, normalise
 from contracap.model.layout import pack

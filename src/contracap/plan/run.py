@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from contracap.data.config import DataConfig, SourceConfig
 from contracap.data.index import read_index
-from contracap.data.loader import DataConfig, SourceConfig
 from contracap.data.shards import list_shards
 from contracap.losses import LossConfig
 from contracap.plan.flops import BACKWARD, Texts, block_flops, forward_flops, tokens_of, training_flops

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from contracap.data.loader import DataConfig, validation_batches
+from contracap.data.config import DataConfig
+from contracap.data.loader import validation_batches
 from contracap.data.shards import list_shards
 from contracap.model.coca import CoCa, evaluating
 from contracap.parallel import Ranks, Wrapped
