@@ -219,7 +219,8 @@ class Group:
             ]
             more.append(sorted(set(wanted) - set(known)))
         most = max(map(len, more))
-        table = torch.tensor([[*extra, *[-1] * (most - len(extra))] for extra in more]).to(places).view(-1, most)
+        table = torch.tensor([[*extra, *[-1] * (most - len(extra))] for extra in more]).to(places)
+        table = table.view(len(more), most)
         extra = ranked.gather(1, table.clamp(min=0)).masked_fill(table < 0, -math.inf)
         return torch.cat([ranks, extra], dim=1), torch.cat([places, table.clamp(min=0)], dim=1)
 

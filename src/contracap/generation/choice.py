@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contracap.config import ConfigError, assign, build
+from contracap.config import ConfigError, assign, build, to_dict
 from contracap.generation.beam import BeamSearch
 from contracap.generation.legacy import LegacyBeamSearch
 from contracap.generation.reranking import ContrastiveReranking
@@ -58,7 +58,9 @@ def reranking(values: Mapping[str, Any]) -> ContrastiveReranking:
     def unknown(cls: type) -> int:
         return len(set(inner) - {field.name for field in dataclasses.fields(cls)})
 
+    cls = min((Sampling, BeamSearch), key=unknown)
+    kept = to_dict(outer.of) if isinstance(outer.of, cls) else {}
     try:
-        return dataclasses.replace(outer, of=build(min((Sampling, BeamSearch), key=unknown), inner))
+        return dataclasses.replace(outer, of=build(cls, kept | dict(inner)))
     except ConfigError as error:
         raise ConfigError(f"in 'of': {error}") from None

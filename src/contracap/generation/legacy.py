@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -36,7 +35,7 @@ class LegacyBeamSearch:
     Source: open_clip 3.3.0, `CoCa._generate_beamsearch`; `BeamSearchScorer` of transformers.
     """
 
-    year: Literal[2023, 2024]
+    year: int
     max_tokens: int = 30
     min_tokens: int = 5
 

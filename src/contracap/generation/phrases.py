@@ -62,8 +62,8 @@ class Banned:
     """Phrases that must not occur.
 
     For each way in which a token can end a phrase, the token is forbidden where the text holds the rest of it. So that
-    "red." is no way around "red", tokens that the tokenizer would never put there are forbidden too: white space, a
-    digit that does not end a word, and a change between letters, digits and other signs inside a word.
+    "red." is no way around "red", tokens that the tokenizer would never put there are forbidden too: white space,
+    capital letters, a digit that does not end a word, and a change between letters, digits and other signs inside one.
     """
 
     def __init__(self, phrases: Sequence[str], vocabulary: Vocabulary, device: torch.device):
@@ -222,7 +222,7 @@ def _spaces(words: bytes) -> list[int]:
 def _is_strange(piece: bytes) -> bool:
     """Whether the tokenizer never writes a text with it, for cleaned texts hold no such thing."""
     inner = piece.removesuffix(b" ")
-    return inner.split() != [inner] or (inner.isdigit() and inner == piece)
+    return inner.split() != [inner] or inner != inner.lower() or (inner.isdigit() and inner == piece)
 
 
 def _kind(sign: bytes) -> str:

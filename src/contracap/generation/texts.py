@@ -129,7 +129,7 @@ def hypothesis(ids: list[int], gains: list[float], score: float, end: int) -> Hy
     """A result of generated tokens, which the end token may close."""
     inner = ids[:-1] if ids and ids[-1] == end else ids
     return Hypothesis(
-        token_ids=tuple(inner), log_probability=sum(gains, start=0.0), score=score, token_log_probabilities=tuple(gains)
+        token_ids=tuple(inner), log_probability=sum(gains, 0.0), score=score, token_log_probabilities=tuple(gains)
     )
 
 
