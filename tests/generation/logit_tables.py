@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from contracap.generation import BeamSearch
-from contracap.generation.sampling import Hypothesis, Search, Strategy
+from contracap.generation import BeamSearch, Rules
+from contracap.generation.strategy import Hypothesis, Prompts, Search, Strategy
+from contracap.tokenizer import Tokenizer
 
 WORDS = 3  # ids 0 to 2; then the start and the end token
 START, END, VOCAB = WORDS, WORDS + 1, WORDS + 2
@@ -34,19 +37,72 @@ class Table:
         return replace(self, images=(image,))
 
 
-def run(strategy: Strategy, table: Table) -> list[list[Hypothesis]]:
-    """Decode as the captioner does; `held` stands for the key/value cache and shows each row's beginning."""
-    search: Search = strategy.begin(len(table.images), start=START, end=END, device=torch.device("cpu"))
-    held: list[tuple[int, ...]] = [()] * (len(table.images) * strategy.beams)
-    while not search.done:
-        held = [(*beginning, token) for beginning, token in zip(held, search.last.tolist(), strict=True)]
-        logits = [table.logits(table.images[row // strategy.beams], beginning) for row, beginning in enumerate(held)]
-        rows = search.advance(torch.stack(logits))
-        if rows is not None:
-            held = [held[row] for row in rows.tolist()]
-    return search.hypotheses()
+class Words(Tokenizer):
+    """The tokenizer of these tables: each id a word of one letter, but for the start and the end token."""
+
+    def __init__(self) -> None:
+        self.start, self.end, self.vocab_size = START, END, VOCAB
+
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        return [f"{chr(ord('a') + word)}</w>".encode() for word in range(WORDS)]
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(word) - ord("a") for word in text.split()]
 
 
+def prompts_of(prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None) -> Prompts:
+    """Prompts of these words, filled up with an id that no vocabulary has."""
+    longest = max(map(len, prompts)) + 1
+    ids = [[START, *prompt, *[10**6] * (longest - 1 - len(prompt))] for prompt in prompts]
+    lengths = torch.tensor([len(prompt) + 1 for prompt in prompts])
+    return Prompts(torch.tensor(ids), lengths, None if numbers is None else torch.tensor(numbers))
+
+
+def begin(strategy: Strategy, images: int, prompts: Prompts | None = None) -> Search:
+    """The state before the first step, without a prompt if none is given."""
+    return strategy.begin(Prompts.empty(images, START) if prompts is None else prompts, Words())
+
+
+def run(
+    strategy: Strategy, table: Table, prompts: Prompts | None = None, *, compact: bool = False
+) -> list[list[Hypothesis]]:
+    """Decode as the captioner does; `held` stands for the key/value cache and shows each row's beginning.
+
+    `compact` takes finished pictures out of the batch at once.
+    """
+    images = list(range(len(table.images)))
+    prompts = Prompts.empty(len(images), START) if prompts is None else prompts
+    search = begin(strategy, len(images), prompts)
+    shared = prompts.ids[:, : prompts.shared - 1]
+    held = [[tuple(ids)] for ids in shared.tolist()]
+    results: dict[int, list[Hypothesis]] = {}
+    while images:
+        finished = search.finished.tolist()
+        if all(finished) or (compact and any(finished)):
+            found = search.hypotheses()
+            results |= {image: texts for image, texts, ended in zip(images, found, finished, strict=True) if ended}
+            places = [place for place, ended in enumerate(finished) if not ended]
+            search.keep(torch.tensor(places, dtype=torch.int64))
+            images, held = [images[place] for place in places], [held[place] for place in places]
+            continue
+        last = search.last.tolist()
+        held = [
+            [(*beginning, token) for beginning, token in zip(rows, tokens, strict=True)]
+            for rows, tokens in zip(held, last, strict=True)
+        ]
+        logits = [
+            torch.stack([table.logits(table.images[image], beginning) for beginning in rows])
+            for image, rows in zip(images, held, strict=True)
+        ]
+        parents = search.advance(torch.stack(logits))
+        if parents is not None:
+            held = [[rows[row] for row in chosen] for rows, chosen in zip(held, parents.tolist(), strict=True)]
+        assert search.last.shape == (len(images), len(held[0])) and len(held[0]) <= strategy.rows
+    return [results[image] for image in range(len(table.images))]
+
+
+@lru_cache(2**14)
 def step(table: Table, image: int, beginning: tuple[int, ...], min_tokens: int) -> list[float]:
     """Log-probabilities of the next token, -inf where it is forbidden, computed apart from the package."""
     logits = table.logits(image, beginning).double().tolist()
@@ -58,47 +114,84 @@ def step(table: Table, image: int, beginning: tuple[int, ...], min_tokens: int) 
     return values
 
 
-def every_text(table: Table, image: int, strategy: BeamSearch) -> list[Hypothesis]:
-    """All texts there are, best first."""
-    found = []
-    for generated in range(1, strategy.max_tokens):
+def text_of(ids: Sequence[int], gains: Sequence[float], score: float) -> Hypothesis:
+    return Hypothesis(
+        token_ids=tuple(ids), log_probability=sum(gains, 0.0), score=score, token_log_probabilities=tuple(gains)
+    )
+
+
+@lru_cache(2**14)
+def penalised(table: Table, image: int, beginning: tuple[int, ...], strategy: BeamSearch, prompted: int) -> list[float]:
+    """As `step`, after the repetition penalty of the generated tokens."""
+    logits, penalty = table.logits(image, beginning).double().tolist(), strategy.rules.repetition_penalty
+    for token in set(beginning[prompted:]):
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    total = math.log(sum(math.exp(value) for value in logits))
+    forbidden = step(table, image, beginning, strategy.min_tokens)
+    return [value - total if other > -math.inf else other for value, other in zip(logits, forbidden, strict=True)]
+
+
+def obeys(words: tuple[int, ...], rules: Rules) -> bool:
+    """Whether a whole text, prompt included, keeps the rules."""
+    text = " " + " ".join(chr(ord("a") + word) for word in words) + " "
+    count = rules.no_repeat_ngram or 0
+    runs = [words[place : place + count] for place in range(len(words) - count + 1)] if count else []
+    return (
+        not any(f" {phrase} " in text for phrase in rules.banned)
+        and all(f" {phrase} " in text for phrase in rules.forced)
+        and len(set(runs)) == len(runs)
+    )
+
+
+def every_text(table: Table, image: int, strategy: BeamSearch, prompt: tuple[int, ...] = ()) -> list[Hypothesis]:
+    """All texts there are that keep the rules, best first."""
+    found, first = [], (START, *prompt)
+    room = strategy.max_tokens - len(first)
+    for generated in range(1, room + 1):
         for words in itertools.product(range(WORDS), repeat=generated - 1):
-            closings = range(VOCAB) if generated == strategy.max_tokens - 1 else [END]
-            for last in closings:
-                if last == START:
-                    continue
+            for last in range(VOCAB) if generated == room else [END]:
                 text = (*words, last)
-                total = sum(
-                    step(table, image, (START, *text[:place]), strategy.min_tokens)[token]
-                    for place, token in enumerate(text)
-                )
-                if total > -math.inf:
-                    inner = words if last == END else text
-                    score = total / generated**strategy.length_penalty
-                    found.append(Hypothesis(token_ids=inner, log_probability=total, score=score))
+                inner = words if last == END else text
+                if last == START or not obeys((*prompt, *inner), strategy.rules):
+                    continue
+                beginnings = [(*first, *text[:place]) for place in range(generated)]
+                gains = [
+                    step(table, image, beginning, strategy.min_tokens)[token]
+                    for beginning, token in zip(beginnings, text, strict=True)
+                ]
+                ranks = [
+                    penalised(table, image, beginning, strategy, len(first))[token]
+                    for beginning, token in zip(beginnings, text, strict=True)
+                ]
+                if sum(gains) > -math.inf:
+                    found.append(text_of(inner, gains, sum(ranks) / generated**strategy.length_penalty))
     return sorted(found, key=lambda text: -text.score)
 
 
 def plain_beam_search(table: Table, image: int, strategy: BeamSearch) -> list[Hypothesis]:
-    """Beam search in plain Python, to the longest length, without stopping early."""
-    width = strategy.width
-    live = [((START,), 0.0)]
-    kept: list[Hypothesis] = []
-    while live:
-        spread = [
-            ((*beginning, token), total + value)
-            for beginning, total in live
-            for token, value in enumerate(step(table, image, beginning, strategy.min_tokens))
-            if value > -math.inf
-        ]
-        spread = sorted(spread, key=lambda one: -one[1])[: 2 * width]
-        live = []
-        for rank, (text, total) in enumerate(spread):
-            if text[-1] != END and len(text) < strategy.max_tokens:
-                live.append((text, total))
-            elif rank < width:
-                inner = text[1:-1] if text[-1] == END else text[1:]
-                score = total / (len(text) - 1) ** strategy.length_penalty
-                kept.append(Hypothesis(token_ids=inner, log_probability=total, score=score))
-        live = live[:width]
-    return sorted(kept, key=lambda text: -text.score)[:width]
+    """Beam search, also in groups, in plain Python, to the longest length, without stopping early."""
+    width = strategy.width // strategy.groups
+    live: list[list[tuple[tuple[int, ...], list[float]]]] = [[((START,), [])] for _ in range(strategy.groups)]
+    kept: list[list[Hypothesis]] = [[] for _ in range(strategy.groups)]
+    for length in range(2, strategy.max_tokens + 1):
+        taken: list[int] = []
+        for group in range(strategy.groups):
+            spread = [
+                ((*beginning, token), [*gains, value])
+                for beginning, gains in live[group]
+                for token, value in enumerate(step(table, image, beginning, strategy.min_tokens))
+                if value > -math.inf
+            ]
+            spread.sort(key=lambda one: strategy.diversity * taken.count(one[0][-1]) - sum(one[1]))
+            live[group] = []
+            for rank, (text, gains) in enumerate(spread[: 2 * width]):
+                if text[-1] != END and length < strategy.max_tokens:
+                    live[group].append((text, gains))
+                elif rank < width and not (width == 1 and kept[group]):
+                    inner = text[1:-1] if text[-1] == END else text[1:]
+                    kept[group].append(text_of(inner, gains, sum(gains) / (length - 1) ** strategy.length_penalty))
+            live[group] = live[group][:width]
+            taken += [text[-1] for text, _ in live[group]]
+    best = [sorted(texts, key=lambda text: -text.score)[:width] for texts in kept]
+    different = {text.token_ids: text for texts in best for text in texts}
+    return sorted(different.values(), key=lambda text: -text.score)

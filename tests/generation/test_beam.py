@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracap.generation import BeamSearch
-from contracap.generation.beam import CHUNK, best
+from contracap.generation import BeamSearch, Rules
+from contracap.generation.texts import CHUNK, best
 
-from .logit_tables import END, START, VOCAB, Table, every_text, plain_beam_search, run
+from .logit_tables import VOCAB, Table, begin, every_text, plain_beam_search, prompts_of, run
 
 penalties = st.sampled_from([-2.0, -0.5, 0.0, 0.6, 1.0, 2.0])
 
@@ -18,6 +18,7 @@ def assert_same(found, expected):
     for one, other in zip(found, expected, strict=True):
         assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4, abs=1e-5)
         assert one.score == pytest.approx(other.score, rel=1e-4, abs=1e-4)
+        assert one.token_log_probabilities == pytest.approx(other.token_log_probabilities, rel=1e-4, abs=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -47,14 +48,94 @@ def test_narrow_beam_that_stops_early_equals_a_plain_search_that_does_not(
         assert_same(found, plain_beam_search(table, image, strategy))
 
 
+RULES = [
+    Rules(),
+    Rules(repetition_penalty=1.7),
+    Rules(no_repeat_ngram=1),
+    Rules(no_repeat_ngram=2),
+    Rules(banned=("b",)),
+    Rules(banned=("a b", "c c")),
+    Rules(forced=("c",)),
+    Rules(forced=("a b", "c")),
+    Rules(banned=("b",), forced=("c a", "a"), repetition_penalty=0.8),
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rules=st.sampled_from(RULES),
+    penalty=penalties,
+    min_tokens=st.integers(0, 5),
+    lengths=st.lists(st.integers(0, 1), min_size=2, max_size=2),
+)
+def test_wide_beam_with_rules_and_prompts_of_mixed_length_equals_exhaustive_search(
+    seed, rules, penalty, min_tokens, lengths
+):
+    wide = BeamSearch(150, 5, min_tokens, penalty, rules=rules)
+    prompts = [tuple((0, 2)[(seed >> place) % 2] for place in range(length)) for length in lengths]
+    table = Table(tuple(range(len(lengths))), seed)
+    expected = [every_text(table, image, wide, prompt) for image, prompt in enumerate(prompts)]
+    for found, texts in zip(run(wide, table, prompts_of(prompts)), expected, strict=True):
+        assert texts, "there should be texts that keep the rules"
+        assert_same(found, texts[:150])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    shape=st.sampled_from([(4, 2), (6, 3), (3, 3), (6, 2), (8, 2)]),
+    diversity=st.sampled_from([0.3, 1.0, 5.0]),
+    max_tokens=st.integers(2, 8),
+    min_tokens=st.integers(0, 6),
+    penalty=penalties,
+    spread=st.sampled_from([0.5, 2.0, 6.0]),
+)
+def test_diverse_groups_equal_a_plain_search_in_groups(seed, shape, diversity, max_tokens, min_tokens, penalty, spread):
+    width, groups = shape
+    strategy = BeamSearch(width, max_tokens, min(min_tokens, max_tokens), penalty, groups, diversity)
+    table = Table(tuple(range(2)), seed, spread)
+    for image, found in enumerate(run(strategy, table)):
+        assert_same(found, plain_beam_search(table, image, strategy))
+
+
+def test_diverse_groups_find_texts_that_differ_more_than_one_wide_beam_does():
+    def first_words(strategy):
+        texts = run(strategy, Table(tuple(range(12)), seed=3, spread=3.0))
+        return sum(len({text.token_ids[0] for text in found}) for found in texts)
+
+    assert first_words(BeamSearch(3, 8, 4, groups=3, diversity=5.0)) > first_words(BeamSearch(3, 8, 4))
+
+
+def test_forced_phrases_are_written_where_they_fit_and_not_only_at_the_end():
+    """The table likes "a b" in the middle, once "a" is written, but "a" itself little: a plain search never gets there
+    before it must."""
+
+    class Liking(Table):
+        def logits(self, image, beginning):
+            likes = torch.full((VOCAB,), -8.0)
+            if beginning[-1] == 0:
+                likes[1] = 8.0
+            elif 1 in beginning:
+                likes[4] = 8.0
+            else:
+                likes[2], likes[0] = 2.0, 0.0
+            return likes
+
+    (texts,) = run(BeamSearch(4, 12, 3, rules=Rules(forced=("a b",))), Liking((0,), 0))
+    assert texts[0].token_ids == (0, 1)
+    (greedy,) = run(BeamSearch(1, 12, 3, rules=Rules(forced=("a b",))), Liking((0,), 0))
+    assert all((0, 1) in zip(text.token_ids, text.token_ids[1:], strict=False) for text in (*texts, *greedy))
+
+
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.1])
 def test_search_stops_before_the_longest_length_where_it_can(penalty):
     strategy = BeamSearch(3, 200, 0, penalty)
-    search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
+    search = begin(strategy, 1)
     logits = torch.tensor([[0.0, -9.0, -9.0, -9.0, 9.0]])
     steps = 0
-    while not search.done:
-        search.advance(logits.repeat(3, 1))
+    while not search.finished.all():
+        search.advance(logits.expand(*search.last.shape, -1))
         steps += 1
     assert steps < 10
 
@@ -99,9 +180,9 @@ def test_fewer_texts_than_the_width_are_returned_where_fewer_exist():
 
 def test_equals_are_ranked_by_beam_then_by_token():
     strategy = BeamSearch(4, 3, 3)
-    search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
-    while not search.done:
-        search.advance(torch.zeros(4, VOCAB))
+    search = begin(strategy, 1)
+    while not search.finished.all():
+        search.advance(torch.zeros(*search.last.shape, VOCAB))
     assert [text.token_ids for text in search.hypotheses()[0]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
 
 
@@ -125,8 +206,21 @@ def test_best_equals_a_stable_sort(seed, columns, count, levels):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("width", 0), ("width", True), ("length_penalty", float("nan")), ("length_penalty", 99.0)],
+    [
+        ("width", 0),
+        ("width", True),
+        ("length_penalty", float("nan")),
+        ("length_penalty", 99.0),
+        ("groups", 0),
+        ("diversity", -1.0),
+    ],
 )
 def test_impossible_settings_are_refused_by_name(setting, value):
     with pytest.raises(ValueError, match=f"{setting} must be"):
         BeamSearch(**{setting: value})
+
+
+@pytest.mark.parametrize(("groups", "diversity"), [(4, 1.0), (3, 0.0), (1, 1.0)])
+def test_groups_that_do_not_fit_are_refused(groups, diversity):
+    with pytest.raises(ValueError, match=r"groups"):
+        BeamSearch(6, groups=groups, diversity=diversity)

@@ -9,14 +9,23 @@ from PIL import Image
 from torch import Tensor
 
 import contracap
-from contracap.generation import BeamSearch, Captioner, Greedy
-from contracap.generation.sampling import Strategy
+from contracap.generation import BeamSearch, Captioner, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
+from contracap.generation.strategy import Prompts, Strategy
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
-STRATEGIES = [Greedy(14, 3), BeamSearch(4, 14, 3), BeamSearch(3, 14, 2, -1.0)]
+STRATEGIES = [
+    Greedy(14, 3),
+    BeamSearch(4, 14, 3),
+    BeamSearch(3, 14, 2, -1.0),
+    BeamSearch(4, 14, 3, groups=2, diversity=0.7),
+    BeamSearch(3, 14, 3, rules=Rules(forced=("dog",), banned=("a",), no_repeat_ngram=2, repetition_penalty=1.2)),
+    Sampling(samples=3, max_tokens=14, min_tokens=3),
+    LegacyBeamSearch(2023, max_tokens=14, min_tokens=3),
+]
+PROMPTS = ["red", "a photo of", "", "of the", "x", "q w e r t y"]  # of 1 to 7 tokens
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +54,16 @@ def next_logits(model: CoCa, pixels: Tensor, held: Tensor, end: int) -> Tensor:
 
 
 @torch.no_grad()
-def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokenizer):
-    search = strategy.begin(len(pixels), start=tokenizer.start, end=tokenizer.end, device=pixels.device)
-    held = torch.empty(len(pixels) * strategy.beams, 0, dtype=torch.int64)
-    repeated = pixels.repeat_interleave(strategy.beams, dim=0)
-    while not search.done:
-        held = torch.cat([held, search.last[:, None]], dim=1)
-        rows = search.advance(next_logits(model, repeated, held, tokenizer.end))
-        held = held if rows is None else held[rows]
+def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokenizer, prompts: Prompts | None = None):
+    prompts = prompts or Prompts.empty(len(pixels), tokenizer.start)
+    search = strategy.begin(prompts, tokenizer)
+    held = prompts.ids[:, None, : prompts.shared - 1]
+    while not search.finished.all():
+        held = torch.cat([held, search.last[:, :, None]], dim=2)
+        repeated = pixels.repeat_interleave(held.shape[1], dim=0)
+        logits = next_logits(model, repeated, held.flatten(0, 1), tokenizer.end)
+        rows = search.advance(logits.unflatten(0, held.shape[:2]))
+        held = held if rows is None else held.gather(1, rows[:, :, None].expand(-1, -1, held.shape[2]))
     return search.hypotheses()
 
 
@@ -73,6 +84,85 @@ def test_cached_decoding_equals_full_forward_also_after_beams_are_reordered(pair
         assert [text.token_ids for text in caption.alternatives] == [text.token_ids for text in hypotheses]
         for text, hypothesis in zip(caption.alternatives, hypotheses, strict=True):
             assert text.log_probability == pytest.approx(hypothesis.log_probability, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy", [strategy for strategy in STRATEGIES if not isinstance(strategy, LegacyBeamSearch)]
+)
+def test_prompts_of_several_lengths_in_one_batch_give_what_full_forward_passes_give(pair, pictures, strategy):
+    model, processor = pair
+    tokenizer, pixels = processor.tokenizer, processor.images(pictures)
+    begun = [[tokenizer.start, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    longest = max(map(len, begun))
+    ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in begun])
+    prompts = Prompts(ids, torch.tensor([len(tokens) for tokens in begun]))
+    expected = uncached(model, pixels, strategy, tokenizer, prompts)
+    captions = Captioner(model, processor).generate(pixels, strategy, PROMPTS)
+    for caption, hypotheses, tokens in zip(captions, expected, begun, strict=True):
+        assert [text.token_ids for text in caption.alternatives] == [
+            (*tokens[1:], *text.token_ids) for text in hypotheses
+        ]
+        assert caption.log_probability == pytest.approx(hypotheses[0].log_probability, rel=1e-4)
+
+
+def test_a_caption_begins_with_its_prompt_whose_tokens_do_not_count(pair, pictures):
+    captioner = Captioner(*pair)
+    prompt = tuple(captioner.processor.tokenizer.encode("a photo of"))
+    assert len(prompt) == 4
+    for caption in captioner(pictures, Greedy(14, 14), prompts="A photo  of"):
+        assert caption.text.startswith("a photo of ") and caption.token_ids[:4] == prompt
+        assert len(caption.token_ids) == 13 and len(caption.token_log_probabilities) == 9
+        assert caption.log_probability == pytest.approx(sum(caption.token_log_probabilities), rel=1e-6)
+        assert caption.score == pytest.approx(caption.log_probability / 9, rel=1e-6)
+
+
+def test_prompts_that_leave_no_room_or_are_too_few_are_refused(pair, pictures):
+    captioner = Captioner(*pair)
+    with pytest.raises(ValueError, match=r"a prompt takes 15 tokens.* max_tokens is 14: nothing can follow"):
+        captioner(pictures, Greedy(14), prompts=" ".join("abcdefghijklmn"))
+    with pytest.raises(ValueError, match="2 prompts for 6 pictures: give one for all, or one for each"):
+        captioner(pictures, Greedy(14), prompts=["a", "b"])
+
+
+def test_the_embedding_of_a_caption_is_that_of_its_picture(pair, pictures):
+    model, processor = pair
+    captions = Captioner(model, processor)(pictures, Greedy(8), batch_size=4)
+    with torch.no_grad():
+        expected = model.encode_image(processor.images(pictures))
+    torch.testing.assert_close(torch.stack([caption.embedding for caption in captions]), expected, rtol=0, atol=1e-6)
+
+
+def test_reranking_ranks_what_was_written_by_the_cosine_of_text_and_picture(pair, pictures):
+    model, processor = pair
+    captioner, sampling = Captioner(model, processor), Sampling(samples=5, max_tokens=12)
+    drawn, ranked = captioner(pictures, sampling), captioner(pictures, ContrastiveReranking(sampling))
+    moved = 0
+    for before, after in zip(drawn, ranked, strict=True):
+        assert {text.token_ids for text in before.alternatives} == {text.token_ids for text in after.alternatives}
+        with torch.no_grad():
+            texts = model.encode_text(processor.texts([text.text for text in after.alternatives]))
+        cosines = (texts @ after.embedding).tolist()
+        assert [text.score for text in after.alternatives] == pytest.approx(cosines, abs=1e-5)
+        assert cosines == sorted(cosines, reverse=True) and after.score == pytest.approx(cosines[0], abs=1e-5)
+        moved += before.token_ids != after.token_ids
+    assert moved
+
+
+@pytest.mark.parametrize(
+    "strategy", [Greedy(14, 0), BeamSearch(2, 14, 0), Sampling(top_k=3, samples=2, max_tokens=14, min_tokens=0)]
+)
+def test_pictures_that_are_finished_leave_the_batch_and_change_no_other_caption(pair, pictures, strategy, monkeypatch):
+    captioner, sizes = Captioner(*pair), []
+    score = captioner.engine._score
+    monkeypatch.setattr(captioner.engine, "_score", lambda ids, *rest: sizes.append(len(ids)) or score(ids, *rest))
+    left = captioner(pictures, strategy)
+    assert 0 < sizes[-1] < 6 and sizes == sorted(sizes, reverse=True)
+    monkeypatch.setattr("contracap.generation.engine.LEAVING", 2.0)
+    sizes.clear()
+    stayed = captioner(pictures, strategy)
+    assert set(sizes) == {6}
+    for one, other in zip(left, stayed, strict=True):
+        assert [text.token_ids for text in one.alternatives] == [text.token_ids for text in other.alternatives]
 
 
 @torch.no_grad()

@@ -244,24 +244,35 @@ def test_patch_dropout_is_for_training_only() -> None:
     assert not torch.allclose(model.encode_image(pixels), model.encode_image(pixels))
 
 
-def test_cached_decoding_equals_full_forward_also_after_reordering() -> None:
+def test_cached_decoding_equals_full_forward_also_where_texts_go_on_from_others_and_pictures_leave() -> None:
     model, _ = random_model(TINY, seed=0)
     model.double()
-    pixels, beams = pictures(2).double(), 3
-    ids = torch.randint(1, 1000, (6, 10))
-    _, caption_tokens = model.encode_caption_tokens(pixels)
-    cache = model.start_decoding(caption_tokens, beams=beams, max_tokens=10)
-    logits = model.decode(ids[:, :3], cache)  # a prompt of three tokens
-    for position in range(3, 10):
-        full = model.decoder(model.text.token_states(ids[:, :position]), model.decoder.project(caption_tokens))
-        torch.testing.assert_close(logits.double(), model.decoder.vocabulary(full)[:, -1], rtol=1e-5, atol=1e-6)
-        rows = torch.tensor([2, 0, 0, 5, 5, 3])  # within each picture
-        cache.reorder(rows)
-        ids[:, :position] = ids[rows, :position]
-        logits = model.decode(ids[:, position : position + 1], cache)
-    assert cache.length == 10
+    _, caption_tokens = model.encode_caption_tokens(pictures(3).double())
+    cache = model.start_decoding(caption_tokens, prompt=3, texts=4, max_tokens=10)
+    texts_so_far = torch.randint(1, 1000, (3, 1, 3))  # a prompt of three tokens, another for each picture
+    logits = model.decode(texts_so_far[:, 0], cache)
+    for length, rows in enumerate(
+        [(0, 0, 0), (2, 0, 0), (1, 2, 1, 0), (3, 3, 1, 2), (0, 1, 2, 3), (2, 1), (0, 0, 1)], 3
+    ):
+        for text in range(texts_so_far.shape[1]):
+            states = model.text.token_states(texts_so_far[:, text])
+            full = model.decoder(states, model.decoder.project(caption_tokens))
+            expected = model.decoder.vocabulary(full)[:, -1]
+            torch.testing.assert_close(logits[:, text].double(), expected, rtol=1e-5, atol=1e-6)
+        assert cache.length == length
+        chosen = torch.tensor([rows, rows[::-1], rows])[: len(caption_tokens)]
+        if length == 6:
+            kept = torch.tensor([0, 2])
+            cache.keep(kept)
+            texts_so_far, caption_tokens, chosen = texts_so_far[kept], caption_tokens[kept], chosen[kept]
+        cache.follow(chosen)
+        continued = texts_so_far.gather(1, chosen[:, :, None].expand(-1, -1, length))
+        newest = torch.randint(1, 1000, (*chosen.shape, 1))
+        texts_so_far = torch.cat([continued, newest], dim=2)
+        logits = model.decode(newest[:, :, 0], cache)
     with pytest.raises(ValueError, match="larger max_tokens"):
-        model.decode(ids[:, :1], cache)
+        for _ in range(5):
+            model.decode(newest[:, :, 0], cache)
 
 
 def test_clip_cannot_caption_and_says_so() -> None:

@@ -104,12 +104,12 @@ def test_plain_products_of_bf16_equal_the_fused_kernel(causal: bool) -> None:
     torch.testing.assert_close(plain.float(), fused, rtol=0, atol=2e-2)
 
 
-def test_absorbed_memory_is_shared_by_beams() -> None:
+def test_absorbed_attention_to_a_memory_equals_attention_to_its_keys_and_values() -> None:
     torch.manual_seed(0)
     attention = CrossAttention(16, 2, memory_width=12).double()
     attention.initialise(depth=1)
     norm = torch.nn.LayerNorm(12).double()
-    memory, queries = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(6, 4, 16, dtype=torch.float64)
+    memory, queries = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(3, 4, 16, dtype=torch.float64)
     tokens = torch.nn.functional.layer_norm(memory, (12,))
     torch.testing.assert_close(
         attention(queries, Unprojected(tokens, norm)), attention(queries, attention.project(norm(memory)))

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contracap.generation.beam import BeamSearch
-from contracap.generation.sampling import Hypothesis, Strategy, check_count
+from contracap.generation.engine import Engine
+from contracap.generation.reranking import ContrastiveReranking, shortened
+from contracap.generation.strategy import Hypothesis, Prompts, Strategy, check_count
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -20,29 +22,36 @@ class Caption:
     """One sentence for one picture.
 
     Attributes:
-        text: the sentence.
+        text: the sentence, with the prompt that it begins with.
         token_ids: its ids, between the start and the end token, neither included.
-        score: what ranked it, higher is better: `log_probability` / length ** length penalty for beam search,
-            `log_probability` / length for greedy decoding; length counts the tokens and the end token.
-        log_probability: sum over its tokens and the end token, in nats; a text that `max_tokens` cut has no end token.
-        alternatives: the n best for this picture, best first; the first is this caption itself. Beam search gives its
-            width of them, greedy decoding one. Alternatives have no alternatives of their own.
+        score: what ranked it, higher is better; each strategy says what that is.
+        log_probability: sum over its tokens and the end token, but for those of the prompt, in nats; a text that
+            `max_tokens` cut has no end token.
+        token_log_probabilities: what that is the sum of.
+        embedding: of the picture, from the same pass: what `encode_image` gives; float32, on the CPU.
+        alternatives: the n best for this picture, best first; the first is this caption itself. Alternatives have no
+            alternatives of their own.
     """
 
     text: str
     token_ids: tuple[int, ...]
     score: float
     log_probability: float
+    token_log_probabilities: tuple[float, ...] = field(repr=False)
+    embedding: Float[Tensor, "embed"] = field(repr=False, compare=False)
     alternatives: tuple["Caption", ...] = field(default=(), repr=False)
 
 
 class Captioner:
     """Writes captions with a model and the processor that was loaded with it.
 
+    Args:
+        compiled: as in `Engine`: faster steps after a slow first batch.
+
     Raises: ValueError: if the model has no text decoder (a CLIP), or the processor's vocabulary is not the model's.
     """
 
-    def __init__(self, model: CoCa, processor: Processor):
+    def __init__(self, model: CoCa, processor: Processor, *, compiled: bool = False):
         model.require_decoder()
         tokens, known = processor.tokenizer.vocab_size, model.config.text.vocab_size
         if tokens != known:
@@ -51,68 +60,116 @@ class Captioner:
                 "use the pair that contracap.load gives"
             )
         self.model, self.processor = model, processor
+        self.engine = Engine(model, compiled=compiled)
 
     def __call__(
-        self, sources: Sequence[Any], strategy: Strategy = BeamSearch(), batch_size: int = 16
+        self,
+        sources: Sequence[Any],
+        strategy: Strategy = BeamSearch(),
+        batch_size: int = 16,
+        prompts: str | Sequence[str] = "",
     ) -> list[Caption]:
         """A caption for each picture (PIL image, path or bytes), in order.
 
         Args:
-            strategy: `BeamSearch(...)` or `Greedy(...)`; its `max_tokens` is cut to the model's context.
+            strategy: such as `BeamSearch(...)`; its `max_tokens` is cut to the model's context.
             batch_size: pictures at a time; does not change the captions.
+            prompts: what the captions begin with, such as "a photo of": one for all pictures, or one for each.
 
         Raises:
-            ValueError: if a setting is wrong, or the model gives numbers that are not finite.
+            ValueError: if a setting is wrong, a prompt leaves no room for a caption, or the model gives numbers that
+                are not finite.
             ImageError: if a picture cannot be read; names it.
         """
         if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
             raise ValueError(f"give a list of pictures, such as [picture], not {type(sources).__name__}")
         check_count("batch_size", batch_size, 1, "pictures at a time")
-        strategy = self._checked(strategy)
+        strategy, begun = self._checked(strategy), self._begun(prompts, len(sources))
         captions: list[Caption] = []
         for first in range(0, len(sources), batch_size):
-            captions += self.generate(self.processor.images(sources[first : first + batch_size]), strategy)
+            last = first + batch_size
+            captions += self._write(self.processor.images(sources[first:last]), strategy, begun[first:last], first)
         return captions
 
-    @torch.inference_mode()
     def generate(
-        self, pixels: Float[Tensor, "batch 3 height width"], strategy: Strategy = BeamSearch()
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        strategy: Strategy = BeamSearch(),
+        prompts: str | Sequence[str] = "",
     ) -> list[Caption]:
         """A caption for each picture of one batch, as `processor.images` gives it.
 
-        Raises: ValueError: if a setting is wrong, or the model gives numbers that are not finite.
+        Raises: ValueError: as a call does.
         """
-        strategy = self._checked(strategy)
+        return self._write(pixels, self._checked(strategy), self._begun(prompts, len(pixels)), 0)
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        strategy: Strategy,
+        begun: Sequence[Sequence[int]],
+        first: int,
+    ) -> list[Caption]:
+        """Captions of pictures that have numbers from `first` on."""
         model, tokenizer = self.model, self.processor.tokenizer
-        weight = next(model.vision.parameters())
+        prompts = _prompts(begun, start=tokenizer.start, first=first, device=model.device)
         with evaluating(model):
-            _, caption_tokens = model.encode_caption_tokens(pixels.to(weight))
-            cache = model.start_decoding(caption_tokens, beams=strategy.beams, max_tokens=strategy.max_tokens)
-            search = strategy.begin(len(pixels), start=tokenizer.start, end=tokenizer.end, device=weight.device)
-            while not search.done:
-                rows = search.advance(model.decode(search.last[:, None], cache))
-                if rows is not None:
-                    cache.reorder(rows)
-        return [self._caption(hypotheses) for hypotheses in search.hypotheses()]
+            embeddings, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
+            found = self.engine.write(caption_tokens, strategy, prompts, tokenizer)
+            texts = [
+                self._texts(hypotheses, prompt, embedding)
+                for hypotheses, prompt, embedding in zip(found, begun, embeddings.float().cpu(), strict=True)
+            ]
+            if isinstance(strategy, ContrastiveReranking):
+                texts = [self._reranked(alternatives) for alternatives in texts]
+        return [replace(alternatives[0], alternatives=tuple(alternatives)) for alternatives in texts]
 
     def _checked(self, strategy: Strategy) -> Strategy:
         """The strategy, as far as this model can follow it."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be one such as Greedy() or BeamSearch(width=6), not {strategy!r}")
-        return replace(strategy, max_tokens=min(strategy.max_tokens, self.model.config.text.context))
+        return shortened(strategy, self.model.config.text.context)
 
-    def _caption(self, hypotheses: list[Hypothesis]) -> Caption:
+    def _begun(self, prompts: str | Sequence[str], pictures: int) -> list[list[int]]:
+        """The tokens that each caption begins with, behind the start token."""
+        texts = [prompts] * pictures if isinstance(prompts, str) else list(prompts)
+        if len(texts) != pictures:
+            raise ValueError(f"{len(texts)} prompts for {pictures} pictures: give one for all, or one for each")
+        return [self.processor.tokenizer.encode(text) for text in texts]
+
+    def _texts(
+        self, hypotheses: list[Hypothesis], prompt: Sequence[int], embedding: Float[Tensor, "embed"]
+    ) -> list[Caption]:
         if not hypotheses or not math.isfinite(hypotheses[0].score):
             raise ValueError(
                 "the model's logits are not finite (NaN or infinite): its weights are broken, or the pixels are"
             )
-        alternatives = tuple(
+        return [
             Caption(
-                text=self.processor.tokenizer.decode(found.token_ids),
-                token_ids=found.token_ids,
+                text=self.processor.tokenizer.decode([*prompt, *found.token_ids]),
+                token_ids=(*prompt, *found.token_ids),
                 score=found.score,
                 log_probability=found.log_probability,
+                token_log_probabilities=found.token_log_probabilities,
+                embedding=embedding,
             )
             for found in hypotheses
-        )
-        return replace(alternatives[0], alternatives=alternatives)
+        ]
+
+    def _reranked(self, texts: list[Caption]) -> list[Caption]:
+        """Texts about one picture, by the cosine of their embeddings to the picture's."""
+        ids = self.processor.texts([text.text for text in texts]).to(self.model.device)
+        cosines = self.model.encode_text(ids).float().cpu() @ texts[0].embedding
+        scored = (replace(text, score=cosine) for text, cosine in zip(texts, cosines.tolist(), strict=True))
+        return sorted(scored, key=lambda text: -text.score)
+
+
+def _prompts(begun: Sequence[Sequence[int]], *, start: int, first: int, device: torch.device) -> Prompts:
+    longest = max((len(tokens) for tokens in begun), default=0) + 1
+    ids = torch.full((len(begun), longest), start)
+    for row, tokens in zip(ids, begun, strict=True):
+        row[1 : len(tokens) + 1] = torch.tensor(tokens, dtype=torch.int64)
+    lengths = torch.tensor([len(tokens) + 1 for tokens in begun], dtype=torch.int64)
+    numbers = torch.arange(first, first + len(begun))
+    return Prompts(*(values.to(device) for values in (ids, lengths, numbers)))

@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
             layout: how the sequences lie in `tokens`.
             causal: each token sees itself and what comes before.
             mask: given in place of `causal`; true where a token looks.
-            cache: keys and values of earlier tokens, which these follow; they are appended to it.
+            cache: keys and values of earlier tokens, which these follow; theirs are put into it.
         """
         query, key, value = rearrange(
             layout.spread(self.query_key_value(tokens)),
@@ -53,11 +53,8 @@ class SelfAttention(nn.Module):
             head=self.heads,
         )
         if cache is not None:
-            first = cache.length == 0
-            key, value = cache.append(key, value)
-            if not first and query.shape[2] > 1:
-                raise ValueError("tokens that follow others in a cache must be given one at a time")
-            causal = first
+            cache.append(key, value)
+            key, value = cache.keys, cache.values
         attended = attend(query, key, value, causal=causal, mask=mask)
         return self.out(layout.collect(rearrange(attended, "batch head column dim -> batch column (head dim)")))
 
@@ -112,23 +109,14 @@ class CrossAttention(nn.Module):
     def forward(
         self, queries: Float[Tensor, "*rows width"], memory: Memory, *, layout: Grid = GRID
     ) -> Float[Tensor, "*rows width"]:
-        """Attend to a memory. Sequences that share a picture (its beams, neighbours) share its memory, uncopied.
-        `layout` is how they lie in `queries`."""
+        """Attend to a memory. `layout` is how the sequences lie in `queries`."""
         if isinstance(memory, Unprojected):
             return self.out(self._absorbed(self.query(queries), memory, layout))
-        grid = layout.spread(self.query(queries))
         query = rearrange(
-            grid,
-            "(images beam) column (head dim) -> images head (beam column) dim",
-            images=len(memory.key),
-            head=self.heads,
+            layout.spread(self.query(queries)), "images column (head dim) -> images head column dim", head=self.heads
         )
-        attended = rearrange(
-            attend(query, memory.key, memory.value),
-            "images head (beam column) dim -> (images beam) column (head dim)",
-            column=grid.shape[1],
-        )
-        return self.out(layout.collect(attended))
+        attended = attend(query, memory.key, memory.value)
+        return self.out(layout.collect(rearrange(attended, "images head column dim -> images column (head dim)")))
 
     def _absorbed(
         self, query: Float[Tensor, "*rows width"], memory: Unprojected, layout: Grid
@@ -151,8 +139,7 @@ class CrossAttention(nn.Module):
         read = plain_attention(  # no fused kernel takes heads as wide as the memory
             rearrange(
                 grid,
-                "(images beam) column (head memory_width) -> images 1 (beam column head) memory_width",
-                images=len(tokens),
+                "images column (head memory_width) -> images 1 (column head) memory_width",
                 head=self.heads,
             ),
             tokens[:, None],

@@ -3,45 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-
-
-class LayerCache:
-    """Keys and values of one self-attention layer, in memory set aside for `max_tokens` tokens.
-
-    Attributes:
-        length: tokens held so far.
-    """
-
-    def __init__(
-        self, *, rows: int, heads: int, max_tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ):
-        self.keys = torch.empty(rows, heads, max_tokens, head_dim, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-
-    def append(
-        self, keys: Float[Tensor, "rows head token dim"], values: Float[Tensor, "rows head token dim"]
-    ) -> tuple[Float[Tensor, "rows head so_far dim"], Float[Tensor, "rows head so_far dim"]]:
-        """Add the newest tokens and return everything held, newest last.
-
-        Raises: ValueError: if the tokens do not fit.
-        """
-        start, end = self.length, self.length + keys.shape[2]
-        if end > self.keys.shape[2]:
-            raise ValueError(
-                f"the cache holds {self.keys.shape[2]} tokens; {end} were asked for. Give a larger max_tokens."
-            )
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def reorder(self, rows: Int64[Tensor, "rows"]) -> None:
-        """Let row i continue what row `rows[i]` held."""
-        for held in (self.keys, self.values):
-            held[:, :, : self.length] = held[rows, :, : self.length]
 
 
 @dataclass(frozen=True)
@@ -50,6 +13,10 @@ class Projected:
 
     key: Float[Tensor, "images head memory dim"]
     value: Float[Tensor, "images head memory dim"]
+
+    def of(self, pictures: Int64[Tensor, "chosen"]) -> "Projected":
+        """Of these pictures alone."""
+        return Projected(self.key[pictures], self.value[pictures])
 
 
 @dataclass(frozen=True)
@@ -68,28 +35,126 @@ class Unprojected:
 Memory = Projected | Unprojected
 
 
-@dataclass
-class DecodingCache:
-    """All that a decoding step reads besides its new tokens. Rows are picture-major: the beams of one picture are
-    neighbours.
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of earlier tokens in one self-attention layer. Each token of each text has a slot of its own.
 
     Attributes:
-        text: one cache per layer of the text encoder.
-        decoder: one cache per self-attention layer of the text decoder.
-        memory: per cross-attention layer, the caption tokens; held once per picture, whatever the number of its
-            beams.
+        slots: where the next tokens go.
     """
 
+    keys: Float[Tensor, "images head slot dim"]
+    values: Float[Tensor, "images head slot dim"]
+    slots: Int64[Tensor, "column"]
+
+    def append(
+        self, keys: Float[Tensor, "images head column dim"], values: Float[Tensor, "images head column dim"]
+    ) -> None:
+        """Put the next tokens where they go."""
+        self.keys.index_copy_(2, self.slots, keys)
+        self.values.index_copy_(2, self.slots, values)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the text side reads in one step of decoding, besides its new tokens and the picture.
+
+    Attributes:
+        positions: of the new tokens.
+        text: one cache per layer of the text encoder.
+        decoder: one cache per self-attention layer of the text decoder.
+        mask: the slots that each column sees; None if that is all of them, or with `causal` those up to its own.
+        causal: whether the columns are one text's tokens, one after the other.
+    """
+
+    positions: Int64[Tensor, "column"]
     text: list[LayerCache]
     decoder: list[LayerCache]
-    memory: list[Memory]
+    mask: Bool[Tensor, "images 1 column slot"] | None
+    causal: bool
 
-    @property
-    def length(self) -> int:
-        """Tokens held so far, the start token included."""
-        return self.text[0].length
 
-    def reorder(self, rows: Int64[Tensor, "rows"]) -> None:
-        """Let row i continue what row `rows[i]` held; both must belong to the same picture."""
-        for layer in [*self.text, *self.decoder]:
-            layer.reorder(rows)
+class DecodingCache:
+    """The texts that are being written about each picture of a batch: they have one length, and begin with a prompt
+    that those of a picture share.
+
+    Keys and values are written once, and never moved or copied for another text: when a text goes on from another
+    one, as beams do, it only sees other slots.
+
+    Attributes:
+        memory: per cross-attention layer, the caption tokens; once for each picture.
+        length: tokens of each text so far.
+    """
+
+    def __init__(
+        self,
+        memory: list[Projected],
+        text: list[tuple[Tensor, Tensor]],
+        decoder: list[tuple[Tensor, Tensor]],
+        *,
+        whole: bool = False,
+    ):
+        """
+        Args:
+            text, decoder: keys and values of each layer, [images head slot dim], finite.
+            whole: whether each step reads all slots, those without a token masked, so that all steps have the same
+                shapes.
+        """
+        self.memory, self._text, self._decoder, self._whole = memory, text, decoder, whole
+        keys = text[0][0]
+        self.length = 0
+        self._used = 0
+        self._sees = torch.zeros(len(keys), 1, keys.shape[2], dtype=torch.bool, device=keys.device)
+
+    def step(self, columns: int) -> Step:
+        """Make room for new tokens: at first those of the prompt, later one for each text of a picture.
+
+        Raises: ValueError: if there is no room.
+        """
+        begins, first, self._used = self.length == 0, self._used, self._used + columns
+        if self._used > self._sees.shape[2]:
+            raise ValueError(
+                f"the cache holds {self._sees.shape[2]} tokens a picture; {self._used} were asked for. Give a larger "
+                "max_tokens."
+            )
+        slots = torch.arange(first, self._used, device=self._sees.device)
+        if begins:
+            self._sees[:, :, slots] = True
+            positions, self.length = slots, columns
+        else:
+            self._sees[:, torch.arange(columns, device=slots.device), slots] = True
+            positions, self.length = torch.full_like(slots, self.length), self.length + 1
+        shown = self._sees.shape[2] if self._whole and not begins else self._used
+
+        def parts(layers: list[tuple[Tensor, Tensor]]) -> list[LayerCache]:
+            return [LayerCache(keys[:, :, :shown], values[:, :, :shown], slots) for keys, values in layers]
+
+        sees_all = begins or (self._sees.shape[1] == 1 and not self._whole)
+        mask = None if sees_all else self._sees[:, None, :, :shown]
+        return Step(positions, parts(self._text), parts(self._decoder), mask, causal=begins)
+
+    def follow(self, texts: Int64[Tensor, "images text"]) -> None:
+        """Let each picture's text i go on from what its text `texts[:, i]` was; their number may change."""
+        self._sees = self._sees.gather(1, texts[:, :, None].expand(-1, -1, self._sees.shape[2]))
+
+    def restart(self, memory: list[Projected]) -> None:
+        """Forget all texts; as many other pictures take the place of those at hand, in the same memory."""
+        for held, new in zip(self.memory, memory, strict=True):
+            held.key.copy_(new.key)
+            held.value.copy_(new.value)
+        self.length = self._used = 0
+        self._sees = torch.zeros_like(self._sees[:, :1])
+
+    def stay_in_place(self) -> None:
+        """Tell `torch.compile` that keys and values stay where they are, so that CUDA graphs may write them."""
+        for tensors in (*self._text, *self._decoder, *((layer.key, layer.value) for layer in self.memory)):
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor)
+
+    def keep(self, pictures: Int64[Tensor, "chosen"]) -> None:
+        """Forget all other pictures."""
+        self.memory = [layer.of(pictures) for layer in self.memory]
+        self._text, self._decoder = (
+            [(keys[pictures], values[pictures]) for keys, values in layers] for layers in (self._text, self._decoder)
+        )
+        self._sees = self._sees[pictures]

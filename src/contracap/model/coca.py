@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from contracap.model.attention import CrossAttention, CrossKernel
-from contracap.model.cache import DecodingCache, LayerCache
+from contracap.model.cache import DecodingCache, Projected, Step
 from contracap.model.layout import Packed
 from contracap.model.pooler import PoolerConfig, build_pooler
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder
@@ -220,42 +220,56 @@ class CoCa(nn.Module):
         return self.text.pack(self.text.lengths(ids) - 1, columns=self.config.text.context - 1, device=ids.device)
 
     def start_decoding(
-        self, caption_tokens: Float[Tensor, "images memory embed"], *, beams: int, max_tokens: int
+        self,
+        caption_tokens: Float[Tensor, "images memory embed"],
+        *,
+        prompt: int,
+        texts: int,
+        max_tokens: int,
+        whole: bool = False,
     ) -> DecodingCache:
-        """A cache for texts of at most `max_tokens` tokens, `beams` for each picture (neighbouring rows).
+        """A cache for the texts that are to be written about each picture, at most `texts` at a time.
+
+        Args:
+            prompt: tokens that they begin with, the start token included; given to the first call of `decode`.
+            max_tokens: of a text, its prompt included.
+            whole: as in `DecodingCache`.
 
         Raises: ValueError: if `max_tokens` exceeds the context.
         """
         decoder, text = self.require_decoder(), self.config.text
         if max_tokens > text.context:
             raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
-        memory = decoder.project(caption_tokens)
+        slots = prompt + texts * (max_tokens - prompt)
 
-        def caches(layers: int, heads: int) -> list[LayerCache]:
-            return [
-                LayerCache(
-                    rows=len(caption_tokens) * beams,
-                    heads=heads,
-                    max_tokens=max_tokens,
-                    head_dim=text.width // heads,
-                    device=caption_tokens.device,
-                    dtype=memory[0].key.dtype,
-                )
-                for _ in range(layers)
-            ]
+        def empty(layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
+            size = (len(caption_tokens), heads, slots, text.width // heads)
+            return [(caption_tokens.new_zeros(size), caption_tokens.new_zeros(size)) for _ in range(layers)]
 
         return DecodingCache(
-            caches(text.layers, text.heads), caches(decoder.config.layers, decoder.config.heads), list(memory)
+            decoder.project(caption_tokens),
+            empty(text.layers, text.heads),
+            empty(decoder.config.layers, decoder.config.heads),
+            whole=whole,
         )
 
-    def decode(self, ids: Int64[Tensor, "rows token"], cache: DecodingCache) -> Float[Tensor, "rows vocabulary"]:
-        """Append tokens to the cache and score what follows the last of them; float32 logits.
+    def decode(
+        self, ids: Int64[Tensor, "images column"], cache: DecodingCache
+    ) -> Float[Tensor, "images text vocabulary"]:
+        """Add tokens to the texts in the cache, and score what follows them; float32 logits.
 
-        The first call may give several tokens per row (a prompt), later ones give one.
+        Args:
+            ids: in the first call the prompt, which gives one text of logits; later the newest token of each text.
         """
+        return self.score(ids, cache.memory, cache.step(ids.shape[1]))
+
+    def score(
+        self, ids: Int64[Tensor, "images column"], memory: list[Projected], step: Step
+    ) -> Float[Tensor, "images text vocabulary"]:
+        """What `decode` does, of tensors alone."""
         decoder = self.require_decoder()
-        states = decoder(self.text.token_states(ids, caches=cache.text), cache.memory, caches=cache.decoder)
-        return decoder.vocabulary(states[:, -1]).float()
+        states = decoder(self.text.next_states(ids, step), memory, step=step)
+        return decoder.vocabulary(states[:, -1:] if step.causal else states).float()
 
     def only_for_contrastive(self) -> list[str]:
         """Beginnings of the names of the parameters that the captioning loss does not reach."""

@@ -1,5 +1,6 @@
 """The text side: a unimodal encoder with a class token, and a multimodal decoder on top of its token states."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, pad
 
-from contracap.model.cache import LayerCache, Memory, Projected, Unprojected
+from contracap.model.cache import Memory, Projected, Step, Unprojected
 from contracap.model.layout import GRID, Grid, Packed, pack, unpacked
 from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import lengths
@@ -116,19 +117,26 @@ class TextEncoder(nn.Module):
         return pack(rows, device=device) if self.packs else unpacked(rows, columns=columns, device=device)
 
     def embed(
-        self, ids: Int64[Tensor, "batch column"], layout: Grid, *, first: int = 0
+        self, ids: Int64[Tensor, "batch column"], layout: Grid, positions: Int64[Tensor, "column"] | None = None
     ) -> Float[Tensor, "*rows width"]:
-        """Token and position, the first column at position `first`."""
-        positions = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
-        return self.token_embedding(layout.collect(ids)) + embedding(layout.collect(positions), self.position)
+        """Token and position; the columns' `positions` are 0, 1, 2 and so on, if not given."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        positions = layout.collect(positions.expand_as(ids))
+        return self.token_embedding(layout.collect(ids)) + embedding(positions, self.position)
 
-    def token_states(
-        self, ids: Int64[Tensor, "batch column"], layout: Grid = GRID, caches: list[LayerCache] | None = None
-    ) -> Float[Tensor, "*rows width"]:
-        """States of the tokens, not normalised, without a class token; with `caches`, `ids` follow what those hold."""
-        states = self.embed(ids, layout, first=caches[0].length if caches else 0)
-        for index, block in enumerate(self.blocks):
-            states = block(states, layout=layout, causal=True, cache=caches[index] if caches else None)
+    def token_states(self, ids: Int64[Tensor, "batch column"], layout: Grid = GRID) -> Float[Tensor, "*rows width"]:
+        """States of the tokens, not normalised, without a class token."""
+        states = self.embed(ids, layout)
+        for block in self.blocks:
+            states = block(states, layout=layout, causal=True)
+        return states
+
+    def next_states(self, ids: Int64[Tensor, "images column"], step: Step) -> Float[Tensor, "images column width"]:
+        """States of tokens that follow others."""
+        states = self.embed(ids, GRID, step.positions)
+        for block, cache in zip(self.blocks, step.text, strict=True):
+            states = block(states, causal=step.causal, mask=step.mask, cache=cache)
         return states
 
     def forward(
@@ -195,13 +203,21 @@ class TextDecoder(nn.Module):
     def forward(
         self,
         states: Float[Tensor, "*rows width"],
-        memory: list[Memory],
+        memory: Sequence[Memory],
         layout: Grid = GRID,
-        caches: list[LayerCache] | None = None,
+        step: Step | None = None,
     ) -> Float[Tensor, "*rows width"]:
-        """Normalised states, which `vocabulary` turns into logits; arguments as `memory` (or `project`) and
-        `token_states` make them."""
-        for index, (self_block, cross_block) in enumerate(zip(self.self_blocks, self.cross_blocks, strict=True)):
-            states = self_block(states, layout=layout, causal=True, cache=caches[index] if caches else None)
-            states = cross_block(states, memory[index], layout=layout)
+        """Normalised states, which `vocabulary` turns into logits.
+
+        Args:
+            states: as `token_states`, or with a `step` `next_states`, makes them.
+            memory: as `memory` or `project` makes it.
+        """
+        caches = step.decoder if step else [None] * len(self.self_blocks)
+        causal, mask = (step.causal, step.mask) if step else (True, None)
+        for self_block, cross_block, read, cache in zip(
+            self.self_blocks, self.cross_blocks, memory, caches, strict=True
+        ):
+            states = self_block(states, layout=layout, causal=causal, mask=mask, cache=cache)
+            states = cross_block(states, read, layout=layout)
         return self.norm_out(states)
