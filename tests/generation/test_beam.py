@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracap.generation import BeamSearch, Rules
+from contracap.generation import BeamSearch, Greedy, Rules
 from contracap.generation.texts import CHUNK, best
 
 from .logit_tables import VOCAB, Table, begin, every_text, plain_beam_search, prompts_of, run
@@ -107,25 +107,20 @@ def test_diverse_groups_find_texts_that_differ_more_than_one_wide_beam_does():
     assert first_words(BeamSearch(3, 8, 4, groups=3, diversity=5.0)) > first_words(BeamSearch(3, 8, 4))
 
 
-def test_forced_phrases_are_written_where_they_fit_and_not_only_at_the_end():
-    """The table likes "a b" in the middle, once "a" is written, but "a" itself little: a plain search never gets there
-    before it must."""
+def test_forced_phrases_are_looked_for_from_the_start_although_others_are_likelier():
+    class Reluctant(Table):
+        """Ends at once after "a b", but hardly ever writes "a"."""
 
-    class Liking(Table):
         def logits(self, image, beginning):
-            likes = torch.full((VOCAB,), -8.0)
-            if beginning[-1] == 0:
-                likes[1] = 8.0
-            elif 1 in beginning:
-                likes[4] = 8.0
-            else:
-                likes[2], likes[0] = 2.0, 0.0
-            return likes
+            scores = {(0, 1): [-8.0, -8.0, -8.0, -8.0, 8.0]}.get(beginning[-2:], [-3.0, 1.0, 2.0, -8.0, -8.0])
+            return torch.tensor([-8.0, 8.0, -8.0, -8.0, -8.0] if beginning[-1] == 0 else scores)
 
-    (texts,) = run(BeamSearch(4, 12, 3, rules=Rules(forced=("a b",))), Liking((0,), 0))
-    assert texts[0].token_ids == (0, 1)
-    (greedy,) = run(BeamSearch(1, 12, 3, rules=Rules(forced=("a b",))), Liking((0,), 0))
-    assert all((0, 1) in zip(text.token_ids, text.token_ids[1:], strict=False) for text in (*texts, *greedy))
+    rules = Rules(forced=("a b",))
+    (narrow,) = run(BeamSearch(1, 12, 3, 0.0, rules=rules), Reluctant((0,), 0))
+    (greedy,) = run(Greedy(12, 3, rules), Reluctant((0,), 0))
+    (wider,) = run(BeamSearch(2, 12, 3, 0.0, rules=rules), Reluctant((0,), 0))
+    assert narrow[0].token_ids == greedy[0].token_ids == (2,) * 9 + (0, 1), "one beam writes it when it must"
+    assert wider[0].token_ids == (0, 1), "two have a place for the phrase, though the likeliest two words are others"
 
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.1])

@@ -34,7 +34,7 @@ class BeamSearch:
     the choice of this step alone. The finished texts of all are ranked together, one that several found counts once.
 
     Where phrases are forced, continuations by their next tokens and the best of each beam are looked at as well, and
-    the places of the beams that go on are shared out evenly over how many tokens of the phrases they have met.
+    the places are shared out evenly over how many tokens of the phrases a continuation has met.
 
     Attributes:
         width: beams of a picture, and texts kept.
@@ -163,11 +163,12 @@ class Group:
         width, (_, rows, vocab) = self.width, scores.choice.shape
         totals = (self.sums[:, :, None] + scores.choice).flatten(1)
         ranked = totals if penalty is None else (totals.unflatten(1, (rows, vocab)) - penalty).flatten(1)
-        short = max(2 * width - ranked.shape[1], 0)  # fewer continuations than are looked at
-        ranks, places = best(functional.pad(ranked, (0, short), value=-math.inf), 2 * width)
-        places = places.clamp(max=ranked.shape[1] - 1)
+        if ranked.shape[1] < 2 * width:  # fewer continuations than are looked at
+            ranked = functional.pad(ranked, (0, 2 * width - ranked.shape[1]), value=-math.inf)
+        ranks, places = best(ranked, 2 * width)
+        places = places.clamp(max=totals.shape[1] - 1)
         if self.forced is not None:
-            ranks, places = self._with_forced(self.forced, ranked, ranks, places)
+            ranks, places = self._with_forced(self.forced, ranked[:, : totals.shape[1]], ranks, places)
         sums = totals.gather(1, places).masked_fill(ranks == -math.inf, -math.inf)
         parents, token = places // vocab, places % vocab
         gains = scores.log_probabilities.flatten(1).gather(1, places)
@@ -180,9 +181,9 @@ class Group:
         reached = sums / length**self.strategy.length_penalty
         self.kept.add(texts, reached.masked_fill(~accepted, -math.inf))
 
-        ranks = ranks.masked_fill(closed, -math.inf)
-        ranks, chosen = best(ranks, width) if self.forced is None else self._shared_out(self.forced, ranks, texts)
-        self.sums = sums.gather(1, chosen).masked_fill(ranks == -math.inf, -math.inf)
+        order = torch.arange(0.0, -ranks.shape[1], -1.0, device=ranks.device)
+        first, chosen = best(order.masked_fill(closed | (ranks == -math.inf), -math.inf), width)
+        self.sums = sums.gather(1, chosen).masked_fill(first == -math.inf, -math.inf)
         self.texts = texts.chosen(chosen)
         self._stop()
         return parents.gather(1, chosen)
@@ -205,7 +206,11 @@ class Group:
         ranks: Float[Tensor, "images best"],
         places: Int64[Tensor, "images best"],
     ) -> tuple[Float[Tensor, "images candidates"], Int64[Tensor, "images candidates"]]:
-        """The best continuations, then those by the next tokens of forced phrases and the best of each beam."""
+        """The continuations to look at: the best, those by the next tokens of forced phrases, the best of each beam.
+
+        A bank holds those that have met equally many tokens of the phrases. They come in turns: the best that is left
+        of each bank, the likeliest bank first.
+        """
         rows = self.texts.ids.shape[1]
         vocab = ranked.shape[1] // rows
         written = forced.vocabulary.texts(self.texts.ids[:, :, : self.texts.length])
@@ -222,25 +227,20 @@ class Group:
         table = torch.tensor([[*extra, *[-1] * (most - len(extra))] for extra in more]).to(places)
         table = table.view(len(more), most)
         extra = ranked.gather(1, table.clamp(min=0)).masked_fill(table < 0, -math.inf)
-        return torch.cat([ranks, extra], dim=1), torch.cat([places, table.clamp(min=0)], dim=1)
+        ranks, places = torch.cat([ranks, extra], dim=1), torch.cat([places, table.clamp(min=0)], dim=1)
 
-    def _shared_out(
-        self, forced: Forced, ranks: Float[Tensor, "images candidates"], texts: Texts
-    ) -> tuple[Float[Tensor, "images width"], Int64[Tensor, "images width"]]:
-        """The candidates that go on: in turns one of each bank, its best, from the bank that has met most."""
-        written = forced.vocabulary.texts(texts.ids[:, :, : texts.length])
-        chosen = []
-        for candidates, scores in zip(written, ranks.tolist(), strict=True):
-            banks: dict[int, list[int]] = {}
-            for number in sorted(range(len(scores)), key=lambda number: -scores[number]):
-                if scores[number] > -math.inf:
-                    banks.setdefault(forced.met(candidates[number]), []).append(number)
-            ordered = [banks[met] for met in sorted(banks, reverse=True)]
-            turns = [number for turn in itertools.zip_longest(*ordered) for number in turn if number is not None]
-            best_first = sorted(turns[: self.width], key=lambda number: -scores[number])
-            chosen.append(best_first + [-1] * (self.width - len(best_first)))
-        table = torch.tensor(chosen).to(texts.ids)
-        return ranks.gather(1, table.clamp(min=0)).masked_fill(table < 0, -math.inf), table.clamp(min=0)
+        orders = []
+        for texts, image_ranks, image_places in zip(written, ranks.tolist(), places.tolist(), strict=True):
+            banks: dict[float, list[int]] = {}
+            for number in sorted(range(len(image_ranks)), key=lambda number: -image_ranks[number]):
+                row, token = divmod(image_places[number], vocab)
+                met = forced.met(texts[row] + forced.vocabulary.pieces[token])
+                banks.setdefault(met if image_ranks[number] > -math.inf else math.inf, []).append(number)
+            impossible = banks.pop(math.inf, [])
+            turns = itertools.chain.from_iterable(itertools.zip_longest(*banks.values()))
+            orders.append([number for number in turns if number is not None] + impossible)
+        order = torch.tensor(orders).to(places)
+        return ranks.gather(1, order), places.gather(1, order)
 
     def _stop(self) -> None:
         """Mark the pictures whose live beams can no longer beat the worst text kept.

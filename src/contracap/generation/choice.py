@@ -36,13 +36,10 @@ def build_strategy(name: str, settings: Mapping[str, Any] | Sequence[str] = ()) 
         near = difflib.get_close_matches(str(name), STRATEGIES, n=1)
         right = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(STRATEGIES)}"
         raise ConfigError(f"unknown strategy '{name}'; {right}")
-    if isinstance(settings, Mapping):
-        values = dict(settings)
-    else:
-        values = {}
-        for setting in settings:
-            assign(values, setting)
     try:
+        values: dict[str, Any] = dict(settings) if isinstance(settings, Mapping) else {}
+        for setting in () if isinstance(settings, Mapping) else settings:
+            assign(values, setting)
         return reranking(values) if name == "rerank" else build(STRATEGIES[name], values)
     except ConfigError as error:
         raise ConfigError(f"strategy '{name}': {error}") from None

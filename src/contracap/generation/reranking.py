@@ -22,10 +22,6 @@ class ContrastiveReranking:
 
     of: Sampling | BeamSearch = Sampling(samples=8)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.of, Sampling | BeamSearch):
-            raise ValueError(f"of must be Sampling(...) or BeamSearch(...), which write several texts, not {self.of!r}")
-
     @property
     def max_tokens(self) -> int:
         """Longest sequence, start and end token included."""

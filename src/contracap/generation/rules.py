@@ -27,7 +27,7 @@ class Rules:
             texts; the log-probabilities that are reported stay the model's own.
         no_repeat_ngram: no sequence of this many tokens comes twice.
         banned: words or phrases that must not occur as whole words, however they are cut into tokens. Words are the
-            tokenizer's: a run of letters, a digit, a run of other signs.
+            tokenizer's: a run of letters, a digit, a run of other signs. What is not ASCII counts as letters.
         forced: words or phrases that must occur as whole words: the text does not end before, and when the room left
             is what they need, nothing else is written. Beam search looks for good places for them.
 

@@ -1,0 +1,61 @@
+import pytest
+
+from contracap.config import ConfigError
+from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
+from contracap.generation.choice import STRATEGIES, build_strategy
+from contracap.generation.reranking import shortened
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("greedy", (), Greedy()),
+        ("beam", ["width=4", "length_penalty=0"], BeamSearch(width=4, length_penalty=0.0)),
+        ("beam", {"width": 6, "groups": 3, "diversity": 0.5}, BeamSearch(groups=3, diversity=0.5)),
+        ("sample", ["top_k=50", "seed=7"], Sampling(top_k=50, seed=7)),
+        ("legacy", ["year=2023", "max_tokens=20"], LegacyBeamSearch(2023, 20)),
+        ("rerank", (), ContrastiveReranking(Sampling(samples=8))),
+        ("rerank", ["of.top_p=0.9"], ContrastiveReranking(Sampling(samples=8, top_p=0.9))),
+        ("rerank", ["of.samples=4", "of.seed=1"], ContrastiveReranking(Sampling(samples=4, seed=1))),
+        ("rerank", {"of": {"width": 4}}, ContrastiveReranking(BeamSearch(width=4))),
+        (
+            "greedy",
+            ["rules.no_repeat_ngram=3", "rules.banned=['red', 'a cube']"],
+            Greedy(rules=Rules(no_repeat_ngram=3, banned=("red", "a cube"))),
+        ),
+    ],
+)
+def test_settings_are_nested_values_or_assignments(name, settings, expected):
+    assert build_strategy(name, settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("bem", (), "unknown strategy 'bem'; did you mean 'beam'?"),
+        ("magic", (), "unknown strategy 'magic'; there are greedy, beam, sample, legacy, rerank"),
+        ("beam", ["widht=4"], "strategy 'beam': unknown key 'widht'; did you mean 'width'?"),
+        ("beam", ["width"], "strategy 'beam': override 'width' is not of the form key.path=value"),
+        ("beam", ["max_tokens=1"], "strategy 'beam': max_tokens must be a whole number of at least 2 (it counts the "
+         "whole sequence, start and end token included), not 1"),
+        ("beam", ["width=wide"], "strategy 'beam': 'width' must be a whole number, not 'wide'"),
+        ("greedy", ["banned=3"], "strategy 'greedy': unknown key 'banned'; did you mean 'rules.banned'?"),
+        ("greedy", ["rules.banned=red"], "strategy 'greedy': 'rules.banned' must be a list, each a string, not 'red'"),
+        ("legacy", (), "strategy 'legacy': key 'year' is missing"),
+        ("legacy", ["year=2020"], "strategy 'legacy': year must be 2023 or 2024, not 2020"),
+        ("rerank", ["of.sampels=4"], "strategy 'rerank': in 'of': unknown key 'sampels'; did you mean 'samples'?"),
+        ("rerank", ["samples=4"], "strategy 'rerank': unknown key 'samples'; the keys here are of"),
+        ("rerank", ["of=4"], "strategy 'rerank': 'of' must be a table, such as of.samples=8, not 4"),
+        ("sample", ["top_p=nan"], "strategy 'sample': 'top_p' must be a finite number, not nan"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_one_line(name, settings, message):
+    with pytest.raises(ConfigError) as caught:
+        build_strategy(name, settings)
+    assert str(caught.value) == message
+
+
+def test_every_strategy_can_be_cut_to_a_models_context():
+    for name in STRATEGIES:
+        strategy = build_strategy(name, {"year": 2024} if name == "legacy" else {})
+        assert shortened(strategy, 12).max_tokens == 12 and shortened(strategy, 99) == strategy
