@@ -163,6 +163,7 @@ def test_a_bad_picture_gets_one_line_and_leaves_the_others_of_its_batch_alone(pa
         ("width=33", ("33", "32 allowed")),
         ("width=1000000000000000000000", ("32 allowed",)),
         ("min_tokens=20&max_tokens=10", ("min_tokens", "20", "10")),
+        ("min_tokens=20&max_tokens=25", ("min_tokens", "20", "16")),
         ("width=" + "[" * 5000, ()),
         ("length_penalty=nan", ("length_penalty",)),
         ("=3", ("=3",)),

@@ -109,10 +109,11 @@ def build_app(
 ) -> FastAPI:
     """The application, for any ASGI server.
 
-    Raises: ConfigError: if the default strategy is wrong.
+    Raises: ValueError: if the default strategy is wrong, or the model cannot follow it.
     """
-    default.strategy({})
     engine, metrics, under_way = Engine(model, processor), Metrics(), UnderWay(limits.max_requests)
+    if engine.captioner is not None:
+        engine.check(default.strategy({}))
     batcher = Batcher(batching, observe=metrics.batch_sizes.observe)
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
@@ -141,7 +142,11 @@ def build_app(
         """Write a caption for a picture."""
         if engine.captioner is None:
             raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
-        strategy = default.strategy(dict(request.query_params))
+        try:
+            strategy = default.strategy(dict(request.query_params))
+            engine.check(strategy)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
         best = await batcher.submit(engine.captions, strategy, await picture_of(request))
         texts = [
             Alternative(caption=text.text, score=text.score, log_probability=text.log_probability)
@@ -219,7 +224,7 @@ def build_app(
     return app
 
 
-async def _wrong(_: Request, error: Exception) -> JSONResponse:
+async def _unreadable(_: Request, error: Exception) -> JSONResponse:
     return problem(400, str(error))
 
 
@@ -240,8 +245,7 @@ async def _failed(_: Request, error: Exception) -> JSONResponse:
 
 
 ANSWERS = {
-    ConfigError: _wrong,
-    ImageError: _wrong,
+    ImageError: _unreadable,
     RequestValidationError: _invalid,
     HTTPException: _refused,
     BatchError: _failed,

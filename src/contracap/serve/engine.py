@@ -1,5 +1,6 @@
 """What the batcher's thread does with the model: each method takes one batch and gives an answer for each item."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -18,7 +19,7 @@ Picture = UInt8[Tensor, "3 height width"]
 
 
 class Engine:
-    """A model and its processor. Only `picture` may be called from several threads at once.
+    """A model and its processor. Only `picture` and `check` may be called from several threads at once.
 
     Attributes:
         captioner: None if the model has no text decoder (a CLIP).
@@ -36,6 +37,12 @@ class Engine:
         Raises: ImageError: if it cannot be used.
         """
         return resize_and_crop(decode(data), self.processor.image_config)
+
+    def check(self, strategy: Strategy) -> None:
+        """Raises: ValueError: if the model cannot write with this strategy, whatever the picture."""
+        tokenizer, context = self.processor.tokenizer, self.model.config.text.context
+        strategy = replace(strategy, max_tokens=min(strategy.max_tokens, context))
+        strategy.begin(1, start=tokenizer.start, end=tokenizer.end, device=torch.device("cpu"))
 
     def captions(self, strategy: Strategy, pictures: list[Picture]) -> list[Caption]:
         """A caption for each picture.
