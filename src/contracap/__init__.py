@@ -9,16 +9,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from contracap.generation.beam import BeamSearch
     from contracap.generation.captioner import Captioner
-    from contracap.generation.sampling import Greedy
+    from contracap.generation.legacy import LegacyBeamSearch
+    from contracap.generation.reranking import ContrastiveReranking
+    from contracap.generation.rules import Rules
+    from contracap.generation.sampling import Greedy, Sampling
     from contracap.pretrained import load
 
 __version__ = "0.1.0"
-__all__ = ["BeamSearch", "Captioner", "Greedy", "__version__", "load"]
+__all__ = [
+    "BeamSearch",
+    "Captioner",
+    "ContrastiveReranking",
+    "Greedy",
+    "LegacyBeamSearch",
+    "Rules",
+    "Sampling",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "BeamSearch": "contracap.generation.beam",
     "Captioner": "contracap.generation.captioner",
+    "ContrastiveReranking": "contracap.generation.reranking",
     "Greedy": "contracap.generation.sampling",
+    "LegacyBeamSearch": "contracap.generation.legacy",
+    "Rules": "contracap.generation.rules",
+    "Sampling": "contracap.generation.sampling",
     "load": "contracap.pretrained",
 }
 

@@ -63,11 +63,29 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
     for override in overrides:
-        _assign(values, override)
+        assign(values, override)
     try:
         return build(cls, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def assign(values: dict[str, Any], override: str) -> None:
+    """Put `key.path=value` into nested values. A value that is no TOML value is taken as a string.
+
+    Raises:
+        ConfigError: if it is no assignment, or the path leads through a value.
+    """
+    key, equals, text = override.partition("=")
+    path = [name.strip() for name in key.split(".")]
+    if not equals or not all(path):
+        raise ConfigError(f"override '{override}' is not of the form key.path=value")
+    table = values
+    for depth, name in enumerate(path[:-1], start=1):
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override '{override}': '{'.'.join(path[:depth])}' is a value, not a table")
+    table[path[-1]] = _toml_value(text.strip())
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -199,20 +217,7 @@ def _words(hint: Any) -> str:
     return plain.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-# --- overrides and writing --------------------------------------------------------------------------------------------
-
-
-def _assign(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    path = [name.strip() for name in key.split(".")]
-    if not equals or not all(path):
-        raise ConfigError(f"override '{override}' is not of the form key.path=value")
-    table = values
-    for depth, name in enumerate(path[:-1], start=1):
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"override '{override}': '{'.'.join(path[:depth])}' is a value, not a table")
-    table[path[-1]] = _toml_value(text.strip())
+# --- TOML values ------------------------------------------------------------------------------------------------------
 
 
 def _toml_value(text: str) -> Any:

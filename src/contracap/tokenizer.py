@@ -93,6 +93,11 @@ class Tokenizer:
         table[np.arange(len(rows)), counts + 1] = self.end
         return torch.from_numpy(table)
 
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes of each id below the start token; `END_OF_WORD` closes those that end a word."""
+        return self._bytes
+
     def encode(self, text: str) -> list[int]:
         """Ids of the whole text, without start and end."""
         return self._words.ids(clean(text))

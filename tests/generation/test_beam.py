@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.generation import BeamSearch
-from contracap.generation.beam import CHUNK, best
+from contracap.generation.texts import CHUNK, best
 
-from .logit_tables import END, START, VOCAB, Table, every_text, plain_beam_search, run
+from .logit_tables import VOCAB, Table, begin, every_text, plain_beam_search, run
 
 penalties = st.sampled_from([-2.0, -0.5, 0.0, 0.6, 1.0, 2.0])
 
@@ -18,6 +18,7 @@ def assert_same(found, expected):
     for one, other in zip(found, expected, strict=True):
         assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4, abs=1e-5)
         assert one.score == pytest.approx(other.score, rel=1e-4, abs=1e-4)
+        assert one.token_log_probabilities == pytest.approx(other.token_log_probabilities, rel=1e-4, abs=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -50,11 +51,11 @@ def test_narrow_beam_that_stops_early_equals_a_plain_search_that_does_not(
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.1])
 def test_search_stops_before_the_longest_length_where_it_can(penalty):
     strategy = BeamSearch(3, 200, 0, penalty)
-    search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
+    search = begin(strategy, 1)
     logits = torch.tensor([[0.0, -9.0, -9.0, -9.0, 9.0]])
     steps = 0
-    while not search.done:
-        search.advance(logits.repeat(3, 1))
+    while not search.finished.all():
+        search.advance(logits.expand(*search.last.shape, -1))
         steps += 1
     assert steps < 10
 
@@ -99,9 +100,9 @@ def test_fewer_texts_than_the_width_are_returned_where_fewer_exist():
 
 def test_equals_are_ranked_by_beam_then_by_token():
     strategy = BeamSearch(4, 3, 3)
-    search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
-    while not search.done:
-        search.advance(torch.zeros(4, VOCAB))
+    search = begin(strategy, 1)
+    while not search.finished.all():
+        search.advance(torch.zeros(*search.last.shape, VOCAB))
     assert [text.token_ids for text in search.hypotheses()[0]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
 
 

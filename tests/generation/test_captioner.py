@@ -10,7 +10,7 @@ from torch import Tensor
 
 import contracap
 from contracap.generation import BeamSearch, Captioner, Greedy
-from contracap.generation.sampling import Strategy
+from contracap.generation.strategy import Prompts, Strategy
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -46,13 +46,14 @@ def next_logits(model: CoCa, pixels: Tensor, held: Tensor, end: int) -> Tensor:
 
 @torch.no_grad()
 def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokenizer):
-    search = strategy.begin(len(pixels), start=tokenizer.start, end=tokenizer.end, device=pixels.device)
-    held = torch.empty(len(pixels) * strategy.beams, 0, dtype=torch.int64)
-    repeated = pixels.repeat_interleave(strategy.beams, dim=0)
-    while not search.done:
-        held = torch.cat([held, search.last[:, None]], dim=1)
-        rows = search.advance(next_logits(model, repeated, held, tokenizer.end))
-        held = held if rows is None else held[rows]
+    search = strategy.begin(Prompts.empty(len(pixels), tokenizer.start), tokenizer)
+    held = torch.empty(len(pixels), 1, 0, dtype=torch.int64)
+    while not search.finished.all():
+        held = torch.cat([held, search.last[:, :, None]], dim=2)
+        repeated = pixels.repeat_interleave(held.shape[1], dim=0)
+        logits = next_logits(model, repeated, held.flatten(0, 1), tokenizer.end)
+        rows = search.advance(logits.unflatten(0, held.shape[:2]))
+        held = held if rows is None else held.gather(1, rows[:, :, None].expand(-1, -1, held.shape[2]))
     return search.hypotheses()
 
 

@@ -1,16 +1,13 @@
 """Greedy decoding and the rules every strategy shares, on tables of logits."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.generation import BeamSearch, Greedy
-from contracap.generation.sampling import next_log_probabilities
 
-from .logit_tables import END, START, VOCAB, Table, run, step
+from .logit_tables import END, START, VOCAB, Table, begin, run, step
 
 
 def plain_greedy(table, image, strategy):
@@ -53,9 +50,9 @@ def test_end_token_is_forbidden_exactly_while_the_sequence_is_shorter_than_min_t
     logits = torch.full((1, VOCAB), -5.0)
     logits[0, END] = 5.0
     for strategy in (Greedy(8, 4), BeamSearch(3, 8, 4)):
-        search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
-        while not search.done:
-            search.advance(logits.expand(strategy.beams, -1).clone())
+        search = begin(strategy, 1)
+        while not search.finished.all():
+            search.advance(logits.expand(*search.last.shape, -1))
         shortest = min(search.hypotheses()[0], key=lambda text: len(text.token_ids))
         assert len(shortest.token_ids) == 3  # with the start token: 4
 
@@ -64,26 +61,16 @@ def test_start_token_is_never_produced_and_id_zero_is_a_word():
     logits = torch.full((1, VOCAB), -5.0)
     logits[0, START], logits[0, 0] = 9.0, 5.0
     for strategy in (Greedy(6, 0), BeamSearch(2, 6, 0)):
-        search = strategy.begin(1, start=START, end=END, device=torch.device("cpu"))
-        while not search.done:
-            search.advance(logits.expand(strategy.beams, -1).clone())
+        search = begin(strategy, 1)
+        while not search.finished.all():
+            search.advance(logits.expand(*search.last.shape, -1))
         assert search.hypotheses()[0][0].token_ids == (0, 0, 0, 0, 0)
 
 
-def test_forbidden_tokens_leave_the_other_probabilities_as_the_model_gave_them():
-    logits = torch.randn(4, VOCAB, dtype=torch.float64)
-    logits_before = logits.clone()
-    values = next_log_probabilities(logits, start=START, end=END, length=2, min_tokens=5)
-    assert values.dtype == torch.float32
-    assert (values[:, [START, END]] == -math.inf).all()
-    torch.testing.assert_close(values[:, :START], torch.log_softmax(logits, -1).float()[:, :START])
-    assert torch.equal(logits, logits_before)
-
-
 def test_among_equal_tokens_the_lowest_id_wins():
-    search = Greedy(4, 4).begin(2, start=START, end=END, device=torch.device("cpu"))
-    while not search.done:
-        search.advance(torch.zeros(2, VOCAB))
+    search = begin(Greedy(4, 4), 2)
+    while not search.finished.all():
+        search.advance(torch.zeros(2, 1, VOCAB))
     assert [texts[0].token_ids for texts in search.hypotheses()] == [(0, 0, 0), (0, 0, 0)]
 
 

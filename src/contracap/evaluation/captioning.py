@@ -9,7 +9,7 @@ from contracap.evaluation.overlap import Bleu, bleu, cider, mean, rouge_l
 from contracap.evaluation.tokens import TokenizerName, available_tokenizer, tokenize
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
-from contracap.generation.sampling import Strategy
+from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 

@@ -2,6 +2,20 @@
 
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Caption, Captioner
-from contracap.generation.sampling import Greedy
+from contracap.generation.choice import build_strategy
+from contracap.generation.legacy import LegacyBeamSearch
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.rules import Rules
+from contracap.generation.sampling import Greedy, Sampling
 
-__all__ = ["BeamSearch", "Caption", "Captioner", "Greedy"]
+__all__ = [
+    "BeamSearch",
+    "Caption",
+    "Captioner",
+    "ContrastiveReranking",
+    "Greedy",
+    "LegacyBeamSearch",
+    "Rules",
+    "Sampling",
+    "build_strategy",
+]

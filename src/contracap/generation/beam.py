@@ -1,22 +1,19 @@
-"""Beam search over log-probabilities. It is fed logits and never sees a model."""
+"""Beam search over log-probabilities, also in diverse groups and around forced phrases."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from contracap.generation.sampling import (
-    Hypothesis,
-    check_count,
-    check_lengths,
-    inner_tokens,
-    next_log_probabilities,
-)
-
-CHUNK = 256  # scores looked at together by `best`; 128 to 256 was fastest for 6 beams of 49,408 tokens
+from contracap.generation.phrases import Forced
+from contracap.generation.rules import Next, NextTokens, Rules
+from contracap.generation.strategy import Hypothesis, Prompts, check_count, check_lengths, check_number
+from contracap.generation.texts import Finished, Texts, best
+from contracap.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,105 +23,223 @@ class BeamSearch:
     A step looks at the best 2 * `width` continuations of a picture. Those among the first `width` that end are
     finished, and the best `width` that do not end go on. A text that reaches `max_tokens` is finished as it stands.
     A finished text scores the sum of its log-probabilities / length ** `length_penalty`; length counts the generated
-    tokens: the end token where there is one, not the start token.
+    tokens: the end token where there is one, not the start token or the prompt.
 
     A picture stops once no beginning can still beat the worst of its `width` finished texts, so stopping never changes
     the result. Among equals the better beam, then the lower token id, then the earlier finished text comes first. With
     `width` 1 the first end token closes the picture: that is greedy decoding.
+
+    With `groups` above 1, each is a search of its own, `width` / `groups` wide, and they take their steps one after
+    another: a token that earlier groups have just gone on with loses `diversity` for each of their beams that did, in
+    the choice of this step alone. The finished texts of all are ranked together, one that several found counts once.
+
+    Where phrases are forced, continuations by their next tokens and the best of each beam are looked at as well, and
+    the places of the beams that go on are shared out evenly over how many tokens of the phrases they have met.
 
     Attributes:
         width: beams of a picture, and texts kept.
         max_tokens: longest sequence, start and end token included.
         min_tokens: the end token is forbidden while the sequence, start token included, is shorter than this.
         length_penalty: above 0 favours long texts, below 0 short ones; 1 ranks by the mean log-probability of a token.
+        groups: how many searches the width is divided into.
+        diversity: nats that a token loses for each beam of an earlier group that took it; 0.5 is usual.
+        rules: what a text must and must not hold.
 
     Source: `GenerationMixin._beam_search` of transformers 4.50 and later, with `early_stopping="never"`: the same
         lengths, candidates and finished texts. Its default, `early_stopping=False`, estimates what a beam can reach
-        from its present length, and may stop before a longer and better text is found.
+        from its present length, and may stop before a longer and better text is found. Vijayakumar et al. 2016
+        (arXiv 1610.02424), algorithm 1 with Hamming diversity, for groups; Hokamp and Liu 2017 (arXiv 1704.07138) and
+        Post and Vilar 2018 (arXiv 1804.06609) for forced phrases.
     """
 
     width: int = 6
     max_tokens: int = 30
     min_tokens: int = 5
     length_penalty: float = 1.0
+    groups: int = 1
+    diversity: float = 0.0
+    rules: Rules = Rules()
 
     def __post_init__(self) -> None:
         check_count("width", self.width, 1, "beams of a picture")
         check_lengths(self.max_tokens, self.min_tokens)
-        penalty = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not -10 <= penalty <= 10:
-            raise ValueError(f"length_penalty must be a number from -10 to 10 (1 is usual), not {penalty!r}")
+        check_number("length_penalty", self.length_penalty, -10.0, 10.0, "1 is usual")
+        check_count("groups", self.groups, 1, "searches that the width is divided into")
+        check_number("diversity", self.diversity, 0.0, 100.0, "nats; 0.5 is usual, with groups above 1")
+        if self.width % self.groups:
+            raise ValueError(f"width is {self.width} and groups {self.groups}; the groups must divide the width")
+        if (self.groups > 1) != (self.diversity > 0):
+            raise ValueError(
+                f"groups is {self.groups} and diversity {self.diversity:g}; several groups need a diversity above 0, "
+                "without it all find the same, and a diversity needs several groups"
+            )
 
     @property
-    def beams(self) -> int:
-        """Rows a picture takes."""
+    def rows(self) -> int:
+        """Rows a picture takes at most."""
         return self.width
 
-    def begin(self, images: int, *, start: int, end: int, device: torch.device) -> "Beams":
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "Beams":
         """The state before the first step."""
-        return Beams(self, images, start=start, end=end, device=device)
+        return Beams(self, prompts, tokenizer)
 
 
 class Beams:
-    """The state of one batch: live beams and finished texts of each picture, both best first."""
+    """The state of one batch: the searches of all groups, side by side."""
 
-    def __init__(self, strategy: BeamSearch, images: int, *, start: int, end: int, device: torch.device):
-        self.strategy, self.start, self.end = strategy, start, end
-        width = strategy.width
-        self.length = 1
-        self.tokens = torch.full((images, width, strategy.max_tokens), end, device=device)
-        self.tokens[:, :, 0] = start
-        self.sums = torch.full((images, width), -math.inf, device=device)
-        self.sums[:, 0] = 0.0  # all beams begin alike: only the first may spread
-        self.kept_tokens = self.tokens.clone()
-        self.kept_lengths = torch.zeros((images, width), dtype=torch.int64, device=device)
-        self.kept_sums = torch.full_like(self.sums, -math.inf)
-        self.kept_scores = torch.full_like(self.sums, -math.inf)
-        self.finished = torch.zeros(images, dtype=torch.bool, device=device)
-
-    @property
-    def last(self) -> Int64[Tensor, "rows"]:
-        """The newest token of each row."""
-        return self.tokens[:, :, self.length - 1].flatten()
-
-    @property
-    def done(self) -> bool:
-        """Whether no picture can find anything better."""
-        return self.length == self.strategy.max_tokens or bool(self.finished.all())
-
-    def advance(self, logits: Float[Tensor, "rows vocab"]) -> Int64[Tensor, "rows"]:
-        """Spread every live beam by one token and keep the best; returns the row that each row continues."""
-        images, width = self.sums.shape
-        vocab = logits.shape[-1]
-        log_probabilities = next_log_probabilities(
-            logits, start=self.start, end=self.end, length=self.length, min_tokens=self.strategy.min_tokens
+    def __init__(self, strategy: BeamSearch, prompts: Prompts, tokenizer: Tokenizer):
+        self.strategy, self.end = strategy, tokenizer.end
+        self.texts = Texts.begin(prompts, strategy.max_tokens)
+        self.next_tokens = NextTokens(
+            prompts,
+            tokenizer,
+            max_tokens=strategy.max_tokens,
+            min_tokens=strategy.min_tokens,
+            rules=strategy.rules,
         )
-        totals = self.sums[:, :, None] + log_probabilities.unflatten(0, (images, width))
-        sums, places = best(totals.flatten(1), 2 * width)
+        self.groups = [
+            Group(strategy, self.texts, self.next_tokens.forced, tokenizer.end) for _ in range(strategy.groups)
+        ]
+
+    @property
+    def last(self) -> Int64[Tensor, "images rows"]:
+        """The newest token of each row."""
+        return self.texts.last
+
+    @property
+    def finished(self) -> Bool[Tensor, "images"]:
+        """The pictures that cannot find anything better."""
+        return torch.stack([group.finished for group in self.groups]).all(dim=0) | self.texts.full
+
+    def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"]:
+        """Spread every beam by one token and keep the best; returns the row that each new row continues."""
+        scores = self.next_tokens(logits, self.texts)
+        first, taken, parents = 0, None, []
+        for group in self.groups:
+            rows = group.texts.ids.shape[1]
+            own = Next(*(values[:, first : first + rows] for values in scores))
+            penalty = None if taken is None else self.strategy.diversity * taken[:, None]
+            chosen = group.advance(own, penalty)
+            parents.append(first + chosen)
+            first += rows if logits.shape[1] > 1 else 0  # at first all groups share one row
+            if len(self.groups) > 1:
+                taken = group.taken(logits.shape[-1]) + (0 if taken is None else taken)
+        self.texts = Texts.side_by_side([group.texts for group in self.groups])
+        return torch.cat(parents, dim=1)
+
+    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
+        """Forget all other pictures."""
+        self.texts = self.texts.of(pictures)
+        self.next_tokens.keep(pictures)
+        for group in self.groups:
+            group.keep(pictures)
+
+    def hypotheses(self) -> list[list[Hypothesis]]:
+        """For each picture its finished texts, best first: `width` of them, fewer only where fewer were found."""
+        results = []
+        for found in zip(*(group.kept.hypotheses(self.end) for group in self.groups), strict=True):
+            texts = {text.token_ids: text for texts in reversed(found) for text in reversed(texts)}
+            results.append(sorted(reversed(texts.values()), key=lambda text: -text.score))
+        return results
+
+
+class Group:
+    """One beam search in a batch: live beams and finished texts of each picture, both best first."""
+
+    def __init__(self, strategy: BeamSearch, texts: Texts, forced: Forced | None, end: int):
+        self.strategy, self.forced, self.end = strategy, forced, end
+        self.width = strategy.width // strategy.groups
+        self.texts = texts
+        self.sums = torch.zeros_like(texts.gains[:, :, 0])
+        self.kept = Finished(texts, self.width)
+        self.finished = torch.zeros(len(texts.ids), dtype=torch.bool, device=texts.ids.device)
+
+    def advance(self, scores: Next, penalty: Float[Tensor, "images 1 vocab"] | None) -> Int64[Tensor, "images width"]:
+        """Spread every live beam by one token and keep the best; returns the row that each new row continues.
+
+        Args:
+            penalty: what each token loses in the choice, not in the sums.
+        """
+        width, (_, rows, vocab) = self.width, scores.choice.shape
+        totals = (self.sums[:, :, None] + scores.choice).flatten(1)
+        ranked = totals if penalty is None else (totals.unflatten(1, (rows, vocab)) - penalty).flatten(1)
+        short = max(2 * width - ranked.shape[1], 0)  # fewer continuations than are looked at
+        ranks, places = best(functional.pad(ranked, (0, short), value=-math.inf), 2 * width)
+        places = places.clamp(max=ranked.shape[1] - 1)
+        if self.forced is not None:
+            ranks, places = self._with_forced(self.forced, ranked, ranks, places)
+        sums = totals.gather(1, places).masked_fill(ranks == -math.inf, -math.inf)
         parents, token = places // vocab, places % vocab
-        tokens = rows_of(self.tokens, parents)
-        tokens[:, :, self.length] = token
-        self.length += 1
+        gains = scores.log_probabilities.flatten(1).gather(1, places)
+        texts = self.texts.grown(token, gains, parents)
 
-        closed = (token == self.end) | (self.length == self.strategy.max_tokens)
-        accepted = closed[:, :width] & ~self.finished[:, None]
-        self._keep(tokens[:, :width], sums[:, :width].masked_fill(~accepted, -math.inf))
+        closed = (token == self.end) | texts.full
+        accepted = closed & ~self.finished[:, None]
+        accepted[:, width:] = False
+        length = texts.generated.clamp(min=1)[:, None]
+        reached = sums / length**self.strategy.length_penalty
+        self.kept.add(texts, reached.masked_fill(~accepted, -math.inf))
 
-        self.sums, chosen = best(sums.masked_fill(closed, -math.inf), width)
-        self.tokens = rows_of(tokens, chosen)
+        ranks = ranks.masked_fill(closed, -math.inf)
+        ranks, chosen = best(ranks, width) if self.forced is None else self._shared_out(self.forced, ranks, texts)
+        self.sums = sums.gather(1, chosen).masked_fill(ranks == -math.inf, -math.inf)
+        self.texts = texts.chosen(chosen)
         self._stop()
-        first_row = torch.arange(images, device=places.device)[:, None] * width
-        return (first_row + parents.gather(1, chosen)).flatten()
+        return parents.gather(1, chosen)
 
-    def _keep(self, tokens: Int64[Tensor, "image width token"], sums: Float[Tensor, "image width"]) -> None:
-        """Merge the texts that ended in this step (sum above -inf) with those kept before."""
-        generated = self.length - 1
-        scores = sums / generated**self.strategy.length_penalty
-        self.kept_scores, chosen = best(torch.cat([self.kept_scores, scores], dim=1), sums.shape[1])
-        self.kept_sums = torch.cat([self.kept_sums, sums], dim=1).gather(1, chosen)
-        lengths = torch.cat([self.kept_lengths, torch.full_like(self.kept_lengths, generated)], dim=1)
-        self.kept_lengths = lengths.gather(1, chosen)
-        self.kept_tokens = rows_of(torch.cat([self.kept_tokens, tokens], dim=1), chosen)
+    def taken(self, vocab: int) -> Float[Tensor, "images vocab"]:
+        """How many live beams have just gone on with each token."""
+        counts = self.sums.new_zeros((len(self.sums), vocab))
+        return counts.scatter_add_(1, self.texts.last, (self.sums > -math.inf).float())
+
+    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
+        """Forget all other pictures."""
+        self.texts = self.texts.of(pictures)
+        self.sums, self.finished = self.sums[pictures], self.finished[pictures]
+        self.kept.keep(pictures)
+
+    def _with_forced(
+        self,
+        forced: Forced,
+        ranked: Float[Tensor, "images totals"],
+        ranks: Float[Tensor, "images best"],
+        places: Int64[Tensor, "images best"],
+    ) -> tuple[Float[Tensor, "images candidates"], Int64[Tensor, "images candidates"]]:
+        """The best continuations, then those by the next tokens of forced phrases and the best of each beam."""
+        rows = self.texts.ids.shape[1]
+        vocab = ranked.shape[1] // rows
+        written = forced.vocabulary.texts(self.texts.ids[:, :, : self.texts.length])
+        likeliest = ranked.unflatten(1, (rows, vocab)).argmax(dim=-1).tolist()
+        more = []
+        for texts, tokens, known in zip(written, likeliest, places.tolist(), strict=True):
+            wanted = [
+                row * vocab + token
+                for row, (text, token_of_row) in enumerate(zip(texts, tokens, strict=True))
+                for token in {token_of_row, *forced.next(text)}
+            ]
+            more.append(sorted(set(wanted) - set(known)))
+        most = max(map(len, more))
+        table = torch.tensor([[*extra, *[-1] * (most - len(extra))] for extra in more]).to(places).view(-1, most)
+        extra = ranked.gather(1, table.clamp(min=0)).masked_fill(table < 0, -math.inf)
+        return torch.cat([ranks, extra], dim=1), torch.cat([places, table.clamp(min=0)], dim=1)
+
+    def _shared_out(
+        self, forced: Forced, ranks: Float[Tensor, "images candidates"], texts: Texts
+    ) -> tuple[Float[Tensor, "images width"], Int64[Tensor, "images width"]]:
+        """The candidates that go on: in turns one of each bank, its best, from the bank that has met most."""
+        written = forced.vocabulary.texts(texts.ids[:, :, : texts.length])
+        chosen = []
+        for candidates, scores in zip(written, ranks.tolist(), strict=True):
+            banks: dict[int, list[int]] = {}
+            for number in sorted(range(len(scores)), key=lambda number: -scores[number]):
+                if scores[number] > -math.inf:
+                    banks.setdefault(forced.met(candidates[number]), []).append(number)
+            ordered = [banks[met] for met in sorted(banks, reverse=True)]
+            turns = [number for turn in itertools.zip_longest(*ordered) for number in turn if number is not None]
+            best_first = sorted(turns[: self.width], key=lambda number: -scores[number])
+            chosen.append(best_first + [-1] * (self.width - len(best_first)))
+        table = torch.tensor(chosen).to(texts.ids)
+        return ranks.gather(1, table.clamp(min=0)).masked_fill(table < 0, -math.inf), table.clamp(min=0)
 
     def _stop(self) -> None:
         """Mark the pictures whose live beams can no longer beat the worst text kept.
@@ -132,45 +247,9 @@ class Beams:
         A sum only falls. So the best a beam can reach is its present sum, at the length that flatters it most: the
         longest for a penalty above 0, else the next.
         """
-        penalty = self.strategy.length_penalty
-        generated = self.strategy.max_tokens - 1 if penalty > 0 else self.length
-        self.finished |= self.sums[:, 0] / generated**penalty <= self.kept_scores[:, -1]
-        if self.strategy.width == 1:
-            self.finished |= self.kept_scores[:, 0] > -math.inf
-
-    def hypotheses(self) -> list[list[Hypothesis]]:
-        """For each picture its finished texts, best first: `width` of them, fewer only where fewer exist."""
-        kept = (self.kept_tokens, self.kept_lengths, self.kept_sums, self.kept_scores)
-        return [
-            [
-                Hypothesis(token_ids=inner_tokens(ids, generated, self.end), log_probability=total, score=score)
-                for ids, generated, total, score in zip(*texts, strict=True)
-                if score > -math.inf
-            ]
-            for texts in zip(*(values.tolist() for values in kept), strict=True)
-        ]
-
-
-def rows_of(
-    table: Shaped[Tensor, "image row column"], rows: Int64[Tensor, "image chosen"]
-) -> Shaped[Tensor, "image chosen column"]:
-    """The rows of `table` that `rows` names, picture by picture."""
-    return table.gather(1, rows[:, :, None].expand(-1, -1, table.shape[-1]))
-
-
-def best(
-    scores: Float[Tensor, "image candidates"], count: int
-) -> tuple[Float[Tensor, "image count"], Int64[Tensor, "image count"]]:
-    """The `count` best scores and their places, best first; among equals the lower place.
-
-    `torch.topk` leaves the choice among equals open, and a stable sort of a whole vocabulary is slow. But only the
-    `count` chunks with the best maxima can hold a winner; sorting these alone is as fast as `topk`.
-    """
-    if count > scores.shape[1]:
-        raise ValueError(f"{count} candidates were asked for, there are {scores.shape[1]}")
-    chunks = functional.pad(scores, (0, -scores.shape[1] % CHUNK), value=-math.inf).unflatten(1, (-1, CHUNK))
-    by_maximum = chunks.amax(dim=-1).sort(dim=1, descending=True, stable=True).indices
-    chunk = by_maximum[:, :count].sort(dim=1).values
-    values, places = rows_of(chunks, chunk).flatten(1).sort(dim=1, descending=True, stable=True)
-    values, places = values[:, :count], places[:, :count]
-    return values, chunk.gather(1, places // CHUNK) * CHUNK + places % CHUNK
+        penalty, texts = self.strategy.length_penalty, self.texts
+        longest = self.strategy.max_tokens - texts.prompted
+        generated = longest if penalty > 0 else (texts.generated + 1).clamp(max=longest)
+        self.finished = self.finished | (self.sums.amax(dim=1) / generated**penalty <= self.kept.scores[:, -1])
+        if self.width == 1:
+            self.finished = self.finished | (self.kept.scores[:, 0] > -math.inf)

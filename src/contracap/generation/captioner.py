@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contracap.generation.beam import BeamSearch
-from contracap.generation.sampling import Hypothesis, Strategy, check_count
+from contracap.generation.reranking import shortened
+from contracap.generation.strategy import Hypothesis, Prompts, Strategy, check_count
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -87,19 +88,23 @@ class Captioner:
         weight = next(model.vision.parameters())
         with evaluating(model):
             _, caption_tokens = model.encode_caption_tokens(pixels.to(weight))
-            cache = model.start_decoding(caption_tokens, beams=strategy.beams, max_tokens=strategy.max_tokens)
-            search = strategy.begin(len(pixels), start=tokenizer.start, end=tokenizer.end, device=weight.device)
-            while not search.done:
-                rows = search.advance(model.decode(search.last[:, None], cache))
-                if rows is not None:
-                    cache.reorder(rows)
+            images, rows = len(pixels), strategy.rows
+            cache = model.start_decoding(caption_tokens, beams=rows, max_tokens=strategy.max_tokens)
+            search = strategy.begin(Prompts.empty(images, tokenizer.start, weight.device), tokenizer)
+            first_row = torch.arange(images, device=weight.device)[:, None] * rows
+            while not search.finished.all():
+                now = search.last.shape[1]
+                logits = model.decode(search.last.expand(images, rows).reshape(-1, 1), cache)
+                parents = search.advance(logits.unflatten(0, (images, rows))[:, :now])
+                if parents is not None:
+                    cache.reorder((first_row + parents).flatten())
         return [self._caption(hypotheses) for hypotheses in search.hypotheses()]
 
     def _checked(self, strategy: Strategy) -> Strategy:
         """The strategy, as far as this model can follow it."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be one such as Greedy() or BeamSearch(width=6), not {strategy!r}")
-        return replace(strategy, max_tokens=min(strategy.max_tokens, self.model.config.text.context))
+        return shortened(strategy, self.model.config.text.context)
 
     def _caption(self, hypotheses: list[Hypothesis]) -> Caption:
         if not hypotheses or not math.isfinite(hypotheses[0].score):

@@ -1,206 +1,229 @@
-"""From logits to the next token, one sequence a picture; and what every decoding strategy shares.
+"""One sequence at a time: the likeliest token at each step, or one drawn by its probability."""
 
-A strategy (`Greedy`, `beam.BeamSearch`) is a frozen record of settings. Its `begin` makes a `Search`: the state of one
-batch, which is fed logits and never sees a model.
-"""
-
-import math
-from collections.abc import Callable
+import hashlib
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from contracap.generation.rules import NextTokens, Rules
+from contracap.generation.strategy import Hypothesis, Prompts, check_count, check_lengths, check_number
+from contracap.generation.texts import Texts, best, hypothesis
+from contracap.tokenizer import Tokenizer
 
-@dataclass(frozen=True, kw_only=True)
-class Hypothesis:
-    """One finished sequence.
-
-    Attributes:
-        token_ids: what was generated, without the start and the end token.
-        log_probability: sum over the generated tokens, the end token included where there is one, in nats.
-        score: what ranks hypotheses, higher is better.
-    """
-
-    token_ids: tuple[int, ...]
-    log_probability: float
-    score: float
-
-
-@runtime_checkable
-class Search(Protocol):
-    """The state of decoding one batch. Rows are picture-major: the beams of one picture are neighbours."""
-
-    @property
-    def last(self) -> Int64[Tensor, "rows"]:
-        """The newest token of each row, the one the model has not seen yet."""
-        ...
-
-    @property
-    def done(self) -> bool:
-        """Whether every picture has its result."""
-        ...
-
-    def advance(self, logits: Float[Tensor, "rows vocab"]) -> Int64[Tensor, "rows"] | None:
-        """Append one token to every row, given the logits after `last`.
-
-        Returns: the row that each row continues, for the cache to follow; None where each continues itself.
-        """
-        ...
-
-    def hypotheses(self) -> list[list[Hypothesis]]:
-        """For each picture its results, best first."""
-        ...
-
-
-@runtime_checkable
-class Strategy(Protocol):
-    """The settings of a way to decode, a frozen dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest sequence, start and end token included."""
-        ...
-
-    @property
-    def beams(self) -> int:
-        """Rows a picture takes."""
-        ...
-
-    def begin(self, images: int, *, start: int, end: int, device: torch.device) -> Search:
-        """The state before the first step, for a batch of `images` pictures whose sequences hold the start token."""
-        ...
+RESOLUTION = 2**48  # of the numbers drawn: as fine as a probability can matter, and below 1 also when multiplied
 
 
 @dataclass(frozen=True)
 class Greedy:
     """Always the likeliest next token (the lowest id among equals); the same ids as `BeamSearch(width=1)`.
 
+    The score is the mean log-probability of a token.
+
     Attributes:
         max_tokens: longest sequence, start and end token included; a text without an end token stops there.
         min_tokens: the end token is forbidden while the sequence, start token included, is shorter than this.
+        rules: what a text must and must not hold.
     """
 
     max_tokens: int = 30
     min_tokens: int = 5
+    rules: Rules = Rules()
 
     def __post_init__(self) -> None:
         check_lengths(self.max_tokens, self.min_tokens)
 
     @property
-    def beams(self) -> int:
+    def rows(self) -> int:
         """Rows a picture takes."""
         return 1
 
-    def begin(self, images: int, *, start: int, end: int, device: torch.device) -> "SingleSearch":
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SingleSearch":
         """The state before the first step."""
-        return SingleSearch(
-            images,
-            choose=lambda log_probabilities: log_probabilities.max(dim=-1).indices,  # the first among equals
-            max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens,
-            start=start,
-            end=end,
-            device=device,
-        )
+        return SingleSearch(self, prompts, tokenizer)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Each next token drawn by its probability, for `samples` independent texts a picture, best first.
+
+    The logits are divided by `temperature`; of the tokens that are not forbidden the `top_k` likeliest are kept; of
+    these the fewest likeliest whose probabilities, made to sum to 1, reach `top_p`; of these the tokens at least
+    `min_p` times as likely as the likeliest. One is drawn of what is left. Among equals the lower id is kept first.
+
+    The score is the mean log-probability of a token: the model's own, of the whole vocabulary at temperature 1. What is
+    drawn depends on the seed, the picture's number in the call, the sample's number and the length of the text, but not
+    on the other pictures or the size of batches.
+
+    Attributes:
+        temperature: above 1 flattens the distribution, below sharpens it.
+        top_k: tokens kept; None keeps all.
+        top_p: probability kept, above 0 and at most 1; None keeps all.
+        min_p: least probability of a token, relative to the likeliest, from 0 to 1; None keeps all.
+        seed: the same seed gives the same texts.
+        samples: texts a picture.
+        max_tokens: longest sequence, start and end token included; a text without an end token stops there.
+        min_tokens: the end token is forbidden while the sequence, start token included, is shorter than this.
+        rules: what a text must and must not hold.
+
+    Source: Fan et al. 2018 (arXiv 1805.04833) for top-k; Holtzman et al. 2020 (arXiv 1904.09751) for top-p; Nguyen et
+        al. 2024 (arXiv 2407.01082) for min-p.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+    samples: int = 1
+    max_tokens: int = 30
+    min_tokens: int = 5
+    rules: Rules = Rules()
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, 0.01, 100.0, "1 samples from the model as it is")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, 1, "tokens kept")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 1e-6, 1.0, "probability kept")
+        if self.min_p is not None:
+            check_number("min_p", self.min_p, 0.0, 1.0, "probability relative to the likeliest token's")
+        check_count("seed", self.seed, 0, "the same seed gives the same texts")
+        check_count("samples", self.samples, 1, "texts a picture")
+        check_lengths(self.max_tokens, self.min_tokens)
+
+    @property
+    def rows(self) -> int:
+        """Rows a picture takes."""
+        return self.samples
+
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SampleSearch":
+        """The state before the first step."""
+        return SampleSearch(self, prompts, tokenizer)
 
 
 class SingleSearch:
-    """One sequence a picture; `choose` picks each next token from its log-probabilities.
+    """Sequences that do not compete: each goes on with the token that `choose` picks, here the likeliest."""
 
-    Nothing competes here: the score is the mean log-probability of a token, as for `BeamSearch` with length penalty 1.
-    """
-
-    def __init__(
-        self,
-        images: int,
-        *,
-        choose: Callable[[Tensor], Tensor],
-        max_tokens: int,
-        min_tokens: int,
-        start: int,
-        end: int,
-        device: torch.device,
-    ):
-        self.choose, self.min_tokens, self.start, self.end = choose, min_tokens, start, end
-        self.tokens = torch.full((images, max_tokens), end, device=device)
-        self.tokens[:, 0] = start
-        self.length = 1
-        self.generated = torch.zeros(images, dtype=torch.int64, device=device)
-        self.log_probability = torch.zeros(images, dtype=torch.float32, device=device)
-        self.finished = torch.zeros(images, dtype=torch.bool, device=device)
-
-    @property
-    def last(self) -> Int64[Tensor, "rows"]:
-        """The newest token of each row."""
-        return self.tokens[:, self.length - 1]
-
-    @property
-    def done(self) -> bool:
-        """Whether every picture has its end token or is full."""
-        return self.length == self.tokens.shape[1] or bool(self.finished.all())
-
-    def advance(self, logits: Float[Tensor, "rows vocab"]) -> None:
-        """Append the chosen token to every row that has not ended."""
-        log_probabilities = next_log_probabilities(
-            logits, start=self.start, end=self.end, length=self.length, min_tokens=self.min_tokens
+    def __init__(self, strategy: Greedy | Sampling, prompts: Prompts, tokenizer: Tokenizer):
+        self.end, self.rows = tokenizer.end, strategy.rows
+        self.texts = Texts.begin(prompts, strategy.max_tokens)
+        self.next_tokens = NextTokens(
+            prompts,
+            tokenizer,
+            max_tokens=strategy.max_tokens,
+            min_tokens=strategy.min_tokens,
+            rules=strategy.rules,
         )
-        token = torch.where(self.finished, self.end, self.choose(log_probabilities))
-        gained = log_probabilities.gather(-1, token[:, None]).squeeze(-1)
-        self.log_probability += gained.masked_fill(self.finished, 0.0)
-        self.generated += ~self.finished
-        self.tokens[:, self.length] = token
-        self.finished |= token == self.end
-        self.length += 1
+        images, device = len(prompts.ids), prompts.ids.device
+        self.ended = torch.zeros((images, 1), dtype=torch.bool, device=device)
+        self.generated = torch.zeros((images, 1), dtype=torch.int64, device=device)
+        self.sums = torch.zeros((images, 1), device=device)
+
+    @property
+    def last(self) -> Int64[Tensor, "images rows"]:
+        """The newest token of each row."""
+        return self.texts.last
+
+    @property
+    def finished(self) -> Bool[Tensor, "images"]:
+        """The pictures whose texts have their end tokens, or are full."""
+        return self.ended.all(dim=1) | self.texts.full
+
+    def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"] | None:
+        """Append the chosen token to every text that has not ended; the first step spreads to all samples."""
+        log_probabilities, choice = self.next_tokens(logits, self.texts)
+        spread = None
+        if logits.shape[1] < self.rows:
+            spread = torch.zeros((len(logits), self.rows), dtype=torch.int64, device=logits.device)
+            log_probabilities, choice = (values.expand(-1, self.rows, -1) for values in (log_probabilities, choice))
+            self.ended, self.generated, self.sums = (
+                values.repeat(1, self.rows) for values in (self.ended, self.generated, self.sums)
+            )
+        token = torch.where(self.ended, self.end, self.choose(choice))
+        gain = log_probabilities.gather(-1, token[..., None]).squeeze(-1)
+        writing = ~self.ended & (self.texts.prompted <= self.texts.length)[:, None]
+        self.sums = self.sums + gain.masked_fill(~writing, 0.0)
+        self.generated = self.generated + writing
+        self.ended = self.ended | (token == self.end)
+        self.texts = self.texts.grown(token, gain, spread)
+        return spread
+
+    def choose(self, choice: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
+        """The next token of each row."""
+        return choice.max(dim=-1).indices  # the first among equals
+
+    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
+        """Forget all other pictures."""
+        self.texts = self.texts.of(pictures)
+        self.next_tokens.keep(pictures)
+        self.ended, self.generated, self.sums = (values[pictures] for values in (self.ended, self.generated, self.sums))
 
     def hypotheses(self) -> list[list[Hypothesis]]:
-        """For each picture its one result."""
-        score = self.log_probability / self.generated
-        rows = zip(
-            self.tokens.tolist(), self.generated.tolist(), self.log_probability.tolist(), score.tolist(), strict=True
-        )
-        return [
-            [Hypothesis(token_ids=inner_tokens(ids, count, self.end), log_probability=total, score=mean)]
-            for ids, count, total, mean in rows
-        ]
+        """For each picture its texts, best first; equals in the order they were drawn."""
+        scores = self.sums / self.generated
+        tables = (self.texts.ids, self.texts.gains, self.generated, scores, self.texts.prompted)
+        results = []
+        for *rows, first in zip(*(values.tolist() for values in tables), strict=True):
+            texts = [
+                hypothesis(ids[first : first + count], gains[first : first + count], score, self.end)
+                for ids, gains, count, score in zip(*rows, strict=True)
+            ]
+            results.append(sorted(texts, key=lambda text: -text.score))
+        return results
 
 
-def next_log_probabilities(
-    logits: Float[Tensor, "rows vocab"], *, start: int, end: int, length: int, min_tokens: int
-) -> Float[Tensor, "rows vocab"]:
-    """Log-probabilities of the next token in float32, -inf where it is forbidden.
+class SampleSearch(SingleSearch):
+    """Sequences that go on with tokens drawn by their probability."""
 
-    Forbidden are a second start token, and the end token while the sequence of `length` tokens is shorter than
-    `min_tokens`. The rest is not scaled up: it stays what the model gave. Id 0 is a word like any other, not fill.
-    """
-    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    log_probabilities[:, start] = -math.inf
-    if length < min_tokens:
-        log_probabilities[:, end] = -math.inf
-    return log_probabilities
+    def __init__(self, strategy: Sampling, prompts: Prompts, tokenizer: Tokenizer):
+        super().__init__(strategy, prompts, tokenizer)
+        self.strategy = strategy
+        numbers = range(len(prompts.ids)) if prompts.numbers is None else prompts.numbers.tolist()
+        drawn = [uniform(strategy.seed, number, strategy.samples, strategy.max_tokens) for number in numbers]
+        self.drawn = torch.stack(drawn).to(prompts.ids.device)
 
+    def choose(self, choice: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
+        """Draw the next token of each row."""
+        return draw(choice, self.drawn[:, :, self.texts.length], self.strategy)
 
-def inner_tokens(ids: list[int], generated: int, end: int) -> tuple[int, ...]:
-    """The first `generated` ids after the start token, without the end token that may close them."""
-    inner = ids[1 : generated + 1]
-    return tuple(inner[:-1] if inner and inner[-1] == end else inner)
-
-
-def check_lengths(max_tokens: int, min_tokens: int) -> None:
-    """Raises: ValueError: unless `max_tokens` leaves room for a token, and `min_tokens` is from 0 to `max_tokens`."""
-    check_count("max_tokens", max_tokens, 2, "it counts the whole sequence, start and end token included")
-    check_count("min_tokens", min_tokens, 0, "0 allows the end token from the first step")
-    if min_tokens > max_tokens:
-        raise ValueError(
-            f"min_tokens is {min_tokens}, above max_tokens, {max_tokens}; lower the one or raise the other"
-        )
+    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
+        """Forget all other pictures."""
+        super().keep(pictures)
+        self.drawn = self.drawn[pictures]
 
 
-def check_count(name: str, value: int, least: int, why: str) -> None:
-    """Raises: ValueError: unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least} ({why}), not {value!r}")
+def uniform(seed: int, number: int, samples: int, count: int) -> Float64[Tensor, "samples count"]:
+    """For the picture of this number, random numbers from 0 to below 1: the same on every device, and for a sample the
+    same whatever the other counts are."""
+    drawn = []
+    for sample in range(samples):
+        digest = hashlib.blake2b(f"{seed} {number} {sample}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") // 2)
+        drawn.append(torch.randint(RESOLUTION, (count,), generator=generator).double() / RESOLUTION)
+    return torch.stack(drawn)
+
+
+def draw(
+    choice: Float[Tensor, "images rows vocab"], uniform: Float64[Tensor, "images rows"], strategy: Sampling
+) -> Int64[Tensor, "images rows"]:
+    """The token whose stretch of the cumulative distribution `uniform` falls into."""
+    scores = (choice / strategy.temperature).flatten(0, 1)
+    tokens = None
+    if strategy.top_k is not None and strategy.top_k < scores.shape[1]:
+        scores, tokens = best(scores, strategy.top_k)
+    elif strategy.top_p is not None:
+        scores, tokens = scores.sort(dim=1, descending=True, stable=True)
+    probabilities = torch.softmax(scores, dim=1, dtype=torch.float64)
+    if strategy.top_p is not None and strategy.top_p < 1:
+        before = probabilities.cumsum(dim=1) - probabilities
+        probabilities = probabilities.masked_fill(before >= strategy.top_p, 0.0)
+    if strategy.min_p is not None:
+        least = strategy.min_p * probabilities.amax(dim=1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    cumulative = probabilities.cumsum(dim=1)
+    target = uniform.reshape(-1, 1) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
+    token = place if tokens is None else tokens.gather(1, place)
+    return token.view(choice.shape[:2])

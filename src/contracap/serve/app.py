@@ -19,7 +19,7 @@ import contracap
 from contracap.config import ConfigError
 from contracap.evaluation.zeroshot import check_templates
 from contracap.generation.choice import build_strategy
-from contracap.generation.sampling import Strategy
+from contracap.generation.strategy import Strategy
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.page import page, paragraph, table
@@ -94,8 +94,8 @@ class DefaultStrategy:
         name = asked.pop("strategy", None)
         settings = [f"{key}={value}" for key, value in asked.items()]
         strategy = build_strategy(name or self.name, settings if name else [*self.settings, *settings])
-        if strategy.beams > MOST_BEAMS:
-            raise ConfigError(f"{strategy.beams} beams or samples of a picture are more than the {MOST_BEAMS} allowed")
+        if strategy.rows > MOST_BEAMS:
+            raise ConfigError(f"{strategy.rows} beams or samples of a picture are more than the {MOST_BEAMS} allowed")
         return strategy
 
 

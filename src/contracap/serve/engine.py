@@ -1,6 +1,5 @@
 """What the batcher's thread does with the model: each method takes one batch and gives an answer for each item."""
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from contracap.evaluation.features import embed_texts, finite
 from contracap.evaluation.zeroshot import classifier
 from contracap.generation.captioner import Caption, Captioner
-from contracap.generation.sampling import Strategy
+from contracap.generation.reranking import shortened
+from contracap.generation.strategy import Prompts, Strategy
 from contracap.image import decode, normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -40,9 +40,8 @@ class Engine:
 
     def check(self, strategy: Strategy) -> None:
         """Raises: ValueError: if the model cannot write with this strategy, whatever the picture."""
-        tokenizer, context = self.processor.tokenizer, self.model.config.text.context
-        strategy = replace(strategy, max_tokens=min(strategy.max_tokens, context))
-        strategy.begin(1, start=tokenizer.start, end=tokenizer.end, device=torch.device("cpu"))
+        tokenizer = self.processor.tokenizer
+        shortened(strategy, self.model.config.text.context).begin(Prompts.empty(1, tokenizer.start), tokenizer)
 
     def captions(self, strategy: Strategy, pictures: list[Picture]) -> list[Caption]:
         """A caption for each picture.
