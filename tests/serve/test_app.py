@@ -19,7 +19,7 @@ from openapi_spec_validator import validate
 import contracap
 from contracap.config import ConfigError
 from contracap.evaluation.zeroshot import classifier
-from contracap.generation import BeamSearch, Captioner, Greedy
+from contracap.generation import BeamSearch, Captioner, Greedy, Sampling
 from contracap.model.coca import CoCa
 from contracap.model.pooler import PoolerConfig
 from contracap.model.sizes import SIZES
@@ -92,8 +92,9 @@ def test_captions_equal_those_of_each_picture_alone_whatever_they_share_a_batch_
         "?strategy=greedy": Greedy(),
         "?strategy=beam&width=3&length_penalty=-1.5&max_tokens=9": BeamSearch(3, 9, length_penalty=-1.5),
         "?width=2": BeamSearch(2),
+        "?strategy=sample&seed=3&samples=2&max_tokens=9": Sampling(seed=3, samples=2, max_tokens=9),
     }
-    requests = [(colour, query) for colour in COLOURS[:8] for query in asks]
+    requests = [(colour, query) for colour in COLOURS[:6] for query in asks]
     random.Random(0).shuffle(requests)
 
     async def test(client: Client) -> None:
@@ -165,6 +166,11 @@ def test_a_bad_picture_gets_one_line_and_leaves_the_others_of_its_batch_alone(pa
         ("min_tokens=20&max_tokens=10", ("min_tokens", "20", "10")),
         ("min_tokens=20&max_tokens=25", ("min_tokens", "20", "16")),
         ("width=" + "[" * 5000, ()),
+        ("strategy=sample&samples=33", ("33", "32 allowed")),
+        ("strategy=rerank&of.samples=33", ("33", "32 allowed")),
+        ('rules.banned=["red"]&rules.forced=["red"]', ("red",)),
+        ('rules.forced=["a very long phrase that no context of this small model can hold at all, however"]', ("room",)),
+        ("rules.no_repeat_ngram=0", ("no_repeat_ngram",)),
         ("length_penalty=nan", ("length_penalty",)),
         ("=3", ("=3",)),
     ],
@@ -381,37 +387,11 @@ def test_openapi_is_valid_and_the_page_asks_the_network_for_nothing(pair):
 
 def test_no_request_however_odd_makes_the_server_fail(pair):
     chance = random.Random(0)
-    words = [
-        "strategy",
-        "beam",
-        "greedy",
-        "width",
-        "max_tokens",
-        "min_tokens",
-        "label",
-        "template",
-        "{}",
-        "a.b.c",
-        "%00",
-    ]
-    words += [
-        "%ff",
-        "3",
-        "-1",
-        "1e9",
-        "true",
-        "[]",
-        "{",
-        "'",
-        '"',
-        "",
-        " ",
-        "%F0%9F%98%80",
-        "texts",
-        "nan",
-        "\\",
-        "rules",
-    ]
+    words = (
+        "strategy beam greedy sample legacy rerank width max_tokens min_tokens samples of.samples top_p rules".split()
+    )
+    words += "rules.banned rules.forced label template texts a.b.c true nan 3 -1 0.5 1e9 {} [] ['a'] { ' \" \\".split()
+    words += ["", " ", "%00", "%ff", "%F0%9F%98%80"]
     good = picture("red", "JPEG")
 
     def body() -> bytes:

@@ -10,6 +10,7 @@ from contracap.evaluation.features import embed_texts, finite
 from contracap.evaluation.zeroshot import classifier
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.reranking import shortened
+from contracap.generation.sampling import Sampling
 from contracap.generation.strategy import Prompts, Strategy
 from contracap.image import decode, normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
@@ -49,7 +50,9 @@ class Engine:
         Raises: ValueError: if the model gives numbers that are not finite.
         """
         assert self.captioner is not None  # who has none does not ask
-        return self.captioner.generate(self._pixels(pictures), strategy)
+        draws = isinstance(getattr(strategy, "of", strategy), Sampling)
+        batches = [[picture] for picture in pictures] if draws else [pictures]  # a draw depends on the place in a batch
+        return [made for batch in batches for made in self.captioner.generate(self._pixels(batch), strategy)]
 
     @torch.inference_mode()
     def picture_embeddings(self, _: None, pictures: list[Picture]) -> list[Float32[Tensor, "embed"]]:
