@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "bench": "bench plan start recipe evaluation generation training parallel losses pretrained model data tokenizer "
     "image",
     "recipe": "evaluation training parallel model losses data tokenizer image",
+    "serve": "serve evaluation generation model image page processor",
     "quickstart": "*",
     "cli": "*",
     "__main__": "cli",

@@ -111,6 +111,11 @@ def test_overrides_win_and_are_toml_values_else_strings(tmp_path: Path) -> None:
     )
 
 
+def test_an_override_of_thousands_of_brackets_is_a_string_like_any_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="steps"):
+        load_toml(written(tmp_path, ""), Run, ["steps=" + "[" * 5000])
+
+
 @pytest.mark.parametrize("override", ["steps", "=3", "optimizer..betas=1", "steps.more=1"])
 def test_an_override_that_is_no_assignment_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="override"):

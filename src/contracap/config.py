@@ -223,7 +223,7 @@ def _words(hint: Any) -> str:
 def _toml_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):  # the latter of thousands of brackets
         return text
     return parsed["value"] if len(parsed) == 1 else text
 

@@ -13,6 +13,7 @@ except ModuleNotFoundError:
 from contracap.cli.errors import fail, is_for_the_user, message
 from contracap.cli.measure import bench, caption, evaluate
 from contracap.cli.runs import plan, quickstart, train
+from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show
 from contracap.cli.weights import convert, inspect
 
@@ -39,7 +40,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     for verb in (make, index, show):
         shards.command(verb)
     app = SubcommandApp()
-    for verb in (quickstart, train, evaluate, caption, plan, bench):
+    for verb in (quickstart, train, evaluate, caption, serve, plan, bench):
         app.command(verb)
     app.command(shards, name="shards", help="Make tar shards of any source, index them, and look at them.")
     app.command(

@@ -1,0 +1,69 @@
+"""The verb that answers over HTTP."""
+
+import math
+import socket
+from typing import Annotated
+
+from tyro.conf import arg
+
+from contracap.cli.options import Size, WeightsName, load_model
+
+
+def serve(
+    weights: WeightsName,
+    /,
+    *,
+    host: Annotated[str, arg(help="the address to listen at; 0.0.0.0 is all of them")] = "127.0.0.1",
+    port: Annotated[int, arg(help="0 is any that is free")] = 8000,
+    strategy: Annotated[str, arg(help="how captions are written, if a request does not say")] = "beam",
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE", help="its settings, such as width=3")] = (),
+    max_batch: Annotated[int, arg(help="pictures or texts that go through the model together")] = 16,
+    max_wait_ms: Annotated[
+        float, arg(help="milliseconds that a request waits for others while the model is idle")
+    ] = 5.0,
+    max_body_mib: Annotated[float, arg(help="MiB of a request's body")] = 20.0,
+    max_requests: Annotated[int, arg(help="under way at once, uploads included; more are told to come again")] = 128,
+    timeout_s: Annotated[float, arg(help="seconds that an upload may take, and then its answer")] = 60.0,
+    size: Size = None,
+) -> None:
+    """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
+    try:
+        import uvicorn
+
+        from contracap.serve.app import DefaultStrategy, build_app
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise ImportError(f"serve needs the package {error.name}: pip install 'contracap[serve]'") from None
+    from contracap.serve.batching import BatchingConfig
+    from contracap.serve.limits import LimitsConfig
+
+    default = DefaultStrategy(strategy, set)
+    default.strategy({})  # what is wrong is said before the weights are read
+    batching = BatchingConfig(max_batch=max_batch, max_wait_ms=max_wait_ms)
+    limits = LimitsConfig(max_body_mib=max_body_mib, timeout_s=timeout_s, max_requests=max_requests)
+    with _bound(host, port) as listener:
+        app = build_app(*load_model(weights, size), default=default, batching=batching, limits=limits)
+        config = uvicorn.Config(app, timeout_graceful_shutdown=math.ceil(timeout_s))
+        print(f"http://{_host(host)}:{listener.getsockname()[1]}", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket with this address, not listening yet: clients are refused until the model is there.
+
+    Raises: OSError: if it cannot have the address.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen at {_host(host)}:{port}: {why}; give another --host or --port") from None
+    return listener
+
+
+def _host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,1 @@
+"""The model behind HTTP: requests that arrive together go through it together."""

@@ -1,0 +1,66 @@
+"""What is answered, as OpenAPI describes it, and the one thing that is asked in JSON."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+MOST_TEXTS = 256
+LONGEST_TEXT = 4096  # characters; a context is 77 tokens
+
+
+class Problem(BaseModel):
+    """What went wrong, in one line."""
+
+    error: str
+
+
+class Alternative(BaseModel):
+    """One text for the picture."""
+
+    caption: str
+    score: float = Field(description="what ranks the texts, higher is better")
+    log_probability: float = Field(description="sum over its tokens and the end token, in nats")
+
+
+class CaptionAnswer(Alternative):
+    """The best text for the picture, and the n best."""
+
+    alternatives: list[Alternative] = Field(description="best first; the first is the caption itself")
+
+
+class PictureEmbedding(BaseModel):
+    """A unit vector in the space that pictures and texts share."""
+
+    embedding: list[float]
+
+
+class Texts(BaseModel):
+    """Texts to embed."""
+
+    texts: list[Annotated[str, Field(max_length=LONGEST_TEXT)]] = Field(min_length=1, max_length=MOST_TEXTS)
+
+
+class TextEmbeddings(BaseModel):
+    """A unit vector for each text, in their order."""
+
+    embeddings: list[list[float]]
+
+
+class LabelAnswer(BaseModel):
+    """One label and how well it fits the picture."""
+
+    label: str
+    probability: float = Field(description="softmax over the labels, at the model's own logit scale")
+    similarity: float = Field(description="cosine of picture and label")
+
+
+class Classification(BaseModel):
+    """The labels, best first."""
+
+    labels: list[LabelAnswer]
+
+
+class State(BaseModel):
+    """How the server is."""
+
+    status: str

@@ -1,0 +1,80 @@
+"""What the batcher's thread does with the model: each method takes one batch and gives an answer for each item."""
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from contracap.evaluation.features import embed_texts, finite
+from contracap.evaluation.zeroshot import classifier
+from contracap.generation.captioner import Caption, Captioner
+from contracap.generation.reranking import shortened
+from contracap.generation.sampling import Sampling
+from contracap.generation.strategy import Prompts, Strategy
+from contracap.image import decode, normalise, resize_and_crop
+from contracap.model.coca import CoCa, evaluating
+from contracap.processor import Processor
+
+Picture = UInt8[Tensor, "3 height width"]
+
+
+class Engine:
+    """A model and its processor. Only `picture` and `check` may be called from several threads at once.
+
+    Attributes:
+        captioner: None if the model has no text decoder (a CLIP).
+    """
+
+    def __init__(self, model: CoCa, processor: Processor):
+        self.model, self.processor = model.eval(), processor
+        self.captioner = Captioner(model, processor) if model.decoder is not None else None
+        self.logit_scale = model.logit_scale.detach().exp().item()
+        self._classifier = lru_cache(maxsize=64)(self._new_classifier)
+
+    def picture(self, data: bytes) -> Picture:
+        """The picture in a file's bytes, as the model sees it before normalisation.
+
+        Raises: ImageError: if it cannot be used.
+        """
+        return resize_and_crop(decode(data), self.processor.image_config)
+
+    def check(self, strategy: Strategy) -> None:
+        """Raises: ValueError: if the model cannot write with this strategy, whatever the picture."""
+        tokenizer = self.processor.tokenizer
+        shortened(strategy, self.model.config.text.context).begin(Prompts.empty(1, tokenizer.start), tokenizer)
+
+    def captions(self, strategy: Strategy, pictures: list[Picture]) -> list[Caption]:
+        """A caption for each picture.
+
+        Raises: ValueError: if the model gives numbers that are not finite.
+        """
+        assert self.captioner is not None  # who has none does not ask
+        draws = isinstance(getattr(strategy, "of", strategy), Sampling)
+        batches = [[picture] for picture in pictures] if draws else [pictures]  # a draw depends on the place in a batch
+        return [made for batch in batches for made in self.captioner.generate(self._pixels(batch), strategy)]
+
+    @torch.inference_mode()
+    def picture_embeddings(self, _: None, pictures: list[Picture]) -> list[Float32[Tensor, "embed"]]:
+        """A unit vector for each picture."""
+        with evaluating(self.model):
+            return list(finite(self.model.encode_image(self._pixels(pictures)), "pictures").cpu())
+
+    @torch.inference_mode()
+    def text_embeddings(self, _: None, texts: list[str]) -> list[Float32[Tensor, "embed"]]:
+        """A unit vector for each text; what does not fit the context is cut off."""
+        with evaluating(self.model):
+            return list(embed_texts(self.model, self.processor, texts, batch_size=len(texts)).cpu())
+
+    def similarities(
+        self, classes: tuple[tuple[str, ...], tuple[str, ...]], pictures: list[Picture]
+    ) -> list[Float32[Tensor, "label"]]:
+        """For each picture its cosine with each label; `classes` are the labels and the templates they stand in."""
+        weights = self._classifier(*classes)
+        return list(torch.stack(self.picture_embeddings(None, pictures)) @ weights.T)
+
+    def _new_classifier(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Float32[Tensor, "label embed"]:
+        return classifier(self.model, self.processor, labels, templates).cpu()
+
+    def _pixels(self, pictures: list[Picture]) -> Float32[Tensor, "batch 3 height width"]:
+        return normalise(torch.stack(pictures).to(self.model.device), self.processor.image_config)

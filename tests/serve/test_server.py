@@ -1,0 +1,174 @@
+"""The verb in a process of its own, over real connections."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+import contracap
+from contracap.generation import Captioner, Greedy
+from contracap.pretrained import save
+
+from .pictures import BAD, COLOURS, picture
+
+pytestmark = pytest.mark.slow
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that writes different things about different colours."""
+    path = tmp_path_factory.mktemp("serve") / "tiny.safetensors"
+    model, processor = contracap.load("tiny", weights="random", seed=0)
+    state = {
+        name: weight * 20 if "cross_blocks" in name and name.endswith("attention.out.weight") else weight
+        for name, weight in model.state_dict().items()
+    }
+    save(path, model=model.config, image=processor.image_config, state=state)
+    return path
+
+
+@contextmanager
+def serving(weights: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a server, and its process."""
+    command = [sys.executable, "-m", "contracap", "serve", str(weights), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().strip()
+            while server.poll() is None:
+                try:
+                    httpx.get(f"{address}/health")
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.05)
+            yield address, server
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def address(weights: Path) -> Iterator[str]:
+    with serving(weights, "--max-body-mib", "4", "--strategy", "greedy") as (address, _):
+        yield address
+
+
+def connected(address: str) -> socket.socket:
+    host, _, port = address.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def answered(connection: socket.socket) -> str:
+    """All that comes until the server closes the connection or stops sending."""
+    received = b""
+    while b"\r\n\r\n" not in received or not received.endswith(b"}"):
+        piece = connection.recv(65536)
+        if not piece:
+            break
+        received += piece
+    return received.decode()
+
+
+def test_a_hundred_at_once_each_get_their_own_picture_s_caption(address, weights):
+    captioner = Captioner(*contracap.load(weights))
+    alone = {colour: captioner([picture(colour)], Greedy())[0].text for colour in COLOURS}
+    assert len(set(alone.values())) > 2, "the model should look at the pictures"
+    for count in (20, 100):
+        colours = [COLOURS[number % len(COLOURS)] for number in range(count)]
+        limits = httpx.Limits(max_connections=count)
+        with ThreadPoolExecutor(count) as threads, httpx.Client(limits=limits, timeout=60) as client:
+            asked = [
+                threads.submit(client.post, f"{address}/v1/caption", content=picture(colour)) for colour in colours
+            ]
+            answers = [future.result() for future in asked]
+        assert [answer.status_code for answer in answers] == [200] * count
+        assert [answer.json()["caption"] for answer in answers] == [alone[colour] for colour in colours]
+
+
+def test_bad_pictures_and_huge_bodies_get_one_line_and_the_server_lives_on(address):
+    for name, file in BAD.items():
+        answer = httpx.post(f"{address}/v1/caption", content=file)
+        assert answer.status_code == 400 and list(answer.json()) == ["error"], name
+    answer = httpx.post(f"{address}/v1/caption", content=(bytes(MIB) for _ in range(200)), timeout=60)
+    assert (answer.status_code, list(answer.json())) == (413, ["error"])
+    assert httpx.post(f"{address}/v1/caption", content=picture("red")).status_code == 200
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 209715200", "Transfer-Encoding: chunked"])
+def test_a_body_of_200_mb_is_refused_before_it_has_come(address, length):
+    with connected(address) as connection:
+        connection.sendall(f"POST /v1/caption HTTP/1.1\r\nHost: server\r\n{length}\r\n\r\n".encode())
+        piece = b"%x\r\n%b\r\n" % (MIB, bytes(MIB)) if "chunked" in length else bytes(MIB)
+        sent = 0
+        for _ in range(200):
+            connection.setblocking(False)
+            try:
+                if connection.recv(1, socket.MSG_PEEK):
+                    break
+            except BlockingIOError:
+                pass
+            connection.settimeout(20)
+            connection.sendall(piece)
+            sent += len(piece)
+            time.sleep(0.02)
+        connection.settimeout(20)
+        assert " 413 " in answered(connection).splitlines()[0]
+        assert sent < 40 * MIB
+
+
+def test_an_upload_that_stalls_is_told_so_and_its_connection_is_closed(weights):
+    with serving(weights, "--timeout-s", "2") as (address, _), connected(address) as connection:
+        connection.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: server\r\nContent-Length: 1000\r\n\r\nabc")
+        answer = answered(connection)
+        assert " 408 " in answer.splitlines()[0] and "2 seconds" in answer
+        assert connection.recv(10) == b""
+
+
+def test_a_length_that_lies_hurts_nobody_else(address):
+    file = picture("red")
+    for said in (len(file) - 20, len(file) + 20):
+        with connected(address) as connection:
+            connection.sendall(
+                f"POST /v1/caption HTTP/1.1\r\nHost: server\r\nContent-Length: {said}\r\n\r\n".encode() + file
+            )
+            if said < len(file):
+                assert " 400 " in answered(connection).splitlines()[0]
+    assert httpx.post(f"{address}/v1/caption", content=file).status_code == 200
+
+
+def test_a_client_that_is_killed_leaves_nothing_behind(weights):
+    with serving(weights, "--max-wait-ms", "60000") as (address, _):
+        program = "import httpx, sys; httpx.post(sys.argv[1], content=open(sys.argv[2], 'rb').read(), timeout=60)"
+        file = weights.with_name("red.png")
+        file.write_bytes(picture("red"))
+        with subprocess.Popen([sys.executable, "-c", program, f"{address}/v1/caption", str(file)]) as client:
+            wait_for(address, "contracap_queue_length 1")
+            client.kill()
+        wait_for(address, "contracap_queue_length 0", "contracap_requests_under_way 0", 'status="499"} 1')
+
+
+def wait_for(address: str, *lines: str) -> None:
+    end = time.monotonic() + 20
+    while not all(line in (text := httpx.get(f"{address}/metrics").text) for line in lines):
+        assert time.monotonic() < end, text
+        time.sleep(0.05)
+
+
+def test_a_request_under_way_is_answered_after_sigterm(weights):
+    with serving(weights, "--max-wait-ms", "2000") as (address, server), ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(httpx.post, f"{address}/v1/caption", content=picture("red"), timeout=60)
+        wait_for(address, "contracap_queue_length 1")
+        server.send_signal(signal.SIGTERM)
+        assert answer.result().status_code == 200
+        assert server.wait(20) == -signal.SIGTERM
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/health")
+        assert server.stderr is not None and "Traceback" not in server.stderr.read()
