@@ -5,7 +5,8 @@ Nothing here imports Ray before the work starts; it reads some of its settings f
 
 import logging
 import os
-import traceback
+import sys
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,10 +22,12 @@ from contracap.bulk.parts import BulkConfig, Outcome, PartWriter, description, p
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
-RETRIES = 3  # of a shard whose worker dies; one that takes its workers' memory would kill them for ever
+ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them for ever
+BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
 CORES = 4  # of a worker without a GPU, if nobody says how many workers there are
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else Ray tells its makers of each cluster it starts
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of how its Python part starts workers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as it will be in later versions, of which Ray warns otherwise
 }
 
@@ -103,11 +106,27 @@ def run(
         return Summary(before=before, outcomes=[])
     with _ray(cluster) as ray:
         placing = _place(ray, cluster, len(todo))
-        contents = ray.put((model.cpu(), processor))
-        worker = {"config": config, "contents": contents, "metadata": metadata, "folder": folder.name}
-        outcomes = _outcomes(ray, todo, placing, worker)
+        job = _Job(
+            config=config,
+            folder=folder.name,
+            metadata=metadata,
+            contents=ray.put((model.cpu(), processor)),
+            ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
+        )
+        outcomes = _outcomes(ray, todo, placing, job)
     folder.remove_partial()
     return Summary(before=before, outcomes=outcomes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What every worker is given. `contents`: Ray's reference of model and processor; `ledger`: its actor."""
+
+    config: BulkConfig
+    folder: str
+    metadata: dict[str, Any]
+    contents: Any
+    ledger: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,63 +138,83 @@ class _Placing:
     gpus: float
 
 
+class _Ledger:
+    """What the workers of a run have begun and ended, for those that repeat the work of one that died."""
+
+    def __init__(self) -> None:
+        self._begun, self._ended = Counter[str](), dict[str, Outcome]()
+
+    def begin(self, shard: str) -> Outcome | None:
+        """Counts an attempt; returns the outcome if there is to be none, because of an earlier one or of too many."""
+        self._begun[shard] += 1
+        if shard not in self._ended and self._begun[shard] > ATTEMPTS:
+            died = f"{ATTEMPTS} workers died of it, perhaps for want of memory: lower --batch-size or --workers"
+            return Outcome(shard=shard, problem=f"cannot read shard {shard}: {died}")
+        return self._ended.get(shard)
+
+    def end(self, outcome: Outcome) -> None:
+        """Keeps the outcome."""
+        self._ended[outcome.shard] = outcome
+
+
 class _Worker:
     """Holds the model, and makes a row with the outcome of one with the name of a shard."""
 
-    def __init__(self, *, placing: _Placing, **given: Any) -> None:
-        self._placing, self._given = placing, given
+    def __init__(self, job: _Job, placing: _Placing) -> None:
+        self._job, self._placing = job, placing
+        self._failure = ""
 
     @cached_property
     def _writer(self) -> PartWriter:
         import ray
 
         torch.set_num_threads(self._placing.cores)
-        model, processor = ray.get(self._given["contents"])
+        model, processor = ray.get(self._job.contents)
         model = model.to("cuda" if self._placing.gpus else "cpu")
-        return PartWriter(
-            self._given["config"],
-            model,
-            processor,
-            metadata=self._given["metadata"],
-            threads=self._placing.cores,
-        )
+        return PartWriter(self._job.config, model, processor, metadata=self._job.metadata, threads=self._placing.cores)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Of an error that is not the shard's, `failure` says one line, and `mistake` a traceback if it is ours."""
-        outcome, failure, mistake = Outcome(shard=row["shard"]), "", ""
+        """After an error that is not the shard's, `failure` says what is wrong, and no further shard is tried."""
+        import ray
+
+        outcome = Outcome(shard=row["shard"])
         try:
-            outcome = self._writer.write(row["shard"], Folder(self._given["folder"]))
+            if not self._failure:
+                outcome = ray.get(self._job.ledger.begin.remote(row["shard"]))
+                if outcome is None:
+                    outcome = self._writer.write(row["shard"], Folder(self._job.folder))
+                    ray.get(self._job.ledger.end.remote(outcome))
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            failure = " ".join(str(error).split())
-        except Exception:
-            mistake = traceback.format_exc()
-        return {**asdict(outcome), "failure": failure, "mistake": mistake}
+            outcome, self._failure = Outcome(shard=row["shard"]), str(error) or type(error).__name__
+        return {**asdict(outcome), "failure": self._failure}
 
 
-def _outcomes(ray: ModuleType, shards: Sequence[str], placing: _Placing, worker: dict[str, Any]) -> list[Outcome]:
+def _outcomes(ray: ModuleType, shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
     """Of every shard, in the order in which they end."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a shard may well take longer than the half hour that is allowed
-    context.max_errored_blocks = -1  # a worker catches every error: what is left is its death
-    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
+    # A worker that dies is replaced, and gets its block again.
+    rows = ray.data.from_items(
+        [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), BLOCKS)
+    ).map(
         _Worker,
-        fn_constructor_kwargs={"placing": placing, **worker},
+        fn_constructor_args=(job, placing),
         compute=ray.data.ActorPoolStrategy(size=placing.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=placing.cores,
         num_gpus=placing.gpus,
-        max_task_retries=RETRIES,
     )
-    missing, outcomes = dict.fromkeys(shards), []
-    for row in tqdm(rows.iter_rows(), total=len(shards), unit=" shards", disable=None):
-        if mistake := row.pop("mistake"):
-            raise RuntimeError(f"a worker failed at {row['shard']}:\n{mistake}")
-        if failure := row.pop("failure"):
-            raise BulkError(f"stopped at {row['shard']}: {failure}")
-        outcomes.append(Outcome(**row))
-        del missing[row["shard"]]
-    died = f"{RETRIES + 1} workers died of it, perhaps for want of memory: lower --batch-size or --workers"
-    return outcomes + [Outcome(shard=shard, problem=f"cannot read shard {shard}: {died}") for shard in missing]
+    outcomes = []
+    try:
+        for row in tqdm(rows.iter_rows(), total=len(shards), unit=" shards", disable=None):
+            if failure := row.pop("failure"):
+                raise BulkError(f"stopped at {row['shard']}: {failure}")
+            outcomes.append(Outcome(**row))
+    except ray.exceptions.RayTaskError:  # a mistake of ours, with the traceback of the worker
+        raise
+    except ray.exceptions.RayError as error:
+        raise BulkError(f"Ray cannot go on: {(str(error).strip() or type(error).__name__).splitlines()[-1]}") from error
+    return outcomes
 
 
 @contextmanager
@@ -191,7 +230,8 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         cores = max(cluster.workers or 1, os.cpu_count() or 1)
         options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        with _no_stderr():  # on which its C++ part says how much it will say
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         where = f"join the cluster at {cluster.address}" if cluster.address else "start Ray"
         raise BulkError(f"cannot {where}: {error}") from None
@@ -200,6 +240,20 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _no_stderr() -> Generator[None, None, None]:
+    """Nothing reaches stderr, from whatever library."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> _Placing:

@@ -87,7 +87,7 @@ def _strategy(name: str, settings: Sequence[str]) -> "Strategy":
     from contracap.config import ConfigError, build
     from contracap.generation import BeamSearch, Greedy
 
-    strategies: dict[str, "type[Strategy]"] = {"greedy": Greedy, "beam": BeamSearch}
+    strategies: dict[str, type[Strategy]] = {"greedy": Greedy, "beam": BeamSearch}
     if name not in strategies:
         raise ConfigError(f"unknown strategy {name!r}; the strategies are {', '.join(strategies)}")
     return build(strategies[name], tomllib.loads("\n".join(settings)))
