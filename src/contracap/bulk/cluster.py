@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import ModuleType
@@ -237,7 +237,8 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         raise BulkError(f"cannot {where}: {error}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):  # where Ray says that a worker died
+            yield ray
     finally:
         ray.shutdown()
 
