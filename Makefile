@@ -1,6 +1,8 @@
 # The same words on a laptop and in CI. Everything runs in .venv, which is made when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+# Packages that open_clip's captioning wants and that cannot be beside ours; only a child process of the benchmark sees them.
+PEERS := .venv/peers/transformers-4.49
 READY := .venv/.ready
 # Keeps every pip command below at the tested torch; with a source of CPU wheels configured this is the CPU build.
 export PIP_CONSTRAINT := constraints/cpu.txt
@@ -40,6 +42,7 @@ $(READY): pyproject.toml constraints/cpu.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --editable '.[dev]'
 	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm==1.0.31 pycocoevalcap==1.2
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(PEERS) transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0
 	@touch $(READY)
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@java -version >/dev/null 2>&1 || echo "NOTE: no Java found. Caption metrics then use contracap's own tokenizer instead of the reference one, and the tests that compare the two are skipped. Install a Java runtime (Debian, Ubuntu: apt-get install default-jre-headless) to have both."

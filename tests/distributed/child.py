@@ -227,4 +227,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    run_ranks(count, lambda rank: main(folder))
+    run_ranks(count, lambda *_: main(folder))

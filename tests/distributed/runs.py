@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from contracap.config import build
@@ -15,7 +16,7 @@ from contracap.recipe import Recipe
 from contracap.trainer import train
 from contracap.training import loop, writer
 from contracap.training.metrics import Recorder
-from tests.distributed.forks import free_port, run_ranks
+from tests.distributed.forks import run_ranks
 
 
 def train_copy(source: str, values: dict) -> None:
@@ -51,9 +52,9 @@ TROUBLES: dict[str, Callable[[int], object]] = {
 }
 
 
-def main(rank: int, folder: Path, ports: list[int]) -> None:
+def main(rank: int, folder: Path, runs: list[dict[str, Any]], ports: list[int]) -> None:
     """What one rank does."""
-    for run, port in zip(json.loads((folder / "runs.json").read_text()), ports, strict=True):
+    for run, port in zip(runs, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         if run["source"] and rank == 0:  # the others wait for it at the start of the run
             train_copy(run["source"], run["values"])
@@ -68,5 +69,5 @@ def main(rank: int, folder: Path, ports: list[int]) -> None:
 
 if __name__ == "__main__":
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    ports = [free_port() for _ in json.loads((folder / "runs.json").read_text())]
-    run_ranks(count, lambda rank: main(rank, folder, ports))
+    runs = json.loads((folder / "runs.json").read_text())
+    run_ranks(count, lambda rank, ports: main(rank, folder, runs, ports), groups=len(runs))

@@ -170,4 +170,4 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         play(count, folder, names)
     else:
-        run_ranks(count, lambda _: start(folder, names))
+        run_ranks(count, lambda *_: start(folder, names))
