@@ -88,7 +88,8 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
     shards = write_shards(tmp_path / "shards", 3, 10)
     write_shard(tmp_path / "more" / "000.tar", [("a", {"jpg": picture(90)}), ("b", {"jpg": b"nothing"})])
     (tmp_path / "more" / "broken.tar").write_bytes(b"garbage" * 500)
-    call = ["-m", "contracap", "bulk", "caption", tmp_path / "tiny.safetensors", tmp_path / "shards", tmp_path / "more"]
+    here = os.path.relpath(tmp_path / "shards", ROOT)
+    call = ["-m", "contracap", "bulk", "caption", tmp_path / "tiny.safetensors", here, tmp_path / "more"]
     call += ["--out", tmp_path / "out", "--set", "width=2", "max_tokens=12", "--embed", "--workers", 2]
     done = start(*call)
     out, complaints = done.communicate()

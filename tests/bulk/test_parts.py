@@ -153,7 +153,7 @@ def test_part_names_differ_where_shards_do(tmp_path: Path, monkeypatch: pytest.M
     assert all("/" not in name and name.startswith("0-") and name.endswith(".parquet") for name in made)
     assert len(part_name("pipe:" + "x y" * 500)) < 200
     monkeypatch.chdir(tmp_path)
-    assert part_name("a/0.tar") == part_name(str(tmp_path / "a/0.tar")) == part_name("./a/0.tar")
+    assert part_name("a/0.tar") == part_name(str(tmp_path / "a/0.tar")) == part_name("b/../a/0.tar")
     assert part_name("https://h/0.tar?signed=1") == part_name("https://h/0.tar?signed=2")
 
 

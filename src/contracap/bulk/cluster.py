@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from contracap.bulk.folder import Folder
-from contracap.bulk.parts import BulkConfig, Outcome, PartWriter, description, part_name, settings
+from contracap.bulk.parts import BulkConfig, Outcome, PartWriter, description, located, part_name, settings
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
@@ -88,20 +88,19 @@ def run(
         weights: their name, for the readers of the parts.
 
     Raises:
-        BulkError: if Ray cannot start, or what is wrong with a worker is wrong
-            with all: for one, a full disk.
+        BulkError: if Ray cannot start, or what is wrong with a worker is wrong with all: for one, a full disk.
         FolderError: if the folder belongs to a run with other weights or settings.
         ValueError: if the model cannot do what is wanted.
     """
     decided, described = settings(config, model, processor), description(weights, model, processor)
     metadata = {**described, "settings": decided}
     PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
-    folder = Folder(out if "://" in out else os.path.abspath(out))
+    folder = Folder(located(out))
     folder.claim(decided, described=described)
     folder.remove_partial()
-    present = folder.names()
-    todo = [shard for shard in dict.fromkeys(shards) if part_name(shard) not in present]
-    before = len(set(shards)) - len(todo)
+    present, wanted = folder.names(), list(dict.fromkeys(map(located, shards)))
+    todo = [shard for shard in wanted if part_name(shard) not in present]
+    before = len(wanted) - len(todo)
     if not todo:
         return Summary(before=before, outcomes=[])
     with _ray(cluster) as ray:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from torch import Tensor
 from contracap import __version__
 from contracap.bulk.folder import Folder
 from contracap.config import to_dict
+from contracap.data.remote import WEB
 from contracap.data.shards import SAMPLE_SUFFIXES, Record, SampleError, ShardError, parse, records
 from contracap.generation.captioner import Captioner
 from contracap.generation.sampling import Strategy
@@ -64,14 +65,19 @@ class Outcome:
     problem: str = ""
 
 
+def located(name: str) -> str:
+    """A name of a shard or folder that means the same to every process: of local ones the whole path."""
+    return name if "://" in name or name.startswith("pipe:") else os.path.abspath(name)
+
+
 def part_name(shard: str) -> str:
     """The name of a shard's part: that of its file, and a digest of all that stands before it, since shards of several
     folders are often called the same.
 
     It depends on nothing else, so that runs over any list of shards agree on what is done.
     """
-    name = shard if "://" in shard or shard.startswith("pipe:") else str(Path(shard).absolute())
-    if name.startswith(("http://", "https://")):
+    name = located(shard)
+    if name.startswith(WEB):
         name = re.split(r"[?#]", name, maxsplit=1)[0]  # a signature is another one tomorrow
     stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name.rpartition("/")[2])
     readable = re.sub(r"[^\w.-]+", "_", stem)[:100].lstrip(".")
