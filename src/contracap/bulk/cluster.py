@@ -112,7 +112,10 @@ def run(
             contents=ray.put((model.cpu(), processor)),
             ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
         )
-        outcomes = _outcomes(ray, todo, placing, job)
+        if cluster.address and cluster.address.startswith("ray://"):
+            outcomes = _outcomes_from_outside(todo, placing, job)
+        else:
+            outcomes = _outcomes(todo, placing, job)
     folder.remove_partial()
     return Summary(before=before, outcomes=outcomes)
 
@@ -188,8 +191,22 @@ class _Worker:
         return {**asdict(outcome), "failure": self._failure}
 
 
-def _outcomes(ray: ModuleType, shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+    """As `_outcomes`, on a machine of the cluster: Ray Data cannot be led through Ray's client."""
+    import ray
+
+    try:
+        return ray.get(ray.remote(num_cpus=0)(_outcomes).remote(shards, placing, job))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BulkError):
+            raise error.cause from None
+        raise
+
+
+def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
     """Of every shard, in the order in which they end."""
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a shard may well take longer than the half hour that is allowed
@@ -197,7 +214,7 @@ def _outcomes(ray: ModuleType, shards: Sequence[str], placing: _Placing, job: _J
     rows = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), BLOCKS)
     ).map(
-        _Worker,
+        _Worker,  # pyrefly: ignore[bad-argument-type], which does not know of classes that Ray makes in its workers
         fn_constructor_args=(job, placing),
         compute=ray.data.ActorPoolStrategy(size=placing.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=placing.cores,
