@@ -10,6 +10,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("contracap: error: the command line needs the package tyro: pip install tyro")
 
+from contracap.cli import bulk
 from contracap.cli.errors import fail, is_for_the_user, message
 from contracap.cli.measure import bench, caption, evaluate
 from contracap.cli.runs import plan, quickstart, train
@@ -39,9 +40,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     shards = SubcommandApp()
     for verb in (make, index, show):
         shards.command(verb)
+    many = SubcommandApp()
+    many.command(bulk.caption)
+    many.command(bulk.embed)
     app = SubcommandApp()
     for verb in (quickstart, train, evaluate, caption, serve, plan, bench):
         app.command(verb)
+    app.command(many, name="bulk", help="Captions and embeddings of many tar shards, on one machine or many.")
     app.command(shards, name="shards", help="Make tar shards of any source, index them, and look at them.")
     app.command(
         weights, name="weights", help="Look into weights files, and convert them to and from open_clip's layout."

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from itertools import product
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
@@ -89,6 +90,20 @@ def files_in(folder: str) -> list[str]:
 
     names = (name.rpartition("/")[2] for name in _persistently(listed, folder, "cannot list it"))
     return [f"{folder.rstrip('/')}/{name}" for name in sorted(names)]
+
+
+def upload(path: str | Path, url: str) -> None:
+    """Copies a local file to an object store, where it appears whole or not at all.
+
+    Raises:
+        RemoteError: if that fails, after all attempts.
+    """
+
+    def sent() -> None:
+        system, name = _file_system(url)
+        system.put_file(str(path), name)
+
+    _persistently(sent, url, "cannot write it")
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Captions and embeddings of many pictures."""

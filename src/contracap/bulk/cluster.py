@@ -1,0 +1,295 @@
+"""Many shards on many machines, by Ray Data: it schedules the shards, and repeats those whose worker died.
+
+Nothing here imports Ray before the work starts; it reads some of its settings from the environment then.
+"""
+
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from contracap.bulk.folder import Folder
+from contracap.bulk.parts import BulkConfig, Outcome, PartWriter, description, located, part_name, settings
+from contracap.model.coca import CoCa
+from contracap.processor import Processor
+
+ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them for ever
+BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
+CORES = 4  # of a worker without a GPU, if nobody says how many workers there are
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # else Ray tells its makers of each cluster it starts
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of how its Python part starts workers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as it will be in later versions, of which Ray warns otherwise
+}
+
+
+class BulkError(RuntimeError):
+    """A run that cannot start, or cannot go on; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where a run works.
+
+    Attributes:
+        address: of a Ray cluster, `auto` for the one this machine belongs to; None: one is started here, for the run.
+        workers: processes that each hold the model; None: one for each GPU, else for every `CORES` cores.
+        gpus_per_worker: 0, 1 or the fraction of one; None: 1 where there are GPUs.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; it must be at least 1")
+        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker <= 1:
+            raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}; it must be from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run did: shards whose parts were there before, and the outcome of every other."""
+
+    before: int
+    outcomes: list[Outcome]
+
+    @property
+    def broken(self) -> list[Outcome]:
+        """Of the shards without a part."""
+        return [outcome for outcome in self.outcomes if outcome.problem]
+
+
+def run(
+    shards: Sequence[str],
+    out: str,
+    config: BulkConfig,
+    model: CoCa,
+    processor: Processor,
+    *,
+    weights: str,
+    cluster: ClusterConfig = ClusterConfig(),
+) -> Summary:
+    """Writes the parts of all shards that have none in the folder `out`, which no other run may use meanwhile.
+
+    The same call goes on where a run was interrupted, by whatever. Every worker gets the model from here.
+
+    Args:
+        weights: their name, for the readers of the parts.
+
+    Raises:
+        BulkError: if Ray cannot start, or what is wrong with a worker is wrong with all: for one, a full disk.
+        FolderError: if the folder belongs to a run with other weights or settings.
+        ValueError: if the model cannot do what is wanted.
+    """
+    decided, described = settings(config, model, processor), description(weights, model, processor)
+    metadata = {**described, "settings": decided}
+    PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
+    folder = Folder(located(out))
+    folder.claim(decided, described=described)
+    folder.remove_partial()
+    present, wanted = folder.names(), list(dict.fromkeys(map(located, shards)))
+    todo = [shard for shard in wanted if part_name(shard) not in present]
+    before = len(wanted) - len(todo)
+    if not todo:
+        return Summary(before=before, outcomes=[])
+    with _ray(cluster) as ray:
+        placing = _place(ray, cluster, len(todo))
+        job = _Job(
+            config=config,
+            folder=folder.name,
+            metadata=metadata,
+            contents=ray.put((model.cpu(), processor)),
+            ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
+        )
+        if cluster.address and cluster.address.startswith("ray://"):
+            outcomes = _outcomes_from_outside(todo, placing, job)
+        else:
+            outcomes = _outcomes(todo, placing, job)
+    folder.remove_partial()
+    return Summary(before=before, outcomes=outcomes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What every worker is given. `contents`: Ray's reference of model and processor; `ledger`: its actor."""
+
+    config: BulkConfig
+    folder: str
+    metadata: dict[str, Any]
+    contents: Any
+    ledger: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Placing:
+    """How many workers, and what each takes."""
+
+    workers: int
+    cores: int
+    gpus: float
+
+
+class _Ledger:
+    """What the workers of a run have begun and ended, for those that repeat the work of one that died."""
+
+    def __init__(self) -> None:
+        self._begun, self._ended = Counter[str](), dict[str, Outcome]()
+
+    def begin(self, shard: str) -> Outcome | None:
+        """Counts an attempt; returns the outcome if there is to be none, because of an earlier one or of too many."""
+        self._begun[shard] += 1
+        if shard not in self._ended and self._begun[shard] > ATTEMPTS:
+            died = f"{ATTEMPTS} workers died of it, perhaps for want of memory: lower --batch-size or --workers"
+            return Outcome(shard=shard, problem=f"cannot read shard {shard}: {died}")
+        return self._ended.get(shard)
+
+    def end(self, outcome: Outcome) -> None:
+        """Keeps the outcome."""
+        self._ended[outcome.shard] = outcome
+
+
+class _Worker:
+    """Holds the model, and makes a row with the outcome of one with the name of a shard."""
+
+    def __init__(self, job: _Job, placing: _Placing) -> None:
+        self._job, self._placing = job, placing
+        self._failure = ""
+
+    @cached_property
+    def _writer(self) -> PartWriter:
+        import ray
+
+        torch.set_num_threads(self._placing.cores)
+        model, processor = ray.get(self._job.contents)
+        model = model.to("cuda" if self._placing.gpus else "cpu")
+        return PartWriter(self._job.config, model, processor, metadata=self._job.metadata, threads=self._placing.cores)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """After an error that is not the shard's, `failure` says what is wrong, and no further shard is tried."""
+        import ray
+
+        outcome = Outcome(shard=row["shard"])
+        try:
+            if not self._failure:
+                outcome = ray.get(self._job.ledger.begin.remote(row["shard"]))
+                if outcome is None:
+                    outcome = self._writer.write(row["shard"], Folder(self._job.folder))
+                    ray.get(self._job.ledger.end.remote(outcome))
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            outcome, self._failure = Outcome(shard=row["shard"]), str(error) or type(error).__name__
+        return {**asdict(outcome), "failure": self._failure}
+
+
+def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+    """As `_outcomes`, on a machine of the cluster: Ray Data cannot be led through Ray's client."""
+    import ray
+
+    try:
+        return ray.get(ray.remote(num_cpus=0)(_outcomes).remote(shards, placing, job))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BulkError):
+            raise error.cause from None
+        raise
+
+
+def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+    """Of every shard, in the order in which they end."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a shard may well take longer than the half hour that is allowed
+    # A worker that dies is replaced, and gets its block again.
+    rows = ray.data.from_items(
+        [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), BLOCKS)
+    ).map(
+        _Worker,  # pyrefly: ignore[bad-argument-type], which does not know of classes that Ray makes in its workers
+        fn_constructor_args=(job, placing),
+        compute=ray.data.ActorPoolStrategy(size=placing.workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=placing.cores,
+        num_gpus=placing.gpus,
+    )
+    outcomes = []
+    try:
+        for row in tqdm(rows.iter_rows(), total=len(shards), unit=" shards", disable=None):
+            if failure := row.pop("failure"):
+                raise BulkError(f"stopped at {row['shard']}: {failure}")
+            outcomes.append(Outcome(**row))
+    except ray.exceptions.RayTaskError:  # a mistake of ours, with the traceback of the worker
+        raise
+    except ray.exceptions.RayError as error:
+        raise BulkError(f"Ray cannot go on: {(str(error).strip() or type(error).__name__).splitlines()[-1]}") from error
+    return outcomes
+
+
+@contextmanager
+def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
+    """Ray, quiet, at the cluster's address or started here; it ends with the run."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+    import ray.data
+
+    options: dict[str, Any] = {"address": cluster.address}
+    if cluster.address is None:
+        cores = max(cluster.workers or 1, os.cpu_count() or 1)
+        options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+    try:
+        with _no_stderr():  # on which its C++ part says how much it will say
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"join the cluster at {cluster.address}" if cluster.address else "start Ray"
+        raise BulkError(f"cannot {where}: {error}") from None
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
+    try:
+        with redirect_stdout(sys.stderr):  # where Ray says that a worker died
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _no_stderr() -> Generator[None, None, None]:
+    """Nothing reaches stderr, from whatever library."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> _Placing:
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    sizes = [(int(machine.get("CPU", 0)), float(machine.get("GPU", 0))) for machine in machines]
+    gpus = cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(count for _, count in sizes) else 0.0
+    wanted = cluster.workers or sum(int(count / gpus) if gpus else cores // CORES for cores, count in sizes) or 1
+    workers = min(wanted, shards)
+    return _Placing(workers=workers, cores=cores_each(sizes, workers, gpus), gpus=gpus)
+
+
+def cores_each(machines: Sequence[tuple[int, float]], workers: int, gpus: float) -> int:
+    """The most cores that so many workers can have each, on machines with so many cores and GPUs; 1 if there is no room
+    for all of them yet."""
+
+    def room(cores: int) -> int:
+        return sum(min(have // cores, int(count / gpus) if gpus else have) for have, count in machines)
+
+    most = max((cores for cores, _ in machines), default=0)
+    return max((cores for cores in range(1, most + 1) if room(cores) >= workers), default=1)

@@ -1,0 +1,129 @@
+"""The verbs of many shards: what they write is for machines, one parquet file for each shard."""
+
+import tomllib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
+
+from contracap.cli.errors import fail
+from contracap.cli.options import Size, WeightsName
+
+if TYPE_CHECKING:
+    from contracap.bulk.parts import BulkConfig
+    from contracap.generation.sampling import Strategy
+
+Shards = Annotated[
+    tuple[str, ...],
+    arg(metavar="SHARDS [SHARDS ...]", help="a folder of tar shards, or shards; URLs and {000..331} too"),
+]
+Out = Annotated[str, arg(metavar="FOLDER", help="for a parquet file a shard: a folder, or one of s3:// or gs://")]
+Address = Annotated[str | None, arg(help="a Ray cluster's, or auto for this machine's; by default Ray starts here")]
+BulkWorkers = Annotated[
+    int | None, arg(metavar="N", help="processes with the model; by default one a GPU, else one for 4 cores")
+]
+GPUs = Annotated[float | None, arg(metavar="0|1|SHARE", help="of each worker; by default 1 where there are any")]
+BatchSize = Annotated[int, arg(help="pictures at a time")]
+Precision = Literal["float32", "float16"]
+
+
+def caption(
+    weights: WeightsName,
+    shards: Shards,
+    /,
+    *,
+    out: Out,
+    strategy: Annotated[str, arg(metavar="NAME", help="how captions are written: docs/captioning.md")] = "beam",
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE", help="settings of the strategy, such as width=3")] = (),
+    embed: Annotated[bool, arg(help="write the embeddings of the pictures too")] = False,
+    precision: Annotated[Precision, arg(help="of the embeddings")] = "float32",
+    address: Address = None,
+    workers: BulkWorkers = None,
+    gpus_per_worker: GPUs = None,
+    batch_size: BatchSize = 64,
+    size: Size = None,
+) -> int:
+    """Write captions of tar shards on one machine or many. The same command goes on where it was interrupted."""
+    _require_extras()
+    from contracap.bulk.parts import BulkConfig
+
+    config = BulkConfig(
+        strategy=_strategy(strategy, set), embedding=precision if embed else None, batch_size=batch_size
+    )
+    return _run(weights, shards, out, config, address, workers, gpus_per_worker, size)
+
+
+def embed(
+    weights: WeightsName,
+    shards: Shards,
+    /,
+    *,
+    out: Out,
+    precision: Annotated[Precision, arg(help="of the embeddings")] = "float32",
+    address: Address = None,
+    workers: BulkWorkers = None,
+    gpus_per_worker: GPUs = None,
+    batch_size: BatchSize = 64,
+    size: Size = None,
+) -> int:
+    """Write embeddings of tar shards on one machine or many. The same command goes on where it was interrupted."""
+    _require_extras()
+    from contracap.bulk.parts import BulkConfig
+
+    return _run(
+        weights,
+        shards,
+        out,
+        BulkConfig(embedding=precision, batch_size=batch_size),
+        address,
+        workers,
+        gpus_per_worker,
+        size,
+    )
+
+
+def _strategy(name: str, settings: Sequence[str]) -> "Strategy":
+    from contracap.config import ConfigError, build
+    from contracap.generation import BeamSearch, Greedy
+
+    strategies: dict[str, type[Strategy]] = {"greedy": Greedy, "beam": BeamSearch}
+    if name not in strategies:
+        raise ConfigError(f"unknown strategy {name!r}; the strategies are {', '.join(strategies)}")
+    return build(strategies[name], tomllib.loads("\n".join(settings)))
+
+
+def _require_extras() -> None:
+    for package, extra in (("ray", "ray"), ("pyarrow", "data")):
+        if find_spec(package) is None:
+            raise ImportError(f"a run over many shards needs {package}: pip install 'contracap[{extra}]'")
+
+
+def _run(
+    weights: str,
+    shards: tuple[str, ...],
+    out: str,
+    config: "BulkConfig",
+    address: str | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
+    size: str | None,
+) -> int:
+    from contracap.bulk.cluster import ClusterConfig, run
+    from contracap.data.shards import list_shards
+    from contracap.pretrained import load
+
+    cluster = ClusterConfig(address=address, workers=workers, gpus_per_worker=gpus_per_worker)
+    listed = list_shards(shards)
+    model, processor = load(weights, size=size)
+    done = run(listed, out, config, model, processor, weights=weights, cluster=cluster)
+    rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))
+    before = f", beside {done.before} that were there" if done.before else ""
+    print(f"{rows - unreadable} pictures of {len(done.outcomes) - len(done.broken)} shards{before}: {out}")
+    for outcome in done.broken:
+        fail(outcome.problem)
+    if done.broken:
+        fail(f"{len(done.broken)} of {len(listed)} shards cannot be read and have no file in {out}")
+    if unreadable:
+        fail(f"{unreadable} pictures cannot be read; the column error of their rows says why")
+    return 1 if done.broken or unreadable else 0

@@ -1,0 +1,266 @@
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from contracap.bulk.cluster import ATTEMPTS, ClusterConfig, _Ledger, cores_each
+from contracap.bulk.parts import Outcome, part_name
+from contracap.cli import main
+from contracap.data.shards import records, write_shard
+from contracap.generation import BeamSearch, Captioner
+from contracap.model.coca import CoCa
+from contracap.processor import Processor
+from tests.bulk.worlds import picture, rows, write_shards, write_weights
+
+ROOT = Path(__file__).parent.parent.parent
+TROUBLED = ["-m", "tests.bulk.troubled"]
+
+
+def expected_captions(model: CoCa, processor: Processor, shard: str) -> list[str]:
+    pictures = [record.members["jpg"] for record in records(shard)]
+    return [caption.text for caption in Captioner(model, processor)(pictures, BeamSearch(width=2, max_tokens=12))]
+
+
+def captions(out: Path, shard: str) -> list[str]:
+    return [row["caption"] for row in rows(out, shard)]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts Python in a process group of its own, which ends with the test."""
+    started = []
+
+    def call(*arguments: object) -> subprocess.Popen[str]:
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        process.kill()
+        process.communicate()
+        for pid in session_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def session_of(session: int) -> list[int]:
+    """The processes that a driver started, and theirs: Ray's leave its group, but not its session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def await_end(processes: Callable[[], Iterable[int]]) -> None:
+    until = time.monotonic() + 60
+    while left := list(processes()):
+        assert time.monotonic() < until, f"processes outlived the run: {left}"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(start, tmp_path: Path) -> None:
+    model, processor = write_weights(tmp_path / "tiny.safetensors")
+    shards = write_shards(tmp_path / "shards", 3, 10)
+    write_shard(tmp_path / "more" / "000.tar", [("a", {"jpg": picture(90)}), ("b", {"jpg": b"nothing"})])
+    (tmp_path / "more" / "broken.tar").write_bytes(b"garbage" * 500)
+    here = os.path.relpath(tmp_path / "shards", ROOT)
+    call = ["-m", "contracap", "bulk", "caption", tmp_path / "tiny.safetensors", here, tmp_path / "more"]
+    call += ["--out", tmp_path / "out", "--set", "width=2", "max_tokens=12", "--embed", "--workers", 2]
+    done = start(*call)
+    out, complaints = done.communicate()
+    assert done.returncode == 1
+    assert out == f"31 pictures of 4 shards: {tmp_path / 'out'}\n"
+    broken = tmp_path / "more" / "broken.tar"
+    assert complaints.splitlines() == [
+        f"contracap: error: cannot read shard {broken} beyond its first 0 samples: invalid header at byte 0",
+        f"contracap: error: 1 of 5 shards cannot be read and have no file in {tmp_path / 'out'}",
+        "contracap: error: 1 pictures cannot be read; the column error of their rows says why",
+    ]
+    more = str(tmp_path / "more" / "000.tar")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, [*shards, more]), "bulk.json"}
+    for shard in shards:
+        assert captions(tmp_path / "out", shard) == expected_captions(model, processor, shard)
+        pictures = [record.members["jpg"] for record in records(shard)]
+        with torch.no_grad():
+            embeddings = model.encode_image(processor.images(pictures)).numpy()
+        found = np.array([row["embedding"] for row in rows(tmp_path / "out", shard)])
+        assert np.abs(found - embeddings).max() < 1e-5
+
+    await_end(lambda: session_of(done.pid))
+
+    again = start(*call)  # tries the broken shard alone
+    out, complaints = again.communicate()
+    assert (again.returncode, out) == (1, f"0 pictures of 0 shards, beside 4 that were there: {tmp_path / 'out'}\n")
+    assert "1 of 5 shards cannot be read" in complaints
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_nothing_and_a_shard_that_kills_workers_only_itself(
+    start, tmp_path: Path
+) -> None:
+    model, processor = write_weights(tmp_path / "tiny.safetensors")
+    shards = write_shards(tmp_path / "shards", 6, 10)
+    log = tmp_path / "log"
+    run = start(*TROUBLED, "death", tmp_path / "tiny.safetensors", tmp_path / "shards", tmp_path / "out", log)
+    out, complaints = run.communicate()
+    assert run.returncode == 0, complaints
+    outcomes = {values["shard"]: Outcome(**values) for values in ast.literal_eval(out)}
+    poison = shards[3]
+    assert f"{ATTEMPTS} workers died of it" in outcomes.pop(poison).problem
+    healthy = [shard for shard in shards if shard != poison]
+    assert outcomes == {shard: Outcome(shard=shard, rows=10) for shard in healthy}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, healthy), "bulk.json"}
+    for shard in healthy:
+        assert captions(tmp_path / "out", shard) == expected_captions(model, processor, shard)
+    begun = Counter(line.partition(" ")[2] for line in log.read_text().splitlines())
+    others = [shards[number] for number in (0, 2, 4, 5)]
+    assert begun == {**dict.fromkeys(others, 1), shards[1]: 2, poison: ATTEMPTS + 1}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_without_repeating_or_losing_a_shard(start, tmp_path: Path) -> None:
+    model, processor = write_weights(tmp_path / "tiny.safetensors")
+    shards = write_shards(tmp_path / "shards", 8, 10)
+    out, log = tmp_path / "out", tmp_path / "log"
+    call = [tmp_path / "tiny.safetensors", tmp_path / "shards", out, log]
+    killed = start(*TROUBLED, "slow", *call)
+    until = time.monotonic() + 120
+    while len(list(out.glob("*.parquet"))) < 2:
+        assert killed.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    workers = {int(line.split()[0]) for line in log.read_text().splitlines()}
+    await_end(lambda: workers.intersection(session_of(killed.pid)))  # two agents of Ray stay, and do nothing
+    (out / ".000-0.parquet.abc.partial").write_bytes(b"half")
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    assert 2 <= len(before) < 8
+
+    log.unlink()
+    run = start(*TROUBLED, "slow", *call)
+    printed, complaints = run.communicate()
+    assert run.returncode == 0, complaints
+    assert len(ast.literal_eval(printed)) == len(log.read_text().splitlines()) == 8 - len(before)
+    after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
+    assert {name: after[name] for name in before} == before
+    assert {file.name for file in out.iterdir()} == {*map(part_name, shards), "bulk.json"}
+    for shard in shards:
+        assert captions(out, shard) == expected_captions(model, processor, shard)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_line_and_no_part(start, tmp_path: Path) -> None:
+    write_weights(tmp_path / "tiny.safetensors")
+    write_shards(tmp_path / "shards", 3, 10)
+    out, log = tmp_path / "out", tmp_path / "log"
+    run = start(*TROUBLED, "full", tmp_path / "tiny.safetensors", tmp_path / "shards", out, log)
+    _, complaints = run.communicate()
+    assert run.returncode == 1
+    assert "File too large" in complaints and complaints.startswith("stopped at ") and complaints.count("\n") == 1
+    assert {file.name for file in out.iterdir()} == {"bulk.json"}
+
+
+def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path: Path, capsys) -> None:
+    write_weights(tmp_path / "tiny.safetensors")
+    write_shards(tmp_path / "shards", 1, 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bulk.json").write_text(
+        '{"settings": {"weights_sha256": "0", "strategy": null, "embedding": "float32"}}'
+    )
+    status = main(
+        ["bulk", "embed", str(tmp_path / "tiny.safetensors"), str(tmp_path / "shards"), "--out", str(tmp_path / "out")]
+    )
+    assert status == 1
+    assert "holds a run with other settings: weights_sha256 was 0 and is now" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"bulk.json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--strategy", "bogus"], "unknown strategy"),
+        (["--set", "width=0"], "width"),
+        (["--set", "widht=3"], "widht"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--workers", "0"], "workers is 0"),
+        (["--gpus-per-worker", "1.5"], "gpus_per_worker is 1.5"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    write_weights(tmp_path / "tiny.safetensors")
+    write_shards(tmp_path / "shards", 1, 1)
+    call = ["bulk", "caption", tmp_path / "tiny.safetensors", tmp_path / "shards", "--out", tmp_path / "out"]
+    assert main([*map(str, call), *arguments]) == 1
+    complaint = capsys.readouterr().err
+    assert said in complaint and complaint.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("pyarrow", "data")])
+def test_a_missing_package_is_one_line_that_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    def find_spec(name: str) -> Any:
+        return None if name == package else object()
+
+    monkeypatch.setattr("contracap.cli.bulk.find_spec", find_spec)
+    assert main(["bulk", "embed", "weights", "shards", "--out", "out"]) == 1
+    assert capsys.readouterr().err.endswith(f"needs {package}: pip install 'contracap[{extra}]'\n")
+
+
+def test_the_ledger_gives_up_a_shard_that_never_ends_and_knows_one_that_did() -> None:
+    ledger, done = _Ledger(), Outcome(shard="a", rows=3)
+    assert ledger.begin("a") is None
+    ledger.end(done)
+    assert [ledger.begin("a") for _ in range(ATTEMPTS + 1)] == [done] * (ATTEMPTS + 1)
+    assert [ledger.begin("b") for _ in range(ATTEMPTS)] == [None] * ATTEMPTS
+    assert "workers died of it" in getattr(ledger.begin("b"), "problem", "")
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "gpus", "cores"),
+    [
+        ([(16, 0.0)], 4, 0.0, 4),
+        ([(16, 0.0)], 5, 0.0, 3),
+        ([(4, 0.0), (60, 0.0)], 2, 0.0, 30),  # 32 each would leave the small machine, and one worker, out
+        ([(64, 0.0), (96, 8.0), (96, 8.0)], 16, 1.0, 12),  # a head without GPUs has no worker
+        ([(96, 8.0)], 16, 0.5, 6),
+        ([(8, 1.0)], 4, 1.0, 1),  # no room yet
+        ([], 4, 0.0, 1),
+    ],
+)
+def test_workers_share_the_cores_of_the_machines_they_fit(machines, workers, gpus, cores) -> None:
+    assert cores_each(machines, workers, gpus) == cores
+
+
+def test_a_cluster_takes_sensible_numbers_only() -> None:
+    for wrong in ({"workers": 0}, {"gpus_per_worker": 1.5}, {"gpus_per_worker": -1.0}):
+        with pytest.raises(ValueError, match="must be"):
+            ClusterConfig(**wrong)
