@@ -22,7 +22,7 @@ from contracap.config import to_dict
 from contracap.data.remote import WEB
 from contracap.data.shards import SAMPLE_SUFFIXES, Record, SampleError, ShardError, parse, records
 from contracap.generation.captioner import Captioner
-from contracap.generation.sampling import Strategy
+from contracap.generation.strategy import Strategy
 from contracap.image import ImageError, decode, normalise, resize_and_crop
 from contracap.model.coca import CoCa
 from contracap.processor import Processor

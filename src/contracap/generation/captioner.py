@@ -88,7 +88,8 @@ class Captioner:
         captions: list[Caption] = []
         for first in range(0, len(sources), batch_size):
             last = first + batch_size
-            captions += self._write(self.processor.images(sources[first:last]), strategy, begun[first:last], first)
+            pixels = self.processor.images(sources[first:last])
+            captions += self._write(pixels, strategy, begun[first:last], range(first, first + len(pixels)))
         return captions
 
     def generate(
@@ -96,12 +97,23 @@ class Captioner:
         pixels: Float[Tensor, "batch 3 height width"],
         strategy: Strategy = BeamSearch(),
         prompts: str | Sequence[str] = "",
+        numbers: Sequence[int] | None = None,
     ) -> list[Caption]:
         """A caption for each picture of one batch, as `processor.images` gives it.
 
+        Args:
+            numbers: of the pictures; what is sampled depends on the seed and on these alone. By default their places.
+
         Raises: ValueError: as a call does.
         """
-        return self._write(pixels, self._checked(strategy), self._begun(prompts, len(pixels)), 0)
+        strategy, begun = self._checked(strategy), self._begun(prompts, len(pixels))
+        return self._write(pixels, strategy, begun, range(len(pixels)) if numbers is None else numbers)
+
+    def check(self, strategy: Strategy, prompt: str = "") -> None:
+        """Raises: ValueError: if this model cannot write so, whatever the picture."""
+        tokenizer = self.processor.tokenizer
+        prompts = _prompts([tokenizer.encode(prompt)], [0], start=tokenizer.start, device=self.model.device)
+        self._checked(strategy).begin(prompts, tokenizer)
 
     @torch.inference_mode()
     def _write(
@@ -109,11 +121,10 @@ class Captioner:
         pixels: Float[Tensor, "batch 3 height width"],
         strategy: Strategy,
         begun: Sequence[Sequence[int]],
-        first: int,
+        numbers: Sequence[int],
     ) -> list[Caption]:
-        """Captions of pictures that have numbers from `first` on."""
         model, tokenizer = self.model, self.processor.tokenizer
-        prompts = _prompts(begun, start=tokenizer.start, first=first, device=model.device)
+        prompts = _prompts(begun, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
             embeddings, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
             found = self.engine.write(caption_tokens, strategy, prompts, tokenizer)
@@ -165,11 +176,12 @@ class Captioner:
         return sorted(scored, key=lambda text: -text.score)
 
 
-def _prompts(begun: Sequence[Sequence[int]], *, start: int, first: int, device: torch.device) -> Prompts:
+def _prompts(
+    begun: Sequence[Sequence[int]], numbers: Sequence[int], *, start: int, device: torch.device
+) -> Prompts:
     longest = max((len(tokens) for tokens in begun), default=0) + 1
     ids = torch.full((len(begun), longest), start)
     for row, tokens in zip(ids, begun, strict=True):
         row[1 : len(tokens) + 1] = torch.tensor(tokens, dtype=torch.int64)
     lengths = torch.tensor([len(tokens) + 1 for tokens in begun], dtype=torch.int64)
-    numbers = torch.arange(first, first + len(begun))
-    return Prompts(*(values.to(device) for values in (ids, lengths, numbers)))
+    return Prompts(*(values.to(device) for values in (ids, lengths, torch.tensor(numbers, dtype=torch.int64))))

@@ -9,9 +9,7 @@ from torch import Tensor
 from contracap.evaluation.features import embed_texts, finite
 from contracap.evaluation.zeroshot import classifier
 from contracap.generation.captioner import Caption, Captioner
-from contracap.generation.reranking import shortened
-from contracap.generation.sampling import Sampling
-from contracap.generation.strategy import Prompts, Strategy
+from contracap.generation.strategy import Strategy
 from contracap.image import decode, normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -41,8 +39,8 @@ class Engine:
 
     def check(self, strategy: Strategy) -> None:
         """Raises: ValueError: if the model cannot write with this strategy, whatever the picture."""
-        tokenizer = self.processor.tokenizer
-        shortened(strategy, self.model.config.text.context).begin(Prompts.empty(1, tokenizer.start), tokenizer)
+        if self.captioner is not None:
+            self.captioner.check(strategy)
 
     def captions(self, strategy: Strategy, pictures: list[Picture]) -> list[Caption]:
         """A caption for each picture.
@@ -50,9 +48,8 @@ class Engine:
         Raises: ValueError: if the model gives numbers that are not finite.
         """
         assert self.captioner is not None  # who has none does not ask
-        draws = isinstance(getattr(strategy, "of", strategy), Sampling)
-        batches = [[picture] for picture in pictures] if draws else [pictures]  # a draw depends on the place in a batch
-        return [made for batch in batches for made in self.captioner.generate(self._pixels(batch), strategy)]
+        # One number for all, so that what is sampled does not depend on the company.
+        return self.captioner.generate(self._pixels(pictures), strategy, numbers=[0] * len(pictures))
 
     @torch.inference_mode()
     def picture_embeddings(self, _: None, pictures: list[Picture]) -> list[Float32[Tensor, "embed"]]:
