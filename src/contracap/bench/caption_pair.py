@@ -139,6 +139,6 @@ def _require_same(name: str, ours: Sequence[list[tuple[int, ...]]], peer: Sequen
 def _describe(captions: Sequence[Caption]) -> str:
     lengths = [len(caption.token_ids) for caption in captions]
     return (
-        f"{len({caption.token_ids for caption in captions})} different captions of {len(captions)} pictures, "
+        f"{len(captions)} pictures, {len({caption.token_ids for caption in captions})} different captions of "
         f"{sum(lengths) / len(lengths):.1f} tokens on average, {min(lengths)} to {max(lengths)}"
     )
