@@ -1,6 +1,7 @@
 """The verbs that use a model, and measure it or its speed. The result is written before it is printed: a pipe that is
 closed must not cost what took hours."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from contracap.cli.errors import fail, message
 from contracap.cli.options import Beams, LengthPenalty, ResultFile, Size, WeightsName, command_line, load_model
 
 if TYPE_CHECKING:
+    from contracap.bench.timing import Row
     from contracap.evaluation.result import Evaluator
     from contracap.generation.beam import BeamSearch
     from contracap.generation.captioner import Caption, Captioner
@@ -87,23 +89,34 @@ def caption(
 
 
 def bench(
-    name: Annotated[Literal["data", "train"], arg(metavar="NAME", help="what to measure: data or train")],
+    name: Annotated[
+        Literal["data", "train", "generate"], arg(metavar="NAME", help="what to measure: data, train or generate")
+    ],
     /,
     *,
     rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
-    device: Annotated[Literal["cpu", "cuda"], arg(help="for train")] = "cpu",
-    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for train, which rows; all if none")] = (),
+    device: Annotated[Literal["cpu", "cuda"], arg(help="for train and generate")] = "cpu",
+    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for train and generate, which rows; all if none")] = (),
     json: ResultFile = None,
 ) -> None:
     """Measure speed and memory, beside open_clip in the same run where it is installed."""
     from contracap.bench.data import bench_data
+    from contracap.bench.generate import bench_generate
     from contracap.bench.train import bench_train
 
     training = partial(bench_train, device=device, rows=rows)
-    benchmark = {"data": bench_data, "train": training}[name](rounds=rounds)
+    generating = partial(bench_generate, device=device, rows=rows, report=_report)
+    benchmark = {"data": bench_data, "train": training, "generate": generating}[name](rounds=rounds)
     if json is not None:
         benchmark.result(command_line()).write(json)
     print(benchmark.table())
+
+
+def _report(row: "Row") -> None:
+    """A row as soon as it is done: a later one may fail, hours on."""
+    from contracap.bench.timing import Benchmark
+
+    print(Benchmark(rows=[row], samples=0, seed=0, machine={}).table(), file=sys.stderr, flush=True)
 
 
 def _evaluator(
