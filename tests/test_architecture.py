@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "bench": "bench plan start recipe evaluation generation training parallel losses pretrained model data tokenizer "
     "image",
     "recipe": "evaluation training parallel model losses data tokenizer image",
+    "bulk": "bulk generation model data image",
     "quickstart": "*",
     "cli": "*",
     "__main__": "cli",
