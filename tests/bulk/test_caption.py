@@ -282,3 +282,14 @@ def test_metadata_lies_in_the_folder_if_there_is_one(run: Run, weights: Path, he
     assert [row["file_name"] for row in rows_of(here / "pictures" / "metadata.jsonl")][-1] == "sub/6.jpg"
     status, _, err = run("caption", weights, "pictures", "pictures/sub", "--format", "metadata")
     assert status == 1 and "--out FILE" in err
+
+
+def test_captions_begin_with_the_prompt_which_must_fit_the_model(run: Run, weights: Path, here: Path) -> None:
+    status, out, _ = run("caption", weights, "pictures", "--prompt", "a photo of", "--prefix", "sks ")
+    assert status == 0 and out.count("\n") == 7
+    assert all(line.split("\t")[1].startswith("sks a photo of") for line in out.splitlines())
+    before = files(here)
+    for where in (["--out", "c.csv"], ["--format", "sidecar"]):
+        status, out, err = run("caption", weights, "pictures", *where, "--prompt", "a photo of " * 9)
+        assert (status, out, err.count("\n")) == (1, "", 1) and "prompt" in err
+        assert files(here) == before
