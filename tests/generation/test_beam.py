@@ -77,8 +77,7 @@ def test_wide_beam_with_rules_and_prompts_of_mixed_length_equals_exhaustive_sear
     table = Table(tuple(range(len(lengths))), seed)
     expected = [every_text(table, image, wide, prompt) for image, prompt in enumerate(prompts)]
     for found, texts in zip(run(wide, table, prompts_of(prompts)), expected, strict=True):
-        assert texts, "there should be texts that keep the rules"
-        assert_same(found, texts[:150])
+        assert_same(found, texts[:150])  # none where the rules and lengths leave none
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, arg
 
 from contracap.cli.errors import fail, message
-from contracap.cli.options import ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
+from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
 
 if TYPE_CHECKING:
     from contracap.bulk.outputs import Existing, Output
@@ -66,6 +66,10 @@ def caption(
     workers: Annotated[
         int | None, arg(metavar="N", help="threads that read, fetch and decode; by default four for each core")
     ] = None,
+    int8: Int8 = False,
+    compiled: Annotated[
+        FlagCreatePairsOff[bool], arg(help="faster steps after a slow first batch: docs/captioning.md")
+    ] = False,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
@@ -90,7 +94,7 @@ def caption(
         output.check(item)
     chosen = build_strategy(strategy, settings)
 
-    captioner = Captioner(*load_model(weights, size))
+    captioner = Captioner(*load_model(weights, size, int8=int8), compiled=compiled)
     captioner.check(chosen, prompt)
 
     rows = list[Row]()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from contracap.cli.options import ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
+from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
 
 if TYPE_CHECKING:
     from contracap.bench.timing import Row
@@ -31,6 +31,7 @@ def evaluate(
     ] = None,
     strategy: StrategyName = "beam",
     settings: Settings = (),
+    int8: Int8 = False,
     size: Size = None,
     json: ResultFile = None,
 ) -> None:
@@ -39,7 +40,7 @@ def evaluate(
     from contracap.generation.choice import build_strategy
 
     chosen = build_strategy(strategy, settings)  # refused before the weights are read
-    model, processor = load_model(weights, size)
+    model, processor = load_model(weights, size, int8=int8)
     result = measure(_evaluator(task, data, processor, classes, templates, chosen), model, command=command_line())
     if json is not None:
         result.write(json)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 if TYPE_CHECKING:
     from contracap.model.coca import CoCa
@@ -24,6 +24,10 @@ Settings = Annotated[
     tuple[str, ...],
     arg(name="set", metavar="[KEY=VALUE ...]", help="the strategy's settings, such as width=3 length_penalty=0"),
 ]
+Int8 = Annotated[
+    FlagCreatePairsOff[bool],
+    arg(help="round the weights that each step of a caption reads to 8 bits: docs/captioning.md"),
+]
 Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one for each core")]
 
 
@@ -37,11 +41,16 @@ def command_line() -> str:
     return shlex.join(["contracap", *sys.argv[1:]])
 
 
-def load_model(weights: str, size: str | None) -> "tuple[CoCa, Processor]":
-    """Any weights, on the GPU if there is one."""
+def load_model(weights: str, size: str | None, *, int8: bool = False) -> "tuple[CoCa, Processor]":
+    """Any weights, on the GPU if there is one; with `int8` what captions read is rounded."""
     import torch
 
     from contracap.pretrained import load
 
     model, processor = load(weights, size=size)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if int8:
+        from contracap.model import quantised
+
+        quantised.int8(model)
+    return model, processor

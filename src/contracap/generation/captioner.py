@@ -154,7 +154,8 @@ class Captioner:
     ) -> list[Caption]:
         if not hypotheses or not math.isfinite(hypotheses[0].score):
             raise ValueError(
-                "the model's logits are not finite (NaN or infinite): its weights are broken, or the pixels are"
+                "no text was found: the model's logits are not finite (NaN or infinite), since its weights are broken "
+                "or the pixels are; or the rules and lengths leave no text"
             )
         return [
             Caption(
