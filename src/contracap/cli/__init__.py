@@ -11,6 +11,7 @@ except ModuleNotFoundError:
     sys.exit("contracap: error: the command line needs the package tyro: pip install tyro")
 
 from contracap.cli import bulk
+from contracap.cli.demo import demo
 from contracap.cli.errors import fail, is_for_the_user, message
 from contracap.cli.measure import bench, caption, evaluate
 from contracap.cli.runs import plan, quickstart, train
@@ -44,7 +45,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     many.command(bulk.caption)
     many.command(bulk.embed)
     app = SubcommandApp()
-    for verb in (quickstart, train, evaluate, caption, serve, plan, bench):
+    for verb in (quickstart, train, evaluate, caption, demo, serve, plan, bench):
         app.command(verb)
     app.command(many, name="bulk", help="Captions and embeddings of many tar shards, on one machine or many.")
     app.command(shards, name="shards", help="Make tar shards of any source, index them, and look at them.")
