@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "start": "training parallel recipe model pretrained image",
     "trainer": "start plan evaluation training parallel recipe model pretrained data",
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",
-    "bench": "bench plan start recipe evaluation generation training parallel losses pretrained model data tokenizer "
-    "image",
+    "bench": "bench bulk plan start recipe evaluation generation training parallel losses pretrained model data "
+    "tokenizer image",
     "bulk": "bulk generation model data tokenizer image processor",
     "recipe": "evaluation training parallel model losses data tokenizer image",
     "demo": "demo evaluation generation data model tokenizer image processor page",

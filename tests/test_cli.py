@@ -154,25 +154,29 @@ def test_caption_prints_a_line_for_each_picture(run: Run, weights: Path, picture
     assert [row["caption"] for row in result["captions"]] == [caption.text for caption in captions]
 
 
-def test_beams_and_length_penalty_reach_the_decoding(
+def test_strategy_and_its_settings_reach_the_decoding(
     run: Run, weights: Path, pictures: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = contracap.load(weights)
     greedy = contracap.Captioner(model, processor)([pictures / "0.jpg"], contracap.Greedy())[0]
     assert greedy.text != contracap.Captioner(model, processor)([pictures / "0.jpg"])[0].text
-    status, out, _ = run("caption", weights, pictures / "0.jpg", "--beams", "1")
+    status, out, _ = run("caption", weights, pictures / "0.jpg", "--strategy", "greedy")
     assert status == 0 and out == f"{pictures / '0.jpg'}\t{' '.join(greedy.text.split())}\n"
-    run(
-        "caption", weights, pictures / "0.jpg", "--beams", "1", "--length-penalty", "0", "--json", tmp_path / "sum.json"
-    )
+    alone = ["--set", "width=1", "length_penalty=0"]
+    run("caption", weights, pictures / "0.jpg", "--json", tmp_path / "sum.json", *alone)
     (row,) = json.loads((tmp_path / "sum.json").read_text())["captions"]
     assert row["score"] == pytest.approx(greedy.log_probability, rel=1e-5)
     made = []
     monkeypatch.setattr(Captioning, "run", lambda self, model: iter(made.append(self.strategy) or ()))
-    run("evaluate", weights, "--task", "captioning", "--data", shards, "--beams", "3", "--length-penalty", "0.5")
+    settings = ["--set", "width=3", "length_penalty=0.5"]
+    run("evaluate", weights, "--task", "captioning", "--data", shards, "--strategy", "beam", *settings)
     assert made == [contracap.BeamSearch(width=3, length_penalty=0.5)]
-    status, _, err = run("caption", weights, pictures, "--beams", "0")
-    assert status == 1 and "beams of a picture" in err
+    for verb in (["caption", weights, pictures], ["evaluate", weights, "--task", "captioning", "--data", shards]):
+        for wrong, word in (("width=0", "width"), ("widht=3", "widht"), ("width", "width")):
+            status, out, err = run(*verb, "--set", wrong)
+            assert (status, out, err.count("\n")) == (1, "", 1) and word in err
+        status, out, err = run(*verb, "--strategy", "beem")
+        assert (status, out, err.count("\n")) == (1, "", 1) and "'beem'" in err
 
 
 def test_a_caption_that_holds_line_breaks_stays_on_its_line(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import contracap
 from contracap.bench import caption_pair, generate
 from contracap.bench.caption_pair import Pair, Setting
 from contracap.bench.generate import (
@@ -21,11 +22,12 @@ from contracap.bench.generate import (
     folder_row,
     int8_row,
     large_batch_row,
+    require_same_captions,
     write_pictures,
 )
 from contracap.bench.peer_captions import PACKAGES, PeerCaptions, random_pixels
 from contracap.bench.timing import NoPeerError, Row, UnequalError
-from contracap.generation import BeamSearch
+from contracap.generation import BeamSearch, Captioner
 
 CPU = torch.device("cpu")
 IMAGES = 6
@@ -185,15 +187,17 @@ def test_folder_row_says_what_share_of_the_engine_s_rate_is_left(
 ) -> None:
     monkeypatch.setattr(generate, "SMALL", "tiny")
     monkeypatch.setattr(generate, "PICTURES", 3)
-    seen = []
-    row = folder_row(
-        setting,
-        caption_folder=lambda captioner, folder: seen.append(captioner.processor.images(sorted(folder.iterdir()))),
-        caption_tensors=lambda captioner, tensors: seen.append(tensors),
-    )
-    assert all(torch.equal(first, second) for first, second in zip(seen[::2], seen[1::2], strict=True))
+    row = folder_row(setting)
     assert row.work == "tiny, folder of 3 pictures of 500x375 beside tensors in memory"
     assert row.ratio and row.note.startswith(f"{row.ratio:.0%} of the rate")
+
+
+def test_other_captions_in_the_folder_than_on_tensors_stop_the_benchmark(tmp_path: Path) -> None:
+    captioner = Captioner(*contracap.load("tiny", weights="random", seed=0))
+    pixels = captioner.processor.images([Image.new("RGB", (40, 30), "red")])
+    (tmp_path / "0000.txt").write_text("a dog\n")
+    with pytest.raises(UnequalError, match=r"0000\.txt holds 'a dog"):
+        require_same_captions(captioner, tmp_path, pixels)
 
 
 def test_pictures_of_the_folder_have_the_stated_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,11 @@ from contracap.bench.timing import (
     this_machine,
     timed_row,
 )
-from contracap.generation import BeamSearch, Captioner, Greedy, LegacyBeamSearch
+from contracap.bulk.caption import caption_pictures
+from contracap.bulk.inputs import items
+from contracap.bulk.outputs import SideCars, one_line
+from contracap.bulk.rows import caption_rows
+from contracap.generation import BeamSearch, Caption, Captioner, Greedy, LegacyBeamSearch
 from contracap.generation.strategy import Strategy
 from contracap.model.quantised import int8
 from contracap.pretrained import load
@@ -39,7 +43,7 @@ BEAM = BeamSearch(width=BEAMS, max_tokens=TOKENS, min_tokens=TOKENS - 1)
 LEGACY = LegacyBeamSearch(year=2024, max_tokens=TOKENS, min_tokens=TOKENS - 1)
 GREEDY = Greedy(max_tokens=TOKENS, min_tokens=TOKENS - 1)
 PICTURES, SIDES, QUALITY = 500, (500, 375), 90
-BATCH = 16  # pictures at a time, of a folder
+BATCH, WORKERS = 16, 8  # pictures at a time and threads that decode, of a folder
 INT8_PICTURES = 8
 
 
@@ -166,19 +170,9 @@ def _log_probabilities(captioner: Captioner, pixels: Tensor, ids: Tensor) -> Ten
     return scores.gather(1, ids[0, 1:, None]).squeeze(1)
 
 
-def folder_row(
-    setting: Setting,
-    *,
-    caption_folder: Callable[[Captioner, Path], object],
-    caption_tensors: Callable[[Captioner, Tensor], object],
-) -> Row:
-    """A folder of JPEG pictures captioned, beside the same pictures captioned as tensors in memory: the ratio is the
-    share of the engine's rate that reading and decoding leave.
-
-    Args:
-        caption_folder: reads, decodes and captions the pictures of a folder.
-        caption_tensors: captions the same, prepared before.
-    """
+def folder_row(setting: Setting) -> Row:
+    """A folder of JPEG pictures captioned into side-cars, beside the same pictures captioned as tensors in memory: the
+    ratio is the share of the engine's rate that reading, decoding and writing leave."""
     captioner = Captioner(*load(SMALL, weights="random", seed=setting.seed))
     captioner.model.to(setting.device)
     with TemporaryDirectory() as folder:
@@ -193,8 +187,9 @@ def folder_row(
             rounds=setting.rounds,
             clock=setting.clock,
         )
+        require_same_captions(captioner, Path(folder), tensors)
     assert row.ratio is not None  # the other side is ours, too
-    return replace(row, note=f"{row.ratio:.0%} of the rate on tensors, which are ours too")
+    return replace(row, note=f"{row.ratio:.0%} of the rate on tensors, which are ours too; the same captions")
 
 
 def write_pictures(folder: Path, *, seed: int) -> list[Path]:
@@ -209,15 +204,29 @@ def write_pictures(folder: Path, *, seed: int) -> list[Path]:
     return paths
 
 
-def caption_files(captioner: Captioner, folder: Path) -> None:
-    """Pictures of a folder, a batch after the other."""
-    captioner(sorted(folder.iterdir()), BeamSearch(), batch_size=BATCH)
+def caption_folder(captioner: Captioner, folder: Path) -> None:
+    """The pictures of a folder, each into a text file beside it."""
+    caption_pictures(
+        items([str(folder)]),
+        partial(caption_rows, captioner, strategy=BeamSearch()),
+        SideCars(".txt", "overwrite", embed=False),
+        image=captioner.processor.image_config,
+        batch_size=BATCH,
+        workers=WORKERS,
+        progress=False,
+    )
 
 
-def caption_batches(captioner: Captioner, pixels: Tensor) -> None:
+def caption_tensors(captioner: Captioner, pixels: Tensor) -> list[Caption]:
     """Prepared pictures, a batch after the other."""
-    for batch in pixels.split(BATCH):
-        captioner.generate(batch, BeamSearch())
+    return [caption for batch in pixels.split(BATCH) for caption in captioner.generate(batch, BeamSearch())]
+
+
+def require_same_captions(captioner: Captioner, folder: Path, pixels: Tensor) -> None:
+    """Raises: UnequalError: if a side-car in the folder does not hold the caption of its picture's pixels."""
+    for path, caption in zip(sorted(folder.glob("*.txt")), caption_tensors(captioner, pixels), strict=True):
+        if path.read_text() != (expected := f"{one_line(caption.text)}\n"):
+            raise UnequalError(f"{path.name} holds {path.read_text()!r}, not {expected!r}")
 
 
 ROWS: dict[str, Callable[[Setting], Row]] = {
@@ -228,7 +237,7 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "top-k-8": partial(caption_row, size=B_32, images=8, name="top-k", ours=GREEDY, peer="top_k"),
     "l-14-beam-1": partial(caption_row, size=L_14, images=1, name=f"beam {BEAMS}", ours=BEAM),
     "int8": partial(int8_row, size=B_32, images=INT8_PICTURES),
-    "folder": partial(folder_row, caption_folder=caption_files, caption_tensors=caption_batches),
+    "folder": folder_row,
 }
 CUDA_ROWS: dict[str, Callable[[Setting], Row]] = {
     "l-14-beam-256": partial(large_batch_row, size=L_14, images=256),

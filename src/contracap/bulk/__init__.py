@@ -1,1 +1,1 @@
-"""Captions and embeddings of many pictures."""
+"""Captions and embeddings for many pictures: from folders, lists and tar shards into files."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from contracap import __version__
 from contracap.bulk.folder import Folder
+from contracap.bulk.rows import picture_number
 from contracap.config import to_dict
 from contracap.data.remote import WEB
 from contracap.data.shards import SAMPLE_SUFFIXES, Record, SampleError, ShardError, parse, records
@@ -194,24 +195,28 @@ class PartWriter:
         readable = {row: picture.pixels for row, picture in enumerate(pictures) if picture.pixels is not None}
         if readable:
             pixels = torch.stack(list(readable.values())).to(self._model.device)
-            for name, values in self._results(normalise(pixels, self._processor.image_config)).items():
+            numbers = [picture_number(f"{shard}/{columns['key'][row]}") for row in readable]
+            for name, values in self._results(normalise(pixels, self._processor.image_config), numbers).items():
                 for row, value in zip(readable, values, strict=True):
                     columns[name][row] = value
         return pa.RecordBatch.from_arrays(
             [pa.array(columns[field.name], field.type) for field in self._schema], schema=self._schema
         )
 
-    def _results(self, pixels: Float32[Tensor, "batch 3 height width"]) -> dict[str, list[Any]]:
-        """The columns that the model fills."""
-        results: dict[str, list[Any]] = {}
-        if self._captioner is not None and self._config.strategy is not None:
-            made = self._captioner.generate(pixels, self._config.strategy)
-            for name, field in (("caption", "text"), ("score", "score"), ("log_probability", "log_probability")):
-                results[name] = [getattr(caption, field) for caption in made]
-        if self._config.embedding is not None:
+    def _results(self, pixels: Float32[Tensor, "batch 3 height width"], numbers: list[int]) -> dict[str, list[Any]]:
+        """The columns that the model fills. `numbers`: of the pictures, for what is sampled."""
+        config = self._config
+        if self._captioner is None or config.strategy is None:
             with torch.inference_mode():
                 embeddings = self._model.encode_image(pixels).float().cpu()
+            results = {}
+        else:
+            made = self._captioner.generate(pixels, config.strategy, numbers=numbers)
+            embeddings = torch.stack([caption.embedding for caption in made])
+            fields = (("caption", "text"), ("score", "score"), ("log_probability", "log_probability"))
+            results = {name: [getattr(caption, field) for caption in made] for name, field in fields}
+        if config.embedding is not None:
             if not embeddings.isfinite().all():
                 raise ValueError("the model's embeddings are not finite (NaN or infinite): its weights are broken")
-            results["embedding"] = list(embeddings.numpy().astype(self._config.embedding))
+            results["embedding"] = list(embeddings.numpy().astype(config.embedding))
         return results

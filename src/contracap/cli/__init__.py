@@ -11,9 +11,10 @@ except ModuleNotFoundError:
     sys.exit("contracap: error: the command line needs the package tyro: pip install tyro")
 
 from contracap.cli import bulk
+from contracap.cli.caption import caption
 from contracap.cli.demo import demo
 from contracap.cli.errors import fail, is_for_the_user, message
-from contracap.cli.measure import bench, caption, evaluate
+from contracap.cli.measure import bench, evaluate
 from contracap.cli.runs import plan, quickstart, train
 from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show

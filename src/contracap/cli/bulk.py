@@ -1,18 +1,15 @@
 """The verbs of many shards: what they write is for machines, one parquet file for each shard."""
 
-import tomllib
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
 from contracap.cli.errors import fail
-from contracap.cli.options import Size, WeightsName
+from contracap.cli.options import Settings, Size, StrategyName, WeightsName
 
 if TYPE_CHECKING:
     from contracap.bulk.parts import BulkConfig
-    from contracap.generation.sampling import Strategy
 
 Shards = Annotated[
     tuple[str, ...],
@@ -34,8 +31,8 @@ def caption(
     /,
     *,
     out: Out,
-    strategy: Annotated[str, arg(metavar="NAME", help="how captions are written: docs/captioning.md")] = "beam",
-    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE", help="settings of the strategy, such as width=3")] = (),
+    strategy: StrategyName = "beam",
+    settings: Settings = (),
     embed: Annotated[bool, arg(help="write the embeddings of the pictures too")] = False,
     precision: Annotated[Precision, arg(help="of the embeddings")] = "float32",
     address: Address = None,
@@ -47,9 +44,10 @@ def caption(
     """Write captions of tar shards on one machine or many. The same command goes on where it was interrupted."""
     _require_extras()
     from contracap.bulk.parts import BulkConfig
+    from contracap.generation.choice import build_strategy
 
     config = BulkConfig(
-        strategy=_strategy(strategy, set), embedding=precision if embed else None, batch_size=batch_size
+        strategy=build_strategy(strategy, settings), embedding=precision if embed else None, batch_size=batch_size
     )
     return _run(weights, shards, out, config, address, workers, gpus_per_worker, size)
 
@@ -81,16 +79,6 @@ def embed(
         gpus_per_worker,
         size,
     )
-
-
-def _strategy(name: str, settings: Sequence[str]) -> "Strategy":
-    from contracap.config import ConfigError, build
-    from contracap.generation import BeamSearch, Greedy
-
-    strategies: dict[str, type[Strategy]] = {"greedy": Greedy, "beam": BeamSearch}
-    if name not in strategies:
-        raise ConfigError(f"unknown strategy {name!r}; the strategies are {', '.join(strategies)}")
-    return build(strategies[name], tomllib.loads("\n".join(settings)))
 
 
 def _require_extras() -> None:

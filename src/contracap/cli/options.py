@@ -17,10 +17,12 @@ WeightsName = Annotated[
 ]
 Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]
-Beams = Annotated[int, arg(help="for captions: how many are searched side by side for a picture; 1 is greedy decoding")]
-LengthPenalty = Annotated[
-    float,
-    arg(help="for captions: ranked by log-probability / length to this power; 0 ranks by the sum, for shorter ones"),
+StrategyName = Annotated[
+    str, arg(metavar="NAME", help="for captions, how words are chosen: greedy, beam, sample, legacy or rerank")
+]
+Settings = Annotated[
+    tuple[str, ...],
+    arg(name="set", metavar="[KEY=VALUE ...]", help="the strategy's settings, such as width=3 length_penalty=0"),
 ]
 Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one for each core")]
 

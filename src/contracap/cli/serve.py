@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from contracap.cli.options import Size, WeightsName, load_model
+from contracap.cli.options import Settings, Size, StrategyName, WeightsName, load_model
 
 
 def serve(
@@ -15,8 +15,8 @@ def serve(
     *,
     host: Annotated[str, arg(help="the address to listen at; 0.0.0.0 is all of them")] = "127.0.0.1",
     port: Annotated[int, arg(help="0 is any that is free")] = 8000,
-    strategy: Annotated[str, arg(help="how captions are written, if a request does not say")] = "beam",
-    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE", help="its settings, such as width=3")] = (),
+    strategy: StrategyName = "beam",
+    settings: Settings = (),
     max_batch: Annotated[int, arg(help="pictures or texts that go through the model together")] = 16,
     max_wait_ms: Annotated[
         float, arg(help="milliseconds that a request waits for others while the model is idle")
@@ -38,7 +38,7 @@ def serve(
     from contracap.serve.batching import BatchingConfig
     from contracap.serve.limits import LimitsConfig
 
-    default = DefaultStrategy(strategy, set)
+    default = DefaultStrategy(strategy, settings)
     default.strategy({})  # what is wrong is said before the weights are read
     batching = BatchingConfig(max_batch=max_batch, max_wait_ms=max_wait_ms)
     limits = LimitsConfig(max_body_mib=max_body_mib, timeout_s=timeout_s, max_requests=max_requests)

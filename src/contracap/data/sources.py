@@ -142,7 +142,7 @@ def _kind_of_folder(folder: Path) -> Kind:
     for file in _files(folder):
         if file.name in METADATA_FILES:
             return "imagefolder"
-        if _is_picture(file):
+        if is_picture(file):
             kind = "folder"
     if kind is None:
         raise SourceError(f"{folder} has neither pictures nor a metadata file ({', '.join(METADATA_FILES)})")
@@ -172,7 +172,7 @@ def _kind_of_file(path: Path) -> Kind:
 
 def _read_folder(folder: Path) -> Iterator[Entry | Refused]:
     """Pictures with the lines of the text file beside each."""
-    for file in filter(_is_picture, _files(folder)):
+    for file in pictures_in(folder):
         side_cars = [(folder / file).with_suffix(suffix) for suffix in SIDE_CAR_SUFFIXES]
         side_car = next((path for path in side_cars if path.is_file()), None)
         try:
@@ -202,13 +202,22 @@ def _read_document(path: Path, kind: Kind, folder: Path, splits: Sequence[str]) 
         elif kind == "karpathy":
             yield from read_karpathy(path, document, splits)
         else:
-            yield from read_vqa(path, document, (file.as_posix() for file in filter(_is_picture, _files(folder))))
+            yield from read_vqa(path, document, (file.as_posix() for file in pictures_in(folder)))
     except (LookupError, TypeError, AttributeError) as error:  # JSON of another layout
         problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise SourceError(f"{path} does not have the layout of {kind}: {problem}") from error
 
 
-def _is_picture(file: Path) -> bool:
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """The pictures in a folder and its subfolders, relative to it and by name; hidden ones and linked folders left out.
+
+    Raises: OSError: if one of the folders cannot be read.
+    """
+    return filter(is_picture, _files(folder))
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file's name says so."""
     return file.suffix.lower().lstrip(".") in PICTURE_SUFFIXES
 
 

@@ -176,9 +176,7 @@ class Captioner:
         return sorted(scored, key=lambda text: -text.score)
 
 
-def _prompts(
-    begun: Sequence[Sequence[int]], numbers: Sequence[int], *, start: int, device: torch.device
-) -> Prompts:
+def _prompts(begun: Sequence[Sequence[int]], numbers: Sequence[int], *, start: int, device: torch.device) -> Prompts:
     longest = max((len(tokens) for tokens in begun), default=0) + 1
     ids = torch.full((len(begun), longest), start)
     for row, tokens in zip(ids, begun, strict=True):

@@ -1,0 +1,180 @@
+"""What a user means by pictures: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from glob import has_magic
+from pathlib import Path
+
+from contracap.data.download import download
+from contracap.data.remote import WEB
+from contracap.data.shards import (
+    MOST_MEMBER_BYTES,
+    PICTURE_SUFFIXES,
+    SHARD_SUFFIXES,
+    Record,
+    SampleError,
+    ShardError,
+    list_shards,
+    parse,
+    records,
+)
+from contracap.data.sources import is_picture, pictures_in
+
+LIST_SUFFIX = ".txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One picture, not read yet.
+
+    Attributes:
+        name: the path or URL, or shard and key, as outputs have it.
+        source: where its bytes are: a file, a URL, themselves; or why there are none.
+    """
+
+    name: str
+    source: Path | str | bytes | Exception
+
+    def content(self) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            OSError, ValueError: that say why it cannot be had.
+        """
+        match self.source:
+            case Exception() as error:
+                raise error
+            case bytes() as content:
+                return content
+            case str() as url:
+                return download(url)
+            case Path() as path:
+                if path.stat().st_size > MOST_MEMBER_BYTES:
+                    raise ValueError(f"{self.name}: larger than {MOST_MEMBER_BYTES:,} bytes, as no photograph is")
+                return path.read_bytes()
+
+
+def items(paths: Sequence[str]) -> Generator[Item, None, None]:
+    """The pictures that paths stand for, in order, read from folders, lists and shards only as they are asked for.
+
+    A path is a picture file, or its http(s) URL; a folder, whose pictures come by name and then those of its
+    subfolders; a pattern with `*`, `?`, `[...]` and `**`, of pictures and shards; a tar shard, anywhere that
+    `data/remote` reads, with braces as ranges and lists; or a `.txt` file with a path or URL of a picture on each line.
+    What cannot be read becomes an item that says why, and the rest follows.
+    """
+    for path in paths:
+        try:
+            yield from _items_of(path)
+        except (OSError, ValueError) as error:
+            yield Item(name=path, source=error)
+
+
+def first_items(paths: Sequence[str]) -> Iterator[Item]:
+    """The first picture of each path: whether there are any is known before a model is loaded.
+
+    Raises:
+        FileNotFoundError: if a path does not exist or stands for no picture.
+        OSError, ValueError: if one cannot be read.
+    """
+    if not paths:
+        raise ValueError("nothing to caption: give pictures, folders, patterns, lists (.txt) or tar shards")
+    for path in paths:
+        with closing(_items_of(path)) as found:
+            first = next(found, None)
+        if first is None:
+            raise FileNotFoundError(_nothing_at(path))
+        if path.endswith(LIST_SUFFIX) and isinstance(first.source, Path) and not first.source.is_file():
+            raise FileNotFoundError(
+                f"{path} is no list of pictures, a path or URL on each line: its first line names no file, {first.name}"
+            )
+        yield first
+
+
+def _items_of(path: str) -> Generator[Item, None, None]:
+    local = Path(path)
+    if "://" in path or path.startswith("pipe:"):
+        if path.startswith(WEB) and not path.partition("?")[0].endswith(SHARD_SUFFIXES):
+            yield Item(name=path, source=path)
+        else:
+            yield from _of_shards(path)
+    elif local.is_dir():
+        yield from (_file(local / picture) for picture in pictures_in(local))
+    elif local.exists():
+        if path.endswith(SHARD_SUFFIXES):
+            yield from _of_shards(path)
+        elif local.suffix == LIST_SUFFIX:
+            yield from _of_list(local)
+        else:
+            yield _file(local)
+    elif has_magic(path):
+        for match in _matches(Path(local.anchor), local.relative_to(local.anchor).parts):
+            if match.name.endswith(SHARD_SUFFIXES):
+                yield from _of_shards(str(match))
+            elif is_picture(match) and match.is_file():
+                yield _file(match)
+    elif path.endswith(SHARD_SUFFIXES):
+        yield from _of_shards(path)
+    else:
+        raise FileNotFoundError(f"no such picture or folder: {path}")
+
+
+def _file(path: Path) -> Item:
+    return Item(name=os.fsencode(path).decode("utf-8", errors="backslashreplace"), source=path)
+
+
+def _of_list(path: Path) -> Iterator[Item]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for line in filter(None, map(str.strip, lines)):
+            yield Item(name=line, source=line) if line.startswith(WEB) else _file(Path(line))
+
+
+def _of_shards(path: str) -> Iterator[Item]:
+    for shard in list_shards(path):
+        try:
+            for record in records(shard, suffixes=PICTURE_SUFFIXES):
+                yield _of_record(record)
+        except ShardError as error:
+            if error.whole == 0:
+                raise
+            yield Item(name=shard, source=error)
+
+
+def _of_record(record: Record) -> Item:
+    name = f"{record.shard}/{record.key}"
+    pictures = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
+    try:
+        return Item(name=name, source=parse(replace(record, members=pictures)).image)
+    except SampleError as error:
+        return Item(name=name, source=error)
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What a pattern finds in a folder, by name, with the names of one folder at a time in memory; nothing hidden."""
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if not has_magic(part):
+        if (folder / part).exists():
+            yield from _matches(folder / part, rest)
+        return
+    names = sorted(name for name in (os.listdir(folder) if folder.is_dir() else ()) if not name.startswith("."))
+    if part == "**":
+        yield from _matches(folder, rest or ("*",))
+        for name in names:
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                yield from _matches(folder / name, parts)
+    else:
+        for name in names:
+            if fnmatchcase(name, part):
+                yield from _matches(folder / name, rest)
+
+
+def _nothing_at(path: str) -> str:
+    if Path(path).is_dir():
+        shards = any(name.endswith(SHARD_SUFFIXES) for name in os.listdir(path))
+        return f"no pictures in the folder {path}" + (f"; for its tar shards write {path}/*.tar" if shards else "")
+    return f"no pictures at {path}"

@@ -1,0 +1,167 @@
+"""The verb that captions pictures: files, folders, lists and shards of them."""
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import FlagCreatePairsOff, arg
+
+from contracap.cli.errors import fail, message
+from contracap.cli.options import ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
+
+if TYPE_CHECKING:
+    from contracap.bulk.outputs import Existing, Output
+
+METADATA_FILE = "metadata.jsonl"  # Hugging Face's name for it
+FORMATS: "dict[str, Format]" = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+Format = Literal["sidecar", "jsonl", "csv", "parquet", "metadata"]
+
+
+def caption(
+    weights: WeightsName,
+    paths: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="PATH [PATH ...]",
+            help="pictures and their URLs, folders of them with their subfolders, patterns such as 'photos/**/*.png', "
+            ".txt lists with a path or URL on each line, tar shards",
+        ),
+    ],
+    /,
+    *,
+    format: Annotated[
+        Format | None,
+        arg(
+            help="sidecar: a text file beside each picture; jsonl, csv, parquet: all captions in the file --out; "
+            "metadata: the metadata.jsonl of Hugging Face's image folders. By default what --out ends in; without "
+            "--out lines on stdout: path, tab, text"
+        ),
+    ] = None,
+    out: Annotated[Path | None, arg(metavar="FILE", help="one file for all captions")] = None,
+    ext: Annotated[Literal[".txt", ".caption"] | None, arg(help="of side-cars; by default .txt")] = None,
+    prefix: Annotated[str, arg(metavar="TEXT", help="written before each caption, as it stands")] = "",
+    suffix: Annotated[str, arg(metavar="TEXT", help="written after each caption, as it stands")] = "",
+    skip_existing: Annotated[
+        FlagCreatePairsOff[bool], arg(help="leave pictures that have a caption in the output; this is the default")
+    ] = False,
+    overwrite: Annotated[FlagCreatePairsOff[bool], arg(help="begin anew, in place of the captions there are")] = False,
+    append: Annotated[
+        FlagCreatePairsOff[bool], arg(help="one more caption for each picture, on a line or row of its own")
+    ] = False,
+    embed: Annotated[
+        FlagCreatePairsOff[bool],
+        arg(
+            help="write the contrastive embeddings too: a column of lists; for csv a .npy file beside it, for "
+            "side-cars one for each picture"
+        ),
+    ] = False,
+    strategy: StrategyName = "beam",
+    settings: Settings = (),
+    prompt: Annotated[str, arg(metavar="TEXT", help="how each caption begins")] = "",
+    batch_size: Annotated[int, arg(metavar="N", help="pictures at a time; does not change the captions")] = 16,
+    workers: Annotated[
+        int | None, arg(metavar="N", help="threads that read, fetch and decode; by default four for each core")
+    ] = None,
+    size: Size = None,
+    json: ResultFile = None,
+) -> int:
+    """Write a caption for each picture. The same command goes on where it was stopped; unreadable pictures are listed
+    at the end."""
+    from contracap.bulk.caption import caption_pictures
+    from contracap.bulk.inputs import first_items, items
+    from contracap.bulk.outputs import Lines
+    from contracap.bulk.rows import Row, caption_rows
+    from contracap.evaluation.result import Result
+    from contracap.generation.captioner import Captioner
+    from contracap.generation.choice import build_strategy
+    from contracap.generation.strategy import check_count
+
+    # All that can be wrong is found before the weights are read
+    workers = 4 * (os.cpu_count() or 1) if workers is None else workers
+    check_count("--batch-size", batch_size, 1, "pictures at a time")
+    check_count("--workers", workers, 1, "threads that read and decode")
+    existing = _existing(skip_existing=skip_existing, overwrite=overwrite, append=append)
+    output = _output(paths, format, out, ext, existing, embed=embed)
+    for item in first_items(paths):
+        output.check(item)
+    chosen = build_strategy(strategy, settings)
+
+    captioner = Captioner(*load_model(weights, size))
+    captioner.check(chosen, prompt)
+
+    rows = list[Row]()
+    with output:
+        outcome = caption_pictures(
+            items(paths),
+            partial(caption_rows, captioner, strategy=chosen, prompt=prompt, prefix=prefix, suffix=suffix, embed=embed),
+            output,
+            image=captioner.processor.image_config,
+            batch_size=batch_size,
+            workers=workers,
+            seen=rows.append if json is not None else lambda row: None,
+            progress=False if isinstance(output, Lines) and sys.stdout.isatty() else None,
+        )
+    if json is not None:
+        made = [{"path": row.path, "caption": row.caption, "score": row.score} for row in rows]
+        figures = {"unreadable": float(len(outcome.broken)), "skipped": float(outcome.skipped)}
+        result = Result(
+            command=command_line(),
+            seed=None,
+            samples=len(made),
+            figures=figures | {"seconds": outcome.seconds},
+            details={"captions": made},
+        )
+        result.write(json)
+    if not isinstance(output, Lines):
+        print(outcome.summary())
+    for error in outcome.broken:
+        fail(message(error))
+    return 1 if outcome.broken else 0
+
+
+def _existing(**given: bool) -> "Existing":
+    """What becomes of pictures that have a caption."""
+    chosen = [name for name, is_given in given.items() if is_given]
+    if len(chosen) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in chosen)
+        raise ValueError(f"{options} exclude each other: give one of them")
+    return "overwrite" if chosen == ["overwrite"] else "append" if chosen == ["append"] else "skip"
+
+
+def _output(
+    paths: Sequence[str], format: Format | None, out: Path | None, ext: str | None, existing: "Existing", *, embed: bool
+) -> "Output":
+    """Where the captions go.
+
+    Raises: ValueError: if options do not suit each other. OSError: if nothing can be written there.
+    """
+    from contracap.bulk.outputs import Lines, SideCars, Table
+
+    if format is None and out is not None:
+        format = "metadata" if out.name == METADATA_FILE else FORMATS.get(out.suffix)
+        if format is None:
+            raise ValueError(
+                f"cannot tell the format of {out} by its name: give --format jsonl, csv, parquet or metadata"
+            )
+    if ext is not None and format != "sidecar":
+        raise ValueError("--ext is for --format sidecar")
+    if format is None:
+        if embed or existing != "skip":
+            option = "--embed" if embed else f"--{existing}"
+            raise ValueError(f"{option} is for captions in files: give --format sidecar, or --out FILE")
+        return Lines()
+    if format == "sidecar":
+        if out is not None:
+            raise ValueError(
+                "--out is one file for all captions, and side-cars are one for each picture: give one option"
+            )
+        return SideCars(ext or ".txt", existing, embed=embed)
+    if out is None and format == "metadata" and len(paths) == 1 and Path(paths[0]).is_dir():
+        out = Path(paths[0]) / METADATA_FILE
+    if out is None:
+        raise ValueError(f"--format {format} is one file for all captions: name it with --out FILE")
+    return Table(out, format, existing, embed=embed)
