@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "tokenizer image",
     "bulk": "bulk generation model data tokenizer image processor",
     "recipe": "evaluation training parallel model losses data tokenizer image",
+    "demo": "demo evaluation generation data model tokenizer image processor page",
     "serve": "serve evaluation generation model image page processor",
     "quickstart": "*",
     "cli": "*",

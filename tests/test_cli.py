@@ -266,3 +266,10 @@ def test_everything_named_by_the_package_is_there() -> None:
     assert all(getattr(contracap, name) for name in contracap.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Captionr'"):
         contracap.Captionr  # noqa: B018
+
+
+def test_demo_without_gradio_says_what_to_install() -> None:
+    program = "import sys; sys.modules['gradio'] = None; from contracap.cli import main; sys.exit(main(['demo', 'x']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "contracap: error: the page needs the package gradio: pip install 'contracap[demo]'\n"

@@ -161,3 +161,13 @@ def test_a_tokenizer_survives_pickling() -> None:
     tokenizer = pickle.loads(pickle.dumps(Tokenizer(context=9, vocab_size=700)))
     assert (tokenizer.context, tokenizer.end) == (9, 699)
     assert tokenizer.decode(tokenizer("a dog")[0]) == "a dog"
+
+
+def test_a_token_ends_its_word_where_a_space_may_follow() -> None:
+    tokenizer = Tokenizer(vocab_size=1024)
+    token_ids = tokenizer.encode("photographer at")
+    assert len(token_ids) > 2
+    texts = [tokenizer.decode(token_ids[: count + 1]) for count in range(len(token_ids))]
+    ends = [text in ("photographer", "photographer at") for text in texts]
+    assert [tokenizer.ends_word(token) for token in token_ids] == ends
+    assert tokenizer.ends_word(tokenizer.start) and tokenizer.ends_word(tokenizer.end)

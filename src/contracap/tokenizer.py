@@ -118,6 +118,10 @@ class Tokenizer:
             pieces.append(self._bytes[token])
         return b"".join(pieces).decode("utf-8", errors="replace").replace(END_OF_WORD, " ").strip()
 
+    def ends_word(self, token: int) -> bool:
+        """Whether a text goes on with a new word after this token."""
+        return token >= self.start or self._bytes[token].endswith(END_OF_WORD.encode())
+
 
 class _Words:
     """Ids of cleaned texts, word by word. Most words come again and again, so what each gives is remembered."""

@@ -1,0 +1,34 @@
+"""The verb of the web page."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from contracap.cli.options import Size, WeightsName, load_model
+
+
+def demo(
+    weights: WeightsName,
+    /,
+    *,
+    host: Annotated[
+        str, arg(help="address to serve at; 0.0.0.0 is all of this machine's, open to others")
+    ] = "127.0.0.1",
+    port: int = 7860,
+    pictures: Annotated[
+        Path | None, arg(metavar="FOLDER", help="pictures that visitors can search, in folders of it, too")
+    ] = None,
+    size: Size = None,
+) -> None:
+    """Serve a web page that captions, classifies and searches."""
+    try:
+        from contracap.demo.server import listen, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the page needs the package {error.name}: pip install 'contracap[demo]'") from None
+    from contracap.demo.collection import pictures_in
+
+    found = pictures_in(pictures) if pictures is not None else None
+    with listen(host, port) as address:
+        model, processor = load_model(weights, size)
+        serve(model, processor, address=address, pictures=found)

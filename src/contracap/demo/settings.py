@@ -1,0 +1,106 @@
+"""What a visitor may set for each strategy, and how the page asks for it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values."""
+
+    key: str
+    label: str
+    values: tuple[Any, ...]
+    default: Any
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number from `low` to `high` in steps. `off`: the value that stands for no such rule, and is not passed on."""
+
+    key: str
+    label: str
+    low: int | float
+    high: int | float
+    step: int | float
+    default: int | float
+    off: int | float | None = None
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Words or phrases, commas between them; none by default."""
+
+    key: str
+    label: str
+
+
+Setting = Choice | Amount | Phrases
+
+NAMES = {
+    "beam": "Beam search",
+    "greedy": "Greedy",
+    "sample": "Sampling",
+    "rerank": "Sampling, ranked by the picture",
+    "legacy": "Beam search of the 2023 release",
+}
+
+LENGTHS = (
+    Amount("max_tokens", "Most tokens", 3, 76, 1, 30),
+    Amount("min_tokens", "Fewest tokens", 1, 30, 1, 5),
+)
+RULES = (
+    Amount("rules.repetition_penalty", "Repetition penalty (1: none)", 1, 3, 0.05, 1, off=1),
+    Amount("rules.no_repeat_ngram", "No repeated run of so many tokens (0: allowed)", 0, 6, 1, 0, off=0),
+    Phrases("rules.banned", "Words it must not use"),
+    Phrases("rules.forced", "Words it must use"),
+)
+SAMPLING = (
+    Amount("temperature", "Temperature", 0.1, 2, 0.05, 1),
+    Amount("top_k", "Top-k: only the likeliest so many tokens (0: all)", 0, 200, 1, 0, off=0),
+    Amount("top_p", "Top-p: only the likeliest tokens of this total (1: all)", 0.05, 1, 0.01, 1, off=1),
+    Amount("min_p", "Min-p: only tokens of this share of the likeliest (0: all)", 0, 0.9, 0.01, 0, off=0),
+    Amount("seed", "Seed", 0, 9999, 1, 0),
+)
+OWN: Mapping[str, tuple[Setting, ...]] = {
+    "beam": (
+        Amount("width", "Beams", 1, 12, 1, 6),
+        Amount("length_penalty", "Length penalty (above 0: longer texts)", -2, 3, 0.1, 1),
+        Amount("groups", "Groups of beams that differ", 1, 6, 1, 1, off=1),
+        Amount("diversity", "How much the groups differ", 0, 3, 0.1, 0, off=0),
+    ),
+    "greedy": (),
+    "sample": (*SAMPLING, Amount("samples", "Samples", 1, 16, 1, 4)),
+    "rerank": (*SAMPLING, Amount("samples", "Samples", 2, 32, 1, 8)),
+    "legacy": (Choice("year", "Rule of the year", (2023, 2024), 2023),),
+}
+
+
+def chosen(name: str, settings: Sequence[Setting], answers: Sequence[Any]) -> dict[str, Any]:
+    """The answers as `generation.choice` takes them for a strategy; what is off or left empty is left out.
+
+    Raises: ValueError: if a number is none, or out of its bounds.
+    """
+    values: dict[str, Any] = {}
+    for setting, answer in zip(settings, answers, strict=True):
+        *outer, key = setting.key.split(".")
+        if isinstance(setting, Phrases):
+            value = tuple(phrase.strip() for phrase in (answer or "").split(",") if phrase.strip()) or None
+        elif isinstance(setting, Amount):
+            value = _checked(setting, answer)
+        else:
+            value = answer
+        if value is not None:
+            table = values.setdefault(outer[0], {}) if outer else values
+            table[key] = value
+    return {"of": values} if name == "rerank" else values
+
+
+def _checked(setting: Amount, answer: Any) -> int | float | None:
+    """The number, whole where the steps are; None if it is the one for off."""
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or not setting.low <= answer <= setting.high:
+        raise ValueError(f"{setting.label} is {answer}; it must be a number from {setting.low} to {setting.high}")
+    if answer == setting.off:
+        return None
+    return int(answer) if float(setting.step).is_integer() else answer

@@ -1,0 +1,307 @@
+"""The page in a real Chromium: `contracap demo` as a process of its own, with the tiny model."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import contracap
+from contracap.pretrained import random_model, save
+from tests.demo.uploads import bad_uploads, huge_file, picture
+from tests.model.tiny_models import tiny_clip
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install 'contracap[demo]'", exc_type=ImportError)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+CHROMIUM = Path("/usr/bin/chromium")
+MODULE = [sys.executable, "-m", "contracap"]
+SECONDS, MILLISECONDS = 120, 60_000  # for a server to start, and for a page to answer, on a busy machine
+WIDE = {"width": 1200, "height": 900}
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    log: Path
+    process: subprocess.Popen
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, processor = contracap.load("tiny", weights="random", seed=0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts a server with further arguments; all are ended with Ctrl-C, and must then end well."""
+    servers = []
+
+    def started(*arguments: str) -> Server:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        log = tmp_path_factory.mktemp("server") / "log"
+        command = [*MODULE, "demo", str(weights), "--port", str(port), *arguments]
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        server = Server(f"http://127.0.0.1:{port}", log, process)
+        servers.append(server)
+        deadline = time.monotonic() + SECONDS
+        while f"the page is at {server.url}" not in server.text():
+            assert process.poll() is None and time.monotonic() < deadline, server.text()
+            time.sleep(0.2)
+        return server
+
+    yield started
+    for server in servers:
+        server.process.send_signal(2)
+        assert server.process.wait(SECONDS) == 0, server.text()
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server with 13 pictures to search, of which one is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(12):
+        picture(folder / f"{number:02d}.png", seed=number)
+    (folder / "broken.png").write_text("no picture")
+    return start("--pictures", str(folder))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.is_file():
+        pytest.skip(f"no Chromium at {CHROMIUM}: apt-get install chromium")
+    playwright.expect.set_options(timeout=MILLISECONDS)
+    with playwright.sync_playwright() as driver:
+        arguments = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[[Server], Any]]:
+    """Opens the page of a server. At the end nothing but that server was asked, and nobody saw a traceback."""
+    visits = []
+
+    def opened(server: Server) -> Any:
+        page = browser.new_page(viewport=WIDE)
+        page.set_default_timeout(MILLISECONDS)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        visits.append((server, page, asked))
+        page.goto(server.url)
+        return page
+
+    yield opened
+    for server, page, asked in visits:
+        outside = [url for url in asked if not url.startswith((server.url, "data:", "blob:"))]
+        assert asked and not outside, f"the page asked for {outside}"
+        assert "Traceback" not in page.content()
+        assert "Traceback" not in server.text(), server.text()
+        page.close()
+
+
+def upload(page: Any, file: Path) -> None:
+    """Choose a file in the picture input of the tab that was opened last."""
+    page.locator("input[type=file][accept*=image]:not([multiple])").last.set_input_files(file)
+
+
+def told(page: Any, text: str) -> None:
+    """The page says this in a message, which is then closed."""
+    message = page.locator(".toast-body", has_text=text).first
+    message.wait_for()
+    assert "Traceback" not in message.inner_text()
+    for close in page.locator(".toast-close").all():
+        close.click()
+
+
+def caption_of(page: Any) -> str:
+    """The caption, once there is one."""
+    box = page.locator("#caption textarea")
+    playwright.expect(box).not_to_have_value("")
+    return box.input_value()
+
+
+def rows(page: Any) -> Any:
+    return page.locator(".wide tr:has(td)")
+
+
+def test_an_uploaded_picture_gets_a_caption_alternatives_and_a_map_for_each_word(visit, server, tmp_path) -> None:
+    page = visit(server)
+    upload(page, picture(tmp_path / "a.png"))
+    caption = caption_of(page)
+    assert rows(page).count() == 6 and caption in rows(page).first.inner_text()
+    maps = page.locator("#maps .thumbnail-item img")
+    playwright.expect(maps).to_have_count(len(caption.split()))
+    assert all(image.evaluate("image => image.naturalWidth") == 384 for image in maps.all())
+
+
+def test_choosing_a_word_shows_its_map_alone(visit, server, tmp_path) -> None:
+    page = visit(server)
+    upload(page, picture(tmp_path / "a.png"))
+    words = caption_of(page).split()
+    page.get_by_role("radio").nth(1).click()
+    shown = page.locator("#maps .preview")
+    shown.wait_for()
+    assert shown.locator(".caption").inner_text() == words[1]
+    shown.get_by_label("Close").click()
+    shown.wait_for(state="detached")
+
+
+def test_strategy_and_settings_change_the_caption(visit, server, tmp_path) -> None:
+    page = visit(server)
+    upload(page, picture(tmp_path / "a.png"))
+    longer = caption_of(page)
+    page.get_by_label("Strategy").click()
+    page.get_by_role("option", name="Greedy").click()
+    playwright.expect(page.get_by_label("number input for Beams")).to_be_hidden()
+    page.get_by_label("number input for Most tokens").fill("8")
+    page.get_by_label("number input for Most tokens").press("Tab")
+    page.get_by_role("button", name="Caption").click()
+    playwright.expect(rows(page)).to_have_count(1)
+    assert len(caption_of(page)) < len(longer)
+
+
+def test_typed_labels_are_ranked(visit, server, tmp_path) -> None:
+    page = visit(server)
+    page.get_by_role("tab", name="Classify").click()
+    page.get_by_label("Labels").fill("a cat\na dog")
+    upload(page, picture(tmp_path / "a.png"))
+    shares = page.locator(".confidence-set")
+    playwright.expect(shares).to_have_count(2)
+    found = [int(share) for share in re.findall(r"(\d+)%", " ".join(shares.all_inner_texts()))]
+    assert sum(found) in (99, 100, 101) and found == sorted(found, reverse=True)
+    page.get_by_label("Prompt").fill("no place")
+    page.get_by_role("button", name="Classify").click()
+    told(page, "has no {}")
+
+
+def test_a_folder_is_searched_by_text_and_by_picture(visit, server, tmp_path) -> None:
+    page = visit(server)
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_role("button", name="Search by text").click()
+    told(page, "there is nothing to search for")
+    page.get_by_label("Text", exact=True).fill("a red circle")
+    page.get_by_role("button", name="Search by text").click()
+    playwright.expect(page.locator("#found .thumbnail-item")).to_have_count(12)
+    page.get_by_text("12 pictures to search; 1 skipped, for they cannot be read.").wait_for()
+    upload(page, picture(tmp_path / "mine.png", seed=7))
+    playwright.expect(page.locator("#found .thumbnail-item").first).to_contain_text("1.000 07.png")
+
+
+def test_uploaded_pictures_are_searched_where_there_is_no_folder(visit, start, tmp_path) -> None:
+    page = visit(start())
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Text", exact=True).fill("a red circle")
+    page.get_by_role("button", name="Search by text").click()
+    told(page, "upload some pictures")
+    (tmp_path / "broken.png").write_text("no picture")
+    files = [picture(tmp_path / f"{number}.png", seed=number) for number in range(3)]
+    page.locator("input[type=file][multiple]").set_input_files([*files, tmp_path / "broken.png"])
+    page.get_by_text("3 pictures to search; 1 skipped, for they cannot be read.").wait_for()
+    upload(page, files[1])
+    playwright.expect(page.locator("#found .thumbnail-item")).to_have_count(3)
+    playwright.expect(page.locator("#found .thumbnail-item").first).to_contain_text("1.000 1.png")
+
+
+def test_the_camera_gives_a_picture(visit, server) -> None:
+    page = visit(server)
+    page.get_by_label("Capture from camera").first.click()
+    page.get_by_text("Click to Access Webcam").first.click()
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")  # nothing is taken before
+    page.get_by_label("capture photo").first.click()
+    assert caption_of(page)
+
+
+@pytest.mark.parametrize("name", ["truncated.jpg", "drawing.svg", "letter.png", "empty.png", "bomb.png", "wall.png"])
+def test_a_bad_file_is_named_and_the_page_goes_on(visit, server, tmp_path, name) -> None:
+    page = visit(server)
+    file, said = bad_uploads(tmp_path)[name]
+    upload(page, file)
+    told(page, said)
+    assert str(tmp_path) not in page.content() and "/tmp/" not in page.locator("body").inner_text()
+    page.get_by_label("Clear").or_(page.get_by_label("Remove Image")).first.click()
+    upload(page, picture(tmp_path / "good.png"))
+    assert caption_of(page)
+
+
+@pytest.mark.parametrize("megabytes", [21, 200])
+def test_a_huge_file_is_refused_and_the_page_goes_on(visit, server, tmp_path, megabytes) -> None:
+    page = visit(server)
+    upload(page, huge_file(tmp_path / "huge.jpg", megabytes))
+    told(page, "maximum")
+    upload(page, picture(tmp_path / "good.png"))
+    assert caption_of(page)
+
+
+def test_twenty_pictures_at_once_are_all_answered_as_they_are_alone(server, tmp_path) -> None:
+    from gradio_client import Client, handle_file
+
+    files = [picture(tmp_path / f"{number}.png", seed=number) for number in range(20)]
+
+    def answer(file: Path) -> str:
+        client = Client(server.url, verbose=False, analytics_enabled=False)
+        return client.predict(path=handle_file(file), api_name="/classify")["label"]
+
+    with ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(answer, files))
+    assert together == [answer(file) for file in files]
+    assert "Traceback" not in server.text(), server.text()
+
+
+def refused(*arguments: str) -> str:
+    """What the command line says, in one line, of a call that it refuses."""
+    done = subprocess.run([*MODULE, "demo", *arguments], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    return done.stderr
+
+
+def test_what_cannot_be_served_is_refused_in_one_line_before_the_page_starts(weights, tmp_path) -> None:
+    model, processor = random_model(tiny_clip(), seed=0)
+    clip = tmp_path / "clip.safetensors"
+    save(clip, model=model.config, image=processor.image_config, state=model.state_dict())
+    assert "this model has no text decoder" in refused(str(clip), "--port", "0")
+    assert "holds no pictures" in refused(str(weights), "--pictures", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1 port {port}: Address already in use" in refused(str(weights), "--port", port)
+
+
+def test_an_address_in_place_of_a_picture_is_not_fetched(server) -> None:
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(server.url, verbose=False, analytics_enabled=False)
+    with socket.create_server(("127.0.0.1", 0)) as bait:
+        bait.settimeout(1)
+        address = f"http://127.0.0.1:{bait.getsockname()[1]}/a.png"
+        with pytest.raises(AppError, match="this page fetches nothing"):
+            client.predict(path={"path": address, "meta": {"_type": "gradio.FileData"}}, api_name="/classify")
+        with pytest.raises(TimeoutError):
+            bait.accept()
+
+
+@pytest.mark.parametrize(("megabytes", "status"), [(19, 200), (25, 413)])
+def test_the_server_itself_refuses_a_huge_file(server, tmp_path, megabytes, status) -> None:
+    import httpx
+
+    with huge_file(tmp_path / "huge.jpg", megabytes).open("rb") as file:
+        answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": file}, timeout=SECONDS)
+    assert answer.status_code == status
+    assert "Traceback" not in answer.text + server.text()
