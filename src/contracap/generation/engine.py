@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from contracap.generation.strategy import Hypothesis, Prompts, Strategy
+from contracap.generation.strategy import Hypothesis, Prompts, Search, Strategy
 from contracap.model.cache import DecodingCache
 from contracap.model.coca import CoCa
+from contracap.model.linear import PackedWeights
 from contracap.tokenizer import Tokenizer
 
 LEAVING = 0.25  # share of a batch that leaves it together; for fewer, moving the others costs more than it saves
@@ -29,6 +30,7 @@ class Engine:
 
     def __init__(self, model: CoCa, *, compiled: bool = False):
         self.model, self.compiled = model, compiled
+        self._packed = PackedWeights(*([] if compiled else [model.text.blocks, model.require_decoder()]))
         self._score: Callable[..., Tensor] = model.score
         self._caches: dict[tuple[int, ...], DecodingCache] = {}  # for graphs, which read and write where they first did
         if compiled:
@@ -48,6 +50,16 @@ class Engine:
         Raises: ValueError: if a prompt leaves no room, or the strategy cannot follow what was asked.
         """
         search = strategy.begin(prompts, tokenizer)
+        with self._packed.used():
+            return self._searched(search, caption_tokens, strategy, prompts)
+
+    def _searched(
+        self,
+        search: Search,
+        caption_tokens: Float[Tensor, "images memory embed"],
+        strategy: Strategy,
+        prompts: Prompts,
+    ) -> list[list[Hypothesis]]:
         cache = self._open(caption_tokens, strategy, prompts)
         look_every = LOOK_EVERY.get(caption_tokens.device.type, 1)
         found: list[list[Hypothesis]] = [[] for _ in caption_tokens]

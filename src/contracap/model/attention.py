@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from contracap.model.cache import LayerCache, Memory, Projected, Unprojected
 from contracap.model.layout import GRID, Grid
+from contracap.model.linear import Linear
 
 
 class SelfAttention(nn.Module):
@@ -18,8 +19,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.query_key_value = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
         """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""
@@ -75,9 +76,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.kernel: CrossKernel = "auto"
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(memory_width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(memory_width, 2 * width)
+        self.out = Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
         """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""

@@ -12,6 +12,7 @@ from torch.nn.functional import embedding, layer_norm, pad
 
 from contracap.model.cache import Memory, Projected, Step, Unprojected
 from contracap.model.layout import GRID, Grid, Packed, pack, unpacked
+from contracap.model.linear import Linear
 from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import lengths
 
@@ -76,7 +77,7 @@ class TextEncoder(nn.Module):
         self.position = nn.Parameter(torch.empty(config.context + has_class_token, config.width))
         self.blocks = Stack(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
-        self.projection = nn.Linear(config.width, embed_dim, bias=False)
+        self.projection = Linear(config.width, embed_dim, bias=False)
 
     def initialise(self) -> None:
         """Fill what the encoder owns."""
@@ -178,7 +179,7 @@ class TextDecoder(nn.Module):
         self.self_blocks = Stack(SelfBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.cross_blocks = Stack(CrossBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(width)
-        self.vocabulary = nn.Linear(width, vocab_size, bias=False)
+        self.vocabulary = Linear(width, vocab_size, bias=False)
 
     def initialise(self) -> None:
         """Fill what the decoder owns, the vocabulary matrix by N(0, 1 / width)."""
