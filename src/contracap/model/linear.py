@@ -1,6 +1,6 @@
 """Linear layers, by the fastest product that a CPU has."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 # What torch.compile makes of linear layers on a CPU; a private part of torch. Where it is missing, torch's own choice
 # serves, which is MKL: see docs/performance.md for how much slower.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_product = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else linear
+_product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else linear
 ROWS = 8  # that weights are packed for; those serve any number
 
 
