@@ -48,8 +48,9 @@ def test_the_shell_reads_the_scripts() -> None:
 def test_a_slurm_job_that_is_asked_to_end_lets_the_run_finish_and_is_requeued(tmp_path: Path) -> None:
     script = (FOLDER / "slurm.sbatch").read_text(encoding="utf-8").replace("cd /shared/contracap", f"cd {tmp_path}")
     commands = {
-        # What Slurm and torchrun do: hand the signal on, wait for the ranks, end with 1.
-        "srun": 'trap "sleep 0.3; touch saved; exit 1" USR1; kill -USR1 $PPID; while true; do sleep 0.05; done',
+        # What Slurm and torchrun do, once the script waits: hand the signal on, wait for the ranks, end with 1.
+        "srun": 'trap "sleep 0.3; touch saved; exit 1" USR1; sleep 1; kill -USR1 $PPID\n'
+        "while true; do sleep 0.05; done",
         "scontrol": 'if [ "$1" = show ]; then echo first second; else ls saved && echo "$@" > requeued; fi',
     }
     for name, body in commands.items():

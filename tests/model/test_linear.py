@@ -68,6 +68,11 @@ def test_packed_weights_follow_a_weight_that_changes_and_are_not_left_behind(lay
     assert layer.packed is None and set(layer.state_dict()) == {"weight", "bias"}
 
 
+def test_weights_are_not_packed_under_autocast(layer: Linear) -> None:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), PackedWeights(layer).used():
+        assert layer.packed is None and layer(torch.randn(3, 48)).dtype == torch.bfloat16
+
+
 def test_packed_weights_end_with_an_error_too(layer: Linear) -> None:
     with pytest.raises(RuntimeError), PackedWeights(layer).used():
         raise RuntimeError

@@ -114,6 +114,26 @@ def test_captions_equal_those_of_each_picture_alone_whatever_they_share_a_batch_
     asked(application(pair, wait=50.0), test)
 
 
+def test_a_request_may_say_how_the_caption_begins_and_ask_for_the_embedding(pair):
+    captioner, prompts = Captioner(*pair), ["", "a photo", "the red one"]
+
+    async def test(client: Client) -> None:
+        query = {"strategy": "greedy", "max_tokens": "12", "embedding": "true"}
+        calls = [
+            client.post("/v1/caption", params=query | {"prompt": words}, content=picture("red")) for words in prompts
+        ]
+        for words, answer in zip(prompts, await asyncio.gather(*calls), strict=True):
+            (alone,) = captioner([picture("red")], Greedy(12), prompts=words)
+            assert answer.json()["caption"] == alone.text and alone.text.startswith(words)
+            assert answer.json()["embedding"] == pytest.approx(alone.embedding.tolist(), abs=1e-5)
+        plain = await client.post("/v1/caption?strategy=greedy&max_tokens=12", content=picture("red"))
+        assert plain.json()["embedding"] is None
+        long = await client.post("/v1/caption", params={"prompt": "a " * 40}, content=picture("red"))
+        one_line(long, 400, "nothing can follow")
+
+    asked(application(pair, wait=50.0), test)
+
+
 def test_embeddings_and_labels_are_the_models(pair):
     model, processor = pair
     pixels, labels = processor.images([picture(colour) for colour in COLOURS]), ["a cat", "a dog", "a cow"]

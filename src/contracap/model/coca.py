@@ -240,14 +240,15 @@ class CoCa(nn.Module):
         decoder, text = self.require_decoder(), self.config.text
         if max_tokens > text.context:
             raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
-        slots = prompt + texts * (max_tokens - prompt)
+        memory = decoder.project(caption_tokens)
+        slots, keys = prompt + texts * (max_tokens - prompt), memory[0].key  # of a lower precision under autocast
 
         def empty(layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
             size = (len(caption_tokens), heads, slots, text.width // heads)
-            return [(caption_tokens.new_zeros(size), caption_tokens.new_zeros(size)) for _ in range(layers)]
+            return [(keys.new_zeros(size), keys.new_zeros(size)) for _ in range(layers)]
 
         return DecodingCache(
-            decoder.project(caption_tokens),
+            memory,
             empty(text.layers, text.heads),
             empty(decoder.config.layers, decoder.config.heads),
             whole=whole,

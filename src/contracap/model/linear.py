@@ -33,12 +33,7 @@ class Linear(nn.Linear):
 
 
 class PackedWeights:
-    """Second copies of the weights of linear layers, for many passes over few rows, which reading weights bounds.
-
-    Args:
-        parts: whose layers they are; what is given to them while the copies are used must be fp32, and need no
-            gradients.
-    """
+    """Second copies of the weights of linear layers, for many passes over few rows, which reading weights bounds."""
 
     def __init__(self, *parts: nn.Module):
         self._layers = [layer for part in parts for layer in part.modules() if isinstance(layer, Linear)]
@@ -46,10 +41,12 @@ class PackedWeights:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Let the layers read the copies. They are made here, and made anew when a weight has changed."""
+        """Let the layers read the copies, where nothing needs gradients or a lower precision. They are made here, and
+        made anew when a weight has changed, but by way of its `data`, which nothing tells of."""
         try:
-            for layer in self._layers:
-                layer.packed = self._copy(layer)
+            if _computes_as_it_is():
+                for layer in self._layers:
+                    layer.packed = self._copy(layer)
             yield
         finally:
             for layer in self._layers:

@@ -26,6 +26,9 @@ class CaptionAnswer(Alternative):
     """The best text for the picture, and the n best."""
 
     alternatives: list[Alternative] = Field(description="best first; the first is the caption itself")
+    embedding: list[float] | None = Field(
+        default=None, description="of the picture, a unit vector, if it was asked for"
+    )
 
 
 class PictureEmbedding(BaseModel):

@@ -25,6 +25,7 @@ from contracap.model.coca import CoCa
 from contracap.page import page, paragraph, table
 from contracap.processor import Processor
 from contracap.serve.answers import (
+    LONGEST_TEXT,
     Alternative,
     CaptionAnswer,
     Classification,
@@ -113,7 +114,7 @@ def build_app(
     """
     engine, metrics, under_way = Engine(model, processor), Metrics(), UnderWay(limits.max_requests)
     if engine.captioner is not None:
-        engine.check(default.strategy({}))
+        engine.captioner.check(default.strategy({}))
     batcher = Batcher(batching, observe=metrics.batch_sizes.observe)
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
@@ -138,21 +139,27 @@ def build_app(
         return await asyncio.get_running_loop().run_in_executor(decoders, engine.picture, await request.body())
 
     @app.post("/v1/caption", openapi_extra=PICTURE | SETTINGS)
-    async def caption(request: Request) -> CaptionAnswer:
+    async def caption(
+        request: Request,
+        prompt: Annotated[str, Query(max_length=LONGEST_TEXT, description="what the caption begins with")] = "",
+        embedding: Annotated[bool, Query(description="whether the picture's embedding is given too")] = False,
+    ) -> CaptionAnswer:
         """Write a caption for a picture."""
         if engine.captioner is None:
             raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
+        settings = {key: value for key, value in request.query_params.items() if key not in ("prompt", "embedding")}
         try:
-            strategy = default.strategy(dict(request.query_params))
-            engine.check(strategy)
+            strategy = default.strategy(settings)
+            engine.captioner.check(strategy, prompt)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        best = await batcher.submit(engine.captions, strategy, await picture_of(request))
+        best = await batcher.submit(engine.captions, strategy, (await picture_of(request), prompt))
         texts = [
             Alternative(caption=text.text, score=text.score, log_probability=text.log_probability)
             for text in best.alternatives
         ]
-        return CaptionAnswer(**texts[0].model_dump(), alternatives=texts)
+        vector = best.embedding.tolist() if embedding else None
+        return CaptionAnswer(**texts[0].model_dump(), alternatives=texts, embedding=vector)
 
     @app.post("/v1/classify", openapi_extra=PICTURE)
     async def classify(

@@ -18,7 +18,7 @@ Picture = UInt8[Tensor, "3 height width"]
 
 
 class Engine:
-    """A model and its processor. Only `picture` and `check` may be called from several threads at once.
+    """A model and its processor. Only `picture` may be called from several threads at once.
 
     Attributes:
         captioner: None if the model has no text decoder (a CLIP).
@@ -37,19 +37,15 @@ class Engine:
         """
         return resize_and_crop(decode(data), self.processor.image_config)
 
-    def check(self, strategy: Strategy) -> None:
-        """Raises: ValueError: if the model cannot write with this strategy, whatever the picture."""
-        if self.captioner is not None:
-            self.captioner.check(strategy)
-
-    def captions(self, strategy: Strategy, pictures: list[Picture]) -> list[Caption]:
-        """A caption for each picture.
+    def captions(self, strategy: Strategy, asked: list[tuple[Picture, str]]) -> list[Caption]:
+        """A caption for each picture, which begins with its prompt.
 
         Raises: ValueError: if the model gives numbers that are not finite.
         """
         assert self.captioner is not None  # who has none does not ask
+        pictures, prompts = zip(*asked, strict=True)
         # One number for all, so that what is sampled does not depend on the company.
-        return self.captioner.generate(self._pixels(pictures), strategy, numbers=[0] * len(pictures))
+        return self.captioner.generate(self._pixels(list(pictures)), strategy, prompts, numbers=[0] * len(asked))
 
     @torch.inference_mode()
     def picture_embeddings(self, _: None, pictures: list[Picture]) -> list[Float32[Tensor, "embed"]]:
