@@ -26,9 +26,10 @@ test: $(READY) ## the tests, without the slow ones, on two cores
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
-bench: $(READY) ## data pipeline and training steps beside open_clip's, about 40 minutes
+bench: $(READY) ## data pipeline, training steps and captions beside open_clip's, about an hour
 	$(BIN)/contracap bench data
 	$(BIN)/contracap bench train
+	$(BIN)/contracap bench generate
 
 check: $(READY) ## formatter, linter, type checker, import directions
 	$(BIN)/ruff format --check .

@@ -1,5 +1,8 @@
 """Beam search against exhaustive search and against plain Python, on tables of logits."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +99,12 @@ def test_diverse_groups_equal_a_plain_search_in_groups(seed, shape, diversity, m
     table = Table(tuple(range(2)), seed, spread)
     for image, found in enumerate(run(strategy, table)):
         assert_same(found, plain_beam_search(table, image, strategy))
+
+
+def test_a_whole_number_below_zero_is_a_length_penalty():
+    """In a process without the check of annotations, which lets no whole number through."""
+    program = "from contracap import BeamSearch; print(repr(BeamSearch(length_penalty=-1).length_penalty))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "-1.0\n"
 
 
 def test_diverse_groups_find_texts_that_differ_more_than_one_wide_beam_does():

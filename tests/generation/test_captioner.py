@@ -116,6 +116,93 @@ def test_a_caption_begins_with_its_prompt_whose_tokens_do_not_count(pair, pictur
         assert caption.score == pytest.approx(caption.log_probability / 9, rel=1e-6)
 
 
+def test_looking_less_often_for_what_is_finished_changes_no_caption(pair, pictures, monkeypatch):
+    captioner, prompts = Captioner(*pair), ["", "a", "the", "x", "of", "q"]
+    for strategy in (Greedy(14, 0), BeamSearch(2, 14, 0), Sampling(top_k=3, samples=2, max_tokens=14, min_tokens=0)):
+        monkeypatch.setattr("contracap.generation.engine.LOOK_EVERY", {})
+        often = captioner(pictures, strategy, prompts=prompts)
+        monkeypatch.setattr("contracap.generation.engine.LOOK_EVERY", {"cpu": 4})
+        for one, other in zip(often, captioner(pictures, strategy, prompts=prompts), strict=True):
+            assert [text.token_ids for text in one.alternatives] == [text.token_ids for text in other.alternatives]
+
+
+def test_a_prompt_that_names_the_end_token_is_refused_before_it_reaches_a_batch(pair, pictures):
+    captioner = Captioner(*pair)
+    for call in (
+        lambda prompt: captioner.check(Greedy(14), prompt),
+        lambda prompt: captioner(pictures, prompts=prompt),
+    ):
+        with pytest.raises(ValueError, match="'a <end_of_text> b' names the start or the end token"):
+            call("a <end_of_text> b")
+
+
+def test_no_pictures_have_no_captions_and_wrong_shapes_are_said(pair, pictures):
+    captioner = Captioner(*pair)
+    pixels = captioner.processor.images(pictures)
+    for strategy in STRATEGIES:
+        assert captioner.generate(pixels[:0], strategy) == []
+    with pytest.raises(ValueError, match="2 numbers for 6 pictures: give one for each"):
+        captioner.generate(pixels, Greedy(8), numbers=[0, 1])
+
+
+def test_captions_follow_weights_that_change_in_any_way(pair, pictures):
+    model, processor = pair
+    captioner, vocabulary = Captioner(model, processor), model.decoder.vocabulary.weight
+    before, kept = captioner(pictures[:2], Greedy(8)), vocabulary.detach().clone()
+    try:
+        vocabulary.data.copy_(vocabulary.data.roll(7, dims=0))
+        assert captioner(pictures[:2], Greedy(8)) == Captioner(model, processor)(pictures[:2], Greedy(8)) != before
+    finally:
+        vocabulary.data.copy_(kept)
+
+
+def test_an_engine_of_fixed_shapes_writes_the_same_and_outlives_a_picture_that_is_not_finite(pair, pictures):
+    plain, whole = Captioner(*pair), Captioner(*pair)
+    whole.engine.compiled = True  # the shapes alone, without the compiler
+    pixels = plain.processor.images(pictures)
+    for strategy in (BeamSearch(3, 12, 3), Greedy(12, 3), Sampling(samples=2, max_tokens=12)):
+        for half in (pixels[:3], pixels[3:]):
+            ours, theirs = (
+                [
+                    [text.token_ids for text in caption.alternatives]
+                    for caption in captioner.generate(half, strategy, "a")
+                ]
+                for captioner in (whole, plain)
+            )
+            assert ours == theirs
+        with pytest.raises(ValueError, match="not finite"):
+            whole.generate(pixels[:3] * math.nan, strategy, "a")
+        assert (
+            whole.generate(pixels[:3], strategy, "a")[0].token_ids
+            == plain.generate(pixels[:3], strategy, "a")[0].token_ids
+        )
+
+
+def test_steps_of_fixed_shapes_read_the_very_tensors_that_stay_in_place(pair, pictures):
+    model, processor = pair
+    with torch.no_grad():
+        _, caption_tokens = model.encode_caption_tokens(processor.images(pictures[:2]))
+        memory = model.decoder.project(caption_tokens)
+    cache = model.start_decoding(memory, prompt=1, texts=2, max_tokens=6, whole=True)
+    cache.stay_in_place()
+    cache.step(1)
+    cache.follow(torch.zeros(2, 2, dtype=torch.int64))
+    step = cache.step(2)
+    for layer in (*step.text, *step.decoder):
+        for tensor in (layer.keys, layer.values):
+            assert getattr(tensor, "_dynamo_static_input_type", None) == "unguarded"
+
+
+def test_rules_that_leave_no_token_are_an_error_for_every_strategy(pair, pictures):
+    captioner, rules = Captioner(*pair), Rules(banned=("x",))
+    with pytest.MonkeyPatch.context() as patch:
+        forbid_all = "contracap.generation.phrases.Banned.forbid"
+        patch.setattr(forbid_all, lambda self, scores, *rest, **more: scores.fill_(-math.inf))
+        for strategy in (Greedy(8, rules=rules), BeamSearch(2, 8, rules=rules), Sampling(max_tokens=8, rules=rules)):
+            with pytest.raises(ValueError, match="no text was found"):
+                captioner(pictures[:1], strategy)
+
+
 def test_prompts_that_leave_no_room_or_are_too_few_are_refused(pair, pictures):
     captioner = Captioner(*pair)
     with pytest.raises(ValueError, match=r"a prompt takes 15 tokens.* max_tokens is 14: nothing can follow"):
@@ -140,7 +227,9 @@ def test_reranking_ranks_what_was_written_by_the_cosine_of_text_and_picture(pair
     for before, after in zip(drawn, ranked, strict=True):
         assert {text.token_ids for text in before.alternatives} == {text.token_ids for text in after.alternatives}
         with torch.no_grad():
-            texts = model.encode_text(processor.texts([text.text for text in after.alternatives]))
+            start, end = [processor.tokenizer.start], [processor.tokenizer.end]
+            rows = [torch.tensor([start + list(text.token_ids) + end]) for text in after.alternatives]
+            texts = torch.cat([model.encode_text(row) for row in rows])
         cosines = (texts @ after.embedding).tolist()
         assert [text.score for text in after.alternatives] == pytest.approx(cosines, abs=1e-5)
         assert cosines == sorted(cosines, reverse=True) and after.score == pytest.approx(cosines[0], abs=1e-5)

@@ -248,7 +248,7 @@ def test_cached_decoding_equals_full_forward_also_where_texts_go_on_from_others_
     model, _ = random_model(TINY, seed=0)
     model.double()
     _, caption_tokens = model.encode_caption_tokens(pictures(3).double())
-    cache = model.start_decoding(caption_tokens, prompt=3, texts=4, max_tokens=10)
+    cache = model.start_decoding(model.decoder.project(caption_tokens), prompt=3, texts=4, max_tokens=10)
     texts_so_far = torch.randint(1, 1000, (3, 1, 3))  # a prompt of three tokens, another for each picture
     logits = model.decode(texts_so_far[:, 0], cache)
     for length, rows in enumerate(

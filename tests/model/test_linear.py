@@ -33,7 +33,7 @@ def test_products_of_onednn_equal_torchs_own(rows: tuple[int, ...], bias: bool, 
     with torch.no_grad():
         expected = nn.functional.linear(inputs, layer.weight, layer.bias)
         torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
-        with PackedWeights(layer).used():
+        with PackedWeights([layer]).used():
             torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
     assert len(products) == 2 and products[0] is layer.weight and products[1] is not layer.weight
 
@@ -51,11 +51,12 @@ def test_gradients_autocast_double_and_other_kinds_of_weights_are_left_to_torch(
 
 
 def test_packed_weights_follow_a_weight_that_changes_and_are_not_left_behind(layer: Linear) -> None:
-    packed, inputs = PackedWeights(nn.Sequential(layer)), torch.randn(3, 48)
+    packed, inputs = PackedWeights([layer]), torch.randn(3, 48)
     with torch.no_grad():
         for change in (
             lambda: None,
             lambda: layer.weight.mul_(2),
+            lambda: layer.weight.data.add_(torch.ones(32, 48)),
             lambda: layer.load_state_dict(Linear(48, 32).state_dict()),
         ):
             change()
@@ -65,15 +66,20 @@ def test_packed_weights_follow_a_weight_that_changes_and_are_not_left_behind(lay
                 kept = layer.packed
             with packed.used():
                 assert layer.packed is kept, "nothing changed: it is not made anew"
-    assert layer.packed is None and set(layer.state_dict()) == {"weight", "bias"}
+    assert layer.packed is None and "packed" not in vars(layer) and set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_inputs_of_another_width_get_torchs_own_word_on_it(layer: Linear) -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.randn(3, 40))
 
 
 def test_weights_are_not_packed_under_autocast(layer: Linear) -> None:
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), PackedWeights(layer).used():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), PackedWeights([layer]).used():
         assert layer.packed is None and layer(torch.randn(3, 48)).dtype == torch.bfloat16
 
 
 def test_packed_weights_end_with_an_error_too(layer: Linear) -> None:
-    with pytest.raises(RuntimeError), PackedWeights(layer).used():
+    with pytest.raises(RuntimeError), PackedWeights([layer]).used():
         raise RuntimeError
     assert layer.packed is None

@@ -130,6 +130,8 @@ class Pair:
 
 
 def _require_same(name: str, ours: Sequence[list[tuple[int, ...]]], peer: Sequence[list[tuple[int, ...]]]) -> None:
+    if (counts := [len(found) for found in ours]) != (others := [len(found) for found in peer]):
+        raise UnequalError(f"{name}: {counts} captions of each picture, the peer's {others}")
     for picture, (found, expected) in enumerate(zip(ours, peer, strict=True)):
         for place, (ids, others) in enumerate(zip(found, expected, strict=True)):
             if ids != others:

@@ -64,6 +64,7 @@ class BeamSearch:
         check_count("width", self.width, 1, "beams of a picture")
         check_lengths(self.max_tokens, self.min_tokens)
         check_number("length_penalty", self.length_penalty, -10.0, 10.0, "1 is usual")
+        object.__setattr__(self, "length_penalty", float(self.length_penalty))  # whole powers cannot be negative
         check_count("groups", self.groups, 1, "searches that the width is divided into")
         check_number("diversity", self.diversity, 0.0, 100.0, "nats; 0.5 is usual, with groups above 1")
         if self.width % self.groups:

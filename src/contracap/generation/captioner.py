@@ -106,13 +106,18 @@ class Captioner:
 
         Raises: ValueError: as a call does.
         """
+        if pixels.ndim != 4:
+            raise ValueError(f"pixels must be [batch 3 height width], not {list(pixels.shape)}")
+        numbers = range(len(pixels)) if numbers is None else numbers
+        if len(numbers) != len(pixels):
+            raise ValueError(f"{len(numbers)} numbers for {len(pixels)} pictures: give one for each")
         strategy, begun = self._checked(strategy), self._begun(prompts, len(pixels))
-        return self._write(pixels, strategy, begun, range(len(pixels)) if numbers is None else numbers)
+        return self._write(pixels, strategy, begun, numbers) if len(pixels) else []
 
     def check(self, strategy: Strategy, prompt: str = "") -> None:
         """Raises: ValueError: if this model cannot write so, whatever the picture."""
         tokenizer = self.processor.tokenizer
-        prompts = _prompts([tokenizer.encode(prompt)], [0], start=tokenizer.start, device=self.model.device)
+        prompts = _prompts(self._begun(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
         self._checked(strategy).begin(prompts, tokenizer)
 
     @torch.inference_mode()
@@ -133,7 +138,7 @@ class Captioner:
                 for hypotheses, prompt, embedding in zip(found, begun, embeddings.float().cpu(), strict=True)
             ]
             if isinstance(strategy, ContrastiveReranking):
-                texts = [self._reranked(alternatives) for alternatives in texts]
+                texts = self._reranked(texts)
         return [replace(alternatives[0], alternatives=tuple(alternatives)) for alternatives in texts]
 
     def _checked(self, strategy: Strategy) -> Strategy:
@@ -147,7 +152,12 @@ class Captioner:
         texts = [prompts] * pictures if isinstance(prompts, str) else list(prompts)
         if len(texts) != pictures:
             raise ValueError(f"{len(texts)} prompts for {pictures} pictures: give one for all, or one for each")
-        return [self.processor.tokenizer.encode(text) for text in texts]
+        tokenizer = self.processor.tokenizer
+        begun = [tokenizer.encode(text) for text in texts]
+        for text, ids in zip(texts, begun, strict=True):
+            if tokenizer.start in ids or tokenizer.end in ids:
+                raise ValueError(f"the prompt {text!r} names the start or the end token, which stand around a caption")
+        return begun
 
     def _texts(
         self, hypotheses: list[Hypothesis], prompt: Sequence[int], embedding: Float[Tensor, "embed"]
@@ -169,12 +179,20 @@ class Captioner:
             for found in hypotheses
         ]
 
-    def _reranked(self, texts: list[Caption]) -> list[Caption]:
-        """Texts about one picture, by the cosine of their embeddings to the picture's."""
-        ids = self.processor.texts([text.text for text in texts]).to(self.model.device)
-        cosines = self.model.encode_text(ids).float().cpu() @ texts[0].embedding
-        scored = (replace(text, score=cosine) for text, cosine in zip(texts, cosines.tolist(), strict=True))
-        return sorted(scored, key=lambda text: -text.score)
+    def _reranked(self, texts: list[list[Caption]]) -> list[list[Caption]]:
+        """The texts about each picture, by the cosine of their embeddings to its own."""
+        tokenizer, context = self.processor.tokenizer, self.model.config.text.context
+        ids = torch.full((sum(map(len, texts)), context), tokenizer.end)
+        for row, text in zip(ids, (text for alternatives in texts for text in alternatives), strict=True):
+            kept = text.token_ids[: context - 2]  # the end token stands in the last place at the latest
+            row[: len(kept) + 1] = torch.tensor([tokenizer.start, *kept])
+        embeddings = self.model.encode_text(ids.to(self.model.device)).float().cpu()
+        ranked = []
+        for alternatives, own in zip(texts, embeddings.split([len(found) for found in texts]), strict=True):
+            cosines = (own @ alternatives[0].embedding).tolist()
+            scored = (replace(text, score=cosine) for text, cosine in zip(alternatives, cosines, strict=True))
+            ranked.append(sorted(scored, key=lambda text: -text.score))
+        return ranked
 
 
 def _prompts(begun: Sequence[Sequence[int]], numbers: Sequence[int], *, start: int, device: torch.device) -> Prompts:

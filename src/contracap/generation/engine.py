@@ -1,6 +1,8 @@
 """The loop of decoding: a model gives logits, a search goes on by them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from threading import Lock
 
 import torch
 from jaxtyping import Float
@@ -9,10 +11,11 @@ from torch import Tensor
 from contracap.generation.strategy import Hypothesis, Prompts, Search, Strategy
 from contracap.model.cache import DecodingCache
 from contracap.model.coca import CoCa
-from contracap.model.linear import PackedWeights
+from contracap.model.linear import Linear, PackedWeights
 from contracap.tokenizer import Tokenizer
 
 LEAVING = 0.25  # share of a batch that leaves it together; for fewer, moving the others costs more than it saves
+MOST_SHAPES = 64  # that steps are compiled for; beyond its limit torch runs them as they are and says nothing
 LOOK_EVERY = {"cuda": 4}  # steps from one look at what is finished to the next: each waits for the device
 
 
@@ -30,12 +33,14 @@ class Engine:
 
     def __init__(self, model: CoCa, *, compiled: bool = False):
         self.model, self.compiled = model, compiled
-        self._packed = PackedWeights(*([] if compiled else [model.text.blocks, model.require_decoder()]))
+        self._packed = PackedWeights([] if compiled else _read_at_each_step(model))
         self._score: Callable[..., Tensor] = model.score
-        self._caches: dict[tuple[int, ...], DecodingCache] = {}  # for graphs, which read and write where they first did
+        self._kept: tuple[tuple[object, ...], DecodingCache] | None = None  # graphs write where they first did
+        self._alone = Lock()
         if compiled:
             mode = "reduce-overhead" if model.device.type == "cuda" else None
             self._score = torch.compile(model.score, dynamic=False, mode=mode)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
 
     @torch.inference_mode()
     def write(
@@ -50,7 +55,7 @@ class Engine:
         Raises: ValueError: if a prompt leaves no room, or the strategy cannot follow what was asked.
         """
         search = strategy.begin(prompts, tokenizer)
-        with self._packed.used():
+        with self._packed.used(), self._alone if self.compiled else nullcontext():
             return self._searched(search, caption_tokens, strategy, prompts)
 
     def _searched(
@@ -89,12 +94,14 @@ class Engine:
     def _open(
         self, caption_tokens: Float[Tensor, "images memory embed"], strategy: Strategy, prompts: Prompts
     ) -> DecodingCache:
+        memory = self.model.require_decoder().project(caption_tokens)
         shape = (len(caption_tokens), prompts.shared, strategy.rows, strategy.max_tokens)
-        if shape in self._caches:
-            self._caches[shape].restart(self.model.require_decoder().project(caption_tokens))
-            return self._caches[shape]
+        kind = (*shape, memory[0].key.dtype, memory[0].key.device)
+        if self._kept is not None and self._kept[0] == kind:
+            self._kept[1].restart(memory)
+            return self._kept[1]
         cache = self.model.start_decoding(
-            caption_tokens,
+            memory,
             prompt=prompts.shared,
             texts=strategy.rows,
             max_tokens=strategy.max_tokens,
@@ -103,5 +110,13 @@ class Engine:
         if self.compiled:
             if caption_tokens.device.type == "cuda":
                 cache.stay_in_place()
-            self._caches[shape] = cache
+            self._kept = (kind, cache)
         return cache
+
+
+def _read_at_each_step(model: CoCa) -> Iterator[Linear]:
+    """The linear layers of the text side, but for those that make keys and values of the caption tokens."""
+    for part in (model.text.blocks, model.require_decoder()):
+        for name, layer in part.named_modules():
+            if isinstance(layer, Linear) and not name.endswith("key_value"):
+                yield layer

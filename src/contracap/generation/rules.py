@@ -45,7 +45,7 @@ class Rules:
             check_count("no_repeat_ngram", self.no_repeat_ngram, 1, "tokens that must not come twice in a row")
         for name in ("banned", "forced"):
             phrases = getattr(self, name)
-            if isinstance(phrases, str) or not all(isinstance(phrase, str) for phrase in phrases):
+            if not isinstance(phrases, list | tuple) or not all(isinstance(phrase, str) for phrase in phrases):
                 raise ValueError(f'{name} must be a list of words or phrases, such as ["red ball"], not {phrases!r}')
             if not all(clean(phrase) for phrase in phrases):
                 raise ValueError(f"{name} holds an empty phrase: {list(phrases)!r}; leave it out")
@@ -94,7 +94,7 @@ class NextTokens:
         """The scores after each text."""
         length, rules = texts.length, self.rules
         log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        choice = log_probabilities
+        choice = log_probabilities.clone()
         if rules.repetition_penalty != 1:
             choice = torch.log_softmax(self._penalised(logits.float(), texts), dim=-1)
         choice[..., self.start] = -math.inf

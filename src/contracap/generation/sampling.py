@@ -1,6 +1,7 @@
 """One sequence at a time: the likeliest token at each step, or one drawn by its probability."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +145,8 @@ class SingleSearch:
         token = torch.where(self.ended, self.end, self.choose(choice))
         gain = log_probabilities.gather(-1, token[..., None]).squeeze(-1)
         writing = ~self.ended & (self.texts.prompted <= self.texts.length)[:, None]
-        self.sums = self.sums + gain.masked_fill(~writing, 0.0)
+        allowed = choice.gather(-1, token[..., None]).squeeze(-1) > -math.inf  # else nothing was
+        self.sums = self.sums + gain.masked_fill(~allowed, -math.inf).masked_fill(~writing, 0.0)
         self.generated = self.generated + writing
         self.ended = self.ended | (token == self.end)
         self.texts = self.texts.grown(token, gain, spread)

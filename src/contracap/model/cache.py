@@ -127,6 +127,8 @@ class DecodingCache:
         shown = self._sees.shape[2] if self._whole and not begins else self._used
 
         def parts(layers: list[tuple[Tensor, Tensor]]) -> list[LayerCache]:
+            if self._whole and not begins:  # themselves: a part of them would not be known to stay in place
+                return [LayerCache(keys, values, slots) for keys, values in layers]
             return [LayerCache(keys[:, :, :shown], values[:, :, :shown], slots) for keys, values in layers]
 
         sees_all = begins or (self._sees.shape[1] == 1 and not self._whole)
@@ -142,6 +144,9 @@ class DecodingCache:
         for held, new in zip(self.memory, memory, strict=True):
             held.key.copy_(new.key)
             held.value.copy_(new.value)
+        for keys, values in (*self._text, *self._decoder):  # a NaN would be seen behind a mask, too
+            keys.zero_()
+            values.zero_()
         self.length = self._used = 0
         self._sees = torch.zeros_like(self._sees[:, :1])
 

@@ -221,7 +221,7 @@ class CoCa(nn.Module):
 
     def start_decoding(
         self,
-        caption_tokens: Float[Tensor, "images memory embed"],
+        memory: list[Projected],
         *,
         prompt: int,
         texts: int,
@@ -231,6 +231,7 @@ class CoCa(nn.Module):
         """A cache for the texts that are to be written about each picture, at most `texts` at a time.
 
         Args:
+            memory: the caption tokens as `TextDecoder.project` gives them.
             prompt: tokens that they begin with, the start token included; given to the first call of `decode`.
             max_tokens: of a text, its prompt included.
             whole: as in `DecodingCache`.
@@ -240,11 +241,10 @@ class CoCa(nn.Module):
         decoder, text = self.require_decoder(), self.config.text
         if max_tokens > text.context:
             raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
-        memory = decoder.project(caption_tokens)
-        slots, keys = prompt + texts * (max_tokens - prompt), memory[0].key  # of a lower precision under autocast
+        slots, keys = prompt + texts * (max_tokens - prompt), memory[0].key
 
         def empty(layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
-            size = (len(caption_tokens), heads, slots, text.width // heads)
+            size = (len(keys), heads, slots, text.width // heads)
             return [(keys.new_zeros(size), keys.new_zeros(size)) for _ in range(layers)]
 
         return DecodingCache(

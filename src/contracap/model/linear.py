@@ -1,6 +1,6 @@
 """Linear layers, by the fastest product that a CPU has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else linear
 ROWS = 8  # that weights are packed for; those serve any number
+SAMPLED = 64  # rows of a weight, at least, by which a change is seen
 
 
 class Linear(nn.Linear):
@@ -27,7 +28,8 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*rows in_features"]) -> Float[Tensor, "*rows out_features"]:
         if self.packed is not None:
             return _product(input, self.packed, self.bias, "none", [], "")
-        if _is_plain(self.weight) and input.dtype == torch.float32 and _computes_as_it_is():
+        fits = input.shape[-1] == self.in_features and input.dtype == torch.float32  # else torch says what is wrong
+        if fits and _is_plain(self.weight) and _computes_as_it_is():
             return _product(input, self.weight, self.bias, "none", [], "")
         return linear(input, self.weight, self.bias)
 
@@ -35,14 +37,14 @@ class Linear(nn.Linear):
 class PackedWeights:
     """Second copies of the weights of linear layers, for many passes over few rows, which reading weights bounds."""
 
-    def __init__(self, *parts: nn.Module):
-        self._layers = [layer for part in parts for layer in part.modules() if isinstance(layer, Linear)]
-        self._copies: dict[Linear, tuple[int, int, Tensor]] = {}
+    def __init__(self, layers: Iterable[Linear]):
+        self._layers = list(layers)
+        self._copies: dict[Linear, tuple[tuple[int, int, float], Tensor]] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Let the layers read the copies, where nothing needs gradients or a lower precision. They are made here, and
-        made anew when a weight has changed, but by way of its `data`, which nothing tells of."""
+        made anew when a weight has changed."""
         try:
             if _computes_as_it_is():
                 for layer in self._layers:
@@ -50,17 +52,18 @@ class PackedWeights:
             yield
         finally:
             for layer in self._layers:
-                layer.packed = None
+                vars(layer).pop("packed", None)  # not set to None: a compiled layer would be compiled anew
 
     def _copy(self, layer: Linear) -> Tensor | None:
         weight = layer.weight
         if not _is_plain(weight) or weight.is_inference():  # whether those change cannot be told
             return None
-        state = (weight.data_ptr(), weight._version)
-        if layer not in self._copies or self._copies[layer][:2] != state:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-            self._copies[layer] = (*state, packed)
-        return self._copies[layer][2]
+        # What is done by way of `weight.data`, as adapters are merged, has no version; some rows tell of it.
+        some = weight.detach()[:: max(1, len(weight) // SAMPLED)]
+        state = (weight.data_ptr(), weight._version, float(some.sum(dtype=torch.float64)))
+        if layer not in self._copies or self._copies[layer][0] != state:
+            self._copies[layer] = (state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS))
+        return self._copies[layer][1]
 
 
 def _is_plain(weight: Tensor) -> bool:
