@@ -145,6 +145,14 @@ def test_no_pictures_have_no_captions_and_wrong_shapes_are_said(pair, pictures):
         captioner.generate(pixels, Greedy(8), numbers=[0, 1])
 
 
+def test_all_that_a_step_reads_is_packed_and_nothing_else(pair):
+    model, processor = pair
+    packed = set(Captioner(model, processor).engine._packed._layers)
+    config = model.config
+    assert config.decoder is not None and len(packed) == 4 * config.text.layers + 8 * config.decoder.layers + 1
+    assert not packed & {block.attention.key_value for block in model.decoder.cross_blocks}
+
+
 def test_captions_follow_weights_that_change_in_any_way(pair, pictures):
     model, processor = pair
     captioner, vocabulary = Captioner(model, processor), model.decoder.vocabulary.weight

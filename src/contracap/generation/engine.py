@@ -118,5 +118,5 @@ def _read_at_each_step(model: CoCa) -> Iterator[Linear]:
     """The linear layers of the text side, but for those that make keys and values of the caption tokens."""
     for part in (model.text.blocks, model.require_decoder()):
         for name, layer in part.named_modules():
-            if isinstance(layer, Linear) and not name.endswith("key_value"):
+            if isinstance(layer, Linear) and name.rpartition(".")[2] != "key_value":
                 yield layer
