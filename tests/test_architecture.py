@@ -52,8 +52,15 @@ MAY_IMPORT = {
 }
 OPEN = {"config", "files"}
 LAST = {"quickstart", "cli"}  # nobody imports these, but for the verbs of cli
-FOREIGN = {"torchvision", "open_clip", "transformers", "ray"}
-EXTRA = {("bulk.cluster", "ray")}  # the one module that may import it
+FOREIGN = {  # and where they are at home, if anywhere
+    "torchvision": "",
+    "open_clip": "",
+    "transformers": "",
+    "ray": "bulk.cluster",
+    "gradio": "demo cli.demo",
+    "fastapi": "demo serve",
+    "torchao": "model.quantised",
+}
 
 
 def row(module: str) -> str:
@@ -78,9 +85,9 @@ def offences(path: Path) -> Iterator[str]:
     for line, name in imports(path):
         if name.startswith("."):
             yield f"{path}:{line}: {name} is relative; write it out, from contracap on"
-        package = name.split(".")[0]
-        if package in FOREIGN and (module, package) not in EXTRA:
-            yield f"{path}:{line}: imports {name}, which the package does without"
+        homes = FOREIGN.get(name.split(".")[0])
+        if homes is not None and not any(f"{module}.".startswith(f"{home}.") for home in homes.split()):
+            yield f"{path}:{line}: imports {name}, which is for {homes or 'nothing here'}"
         target = name.removeprefix("contracap.")
         if not name.startswith("contracap.") or not module or target == "__version__" or row(target) in OPEN:
             continue
