@@ -205,6 +205,18 @@ class Forced:
         return sum(self.counts[number] + self.spare for number in missing) - self.spare
 
 
+@lru_cache(maxsize=16)
+def followed(
+    banned: tuple[str, ...], forced: tuple[str, ...], vocabulary: Vocabulary, device: torch.device
+) -> tuple[Banned | None, Forced | None]:
+    """What follows these phrases in every batch, made once: it looks at all of the vocabulary.
+
+    Raises: ValueError: as `Forced` does.
+    """
+    bans = Banned(banned, vocabulary, device) if banned else None
+    return bans, Forced(forced, vocabulary, bans, device) if forced else None
+
+
 def _endings(phrases: Sequence[bytes], vocabulary: Vocabulary) -> list[tuple[bytes, int]]:
     """Each way in which one token can end a phrase: what stands before it, and the token."""
     return [

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from contracap.generation.phrases import Banned, Forced, Vocabulary
+from contracap.generation.phrases import Banned, Forced, Vocabulary, followed
 from contracap.generation.strategy import Prompts, check_count, check_number
 from contracap.generation.texts import Texts
 from contracap.tokenizer import Tokenizer, clean
@@ -82,9 +82,7 @@ class NextTokens:
         self.forced: Forced | None = None
         if rules.banned or rules.forced:
             self.vocabulary = Vocabulary.of(tokenizer)
-            device = prompts.ids.device
-            self.banned = Banned(rules.banned, self.vocabulary, device) if rules.banned else None
-            self.forced = Forced(rules.forced, self.vocabulary, self.banned, device) if rules.forced else None
+            self.banned, self.forced = followed(rules.banned, rules.forced, self.vocabulary, prompts.ids.device)
             if self.forced is not None:
                 pairs = zip(prompts.ids.tolist(), prompts.lengths.tolist(), strict=True)
                 for ids, length in pairs:
