@@ -60,6 +60,14 @@ def test_a_part_holds_what_captioner_and_model_say(tiny, tmp_path: Path, precisi
     assert json.loads(schema.metadata[b"contracap"]) == {"weights": "tiny"}
 
 
+def test_captions_begin_with_the_prompt(tiny, tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path / "shards", 1, 3)
+    writer(tiny, BulkConfig(strategy=BEAMS, prompt="a photo of")).write(shard, Folder(str(tmp_path / "out")))
+    expected = [caption.text for caption in Captioner(*tiny)(pictures(shard), BEAMS, prompts="a photo of")]
+    assert [row["caption"] for row in rows(tmp_path / "out", shard)] == expected
+    assert all(text.startswith("a photo of") for text in expected)
+
+
 def test_columns_are_those_that_are_wanted(tiny, tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path / "shards", 1, 2)
     for name, config in {"c": BulkConfig(strategy=Greedy()), "e": BulkConfig(embedding="float32")}.items():
@@ -163,10 +171,14 @@ def test_settings_tell_other_weights_and_other_strategies(tiny) -> None:
     assert settings(config, *tiny) == same == json.loads(json.dumps(same))
     assert settings(config, *random_model(SIZES["tiny"], seed=1)) != same
     assert settings(greedy, *tiny) != same != settings(replace(config, embedding="float16"), *tiny)
+    assert settings(replace(config, prompt="a"), *tiny) != same
     assert settings(replace(config, batch_size=1), *tiny) == same
 
 
-@pytest.mark.parametrize(("change", "said"), [({"batch_size": 0}, "batch_size is 0"), ({"embedding": None}, "nothing")])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"batch_size": 0}, "batch_size is 0"), ({"embedding": None}, "nothing"), ({"prompt": "a"}, "no captions")],
+)
 def test_a_run_that_makes_nothing_is_refused(change: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         replace(BulkConfig(embedding="float32"), **change)

@@ -40,11 +40,13 @@ class BulkConfig:
 
     Attributes:
         strategy: how captions are written; None: there are none.
+        prompt: how each caption begins.
         embedding: how embeddings are stored; None: there are none.
         batch_size: pictures at a time; it decides speed and memory.
     """
 
     strategy: Strategy | None = None
+    prompt: str = ""
     embedding: Precision | None = None
     batch_size: int = 64
 
@@ -53,6 +55,8 @@ class BulkConfig:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1 picture")
         if self.strategy is None and self.embedding is None:
             raise ValueError("nothing to do: neither captions nor embeddings are wanted")
+        if self.strategy is None and self.prompt:
+            raise ValueError("a prompt is how captions begin, and no captions are wanted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,8 @@ def part_name(shard: str) -> str:
 def settings(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
     """What decides the content of a part besides its shard, ready for JSON."""
     strategy = config.strategy and {"name": type(config.strategy).__name__, **to_dict(config.strategy)}
-    return {"weights_sha256": _digest(model, processor), "strategy": strategy, "embedding": config.embedding}
+    chosen = {"strategy": strategy, "prompt": config.prompt, "embedding": config.embedding}
+    return {"weights_sha256": _digest(model, processor), **chosen}
 
 
 def description(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class _Picture:
 class PartWriter:
     """Writes the parts of a run, one after the other.
 
-    Raises: ValueError: if captions are wanted of a model without a text decoder.
+    Raises: ValueError: if captions are wanted of a model without a text decoder, or as this one cannot write them.
     """
 
     def __init__(
@@ -131,6 +136,8 @@ class PartWriter:
         """`metadata`: for the schema, ready for JSON. `threads`: those that decode pictures beside the model's."""
         self._config, self._model, self._processor, self._threads = config, model, processor, threads
         self._captioner = Captioner(model, processor) if config.strategy is not None else None
+        if self._captioner is not None and config.strategy is not None:
+            self._captioner.check(config.strategy, config.prompt)
         fields = [pa.field("key", pa.string(), nullable=False), pa.field("shard", pa.string(), nullable=False)]
         if config.strategy is not None:
             numbers = [pa.field("score", pa.float32()), pa.field("log_probability", pa.float32())]
@@ -211,7 +218,7 @@ class PartWriter:
                 embeddings = self._model.encode_image(pixels).float().cpu()
             results = {}
         else:
-            made = self._captioner.generate(pixels, config.strategy, numbers=numbers)
+            made = self._captioner.generate(pixels, config.strategy, config.prompt, numbers)
             embeddings = torch.stack([caption.embedding for caption in made])
             fields = (("caption", "text"), ("score", "score"), ("log_probability", "log_probability"))
             results = {name: [getattr(caption, field) for caption in made] for name, field in fields}
