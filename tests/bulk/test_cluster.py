@@ -1,6 +1,7 @@
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,6 +210,8 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
         (["--batch-size", "0"], "batch_size is 0"),
         (["--workers", "0"], "workers is 0"),
         (["--gpus-per-worker", "1.5"], "gpus_per_worker is 1.5"),
+        (["--precision", "float16"], "give --embed too"),
+        (["--prompt", "a photo of " * 9], "prompt"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
@@ -220,6 +223,24 @@ def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
     assert main([*map(str, call), *arguments]) == 1
     complaint = capsys.readouterr().err
     assert said in complaint and complaint.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:port"])
+def test_a_cluster_that_does_not_answer_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr("contracap.cli.bulk._require_extras", lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", None)  # nothing is asked of Ray, which would wait
+    write_weights(tmp_path / "tiny.safetensors")
+    write_shards(tmp_path / "shards", 1, 1)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = address.format(port=nobody.getsockname()[1])
+        call = ["bulk", "embed", tmp_path / "tiny.safetensors", tmp_path / "shards", "--out", tmp_path / "out"]
+        assert main([*map(str, call), "--address", address]) == 1
+    complaint = capsys.readouterr().err
+    assert f"cannot join the cluster at {address}: " in complaint and complaint.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

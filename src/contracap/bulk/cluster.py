@@ -5,6 +5,7 @@ Nothing here imports Ray before the work starts; it reads some of its settings f
 
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
@@ -24,6 +26,7 @@ from contracap.processor import Processor
 
 ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them for ever
 BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
+PATIENCE = 5.0  # seconds for a cluster to answer in; Ray itself would wait for minutes, deaf to signals
 CORES = 4  # of a worker without a GPU, if nobody says how many workers there are
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else Ray tells its makers of each cluster it starts
@@ -96,14 +99,15 @@ def run(
     metadata = {**described, "settings": decided}
     PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
     folder = Folder(located(out))
-    folder.claim(decided, described=described)
-    folder.remove_partial()
+    folder.check(decided)
     present, wanted = folder.names(), list(dict.fromkeys(map(located, shards)))
     todo = [shard for shard in wanted if part_name(shard) not in present]
     before = len(wanted) - len(todo)
     if not todo:
         return Summary(before=before, outcomes=[])
     with _ray(cluster) as ray:
+        folder.claim(decided, described=described)
+        folder.remove_partial()
         placing = _place(ray, cluster, len(todo))
         job = _Job(
             config=config,
@@ -236,6 +240,8 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outco
 @contextmanager
 def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
     """Ray, quiet, at the cluster's address or started here; it ends with the run."""
+    if cluster.address is not None:
+        _require_answer(cluster.address)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -257,6 +263,16 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
             yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raises: BulkError: if nothing listens at an address that names a machine and a port."""
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        if place.hostname and place.port:
+            socket.create_connection((place.hostname, place.port), timeout=PATIENCE).close()
+    except (OSError, ValueError) as error:
+        raise BulkError(f"cannot join the cluster at {address}: {error}") from None
 
 
 @contextmanager
