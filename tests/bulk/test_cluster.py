@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from contracap.bulk.cluster import ATTEMPTS, ClusterConfig, _Ledger, cores_each
-from contracap.bulk.parts import Outcome, part_name
+from contracap.bulk.parts import ShardOutcome, part_name
 from contracap.cli import main
 from contracap.data.shards import records, write_shard
 from contracap.generation import BeamSearch, Captioner
@@ -130,11 +130,11 @@ def test_a_worker_that_is_killed_costs_nothing_and_a_shard_that_kills_workers_on
     run = start(*TROUBLED, "death", tmp_path / "tiny.safetensors", tmp_path / "shards", tmp_path / "out", log)
     out, complaints = run.communicate()
     assert run.returncode == 0, complaints
-    outcomes = {values["shard"]: Outcome(**values) for values in ast.literal_eval(out)}
+    outcomes = {values["shard"]: ShardOutcome(**values) for values in ast.literal_eval(out)}
     poison = shards[3]
     assert f"{ATTEMPTS} workers died of it" in outcomes.pop(poison).problem
     healthy = [shard for shard in shards if shard != poison]
-    assert outcomes == {shard: Outcome(shard=shard, rows=10) for shard in healthy}
+    assert outcomes == {shard: ShardOutcome(shard=shard, rows=10) for shard in healthy}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, healthy), "bulk.json"}
     for shard in healthy:
         assert captions(tmp_path / "out", shard) == expected_captions(model, processor, shard)
@@ -257,7 +257,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
 
 
 def test_the_ledger_gives_up_a_shard_that_never_ends_and_knows_one_that_did() -> None:
-    ledger, done = _Ledger(), Outcome(shard="a", rows=3)
+    ledger, done = _Ledger(), ShardOutcome(shard="a", rows=3)
     assert ledger.begin("a") is None
     ledger.end(done)
     assert [ledger.begin("a") for _ in range(ATTEMPTS + 1)] == [done] * (ATTEMPTS + 1)

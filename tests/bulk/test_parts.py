@@ -42,7 +42,7 @@ def pictures(shard: str) -> list[bytes]:
 def test_a_part_holds_what_captioner_and_model_say(tiny, tmp_path: Path, precision) -> None:
     (shard,) = write_shards(tmp_path / "shards", 1, 7)
     made = writer(tiny, BulkConfig(strategy=BEAMS, embedding=precision, batch_size=3))
-    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.Outcome(shard=shard, rows=7)
+    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(shard=shard, rows=7)
     model, processor = tiny
     captions = Captioner(model, processor)(pictures(shard), BEAMS)
     with torch.no_grad():
@@ -81,21 +81,20 @@ def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> 
     broken = picture(1)[:200]
     write_shard(shard, [("a", {"jpg": broken}), ("b", {"jpg": picture(0)}), ("c", {"txt": b"x"}), ("d", {"jpg": b""})])
     made = writer(tiny, BulkConfig(strategy=BEAMS, embedding="float32", batch_size=1))  # no picture in three batches
-    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.Outcome(shard=shard, rows=4, unreadable=3)
+    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(shard=shard, rows=4, unreadable=3)
     found = rows(tmp_path / "out", shard)
-    assert [row["error"] and row["error"].split(shard)[0] for row in found] == [
-        "sample a of ",
-        None,
-        "sample c of ",
-        "sample d of ",
-    ]
+    assert [row["key"] for row in found] == ["a", "b", "c", "d"]
+    said = [f"{shard}/a: ", None, f"sample c of {shard} has no picture", f"{shard}/d: "]
+    assert all(
+        row["error"].startswith(start) if start else not row["error"] for row, start in zip(found, said, strict=True)
+    )
     unread = [found[0], found[2], found[3]]
     assert all(row[name] is None for row in unread for name in ("caption", "score", "log_probability", "embedding"))
     assert found[1]["caption"] == Captioner(*tiny)([picture(0)], BEAMS)[0].text
 
 
 def test_rows_stay_in_order_over_row_groups(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "ROWS", 4)
+    monkeypatch.setattr(parts, "ROW_GROUP", 4)
     (shard,) = write_shards(tmp_path / "shards", 1, 9)
     writer(tiny, BulkConfig(embedding="float32", batch_size=2)).write(shard, Folder(str(tmp_path / "out")))
     assert [row["key"] for row in rows(tmp_path / "out", shard)] == [f"0-{number:03}" for number in range(9)]

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from contracap.bulk.folder import Folder
-from contracap.bulk.parts import BulkConfig, Outcome, PartWriter, description, located, part_name, settings
+from contracap.bulk.parts import BulkConfig, PartWriter, ShardOutcome, description, located, part_name, settings
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
@@ -65,10 +65,10 @@ class Summary:
     """What a run did: shards whose parts were there before, and the outcome of every other."""
 
     before: int
-    outcomes: list[Outcome]
+    outcomes: list[ShardOutcome]
 
     @property
-    def broken(self) -> list[Outcome]:
+    def broken(self) -> list[ShardOutcome]:
         """Of the shards without a part."""
         return [outcome for outcome in self.outcomes if outcome.problem]
 
@@ -148,17 +148,17 @@ class _Ledger:
     """What the workers of a run have begun and ended, for those that repeat the work of one that died."""
 
     def __init__(self) -> None:
-        self._begun, self._ended = Counter[str](), dict[str, Outcome]()
+        self._begun, self._ended = Counter[str](), dict[str, ShardOutcome]()
 
-    def begin(self, shard: str) -> Outcome | None:
+    def begin(self, shard: str) -> ShardOutcome | None:
         """Counts an attempt; returns the outcome if there is to be none, because of an earlier one or of too many."""
         self._begun[shard] += 1
         if shard not in self._ended and self._begun[shard] > ATTEMPTS:
             died = f"{ATTEMPTS} workers died of it, perhaps for want of memory: lower --batch-size or --workers"
-            return Outcome(shard=shard, problem=f"cannot read shard {shard}: {died}")
+            return ShardOutcome(shard=shard, problem=f"cannot read shard {shard}: {died}")
         return self._ended.get(shard)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: ShardOutcome) -> None:
         """Keeps the outcome."""
         self._ended[outcome.shard] = outcome
 
@@ -183,7 +183,7 @@ class _Worker:
         """After an error that is not the shard's, `failure` says what is wrong, and no further shard is tried."""
         import ray
 
-        outcome = Outcome(shard=row["shard"])
+        outcome = ShardOutcome(shard=row["shard"])
         try:
             if not self._failure:
                 outcome = ray.get(self._job.ledger.begin.remote(row["shard"]))
@@ -191,11 +191,11 @@ class _Worker:
                     outcome = self._writer.write(row["shard"], Folder(self._job.folder))
                     ray.get(self._job.ledger.end.remote(outcome))
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            outcome, self._failure = Outcome(shard=row["shard"]), str(error) or type(error).__name__
+            outcome, self._failure = ShardOutcome(shard=row["shard"]), str(error) or type(error).__name__
         return {**asdict(outcome), "failure": self._failure}
 
 
-def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
     """As `_outcomes`, on a machine of the cluster: Ray Data cannot be led through Ray's client."""
     import ray
 
@@ -207,7 +207,7 @@ def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) 
         raise
 
 
-def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
     """Of every shard, in the order in which they end."""
     import ray.data
 
@@ -229,7 +229,7 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outco
         for row in tqdm(rows.iter_rows(), total=len(shards), unit=" shards", disable=None):
             if failure := row.pop("failure"):
                 raise BulkError(f"stopped at {row['shard']}: {failure}")
-            outcomes.append(Outcome(**row))
+            outcomes.append(ShardOutcome(**row))
     except ray.exceptions.RayTaskError:  # a mistake of ours, with the traceback of the worker
         raise
     except ray.exceptions.RayError as error:
