@@ -105,22 +105,24 @@ def run(
     before = len(wanted) - len(todo)
     if not todo:
         return Summary(before=before, outcomes=[])
-    with _ray(cluster) as ray:
-        folder.claim(decided, described=described)
+    try:
+        with _ray(cluster) as ray:
+            folder.claim(decided, described=described)
+            folder.remove_partial()
+            placing = _place(ray, cluster, len(todo))
+            job = _Job(
+                config=config,
+                folder=folder.name,
+                metadata=metadata,
+                contents=ray.put((model.cpu(), processor)),
+                ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
+            )
+            if cluster.address and cluster.address.startswith("ray://"):
+                outcomes = _outcomes_from_outside(todo, placing, job)
+            else:
+                outcomes = _outcomes(todo, placing, job)
+    finally:  # what ends a run ends its workers, some of them in the middle of a part
         folder.remove_partial()
-        placing = _place(ray, cluster, len(todo))
-        job = _Job(
-            config=config,
-            folder=folder.name,
-            metadata=metadata,
-            contents=ray.put((model.cpu(), processor)),
-            ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
-        )
-        if cluster.address and cluster.address.startswith("ray://"):
-            outcomes = _outcomes_from_outside(todo, placing, job)
-        else:
-            outcomes = _outcomes(todo, placing, job)
-    folder.remove_partial()
     return Summary(before=before, outcomes=outcomes)
 
 
