@@ -200,7 +200,7 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
         try:
             picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=_formats())
         except Image.DecompressionBombError as error:
-            raise ImageSizeError(f"{name}: more than the {PIXEL_LIMIT} pixels allowed ({error})") from error
+            raise ImageSizeError(f"{name}: more than the {PIXEL_LIMIT} pixels allowed; scale it down first") from error
         except Image.UnidentifiedImageError as error:
             raise ImageError(f"{name}: not a picture, or cut off, or none of {', '.join(_formats())}") from error
         except Exception as error:

@@ -71,7 +71,7 @@ def test_each_format_holds_the_captions_in_the_order_of_the_pictures(
     assert [(row[name], row[text]) for row in rows] == [
         (at, f"sks, {said}!") for at, said in zip(names, texts, strict=True)
     ]
-    vectors = np.load("c.npy") if kind == "csv" else np.array([row["embedding"] for row in rows], dtype=np.float32)
+    vectors = np.load("c.csv.npy") if kind == "csv" else np.array([row["embedding"] for row in rows], dtype=np.float32)
     model, processor = contracap.load(weights)
     expected = model.encode_image(processor.images([picture(number) for number in range(7)])).detach().numpy()
     assert np.allclose(vectors, expected, atol=1e-5)
@@ -102,6 +102,14 @@ def test_pictures_with_captions_are_skipped_overwritten_or_added_to(run: Run, we
     assert "mine" not in side_car.read_text()
     status, _, err = run(*call, "--overwrite", "--append")
     assert status == 1 and "--overwrite and --append exclude each other" in err
+
+
+def test_pictures_that_would_share_a_side_car_are_listed_each_time(run: Run, weights: Path, here: Path) -> None:
+    (here / "pictures" / "1.png").write_bytes(picture(1, "PNG"))
+    for told in ("7 captions", "0 captions"):
+        status, out, err = run("caption", weights, "pictures", "--format", "sidecar")
+        assert status == 1 and out.startswith(told) and err.count("\n") == 1
+        assert "pictures/1.png: its side-car 1.txt is that of 1.jpg" in err
 
 
 def test_broken_pictures_are_listed_at_the_end_and_tell_the_status(run: Run, weights: Path, here: Path) -> None:

@@ -1,6 +1,7 @@
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from contracap.bulk.cluster import ATTEMPTS, ClusterConfig, _Ledger, cores_each
-from contracap.bulk.parts import Outcome, part_name
+from contracap.bulk.parts import ShardOutcome, part_name
 from contracap.cli import main
 from contracap.data.shards import records, write_shard
 from contracap.generation import BeamSearch, Captioner
@@ -129,11 +130,11 @@ def test_a_worker_that_is_killed_costs_nothing_and_a_shard_that_kills_workers_on
     run = start(*TROUBLED, "death", tmp_path / "tiny.safetensors", tmp_path / "shards", tmp_path / "out", log)
     out, complaints = run.communicate()
     assert run.returncode == 0, complaints
-    outcomes = {values["shard"]: Outcome(**values) for values in ast.literal_eval(out)}
+    outcomes = {values["shard"]: ShardOutcome(**values) for values in ast.literal_eval(out)}
     poison = shards[3]
     assert f"{ATTEMPTS} workers died of it" in outcomes.pop(poison).problem
     healthy = [shard for shard in shards if shard != poison]
-    assert outcomes == {shard: Outcome(shard=shard, rows=10) for shard in healthy}
+    assert outcomes == {shard: ShardOutcome(shard=shard, rows=10) for shard in healthy}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, healthy), "bulk.json"}
     for shard in healthy:
         assert captions(tmp_path / "out", shard) == expected_captions(model, processor, shard)
@@ -209,6 +210,8 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
         (["--batch-size", "0"], "batch_size is 0"),
         (["--workers", "0"], "workers is 0"),
         (["--gpus-per-worker", "1.5"], "gpus_per_worker is 1.5"),
+        (["--precision", "float16"], "give --embed too"),
+        (["--prompt", "a photo of " * 9], "prompt"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
@@ -220,6 +223,24 @@ def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
     assert main([*map(str, call), *arguments]) == 1
     complaint = capsys.readouterr().err
     assert said in complaint and complaint.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:port"])
+def test_a_cluster_that_does_not_answer_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr("contracap.cli.bulk._require_extras", lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", None)  # nothing is asked of Ray, which would wait
+    write_weights(tmp_path / "tiny.safetensors")
+    write_shards(tmp_path / "shards", 1, 1)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = address.format(port=nobody.getsockname()[1])
+        call = ["bulk", "embed", tmp_path / "tiny.safetensors", tmp_path / "shards", "--out", tmp_path / "out"]
+        assert main([*map(str, call), "--address", address]) == 1
+    complaint = capsys.readouterr().err
+    assert f"cannot join the cluster at {address}: " in complaint and complaint.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -236,7 +257,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
 
 
 def test_the_ledger_gives_up_a_shard_that_never_ends_and_knows_one_that_did() -> None:
-    ledger, done = _Ledger(), Outcome(shard="a", rows=3)
+    ledger, done = _Ledger(), ShardOutcome(shard="a", rows=3)
     assert ledger.begin("a") is None
     ledger.end(done)
     assert [ledger.begin("a") for _ in range(ATTEMPTS + 1)] == [done] * (ATTEMPTS + 1)

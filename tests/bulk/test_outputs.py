@@ -2,18 +2,20 @@ import csv
 import errno
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from contracap.bulk.inputs import Item
-from contracap.bulk.outputs import Existing, SideCars, Table
+from contracap.bulk.outputs import Existing, Lines, SideCars, Table
 from contracap.bulk.rows import Row
-from contracap.bulk.tables import TableError, TableFormat
+from contracap.bulk.tables import TableError, TableFormat, read_table
 from contracap.data.sources import read_source
 
 NAMES: dict[TableFormat, str] = {
@@ -52,10 +54,10 @@ def captions(path: Path) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_table_is_read_by_shards_make_whatever_the_captions_hold(tmp_path: Path, kind: TableFormat) -> None:
     out = tmp_path / NAMES[kind]
-    write(Table(out, kind, "skip", embed=False), rows(tmp_path, 'a "b", c', "d\te\nf é\u2028g"), [])
-    assert captions(out) == [("0.jpg", 'a "b", c'), ("1.jpg", "d\te\nf é")] or captions(out)[1][1].startswith(
-        "d\te\nf é"
-    )
+    texts = ['a "b", c', "d\te\nf é\u2028g", "h\ri", "j\r\nk", "l\x85\x1em\0n", '"', "'", "\\n", "#,;|", "None", "1.5"]
+    write(Table(out, kind, "skip", embed=False), rows(tmp_path, *texts), [])
+    assert captions(out) == [(f"{number}.jpg", text) for number, text in enumerate(texts)]
+    assert [row.caption for row in read_table(out, kind)] == texts
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
@@ -69,7 +71,7 @@ def test_the_columns_are_those_that_are_documented(tmp_path: Path) -> None:
     assert np.array_equal(np.array([line["embedding"] for line in lines], dtype=np.float32), vectors)
     (_, *table) = csv.reader((tmp_path / "a.csv").read_text().splitlines())
     assert table == [[f"{tmp_path}/0.jpg", "x", "-1.5"], [f"{tmp_path}/1.jpg", "y", "-2.5"]]
-    assert np.array_equal(np.load(tmp_path / "a.npy"), vectors)
+    assert np.array_equal(np.load(tmp_path / "a.csv.npy"), vectors)
     lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert [(line["file_name"], line["text"]) for line in lines] == [("0.jpg", "x"), ("1.jpg", "y")]
     from pyarrow import parquet
@@ -94,7 +96,7 @@ def test_a_finished_table_is_added_to_and_keeps_its_rows(tmp_path: Path, kind: T
         write(Table(whole, kind, "skip", embed=embed), made)
         assert out.read_bytes() == whole.read_bytes()
     if kind == "csv" and embed:
-        assert len(np.load(out.with_suffix(".npy"))) == 3
+        assert len(np.load(f"{out}.npy")) == 3
 
 
 def test_a_table_with_nothing_to_add_is_not_touched(tmp_path: Path) -> None:
@@ -248,15 +250,70 @@ def test_nothing_lies_beside_a_picture_that_is_no_file(tmp_path: Path) -> None:
         SideCars(".txt", "skip", embed=False).check(Item(name="0.tar/a", source=b""))
 
 
-def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         Table(tmp_path / "file" / "a.csv", "csv", "skip", embed=False)
     with pytest.raises(IsADirectoryError):
         Table(tmp_path, "csv", "skip", embed=False)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(PermissionError):
-        Table(tmp_path / "new" / "a.csv", "csv", "skip", embed=False)
-    with pytest.raises(PermissionError):
-        SideCars(".txt", "skip", embed=False).check(Item(name="a.jpg", source=tmp_path / "a.jpg"))
     assert sqlite3.threadsafety == 3  # the journal is asked in one thread and written in another
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A file system that nobody can write to."""
+    (folder := tmp_path / "mounted").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_read_only_file_system_is_told_at_once_and_by_its_name(read_only: Path) -> None:
+    picture = Item(name="a.jpg", source=read_only / "a.jpg")
+    for refused in (
+        lambda: Table(read_only / "new" / "a.csv", "csv", "skip", embed=False),
+        lambda: SideCars(".txt", "skip", embed=False).check(picture),
+    ):
+        with pytest.raises(OSError) as caught:
+            refused()
+        assert caught.value.errno == errno.EROFS
+
+
+def test_the_second_picture_of_a_name_has_no_side_car_in_whatever_order_they_come(tmp_path: Path) -> None:
+    def item(name: str) -> Item:
+        return Item(name=name, source=tmp_path / name)
+
+    for existing in ("skip", "skip", "overwrite", "append"):
+        with SideCars(".txt", existing, embed=False) as output:
+            for name in ("a.png", "a/a.jpg", "b.jpg", "a.png"):  # one of them twice, which is no other picture
+                output.has(item(name))
+            for name, first in {"a.jpg": r"a\.png", "a/a.png": r"a\.jpg", "b.JPG": r"b\.jpg"}.items():
+                with pytest.raises(ValueError, match=rf"{name}: its side-car \w\.txt is that of {first};"):
+                    output.has(item(name))
+        (tmp_path / "a.txt").write_text("x\n")
+
+
+def test_a_line_is_a_path_a_tab_and_a_text_whatever_the_path_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    row = Row(path="a\tb  c\nd.jpg", caption="x\ty", score=None)
+    Lines().write([(Item(name=row.path, source=Path(row.path)), row)])
+    assert capsys.readouterr().out == "a b  c d.jpg\tx y\n"
+
+
+def test_embeddings_of_a_csv_file_take_the_place_of_no_other_file(tmp_path: Path) -> None:
+    out, beside = tmp_path / "a.csv", tmp_path / "a.csv.npy"
+    (tmp_path / "a.npy").write_bytes(b"mine")
+    write(Table(out, "csv", "skip", embed=True), rows(tmp_path, "x", embed=True))
+    assert (tmp_path / "a.npy").read_bytes() == b"mine" and beside.exists()
+    write(Table(out, "csv", "overwrite", embed=False), rows(tmp_path, "x"))
+    assert not beside.exists()  # else they would be read as those of the new rows
+    write(Table(out, "csv", "skip", embed=False), rows(tmp_path, "x", "y"))
+    assert captions(out) == [("0.jpg", "x"), ("1.jpg", "y")]
+    out.unlink()
+    beside.write_bytes(b"mine")
+    with pytest.raises(TableError, match=r"a\.csv\.npy is there without a\.csv"):
+        write(Table(out, "csv", "skip", embed=True), rows(tmp_path, "x", embed=True))
+    assert beside.read_bytes() == b"mine" and not out.exists()
+    write(Table(out, "csv", "overwrite", embed=True), rows(tmp_path, "x", embed=True))
+    assert len(np.load(beside)) == 1

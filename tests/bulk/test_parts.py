@@ -42,7 +42,7 @@ def pictures(shard: str) -> list[bytes]:
 def test_a_part_holds_what_captioner_and_model_say(tiny, tmp_path: Path, precision) -> None:
     (shard,) = write_shards(tmp_path / "shards", 1, 7)
     made = writer(tiny, BulkConfig(strategy=BEAMS, embedding=precision, batch_size=3))
-    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.Outcome(shard=shard, rows=7)
+    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(shard=shard, rows=7)
     model, processor = tiny
     captions = Captioner(model, processor)(pictures(shard), BEAMS)
     with torch.no_grad():
@@ -60,6 +60,14 @@ def test_a_part_holds_what_captioner_and_model_say(tiny, tmp_path: Path, precisi
     assert json.loads(schema.metadata[b"contracap"]) == {"weights": "tiny"}
 
 
+def test_captions_begin_with_the_prompt(tiny, tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path / "shards", 1, 3)
+    writer(tiny, BulkConfig(strategy=BEAMS, prompt="a photo of")).write(shard, Folder(str(tmp_path / "out")))
+    expected = [caption.text for caption in Captioner(*tiny)(pictures(shard), BEAMS, prompts="a photo of")]
+    assert [row["caption"] for row in rows(tmp_path / "out", shard)] == expected
+    assert all(text.startswith("a photo of") for text in expected)
+
+
 def test_columns_are_those_that_are_wanted(tiny, tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path / "shards", 1, 2)
     for name, config in {"c": BulkConfig(strategy=Greedy()), "e": BulkConfig(embedding="float32")}.items():
@@ -73,21 +81,20 @@ def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> 
     broken = picture(1)[:200]
     write_shard(shard, [("a", {"jpg": broken}), ("b", {"jpg": picture(0)}), ("c", {"txt": b"x"}), ("d", {"jpg": b""})])
     made = writer(tiny, BulkConfig(strategy=BEAMS, embedding="float32", batch_size=1))  # no picture in three batches
-    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.Outcome(shard=shard, rows=4, unreadable=3)
+    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(shard=shard, rows=4, unreadable=3)
     found = rows(tmp_path / "out", shard)
-    assert [row["error"] and row["error"].split(shard)[0] for row in found] == [
-        "sample a of ",
-        None,
-        "sample c of ",
-        "sample d of ",
-    ]
+    assert [row["key"] for row in found] == ["a", "b", "c", "d"]
+    said = [f"{shard}/a: ", None, f"sample c of {shard} has no picture", f"{shard}/d: "]
+    assert all(
+        row["error"].startswith(start) if start else not row["error"] for row, start in zip(found, said, strict=True)
+    )
     unread = [found[0], found[2], found[3]]
     assert all(row[name] is None for row in unread for name in ("caption", "score", "log_probability", "embedding"))
     assert found[1]["caption"] == Captioner(*tiny)([picture(0)], BEAMS)[0].text
 
 
 def test_rows_stay_in_order_over_row_groups(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "ROWS", 4)
+    monkeypatch.setattr(parts, "ROW_GROUP", 4)
     (shard,) = write_shards(tmp_path / "shards", 1, 9)
     writer(tiny, BulkConfig(embedding="float32", batch_size=2)).write(shard, Folder(str(tmp_path / "out")))
     assert [row["key"] for row in rows(tmp_path / "out", shard)] == [f"0-{number:03}" for number in range(9)]
@@ -163,10 +170,14 @@ def test_settings_tell_other_weights_and_other_strategies(tiny) -> None:
     assert settings(config, *tiny) == same == json.loads(json.dumps(same))
     assert settings(config, *random_model(SIZES["tiny"], seed=1)) != same
     assert settings(greedy, *tiny) != same != settings(replace(config, embedding="float16"), *tiny)
+    assert settings(replace(config, prompt="a"), *tiny) != same
     assert settings(replace(config, batch_size=1), *tiny) == same
 
 
-@pytest.mark.parametrize(("change", "said"), [({"batch_size": 0}, "batch_size is 0"), ({"embedding": None}, "nothing")])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"batch_size": 0}, "batch_size is 0"), ({"embedding": None}, "nothing"), ({"prompt": "a"}, "no captions")],
+)
 def test_a_run_that_makes_nothing_is_refused(change: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         replace(BulkConfig(embedding="float32"), **change)

@@ -206,15 +206,16 @@ def write_pictures(folder: Path, *, seed: int) -> list[Path]:
 
 def caption_folder(captioner: Captioner, folder: Path) -> None:
     """The pictures of a folder, each into a text file beside it."""
-    caption_pictures(
-        items([str(folder)]),
-        partial(caption_rows, captioner, strategy=BeamSearch()),
-        SideCars(".txt", "overwrite", embed=False),
-        image=captioner.processor.image_config,
-        batch_size=BATCH,
-        workers=WORKERS,
-        progress=False,
-    )
+    with SideCars(".txt", "overwrite", embed=False) as output:
+        caption_pictures(
+            items([str(folder)]),
+            partial(caption_rows, captioner, strategy=BeamSearch()),
+            output,
+            image=captioner.processor.image_config,
+            batch_size=BATCH,
+            workers=WORKERS,
+            progress=False,
+        )
 
 
 def caption_tensors(captioner: Captioner, pixels: Tensor) -> list[Caption]:

@@ -74,13 +74,13 @@ def caption_pictures(
     bar = tqdm(unit=" pictures", disable=None if progress is None else not progress)
     with closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
-            outcome.broken += [error for _, error in batch.broken]
-            if not batch.items:
+            outcome.broken += batch.broken.values()
+            if not (usable := batch.usable):
                 continue
-            rows = describe([item.name for item in batch.items], batch.pixels)
+            rows = describe([item.name for item in usable], batch.pixels)
             if written is not None:
                 written.result()
-            written = writer.submit(output.write, list(zip(batch.items, rows, strict=True)))
+            written = writer.submit(output.write, list(zip(usable, rows, strict=True)))
             for row in rows:
                 seen(row)
             outcome.captioned += len(rows)

@@ -5,6 +5,7 @@ Nothing here imports Ray before the work starts; it reads some of its settings f
 
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -13,17 +14,19 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
 
 from contracap.bulk.folder import Folder
-from contracap.bulk.parts import BulkConfig, Outcome, PartWriter, description, located, part_name, settings
+from contracap.bulk.parts import BulkConfig, PartWriter, ShardOutcome, description, located, part_name, settings
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
 ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them for ever
 BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
+PATIENCE = 5.0  # seconds for a cluster to answer in; Ray itself would wait for minutes, deaf to signals
 CORES = 4  # of a worker without a GPU, if nobody says how many workers there are
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else Ray tells its makers of each cluster it starts
@@ -62,10 +65,10 @@ class Summary:
     """What a run did: shards whose parts were there before, and the outcome of every other."""
 
     before: int
-    outcomes: list[Outcome]
+    outcomes: list[ShardOutcome]
 
     @property
-    def broken(self) -> list[Outcome]:
+    def broken(self) -> list[ShardOutcome]:
         """Of the shards without a part."""
         return [outcome for outcome in self.outcomes if outcome.problem]
 
@@ -96,27 +99,30 @@ def run(
     metadata = {**described, "settings": decided}
     PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
     folder = Folder(located(out))
-    folder.claim(decided, described=described)
-    folder.remove_partial()
+    folder.check(decided)
     present, wanted = folder.names(), list(dict.fromkeys(map(located, shards)))
     todo = [shard for shard in wanted if part_name(shard) not in present]
     before = len(wanted) - len(todo)
     if not todo:
         return Summary(before=before, outcomes=[])
-    with _ray(cluster) as ray:
-        placing = _place(ray, cluster, len(todo))
-        job = _Job(
-            config=config,
-            folder=folder.name,
-            metadata=metadata,
-            contents=ray.put((model.cpu(), processor)),
-            ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
-        )
-        if cluster.address and cluster.address.startswith("ray://"):
-            outcomes = _outcomes_from_outside(todo, placing, job)
-        else:
-            outcomes = _outcomes(todo, placing, job)
-    folder.remove_partial()
+    try:
+        with _ray(cluster) as ray:
+            folder.claim(decided, described=described)
+            folder.remove_partial()
+            placing = _place(ray, cluster, len(todo))
+            job = _Job(
+                config=config,
+                folder=folder.name,
+                metadata=metadata,
+                contents=ray.put((model.cpu(), processor)),
+                ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
+            )
+            if cluster.address and cluster.address.startswith("ray://"):
+                outcomes = _outcomes_from_outside(todo, placing, job)
+            else:
+                outcomes = _outcomes(todo, placing, job)
+    finally:  # what ends a run ends its workers, some of them in the middle of a part
+        folder.remove_partial()
     return Summary(before=before, outcomes=outcomes)
 
 
@@ -144,17 +150,17 @@ class _Ledger:
     """What the workers of a run have begun and ended, for those that repeat the work of one that died."""
 
     def __init__(self) -> None:
-        self._begun, self._ended = Counter[str](), dict[str, Outcome]()
+        self._begun, self._ended = Counter[str](), dict[str, ShardOutcome]()
 
-    def begin(self, shard: str) -> Outcome | None:
+    def begin(self, shard: str) -> ShardOutcome | None:
         """Counts an attempt; returns the outcome if there is to be none, because of an earlier one or of too many."""
         self._begun[shard] += 1
         if shard not in self._ended and self._begun[shard] > ATTEMPTS:
             died = f"{ATTEMPTS} workers died of it, perhaps for want of memory: lower --batch-size or --workers"
-            return Outcome(shard=shard, problem=f"cannot read shard {shard}: {died}")
+            return ShardOutcome(shard=shard, problem=f"cannot read shard {shard}: {died}")
         return self._ended.get(shard)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: ShardOutcome) -> None:
         """Keeps the outcome."""
         self._ended[outcome.shard] = outcome
 
@@ -179,7 +185,7 @@ class _Worker:
         """After an error that is not the shard's, `failure` says what is wrong, and no further shard is tried."""
         import ray
 
-        outcome = Outcome(shard=row["shard"])
+        outcome = ShardOutcome(shard=row["shard"])
         try:
             if not self._failure:
                 outcome = ray.get(self._job.ledger.begin.remote(row["shard"]))
@@ -187,11 +193,11 @@ class _Worker:
                     outcome = self._writer.write(row["shard"], Folder(self._job.folder))
                     ray.get(self._job.ledger.end.remote(outcome))
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            outcome, self._failure = Outcome(shard=row["shard"]), str(error) or type(error).__name__
+            outcome, self._failure = ShardOutcome(shard=row["shard"]), str(error) or type(error).__name__
         return {**asdict(outcome), "failure": self._failure}
 
 
-def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
     """As `_outcomes`, on a machine of the cluster: Ray Data cannot be led through Ray's client."""
     import ray
 
@@ -203,7 +209,7 @@ def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) 
         raise
 
 
-def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outcome]:
+def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
     """Of every shard, in the order in which they end."""
     import ray.data
 
@@ -225,7 +231,7 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outco
         for row in tqdm(rows.iter_rows(), total=len(shards), unit=" shards", disable=None):
             if failure := row.pop("failure"):
                 raise BulkError(f"stopped at {row['shard']}: {failure}")
-            outcomes.append(Outcome(**row))
+            outcomes.append(ShardOutcome(**row))
     except ray.exceptions.RayTaskError:  # a mistake of ours, with the traceback of the worker
         raise
     except ray.exceptions.RayError as error:
@@ -236,6 +242,8 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Outco
 @contextmanager
 def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
     """Ray, quiet, at the cluster's address or started here; it ends with the run."""
+    if cluster.address is not None:
+        _require_answer(cluster.address)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -257,6 +265,16 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
             yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raises: BulkError: if nothing listens at an address that names a machine and a port."""
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        if place.hostname and place.port:
+            socket.create_connection((place.hostname, place.port), timeout=PATIENCE).close()
+    except (OSError, ValueError) as error:
+        raise BulkError(f"cannot join the cluster at {address}: {error}") from None
 
 
 @contextmanager

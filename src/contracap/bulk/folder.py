@@ -58,18 +58,9 @@ class Folder:
             for file in Path(self.name).glob(".*.partial"):
                 file.unlink(missing_ok=True)
 
-    def claim(self, settings: Mapping[str, Any], *, described: Mapping[str, Any]) -> None:
-        """Makes this the folder of runs with these settings, by a manifest, or finds that it is.
-
-        Args:
-            settings: what decides the content of the files, ready for JSON.
-            described: what is written beside it for those who read the manifest.
-
-        Raises: FolderError: if the folder belongs to runs with other settings, or its manifest cannot be read.
-        """
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises: FolderError: if the folder belongs to runs with other settings, or its manifest cannot be read."""
         if MANIFEST_FILE not in self.names():
-            with self.writing(MANIFEST_FILE) as path:
-                path.write_text(json.dumps({**described, "settings": settings}, indent=2) + "\n", encoding="utf-8")
             return
         try:
             with opened(f"{self.name}/{MANIFEST_FILE}") as file:
@@ -80,3 +71,17 @@ class Folder:
         if other:
             changes = "; ".join(f"{name} was {before.get(name)} and is now {settings[name]}" for name in other)
             raise FolderError(f"{self.name} holds a run with other settings: {changes}. Give another --out")
+
+    def claim(self, settings: Mapping[str, Any], *, described: Mapping[str, Any]) -> None:
+        """Makes this the folder of runs with these settings, by a manifest, or finds that it is.
+
+        Args:
+            settings: what decides the content of the files, ready for JSON.
+            described: what is written beside it for those who read the manifest.
+
+        Raises: FolderError: as `check`.
+        """
+        self.check(settings)
+        if MANIFEST_FILE not in self.names():
+            with self.writing(MANIFEST_FILE) as path:
+                path.write_text(json.dumps({**described, "settings": settings}, indent=2) + "\n", encoding="utf-8")

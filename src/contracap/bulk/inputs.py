@@ -135,14 +135,15 @@ def _of_shards(path: str) -> Iterator[Item]:
     for shard in list_shards(path):
         try:
             for record in records(shard, suffixes=PICTURE_SUFFIXES):
-                yield _of_record(record)
+                yield item_of(record)
         except ShardError as error:
             if error.whole == 0:
                 raise
             yield Item(name=shard, source=error)
 
 
-def _of_record(record: Record) -> Item:
+def item_of(record: Record) -> Item:
+    """The picture of a sample; the item says why if it has none that can be used."""
     name = f"{record.shard}/{record.key}"
     pictures = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
     try:

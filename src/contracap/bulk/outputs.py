@@ -3,11 +3,13 @@
 import errno
 import io
 import os
+import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from contracap.bulk.inputs import Item
 from contracap.bulk.journal import Journal
 from contracap.bulk.rows import Row
-from contracap.bulk.tables import TableError, TableFormat, read_table, require_pyarrow, write_table
+from contracap.bulk.tables import TableError, TableFormat, read_table, require_pyarrow, vectors_beside, write_table
 from contracap.files import replacing
 
 Existing = Literal["skip", "overwrite", "append"]
@@ -64,11 +66,15 @@ class Lines(Output):
 
     def write(self, rows: Sequence[tuple[Item, Row]]) -> None:
         for _, row in rows:
-            print(f"{row.path}\t{one_line(row.caption)}", flush=True)
+            path = " ".join(row.path.replace("\t", " ").splitlines())  # two blanks in a name stay two
+            print(f"{path}\t{one_line(row.caption)}", flush=True)
 
 
 class SideCars(Output):
     """A text file beside each picture, a line for each caption; its embedding in a `.npy` file, float32.
+
+    Pictures whose names differ in their suffixes alone have one side-car between them: it is that of the first which is
+    asked for, and there is no place for those that follow.
 
     Args:
         suffix: of the text file, such as ".txt".
@@ -77,11 +83,22 @@ class SideCars(Output):
     def __init__(self, suffix: str, existing: Existing, *, embed: bool) -> None:
         self.suffix, self.existing, self.embed = suffix, existing, embed
 
+    def __enter__(self) -> "SideCars":
+        # A file of SQLite's own that is gone at the end: memory does not grow with the pictures, come as they may.
+        self._pictures = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._pictures.execute("CREATE TABLE picture (side_car TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID")
+        self._pictures.execute("BEGIN")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pictures.close()
+
     def check(self, item: Item) -> None:
         require_folder(self._place(item).parent)
 
     def has(self, item: Item) -> bool:
         place = self._place(item)
+        self._take(place)
         return self.existing == "skip" and all(
             place.with_suffix(suffix).exists() for suffix in (self.suffix, *[".npy"] * self.embed)
         )
@@ -100,6 +117,22 @@ class SideCars(Output):
                 _write(text, line)
             elif self.existing == "append" and line.strip() not in map(bytes.strip, before.splitlines()):
                 _write(text, before.rstrip(b"\r\n") + b"\n" + line)
+
+    def _take(self, picture: Path) -> None:
+        """Raises: ValueError: if the side-car of a picture is that of another one."""
+        side_car = picture.with_suffix(self.suffix)
+        key, name = os.fsencode(os.path.abspath(side_car)), os.fsencode(picture.name)
+        try:
+            self._pictures.execute("INSERT OR IGNORE INTO picture VALUES (?, ?)", (key, name))
+            query = "SELECT name FROM picture WHERE side_car = ?"
+            (first,) = self._pictures.execute(query, (key,)).fetchone()
+        except sqlite3.OperationalError as error:
+            raise OSError(f"cannot keep in a temporary file which pictures have side-cars: {error}") from error
+        if first != name:
+            raise ValueError(
+                f"{picture}: its side-car {side_car.name} is that of {os.fsdecode(first)}; rename one of them, or take "
+                "--format jsonl, csv or parquet"
+            )
 
     def _place(self, item: Item) -> Path:
         if not isinstance(item.source, Path):
@@ -135,8 +168,11 @@ class Table(Output):
             self._journal = Journal(place)
         self._grown = not self._journal.is_new  # whether it has rows that the file lacks
         try:
-            if self._journal.is_new and self.existing != "overwrite" and self.path.exists():
-                self._journal.add(read_table(self.path, self.kind))
+            if self._journal.is_new and self.existing != "overwrite":
+                if self.path.exists():
+                    self._journal.add(read_table(self.path, self.kind))
+                elif self.kind == "csv" and (beside := vectors_beside(self.path)).exists():
+                    raise TableError(f"{beside} is there without {self.path.name}: give another --out, or --overwrite")
             first = next(iter(self._journal), None)
             if first is not None and (first.embedding is not None) != self.embed:
                 has, option = ("no embeddings", "without") if self.embed else ("embeddings", "with")
@@ -189,10 +225,11 @@ def require_folder(folder: Path) -> None:
     """Raises: OSError: unless files can be written in a folder, which may have to be made."""
     for path in (folder, *folder.absolute().parents):
         if path.exists():
-            number = errno.EACCES if path.is_dir() else errno.ENOTDIR
-            if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-                raise OSError(number, os.strerror(number), str(folder))
-            return
+            try:
+                with TemporaryFile(dir=path):
+                    return
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def _write(path: Path, content: bytes) -> None:

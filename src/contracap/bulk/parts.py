@@ -4,34 +4,36 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 from pyarrow.parquet import ParquetWriter
 from torch import Tensor
 
 from contracap import __version__
 from contracap.bulk.folder import Folder
-from contracap.bulk.rows import picture_number
+from contracap.bulk.inputs import item_of
+from contracap.bulk.pictures import PictureBatch, picture_batches
+from contracap.bulk.rows import caption_rows
+from contracap.bulk.tables import ROW_GROUP
 from contracap.config import to_dict
 from contracap.data.remote import WEB
-from contracap.data.shards import SAMPLE_SUFFIXES, Record, SampleError, ShardError, parse, records
+from contracap.data.shards import PICTURE_SUFFIXES, ShardError, records
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
-from contracap.image import ImageError, decode, normalise, resize_and_crop
+from contracap.image import normalise
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
 Precision = Literal["float32", "float16"]
 
 METADATA_KEY = "contracap"  # of the parquet schema, as of our weights files
-ROWS = 4096  # of a row group, at least, but for a shard's last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,13 @@ class BulkConfig:
 
     Attributes:
         strategy: how captions are written; None: there are none.
+        prompt: how each caption begins.
         embedding: how embeddings are stored; None: there are none.
         batch_size: pictures at a time; it decides speed and memory.
     """
 
     strategy: Strategy | None = None
+    prompt: str = ""
     embedding: Precision | None = None
     batch_size: int = 64
 
@@ -53,10 +57,12 @@ class BulkConfig:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1 picture")
         if self.strategy is None and self.embedding is None:
             raise ValueError("nothing to do: neither captions nor embeddings are wanted")
+        if self.strategy is None and self.prompt:
+            raise ValueError("a prompt is how captions begin, and no captions are wanted")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class ShardOutcome:
     """What became of one shard: rows of its part, and those of them without a result because the picture cannot be
     read; or why there is no part."""
 
@@ -88,7 +94,8 @@ def part_name(shard: str) -> str:
 def settings(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
     """What decides the content of a part besides its shard, ready for JSON."""
     strategy = config.strategy and {"name": type(config.strategy).__name__, **to_dict(config.strategy)}
-    return {"weights_sha256": _digest(model, processor), "strategy": strategy, "embedding": config.embedding}
+    chosen = {"strategy": strategy, "prompt": config.prompt, "embedding": config.embedding}
+    return {"weights_sha256": _digest(model, processor), **chosen}
 
 
 def description(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:
@@ -110,19 +117,10 @@ def _digest(model: CoCa, processor: Processor) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """A sample's picture as the model is fed it, before it is normalised; or why it cannot be read."""
-
-    key: str
-    pixels: UInt8[Tensor, "3 size size"] | None
-    error: str | None
-
-
 class PartWriter:
     """Writes the parts of a run, one after the other.
 
-    Raises: ValueError: if captions are wanted of a model without a text decoder.
+    Raises: ValueError: if captions are wanted of a model without a text decoder, or as this one cannot write them.
     """
 
     def __init__(
@@ -131,6 +129,8 @@ class PartWriter:
         """`metadata`: for the schema, ready for JSON. `threads`: those that decode pictures beside the model's."""
         self._config, self._model, self._processor, self._threads = config, model, processor, threads
         self._captioner = Captioner(model, processor) if config.strategy is not None else None
+        if self._captioner is not None and config.strategy is not None:
+            self._captioner.check(config.strategy, config.prompt)
         fields = [pa.field("key", pa.string(), nullable=False), pa.field("shard", pa.string(), nullable=False)]
         if config.strategy is not None:
             numbers = [pa.field("score", pa.float32()), pa.field("log_probability", pa.float32())]
@@ -141,7 +141,7 @@ class PartWriter:
         fields += [pa.field("error", pa.string())]
         self._schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata)})
 
-    def write(self, shard: str, folder: Folder) -> Outcome:
+    def write(self, shard: str, folder: Folder) -> ShardOutcome:
         """Writes the part of one shard, whole or not at all; a row for each sample, in their order.
 
         A picture that cannot be read has a row with `error` and nothing else. Of a shard that cannot be read to its
@@ -153,70 +153,59 @@ class PartWriter:
         """
         rows = unreadable = 0
         try:
-            with folder.writing(part_name(shard)) as path, ParquetWriter(path, self._schema) as writer:
+            with (
+                folder.writing(part_name(shard)) as path,
+                ParquetWriter(path, self._schema) as writer,
+                closing(self._batches(shard)) as batches,
+            ):
                 waiting: list[pa.RecordBatch] = []
-                for pictures in self._batches(shard):
-                    waiting.append(self._rows(shard, pictures))
-                    rows += len(pictures)
-                    unreadable += sum(picture.pixels is None for picture in pictures)
-                    if sum(map(len, waiting)) >= ROWS:
+                for batch in batches:
+                    waiting.append(self._rows(shard, batch))
+                    rows += len(batch.items)
+                    unreadable += len(batch.broken)
+                    if sum(map(len, waiting)) >= ROW_GROUP:
                         writer.write_table(pa.Table.from_batches(waiting))
                         waiting = []
                 writer.write_table(pa.Table.from_batches(waiting, self._schema))
         except ShardError as error:
-            return Outcome(shard=shard, problem=str(error))
-        return Outcome(shard=shard, rows=rows, unreadable=unreadable)
+            return ShardOutcome(shard=shard, problem=str(error))
+        return ShardOutcome(shard=shard, rows=rows, unreadable=unreadable)
 
-    def _batches(self, shard: str) -> Iterator[list[_Picture]]:
-        """The pictures of a shard; the next batch is read and decoded while the model works on one."""
-        found = records(shard, suffixes=SAMPLE_SUFFIXES)
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self._threads) as decoders:
+    def _batches(self, shard: str) -> Generator[PictureBatch, None, None]:
+        found = (item_of(record) for record in records(shard, suffixes=PICTURE_SUFFIXES))
+        image, batch_size = self._processor.image_config, self._config.batch_size
+        return picture_batches(found, image, batch_size=batch_size, workers=self._threads)
 
-            def batch() -> list[_Picture]:
-                return list(decoders.map(self._decoded, islice(found, self._config.batch_size)))
-
-            ahead = reader.submit(batch)
-            while pictures := ahead.result():
-                ahead = reader.submit(batch)
-                yield pictures
-
-    def _decoded(self, record: Record) -> _Picture:
-        try:
-            picture = decode(parse(record).image, name=f"sample {record.key} of {record.shard}")
-        except (SampleError, ImageError) as error:
-            return _Picture(record.key, None, str(error))
-        return _Picture(record.key, resize_and_crop(picture, self._processor.image_config), None)
-
-    def _rows(self, shard: str, pictures: list[_Picture]) -> pa.RecordBatch:
-        columns: dict[str, list[Any]] = {name: [None] * len(pictures) for name in self._schema.names}
-        columns["key"] = [picture.key for picture in pictures]
-        columns["shard"] = [shard] * len(pictures)
-        columns["error"] = [picture.error for picture in pictures]
-        readable = {row: picture.pixels for row, picture in enumerate(pictures) if picture.pixels is not None}
-        if readable:
-            pixels = torch.stack(list(readable.values())).to(self._model.device)
-            numbers = [picture_number(f"{shard}/{columns['key'][row]}") for row in readable]
-            for name, values in self._results(normalise(pixels, self._processor.image_config), numbers).items():
-                for row, value in zip(readable, values, strict=True):
-                    columns[name][row] = value
+    def _rows(self, shard: str, batch: PictureBatch) -> pa.RecordBatch:
+        columns: dict[str, list[Any]] = {name: [None] * len(batch.items) for name in self._schema.names}
+        columns["key"] = [item.name.removeprefix(f"{shard}/") for item in batch.items]
+        columns["shard"] = [shard] * len(batch.items)
+        for place, error in batch.broken.items():
+            columns["error"][place] = str(error)
+        places = [place for place in range(len(batch.items)) if place not in batch.broken]
+        if places:
+            for name, values in self._results([item.name for item in batch.usable], batch.pixels).items():
+                for place, value in zip(places, values, strict=True):
+                    columns[name][place] = value
         return pa.RecordBatch.from_arrays(
             [pa.array(columns[field.name], field.type) for field in self._schema], schema=self._schema
         )
 
-    def _results(self, pixels: Float32[Tensor, "batch 3 height width"], numbers: list[int]) -> dict[str, list[Any]]:
-        """The columns that the model fills. `numbers`: of the pictures, for what is sampled."""
-        config = self._config
+    def _results(self, names: list[str], pixels: UInt8[Tensor, "batch 3 height width"]) -> dict[str, list[Any]]:
+        """The columns that the model fills."""
+        config, results = self._config, dict[str, list[Any]]()
         if self._captioner is None or config.strategy is None:
             with torch.inference_mode():
-                embeddings = self._model.encode_image(pixels).float().cpu()
-            results = {}
+                normalised = normalise(pixels.to(self._model.device), self._processor.image_config)
+                vectors: list[Any] = list(self._model.encode_image(normalised).float().cpu().numpy())
         else:
-            made = self._captioner.generate(pixels, config.strategy, numbers=numbers)
-            embeddings = torch.stack([caption.embedding for caption in made])
-            fields = (("caption", "text"), ("score", "score"), ("log_probability", "log_probability"))
-            results = {name: [getattr(caption, field) for caption in made] for name, field in fields}
+            embed_too = config.embedding is not None
+            made = caption_rows(self._captioner, names, pixels, config.strategy, prompt=config.prompt, embed=embed_too)
+            results = {name: [getattr(row, name) for row in made] for name in ("caption", "score", "log_probability")}
+            vectors = [row.embedding for row in made]
         if config.embedding is not None:
-            if not embeddings.isfinite().all():
+            embeddings = np.stack(vectors)
+            if not np.isfinite(embeddings).all():
                 raise ValueError("the model's embeddings are not finite (NaN or infinite): its weights are broken")
-            results["embedding"] = list(embeddings.numpy().astype(config.embedding))
+            results["embedding"] = list(embeddings.astype(config.embedding))
         return results

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -30,14 +30,19 @@ class PictureBatch:
     """Neighbours of the stream of items.
 
     Attributes:
-        items: those with pixels, in order.
-        pixels: resized and cropped, not yet normalised; a row for each item.
-        broken: those among them that cannot be used, and why.
+        items: all of them, in order.
+        broken: the places of those that cannot be used, and why.
+        pixels: of the usable ones, resized and cropped, not yet normalised.
     """
 
-    items: list[Item] = field(default_factory=list)
-    pixels: UInt8[Tensor, "batch 3 height width"]
-    broken: list[tuple[Item, Exception]] = field(default_factory=list)
+    items: list[Item]
+    broken: dict[int, Exception]
+    pixels: UInt8[Tensor, "usable 3 height width"]
+
+    @property
+    def usable(self) -> list[Item]:
+        """Those with pixels, in order."""
+        return [item for place, item in enumerate(self.items) if place not in self.broken]
 
 
 def read_pixels(item: Item, config: ImageConfig) -> UInt8[Tensor, "3 {config.size} {config.size}"]:
@@ -54,27 +59,28 @@ def picture_batches(
 ) -> Generator[PictureBatch, None, None]:
     """Batches of `batch_size` usable pictures, the last perhaps smaller, in the order of the items.
 
-    `workers` threads read ahead by two batches, so memory does not depend on how many items there are.
+    `workers` threads read ahead by two batches, and so many broken pictures end a batch, too: memory does not depend on
+    how many items there are.
     """
-    found, rows, broken = list[Item](), list[Tensor](), list[tuple[Item, Exception]]()
+    found, rows, broken = list[Item](), list[Tensor](), dict[int, Exception]()
 
     def batch() -> PictureBatch:
         size = config.size
         pixels = torch.stack(rows) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return PictureBatch(items=found, pixels=pixels, broken=broken)
+        return PictureBatch(items=found, broken=broken, pixels=pixels)
 
     read = in_threads(lambda item: read_pixels(item, config), items, workers=workers, ahead=2 * batch_size)
     with closing(read):
         for item, future in read:
             try:
                 rows.append(future.result())
-                found.append(item)
             except (OSError, ValueError) as error:
-                broken.append((item, error))
-            if len(found) == batch_size:
+                broken[len(found)] = error
+            found.append(item)
+            if batch_size in (len(rows), len(broken)):
                 yield batch()
-                found, rows, broken = [], [], []
-    if found or broken:
+                found, rows, broken = [], [], {}
+    if found:
         yield batch()
 
 

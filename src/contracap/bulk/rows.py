@@ -21,11 +21,13 @@ class Row:
     Attributes:
         path: the picture's name.
         score: what ranked the caption, higher is better; None where an output does not keep it.
+        log_probability: of its tokens, in nats; None as for `score`.
     """
 
     path: str
     caption: str
     score: float | None
+    log_probability: float | None = None
     embedding: Float32[np.ndarray, "embed"] | None = None
 
 
@@ -52,6 +54,7 @@ def caption_rows(
             path=name,
             caption=f"{prefix}{caption.text}{suffix}",
             score=caption.score,
+            log_probability=caption.log_probability,
             embedding=caption.embedding.numpy() if embed else None,
         )
         for name, caption in zip(names, captions, strict=True)

@@ -1,8 +1,8 @@
 """Files with a row for each caption: written from rows, and read back when a run adds to them.
 
 The columns are `path`, `caption`, `score`, which `contracap shards make` reads too; `metadata.jsonl` has Hugging Face's
-`file_name` and `text`. Embeddings are a column of lists; beside a CSV file they are a NumPy file of float32, a row for
-each of its rows.
+`file_name` and `text`. Embeddings are a column of lists; beside a CSV file `NAME.csv` they are `NAME.csv.npy`, a NumPy
+file of float32 with a row for each of its rows.
 """
 
 import csv
@@ -36,6 +36,8 @@ def write_table(path: Path, kind: TableFormat, rows: Iterable[Row], *, count: in
     """
     if kind == "csv" and dimensions is not None:
         rows = _with_vectors_beside(path, rows, count, dimensions)
+    elif kind == "csv":
+        vectors_beside(path).unlink(missing_ok=True)  # of the rows that are overwritten
     with replacing(path) as partial:
         if kind == "parquet":
             _write_parquet(partial, rows, dimensions is not None)
@@ -45,9 +47,11 @@ def write_table(path: Path, kind: TableFormat, rows: Iterable[Row], *, count: in
 
 
 def _write_csv(file: IO[str], rows: Iterable[Row]) -> None:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows((row.path, row.caption, row.score) for row in rows)
+    plain, quoted = (csv.writer(file, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    plain.writerow(COLUMNS)
+    for row in rows:  # a carriage return ends a line for readers, but not all versions of Python quote it
+        writer = quoted if "\r" in row.path + row.caption else plain
+        writer.writerow((row.path, row.caption, row.score))
 
 
 def _write_json_lines(file: IO[str], rows: Iterable[Row], kind: TableFormat) -> None:
@@ -92,7 +96,7 @@ def _with_vectors_beside(path: Path, rows: Iterable[Row], count: int, dimensions
 
 def vectors_beside(path: Path) -> Path:
     """Where the embeddings of a CSV file are."""
-    return path.with_suffix(".npy")
+    return path.with_name(f"{path.name}.npy")
 
 
 def read_table(path: Path, kind: TableFormat) -> Iterator[Row]:

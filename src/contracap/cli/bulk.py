@@ -33,8 +33,9 @@ def caption(
     out: Out,
     strategy: StrategyName = "beam",
     settings: Settings = (),
+    prompt: Annotated[str, arg(metavar="TEXT", help="how each caption begins")] = "",
     embed: Annotated[bool, arg(help="write the embeddings of the pictures too")] = False,
-    precision: Annotated[Precision, arg(help="of the embeddings")] = "float32",
+    precision: Annotated[Precision | None, arg(help="of the embeddings; by default float32")] = None,
     address: Address = None,
     workers: BulkWorkers = None,
     gpus_per_worker: GPUs = None,
@@ -46,8 +47,13 @@ def caption(
     from contracap.bulk.parts import BulkConfig
     from contracap.generation.choice import build_strategy
 
+    if precision is not None and not embed:
+        raise ValueError("--precision is of embeddings: give --embed too")
     config = BulkConfig(
-        strategy=build_strategy(strategy, settings), embedding=precision if embed else None, batch_size=batch_size
+        strategy=build_strategy(strategy, settings),
+        prompt=prompt,
+        embedding=precision or "float32" if embed else None,
+        batch_size=batch_size,
     )
     return _run(weights, shards, out, config, address, workers, gpus_per_worker, size)
 

@@ -55,8 +55,8 @@ def caption(
     embed: Annotated[
         FlagCreatePairsOff[bool],
         arg(
-            help="write the contrastive embeddings too: a column of lists; for csv a .npy file beside it, for "
-            "side-cars one for each picture"
+            help="write the contrastive embeddings too: a column of lists; for csv the file FILE.npy beside "
+            "it, for side-cars a .npy file for each picture"
         ),
     ] = False,
     strategy: StrategyName = "beam",
