@@ -1,5 +1,6 @@
 """What the page's buttons do, with the tiny model and without gradio."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,22 @@ def test_a_collection_can_be_searched_before_it_is_full(actions: Actions, tmp_pa
     assert collection.state == "16 pictures to search; 2 still to be read."
     with pytest.raises(ValueError, match="nothing to search for"):
         collection.search_text("  ")
+
+
+def test_captions_and_maps_are_the_same_while_a_collection_fills(actions: Actions, tmp_path: Path) -> None:
+    path = str(picture(tmp_path / "mine.png"))
+    alone = actions.caption(path, "greedy", {"max_tokens": 6})
+    collection = Collection(actions, [picture(tmp_path / f"{number}.png", seed=number) for number in range(64)])
+    filling = threading.Thread(target=lambda: list(collection.fill()))
+    filling.start()
+    together = 0
+    while filling.is_alive():
+        made = actions.caption(path, "greedy", {"max_tokens": 6})
+        assert made.caption.token_ids == alone.caption.token_ids
+        assert [heat.tobytes() for _, heat in made.words] == [heat.tobytes() for _, heat in alone.words]
+        together += 1
+    filling.join()
+    assert together and collection.searchable == 64
 
 
 def test_a_folder_without_pictures_and_no_folder_are_refused(tmp_path: Path) -> None:

@@ -12,9 +12,7 @@ from torch import Tensor
 from contracap.data.shards import PICTURE_SUFFIXES
 from contracap.demo.actions import Actions
 from contracap.demo.overlay import to_pillow
-from contracap.evaluation.features import embed_texts
 from contracap.image import ImageError
-from contracap.model.coca import evaluating
 
 BATCH = 16  # pictures embedded at a time
 MOST_SHOWN = 12
@@ -90,9 +88,7 @@ class Collection:
         """
         if not text.strip():
             raise ValueError("there is nothing to search for: write a text, or give a picture")
-        with torch.inference_mode(), evaluating(self.actions.model):
-            query = embed_texts(self.actions.model, self.actions.processor, [text], 1)[0]
-        return self._search(query.cpu())
+        return self._search(self.actions.embed_text(text).cpu())
 
     def search_picture(self, path: str | None) -> list[Match]:
         """The pictures most like another one, best first.
