@@ -13,12 +13,13 @@ from contracap.demo.actions import Actions, Captioned
 from contracap.demo.collection import Collection, Match
 from contracap.demo.inputs import number_input, picture_input, pictures_input
 from contracap.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Setting, chosen
+from contracap.evaluation.zeroshot import TEMPLATE
 from contracap.page import table
 
 CLEAN_UP = 3600  # seconds after which an upload is deleted
 WAITING = 100  # visitors in the queue, beyond whom nobody is let in
 LABELS = "red\ngreen\nblue\nyellow"
-TEMPLATE = "a photo of a {}."
+MOST_UPLOADED = 200  # pictures that a visitor searches
 CSS = """
 .gradio-container { max-width: 76rem !important; }
 footer { display: none !important; }
@@ -202,6 +203,10 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
             )
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
+        if len(paths) > MOST_UPLOADED:
+            raise ValueError(
+                f"these are {len(paths):,} pictures; the page searches at most {MOST_UPLOADED} uploaded ones"
+            )
         uploaded = Collection(actions, paths)
         for done in uploaded.fill():
             progress((done, uploaded.total), desc="reading pictures", unit="pictures")
