@@ -60,13 +60,14 @@ def test_a_body_is_taken_up_to_the_limit_whatever_length_it_says(pieces, said, t
     assert asyncio.run(read()) == taken
 
 
-@pytest.mark.parametrize("started", [True, False])
-def test_an_answer_that_the_end_of_the_server_cuts_short_is_completed(started: bool) -> None:
+@pytest.mark.parametrize("already_sent", [0, 1, 2])
+def test_an_answer_that_the_end_of_the_server_cuts_short_is_completed_once(already_sent: int) -> None:
+    answer = [{"type": "http.response.start", "status": 200, "headers": []}, {"type": "http.response.body"}]
     sent: list[Any] = []
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        if started:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
+        for message in answer[:already_sent]:
+            await send(message)
         await asyncio.sleep(60)
 
     async def write(message: Any) -> None:
@@ -79,5 +80,5 @@ def test_an_answer_that_the_end_of_the_server_cuts_short_is_completed(started: b
         await task
 
     asyncio.run(cut_short())
-    assert sent[0]["status"] == (200 if started else 503) and not sent[-1].get("more_body", False)
+    assert sent[0]["status"] == (200 if already_sent else 503) and not sent[-1].get("more_body", False)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]

@@ -76,20 +76,20 @@ class EndQuietly:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
+        started = completed = False
 
         async def written(message: Message) -> None:
-            nonlocal started
-            started = True
+            nonlocal started, completed
+            started, completed = True, message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             await self.app(scope, receive, written)
         except asyncio.CancelledError:  # nobody but the server that ends cancels a whole request
-            if started:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
+            if not started:
                 await PlainTextResponse("the server is ending", 503)(scope, receive, send)
+            elif not completed:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class BodyTooLargeError(Exception):
