@@ -102,7 +102,7 @@ def _caption_tab(actions: Actions, alone: dict[str, Any]) -> None:
             context = actions.model.config.text.context
             with gradio.Group():
                 asked_of_all += [_ask(_within(setting, context)) for setting in LENGTHS]
-                prompt = gradio.Textbox(label="The caption begins with", placeholder="a photo of")
+                prompt = gradio.Textbox("", label="The caption begins with", placeholder="a photo of")
             with gradio.Accordion("Repetition, and words to use or not", open=False):
                 asked_of_all += [_ask(setting) for setting in RULES]
         with gradio.Column(elem_classes="shown"):
@@ -270,7 +270,7 @@ def _ask(setting: Setting) -> Any:
         )
     if isinstance(setting, Choice):
         return gradio.Radio(list(setting.values), value=setting.default, label=setting.label)
-    return gradio.Textbox(label=setting.label, placeholder="cat, a photo of")
+    return gradio.Textbox("", label=setting.label, placeholder="cat, a photo of")
 
 
 def _within(setting: Amount, context: int) -> Amount:
