@@ -1,5 +1,6 @@
 """What the page's buttons do, with the tiny model and without gradio."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 import contracap
 from contracap.demo.actions import SHOWN, Actions
-from contracap.demo.collection import Collection, pictures_in
+from contracap.demo.collection import Collection, pictures_under
 from contracap.demo.overlay import overlay
 from contracap.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Phrases, chosen
 from contracap.evaluation.zeroshot import classifier
@@ -99,7 +100,8 @@ def test_a_collection_finds_a_picture_by_itself_and_counts_what_it_skipped(actio
     paths = [picture(folder / f"{number:02d}.png", seed=number) for number in range(20)]
     (folder / "19.png").write_text("no picture")
     (folder / "notes.txt").write_text("no picture either")
-    found = pictures_in(tmp_path)
+    picture(folder / ".hidden.png")
+    found = pictures_under(tmp_path)
     assert found == paths
     collection = Collection(actions, found)
     assert list(collection.fill()) == [16, 20]
@@ -134,11 +136,27 @@ def test_a_collection_can_be_searched_before_it_is_full(actions: Actions, tmp_pa
         collection.search_text("  ")
 
 
+def test_captions_and_maps_are_the_same_while_a_collection_fills(actions: Actions, tmp_path: Path) -> None:
+    path = str(picture(tmp_path / "mine.png"))
+    alone = actions.caption(path, "greedy", {"max_tokens": 6})
+    collection = Collection(actions, [picture(tmp_path / f"{number}.png", seed=number) for number in range(32)])
+    filling = threading.Thread(target=lambda: list(collection.fill()))
+    filling.start()
+    together = 0
+    while filling.is_alive():
+        made = actions.caption(path, "greedy", {"max_tokens": 6})
+        assert made.caption.token_ids == alone.caption.token_ids
+        assert [heat.tobytes() for _, heat in made.words] == [heat.tobytes() for _, heat in alone.words]
+        together += 1
+    filling.join()
+    assert together and collection.searchable == 32
+
+
 def test_a_folder_without_pictures_and_no_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no pictures"):
-        pictures_in(tmp_path)
+        pictures_under(tmp_path)
     with pytest.raises(ValueError, match="is no folder"):
-        pictures_in(tmp_path / "none")
+        pictures_under(tmp_path / "none")
 
 
 def test_an_overlay_is_lightest_where_the_heat_is_greatest() -> None:

@@ -157,6 +157,9 @@ def test_embeddings_and_labels_are_the_models(pair):
         assert sum(row["probability"] for row in found) == pytest.approx(1, abs=1e-5)
         ratio = (model.logit_scale.detach().exp() * (found[0]["similarity"] - found[1]["similarity"])).exp().item()
         assert found[0]["probability"] / found[1]["probability"] == pytest.approx(ratio, rel=1e-3)
+        twice = {"label": [*labels, labels[0]], "template": "one {}"}
+        answer = await client.post("/v1/classify", params=twice, content=picture("red"))
+        assert answer.json()["labels"] == found
 
     asked(application(pair), test)
 

@@ -23,12 +23,15 @@ def demo(
 ) -> None:
     """Serve a web page that captions, classifies and searches."""
     try:
-        from contracap.demo.server import listen, serve
+        from contracap.demo.server import serve
+        from contracap.web import bound
     except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "fastapi", "starlette", "uvicorn", "python_multipart"):
+            raise
         raise ImportError(f"the page needs the package {error.name}: pip install 'contracap[demo]'") from None
-    from contracap.demo.collection import pictures_in
+    from contracap.demo.collection import pictures_under
 
-    found = pictures_in(pictures) if pictures is not None else None
-    with listen(host, port) as address:
+    found = pictures_under(pictures) if pictures is not None else None
+    with bound(host, port) as address:
         model, processor = load_model(weights, size)
         serve(model, processor, address=address, pictures=found)

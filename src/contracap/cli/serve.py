@@ -1,7 +1,6 @@
 """The verb that answers over HTTP."""
 
 import math
-import socket
 from typing import Annotated
 
 from tyro.conf import arg
@@ -28,9 +27,8 @@ def serve(
 ) -> None:
     """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
     try:
-        import uvicorn
-
         from contracap.serve.app import DefaultStrategy, build_app
+        from contracap.web import bound, run, url
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
@@ -42,28 +40,6 @@ def serve(
     default.strategy({})  # what is wrong is said before the weights are read
     batching = BatchingConfig(max_batch=max_batch, max_wait_ms=max_wait_ms)
     limits = LimitsConfig(max_body_mib=max_body_mib, timeout_s=timeout_s, max_requests=max_requests)
-    with _bound(host, port) as listener:
+    with bound(host, port) as listener:
         app = build_app(*load_model(weights, size), default=default, batching=batching, limits=limits)
-        config = uvicorn.Config(app, timeout_graceful_shutdown=math.ceil(timeout_s))
-        print(f"http://{_host(host)}:{listener.getsockname()[1]}", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket with this address, not listening yet: clients are refused until the model is there.
-
-    Raises: OSError: if it cannot have the address.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        why = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot listen at {_host(host)}:{port}: {why}; give another --host or --port") from None
-    return listener
-
-
-def _host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+        run(app, listener, greeting=url(listener), patience=math.ceil(timeout_s))

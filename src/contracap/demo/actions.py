@@ -1,5 +1,6 @@
 """What the page's buttons do, without the page."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.demo.overlay import overlay, to_pillow
-from contracap.evaluation.features import finite
-from contracap.evaluation.zeroshot import classifier
+from contracap.evaluation.features import embed_texts, finite
+from contracap.evaluation.zeroshot import check_templates, classifier
 from contracap.generation.attention import attention_map, word_maps
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.choice import build_strategy
@@ -42,12 +43,16 @@ class Captioned:
 class Actions:
     """Captions and classes for one picture at a time, given as the path of an uploaded file.
 
+    All may be called from several threads: only one at a time gets to the model.
+
     Raises: ValueError: if the model has no text decoder.
     """
 
     def __init__(self, model: CoCa, processor: Processor):
         self.model, self.processor = model, processor
         self.captioner = Captioner(model, processor)
+        # Captions change the model while they are written, and maps listen to what it puts out.
+        self._one_at_a_time = threading.Lock()
 
     def caption(
         self, path: str | None, strategy: str, settings: Mapping[str, Any] | None = None, prompt: str = ""
@@ -63,8 +68,9 @@ class Actions:
         chosen = build_strategy(strategy, settings or {})
         picture = self.read(path)
         pixels = self.pixels(picture)
-        caption = self.captioner.generate(pixels, chosen, prompts=prompt)[0]
-        maps = attention_map(self.model, pixels, caption.token_ids)
+        with self._one_at_a_time:
+            caption = self.captioner.generate(pixels, chosen, prompts=prompt)[0]
+            maps = attention_map(self.model, pixels, caption.token_ids)
         seen = self.seen(picture)
         words = word_maps(self.processor.tokenizer, caption.token_ids, maps)
         return Captioned(caption, to_pillow(seen), tuple((word, overlay(seen, heat)) for word, heat in words))
@@ -84,15 +90,24 @@ class Actions:
             raise ValueError("there are no labels: write at least one, each on a line of its own")
         if len(names) > MOST_LABELS:
             raise ValueError(f"there are {len(names)} labels; the page takes {MOST_LABELS}")
-        weights = classifier(self.model, self.processor, names, lines(template))
-        scores = self.model.logit_scale.exp() * (weights @ self.embed(self.pixels(self.read(path)))[0])
+        templates = check_templates(lines(template))
+        embedding = self.embed(self.pixels(self.read(path)))[0]
+        with self._one_at_a_time:
+            weights = classifier(self.model, self.processor, names, templates)
+        scores = self.model.logit_scale.exp() * (weights @ embedding)
         return dict(zip(names, scores.softmax(dim=0).tolist(), strict=True))
 
     @torch.inference_mode()
     def embed(self, pixels: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture embed"]:
         """Contrastive embeddings, unit rows, where the model is."""
-        with evaluating(self.model):
+        with self._one_at_a_time, evaluating(self.model):
             return finite(self.model.encode_image(pixels.to(self.model.logit_scale)), "pictures")
+
+    @torch.inference_mode()
+    def embed_text(self, text: str) -> Float[Tensor, "embed"]:
+        """A text's contrastive embedding, a unit vector, where the model is."""
+        with self._one_at_a_time, evaluating(self.model):
+            return embed_texts(self.model, self.processor, [text], 1)[0]
 
     def read(self, path: str | Path | None) -> UInt8[Tensor, "3 height width"]:
         """A picture file's pixels. Errors say its name and not its folder, which is the server's own affair.

@@ -1,6 +1,8 @@
 """Pictures to search by a text or by another picture."""
 
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.data.shards import PICTURE_SUFFIXES
+from contracap.data.sources import pictures_in
 from contracap.demo.actions import Actions
 from contracap.demo.overlay import to_pillow
-from contracap.evaluation.features import embed_texts
 from contracap.image import ImageError
-from contracap.model.coca import evaluating
 
 BATCH = 16  # pictures embedded at a time
+READERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes 270 MB while it is decoded
 MOST_SHOWN = 12
 
 
@@ -40,23 +42,20 @@ class Collection:
     Attributes:
         total: pictures it is to hold, the unreadable ones included.
         skipped: what was wrong with each picture that could not be read.
+        searchable: pictures that a search looks at by now.
     """
 
     def __init__(self, actions: Actions, paths: Iterable[str | Path]):
         self.actions = actions
         self.paths = [Path(path) for path in paths]
         self.skipped: list[str] = []
-        # One name for both, so that a search in another thread never sees one without the other.
-        self._embedded: tuple[tuple[Path, ...], Float[Tensor, "picture embed"]] = ((), torch.empty(0, 0))
+        self.searchable = 0
+        self._readable: list[Path] = []
+        self._embeddings = torch.empty(len(self.paths), actions.model.config.embed_dim)
 
     @property
     def total(self) -> int:
         return len(self.paths)
-
-    @property
-    def searchable(self) -> int:
-        """Pictures that a search looks at by now."""
-        return len(self._embedded[0])
 
     @property
     def state(self) -> str:
@@ -69,19 +68,28 @@ class Collection:
 
     def fill(self) -> Iterator[int]:
         """Embed all pictures, batch by batch; yields how many were looked at so far."""
-        for first in range(0, self.total, BATCH):
-            readable, pixels = [], []
-            for path in self.paths[first : first + BATCH]:
-                try:
-                    pixels.append(self.actions.pixels(self.actions.read(path)))
-                    readable.append(path)
-                except (ImageError, OSError) as error:
-                    self.skipped.append(str(error))
-            if readable:
-                new = self.actions.embed(torch.cat(pixels)).cpu()
-                paths, features = self._embedded
-                self._embedded = (*paths, *readable), torch.cat([features.reshape(-1, new.shape[1]), new])
-            yield self.searchable + len(self.skipped)
+        with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
+            for first in range(0, self.total, BATCH):
+                batch = self.paths[first : first + BATCH]
+                pixels = []
+                for path, found in zip(batch, readers.map(self._read, batch), strict=True):
+                    if isinstance(found, str):
+                        self.skipped.append(found)
+                    else:
+                        pixels.append(found)
+                        self._readable.append(path)
+                if pixels:
+                    last = len(self._readable)
+                    self._embeddings[self.searchable : last] = self.actions.embed(torch.cat(pixels))
+                    self.searchable = last  # last of all, so that a search in another thread sees what is whole
+                yield self.searchable + len(self.skipped)
+
+    def _read(self, path: Path) -> Float[Tensor, "1 3 height width"] | str:
+        """What the model is fed of a picture, or why it cannot be read."""
+        try:
+            return self.actions.pixels(self.actions.read(path))
+        except (ImageError, OSError) as error:
+            return str(error)
 
     def search_text(self, text: str) -> list[Match]:
         """The best matches of a text, best first.
@@ -90,9 +98,7 @@ class Collection:
         """
         if not text.strip():
             raise ValueError("there is nothing to search for: write a text, or give a picture")
-        with torch.inference_mode(), evaluating(self.actions.model):
-            query = embed_texts(self.actions.model, self.actions.processor, [text], 1)[0]
-        return self._search(query.cpu())
+        return self._search(self.actions.embed_text(text).cpu())
 
     def search_picture(self, path: str | None) -> list[Match]:
         """The pictures most like another one, best first.
@@ -102,25 +108,27 @@ class Collection:
         return self._search(self.actions.embed(self.actions.pixels(self.actions.read(path)))[0].cpu())
 
     def _search(self, query: Float[Tensor, "embed"]) -> list[Match]:
-        paths, features = self._embedded
-        if not paths:
+        count = self.searchable
+        if not count:
             raise ValueError(f"there is nothing to search in: {self.state}")
-        scores, places = (features @ query).topk(min(MOST_SHOWN, len(paths)))
+        scores, places = (self._embeddings[:count] @ query).topk(min(MOST_SHOWN, count))
         matches = []
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
-            picture = self.actions.seen(self.actions.read(paths[place]))
-            matches.append(Match(paths[place].name, to_pillow(picture), score))
+            path = self._readable[place]
+            matches.append(Match(path.name, to_pillow(self.actions.seen(self.actions.read(path))), score))
         return matches
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder and of the folders in it, by name.
+def pictures_under(folder: Path) -> list[Path]:
+    """The paths of a folder's pictures, as `data.sources.pictures_in` finds them.
 
-    Raises: ValueError: if there are none, or no such folder.
+    Raises:
+        ValueError: if there are none, or no such folder.
+        OSError: if one of its folders cannot be read.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give one that holds pictures")
-    found = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in PICTURE_SUFFIXES and path.is_file())
+    found = [folder / path for path in pictures_in(folder)]
     if not found:
         raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
     return found

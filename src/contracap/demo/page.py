@@ -13,12 +13,13 @@ from contracap.demo.actions import Actions, Captioned
 from contracap.demo.collection import Collection, Match
 from contracap.demo.inputs import number_input, picture_input, pictures_input
 from contracap.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Setting, chosen
+from contracap.evaluation.zeroshot import TEMPLATE
 from contracap.page import table
 
 CLEAN_UP = 3600  # seconds after which an upload is deleted
 WAITING = 100  # visitors in the queue, beyond whom nobody is let in
 LABELS = "red\ngreen\nblue\nyellow"
-TEMPLATE = "a photo of a {}."
+MOST_UPLOADED = 200  # pictures that a visitor searches
 CSS = """
 .gradio-container { max-width: 76rem !important; }
 footer { display: none !important; }
@@ -101,7 +102,7 @@ def _caption_tab(actions: Actions, alone: dict[str, Any]) -> None:
             context = actions.model.config.text.context
             with gradio.Group():
                 asked_of_all += [_ask(_within(setting, context)) for setting in LENGTHS]
-                prompt = gradio.Textbox(label="The caption begins with", placeholder="a photo of")
+                prompt = gradio.Textbox("", label="The caption begins with", placeholder="a photo of")
             with gradio.Accordion("Repetition, and words to use or not", open=False):
                 asked_of_all += [_ask(setting) for setting in RULES]
         with gradio.Column(elem_classes="shown"):
@@ -202,6 +203,10 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
             )
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
+        if len(paths) > MOST_UPLOADED:
+            raise ValueError(
+                f"these are {len(paths):,} pictures; the page searches at most {MOST_UPLOADED} uploaded ones"
+            )
         uploaded = Collection(actions, paths)
         for done in uploaded.fill():
             progress((done, uploaded.total), desc="reading pictures", unit="pictures")
@@ -265,7 +270,7 @@ def _ask(setting: Setting) -> Any:
         )
     if isinstance(setting, Choice):
         return gradio.Radio(list(setting.values), value=setting.default, label=setting.label)
-    return gradio.Textbox(label=setting.label, placeholder="cat, a photo of")
+    return gradio.Textbox("", label=setting.label, placeholder="cat, a photo of")
 
 
 def _within(setting: Amount, context: int) -> Amount:

@@ -4,39 +4,26 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import fastapi
 import gradio
-import uvicorn
 
 from contracap.demo.actions import Actions
 from contracap.demo.collection import Collection
+from contracap.demo.limits import LARGEST_PICTURE, LimitVisitors
 from contracap.demo.page import CSS, build_page, theme
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
+from contracap.web import MIB, run, url
 
-LARGEST_UPLOAD = "20mb"  # a file
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """The address, taken before anything else is done: an hour of loading must not end at a port in use.
-
-    Raises: ValueError: if it cannot be had.
-    """
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"cannot serve at {host} port {port}: {reason}; choose others with --host and --port"
-        ) from None
+PATIENCE = 1  # seconds; a page that is open would never end by itself
 
 
 def serve(model: CoCa, processor: Processor, *, address: socket.socket, pictures: Sequence[Path] | None) -> None:
-    """Serve the page until interrupted. What visitors upload is deleted then, if not before.
+    """Serve the page until SIGINT or SIGTERM. What visitors upload is deleted then, if not before.
 
     Args:
         pictures: to search in; they are embedded while the page is served.
@@ -44,25 +31,42 @@ def serve(model: CoCa, processor: Processor, *, address: socket.socket, pictures
     Raises: ValueError: if the model has no text decoder.
     """
     actions = Actions(model, processor)
-    collection = Collection(actions, pictures) if pictures is not None else None
-    with tempfile.TemporaryDirectory(prefix="contracap-demo-") as uploads:
+    collection = Collection(actions, pictures or ())
+    with tempfile.TemporaryDirectory(prefix="contracap-demo-") as uploads, _filling(collection):
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        if collection is not None:
-            threading.Thread(target=lambda: list(collection.fill()), daemon=True).start()
-        host, port = address.getsockname()[:2]
-        print(f"the page is at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it", flush=True)
-        config = uvicorn.Config(application(actions, collection), log_level="warning", timeout_graceful_shutdown=1)
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[address])
+        app = application(actions, collection if pictures is not None else None)
+        greeting = f"the page is at {url(address)}; Ctrl-C ends it"
+        run(app, address, greeting=greeting, patience=PATIENCE, log_level="warning")
+
+
+@contextmanager
+def _filling(collection: Collection) -> Iterator[None]:
+    """Fills the collection meanwhile, in a thread that ends with this, after the batch it is at."""
+    ended = threading.Event()
+
+    def fill() -> None:
+        for _ in collection.fill():
+            if ended.is_set():
+                break
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def application(actions: Actions, collection: Collection | None) -> fastapi.FastAPI:
     """The page as a web application."""
+    app = fastapi.FastAPI(openapi_url=None)
+    app.add_middleware(LimitVisitors)
     return gradio.mount_gradio_app(
-        fastapi.FastAPI(openapi_url=None),
+        app,
         build_page(actions, collection),
         path="/",
-        max_file_size=LARGEST_UPLOAD,
+        max_file_size=LARGEST_PICTURE * MIB,
         theme=theme(),
         css=CSS,
         footer_links=[],

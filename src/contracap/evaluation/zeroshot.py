@@ -20,8 +20,9 @@ from contracap.evaluation.retrieval import places, share
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
+TEMPLATE = "a photo of a {}."  # where one has to do
 TEMPLATES = (
-    "a photo of a {}.",
+    TEMPLATE,
     "a blurry photo of a {}.",
     "a close-up photo of a {}.",
     "a bright photo of a {}.",

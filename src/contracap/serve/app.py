@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 import contracap
 from contracap.config import ConfigError
-from contracap.evaluation.zeroshot import check_templates
+from contracap.evaluation.zeroshot import TEMPLATE, check_templates
 from contracap.generation.choice import build_strategy
 from contracap.generation.strategy import Strategy
 from contracap.image import ImageError
@@ -37,13 +37,12 @@ from contracap.serve.answers import (
     Texts,
 )
 from contracap.serve.batching import Batcher, BatchError, BatchingConfig
-from contracap.serve.engine import Engine, Picture
 from contracap.serve.limits import LimitRequests, LimitsConfig, UnderWay, problem
 from contracap.serve.metrics import CountRequests, Metrics
+from contracap.serve.model import Picture, ServedModel
 
 MOST_BEAMS = 32  # rows that one picture may take in a batch
 MOST_LABELS = 100
-TEMPLATE = "a photo of a {}."
 DECODERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes 270 MB while it is decoded
 
 PICTURE = {
@@ -112,9 +111,9 @@ def build_app(
 
     Raises: ValueError: if the default strategy is wrong, or the model cannot follow it.
     """
-    engine, metrics, under_way = Engine(model, processor), Metrics(), UnderWay(limits.max_requests)
-    if engine.captioner is not None:
-        engine.captioner.check(default.strategy({}))
+    served, metrics, under_way = ServedModel(model, processor), Metrics(), UnderWay(limits.max_requests)
+    if served.captioner is not None:
+        served.captioner.check(default.strategy({}))
     batcher = Batcher(batching, observe=metrics.batch_sizes.observe)
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
@@ -136,7 +135,7 @@ def build_app(
     async def picture_of(request: Request) -> Picture:
         if request.headers.get("content-type", "").startswith("multipart/"):
             raise HTTPException(415, "send the picture itself as the body, not a form: curl --data-binary @photo.jpg")
-        return await asyncio.get_running_loop().run_in_executor(decoders, engine.picture, await request.body())
+        return await asyncio.get_running_loop().run_in_executor(decoders, served.picture, await request.body())
 
     @app.post("/v1/caption", openapi_extra=PICTURE | SETTINGS)
     async def caption(
@@ -145,15 +144,15 @@ def build_app(
         embedding: Annotated[bool, Query(description="whether the picture's embedding is given too")] = False,
     ) -> CaptionAnswer:
         """Write a caption for a picture."""
-        if engine.captioner is None:
+        if served.captioner is None:
             raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
         settings = {key: value for key, value in request.query_params.items() if key not in ("prompt", "embedding")}
         try:
             strategy = default.strategy(settings)
-            engine.captioner.check(strategy, prompt)
+            served.captioner.check(strategy, prompt)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        best = await batcher.submit(engine.captions, strategy, (await picture_of(request), prompt))
+        best = await batcher.submit(served.captions, strategy, (await picture_of(request), prompt))
         texts = [
             Alternative(caption=text.text, score=text.score, log_probability=text.log_probability)
             for text in best.alternatives
@@ -172,23 +171,24 @@ def build_app(
             templates = check_templates([template])
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        classes = (tuple(label), templates)
-        similarities = await batcher.submit(engine.similarities, classes, await picture_of(request))
-        probabilities = torch.softmax(similarities * engine.logit_scale, dim=0)
-        rows = zip(label, probabilities.tolist(), similarities.tolist(), strict=True)
+        labels = tuple(dict.fromkeys(label))  # what is asked twice would have its probability halved
+        classes = (labels, templates)
+        similarities = await batcher.submit(served.similarities, classes, await picture_of(request))
+        probabilities = torch.softmax(similarities * served.logit_scale, dim=0)
+        rows = zip(labels, probabilities.tolist(), similarities.tolist(), strict=True)
         answers = [LabelAnswer(label=name, probability=share, similarity=cosine) for name, share, cosine in rows]
         return Classification(labels=sorted(answers, key=lambda answer: -answer.similarity))
 
     @app.post("/v1/embed/image", openapi_extra=PICTURE)
     async def embed_image(request: Request) -> PictureEmbedding:
         """Put a picture into the space of pictures and texts."""
-        embedding = await batcher.submit(engine.picture_embeddings, None, await picture_of(request))
+        embedding = await batcher.submit(served.picture_embeddings, None, await picture_of(request))
         return PictureEmbedding(embedding=embedding.tolist())
 
     @app.post("/v1/embed/text")
     async def embed_text(texts: Texts) -> TextEmbeddings:
         """Put texts into the space of pictures and texts."""
-        made = await asyncio.gather(*(batcher.submit(engine.text_embeddings, None, text) for text in texts.texts))
+        made = await asyncio.gather(*(batcher.submit(served.text_embeddings, None, text) for text in texts.texts))
         return TextEmbeddings(embeddings=[embedding.tolist() for embedding in made])
 
     @app.get("/health")

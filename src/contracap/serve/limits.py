@@ -7,7 +7,7 @@ from textwrap import shorten
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MIB = 2**20
+from contracap.web import MIB, BodyTooLargeError, limited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class _Gone(Exception):
 class LimitRequests:
     """Middleware that reads each body within the limits, then has it answered while its client is there.
 
-    A body is counted as it comes, so a length that is missing or wrong changes nothing. What is refused early is not
-    read, but the server discards what still comes: most clients look at the answer only after they have sent all.
+    What is refused early is not read, but the server discards what still comes: most clients look at the answer only
+    after they have sent all.
     """
 
     def __init__(self, app: ASGIApp, *, limits: LimitsConfig, under_way: UnderWay):
@@ -86,35 +86,17 @@ class LimitRequests:
     async def _within_limits(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                body = await self._body(scope, receive)
+                body = await _body(limited(scope, receive, self.limits.max_body_mib * MIB))
         except TimeoutError:
             error = f"the body did not come within {self.limits.timeout_s:g} seconds"
             await problem(408, error, Connection="close")(scope, receive, send)
+        except BodyTooLargeError:
+            error = f"the body is larger than {self.limits.max_body_mib:g} MiB, the most this server takes"
+            await problem(413, error)(scope, receive, send)
         except _Gone:
             return
         else:
-            if body is None:
-                error = f"the body is larger than {self.limits.max_body_mib:g} MiB, the most this server takes"
-                await problem(413, error)(scope, receive, send)
-            else:
-                await self._answer(body, scope, receive, send)
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None if it is too large."""
-        most = self.limits.max_body_mib * MIB
-        said = dict(scope["headers"]).get(b"content-length", b"")
-        if said.isdigit() and float(said) > most:
-            return None
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _Gone
-            body += message.get("body", b"")
-            if len(body) > most:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
+            await self._answer(body, scope, receive, send)
 
     async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """Have the app answer; cancel it when the time is up or the client has gone."""
@@ -141,6 +123,18 @@ class LimitRequests:
             answer.result()  # raises what it raised
         elif late and not started:
             await problem(504, f"there was no answer within {self.limits.timeout_s:g} seconds")(scope, receive, send)
+
+
+async def _body(receive: Receive) -> bytes:
+    """The whole body."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return bytes(body)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -17,7 +17,7 @@ from contracap.processor import Processor
 Picture = UInt8[Tensor, "3 height width"]
 
 
-class Engine:
+class ServedModel:
     """A model and its processor. Only `picture` may be called from several threads at once.
 
     Attributes:
