@@ -260,11 +260,11 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         where = f"join the cluster at {cluster.address}" if cluster.address else "start Ray"
         raise BulkError(f"cannot {where}: {error}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
-    try:
-        with redirect_stdout(sys.stderr):  # where Ray says that a worker died
+    with redirect_stdout(sys.stderr):  # where Ray says that a worker died, at times only as it ends
+        try:
             yield ray
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _require_answer(address: str) -> None:
