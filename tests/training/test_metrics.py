@@ -22,3 +22,10 @@ def test_numbers_that_are_not_finite_are_null_in_the_files(tmp_path: Path) -> No
         (line,) = (tmp_path / name).read_text().splitlines()
         strict(line)
     assert strict(line) == {"step": 1, "loss": None, "samples": [{"score": None, "key": "0001"}]}
+
+
+def test_a_record_that_is_still_being_written_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    for text, steps in (("", []), ('{"step": 1', []), ('{"step": 1}\n', [1]), ('{"step": 1}\n{"st', [1])):
+        path.write_text(text)
+        assert [record["step"] for record in read_metrics(tmp_path)] == steps

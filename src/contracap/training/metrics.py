@@ -115,8 +115,9 @@ class Silent(Recorder):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a number that was NaN or infinite is None."""
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    """The records of a run, which may be going on, in order; a number that was NaN or infinite is None."""
+    whole, _, _ = (folder / METRICS_FILE).read_text(encoding="utf-8").rpartition("\n")  # a line may be half written
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _finite(value: Any) -> Any:
