@@ -202,6 +202,7 @@ def test_a_bad_file_is_named_and_the_page_goes_on(visit, server, tmp_path, name)
     told(page, said)
     assert str(tmp_path) not in page.content() and "/tmp/" not in page.locator("body").inner_text()
     page.get_by_label("Clear").or_(page.get_by_label("Remove Image")).first.click()
+    page.wait_for_timeout(2000)  # the page empties its boxes; a caption that is faster would be emptied too
     upload(page, picture(tmp_path / "good.png"))
     assert caption_of(page)
 
