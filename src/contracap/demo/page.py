@@ -113,16 +113,7 @@ def _caption_tab(actions: Actions, alone: dict[str, Any]) -> None:
                 label="Where each word looked",
                 info="On the part of the picture that the model sees; yellow is most.",
             )
-            maps = gradio.Gallery(
-                show_label=False,
-                columns=4,
-                height="auto",
-                object_fit="contain",
-                format="png",
-                buttons=[],
-                elem_classes="gallery-of",
-                elem_id="maps",
-            )
+            maps = _gallery("maps", format="png")
 
     def caption(path: str | None, name: str, begins: str, *answers: Any) -> tuple[Any, ...]:
         first, *groups = _split(answers, [len(common), *map(len, OWN.values())])
@@ -144,6 +135,20 @@ def _caption_tab(actions: Actions, alone: dict[str, Any]) -> None:
         maps,
         queue=False,
         api_visibility="private",
+    )
+
+
+def _gallery(name: str, *, format: str) -> gradio.Gallery:
+    """Pictures in rows of four, for looking at alone."""
+    return gradio.Gallery(
+        show_label=False,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        format=format,
+        buttons=[],
+        elem_classes="gallery-of",
+        elem_id=name,
     )
 
 
@@ -191,16 +196,7 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
             by_picture = gradio.Button("Search by picture")
         with gradio.Column(elem_classes="shown"):
             state = gradio.Markdown(collection.state if collection is not None else "")
-            found = gradio.Gallery(
-                show_label=False,
-                columns=4,
-                height="auto",
-                object_fit="contain",
-                format="jpeg",
-                buttons=[],
-                elem_classes="gallery-of",
-                elem_id="found",
-            )
+            found = _gallery("found", format="jpeg")
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
         if len(paths) > MOST_UPLOADED:

@@ -36,7 +36,7 @@ class Engine:
         self._packed = PackedWeights([] if compiled else _read_at_each_step(model))
         self._score: Callable[..., Tensor] = model.score
         self._kept: tuple[tuple[object, ...], DecodingCache] | None = None  # graphs write where they first did
-        self._alone = Lock()
+        self._alone = Lock() if compiled else nullcontext()  # calls share what is kept
         if compiled:
             mode = "reduce-overhead" if model.device.type == "cuda" else None
             self._score = torch.compile(model.score, dynamic=False, mode=mode)
@@ -55,7 +55,7 @@ class Engine:
         Raises: ValueError: if a prompt leaves no room, or the strategy cannot follow what was asked.
         """
         search = strategy.begin(prompts, tokenizer)
-        with self._packed.used(), self._alone if self.compiled else nullcontext():
+        with self._packed.used(), self._alone:
             return self._searched(search, caption_tokens, strategy, prompts)
 
     def _searched(
