@@ -3,18 +3,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from contracap.evaluation.result import Result, measure, versions
+from contracap.evaluation.result import PerSample, Result, measure, versions
 
 
 class Fixed:
     """An evaluator with fixed figures."""
 
     def __init__(self) -> None:
-        self.samples, self.reasons, self.details = 0, {}, {}
+        self.samples, self.keys, self.per_sample, self.reasons, self.details = 0, [], {}, {}, {}
 
     def run(self, model) -> Iterator[tuple[str, float]]:
         yield "acc1", 0.5
-        self.samples, self.reasons, self.details = 3, {"acc5": "too few classes"}, {"classes": 3}
+        self.samples, self.reasons, self.details = 4, {"acc5": "too few classes"}, {"classes": 3}
+        self.keys, self.per_sample = ["a", "b", "c", "ä"], {"acc1": [1.0, 0.0, 1.0, 0.0]}
 
 
 def test_file_holds_the_keys_of_every_result(tmp_path) -> None:
@@ -25,12 +26,20 @@ def test_file_holds_the_keys_of_every_result(tmp_path) -> None:
     assert content == {
         "command": "contracap evaluate x",
         "seed": 7,
-        "samples": 3,
+        "samples": 4,
         "figures": {"acc1": 0.5, "acc5": None},
         "reasons": {"acc5": "too few classes"},
         "classes": 3,
+        "per_sample": {"acc1": {"samples": "e7d027c8df1236b2", "values": [1.0, 0.0, 1.0, 0.0]}},
     }
+    assert sum(len(line) > 60 for line in path.read_text().splitlines()) == 1  # all values in one line
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_values_pair_up_by_the_samples_in_their_order() -> None:
+    digests = {PerSample.of(keys, [1.0, 0.0]).samples for keys in (["a", "b"], ["b", "a"], ["a", "c"], ["a\nb"])}
+    assert len(digests) == 4
+    assert PerSample.of(["a", "b"], []).samples == PerSample.of(["a", "b"], [1.0]).samples
 
 
 def test_versions_name_what_can_change_a_figure() -> None:

@@ -122,6 +122,8 @@ class Captioning:
         self.source, self.processor, self.strategy = source, processor, strategy
         self.tokenizer, self.batch_size = tokenizer or available_tokenizer(), batch_size
         self.samples = 0
+        self.keys: list[str] = []
+        self.per_sample: dict[str, list[float]] = {}
         self.reasons = dict(UNAVAILABLE)
         self.details: dict[str, Any] = {}
         self.predictions: list[Prediction] = []

@@ -1,9 +1,10 @@
 """The JSON result of a command: what was run, on how many samples, and the figures that came out."""
 
+import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,17 +31,39 @@ class Evaluator(Protocol):
 
     Attributes:
         samples: how many there were.
+        keys: of the samples, in their order.
+        per_sample: of each figure that is a mean over samples, the value of each sample. What is counted in other
+            units is spread over the samples they belong to.
         reasons: figures that could not be computed, with the reason.
         details: what else belongs into the result, beside the figures.
     """
 
     samples: int
+    keys: list[str]
+    per_sample: dict[str, list[float]]
     reasons: dict[str, str]
     details: dict[str, Any]
 
     def run(self, model: Any) -> Iterator[tuple[str, float]]:
         """Name and value of each figure that can be computed."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerSample:
+    """A figure's value for each sample; the figure is their mean.
+
+    Attributes:
+        samples: a digest of the samples' keys, in their order: values of two results pair up where it is the same.
+    """
+
+    samples: str
+    values: Sequence[float]
+
+    @classmethod
+    def of(cls, keys: Sequence[str], values: Sequence[float]) -> "PerSample":
+        """Values of the samples with these keys."""
+        return cls(samples=hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:16], values=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +75,7 @@ class Result:
         seed: of the run; None if nothing random took part.
         samples: that the figures rest on.
         figures: name to number, or to None with the reason under the same name in `reasons`.
+        per_sample: of the figures that are means over samples, what they are means of.
         details: further keys of the file, such as `bleu_stats`.
 
     Raises:
@@ -63,13 +87,14 @@ class Result:
     samples: int
     figures: Mapping[str, float | None]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    per_sample: Mapping[str, PerSample] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unexplained = [name for name, value in self.figures.items() if value is None and name not in self.reasons]
         if unexplained:
             raise ValueError(f"figures without a value or a reason: {', '.join(unexplained)}")
-        taken = {"command", "versions", "seed", "samples", "figures", "reasons"} & self.details.keys()
+        taken = {"command", "versions", "seed", "samples", "figures", "reasons", "per_sample"} & self.details.keys()
         if taken:
             raise ValueError(f"details would overwrite the result's own keys: {', '.join(sorted(taken))}")
 
@@ -83,12 +108,23 @@ class Result:
             if not finite:
                 reasons.setdefault(name, f"came out as {value}, which is no finite number")
         own = {"command": self.command, "versions": versions(), "seed": self.seed, "samples": self.samples}
-        return own | {"figures": figures, "reasons": reasons} | dict(self.details)
+        content = own | {"figures": figures, "reasons": reasons} | dict(self.details)
+        if self.per_sample:
+            content["per_sample"] = {name: vars(values) for name, values in self.per_sample.items()}
+        return content
 
     def write(self, path: str | Path) -> None:
-        """Writes the file, whole or not at all; its folder is made if need be."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_text(path, text)
+        """Writes the file, whole or not at all; its folder is made if need be. A figure's values for the samples, which
+        may be many thousands, take one line."""
+        content = self.to_dict()
+        per_sample = content.pop("per_sample", {})
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        if per_sample:
+            lines = (
+                f"    {json.dumps(name)}: {json.dumps(found, allow_nan=False)}" for name, found in per_sample.items()
+            )
+            text = text.removesuffix("\n}") + ',\n  "per_sample": {\n' + ",\n".join(lines) + "\n  }\n}"
+        write_text(path, text + "\n")
 
 
 def measure(evaluator: Evaluator, model: Any, *, command: str, seed: int | None = None) -> Result:
@@ -100,6 +136,7 @@ def measure(evaluator: Evaluator, model: Any, *, command: str, seed: int | None 
         samples=evaluator.samples,
         figures=figures | dict.fromkeys(evaluator.reasons),
         reasons=evaluator.reasons,
+        per_sample={name: PerSample.of(evaluator.keys, values) for name, values in evaluator.per_sample.items()},
         details=evaluator.details,
     )
 

@@ -52,6 +52,8 @@ class Retrieval:
     def __init__(self, source: Source, processor: Processor, *, ks: Sequence[int] = (1, 5, 10), batch_size: int = 64):
         self.source, self.processor, self.ks, self.batch_size = source, processor, tuple(ks), batch_size
         self.samples = 0
+        self.keys: list[str] = []
+        self.per_sample: dict[str, list[float]] = {}
         self.reasons: dict[str, str] = {}
         self.details: dict[str, Any] = {}
         self.features: Features | None = None

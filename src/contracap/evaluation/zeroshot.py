@@ -60,6 +60,8 @@ class ZeroShot:
         self.source, self.processor, self.batch_size = source, processor, batch_size
         self.classes, self.templates = check_classes(classes), check_templates(templates)
         self.samples = 0
+        self.keys: list[str] = []
+        self.per_sample: dict[str, list[float]] = {}
         self.reasons: dict[str, str] = {}
         self.details: dict[str, Any] = {}
         self.labels: list[int] = []
