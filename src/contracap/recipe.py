@@ -101,8 +101,10 @@ class Recipe:
             raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
         if self.wandb is not None and not self.wandb.strip():
             raise ValueError(f"wandb is {self.wandb!r}; give the project's name, or leave the key out")
-        if self.evaluation.captions and self.model_config.decoder is None:
-            raise ValueError(f"{self.size} has no decoder and writes no captions: leave evaluation.captions out")
+        if self.evaluation.writes and self.model_config.decoder is None:
+            raise ValueError(
+                f"{self.size} has no decoder and writes no captions: leave evaluation.captions and tasks that write out"
+            )
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
         if self.loss.captioning and self.model_config.decoder is None:
