@@ -22,9 +22,9 @@ h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(-
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; }
-td.number, th.number { text-align: right; }
-img { display: block; image-rendering: pixelated; border-radius: 4px; width: 72px; height: 72px;
-  object-fit: cover; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+img { display: block; border-radius: 4px; width: 72px; height: 72px;
+  object-fit: cover; } img[src^="data:image/png"] { image-rendering: pixelated; }
 figure { margin: 0; } figcaption { font-size: .85rem; line-height: 1.3; margin-top: .3rem; overflow-wrap: anywhere; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
 .gallery img { width: 100%; height: auto; max-width: 12rem; }
@@ -34,7 +34,7 @@ figure { margin: 0; } figcaption { font-size: .85rem; line-height: 1.3; margin-t
 .pairs img { width: 100%; height: auto; max-height: 12rem; object-fit: contain; object-position: left top;
   image-rendering: auto; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }
-.pairs ul { margin: .3rem 0; padding-left: 1.1rem; } .faint { opacity: .65; }
+figcaption ul { margin: .3rem 0; padding-left: 1.1rem; } .faint { opacity: .65; }
 .good, .bad { border: 3px solid var(--good); } .bad { border-color: var(--bad); }
 .good-text { color: var(--good); } .bad-text { color: var(--bad); }
 .heat td, .heat th { padding: .2rem .4rem; border: 1px solid var(--line); } .heat td { text-align: right; }
@@ -147,7 +147,8 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
 
     Args:
         title: above the chart.
-        curves: name to points (x, y), in the order of x; points that are not finite are left out.
+        curves: name to points (x, y), in the order of x; points that are not finite are left out. A name of "" is not
+            printed: the title says it.
         across: what x is.
 
     Raises:
@@ -159,7 +160,7 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
     points = [point for curve in shown.values() for point in curve]
     if not points:
         raise ValueError(f"no point to draw in the chart {title!r}")
-    width, height, left, right, top, bottom = 340, 220, 42, 10, 26, 34
+    width, height, left, right, top, bottom = 340, 220, 48, 10, 26, 34
     (x_low, x_high), (y_low, y_high) = (_range(values) for values in zip(*points, strict=True))
     y_low = min(0.0, y_low)
 
@@ -181,6 +182,8 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
     for number, (name, curve) in enumerate(shown.items()):
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
         parts.append(f'<polyline class="curve curve{number}" points="{line}"/>')
+        if not name:
+            continue
         key = left + 6 + number * 105
         parts.append(f'<circle class="key{number}" cx="{key}" cy="{height - 8}" r="4"/>')
         parts.append(f'<text x="{key + 8}" y="{height - 4}">{text(name)}</text>')

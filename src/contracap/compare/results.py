@@ -46,14 +46,16 @@ def _result(content: Any) -> Result:
             raise ValueError(f"figure {name} is {value!r}; it must be a number or null")
     if not isinstance(samples, int):
         raise ValueError(f"samples is {samples!r}; it must be how many there were")
-    reasons = {name: "no reason was given" for name, value in figures.items() if value is None}
-    per_sample = content.get("per_sample", {})
+    reasons, per_sample = content.get("reasons", {}), content.get("per_sample", {})
+    if not isinstance(reasons, dict) or not isinstance(per_sample, dict):
+        raise ValueError("`reasons` and `per_sample` must be objects, with a key for each figure")
+    unexplained = {name: "no reason was given" for name, value in figures.items() if value is None}
     return Result(
         command=str(content.get("command", "")),
         seed=content.get("seed"),
         samples=samples,
-        figures=figures,
-        reasons=reasons | content.get("reasons", {}),
+        figures={name: None if value is None else float(value) for name, value in figures.items()},
+        reasons=unexplained | reasons,
         per_sample={name: _values(name, found, figures) for name, found in per_sample.items()},
         details={name: value for name, value in content.items() if name not in OWN},
     )
@@ -66,7 +68,7 @@ def _values(name: str, found: Any, figures: Mapping[str, Any]) -> PerSample:
     figure, mean = figures.get(name), math.fsum(values) / len(values)
     if figure is None or not math.isclose(figure, mean, rel_tol=1e-5, abs_tol=1e-6):
         raise ValueError(f"figure {name} is {figure}, but the mean of its values is {mean}: the file is damaged")
-    return PerSample(samples=str(found.get("samples")), values=values)
+    return PerSample(samples=str(found.get("samples")), values=[float(value) for value in values])
 
 
 def _is_number(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contracap.page import Html, chart, charts
+from contracap.page import Html, chart, charts, paragraph
 
 MOST_POINTS = 300  # of a curve; of a longer one, neighbours are averaged
 SERIES = {  # what is drawn of each step's record: title to the names of up to three curves
@@ -31,14 +31,23 @@ def curves(records: Sequence[Mapping[str, Any]]) -> Html:
         drawn = {label: thinned(points) for label, points in drawn.items() if points}
         if drawn:
             made.append(chart(title, drawn, across="step"))
-    return charts(made)
+    most = max((len(_points(records, name)) for names in series.values() for name in names.values()), default=0)
+    size = _neighbours(most)
+    return Html(
+        charts(made) + (paragraph(f"Of the longest curves each point is the mean of {size}.") if size > 1 else "")
+    )
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """At most `most` points: of more, means of equally many neighbours."""
-    size = -(-len(points) // most)
+    size = _neighbours(len(points), most)
     parts = (points[first : first + size] for first in range(0, len(points), size)) if points else ()
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _neighbours(points: int, most: int = MOST_POINTS) -> int:
+    """How many points become one."""
+    return -(-points // most)
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> list[Point]:

@@ -68,21 +68,18 @@ def measured(recipe: Recipe, model: CoCa, processor: Processor, checkpoint: str)
     except (ValueError, FileNotFoundError) as error:
         logger.warning("nothing was measured: %s", error)
         return {"Figures": [paragraph(f"Nothing was measured: {error}")]}
-    rows, sections = [], {}
+    rows, missing, sections = [], [], {}
     for name, evaluator in evaluators.items():
         logger.info("measuring %s", name)
         figures = dict(evaluator.run(model))
         rows += [(name, figure, f"{100 * value:.2f}", f"{evaluator.samples:,}") for figure, value in figures.items()]
-        rows += [(name, figure, "missing", reason) for figure, reason in evaluator.reasons.items()]
+        missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in evaluator.reasons.items()]
         parts = list(sections_of(evaluator))
         if parts:
             sections[name] = parts
     head = ("task", "figure", "times 100", "samples")
-    figures = [
-        paragraph(f"Measured with {checkpoint} on {what}."),
-        *([table(head, rows, numbers=(2, 3))] if rows else []),
-    ]
-    return {"Figures": figures} | sections
+    shown = [table(head, rows, numbers=(2, 3))] if rows else []
+    return {"Figures": [paragraph(f"Measured with {checkpoint} on {what}."), *shown, *missing]} | sections
 
 
 def _evaluators(recipe: Recipe, processor: Processor) -> tuple[dict[str, Evaluator], str]:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.captioning import Captioning, Prediction
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.zeroshot import ZeroShot
@@ -12,7 +12,7 @@ from contracap.report.grids import best_pictures, best_texts, caption_grid, pict
 from contracap.report.pictures import chosen_samples, shown
 
 QUERIES = 8  # of each direction of retrieval
-CARDS = 6  # captions of each kind
+CARDS = 5  # captions of each kind
 MOST_CLASSES = 25  # of a whole confusion matrix
 MOST_PAIRS = 20  # of one with more classes
 
@@ -56,16 +56,7 @@ def captioned(evaluator: Captioning) -> Iterator[Html]:
     yield paragraph("Captions by their CIDEr, which is printed times 100; below each what people wrote.")
     for kind, rows in kinds.items():
         yield Html(f"<h3>{kind}</h3>\n")
-        yield gallery(
-            (
-                shown(samples[row]),
-                Html(
-                    f"<b>{text(predictions[row].prediction)}</b> <span class='faint'>{100 * predictions[row].cider:.0f}"
-                    f"</span><br>{'<br>'.join(text(caption) for caption in predictions[row].captions)}"
-                ),
-            )
-            for row in rows
-        )
+        yield gallery((shown(samples[row]), _beneath(predictions[row])) for row in rows)
 
 
 def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequence[int]) -> Iterator[Html]:
@@ -86,6 +77,15 @@ def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequenc
             for (label, taken), count in wrong
         ],
         numbers=(2, 3),
+    )
+
+
+def _beneath(prediction: Prediction) -> Html:
+    """What was written for a picture, how it scored, and what people wrote."""
+    references = "".join(f"<li>{text(caption)}</li>" for caption in prediction.captions)
+    return Html(
+        f'<b>{text(prediction.prediction)}</b> <span class="faint">{100 * prediction.cider:.0f}</span>'
+        f"<ul>{references}</ul>"
     )
 
 
