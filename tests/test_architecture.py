@@ -53,11 +53,12 @@ MAY_IMPORT = {
     "demo": "demo web evaluation generation data model tokenizer image processor page",
     "serve": "serve web evaluation generation model image page processor",
     "quickstart": "*",
+    "study": "*",
     "cli": "*",
     "__main__": "cli",
 }
 OPEN = {"config", "files"}
-LAST = {"quickstart", "compare", "report", "cli"}  # only those above import these
+LAST = {"quickstart", "study", "compare", "report", "cli"}  # only those above import these
 ABOVE = {"study", "cli", "__main__"}
 FOREIGN = {  # and where they are at home, if anywhere
     "torchvision": "",

@@ -113,7 +113,7 @@ class Recipe:
     @property
     def model_config(self) -> CoCaConfig:
         """The size, with the recipe's changes."""
-        return build(CoCaConfig, _merged(to_dict(find_size(self.size)), self.model))
+        return build(CoCaConfig, merged(to_dict(find_size(self.size)), self.model))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -124,9 +124,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_toml(path, Recipe, overrides)
 
 
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with some of them changed."""
     return dict(values) | {
-        name: _merged(values[name], change)
+        name: merged(values[name], change)
         if isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
         else change
         for name, change in changes.items()

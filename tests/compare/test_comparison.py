@@ -73,7 +73,7 @@ def test_a_missing_figure_is_shown_with_its_reason() -> None:
     assert (row.a, row.b, row.gap) == (0.3, None, None)
     assert "| SPICE | 30.00 | missing |" in markdown(comparison)
     assert "- SPICE: CLIP: SPICE needs a jar" in markdown(comparison)
-    content = comparison.result().to_dict()
+    content = comparison.result(command="made here").to_dict()
     assert content["figures"] == {"SPICE": None}
     assert content["reasons"] == {"SPICE": "CLIP: SPICE needs a jar"}
 

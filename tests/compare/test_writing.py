@@ -37,7 +37,7 @@ def test_the_verb_writes_a_figure_a_page_tables_and_a_result(tmp_path: Path, cap
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     comparison = compare([result({"cifar10/acc1": HITS})], [result({"cifar10/acc1": FEWER})])
     for folder in ("first", "second"):
-        write(comparison, tmp_path / folder)
+        write(comparison, tmp_path / folder, command="made here")
     for name in FILES:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
@@ -45,7 +45,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 def test_the_page_asks_the_network_for_nothing_and_escapes_names(tmp_path: Path) -> None:
     evil = "<script>x</script>"
     comparison = compare([result({evil: HITS})], [result({evil: FEWER})], names=("<b>A", "B"))
-    write(comparison, tmp_path)
+    write(comparison, tmp_path, command="made here")
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "<script" not in html and "<b>A" not in html
     assert "http" not in html
@@ -58,7 +58,7 @@ def test_the_figure_grows_with_the_tasks(tmp_path: Path) -> None:
     heights = []
     for tasks in (2, 20):
         values = {f"task{number}/acc1": HITS for number in range(tasks)}
-        write(compare([result(values)], [result(values)]), tmp_path)
+        write(compare([result(values)], [result(values)]), tmp_path, command="made here")
         with Image.open(tmp_path / "compare.png") as picture:
             heights.append(picture.height)
     assert heights[1] > 2 * heights[0]

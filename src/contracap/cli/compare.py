@@ -5,6 +5,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from contracap.cli.options import command_line
+
 Results = Annotated[Path, arg(metavar="RESULTS.json", help="what contracap evaluate wrote with --json")]
 
 
@@ -28,7 +30,7 @@ def compare(
     from contracap.compare.writing import write
 
     comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))
-    write(comparison, out)
+    write(comparison, out, command=command_line())
     print(markdown(comparison))
     print(f"the figure: {out / 'compare.svg'}\nthe page: {out / 'compare.html'}")
 

@@ -1,7 +1,5 @@
 """What two systems reach, figure by figure, and how sure the gap between them is."""
 
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -85,10 +83,10 @@ class Comparison:
         drawn = [row for row in drawn if row.name in HEADLINES] or drawn
         return tuple(sorted(drawn, key=lambda row: -(row.gap or 0.0)))
 
-    def result(self) -> Result:
+    def result(self, *, command: str) -> Result:
         """The gaps as a JSON result; what belongs to them stands under `rows`."""
         return Result(
-            command=shlex.join(["contracap", *sys.argv[1:]]),
+            command=command,
             seed=self.seed,
             samples=self.samples,
             figures={row.figure: row.gap for row in self.rows},

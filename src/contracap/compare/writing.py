@@ -9,7 +9,7 @@ from contracap.files import replacing, write_text
 from contracap.page import drawing, page, paragraph, table
 
 
-def write(comparison: Comparison, folder: Path) -> None:
+def write(comparison: Comparison, folder: Path, *, command: str) -> None:
     """Writes compare.svg, .png, .html, .md, .csv, .tex and results.json to a folder, each whole or not at all.
 
     Raises:
@@ -28,7 +28,7 @@ def write(comparison: Comparison, folder: Path) -> None:
             partial.write_bytes(content)
     for ending, text in texts.items():
         write_text(folder / f"compare.{ending}", text)
-    comparison.result().write(folder / "results.json")
+    comparison.result(command=command).write(folder / "results.json")
 
 
 def compare_page(comparison: Comparison, drawn: Drawing) -> str:
