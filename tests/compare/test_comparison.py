@@ -37,7 +37,8 @@ def test_runs_are_averaged_and_keep_their_own_gaps() -> None:
     assert (row.a, row.b, row.gap) == (0.625, 0.25, 0.375)
     assert row.gaps == (0.25, 0.5)
     assert comparison.runs == 2
-    assert "gap 2" in markdown(comparison).splitlines()[0]
+    assert "| +37.50 | +25.00 +50.00 |" in markdown(comparison)
+    assert "gap_2" in to_csv(comparison).splitlines()[0]
 
 
 def test_many_figures_make_each_p_value_larger() -> None:
@@ -126,7 +127,10 @@ def test_printed_scores_are_times_100_but_seconds_are_seconds() -> None:
 
 
 def test_latex_is_escaped() -> None:
-    made = latex(compare(*whole(), names=("CoCa_L", "50 % & CLIP")))
+    b, a = whole()
+    assert "& $-$12.50 &" in latex(compare(a, b, names=("A-1", "B-1")))
+    assert "A-1 & B-1" in latex(compare(a, b, names=("A-1", "B-1")))
+    made = latex(compare(b, a, names=("CoCa_L", "50 % & CLIP")))
     body = made[made.index(r"\toprule") :]
     assert r"CoCa\_L & 50 \% \& CLIP & gap" in body
     assert r"flickr8k/Bleu\_4 & 25.00" in body

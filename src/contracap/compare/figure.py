@@ -70,7 +70,8 @@ def _draw_scores(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> No
 
 
 def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None:
-    """The gap of each task, and the interval where there is one; grey where that holds zero."""
+    """The gap of each task, of several runs also each one's, and the interval where there is one; grey where that
+    holds zero."""
     for place, row in enumerate(rows):
         gap = row.gap or 0.0
         color = _color(row)
@@ -78,6 +79,8 @@ def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None
         if row.low is not None and row.high is not None:
             axes.hlines(place, 100 * row.low, 100 * row.high, color="black", linewidth=1.2)
             axes.plot([100 * row.low, 100 * row.high], [place, place], "|", color="black", markersize=6)
+        if comparison.runs > 1:
+            axes.plot([100 * one for one in row.gaps], [place] * comparison.runs, "o", color="black", mfc="white", ms=4)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel(f"{comparison.names[0]} minus {comparison.names[1]}, x 100; 95 % interval")
     axes.set_title("(b) gap", loc="left")

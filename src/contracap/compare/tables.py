@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 from contracap.compare.comparison import UNITS, Comparison, Row
@@ -12,11 +13,12 @@ LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
+MINUS = re.compile(r"(?<![^ ])-(?=\d)")  # a sign, not the hyphen of a name
 
 
 def headings(comparison: Comparison) -> list[str]:
     """Names of the columns of `cells`."""
-    runs = [f"gap {number}" for number in range(1, comparison.runs + 1)] if comparison.runs > 1 else []
+    runs = ["each run"] if comparison.runs > 1 else []
     return ["figure", *comparison.names, "gap", *runs, "95 % interval", "p", "p (Holm)"]
 
 
@@ -30,14 +32,13 @@ def cells(row: Row, comparison: Comparison) -> list[str]:
     def gap(value: float | None) -> str:
         return "" if value is None else f"{factor * value:+.2f}"
 
-    runs = list(row.gaps) if row.gaps else [None] * comparison.runs
     interval = "" if row.low is None else f"{gap(row.low)} to {gap(row.high)}"
     return [
         row.figure,
         score(row.a),
         score(row.b),
         gap(row.gap),
-        *(map(gap, runs) if comparison.runs > 1 else ()),
+        *([" ".join(map(gap, row.gaps))] if comparison.runs > 1 else ()),
         interval,
         probability(row.p),
         probability(row.p_holm),
@@ -69,8 +70,8 @@ def method(comparison: Comparison) -> str:
     if comparison.runs > 1:
         drawn, tested = f"the samples and of the {comparison.runs} pairs of runs", ", averaged over the runs,"
         limits = (
-            "With so few runs the interval covers less than it says where runs differ more than samples do; p speaks "
-            "of these runs, not of others."
+            "The interval speaks of other runs, too, but of so few it covers less than it says where runs differ more "
+            "than samples do; p speaks of these runs alone."
         )
     else:
         drawn, tested = "the samples", ""
@@ -109,7 +110,8 @@ def latex(comparison: Comparison) -> str:
     head = headings(comparison)
 
     def line(texts: Sequence[str]) -> str:
-        return " & ".join(text.translate(LATEX) for text in texts) + r" \\"
+        figure, *numbers = (text.translate(LATEX) for text in texts)
+        return " & ".join([figure, *(MINUS.sub("$-$", number) for number in numbers)]) + r" \\"
 
     rows = "\n".join(line(cells(row, comparison)) for row in comparison.rows)
     return (

@@ -39,10 +39,7 @@ def compare_page(comparison: Comparison, drawn: Drawing) -> str:
     sections = {
         "": [
             drawing(drawn.svg, alt=f"scores of {a} and {b} per task, and the gap between them"),
-            paragraph(
-                f"Blue: {a} is ahead and the interval says so; orange: {b}; grey: the interval holds zero, or there is "
-                "none. The figure shows what each kind of task is known by; the table holds everything."
-            ),
+            paragraph(_legend(comparison)),
         ],
         "All figures": [
             table(head, rows, numbers=range(1, len(head))),
@@ -51,3 +48,12 @@ def compare_page(comparison: Comparison, drawn: Drawing) -> str:
         ],
     }
     return page(f"{a} and {b}", sections)
+
+
+def _legend(comparison: Comparison) -> str:
+    a, b = comparison.names
+    dots = " Dots: the pairs of runs." if comparison.runs > 1 else ""
+    return (
+        f"Blue: {a} is ahead and the interval says so; orange: {b}; grey: the interval holds zero, or there is none."
+        f"{dots} The figure shows what each kind of task is known by; the table holds everything."
+    )
