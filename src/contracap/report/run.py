@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,8 @@ def write_report(run: Path) -> Path:
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is no run folder: it has no {name}; give the `out` of contracap train")
     recipe = load_recipe(run / "recipe.toml")
-    try:
+    with _naming(run / METRICS_FILE):
         records = read_metrics(run)
-    except ValueError as error:
-        raise ValueError(f"{run / METRICS_FILE} holds a line that is not JSON: {error}") from None
     last = run / "checkpoints" / "last"
     sections: dict[str, list[Html]] = {"": [paragraph(_progress(records, recipe)), _facts(recipe)]}
     if records:
@@ -56,7 +55,8 @@ def write_report(run: Path) -> Path:
     else:
         sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
     if (run / CAPTIONS_FILE).is_file():
-        sections["Captions on the way"] = [captions_on_the_way(run / CAPTIONS_FILE)]
+        with _naming(run / CAPTIONS_FILE):
+            sections["Captions on the way"] = [captions_on_the_way(run / CAPTIONS_FILE)]
     write_text(run / PAGE, page(f"{run.absolute().name}: {recipe.size}", sections).encode("utf-8", "replace").decode())
     return run / PAGE
 
@@ -71,7 +71,12 @@ def measured(recipe: Recipe, model: CoCa, processor: Processor, checkpoint: str)
     rows, missing, sections = [], [], {}
     for name, evaluator in evaluators.items():
         logger.info("measuring %s", name)
-        figures = dict(evaluator.run(model))
+        try:
+            figures = dict(evaluator.run(model))
+        except ValueError as error:  # such as weights that are NaN: the curves show when they became so
+            logger.warning("%s was not measured: %s", name, error)
+            missing.append(paragraph(f"{name} was not measured: {error}"))
+            continue
         rows += [(name, figure, f"{100 * value:.2f}", f"{evaluator.samples:,}") for figure, value in figures.items()]
         missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in evaluator.reasons.items()]
         parts = list(sections_of(evaluator))
@@ -148,3 +153,12 @@ def _fact_rows(recipe: Recipe, sources: str) -> Iterator[tuple[str, str]]:
     )
     yield "precision", recipe.precision
     yield "seed", str(recipe.seed)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with a line is said with its file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} holds a line that is not JSON: {error}") from None

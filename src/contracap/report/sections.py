@@ -23,7 +23,7 @@ def sections_of(evaluator: Evaluator) -> Iterator[Html]:
         yield from retrieved(evaluator)
     elif isinstance(evaluator, Captioning):
         yield from captioned(evaluator)
-    elif isinstance(evaluator, ZeroShot):
+    elif isinstance(evaluator, ZeroShot) and evaluator.labels:  # pictures of several classes have none
         yield from confused(evaluator.classes, evaluator.labels, evaluator.predictions)
 
 
@@ -48,7 +48,12 @@ def retrieved(evaluator: Retrieval) -> Iterator[Html]:
 def captioned(evaluator: Captioning) -> Iterator[Html]:
     """The best, the median and the worst captions by CIDEr."""
     predictions = evaluator.predictions
-    order = sorted(range(len(predictions)), key=lambda row: -predictions[row].cider)
+    if any(prediction.cider is None for prediction in predictions):
+        yield paragraph(
+            "Without CIDEr, which was not measured, nobody knows which captions are the best and the worst."
+        )
+        return
+    order = sorted(range(len(predictions)), key=lambda row: -(predictions[row].cider or 0.0))
     count = min(CARDS, max(1, len(order) // 3))
     middle = (len(order) - count) // 2
     kinds = {"Best": order[:count], "Median": order[middle : middle + count], "Worst": order[-count:]}
@@ -84,7 +89,7 @@ def _beneath(prediction: Prediction) -> Html:
     """What was written for a picture, how it scored, and what people wrote."""
     references = "".join(f"<li>{text(caption)}</li>" for caption in prediction.captions)
     return Html(
-        f'<b>{text(prediction.prediction)}</b> <span class="faint">{100 * prediction.cider:.0f}</span>'
+        f'<b>{text(prediction.prediction)}</b> <span class="faint">{100 * (prediction.cider or 0.0):.0f}</span>'
         f"<ul>{references}</ul>"
     )
 
