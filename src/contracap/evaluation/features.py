@@ -73,9 +73,10 @@ def finite(features: Tensor, what: str) -> Float32[Tensor, "row embed"]:
     Raises:
         ValueError: if one is NaN or infinite: comparisons with NaN are false, which would count as perfect ranks.
     """
-    if not features.isfinite().all():
+    features = features.float()
+    if not features.sum(dim=1).isfinite().all():  # so many numbers, rather than as many as there are features
         raise ValueError(f"the model's features of {what} are not finite (NaN or infinite): its weights are broken")
-    return features.float()
+    return features
 
 
 @contextmanager
