@@ -7,6 +7,7 @@ from typing import Any
 
 from contracap.data.shards import list_shards
 from contracap.evaluation.features import picture_pixels, sample_batches
+from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, load_classes, load_templates
@@ -81,16 +82,18 @@ class SampleCaption:
 class Suite:
     """The evaluators of an `EvaluationConfig`, in the shape of one.
 
-    The same on every rank: of a model that is shared out, every rank must run it to its end. Such a model must have
-    made a training step before: FSDP keeps the tensors that its first pass gathers into, and those of inference mode
-    cannot be trained on.
+    Every rank must run it to its end: they share the pictures to rank, and maybe the model, which must have made a
+    training step before then: FSDP keeps the tensors that its first pass gathers into, and those of inference mode
+    cannot be trained on. The figures are the same on every rank.
 
     Attributes:
         captions: written by the last `run`, ready for JSON.
     """
 
-    def __init__(self, config: EvaluationConfig, processor: Processor):
-        """Raises: FileNotFoundError, ValueError: if shards are missing, or a file does not hold what it should, such as
+    def __init__(self, config: EvaluationConfig, processor: Processor, processes: Processes = ALONE):
+        """`processes`: the ranks.
+
+        Raises: FileNotFoundError, ValueError: if shards are missing, or a file does not hold what it should, such as
         a label in the first sample of `zeroshot`."""
         tables = [table.data for table in (config.zeroshot, config.captions) if table is not None]
         for data in [*tables, *([config.retrieval] if config.retrieval is not None else [])]:
@@ -98,7 +101,7 @@ class Suite:
         self._config, self._processor = config.captions, processor
         self._evaluators: dict[str, Evaluator] = {}
         if config.retrieval is not None:
-            self._evaluators["retrieval"] = Retrieval(config.retrieval, processor)
+            self._evaluators["retrieval"] = Retrieval(config.retrieval, processor, processes=processes)
         if (zeroshot := config.zeroshot) is not None:
             templates = load_templates(zeroshot.templates) if zeroshot.templates else TEMPLATES
             classes = load_classes(zeroshot.classes)
