@@ -70,23 +70,31 @@ def evaluate(
 
 def bench(
     name: Annotated[
-        Literal["data", "train", "generate"], arg(metavar="NAME", help="what to measure: data, train or generate")
+        Literal["data", "train", "generate", "retrieval"],
+        arg(metavar="NAME", help="what to measure: data, train, generate or retrieval"),
     ],
     /,
     *,
     rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
     device: Annotated[Literal["cpu", "cuda"], arg(help="for train and generate")] = "cpu",
-    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for train and generate, which rows; all if none")] = (),
+    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for all but data, which rows; all if none")] = (),
     json: ResultFile = None,
 ) -> None:
     """Measure speed and memory, beside open_clip in the same run where it is installed."""
     from contracap.bench.data import bench_data
     from contracap.bench.generate import bench_generate
+    from contracap.bench.retrieval import bench_retrieval
     from contracap.bench.train import bench_train
 
     training = partial(bench_train, device=device, rows=rows)
     generating = partial(bench_generate, device=device, rows=rows, report=_report)
-    benchmark = {"data": bench_data, "train": training, "generate": generating}[name](rounds=rounds)
+    benchmarks = {
+        "data": bench_data,
+        "train": training,
+        "generate": generating,
+        "retrieval": partial(bench_retrieval, rows=rows, report=_report),
+    }
+    benchmark = benchmarks[name](rounds=rounds)
     if json is not None:
         benchmark.result(command_line()).write(json)
     print(benchmark.table())

@@ -5,6 +5,7 @@ from typing import Literal
 
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.features import sample_batches
+from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, load_classes, load_templates
@@ -48,8 +49,11 @@ class TaskConfig:
         return self.task == "captioning"
 
 
-def build_evaluator(config: TaskConfig, processor: Processor) -> Evaluator:
+def build_evaluator(config: TaskConfig, processor: Processor, processes: Processes = ALONE) -> Evaluator:
     """What measures a task. Its files and its first sample are looked at: a wrong path is found now, not hours later.
+
+    Args:
+        processes: those that run it together, each with an evaluator of its own.
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
@@ -61,5 +65,5 @@ def build_evaluator(config: TaskConfig, processor: Processor) -> Evaluator:
         evaluator.label(first)
         return evaluator
     if config.task == "retrieval":
-        return Retrieval(config.data, processor)
+        return Retrieval(config.data, processor, processes=processes)
     return Captioning(config.data, processor, strategy=build_strategy(config.strategy, config.settings))
