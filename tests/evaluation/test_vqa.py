@@ -97,7 +97,7 @@ def test_each_picture_is_encoded_once_with_all_its_questions(pair, monkeypatch) 
 )
 def test_written_answers_are_what_the_captioner_writes_behind_the_question(pair, strategy) -> None:
     model, processor = pair
-    evaluator = VQA(pictures(*WORLD), processor, strategy=strategy, template="q: {} a:", batch_size=8)
+    evaluator = VQA(pictures(*WORLD), processor, strategy=strategy, prompt="q: {} a:", batch_size=8)
     dict(evaluator.run(model))
     flat = [(colour, question) for colour, about in WORLD for question in about]
     pixels = processor.images([sample("", colour).image for colour, _ in flat])
@@ -188,8 +188,8 @@ def test_a_file_of_questions_is_a_source(pair, tmp_path: Path) -> None:
 def test_what_cannot_be_asked_is_refused(pair) -> None:
     model, processor = pair
     world = pictures(*WORLD)
-    with pytest.raises(ValueError, match=r"the template 'question:' has no \{\}"):
-        VQA(world, processor, template="question:")
+    with pytest.raises(ValueError, match=r"the prompt 'question:' has no \{\}"):
+        VQA(world, processor, prompt="question:")
     with pytest.raises(ValueError, match="'yes' is named twice"):
         VQA(world, processor, answers=["yes", "no", "yes"])
     with pytest.raises(ValueError, match="another strategy than rerank"):

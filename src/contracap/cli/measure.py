@@ -18,7 +18,7 @@ def evaluate(
     weights: WeightsName,
     /,
     *,
-    task: Annotated[Literal["retrieval", "captioning", "zeroshot"] | None, arg(help="what to measure")] = None,
+    task: Annotated[Literal["retrieval", "captioning", "zeroshot", "vqa"] | None, arg(help="what to measure")] = None,
     data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")] = (),
     classes: Annotated[
         str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of names, or a JSON object with `classes`")
@@ -26,7 +26,14 @@ def evaluate(
     templates: Annotated[
         str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of prompts, {} where the name goes")
     ] = None,
-    strategy: StrategyName = "beam",
+    answers: Annotated[
+        str | None,
+        arg(metavar="FILE", help="for vqa: a JSON list of answers to choose from, or a JSON object with `answers`"),
+    ] = None,
+    prompt: Annotated[
+        str, arg(metavar="TEXT", help="for vqa: what comes before an answer, {} where the question goes")
+    ] = "question: {} answer:",
+    strategy: StrategyName | None = None,
     settings: Settings = (),
     tasks: Annotated[
         Path | None,
@@ -53,11 +60,18 @@ def evaluate(
         result = measure_tasks(build_evaluators(wanted, processor), model, command=command_line())
     elif task is None:
         raise ValueError(
-            "say what to measure: --task retrieval, captioning or zeroshot, or a file of tasks, --tasks FILE"
+            "say what to measure: --task retrieval, captioning, zeroshot or vqa, or a file of tasks, --tasks FILE"
         )
     else:
         config = TaskConfig(
-            task=task, data=data, classes=classes, templates=templates, strategy=strategy, settings=settings
+            task=task,
+            data=data,
+            classes=classes,
+            templates=templates,
+            answers=answers,
+            prompt=prompt,
+            strategy=strategy,
+            settings=settings,
         )
         model, processor = load_model(weights, size, int8=int8)
         result = measure(build_evaluator(config, processor), model, command=command_line())

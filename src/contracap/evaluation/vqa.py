@@ -18,7 +18,7 @@ from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
-TEMPLATE = "question: {} answer:"
+PROMPT = "question: {} answer:"
 # As long as a model's context allows; an answer may be a single word.
 STRATEGY = Greedy(max_tokens=76, min_tokens=0)
 
@@ -56,7 +56,7 @@ class VQA:
         processor: Processor,
         *,
         answers: Sequence[str] = (),
-        template: str = TEMPLATE,
+        prompt: str = PROMPT,
         strategy: Strategy = STRATEGY,
         strict: bool = True,
         batch_size: int = 16,
@@ -65,18 +65,18 @@ class VQA:
 
         Args:
             answers: the model chooses the likeliest of these; without any, it writes.
-            template: what a question is put into, at {}, before the answer follows.
+            prompt: what a question is put into, at {}, before the answer follows.
             strategy: how an answer is written; its `max_tokens` counts the question, too, and is cut to the model's
                 context.
             strict: as in `accuracy`.
             batch_size: pictures at a time, with all their questions.
 
         Raises:
-            ValueError: if the template has no {}, an answer is named twice, or the strategy writes no answers.
+            ValueError: if the prompt has no {}, an answer is named twice, or the strategy writes no answers.
         """
-        if "{}" not in template:
-            raise ValueError(f"the template {template!r} has no {{}} for the question")
-        self.source, self.processor, self.template = source, processor, template
+        if "{}" not in prompt:
+            raise ValueError(f"the prompt {prompt!r} has no {{}} for the question")
+        self.source, self.processor, self.prompt = source, processor, prompt
         self.strict, self.batch_size = strict, batch_size
         self.answer = Chosen(answers) if answers else Written(strategy)
         self.samples = 0
@@ -125,7 +125,7 @@ class VQA:
 
     def _prompt(self, question: Question) -> tuple[int, ...]:
         tokenizer = self.processor.tokenizer
-        prompt = tuple(tokenizer.encode(self.template.replace("{}", question.text)))
+        prompt = tuple(tokenizer.encode(self.prompt.replace("{}", question.text)))
         if tokenizer.start in prompt or tokenizer.end in prompt:
             raise ValueError(
                 f"the question {question.text!r} names the start or the end token, which stand around a text"
