@@ -70,23 +70,27 @@ def evaluate(
 
 def bench(
     name: Annotated[
-        Literal["data", "train", "generate"], arg(metavar="NAME", help="what to measure: data, train or generate")
+        Literal["data", "train", "generate", "zeroshot"],
+        arg(metavar="NAME", help="what to measure: data, train, generate or zeroshot"),
     ],
     /,
     *,
     rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
-    device: Annotated[Literal["cpu", "cuda"], arg(help="for train and generate")] = "cpu",
-    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for train and generate, which rows; all if none")] = (),
+    device: Annotated[Literal["cpu", "cuda"], arg(help="for all but data")] = "cpu",
+    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for all but data, which rows; all if none")] = (),
     json: ResultFile = None,
 ) -> None:
     """Measure speed and memory, beside open_clip in the same run where it is installed."""
     from contracap.bench.data import bench_data
     from contracap.bench.generate import bench_generate
     from contracap.bench.train import bench_train
+    from contracap.bench.zeroshot import bench_zeroshot
 
     training = partial(bench_train, device=device, rows=rows)
     generating = partial(bench_generate, device=device, rows=rows, report=_report)
-    benchmark = {"data": bench_data, "train": training, "generate": generating}[name](rounds=rounds)
+    classifying = partial(bench_zeroshot, device=device, rows=rows, report=_report)
+    verbs = {"data": bench_data, "train": training, "generate": generating, "zeroshot": classifying}
+    benchmark = verbs[name](rounds=rounds)
     if json is not None:
         benchmark.result(command_line()).write(json)
     print(benchmark.table())
