@@ -127,6 +127,11 @@ def test_shards_without_labels_are_found_when_the_suite_is_made(pair, greys: Pat
         suite(pair, tasks={"greys": zeroshot(greys) | {"data": str(tmp_path)}})
 
 
+def test_classes_without_names_are_found_when_the_suite_is_made(pair, greys: Path) -> None:
+    with pytest.raises(ValueError, match="task greys: the names of the classes are missing: --classes FILE"):
+        suite(pair, tasks={"greys": {"task": "zeroshot", "data": str(greys)}})
+
+
 def test_a_suite_of_nothing_is_false(pair, greys: Path) -> None:
     assert not suite(pair)
     assert suite(pair, captions={"data": str(greys)})
@@ -150,7 +155,6 @@ def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name
     [
         ({"every": 0}, "every is 0"),
         ({"captions": {"data": "x", "samples": 0}}, "samples is 0"),
-        ({"tasks": {"cifar": {"task": "zeroshot", "data": "x"}}}, "'tasks.cifar': zeroshot needs the names"),
         ({"tasks": {"cifar": {"task": "zero", "data": "x"}}}, "'tasks.cifar.task' must be one of 'retrieval', "),
         (
             {"tasks": {"x": {"task": "captioning", "data": "x", "settings": ["widht=2"]}}},

@@ -1,13 +1,29 @@
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from contracap.data.loader import evaluation_samples
 from contracap.data.shards import write_shard
-from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, classifier, load_classes, load_templates, logits
+from contracap.evaluation.classification import accuracy_parts, precision_parts
+from contracap.evaluation.published import published
+from contracap.evaluation.zeroshot import (
+    TEMPLATES,
+    ZeroShot,
+    classifier,
+    load_classes,
+    load_templates,
+    logits,
+    templates_of,
+)
+from contracap.model.sizes import SIZES
+from contracap.pretrained import random_model
 
-from .worlds import COLOURS, ColourModel, processor, record, sample
+from .oracles import reference
+from .worlds import COLOURS, ColourModel, picture, processor, record, sample
 
 NAMES = [*COLOURS]
 PLAIN = ("a photo of a {}.",)
@@ -49,19 +65,106 @@ def test_mean_per_class_recall_weighs_the_occurring_classes_alike() -> None:
     assert figures["mean_per_class_recall"] == 1 / 2  # of two classes; four do not occur
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")  # as the mean is over those that occur
 @pytest.mark.parametrize("seed", range(3))
 def test_accuracies_equal_clip_benchmark_on_random_scores(monkeypatch, seed: int) -> None:
+    oracle = reference("clip_benchmark.metrics.zeroshot_classification")
+    monkeypatch.setattr(oracle, "float", lambda count: count.item(), raising=False)  # NumPy 2.4 refuses its [1] array
     draw = torch.Generator().manual_seed(seed)
     scores, labels = torch.randn(200, 9, generator=draw), torch.randint(8, (200,), generator=draw)
     scores[torch.arange(200), labels] += 1
-    evaluator = ZeroShot([], processor(), classes=[f"class {i}" for i in range(9)])
-    monkeypatch.setattr(evaluator, "_scores", lambda model: (scores, labels))
+    parts = accuracy_parts(scores, labels)
+    expected = dict(zip(("acc1", "acc5"), oracle.accuracy(scores, labels, topk=(1, 5)), strict=True))
+    expected["mean_per_class_recall"] = oracle.balanced_accuracy_score(labels, scores.argmax(dim=1))
+    assert {name: float(part.mean()) for name, part in parts.items()} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mean_average_precision_equals_clip_benchmark_on_random_scores(seed: int) -> None:
+    oracle = reference("clip_benchmark.metrics.zeroshot_classification")
+    draw = torch.Generator().manual_seed(seed)
+    scores, marks = torch.randn(150, 7, generator=draw), torch.rand(150, 7, generator=draw) < 0.3
+    marks[:, 5], marks[0] = False, False  # a class without a picture, a picture without a class
+    labels = [tuple(row.nonzero().flatten().tolist()) for row in marks]
+    found = precision_parts(scores, labels)["mean_average_precision"]
+    expected = oracle.average_precision_per_class(scores, marks.long())
+    assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=1e-6)  # which is in fp32
+    assert found[0] == 0
+
+
+def test_classifier_equals_clip_benchmark() -> None:
+    oracle = reference("clip_benchmark.metrics.zeroshot_classification")
+    model, prompts = random_model(SIZES["tiny"], seed=0)
+    names, templates = ["red fox", "red", "a very long name of a bird"], ["a {}.", "a {} in the snow", "{}"]
+    expected = oracle.zero_shot_classifier(
+        model, prompts.texts, names, [template.replace("{}", "{c}") for template in templates], "cpu", amp=False
+    )
+    torch.testing.assert_close(classifier(model, prompts, names, templates, batch_size=4), expected.T)
+
+
+def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> None:
+    records = [
+        record("one", "blue", labels=[2]),
+        record("two", "red", labels=[0, 1]),
+        record("none", "cyan", labels=[]),
+    ]
+    marks = io.BytesIO()
+    np.save(marks, np.array([1, 0, 0, 0, 0, 0]))
+    key, members = record("marked", "red")
+    write_shard(tmp_path / "0.tar", [*records, (key, members | {"npy": marks.getvalue()})])
+    evaluator = ZeroShot(tmp_path, processor(), classes=NAMES)
     figures = dict(evaluator.run(ColourModel()))
-    top = scores.topk(5, dim=1).indices == labels[:, None]
-    assert figures["acc1"] == pytest.approx(top[:, :1].any(dim=1).float().mean().item())
-    assert figures["acc5"] == pytest.approx(top.any(dim=1).float().mean().item())
-    recalls = [top[labels == label, 0].float().mean() for label in range(8)]
-    assert figures["mean_per_class_recall"] == pytest.approx(torch.stack(recalls).mean().item())
+    # red: both pictures first; green: second or later of four; blue: first; three classes without a picture count 0
+    assert set(figures) == {"mean_average_precision"}
+    assert (1 + 1 / 4 + 1) / 6 <= figures["mean_average_precision"] <= (1 + 1 / 2 + 1) / 6
+    assert evaluator.labels == [] and evaluator.reasons == {}
+    assert evaluator.keys == ["one", "two", "none", "marked"]
+    with pytest.raises(ValueError, match="sample one has `labels`, others have one `label`"):
+        dict(
+            ZeroShot([*evaluation_samples(tmp_path), sample("x", "red", label=0)], processor(), classes=NAMES).run(
+                ColourModel()
+            )
+        )
+
+
+def test_of_equal_scores_the_first_picture_and_the_first_class_stand_first() -> None:
+    same = torch.zeros(3, 6)
+    assert accuracy_parts(same, torch.tensor([0, 4, 5]))["acc5"].tolist() == [1, 1, 0]
+    assert accuracy_parts(same, torch.tensor([0, 4, 5]))["acc1"].tolist() == [1, 0, 0]
+    first, last = (precision_parts(same[:, :1], labels) for labels in ([(0,), (), ()], [(), (), (0,)]))
+    assert first["mean_average_precision"].tolist() == [3, 0, 0]
+    assert last["mean_average_precision"].tolist() == pytest.approx([0, 0, 1])  # a third of the best
+
+
+def test_figures_are_the_means_of_what_each_picture_adds() -> None:
+    draw = torch.Generator().manual_seed(0)
+    samples = [
+        sample(f"{i}", name, label=int(torch.randint(6, (), generator=draw))) for i, name in enumerate([*COLOURS] * 4)
+    ]
+    evaluator = ZeroShot(samples, processor(), classes=NAMES)
+    figures = dict(evaluator.run(ColourModel()))
+    assert evaluator.keys == [each.key for each in samples]
+    assert figures == {name: pytest.approx(sum(part) / 24) for name, part in evaluator.per_sample.items()}
+    assert 0 < figures["acc1"] < 1
+
+
+def test_folders_of_classes_name_them(tmp_path) -> None:
+    for name in ("sky_blue", "red"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture(COLOURS[name.removeprefix("sky_")]))
+    evaluator = ZeroShot(tmp_path, processor(), templates=PLAIN)
+    assert evaluator.classes == ("red", "sky blue")
+    assert dict(evaluator.run(ColourModel()))["acc1"] == 1
+    assert (evaluator.labels, evaluator.keys) == ([0, 1], ["red/0.png", "sky_blue/0.png"])
+    assert ZeroShot((tmp_path,), processor(), classes=["rouge", "bleu"]).classes == ("rouge", "bleu")
+    with pytest.raises(ValueError, match="has 2 subfolders, but there are 6 class names"):
+        ZeroShot(tmp_path, processor(), classes=NAMES)
+
+
+def test_shards_do_not_name_their_classes(tmp_path) -> None:
+    write_shard(tmp_path / "0.tar", [record("one", "blue", label=2)])
+    with pytest.raises(ValueError, match="names of the classes are missing"):
+        ZeroShot(tmp_path, processor())
 
 
 def test_below_five_classes_there_is_a_reason_instead_of_acc5() -> None:
@@ -106,6 +209,33 @@ def test_templates_come_from_a_list(tmp_path) -> None:
     (tmp_path / "templates.json").write_text('["a {}", "a photo"]')
     with pytest.raises(ValueError, match=r"templates\.json: the template 'a photo' has no \{\}"):
         load_templates(tmp_path / "templates.json")
+
+
+def test_published_sets_are_known_by_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_classes("vtab/eurosat") == published("eurosat").classes
+    assert load_templates("imagenet-simple") == published("imagenet-simple").templates
+    assert templates_of("cifar10") == published("cifar10").templates
+    assert templates_of(None) == TEMPLATES
+    assert templates_of("imagenet-a") == published("imagenet1k").templates
+    (tmp_path / "mine").write_text(json.dumps({"classes": NAMES, "templates": ["a {}"]}))
+    assert (load_classes("mine"), load_templates("mine"), templates_of("mine")) == (tuple(NAMES), ("a {}",), TEMPLATES)
+
+
+@pytest.mark.parametrize("load", [load_classes, load_templates, templates_of])
+def test_a_name_that_is_neither_published_nor_a_file_is_told_the_nearest(load) -> None:
+    with pytest.raises(ValueError, match="called 'imagenet1'; the nearest are imagenet1k, "):
+        load("imagenet1")
+
+
+def test_a_missing_file_is_no_name() -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        load_classes("none.json")
+
+
+def test_templates_alone_name_no_classes() -> None:
+    with pytest.raises(ValueError, match="'imagenet-simple' has templates alone"):
+        load_classes("imagenet-simple")
 
 
 def test_every_built_in_template_has_a_place_for_the_name() -> None:

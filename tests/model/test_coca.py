@@ -179,9 +179,19 @@ def test_no_fill_is_computed_beyond_a_multiple_of_rows() -> None:
     rows = []
     model.text.blocks[0].feed_forward.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
     for ids in (texts(16, *[3] * 29), texts(5), texts(4, 6)):
-        model.encode_text(ids)
+        model.text(ids, model.text.layout(ids))
     # 17 + 29 x 4 rows with the class tokens, filled up; a few texts are never more than their grid
     assert rows == [192, 6, 14]
+
+
+def test_what_texts_begin_with_is_computed_once() -> None:
+    model, _ = random_model(TINY, seed=0)
+    rows = []
+    model.text.blocks[0].feed_forward.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    ids = texts(*[12] * 40)
+    ids[:, :10] = ids[0, :10]  # what differs is one token, and the end token and the class token behind it
+    model.encode_text(ids)
+    assert rows == [192]  # 10 + 40 x 3, filled up; 40 x 13 without
 
 
 def test_correct_mask_reads_lengths_and_not_the_fill_id() -> None:

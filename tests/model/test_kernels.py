@@ -114,3 +114,30 @@ def test_absorbed_attention_to_a_memory_equals_attention_to_its_keys_and_values(
     torch.testing.assert_close(
         attention(queries, Unprojected(tokens, norm)), attention(queries, attention.project(norm(memory)))
     )
+
+
+@pytest.mark.parametrize("reading", ["legacy", "correct", "end_token"])
+def test_texts_that_share_their_beginnings_have_the_embeddings_and_gradients_of_each_alone(reading: str) -> None:
+    torch.manual_seed(0)
+    text = SIZES["tiny"].text
+    text = replace(text, pool="end_token") if reading == "end_token" else replace(text, cls_mask=reading)
+    model = CoCa(replace(SIZES["tiny"], text=text))
+    model.initialise()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.double()
+    context, end = text.context, text.end
+    ids = torch.randint(1, end - 1, (1, context)).repeat(8, 1)
+    for row, length in enumerate((3, 5, 5, 9, context - 1, context, context, 5)):  # two texts twice
+        ids[row, length - 1 :] = end
+        ids[row, length:] = 0 if row != 7 else 6  # behind a text anything may stand
+    ids[3, 6], ids[4, 0] = 1, 2
+    weights = torch.randn(8, model.config.embed_dim, dtype=torch.float64)
+    found = []
+    for texts in (ids[None], ids[:, None]):
+        model.zero_grad()
+        embeddings = torch.cat([model.encode_text(each) for each in texts])
+        (embeddings * weights).sum().backward()
+        found.append([embeddings, *(part.grad for part in model.text.parameters())])
+    for together, alone in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)

@@ -21,10 +21,11 @@ def evaluate(
     task: Annotated[Literal["retrieval", "captioning", "zeroshot", "vqa"] | None, arg(help="what to measure")] = None,
     data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")] = (),
     classes: Annotated[
-        str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of names, or a JSON object with `classes`")
+        str | None,
+        arg(metavar="NAME|FILE", help="for zeroshot: a published set, such as imagenet1k, or a JSON list of names"),
     ] = None,
     templates: Annotated[
-        str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of prompts, {} where the name goes")
+        str | None, arg(metavar="NAME|FILE", help="for zeroshot: likewise, prompts with {} where the name goes")
     ] = None,
     answers: Annotated[
         str | None,
@@ -84,28 +85,28 @@ def evaluate(
 
 def bench(
     name: Annotated[
-        Literal["data", "train", "generate", "retrieval"],
-        arg(metavar="NAME", help="what to measure: data, train, generate or retrieval"),
+        Literal["data", "train", "generate", "zeroshot", "retrieval"],
+        arg(metavar="NAME", help="what to measure: data, train, generate, zeroshot or retrieval"),
     ],
     /,
     *,
     rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
-    device: Annotated[Literal["cpu", "cuda"], arg(help="for train and generate")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], arg(help="for train, generate and zeroshot")] = "cpu",
     rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for all but data, which rows; all if none")] = (),
     json: ResultFile = None,
 ) -> None:
-    """Measure speed and memory, beside open_clip in the same run where it is installed."""
+    """Measure speed and memory, beside a peer in the same run where it is installed."""
     from contracap.bench.data import bench_data
     from contracap.bench.generate import bench_generate
     from contracap.bench.retrieval import bench_retrieval
     from contracap.bench.train import bench_train
+    from contracap.bench.zeroshot import bench_zeroshot
 
-    training = partial(bench_train, device=device, rows=rows)
-    generating = partial(bench_generate, device=device, rows=rows, report=_report)
     benchmarks = {
         "data": bench_data,
-        "train": training,
-        "generate": generating,
+        "train": partial(bench_train, device=device, rows=rows),
+        "generate": partial(bench_generate, device=device, rows=rows, report=_report),
+        "zeroshot": partial(bench_zeroshot, device=device, rows=rows, report=_report),
         "retrieval": partial(bench_retrieval, rows=rows, report=_report),
     }
     benchmark = benchmarks[name](rounds=rounds)

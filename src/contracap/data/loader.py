@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from contracap.data.batch import Batch
 from contracap.data.config import DataConfig, SourceConfig
+from contracap.data.folders import class_folders
 from contracap.data.index import samples_in
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, Skip, Source
 from contracap.data.shards import Sample, list_shards, samples
@@ -233,12 +234,16 @@ def _description(order: Order) -> dict[str, Any]:
 
 
 def evaluation_samples(path: str | Path | Sequence[str | Path]) -> Iterator[Sample]:
-    """Every sample of the shards once, in their order.
+    """Every sample of the shards once, in their order; or every picture of a folder that has a subfolder for each
+    class, as `ClassFolders` has them.
 
     Raises:
         FileNotFoundError: if there are no shards.
         ValueError: at a shard or a sample that cannot be read: a figure over part of the data would be another figure.
     """
+    if (folders := class_folders(path)) is not None:
+        yield from folders
+        return
     for shard in list_shards(path):
         yield from samples(shard)
 

@@ -12,7 +12,7 @@ from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.vqa import PROMPT, VQA, load_answers
 from contracap.evaluation.vqa import STRATEGY as ANSWERING
-from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, load_classes, load_templates
+from contracap.evaluation.zeroshot import ZeroShot, load_classes, load_templates, templates_of
 from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
 from contracap.generation.strategy import Strategy
@@ -37,10 +37,12 @@ class TaskConfig:
 
     Attributes:
         task: what is measured.
-        data: folders of tar shards, or shards.
-        classes: for `zeroshot`: a JSON list of names, in the order of the labels, or a JSON object with such a list
-            `classes`.
-        templates: for `zeroshot`: a JSON list of prompts, {} where the name goes; by default eight of photographs.
+        data: folders of tar shards, or shards; for `zeroshot` also a folder with a subfolder of pictures for each
+            class, for `vqa` a file of questions of VQAv2 or OK-VQA.
+        classes: for `zeroshot`: a published set, such as `imagenet1k`, or a JSON list of names, in the order of the
+            labels, or a JSON object with such a list `classes`; by default the names of the subfolders.
+        templates: for `zeroshot`: likewise, {} where the name goes; by default those of the published set, or eight of
+            photographs.
         answers: for `vqa`: a JSON list of answers to choose from, or a JSON object with such a list `answers`; by
             default the model writes.
         prompt: for `vqa`: what comes before an answer, {} where the question goes.
@@ -59,10 +61,6 @@ class TaskConfig:
     settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.task == "zeroshot" and self.classes is None:
-            raise ValueError(
-                "zeroshot needs the names of the classes: --classes FILE, a JSON list in the order of the labels"
-            )
         taken = (*COMMON, *TAKES[self.task])
         for field in fields(self):
             if getattr(self, field.name) != field.default and field.name not in taken:
@@ -97,9 +95,9 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
     """
     first = next(sample_batches(config.data, 1))[0]
     if config.task == "zeroshot":
-        assert config.classes is not None  # or there would be no such task
-        templates = load_templates(config.templates) if config.templates else TEMPLATES
-        evaluator = ZeroShot(config.data, processor, classes=load_classes(config.classes), templates=templates)
+        classes = load_classes(config.classes) if config.classes else None
+        templates = load_templates(config.templates) if config.templates else templates_of(config.classes)
+        evaluator = ZeroShot(config.data, processor, classes=classes, templates=templates)
         evaluator.label(first)
         return evaluator
     if config.task == "retrieval":

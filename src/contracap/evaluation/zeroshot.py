@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from contracap.data.folders import class_folders
 from contracap.data.shards import Sample
+from contracap.evaluation.classification import accuracy_parts, precision_parts
 from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, sample_batches
-from contracap.evaluation.ranking import places, share
+from contracap.evaluation.published import IMAGENET, Published, is_published, published
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -31,19 +33,26 @@ TEMPLATES = (
     "a picture of one {}.",
     "there is a {} in the photo.",
 )
+PROMPTS = 256  # at a time: see docs/performance.md
 
 
 class ZeroShot:
-    """Top-1 and top-5 accuracy and mean per-class recall, as shares from 0 to 1.
+    """Top-1 and top-5 accuracy and mean per-class recall, as shares from 0 to 1; of pictures of several classes mean
+    average precision.
 
     A sample's class is its field `label` (or its `.cls` member): an index into `classes`. Of equal scores the class
-    that comes first stands first. The mean per-class recall is over the classes that occur.
+    that comes first stands first. The mean per-class recall is over the classes that occur. Where samples have a field
+    `labels` instead, a list of indices, `mean_average_precision` is over all classes; of pictures with equal scores
+    the one that comes first stands first.
 
     Attributes:
+        classes: their names.
         samples: pictures, once `run` has come to its end; likewise the others.
+        keys: of the pictures.
+        per_sample: of each figure what each picture adds to it: their mean is the figure.
         reasons: `acc5`, where there are fewer than five classes.
         details: the numbers of classes and of templates.
-        labels: the class of each picture.
+        labels: the class of each picture; empty where pictures have several.
         predictions: the best class of each picture.
     """
 
@@ -52,13 +61,22 @@ class ZeroShot:
         source: Source,
         processor: Processor,
         *,
-        classes: Sequence[str],
+        classes: Sequence[str] | None = None,
         templates: Sequence[str] = TEMPLATES,
         batch_size: int = 64,
     ):
-        """Raises: ValueError: if there is no class, or a template has no {} for the class name."""
+        """
+        Args:
+            source: shards, samples, or a folder with a subfolder of pictures for each class.
+            classes: names of the classes; without them those of the subfolders, blanks for underscores.
+            batch_size: pictures at a time.
+
+        Raises:
+            ValueError: if there is no class, their number is not that of the subfolders, or a template has no {} for
+                the class name.
+        """
         self.source, self.processor, self.batch_size = source, processor, batch_size
-        self.classes, self.templates = check_classes(classes), check_templates(templates)
+        self.classes, self.templates = _names(source, classes), check_templates(templates)
         self.samples = 0
         self.keys: list[str] = []
         self.per_sample: dict[str, list[float]] = {}
@@ -71,45 +89,52 @@ class ZeroShot:
         """Name and value of each figure.
 
         Raises:
-            ValueError: if a sample has no label or one without a class, or a picture cannot be read.
+            ValueError: if a sample has no label or one without a class, some have one and others several, or a picture
+                cannot be read.
         """
-        scores, labels = self._scores(model)
-        ranks = places(scores, labels)
-        self.samples, self.labels = len(labels), labels.tolist()
+        scores, labels, self.keys = self._scores(model)
+        self.samples = len(self.keys)
         self.predictions = scores.argmax(dim=1).tolist()
         self.details = {"classes": len(self.classes), "templates": len(self.templates)}
         self.reasons = {}
-        yield "acc1", share(ranks < 1)
-        if len(self.classes) < 5:
+        single = [label for label in labels if isinstance(label, int)]
+        several = [label for label in labels if not isinstance(label, int)]
+        if single and several:
+            first = next(key for key, label in zip(self.keys, labels, strict=True) if not isinstance(label, int))
+            raise ValueError(f"sample {first} has `labels`, others have one `label`: give all samples the same field")
+        self.labels = single
+        parts = precision_parts(scores, several) if several else accuracy_parts(scores, torch.tensor(single))
+        if not several and len(self.classes) < 5:
             self.reasons["acc5"] = f"acc5 needs at least 5 classes; there are {len(self.classes)}"
-        else:
-            yield "acc5", share(ranks < 5)
-        recalls = [share(ranks[labels == label] < 1) for label in labels.unique()]
-        yield "mean_per_class_recall", sum(recalls) / len(recalls)
+        self.per_sample = {name: part.tolist() for name, part in parts.items() if name not in self.reasons}
+        for name in self.per_sample:
+            yield name, float(parts[name].mean())
 
     @torch.inference_mode()
-    def _scores(self, model: CoCa) -> tuple[Float32[Tensor, "picture class"], Int64[Tensor, "picture"]]:
-        labels, scores = [], []
+    def _scores(self, model: CoCa) -> tuple[Float32[Tensor, "picture class"], list[int | tuple[int, ...]], list[str]]:
+        labels, scores, keys = [], [], []
         with evaluating(model):
-            weights = classifier(model, self.processor, self.classes, self.templates, batch_size=self.batch_size)
+            weights = classifier(model, self.processor, self.classes, self.templates)
             for batch in sample_batches(self.source, self.batch_size):
                 labels += [self.label(sample) for sample in batch]
+                keys += [sample.key for sample in batch]
                 scores.append(logits(embed_pictures(model, self.processor, batch), weights).cpu())
-        return torch.cat(scores), torch.tensor(labels)
+        return torch.cat(scores), labels, keys
 
-    def label(self, sample: Sample) -> int:
-        """The class of a sample.
+    def label(self, sample: Sample) -> int | tuple[int, ...]:
+        """The class of a sample, or its classes, if it has a field `labels`.
 
         Raises: ValueError: if it has no label, or one without a class.
         """
-        label = sample.fields.get("label")
-        if not isinstance(label, int) or not 0 <= label < len(self.classes):
+        label, labels = sample.fields.get("label"), sample.fields.get("labels")
+        found = labels if label is None and isinstance(labels, list) else [label]
+        if not all(isinstance(each, int) and 0 <= each < len(self.classes) for each in found):
+            has = "no label" if found == [None] else f"the label {found[0] if found is not labels else labels!r}"
             raise ValueError(
-                f"sample {sample.key} of {sample.shard} has "
-                + ("no label" if label is None else f"the label {label!r}")
-                + f": give each sample a field `label` or a .cls member from 0 to {len(self.classes) - 1}"
+                f"sample {sample.key} of {sample.shard} has {has}: give each sample a field `label` or a .cls member "
+                f"from 0 to {len(self.classes) - 1}, or a list of such numbers as its field `labels`"
             )
-        return label
+        return found[0] if found is not labels else tuple(found)
 
 
 @torch.inference_mode()
@@ -119,19 +144,27 @@ def classifier(
     classes: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
     *,
-    batch_size: int = 64,
+    batch_size: int = PROMPTS,
 ) -> Float32[Tensor, "class embed"]:
     """A unit row for each class: the mean of the unit embeddings of its prompts, normalised again.
+
+    Args:
+        batch_size: prompts at a time.
 
     Raises:
         ValueError: if there is no class, or a template has no {} for the class name.
     """
     classes, templates = check_classes(classes), check_templates(templates)
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    # Template by template: what stands before the names is then computed once for many of them.
+    prompts = [template.replace("{}", name) for template in templates for name in classes]
     with evaluating(model):
-        features = normalize(embed_texts(model, processor, prompts, batch_size), dim=-1)
-    per_class = rearrange(features, "(name template) embed -> name template embed", name=len(classes))
-    return normalize(per_class.mean(dim=1), dim=-1)
+        return mean_per_class(embed_texts(model, processor, prompts, batch_size), classes=len(classes))
+
+
+def mean_per_class(features: Float32[Tensor, "prompt embed"], *, classes: int) -> Float32[Tensor, "class embed"]:
+    """Unit rows of classes from embeddings of prompts, which lie template by template."""
+    per_template = rearrange(normalize(features, dim=-1), "(template name) embed -> template name embed", name=classes)
+    return normalize(per_template.mean(dim=0), dim=-1)
 
 
 def logits(
@@ -142,30 +175,50 @@ def logits(
         return 100.0 * image_features.float() @ weights.float().T
 
 
-def load_classes(path: str | Path) -> tuple[str, ...]:
-    """Class names, in the order of the labels, from a JSON list or a JSON object with a list `classes`.
+def load_classes(source: str | Path) -> tuple[str, ...]:
+    """Class names, in the order of the labels: those published under a name such as `imagenet1k`, or of a JSON file,
+    which holds a list, or an object with a list `classes`.
 
     Raises:
-        ValueError: if the file holds no such list.
+        ValueError: if there is no such name, or the file holds no such list.
+        FileNotFoundError: if there is no such file.
     """
-    content = _read_json(path)
+    if (found := _published(source)) is not None:
+        if not found.classes:
+            raise ValueError(f"{str(source)!r} has templates alone; name the classes otherwise, such as {IMAGENET!r}")
+        return found.classes
+    content = _read_json(source)
     names = content.get("classes") if isinstance(content, dict) else content
     try:
         return check_classes(names)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; give a JSON list of names, or an object with a list `classes`") from None
+        raise ValueError(f"{source}: {error}; give a JSON list of names, or an object with a list `classes`") from None
 
 
-def load_templates(path: str | Path) -> tuple[str, ...]:
-    """Prompt templates from a JSON list of texts, each with {} where the class name goes.
+def load_templates(source: str | Path) -> tuple[str, ...]:
+    """Prompt templates, each with {} where the class name goes: those published under a name such as `imagenet1k` or
+    `imagenet-simple`, or of a JSON file, which holds a list, or an object with a list `templates`.
 
     Raises:
-        ValueError: if the file holds no such list.
+        ValueError: if there is no such name, or the file holds no such list.
+        FileNotFoundError: if there is no such file.
     """
+    if (found := _published(source)) is not None:
+        return found.templates
+    content = _read_json(source)
     try:
-        return check_templates(_read_json(path))
+        return check_templates(content.get("templates") if isinstance(content, dict) else content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; give a JSON list of texts with {{}} where the class name goes") from None
+        raise ValueError(f"{source}: {error}; give a JSON list of texts with {{}} where the class name goes") from None
+
+
+def templates_of(classes: str | Path | None) -> tuple[str, ...]:
+    """The templates that go with classes where none are named: those of a published set, else `TEMPLATES`.
+
+    Raises: ValueError: if there is no such name.
+    """
+    found = None if classes is None else _published(classes)
+    return TEMPLATES if found is None else found.templates
 
 
 def check_classes(names: Any) -> tuple[str, ...]:
@@ -183,6 +236,31 @@ def check_templates(templates: Any) -> tuple[str, ...]:
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class name")
     return tuple(templates)
+
+
+def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
+    folders = class_folders(source)
+    if classes is None:
+        if folders is None:
+            raise ValueError(
+                "the names of the classes are missing: --classes FILE, or a published name such as imagenet1k; only a "
+                "folder with a subfolder for each class says them itself"
+            )
+        return tuple(name.replace("_", " ") for name in folders.names)
+    if folders is not None and len(folders.names) != len(classes):
+        raise ValueError(
+            f"{folders.path} has {len(folders.names)} subfolders, but there are {len(classes)} class names; give one "
+            "for each subfolder, in the order of their names"
+        )
+    return check_classes(classes)
+
+
+def _published(source: str | Path) -> Published | None:
+    """The set that is meant by a name; None if a file is: what is no name, and exists or ends as a file does."""
+    name = Path(source).as_posix()
+    if not is_published(name) and (Path(source).suffix or Path(source).exists()):
+        return None
+    return published(name)
 
 
 def _are_texts(texts: Any) -> bool:

@@ -158,9 +158,12 @@ class CoCa(nn.Module):
     def encode_text(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed"]:
         """Contrastive embedding of texts, unit rows; a text ends at its first end token.
 
+        What texts have in common at their beginning is computed once: prompts that follow one template are best
+        encoded together.
+
         Raises: ValueError: if a text is longer than the context.
         """
-        embedding, _ = self.text(ids, self.text.layout(ids))
+        embedding, _ = self.text(ids, self.text.layout(ids, shares=True))
         return unit(embedding)
 
     def encode_caption_tokens(

@@ -36,7 +36,8 @@ class Packed(Grid):
         cells: the place on the grid of each row. Behind the rows of the texts some come from empty cells, to fill up
             a multiple of `ROWS`; but there are never more rows than cells, so that a few texts cost no more than on
             the grid. What is computed for an empty cell is finite, and nothing else depends on it.
-        sources: the row that each cell shows; an empty cell repeats its text's last row.
+        sources: the row that each cell shows; an empty cell repeats its text's last row. Where texts `share` rows,
+            several cells show one.
     """
 
     lengths: Int64[Tensor, "batch"]
@@ -78,6 +79,41 @@ def pack(lengths: Int64[Tensor, "batch"], *, device: torch.device) -> Packed:
     sources = (first[:, None] + column.minimum(lengths[:, None] - 1)).clamp(min=0).flatten()
     sources[cells] = torch.arange(rows, device=lengths.device)
     return Packed(lengths.to(device), columns, cells.to(device), sources.to(device))
+
+
+def share(
+    ids: Int64[Tensor, "batch tokens"],
+    shared: Int64[Tensor, "batch"],
+    lengths: Int64[Tensor, "batch"],
+    *,
+    device: torch.device,
+) -> Packed:
+    """The layout of texts whose common beginnings have their rows once, where no row depends on later ones.
+
+    Texts lie in the order of their ids, so that each has its longest common beginning with the one before it.
+
+    Args:
+        ids: of the texts, on the CPU.
+        shared: first rows of each text that are its ids, and may be another's too; those behind are its own.
+        lengths: rows of each text.
+    """
+    columns = max(1, int(lengths.max()))
+    column = torch.arange(columns)
+    order = ids.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+    sorted_ids = pad(ids, (0, max(0, columns - ids.shape[1])))[order, :columns]
+    differs = column >= shared[order, None]
+    differs[0] = True
+    differs[1:] |= sorted_ids[1:] != sorted_ids[:-1]
+    new = differs.cummax(dim=1).values & (column < lengths[order, None])  # what follows a difference differs
+    text, place = new.nonzero().T
+    cells = order[text] * columns + place
+    rows = min(-(-len(cells) // ROWS) * ROWS, new.numel())
+    newest = torch.zeros_like(new, dtype=torch.int64).masked_scatter_(new, torch.arange(len(cells)))
+    sources = torch.empty_like(newest)
+    sources[order] = newest.cummax(dim=0).values  # a cell that is not new shows what the cell above it shows
+    sources = sources.gather(1, column.minimum(lengths[:, None] - 1)).flatten()
+    fill = cells[:1].expand(rows - len(cells))
+    return Packed(lengths.to(device), columns, torch.cat([cells, fill]).to(device), sources.to(device))
 
 
 def unpacked(lengths: Int64[Tensor, "batch"], *, columns: int, device: torch.device) -> Packed:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, pad
 
 from contracap.model.cache import Memory, Projected, Step, Unprojected
-from contracap.model.layout import GRID, Grid, Packed, pack, unpacked
+from contracap.model.layout import GRID, Grid, Packed, pack, share, unpacked
 from contracap.model.linear import Linear
 from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import lengths
@@ -101,16 +101,21 @@ class TextEncoder(nn.Module):
             )
         return counted
 
-    def layout(self, ids: Int64[Tensor, "batch tokens"]) -> Packed:
+    def layout(self, ids: Int64[Tensor, "batch tokens"], *, shares: bool = False) -> Packed:
         """The rows of each text: its tokens, with `legacy` one fill token, then the class token.
+
+        Args:
+            shares: texts that begin alike share the rows of that beginning; not for states that differ by picture.
 
         Raises: ValueError: if a text is longer than the context.
         """
-        rows = self.lengths(ids)
+        tokens = rows = self.lengths(ids)
         if self.class_token is not None:
             if self.config.cls_mask == "legacy":
                 rows = (rows + 1).clamp(max=self.config.context)
             rows = rows + 1
+        if shares and self.packs:
+            return share(ids.cpu(), tokens, rows, device=ids.device)
         return self.pack(rows, columns=len(self.position), device=ids.device)
 
     def pack(self, rows: Int64[Tensor, "batch"], *, columns: int, device: torch.device) -> Packed:

@@ -1,0 +1,38 @@
+"""Figures of classification, as what each picture adds to them: their means over the pictures are the figures.
+
+Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from contracap.evaluation.ranking import places
+
+
+def accuracy_parts(
+    scores: Float32[Tensor, "picture class"], labels: Int64[Tensor, "picture"]
+) -> dict[str, Float64[Tensor, "picture"]]:
+    """What each picture adds to `acc1`, `acc5` and `mean_per_class_recall`, which are the means."""
+    ranks, counts = places(scores, labels), torch.bincount(labels).double()
+    top1, top5 = (ranks < 1).double(), (ranks < 5).double()
+    weight = len(labels) / (int((counts > 0).sum()) * counts[labels])  # each class that occurs counts alike
+    return {"acc1": top1, "acc5": top5, "mean_per_class_recall": top1 * weight}
+
+
+def precision_parts(
+    scores: Float32[Tensor, "picture class"], labels: Sequence[tuple[int, ...]]
+) -> dict[str, Float64[Tensor, "picture"]]:
+    """What each picture adds to `mean_average_precision`, which is the mean: of a class, the mean over its pictures of
+    the share of its pictures among those that score at least as high; then the mean over all classes. A class without
+    a picture counts 0."""
+    wanted = torch.zeros(scores.shape, dtype=torch.float64)
+    for row, found in zip(wanted, labels, strict=True):
+        row[list(found)] = 1
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    hits = wanted.gather(0, order)
+    precision = hits * hits.cumsum(dim=0) / torch.arange(1, len(scores) + 1)[:, None]
+    spread = torch.zeros_like(wanted).scatter_(0, order, precision) / hits.sum(dim=0).clamp(min=1)
+    return {"mean_average_precision": spread.mean(dim=1) * len(scores)}

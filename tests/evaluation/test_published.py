@@ -1,0 +1,113 @@
+import json
+from types import ModuleType
+
+import pytest
+
+from contracap.evaluation.published import is_published, published, published_names
+
+from .oracles import clip_benchmark_literal, clip_benchmark_table
+
+CLASSES = {  # of the sets whose names clip_benchmark reads from the data themselves
+    "cifar10": 10,
+    "cifar100": 100,
+    "food101": 101,
+    "sun397": 397,
+    "cars": 196,
+    "fgvc_aircraft": 100,
+    "dtd": 47,
+    "stl10": 10,
+    "renderedsst2": 2,
+    "objectnet": 113,
+    "vtab/flowers": 102,
+    "vtab/resisc45": 45,
+    "vtab/dsprites_label_x_position": 32,
+    "vtab/dsprites_label_orientation": 40,
+    "vtab/smallnorb_label_azimuth": 18,
+    "vtab/smallnorb_label_elevation": 9,
+}
+
+
+def test_names_equal_clip_benchmark_in_content_and_order() -> None:
+    expected = clip_benchmark_table("en_classnames.json")
+    expected["vtab/caltech101"] = expected.pop("caltech101_vtab")
+    assert len(expected) == 17
+    for name, classes in expected.items():
+        assert list(published(name).classes) == classes, name
+    assert list(published("voc2007").classes) == clip_benchmark_literal("voc2007", "object_categories")
+
+
+def test_templates_equal_clip_benchmark_in_content_and_order() -> None:
+    expected = clip_benchmark_table("en_zeroshot_classification_templates.json")
+    del expected["dummy"]
+    for name, templates in expected.items():
+        for spelling in (name, f"vtab/{name}", f"wds/vtab/{name}"):  # it looks for a name without its prefix, too
+            assert list(published(spelling).templates) == [text.replace("{c}", "{}") for text in templates], spelling
+
+
+def test_imagenet_equals_open_clip(open_clip: ModuleType) -> None:
+    assert list(published("imagenet1k").classes) == list(open_clip.IMAGENET_CLASSNAMES)
+    for name, templates in (
+        ("imagenet1k", open_clip.OPENAI_IMAGENET_TEMPLATES),
+        ("imagenet-simple", open_clip.SIMPLE_IMAGENET_TEMPLATES),
+    ):
+        assert list(published(name).templates) == [template("{}") for template in templates]
+    assert [len(published(name).templates) for name in ("imagenet1k", "imagenet-simple")] == [80, 7]
+
+
+def test_two_pairs_of_equal_names_in_imagenet_are_kept() -> None:
+    names = published("imagenet1k").classes
+    assert len(names) == 1000
+    assert {name for name in names if names.count(name) > 1} == {"missile", "sunglasses"}
+
+
+@pytest.mark.parametrize("letter", "aro")
+def test_part_of_imagenet_is_the_one_that_clip_benchmark_takes(letter: str) -> None:
+    wanted = set(clip_benchmark_literal("builder", f"imagenet_{letter}_wnids"))
+    whole = zip(
+        published("imagenet1k").classes, clip_benchmark_literal("builder", "all_imagenet_wordnet_ids"), strict=True
+    )
+    assert list(published(f"imagenet-{letter}").classes) == [name for name, identity in whole if identity in wanted]
+    assert published(f"imagenet-{letter}").templates == published("imagenet1k").templates
+
+
+def test_every_set_of_vtab_plus_has_names_and_templates() -> None:
+    names = clip_benchmark_literal("builder", "dataset_collection")["vtab+"]
+    assert len(names) == 36
+    for name in names:
+        assert len(published(name).classes) >= 2 and published(name).templates and published(name).origin, name
+
+
+def test_sets_named_by_their_data_have_all_their_classes_once() -> None:
+    for name, count in CLASSES.items():
+        assert len(published(name).classes) == len(set(published(name).classes)) == count, name
+
+
+def test_cifar10_has_the_names_of_the_data(data_folder) -> None:
+    manifest = json.loads((data_folder / "cifar10" / "manifest.json").read_text())
+    assert list(published("cifar10").classes) == manifest["classes"]
+
+
+def test_imagenets_relatives_have_its_names() -> None:
+    for name in ("imagenetv2", "imagenet_sketch", "wds/imagenetv2"):
+        assert published(name) == published("imagenet1k")
+    assert published("voc2007_multilabel") == published("voc2007")
+
+
+def test_vtab_has_names_of_its_own_for_two_sets() -> None:
+    assert published("vtab/flowers").classes[92] == "ball moss" and published("flowers").classes[92] == "air plant"
+    assert published("vtab/caltech101").classes[0] == "accordion" and published("caltech101").classes[0] == "background"
+    assert published("vtab/cifar10") == published("cifar10")
+
+
+def test_every_template_has_one_place_for_the_name() -> None:
+    for name in published_names():
+        assert all(template.count("{}") == 1 for template in published(name).templates), name
+
+
+def test_an_unknown_name_is_told_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"called 'cifar-10'; the nearest are cifar10, .*; else give a JSON file"):
+        published("cifar-10")
+    with pytest.raises(ValueError, match=r"called 'vtab/eurosats'; the nearest are eurosat"):
+        published("vtab/eurosats")
+    for name in ("", "vtab/", "flowers_vtab", "tfds/cifar10", "../classes/cifar10", "imagenet"):
+        assert not is_published(name)
