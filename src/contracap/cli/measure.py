@@ -50,7 +50,8 @@ def evaluate(
 
 def bench(
     name: Annotated[
-        Literal["data", "train", "generate"], arg(metavar="NAME", help="what to measure: data, train or generate")
+        Literal["data", "train", "generate", "score"],
+        arg(metavar="NAME", help="what to measure: data, train, generate or score"),
     ],
     /,
     *,
@@ -59,14 +60,16 @@ def bench(
     rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for train and generate, which rows; all if none")] = (),
     json: ResultFile = None,
 ) -> None:
-    """Measure speed and memory, beside open_clip in the same run where it is installed."""
+    """Measure speed and memory, beside open_clip, or for score pycocoevalcap, in the same run where it is installed."""
     from contracap.bench.data import bench_data
     from contracap.bench.generate import bench_generate
+    from contracap.bench.score import bench_score
     from contracap.bench.train import bench_train
 
     training = partial(bench_train, device=device, rows=rows)
     generating = partial(bench_generate, device=device, rows=rows, report=_report)
-    benchmark = {"data": bench_data, "train": training, "generate": generating}[name](rounds=rounds)
+    named = {"data": bench_data, "train": training, "generate": generating, "score": bench_score}
+    benchmark = named[name](rounds=rounds)
     if json is not None:
         benchmark.result(command_line()).write(json)
     print(benchmark.table())
