@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import Source, picture_pixels, sample_batches
-from contracap.evaluation.scores import CaptionScorer, MetricName, domain_name
+from contracap.evaluation.scores import CaptionScorer, domain_name
 from contracap.evaluation.tokens import TokenizerName
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
@@ -52,7 +52,7 @@ class Captioning:
         processor: Processor,
         *,
         strategy: Strategy = BeamSearch(),
-        metrics: Sequence[MetricName] = (),
+        metrics: Sequence[str] = (),
         tokenizer: TokenizerName | None = None,
         corenlp: str | Path | None = None,
         clipscore: ClipScorer | Literal["self"] | None = None,

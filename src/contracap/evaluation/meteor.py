@@ -67,6 +67,7 @@ class Meteor:
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
         """Scores tokenized captions: `references[i]` are those of picture i, `hypotheses[i]` is what a model wrote.
+        Once: then the program has ended.
 
         Raises:
             ValueError: if a picture has no reference or an empty one, or the two lengths differ.
@@ -81,7 +82,8 @@ class Meteor:
                 for captions, hypothesis in zip(references, hypotheses, strict=True)
             ]
             counts = self._ask(lines, len(lines))
-            *pictures, corpus = map(float, self._ask([f" {SEPARATOR} ".join(["EVAL", *counts])], len(lines) + 1))
+            last = f" {SEPARATOR} ".join(["EVAL", *counts])
+            *pictures, corpus = map(float, self._ask([last], len(lines) + 1, last=True))
         except ValueError as error:
             if not late.is_alive():
                 raise JavaError(f"METEOR gave no answer within {self._timeout:g} seconds") from None
@@ -90,10 +92,10 @@ class Meteor:
             late.cancel()
         return MeteorScores(corpus=corpus, pictures=pictures)
 
-    def _ask(self, lines: Sequence[str], answers: int) -> list[str]:
-        """Sends lines while it reads the answers: either pipe may be full."""
+    def _ask(self, lines: Sequence[str], answers: int, *, last: bool = False) -> list[str]:
+        """Sends lines while it reads the answers: either pipe may be full. Behind the last lines the program ends."""
         stdin, stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
-        sender = Thread(target=send, args=(stdin, lines), daemon=True)
+        sender = Thread(target=send, args=(stdin, lines), kwargs={"close": last}, daemon=True)
         sender.start()
         answered = []
         for _ in range(answers):
@@ -119,10 +121,10 @@ def plain(caption: str) -> str:
     return " ".join(word for word in caption.replace(SEPARATOR, " ").split(" ") if word)
 
 
-def send(file: IO[bytes], lines: Sequence[str]) -> None:
+def send(file: IO[bytes], lines: Sequence[str], *, close: bool) -> None:
     """Writes lines; nobody may be there to read them, which is found at the other end."""
-    try:
+    with suppress(OSError, ValueError):
         file.writelines(f"{line}\n".encode(errors="replace") for line in lines)
         file.flush()
-    except (OSError, ValueError):
-        pass
+        if close:
+            file.close()

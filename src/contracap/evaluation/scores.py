@@ -54,7 +54,7 @@ class CaptionScorer:
     def __init__(
         self,
         *,
-        metrics: Sequence[MetricName] = (),
+        metrics: Sequence[str] = (),
         tokenizer: TokenizerName | None = None,
         corenlp: str | Path | None = None,
         spice_memory: str = "8G",
