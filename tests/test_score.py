@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from contracap.cli import main
+from contracap.evaluation.java import JavaError
+from contracap.evaluation.meteor import Meteor
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, save
 
@@ -114,6 +116,24 @@ def test_a_wrong_entry_is_named(run, tmp_path: Path) -> None:
     status, _, err = run(path, *COUNTED)
     assert status == 1
     assert err == f"contracap: error: {path}, entry 3 (counted from 0): needs a text under `prediction`\n"
+
+
+def test_a_named_metric_that_fails_is_told_by_the_exit_status_and_costs_no_other(
+    monkeypatch, run, file, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise JavaError("METEOR failed")
+
+    monkeypatch.setattr(Meteor, "__init__", lambda self: None)
+    monkeypatch.setattr(Meteor, "__enter__", lambda self: self)
+    monkeypatch.setattr(Meteor, "__exit__", lambda *_: None)
+    monkeypatch.setattr(Meteor, "score", fail)
+    monkeypatch.setenv("CONTRACAP_CORENLP_DIR", "/nowhere")
+    arguments = [file, "--tokenizer", "python", "--json", tmp_path / "out.json"]
+    status, out, err = run(*arguments, "--metrics", "rouge_l", "meteor")
+    assert (status, out.split()[0], err) == (1, "ROUGE_L", "contracap: METEOR left out: METEOR failed\n")
+    assert json.loads((tmp_path / "out.json").read_text())["figures"]["METEOR"] is None
+    assert run(*arguments)[0] == 0  # nobody named it
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation.java import JavaError, UnavailableError, find_jar
+from contracap.evaluation.java import UnavailableError, find_jar
 from contracap.evaluation.overlap import cider, mean
 from contracap.evaluation.scores import CaptionScorer, domain_name
 from contracap.evaluation.spice import CORENLP_JARS
@@ -40,6 +40,15 @@ def test_published_captions_get_their_published_scores(data_folder: Path, name, 
         assert scores.details["bleu_stats"] == expected["bleu_stats"]
     for figure in ("ROUGE_L", "CIDEr"):
         assert mean(scores.per_sample[figure]) == scores.figures[figure]
+
+
+@needs_java
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_published_captions_get_their_published_meteor(data_folder: Path, name: str) -> None:
+    captions, predictions, expected = published(data_folder, name)
+    scores = CaptionScorer(metrics=("meteor",), tokenizer="java").score(captions, predictions)
+    assert scores.figures == {"METEOR": pytest.approx(expected["METEOR"], abs=1e-9)}
 
 
 @needs_java
@@ -141,10 +150,13 @@ def test_a_set_with_a_picture_without_spice_has_none_and_says_which(monkeypatch,
     assert scores.reasons == {"SPICE": "SPICE has no score for picture 1 (counted from 0), so none for the set"}
 
 
-def test_meteor_that_fails_beside_the_others_is_an_error(monkeypatch, tmp_path: Path) -> None:
-    stand_in(monkeypatch, tmp_path, "sys.exit('Error: no heap')", jar=tmp_path / "any.jar")
-    with pytest.raises(JavaError, match=r"METEOR failed .*no heap"):
-        CaptionScorer(metrics=("cider", "meteor"), tokenizer="python").score(PICTURES, WRITTEN)
+def test_a_program_that_fails_costs_its_own_figure_only(monkeypatch, corenlp: Path) -> None:
+    body = "if arguments == ['--list-modules']: sys.exit(print('jdk.compiler'))\nsys.exit('Error: no heap')"
+    stand_in(monkeypatch, corenlp, body, jar=corenlp / CORENLP_JARS[0])
+    scorer = CaptionScorer(metrics=("rouge_l", "meteor", "spice"), tokenizer="python", corenlp=corenlp)
+    scores = scorer.score(PICTURES, WRITTEN)
+    assert list(scores.figures) == ["ROUGE_L"]
+    assert scores.reasons == {name: f"{name} failed (exit status 1): Error: no heap" for name in ("METEOR", "SPICE")}
 
 
 def test_each_domain_is_scored_as_if_it_were_the_whole_set(monkeypatch, corenlp: Path) -> None:

@@ -45,7 +45,7 @@ def score(
     ] = None,
     size: Size = None,
     json: ResultFile = None,
-) -> None:
+) -> int:
     """Score captions against those people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
     from contracap.evaluation.entries import read_entries
     from contracap.evaluation.result import PerSample, Result
@@ -78,7 +78,8 @@ def score(
     for name, value in scores.figures.items():
         print(f"{name:24}{value:.4f}")
     for name, reason in scores.reasons.items():
-        print(f"contracap: {name} left out: {reason}", file=sys.stderr)
+        print(f"contracap: {name} left out: {' '.join(reason.split())}", file=sys.stderr)
+    return 1 if metrics and scores.reasons else 0
 
 
 def _pictures(entries: "list[Entry]", folder: Path | None) -> list[Path]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from contracap.evaluation.java import UnavailableError
+from contracap.evaluation.java import JavaError, UnavailableError
 from contracap.evaluation.meteor import Meteor
 from contracap.evaluation.overlap import bleu, check, cider, mean, rouge_l
 from contracap.evaluation.spice import Spice
@@ -103,6 +103,8 @@ class CaptionScorer:
     ) -> Scores:
         """Scores raw captions: tokenizes all of them in one go, then counts.
 
+        A program that fails costs its own figure only, which then has a reason: captions may have taken hours to write.
+
         Args:
             references: for each picture the captions people wrote; those without a word are left out.
             predictions: for each picture what is to be scored.
@@ -111,7 +113,7 @@ class CaptionScorer:
 
         Raises:
             ValueError: if a picture has no reference with a word in it, or the lengths differ.
-            JavaError: if the tokenizer, METEOR or SPICE fails.
+            JavaError: if the tokenizer fails.
         """
         with ThreadPoolExecutor(1) as beside, ExitStack() as programs:
             meteor = programs.enter_context(self._meteor) if self._meteor else None  # loads while others work
@@ -135,9 +137,12 @@ class CaptionScorer:
             if "cider_plain" in self._metrics:
                 scores.per_sample["CIDEr_plain"] = cider(written, hypotheses, plain=True)
             if later:
-                scores.figures["METEOR"] = later.result().corpus
+                try:
+                    scores.figures["METEOR"] = later.result().corpus
+                except JavaError as error:
+                    scores.reasons["METEOR"] = str(error)
         if self._spice:
-            self._add_spice(scores, self._spice.score(written, hypotheses))
+            self._add_spice(scores, self._spice, written, hypotheses)
         scores.figures.update({name: mean(values) for name, values in scores.per_sample.items()})
         if any(domains):
             self._add_domains(scores, written, hypotheses, domains)
@@ -152,8 +157,15 @@ class CaptionScorer:
         written = [[next(tokens) for _ in captions] for captions in references]
         return [[caption for caption in captions if caption.strip()] for captions in written], hypotheses
 
-    def _add_spice(self, scores: Scores, values: list[float]) -> None:
+    def _add_spice(
+        self, scores: Scores, spice: Spice, written: Sequence[Sequence[str]], hypotheses: Sequence[str]
+    ) -> None:
         """coco-caption's mean is no number where one picture's score is none; so it is here, but says why."""
+        try:
+            values = spice.score(written, hypotheses)
+        except JavaError as error:
+            scores.reasons["SPICE"] = str(error)
+            return
         broken = [i for i, value in enumerate(values) if math.isnan(value)]
         if broken:
             scores.reasons["SPICE"] = (
