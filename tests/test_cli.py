@@ -99,7 +99,7 @@ def test_each_verb_has_help(run: Run, verb: list[str]) -> None:
     assert status == 0 and "usage: contracap" in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["bogus"], ["evaluate", "w"], ["quickstart", "--out"]])
+@pytest.mark.parametrize("arguments", [[], ["bogus"], ["evaluate"], ["quickstart", "--out"]])
 def test_a_call_that_cannot_be_parsed_exits_with_2(run: Run, arguments: list[str]) -> None:
     assert run(*arguments)[0] == 2
 
@@ -111,6 +111,8 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
     torch.save({"epoch": 3}, tmp_path / "other.pt")
     recipe.write_text('size = "tiny"\nsteps = 3\nout = "run"\nstep = 4\n[data]\ntrain = "x"\nbatch_size = 4\n')
     evaluate = ["evaluate", weights, "--data", shards, "--task"]
+    tasks = tmp_path / "tasks.toml"
+    tasks.write_text('[tasks.pairs]\ntask = "retrieval"\ndata = "none"\n')
     calls: list[tuple[list[object], str]] = [
         (["train", tmp_path / "none.toml"], "no such file"),
         (["train", recipe], "unknown key 'step'; did you mean 'steps'?"),
@@ -126,6 +128,9 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
         ([*evaluate, "zeroshot"], "--classes FILE"),
         ([*evaluate, "zeroshot", "--classes", tmp_path / "none.json"], "No such file or directory"),
         (["evaluate", weights, "--task", "retrieval", "--data", empty], "no shards"),
+        (["evaluate", weights], "say what to measure: --task retrieval"),
+        (["evaluate", weights, "--task", "retrieval", "--tasks", tasks], "one of them"),
+        (["evaluate", weights, "--tasks", tasks], "task pairs: no such shard or folder"),
     ]
     for arguments, message in calls:
         status, out, err = run(*arguments)
@@ -217,6 +222,20 @@ def test_evaluate_writes_every_figure_or_its_reason(
         assert set(result["figures"]) == figures == {line.split()[0] for line in out.splitlines()}
         assert result.keys() >= {"command", "versions", "seed", "samples", "figures"} and result["samples"] == 12
         assert {name for name, value in result["figures"].items() if value is None} == set(result["reasons"])
+
+
+def test_a_file_of_tasks_gives_the_figures_of_each_under_its_name(
+    run: Run, weights: Path, shards: Path, tmp_path: Path
+) -> None:
+    tasks, result = tmp_path / "tasks.toml", tmp_path / "result.json"
+    tasks.write_text(
+        f'[tasks.first]\ntask = "retrieval"\ndata = "{shards}"\n[tasks.second]\ntask = "retrieval"\ndata = "{shards}"\n'
+    )
+    assert run("evaluate", weights, "--tasks", tasks, "--json", result)[0] == 0
+    found = json.loads(result.read_text())["figures"]
+    assert run("evaluate", weights, "--task", "retrieval", "--data", shards, "--json", result)[0] == 0
+    alone = json.loads(result.read_text())["figures"]
+    assert found == {f"{name}/{figure}": value for name in ("first", "second") for figure, value in alone.items()}
 
 
 def test_inspect_finds_the_size_and_tells_differences(run: Run, weights: Path) -> None:

@@ -11,7 +11,9 @@ from contracap.page import (
     bars,
     chart,
     charts,
+    drawing,
     gallery,
+    heat_table,
     page,
     pairs,
     paragraph,
@@ -72,6 +74,7 @@ def whole_page() -> str:
             "": [paragraph(EVIL), table((EVIL, "n"), [(EVIL, "1"), (verdict(EVIL, good=True), shown)], numbers=(1,))],
             EVIL: [gallery([(shown, EVIL), (picture(png(), alt="fine"), verdict("right", good=True))])],
             "pairs": [pairs([(shown, shown, [EVIL, EVIL], EVIL)])],
+            "heat": [heat_table(EVIL, [EVIL, "b"], [[1, 2], [0, 0]])],
             "curves": [charts([chart(EVIL, {EVIL: [(0.0, 1.0), (10.0, 0.5)]}, across=EVIL), bars(EVIL, {EVIL: 3})])],
         },
     )
@@ -145,6 +148,31 @@ def test_bars_are_as_long_as_their_counts_and_tell_them() -> None:
     widths = [float(part.split('width="')[1].split('"')[0]) for part in drawn.split("<rect")[1:]]
     assert widths == pytest.approx([widths[2] / 2, 0, widths[2]], abs=0.1)
     assert all(f">{words}</text>" in drawn for words in ("small", "none", "large", "500", "0", "1,000"))
+
+
+def test_a_heat_table_colours_a_cell_by_its_share_of_the_row() -> None:
+    drawn = heat_table("class", ["cat", "dog"], [[3, 1], [0, 0]])
+    read(drawn)
+    cells = [part.split("</td>")[0] for part in drawn.split("<td ")[1:]]
+    assert cells == [
+        'class="good-heat" style="--share:0.750">3',
+        'class="bad-heat" style="--share:0.250">1',
+        'class="bad-heat" style="--share:0.000">',
+        'class="good-heat" style="--share:0.000">',
+    ]
+
+
+def test_a_drawing_keeps_its_bytes_and_lies_on_paper() -> None:
+    shown = drawing(b"<svg/>", alt=EVIL)
+    read(shown)
+    assert 'class="paper"' in shown
+    assert "data:image/svg+xml;base64,PHN2Zy8+" in shown
+
+
+def test_a_curve_without_a_name_has_no_key() -> None:
+    points = [(0.0, 1.0), (1.0, 0.5)]
+    assert "<circle" not in chart("loss", {"": points}, across="step")
+    assert "<circle" in chart("loss", {"training": points}, across="step")
 
 
 def test_a_chart_refuses_no_points_and_too_many_curves() -> None:

@@ -45,7 +45,10 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
             {"size": "ViT-B-32", "loss": {"captioning": 0.0}, "evaluation": {"captions": {"data": "shards"}}},
             "writes no captions",
         ),
-        ({"evaluation": {"zeroshot": {"dta": "shards"}}}, "unknown key 'evaluation.zeroshot.dta'; did you mean 'data'"),
+        (
+            {"evaluation": {"tasks": {"x": {"dta": "shards"}}}},
+            "unknown key 'evaluation.tasks.x.dta'; did you mean 'data'",
+        ),
         ({"size": "huge"}, "unknown size 'huge'; the sizes are coca_ViT-B-32"),
         ({"size": "ViT-B-32"}, "has no decoder: set loss.captioning = 0"),
         ({"model": {"vision": {"depth": 3}}}, "depth"),

@@ -189,6 +189,8 @@ def _problem(cls: type, details: Any) -> str:
     for step in details["loc"]:
         holder = _dataclass_of(hint)
         hints = get_type_hints(holder) if holder is not None else {}
+        if get_origin(hint) is dict:
+            hints = {step: get_args(hint)[1]}
         if step not in hints:
             break  # an index, or pydantic's word for one alternative of a union
         path.append(str(step))

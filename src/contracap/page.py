@@ -22,18 +22,25 @@ h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(-
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; }
-td.number, th.number { text-align: right; }
-img { display: block; image-rendering: pixelated; border-radius: 4px; width: 72px; height: 72px; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+img { display: block; border-radius: 4px; width: 72px; height: 72px;
+  object-fit: cover; } img[src^="data:image/png"] { image-rendering: pixelated; }
 figure { margin: 0; } figcaption { font-size: .85rem; line-height: 1.3; margin-top: .3rem; overflow-wrap: anywhere; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
 .gallery img { width: 100%; height: auto; max-width: 12rem; }
+.paper { background: #fff; border-radius: 4px; padding: .5rem; overflow-x: auto; }
+.paper img { width: 100%; height: auto; min-width: 36rem; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.5rem 1rem; }
 .pairs img { width: 100%; height: auto; max-height: 12rem; object-fit: contain; object-position: left top;
   image-rendering: auto; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }
-.pairs ul { margin: .3rem 0; padding-left: 1.1rem; } .faint { opacity: .65; }
+figcaption ul { margin: .3rem 0; padding-left: 1.1rem; } .faint { opacity: .65; }
 .good, .bad { border: 3px solid var(--good); } .bad { border-color: var(--bad); }
 .good-text { color: var(--good); } .bad-text { color: var(--bad); }
+.heat td, .heat th { padding: .2rem .4rem; border: 1px solid var(--line); } .heat td { text-align: right; }
+.heat tr:first-child th { vertical-align: bottom; } .heat th span { writing-mode: vertical-rl; rotate: 180deg; }
+.good-heat { background: color-mix(in srgb, var(--good) calc(75% * var(--share)), transparent); }
+.bad-heat { background: color-mix(in srgb, var(--bad) calc(75% * var(--share)), transparent); }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin-top: 1rem; }
 svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 11px; }
 .grid line { stroke: var(--line); } .bar { fill: var(--accent); } .curve { fill: none; stroke-width: 1.6; }
@@ -75,12 +82,42 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequen
     return Html(f'<div class="wide"><table>\n{line(head, "th")}{body}</table></div>\n')
 
 
+def heat_table(corner: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
+    """A square table of counts, a row and a column for each name; a cell's colour is its share of its row.
+
+    Args:
+        corner: what the rows are.
+        names: of the rows, and of the columns likewise.
+        counts: row by row.
+    """
+
+    def cell(row: int, column: int) -> str:
+        count = counts[row][column]
+        share, kind = count / max(1, sum(counts[row])), "good" if row == column else "bad"
+        return f'<td class="{kind}-heat" style="--share:{share:.3f}">{count or ""}</td>'
+
+    head = "".join(f"<th><span>{text(name)}</span></th>" for name in names)
+    body = "".join(
+        f"<tr><th>{text(name)}</th>{''.join(cell(row, column) for column in range(len(names)))}</tr>\n"
+        for row, name in enumerate(names)
+    )
+    return Html(
+        f'<div class="wide"><table class="heat">\n<tr><th>{text(corner)}</th>{head}</tr>\n{body}</table></div>\n'
+    )
+
+
 def picture(image: bytes, *, alt: str, good: bool | None = None) -> Html:
     """A picture inside the page, from a PNG's or a JPEG's bytes; framed green or red if it is right or wrong."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     frame = "" if good is None else f' class="{"good" if good else "bad"}"'
     content = base64.b64encode(image).decode()
     return Html(f'<img{frame} alt="{html.escape(alt)}" src="data:image/{kind};base64,{content}">')
+
+
+def drawing(svg: bytes, *, alt: str) -> Html:
+    """An SVG picture of another tool's making, as wide as the page; it is drawn for white paper, and stays on it."""
+    content = base64.b64encode(svg).decode()
+    return Html(f'<div class="paper"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{content}"></div>\n')
 
 
 def gallery(items: Iterable[tuple[Html, str]]) -> Html:
@@ -110,7 +147,8 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
 
     Args:
         title: above the chart.
-        curves: name to points (x, y), in the order of x; points that are not finite are left out.
+        curves: name to points (x, y), in the order of x; points that are not finite are left out. A name of "" is not
+            printed: the title says it.
         across: what x is.
 
     Raises:
@@ -122,7 +160,7 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
     points = [point for curve in shown.values() for point in curve]
     if not points:
         raise ValueError(f"no point to draw in the chart {title!r}")
-    width, height, left, right, top, bottom = 340, 220, 42, 10, 26, 34
+    width, height, left, right, top, bottom = 340, 220, 48, 10, 26, 34
     (x_low, x_high), (y_low, y_high) = (_range(values) for values in zip(*points, strict=True))
     y_low = min(0.0, y_low)
 
@@ -144,6 +182,8 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
     for number, (name, curve) in enumerate(shown.items()):
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
         parts.append(f'<polyline class="curve curve{number}" points="{line}"/>')
+        if not name:
+            continue
         key = left + 6 + number * 105
         parts.append(f'<circle class="key{number}" cx="{key}" cy="{height - 8}" r="4"/>')
         parts.append(f'<text x="{key + 8}" y="{height - 4}">{text(name)}</text>')

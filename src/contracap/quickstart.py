@@ -38,8 +38,6 @@ from contracap.generation.sampling import Greedy
 from contracap.model.coca import CoCa
 from contracap.page import (
     Html,
-    chart,
-    charts,
     gallery,
     page,
     paragraph,
@@ -51,6 +49,8 @@ from contracap.page import (
 from contracap.pretrained import load
 from contracap.processor import Processor
 from contracap.recipe import Recipe, load_recipe
+from contracap.report.curves import curves
+from contracap.report.grids import best_pictures, picture_grid
 from contracap.trainer import train
 from contracap.training.metrics import read_metrics
 
@@ -58,7 +58,7 @@ TRAINING_SCENES = 30_000
 TWIN_SCENES = 200
 SINGLE_SCENES = 320
 TEST_SEED = 2**31  # no shard of training scenes has this number
-CARDS, GRID_ROWS, GRID_COLUMNS = 24, 12, 5
+CARDS, GRID_ROWS = 24, 12
 TARGETS = {
     "caption_accuracy": 0.8,
     "zeroshot_color": 0.9,
@@ -226,7 +226,8 @@ def figures_as_text(figures: Mapping[str, float]) -> str:
 
 def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> str:
     """The page: figures, pictures with their captions, retrieval, and the curves of the run."""
-    captioning = measured.captioning
+    captioning, features = measured.captioning, measured.retrieval.features
+    assert features is not None
     cards = [
         (
             picture(sample.image, alt=sample.captions[0], good=correct),
@@ -259,12 +260,12 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
         ],
         "Retrieval": [
             paragraph(
-                f"For each caption the {GRID_COLUMNS} best of all {len(cards)} pictures, its twin's among them. Green: "
+                f"For each caption the five best of all {len(cards)} pictures, its twin's among them. Green: "
                 "the picture that the caption tells; red: another one in the first place."
             ),
-            _retrieval_grid(measured),
+            picture_grid(features, best_pictures(features, range(GRID_ROWS)), dict(enumerate(captioning.source))),
         ],
-        "The run": [_curves(Path(recipe.out))],
+        "The run": [curves(read_metrics(Path(recipe.out)))],
     }
     return page("contracap quickstart", sections)
 
@@ -284,42 +285,3 @@ def _figure_rows(figures: Mapping[str, float]) -> list[tuple[str, str, str, str]
         else (words, f"{figures[name]:.0f}", "", f"<= {TARGETS[name]:.0f}")
         for name, words in WORDS.items()
     ]
-
-
-def _retrieval_grid(measured: Measured) -> Html:
-    """For some captions the pictures that score highest."""
-    features, samples = measured.retrieval.features, measured.captioning.source
-    assert features is not None
-    scores = features.texts @ features.images.T
-    rows = []
-    for row in range(GRID_ROWS):
-        best = scores[row].topk(GRID_COLUMNS).indices.tolist()
-        shown = [
-            picture(samples[found].image, alt=samples[found].captions[0], good=_framed(found == row, first=place == 0))
-            for place, found in enumerate(best)
-        ]
-        rows.append((features.captions[row], *shown))
-    return table(("caption", "1st", "2nd", "3rd", "4th", "5th"), rows)
-
-
-def _framed(right: bool, *, first: bool) -> bool | None:
-    return True if right else (False if first else None)
-
-
-def _curves(run: Path) -> Html:
-    records = read_metrics(run)
-
-    def curve(name: str) -> list[tuple[float, float]]:
-        return [(float(record["step"]), record[name]) for record in records if name in record]
-
-    made = [
-        chart(title, {name: curve(name)}, across="step")
-        for title, name in (
-            ("contrastive loss, nats", "contrastive_loss"),
-            ("captioning loss, nats per token", "captioning_loss"),
-            ("learning rate", "learning_rate"),
-            ("logit scale", "logit_scale"),
-        )
-        if curve(name)
-    ]
-    return charts(made)

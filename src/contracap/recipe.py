@@ -101,8 +101,10 @@ class Recipe:
             raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be above 0")
         if self.wandb is not None and not self.wandb.strip():
             raise ValueError(f"wandb is {self.wandb!r}; give the project's name, or leave the key out")
-        if self.evaluation.captions and self.model_config.decoder is None:
-            raise ValueError(f"{self.size} has no decoder and writes no captions: leave evaluation.captions out")
+        if self.evaluation.writes and self.model_config.decoder is None:
+            raise ValueError(
+                f"{self.size} has no decoder and writes no captions: leave evaluation.captions and tasks that write out"
+            )
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
         if self.loss.captioning and self.model_config.decoder is None:
@@ -111,7 +113,7 @@ class Recipe:
     @property
     def model_config(self) -> CoCaConfig:
         """The size, with the recipe's changes."""
-        return build(CoCaConfig, _merged(to_dict(find_size(self.size)), self.model))
+        return build(CoCaConfig, merged(to_dict(find_size(self.size)), self.model))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -122,9 +124,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_toml(path, Recipe, overrides)
 
 
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with some of them changed."""
     return dict(values) | {
-        name: _merged(values[name], change)
+        name: merged(values[name], change)
         if isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
         else change
         for name, change in changes.items()

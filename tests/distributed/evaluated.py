@@ -14,7 +14,7 @@ from contracap.pretrained import load
 if __name__ == "__main__":
     shards, out = sys.argv[1], Path(sys.argv[2])
     model, processor = load("tiny", weights="random", seed=0)
-    tables = {"retrieval": shards, "captions": {"data": shards, "samples": 3}}
+    tables = {"tasks": {"pairs": {"task": "retrieval", "data": shards}}, "captions": {"data": shards, "samples": 3}}
     suite = Suite(build(EvaluationConfig, tables), processor)
     found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
     with started(torch.device("cpu")) as ranks:

@@ -24,7 +24,11 @@ pytest_plugins = ["tests.training.conftest"]
 def test_two_ranks_name_the_one_that_is_waited_for_and_put_together_what_they_see(
     recipe_values: dict, colours: Path, tmp_path: Path
 ) -> None:
-    evaluation = {"every": 4, "retrieval": str(colours), "captions": {"data": str(colours), "samples": 1}}
+    evaluation = {
+        "every": 4,
+        "tasks": {"pairs": {"task": "retrieval", "data": str(colours)}},
+        "captions": {"data": str(colours), "samples": 1},
+    }
     values = {"stall_seconds": 2.0, "nonfinite": "skip", "peak_tflops": 1.0, "log_every": 4, "profile": True}
     recipe = build(Recipe, recipe_values | values | {"evaluation": evaluation})
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))

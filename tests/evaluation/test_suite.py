@@ -10,7 +10,7 @@ from PIL import Image
 from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
 from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.suite import EvaluationConfig, Suite
+from contracap.evaluation.suite import EvaluationConfig, Suite, TasksConfig, build_evaluators, measure_tasks
 from contracap.evaluation.zeroshot import ZeroShot
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
@@ -42,18 +42,42 @@ def greys(tmp_path_factory) -> Path:
     return folder
 
 
+def retrieval(data: Path) -> dict[str, str]:
+    return {"task": "retrieval", "data": str(data)}
+
+
+def zeroshot(data: Path) -> dict[str, str]:
+    return {"task": "zeroshot", "data": str(data), "classes": str(data / "classes.json")}
+
+
 def suite(pair, **tables: object) -> Suite:
     return Suite(build(EvaluationConfig, tables), pair[1])
 
 
 def test_figures_are_those_of_the_evaluators_under_their_names(pair, greys: Path) -> None:
     model, processor = pair
-    zeroshot = {"data": str(greys), "classes": str(greys / "classes.json")}
-    found = dict(suite(pair, retrieval=str(greys), zeroshot=zeroshot).run(model))
-    alone = {f"retrieval/{name}": value for name, value in Retrieval(str(greys), processor).run(model)}
-    alone |= {f"zeroshot/{name}": value for name, value in ZeroShot(str(greys), processor, classes=GREYS).run(model)}
+    found = dict(suite(pair, tasks={"pairs": retrieval(greys), "greys": zeroshot(greys)}).run(model))
+    alone = {f"pairs/{name}": value for name, value in Retrieval(str(greys), processor).run(model)}
+    alone |= {f"greys/{name}": value for name, value in ZeroShot(str(greys), processor, classes=GREYS).run(model)}
     assert found == alone
-    assert {"retrieval/text_to_image_recall@1", "zeroshot/acc1"} <= set(found)
+    assert {"pairs/text_to_image_recall@1", "greys/acc1"} <= set(found)
+
+
+def test_the_result_of_several_tasks_has_their_figures_reasons_and_details(pair, greys: Path) -> None:
+    model, processor = pair
+    tasks = build(TasksConfig, {"tasks": {"pairs": retrieval(greys), "greys": zeroshot(greys)}}).tasks
+    result = measure_tasks(build_evaluators(tasks, processor), model, command="contracap evaluate x")
+    assert result.samples == 40
+    assert result.figures["greys/acc5"] is None
+    assert result.reasons == {"greys/acc5": "acc5 needs at least 5 classes; there are 2"}
+    assert result.details == {
+        "tasks": {"pairs": {"samples": 20, "captions": 40}, "greys": {"samples": 20, "classes": 2, "templates": 8}}
+    }
+
+
+def test_an_error_of_a_task_names_it(pair, greys: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"task greys: .*none\.json"):
+        suite(pair, tasks={"pairs": retrieval(greys), "greys": zeroshot(greys) | {"classes": "none.json"}})
 
 
 def test_the_first_pictures_are_captioned_as_the_captioner_does(pair, greys: Path) -> None:
@@ -88,7 +112,7 @@ def test_a_model_is_evaluated_in_the_precision_that_it_trains_in(
         "precision": precision,
         "data": {"train": str(greys), "batch_size": 4},
         "optimizer": {"warmup_steps": 0},
-        "evaluation": {"retrieval": str(greys), "captions": {"data": str(greys), "samples": 2}},
+        "evaluation": {"tasks": {"pairs": retrieval(greys)}, "captions": {"data": str(greys), "samples": 2}},
     }
     train(build(Recipe, values))
     assert seen == [precision == "bf16"]
@@ -100,35 +124,40 @@ def test_shards_without_labels_are_found_when_the_suite_is_made(pair, greys: Pat
     Image.new("L", (40, 40)).save(file, "PNG")
     write_shard(tmp_path / "0.tar", [("0000", {"png": file.getvalue(), "txt": b"a grey"})])
     with pytest.raises(ValueError, match=r"sample 0000 of .*0\.tar has no label: give each sample a field `label`"):
-        suite(pair, zeroshot={"data": str(tmp_path), "classes": str(greys / "classes.json")})
+        suite(pair, tasks={"greys": zeroshot(greys) | {"data": str(tmp_path)}})
 
 
 def test_a_suite_of_nothing_is_false(pair, greys: Path) -> None:
     assert not suite(pair)
     assert suite(pair, captions={"data": str(greys)})
-    assert suite(pair, retrieval=[str(greys)])
+    assert suite(pair, tasks={"pairs": {"task": "retrieval", "data": [str(greys)]}})
 
 
 @pytest.mark.parametrize("name", ["retrieval", "zeroshot", "captions"])
 def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name: str) -> None:
-    gone = str(greys / "gone")
+    gone = {"data": str(greys / "gone")}
     tables = {
-        "retrieval": gone,
-        "zeroshot": {"data": gone, "classes": str(greys / "classes.json")},
-        "captions": {"data": gone},
+        "retrieval": {"tasks": {"x": retrieval(greys) | gone}},
+        "zeroshot": {"tasks": {"x": zeroshot(greys) | gone}},
+        "captions": {"captions": gone},
     }
     with pytest.raises(FileNotFoundError, match="gone"):
-        suite(pair, **{name: tables[name]})
-
-
-def test_a_file_without_classes_is_found_when_the_suite_is_made(pair, greys: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        suite(pair, zeroshot={"data": str(greys), "classes": str(greys / "none.json")})
+        suite(pair, **tables[name])
 
 
 @pytest.mark.parametrize(
     ("tables", "message"),
-    [({"every": 0}, "every is 0"), ({"captions": {"data": "x", "samples": 0}}, "samples is 0")],
+    [
+        ({"every": 0}, "every is 0"),
+        ({"captions": {"data": "x", "samples": 0}}, "samples is 0"),
+        ({"tasks": {"cifar": {"task": "zeroshot", "data": "x"}}}, "'tasks.cifar': zeroshot needs the names"),
+        ({"tasks": {"cifar": {"task": "zero", "data": "x"}}}, "'tasks.cifar.task' must be one of 'retrieval', "),
+        ({"tasks": {"cifar": {"task": "captioning"}}}, "key 'tasks.cifar.data' is missing"),
+        (
+            {"tasks": {"x": {"task": "captioning", "data": "x", "strategy": "bean"}}},
+            "'tasks.x': unknown strategy 'bean'",
+        ),
+    ],
 )
 def test_a_wrong_table_says_what_is_wrong(tables: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -148,7 +148,7 @@ def test_evaluating_on_the_way_changes_nothing_of_the_training(
     plain = train(build(Recipe, recipe_values | patch_dropout))
     evaluation = {
         "every": 5,
-        "retrieval": str(colours),
+        "tasks": {"pairs": {"task": "retrieval", "data": str(colours)}},
         "captions": {"data": str(colours), "samples": 2},
     }
     watched = recipe_values | patch_dropout | {"out": str(tmp_path / "watched"), "validate_every": 5}
@@ -157,7 +157,7 @@ def test_evaluating_on_the_way_changes_nothing_of_the_training(
     assert losses(recipe.out) == losses(recipe_values["out"])
     ours, theirs = (read_weights(folder / "model.safetensors").state for folder in (plain, evaluated))
     assert all((ours[name] == theirs[name]).all() for name in ours)
-    figures = [record for record in read_metrics(Path(recipe.out)) if "retrieval/text_to_image_recall@1" in record]
+    figures = [record for record in read_metrics(Path(recipe.out)) if "pairs/text_to_image_recall@1" in record]
     assert [record["step"] for record in figures] == [5, 8]
     first = next(iter(samples(str(colours / "000.tar"))))
     captions = lines(recipe, "captions.jsonl")
@@ -168,7 +168,9 @@ def test_evaluating_on_the_way_changes_nothing_of_the_training(
 
 
 def test_wrong_paths_of_evaluators_are_found_before_the_first_step(recipe_values: dict, tmp_path: Path) -> None:
-    recipe = build(Recipe, recipe_values | {"evaluation": {"retrieval": str(tmp_path / "gone")}})
+    recipe = build(
+        Recipe, recipe_values | {"evaluation": {"tasks": {"x": {"task": "retrieval", "data": str(tmp_path / "gone")}}}}
+    )
     with pytest.raises(FileNotFoundError, match="gone"):
         train(recipe)
     assert not (tmp_path / "run").exists()

@@ -257,7 +257,7 @@ def test_an_evaluation_that_fails_is_warned_of_and_the_run_goes_on(
     )
     values = recipe_values | {
         "validate_every": 4,
-        "evaluation": {"every": 4, "retrieval": recipe_values["data"]["train"]},
+        "evaluation": {"every": 4, "tasks": {"pairs": {"task": "retrieval", "data": recipe_values["data"]["train"]}}},
     }
     assert train(build(Recipe, values)).name == "step-00000008"
     assert "no figures at step 4: rank 0: No such file or directory: /gone.tar" in caplog.text

@@ -12,40 +12,60 @@ from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName
 
 if TYPE_CHECKING:
     from contracap.bench.timing import Row
-    from contracap.evaluation.result import Evaluator
-    from contracap.generation.strategy import Strategy
-    from contracap.processor import Processor
 
 
 def evaluate(
     weights: WeightsName,
     /,
     *,
-    task: Annotated[Literal["retrieval", "captioning", "zeroshot"], arg(help="what to measure")],
-    data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
+    task: Annotated[Literal["retrieval", "captioning", "zeroshot"] | None, arg(help="what to measure")] = None,
+    data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")] = (),
     classes: Annotated[
-        Path | None, arg(metavar="FILE", help="for zeroshot: a JSON list of names, or a JSON object with `classes`")
+        str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of names, or a JSON object with `classes`")
     ] = None,
     templates: Annotated[
-        Path | None, arg(metavar="FILE", help="for zeroshot: a JSON list of prompts, {} where the name goes")
+        str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of prompts, {} where the name goes")
     ] = None,
     strategy: StrategyName = "beam",
     settings: Settings = (),
+    tasks: Annotated[
+        Path | None,
+        arg(metavar="TASKS.toml", help="several tasks instead, a table [tasks.NAME] each, with the flags as its keys"),
+    ] = None,
     int8: Int8 = False,
     size: Size = None,
     json: ResultFile = None,
 ) -> None:
     """Measure a model on tar shards."""
+    from contracap.config import load_toml
     from contracap.evaluation.result import measure
-    from contracap.generation.choice import build_strategy
+    from contracap.evaluation.suite import TasksConfig, build_evaluators, measure_tasks
+    from contracap.evaluation.task import TaskConfig, build_evaluator
 
-    chosen = build_strategy(strategy, settings)  # refused before the weights are read
-    model, processor = load_model(weights, size, int8=int8)
-    result = measure(_evaluator(task, data, processor, classes, templates, chosen), model, command=command_line())
+    # What is asked for is refused before the weights are read, and looked at before anything is computed.
+    if tasks is not None:
+        if task is not None:
+            raise ValueError(
+                f"--task {task} and --tasks {tasks}: one of them, either a task by flags or a file of tasks"
+            )
+        wanted = load_toml(tasks, TasksConfig).tasks
+        model, processor = load_model(weights, size, int8=int8)
+        result = measure_tasks(build_evaluators(wanted, processor), model, command=command_line())
+    elif task is None:
+        raise ValueError(
+            "say what to measure: --task retrieval, captioning or zeroshot, or a file of tasks, --tasks FILE"
+        )
+    else:
+        config = TaskConfig(
+            task=task, data=data, classes=classes, templates=templates, strategy=strategy, settings=settings
+        )
+        model, processor = load_model(weights, size, int8=int8)
+        result = measure(build_evaluator(config, processor), model, command=command_line())
     if json is not None:
         result.write(json)
+    width = max(24, *map(len, result.figures))
     for name, value in result.figures.items():
-        print(f"{name:24}{f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+        print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
 
 
 def bench(
@@ -80,27 +100,3 @@ def _report(row: "Row") -> None:
     from contracap.bench.timing import Benchmark
 
     print(Benchmark(rows=[row], samples=0, seed=0, machine={}).table(), file=sys.stderr, flush=True)
-
-
-def _evaluator(
-    task: str,
-    data: tuple[str, ...],
-    processor: "Processor",
-    classes: Path | None,
-    templates: Path | None,
-    strategy: "Strategy",
-) -> "Evaluator":
-    from contracap.evaluation.captioning import Captioning
-    from contracap.evaluation.retrieval import Retrieval
-    from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, load_classes, load_templates
-
-    if task == "retrieval":
-        return Retrieval(data, processor)
-    if task == "captioning":
-        return Captioning(data, processor, strategy=strategy)
-    if classes is None:
-        raise ValueError(
-            "zeroshot needs the names of the classes: --classes FILE, a JSON list in the order of the labels"
-        )
-    prompts = load_templates(templates) if templates else TEMPLATES
-    return ZeroShot(data, processor, classes=load_classes(classes), templates=prompts)

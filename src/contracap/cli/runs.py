@@ -37,6 +37,21 @@ def train(
     print(run(load_recipe(recipe, overrides)))
 
 
+def study(
+    study: Annotated[Path, arg(metavar="STUDY.toml", help="what is trained in which arms, and what is measured")],
+    overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),
+    /,
+) -> None:
+    """Train one recipe in several arms with several seeds, measure and compare them; the same call goes on with what
+    is not done."""
+    from contracap.config import load_toml
+    from contracap.study import StudyConfig
+    from contracap.study import study as run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run(load_toml(study, StudyConfig, overrides), command=command_line())
+
+
 def plan(
     recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="the run")],
     overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),

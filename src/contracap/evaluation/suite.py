@@ -1,36 +1,19 @@
-"""What a recipe wants measured while it trains: several evaluators as one."""
+"""Several tasks as one: what a recipe wants measured while it trains, and what a file of tasks asks of a model."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
 from contracap.data.shards import list_shards
 from contracap.evaluation.features import picture_pixels, sample_batches
-from contracap.evaluation.result import Evaluator
-from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, load_classes, load_templates
+from contracap.evaluation.result import Evaluator, Result, measure
+from contracap.evaluation.task import Shards, TaskConfig, build_evaluator
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
-Shards = str | tuple[str, ...]
 BATCH = 16  # pictures captioned at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroShotConfig:
-    """Classification without training.
-
-    Attributes:
-        data: folders of tar shards, or shards, whose samples have a label.
-        classes: a JSON list of names, in the order of the labels, or a JSON object with such a list `classes`.
-        templates: a JSON list of prompts, {} where the name goes; by default eight of photographs.
-    """
-
-    data: Shards
-    classes: str
-    templates: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +39,71 @@ class EvaluationConfig:
 
     Attributes:
         every: steps from one time to the next; there is always one at the end.
-        retrieval: folders of tar shards, or shards, to rank.
+        tasks: by name; a figure is recorded as `NAME/figure`.
     """
 
     every: int = 1000
-    retrieval: Shards | None = None
-    zeroshot: ZeroShotConfig | None = None
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
     captions: SampleCaptionsConfig | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every is {self.every}; it must be at least 1 step")
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model must have a decoder."""
+        return self.captions is not None or any(task.writes for task in self.tasks.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """A file of tasks, each a table `[tasks.NAME]`."""
+
+    tasks: dict[str, TaskConfig]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("there is no task: give each a table [tasks.NAME]")
+
+
+def build_evaluators(tasks: Mapping[str, TaskConfig], processor: Processor) -> dict[str, Evaluator]:
+    """What measures each of the tasks.
+
+    Raises: FileNotFoundError, ValueError: naming the task, if its samples are missing, or a file or its first sample
+        lacks what it needs.
+    """
+    evaluators = {}
+    for name, task in tasks.items():
+        try:
+            evaluators[name] = build_evaluator(task, processor)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"task {name}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"task {name}: {error}") from None
+    return evaluators
+
+
+def measure_tasks(evaluators: Mapping[str, Evaluator], model: CoCa, *, command: str, seed: int | None = None) -> Result:
+    """Runs evaluators one after the other. Their figures are `NAME/figure`, their details stand under their names."""
+    results = {name: measure(evaluator, model, command=command) for name, evaluator in evaluators.items()}
+
+    def named(part: str) -> dict[str, Any]:
+        return {
+            f"{name}/{key}": value for name, result in results.items() for key, value in getattr(result, part).items()
+        }
+
+    return Result(
+        command=command,
+        seed=seed,
+        samples=sum(result.samples for result in results.values()),
+        figures=named("figures"),
+        reasons=named("reasons"),
+        per_sample=named("per_sample"),
+        details={
+            "tasks": {name: {"samples": result.samples} | dict(result.details) for name, result in results.items()}
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,21 +127,11 @@ class Suite:
     """
 
     def __init__(self, config: EvaluationConfig, processor: Processor):
-        """Raises: FileNotFoundError, ValueError: if shards are missing, or a file does not hold what it should, such as
-        a label in the first sample of `zeroshot`."""
-        tables = [table.data for table in (config.zeroshot, config.captions) if table is not None]
-        for data in [*tables, *([config.retrieval] if config.retrieval is not None else [])]:
-            list_shards(data)  # a wrong path is found now, not hours later
+        """Raises: FileNotFoundError, ValueError: as `build_evaluators` does."""
+        if config.captions is not None:
+            list_shards(config.captions.data)  # a wrong path is found now, not hours later
         self._config, self._processor = config.captions, processor
-        self._evaluators: dict[str, Evaluator] = {}
-        if config.retrieval is not None:
-            self._evaluators["retrieval"] = Retrieval(config.retrieval, processor)
-        if (zeroshot := config.zeroshot) is not None:
-            templates = load_templates(zeroshot.templates) if zeroshot.templates else TEMPLATES
-            classes = load_classes(zeroshot.classes)
-            evaluator = ZeroShot(zeroshot.data, processor, classes=classes, templates=templates)
-            evaluator.label(next(sample_batches(zeroshot.data, 1))[0])
-            self._evaluators["zeroshot"] = evaluator
+        self._evaluators = build_evaluators(config.tasks, processor)
         self.captions: list[Mapping[str, Any]] = []
 
     def __bool__(self) -> bool:
@@ -112,7 +139,7 @@ class Suite:
         return bool(self._evaluators) or self._config is not None
 
     def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
-        """Name and value of each figure, such as `retrieval/text_to_image_recall@1`.
+        """Name and value of each figure, such as `flickr8k/text_to_image_recall@1`.
 
         Raises: ValueError: as the evaluators do.
         """

@@ -1,0 +1,45 @@
+"""The verbs that show what came out: of two results, and of one run."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from contracap.cli.options import command_line
+
+Results = Annotated[Path, arg(metavar="RESULTS.json", help="what contracap evaluate wrote with --json")]
+
+
+def compare(
+    a: Results,
+    b: Results,
+    /,
+    *,
+    names: Annotated[
+        tuple[str, str] | None,
+        arg(metavar="A B", help="of the two systems; by default those of their files or folders"),
+    ] = None,
+    out: Annotated[
+        Path, arg(metavar="DIR", help="folder for compare.svg, .png, .html, .md, .csv, .tex and results.json")
+    ] = Path("comparison"),
+) -> None:
+    """Draw two results side by side: scores, gaps with intervals, and tables."""
+    from contracap.compare.comparison import compare as compared
+    from contracap.compare.results import load_result, names_of
+    from contracap.compare.tables import markdown
+    from contracap.compare.writing import write
+
+    comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))
+    write(comparison, out, command=command_line())
+    print(markdown(comparison))
+    print(f"the figure: {out / 'compare.svg'}\nthe page: {out / 'compare.html'}")
+
+
+def report(run: Annotated[Path, arg(metavar="RUN", help="a run folder, the `out` of contracap train")], /) -> None:
+    """Show a run on one page, RUN/report.html: curves, figures, captions, retrieval, confusions."""
+    import logging
+
+    from contracap.report.run import write_report
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(write_report(run))

@@ -1,0 +1,202 @@
+"""What two systems reach, figure by figure, and how sure the gap between them is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from jaxtyping import Float64
+
+from contracap.compare.statistics import CONFIDENCE, RESAMPLES, bootstrap_interval, holm, permutation_test
+from contracap.evaluation.result import Result
+
+HEADLINES = (
+    "acc1",
+    "mean_average_precision",
+    "text_to_image_recall@5",
+    "image_to_text_recall@5",
+    "CIDEr",
+    "accuracy",
+)
+UNITS = {"seconds"}  # figures that are no scores: all others are, and are printed times 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of both systems, in its own unit; of several runs the mean.
+
+    Attributes:
+        figure: `TASK/figure`, or the figure alone.
+        a, b, gap: the first system's, the second's, and their difference; None if it is missing in any run.
+        gaps: of each pair of runs.
+        low, high: of the gap's interval; None for a figure that is no mean over samples.
+        p, p_holm: of the paired test, alone and corrected for all figures that were tested; None likewise.
+        reason: why there is no gap, or no interval.
+    """
+
+    figure: str
+    a: float | None
+    b: float | None
+    gap: float | None = None
+    gaps: tuple[float, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    reason: str | None = None
+
+    @property
+    def task(self) -> str:
+        """What the figure was measured on; "" in a result of one task."""
+        return self.figure.rpartition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """The figure's name without the task's."""
+        return self.figure.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two systems side by side.
+
+    Attributes:
+        names: of the first and the second system.
+        rows: of the figures that both have, in their order.
+        only: for each system the figures that it alone has.
+        runs: of each system.
+        samples: that the results rest on.
+        seed: of the resamples.
+    """
+
+    names: tuple[str, str]
+    rows: tuple[Row, ...]
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+    runs: int
+    samples: int
+    seed: int
+
+    @property
+    def headlines(self) -> tuple[Row, ...]:
+        """What is drawn: of each task the figure its kind is known by, or all figures if none of them is that; largest
+        gap first. Those without a gap are left out, and so are seconds."""
+        drawn = [row for row in self.rows if row.gap is not None and row.name not in UNITS]
+        drawn = [row for row in drawn if row.name in HEADLINES] or drawn
+        return tuple(sorted(drawn, key=lambda row: -(row.gap or 0.0)))
+
+    def result(self, *, command: str) -> Result:
+        """The gaps as a JSON result; what belongs to them stands under `rows`."""
+        return Result(
+            command=command,
+            seed=self.seed,
+            samples=self.samples,
+            figures={row.figure: row.gap for row in self.rows},
+            reasons={row.figure: row.reason for row in self.rows if row.gap is None and row.reason},
+            details={
+                "names": self.names,
+                "runs": self.runs,
+                "resamples": RESAMPLES,
+                "confidence": CONFIDENCE,
+                "rows": [asdict(row) for row in self.rows],
+                "only": dict(zip(self.names, self.only, strict=True)),
+            },
+        )
+
+
+def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = ("A", "B"), seed: int = 0) -> Comparison:
+    """Compares one or more runs of a system with as many of another, the first with the first and so on.
+
+    Args:
+        a, b: results of the same tasks on the same samples.
+        names: of the two systems.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: if they have no figure in common, are not equally many, or a figure was measured on other samples:
+            a gap between different pictures tells nothing.
+    """
+    if not a or len(a) != len(b):
+        raise ValueError(f"{len(a)} results of {names[0]} and {len(b)} of {names[1]}: runs are compared in pairs")
+    if names[0] == names[1]:
+        raise ValueError(f"both systems are called {names[0]!r}: give them names that differ")
+    of_a, of_b = _common(a), _common(b)
+    common = [name for name in of_a if name in of_b]
+    if not common:
+        raise ValueError(
+            f"nothing in common: {names[0]} has {', '.join(of_a) or 'nothing'}; {names[1]} has "
+            f"{', '.join(of_b) or 'nothing'}"
+        )
+    rows = [_row(name, a, b, names, seed) for name in common]
+    return Comparison(
+        names=names,
+        rows=tuple(_corrected(rows)),
+        only=(
+            tuple(name for name in of_a if name not in of_b),
+            tuple(name for name in of_b if name not in of_a),
+        ),
+        runs=len(a),
+        samples=min(result.samples for result in [*a, *b]),
+        seed=seed,
+    )
+
+
+def _common(results: Sequence[Result]) -> list[str]:
+    """The figures that all of these have."""
+    return [name for name in results[0].figures if all(name in result.figures for result in results)]
+
+
+def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str], seed: int) -> Row:
+    values_a, values_b = ([result.figures[name] for result in results] for results in (a, b))
+    mean_a, mean_b = _mean(values_a), _mean(values_b)
+    differences = _differences(name, a, b, names)
+    if mean_a is None or mean_b is None:
+        missing = (
+            f"{system}: {result.reasons[name]}"
+            for system, results in zip(names, (a, b), strict=True)
+            for result in results
+            if result.figures[name] is None
+        )
+        return Row(figure=name, a=mean_a, b=mean_b, reason=next(missing))
+    gaps = tuple(x - y for x, y in zip(values_a, values_b, strict=True) if x is not None and y is not None)
+    row = Row(figure=name, a=mean_a, b=mean_b, gap=mean_a - mean_b, gaps=gaps)
+    if differences is None:
+        return replace(row, reason="no values of single samples, hence no interval")
+    low, high = bootstrap_interval(differences, seed=seed)
+    return replace(row, low=low, high=high, p=permutation_test(differences.mean(axis=0), seed=seed))
+
+
+def _differences(
+    name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]
+) -> Float64[np.ndarray, "run sample"] | None:
+    """Of each pair of runs and each sample; None if a run has no values of single samples."""
+    results = [(system, result) for system, side in zip(names, (a, b), strict=True) for result in side]
+    found = [(system, result.per_sample[name]) for system, result in results if name in result.per_sample]
+    for system, values in found:
+        if (values.samples, len(values.values)) != (found[0][1].samples, len(found[0][1].values)):
+            raise ValueError(
+                f"{name} was measured on other samples: {len(found[0][1].values)} of {found[0][0]}, "
+                f"{len(values.values)} of {system}, with other keys or in another order; evaluate both on the same data"
+            )
+    if len(found) < len(results):
+        # All that can be told of a single task is how many samples there were.
+        counts = {result.samples for _, result in results}
+        if len(counts) > 1 and "/" not in name:
+            raise ValueError(
+                f"{name} was measured on other samples: the results rest on {' and '.join(map(str, sorted(counts)))}; "
+                "evaluate both on the same data"
+            )
+        return None
+    values_a, values_b = (
+        np.array([result.per_sample[name].values for result in side], dtype=np.float64) for side in (a, b)
+    )
+    return values_a - values_b
+
+
+def _corrected(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows with p-values corrected for how many of them were tested."""
+    corrected = iter(holm([row.p for row in rows if row.p is not None]))
+    yield from (row if row.p is None else replace(row, p_holm=next(corrected)) for row in rows)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

@@ -1,0 +1,102 @@
+"""The release's figure: (a) the scores of two systems per task, (b) the gap per task with its interval."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from contracap.compare.comparison import Comparison, Row
+
+SHORT = {
+    "acc1": "acc@1",
+    "mean_average_precision": "mAP",
+    "text_to_image_recall@5": "text → image R@5",
+    "image_to_text_recall@5": "image → text R@5",
+}
+FIRST, SECOND, NEITHER = "#2f6fde", "#d9730d", "#8a8f98"
+SETTINGS = {"svg.hashsalt": "contracap", "svg.fonttype": "path", "font.size": 9, "font.family": "DejaVu Sans"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """The figure as two files."""
+
+    svg: bytes
+    png: bytes
+
+
+def draw(comparison: Comparison) -> Drawing:
+    """Draws the headline figures, largest gap on top; the same comparison gives the same bytes.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if no figure has a gap.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ImportError("the figure needs the package matplotlib: pip install 'contracap[figures]'") from None
+    rows = comparison.headlines
+    if not rows:
+        raise ValueError("nothing to draw: every score that both have is missing in one of them")
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(9.0, 1.5 + 0.3 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        scores, gaps = figure.subplots(1, 2, sharey=True)
+        _draw_scores(scores, comparison, rows)
+        _draw_gaps(gaps, comparison, rows)
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
+    return Drawing(svg=svg.getvalue(), png=png.getvalue())
+
+
+def _draw_scores(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None:
+    """Both scores on a line per task."""
+    places = range(len(rows))
+    a, b = ([100 * (getattr(row, side) or 0.0) for row in rows] for side in ("a", "b"))
+    axes.hlines(places, a, b, color=NEITHER, linewidth=1.2, zorder=1)
+    axes.scatter(a, places, color=FIRST, marker="o", label=comparison.names[0], zorder=2)
+    axes.scatter(b, places, color=SECOND, marker="D", s=26, label=comparison.names[1], zorder=2)
+    axes.set_yticks(places, [label(row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    axes.set_xlim(left=0)
+    axes.set_xlabel("score x 100")
+    axes.set_title("(a) scores", loc="left")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.25, 1.0), ncols=2, frameon=False, borderaxespad=0.2)
+
+
+def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None:
+    """The gap of each task, of several runs also each one's, and the interval where there is one; grey where that
+    holds zero."""
+    for place, row in enumerate(rows):
+        gap = row.gap or 0.0
+        color = _color(row)
+        axes.barh(place, 100 * gap, color=color, height=0.62, alpha=0.75)
+        if row.low is not None and row.high is not None:
+            axes.hlines(place, 100 * row.low, 100 * row.high, color="black", linewidth=1.2)
+            axes.plot([100 * row.low, 100 * row.high], [place, place], "|", color="black", markersize=6)
+        if comparison.runs > 1:
+            axes.plot([100 * one for one in row.gaps], [place] * comparison.runs, "o", color="black", mfc="white", ms=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel(f"{comparison.names[0]} minus {comparison.names[1]}, x 100; 95 % interval")
+    axes.set_title("(b) gap", loc="left")
+    axes.grid(axis="x", alpha=0.3)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def label(row: Row) -> str:
+    """A row's task and figure, short."""
+    name = SHORT.get(row.name, row.name)
+    return f"{row.task}, {name}" if row.task else name
+
+
+def _color(row: Row) -> str:
+    """Of the system that is ahead for sure; of neither where the interval holds zero."""
+    if row.low is None or row.high is None:
+        return NEITHER
+    return FIRST if row.low > 0 else SECOND if row.high < 0 else NEITHER

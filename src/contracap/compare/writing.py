@@ -1,0 +1,59 @@
+"""A comparison as files: a figure, a page, tables, and a JSON result."""
+
+from pathlib import Path
+
+from contracap.compare.comparison import Comparison
+from contracap.compare.figure import Drawing, draw
+from contracap.compare.tables import cells, headings, latex, markdown, method, notes, to_csv
+from contracap.files import replacing, write_text
+from contracap.page import drawing, page, paragraph, table
+
+
+def write(comparison: Comparison, folder: Path, *, command: str) -> None:
+    """Writes compare.svg, .png, .html, .md, .csv, .tex and results.json to a folder, each whole or not at all.
+
+    Raises:
+        ImportError: if matplotlib is not installed; nothing is written then.
+        ValueError: if there is nothing to draw; likewise.
+    """
+    drawn = draw(comparison)
+    texts = {
+        "html": compare_page(comparison, drawn),
+        "md": markdown(comparison),
+        "csv": to_csv(comparison),
+        "tex": latex(comparison),
+    }
+    for ending, content in (("svg", drawn.svg), ("png", drawn.png)):
+        with replacing(folder / f"compare.{ending}") as partial:
+            partial.write_bytes(content)
+    for ending, text in texts.items():
+        write_text(folder / f"compare.{ending}", text)
+    comparison.result(command=command).write(folder / "results.json")
+
+
+def compare_page(comparison: Comparison, drawn: Drawing) -> str:
+    """The page: the figure, all figures as a table, and how they were made."""
+    a, b = comparison.names
+    head = headings(comparison)
+    rows = [cells(row, comparison) for row in comparison.rows]
+    sections = {
+        "": [
+            drawing(drawn.svg, alt=f"scores of {a} and {b} per task, and the gap between them"),
+            paragraph(_legend(comparison)),
+        ],
+        "All figures": [
+            table(head, rows, numbers=range(1, len(head))),
+            *map(paragraph, notes(comparison)),
+            paragraph(method(comparison)),
+        ],
+    }
+    return page(f"{a} and {b}", sections)
+
+
+def _legend(comparison: Comparison) -> str:
+    a, b = comparison.names
+    dots = " Dots: the pairs of runs." if comparison.runs > 1 else ""
+    return (
+        f"Blue: {a} is ahead and the interval says so; orange: {b}; grey: the interval holds zero, or there is none."
+        f"{dots} The figure shows what each kind of task is known by; the table holds everything."
+    )

@@ -1,0 +1,1 @@
+"""What a run came to, on one self-contained page."""

@@ -1,0 +1,164 @@
+"""A run folder as one page: what was trained, how it went, and what the last checkpoint can do."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contracap.data.loader import evaluation_samples
+from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.result import Evaluator
+from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.suite import build_evaluators
+from contracap.files import write_text
+from contracap.model.coca import CoCa
+from contracap.page import Html, page, paragraph, table
+from contracap.pretrained import load
+from contracap.processor import Processor
+from contracap.recipe import Recipe, load_recipe
+from contracap.report.curves import curves
+from contracap.report.sections import sections_of
+from contracap.training.metrics import CAPTIONS_FILE, METRICS_FILE, read_metrics
+
+PAGE = "report.html"
+MOST_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
+MOST_CAPTIONS = 16  # pictures whose captions on the way are shown
+logger = logging.getLogger(__name__)
+
+
+def write_report(run: Path) -> Path:
+    """Measures what the last checkpoint reaches, and writes RUN/report.html, whole or not at all; returns where it is.
+
+    Raises:
+        FileNotFoundError: if the folder is no run's.
+        ValueError: if its recipe, its records or its checkpoint cannot be read.
+    """
+    for name in ("recipe.toml", METRICS_FILE):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run} is no run folder: it has no {name}; give the `out` of contracap train")
+    recipe = load_recipe(run / "recipe.toml")
+    with _naming(run / METRICS_FILE):
+        records = read_metrics(run)
+    last = run / "checkpoints" / "last"
+    sections: dict[str, list[Html]] = {"": [paragraph(_progress(records, recipe)), _facts(recipe)]}
+    if records:
+        sections["The run"] = [curves(records)]
+    if last.exists():
+        model, processor = load(last)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        sections |= measured(recipe, model, processor, last.resolve().name)
+    else:
+        sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
+    if (run / CAPTIONS_FILE).is_file():
+        with _naming(run / CAPTIONS_FILE):
+            sections["Captions on the way"] = [captions_on_the_way(run / CAPTIONS_FILE)]
+    write_text(run / PAGE, page(f"{run.absolute().name}: {recipe.size}", sections).encode("utf-8", "replace").decode())
+    return run / PAGE
+
+
+def measured(recipe: Recipe, model: CoCa, processor: Processor, checkpoint: str) -> dict[str, list[Html]]:
+    """The figures of the recipe's tasks, then a section for each; without tasks, of its validation shards."""
+    try:
+        evaluators, what = _evaluators(recipe, processor)
+    except (ValueError, FileNotFoundError) as error:
+        logger.warning("nothing was measured: %s", error)
+        return {"Figures": [paragraph(f"Nothing was measured: {error}")]}
+    rows, missing, sections = [], [], {}
+    for name, evaluator in evaluators.items():
+        logger.info("measuring %s", name)
+        try:
+            figures = dict(evaluator.run(model))
+        except ValueError as error:  # such as weights that are NaN: the curves show when they became so
+            logger.warning("%s was not measured: %s", name, error)
+            missing.append(paragraph(f"{name} was not measured: {error}"))
+            continue
+        rows += [(name, figure, f"{100 * value:.2f}", f"{evaluator.samples:,}") for figure, value in figures.items()]
+        missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in evaluator.reasons.items()]
+        parts = list(sections_of(evaluator))
+        if parts:
+            sections[name] = parts
+    head = ("task", "figure", "times 100", "samples")
+    shown = [table(head, rows, numbers=(2, 3))] if rows else []
+    return {"Figures": [paragraph(f"Measured with {checkpoint} on {what}."), *shown, *missing]} | sections
+
+
+def _evaluators(recipe: Recipe, processor: Processor) -> tuple[dict[str, Evaluator], str]:
+    """What to measure, and on what, in words."""
+    if recipe.evaluation.tasks:
+        return build_evaluators(recipe.evaluation.tasks, processor), "the tasks of the recipe"
+    if recipe.data.validation is None:
+        return {}, "nothing: the recipe has neither evaluation.tasks nor data.validation"
+    samples = list(islice(evaluation_samples(recipe.data.validation), MOST_VALIDATION))
+    if not all(sample.captions for sample in samples):
+        return {}, "nothing: the recipe has no evaluation.tasks, and its validation shards have no captions"
+    evaluators: dict[str, Evaluator] = {}
+    if recipe.loss.contrastive:
+        evaluators["retrieval"] = Retrieval(samples, processor)
+    if recipe.loss.captioning:
+        evaluators["captioning"] = Captioning(samples, processor)
+    return (
+        evaluators,
+        f"the first {len(samples):,} samples of its validation shards; the recipe has no evaluation.tasks",
+    )
+
+
+def captions_on_the_way(path: Path) -> Html:
+    """What was written for the first pictures at the first, the middle and the last step of captions.jsonl."""
+    written: dict[int, dict[str, Mapping[str, Any]]] = {}
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a line may be half written
+    for line in whole.splitlines():
+        caption = json.loads(line)
+        written.setdefault(caption["step"], {})[caption["key"]] = caption
+    steps = sorted(written)
+    steps = sorted({steps[place * (len(steps) - 1) // 2] for place in range(3)}) if steps else []
+    if not steps:
+        return paragraph("None were written.")
+    rows = [
+        (
+            *(written[step].get(key, {}).get("caption", "") for step in steps),
+            next(iter(caption.get("references", ())), ""),
+        )
+        for key, caption in islice(written[steps[-1]].items(), MOST_CAPTIONS)
+    ]
+    return table((*(f"step {step:,}" for step in steps), "a person wrote"), rows)
+
+
+def _progress(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
+    done = records[-1]["step"] if records else 0
+    return f"{done:,} of {recipe.steps:,} steps of {recipe.data.batch_size:,} pictures with a caption each."
+
+
+def _facts(recipe: Recipe) -> Html:
+    """The recipe's main facts."""
+    train = recipe.data.train
+    sources = ", ".join(train) if isinstance(train, dict | tuple) else train
+    return table(("", ""), list(_fact_rows(recipe, sources)))
+
+
+def _fact_rows(recipe: Recipe, sources: str) -> Iterator[tuple[str, str]]:
+    optimizer, loss = recipe.optimizer, recipe.loss
+    yield "size", recipe.size + (f", with {json.dumps(recipe.model)}" if recipe.model else "")
+    yield "data", f"{sources}; {recipe.steps * recipe.data.batch_size:,} samples in all"
+    yield "loss", f"contrastive {loss.contrastive:g}, captioning {loss.captioning:g}"
+    yield "starts from", recipe.initialise_from or "random weights"
+    yield (
+        "optimizer",
+        f"peak rate {optimizer.peak_rate:g}, {optimizer.warmup_steps:,} warm-up steps, weight decay "
+        f"{optimizer.weight_decay:g}",
+    )
+    yield "precision", recipe.precision
+    yield "seed", str(recipe.seed)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with a line is said with its file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} holds a line that is not JSON: {error}") from None

@@ -1,0 +1,91 @@
+"""A study: one recipe in several arms, each with several seeds, measured by the same tasks and compared."""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from contracap.config import ConfigError, build, to_dict
+from contracap.evaluation.result import Result
+from contracap.evaluation.suite import build_evaluators, measure_tasks
+from contracap.evaluation.task import TaskConfig
+from contracap.pretrained import load
+from contracap.recipe import Recipe, merged
+from contracap.trainer import train
+
+RESULTS = "results.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What is trained, what differs, and what is measured.
+
+    Attributes:
+        out: folder of the runs, each in `ARM-SEED`, and of the comparisons.
+        seeds: of the runs of each arm. Arms with the same seed see the same samples in the same order.
+        recipe: the run that the arms have in common, as a recipe file's values; `out`, `seed` and `resume` are given
+            by the study.
+        arms: by name, their changes to the recipe. The first is compared with each of the others.
+        tasks: what is measured of each run whose losses teach it.
+    """
+
+    out: str
+    seeds: tuple[int, ...]
+    recipe: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    tasks: dict[str, TaskConfig]
+
+    def __post_init__(self) -> None:
+        if len(self.arms) < 2:
+            raise ValueError("a study needs at least two arms, each a table [arms.NAME], to compare")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {list(self.seeds)}; give one or more, each once")
+        if not self.tasks:
+            raise ValueError("there is nothing to measure: give each task a table [tasks.NAME]")
+        for arm in self.arms:
+            try:
+                recipe = self.run(arm, self.seeds[0])
+            except ConfigError as error:
+                raise ValueError(f"arm {arm}: {error}") from None
+            if not self.tasks_of(recipe):
+                raise ValueError(f"arm {arm}: no task measures what its losses teach")
+
+    def run(self, arm: str, seed: int) -> Recipe:
+        """The recipe of one run."""
+        given = {"out": str(Path(self.out) / f"{arm}-{seed}"), "seed": seed, "resume": True}
+        return build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
+
+    def tasks_of(self, recipe: Recipe) -> dict[str, TaskConfig]:
+        """Those that the losses of a run teach: writing by the captioning loss, the others by the contrastive one."""
+        taught = {True: recipe.loss.captioning > 0, False: recipe.loss.contrastive > 0}
+        return {name: task for name, task in self.tasks.items() if taught[task.writes]}
+
+
+def study(config: StudyConfig, *, command: str) -> None:
+    """Trains and measures every run that is not done yet, seed by seed, then compares.
+
+    Writes to the folder `out`: a run folder with `results.json` for each arm and seed.
+
+    Raises:
+        FileNotFoundError, ValueError: as training and evaluating do; also if a run was started with other settings.
+        Interrupted: after a checkpoint, if the process is asked to end; the same call goes on.
+    """
+    runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
+    for number, (arm, seed) in enumerate(runs, start=1):
+        logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
+        measured(config.run(arm, seed), config.tasks_of(config.run(arm, seed)), command=command)
+
+
+def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> Path:
+    """Where the figures of a run stand; it is trained to its end and measured first, as far as that is not done."""
+    checkpoint = train(recipe)
+    file = Path(recipe.out) / RESULTS
+    wanted = {name: to_dict(task) for name, task in tasks.items()}
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("measured") == wanted:
+        return file
+    model, processor = load(checkpoint)
+    result: Result = measure_tasks(build_evaluators(tasks, processor), model, command=command, seed=recipe.seed)
+    replace(result, details={**result.details, "measured": wanted}).write(file)
+    return file

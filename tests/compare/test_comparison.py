@@ -1,0 +1,137 @@
+import csv
+import io
+from dataclasses import replace
+
+import pytest
+
+from contracap.compare.comparison import compare
+from contracap.compare.tables import latex, markdown, to_csv
+from contracap.evaluation.result import Result
+from tests.compare.worlds import result
+
+HITS = [1.0] * 30 + [0.0] * 10
+FEWER = [1.0] * 20 + [0.0] * 20
+
+
+def test_a_gap_is_the_first_minus_the_second_with_an_interval_around_it() -> None:
+    (row,) = compare([result({"acc1": HITS})], [result({"acc1": FEWER})]).rows
+    assert (row.a, row.b) == (0.75, 0.5)
+    assert row.gap == pytest.approx(0.25)
+    assert row.low is not None and row.high is not None
+    assert row.low < 0.25 < row.high
+    assert row.p == row.p_holm
+    assert row.p is not None and row.p < 0.01  # ten pictures, all in favour of the first: 2 / 2**10
+
+
+def test_equal_results_have_no_gap_and_p_one() -> None:
+    (row,) = compare([result({"acc1": HITS})], [result({"acc1": HITS})]).rows
+    assert (row.gap, row.low, row.high, row.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_runs_are_averaged_and_keep_their_own_gaps() -> None:
+    nothing = [0.0] * 40
+    comparison = compare(
+        [result({"acc1": HITS}), result({"acc1": FEWER})], [result({"acc1": FEWER}), result({"acc1": nothing})]
+    )
+    (row,) = comparison.rows
+    assert (row.a, row.b, row.gap) == (0.625, 0.25, 0.375)
+    assert row.gaps == (0.25, 0.5)
+    assert comparison.runs == 2
+    assert "| +37.50 | +25.00 +50.00 |" in markdown(comparison)
+    assert "gap_2" in to_csv(comparison).splitlines()[0]
+
+
+def test_many_figures_make_each_p_value_larger() -> None:
+    names = [f"task{number}/acc1" for number in range(5)]
+    comparison = compare([result(dict.fromkeys(names, HITS))], [result(dict.fromkeys(names, FEWER))])
+    for row in comparison.rows:
+        assert row.p is not None
+        assert row.p_holm == pytest.approx(5 * row.p)
+
+
+@pytest.mark.parametrize("other", [{"keys": [f"other{row}" for row in range(40)]}, {"keys": None}])
+def test_other_samples_are_refused_by_the_name_of_the_figure(other: dict) -> None:
+    values = FEWER if other["keys"] else FEWER[:30]
+    with pytest.raises(ValueError, match=r"cifar10/acc1 was measured on other samples.* CLIP"):
+        compare([result({"cifar10/acc1": HITS})], [result({"cifar10/acc1": values}, **other)], names=("CoCa", "CLIP"))
+
+
+def test_without_values_the_number_of_samples_must_be_equal() -> None:
+    with pytest.raises(ValueError, match="Bleu_4 was measured on other samples: the results rest on 4 and 5"):
+        compare([result({}, {"Bleu_4": 0.2})], [result({}, {"Bleu_4": 0.3}, samples=5)])
+
+
+def test_a_figure_without_values_of_samples_has_a_gap_alone() -> None:
+    (row,) = compare([result({}, {"Bleu_4": 0.3})], [result({}, {"Bleu_4": 0.2})]).rows
+    assert row.gap == pytest.approx(0.1)
+    assert (row.low, row.high, row.p, row.p_holm) == (None, None, None, None)
+    assert row.reason == "no values of single samples, hence no interval"
+
+
+def test_a_missing_figure_is_shown_with_its_reason() -> None:
+    comparison = compare([result({}, {"SPICE": 0.3})], [result({}, {"SPICE": None})], names=("CoCa", "CLIP"))
+    (row,) = comparison.rows
+    assert (row.a, row.b, row.gap) == (0.3, None, None)
+    assert "| SPICE | 30.00 | missing |" in markdown(comparison)
+    assert "- SPICE: CLIP: SPICE needs a jar" in markdown(comparison)
+    content = comparison.result(command="made here").to_dict()
+    assert content["figures"] == {"SPICE": None}
+    assert content["reasons"] == {"SPICE": "CLIP: SPICE needs a jar"}
+
+
+def test_figures_of_one_system_alone_are_listed_as_such() -> None:
+    comparison = compare([result({"acc1": HITS, "acc5": HITS})], [result({"acc1": HITS, "CIDEr": HITS})])
+    assert [row.figure for row in comparison.rows] == ["acc1"]
+    assert comparison.only == (("acc5",), ("CIDEr",))
+    assert "only of B: CIDEr" in markdown(comparison)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    one = result({"acc1": HITS})
+    with pytest.raises(ValueError, match="nothing in common: A has acc1; B has CIDEr"):
+        compare([one], [result({"CIDEr": HITS})])
+    with pytest.raises(ValueError, match="compared in pairs"):
+        compare([one, one], [one])
+    with pytest.raises(ValueError, match="compared in pairs"):
+        compare([], [])
+    with pytest.raises(ValueError, match="names that differ"):
+        compare([one], [one], names=("CoCa", "CoCa"))
+
+
+def test_the_figure_shows_headlines_and_where_there_are_none_all_scores() -> None:
+    values = {"b/acc1": FEWER, "b/acc5": HITS, "a/text_to_image_recall@5": HITS, "a/text_to_image_recall@1": HITS}
+    comparison = compare([result(values)], [result(dict.fromkeys(values, FEWER))])
+    assert [row.figure for row in comparison.headlines] == ["a/text_to_image_recall@5", "b/acc1"]  # by size
+    other = {"caption_accuracy": 0.5, "seconds": 200.0}
+    assert [row.figure for row in compare([result({}, other)], [result({}, other)]).headlines] == ["caption_accuracy"]
+
+
+def whole() -> tuple[list[Result], list[Result]]:
+    a = result({"flickr8k/CIDEr": [0.5, 1.5]}, {"flickr8k/Bleu_4": 0.25, "seconds": 20.0})
+    return [a], [replace(a, figures=a.figures | {"flickr8k/Bleu_4": 0.125})]
+
+
+def test_csv_holds_what_was_computed() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(compare(*whole(), names=("CoCa", "CLIP"))))))
+    assert [row["figure"] for row in rows] == ["flickr8k/CIDEr", "flickr8k/Bleu_4", "seconds"]
+    assert float(rows[0]["CoCa"]) == 1.0
+    assert float(rows[1]["gap"]) == 0.125
+    assert rows[1]["low"] == ""
+
+
+def test_printed_scores_are_times_100_but_seconds_are_seconds() -> None:
+    lines = markdown(compare(*whole())).splitlines()
+    assert lines[2].startswith("| flickr8k/CIDEr | 100.00 | 100.00 | +0.00 | +0.00 to +0.00 | 1.0000 |")
+    assert lines[3].startswith("| flickr8k/Bleu_4 | 25.00 | 12.50 | +12.50 |")
+    assert lines[4].startswith("| seconds | 20.00 | 20.00 |")
+
+
+def test_latex_is_escaped() -> None:
+    b, a = whole()
+    assert "& $-$12.50 &" in latex(compare(a, b, names=("A-1", "B-1")))
+    assert "A-1 & B-1" in latex(compare(a, b, names=("A-1", "B-1")))
+    made = latex(compare(b, a, names=("CoCa_L", "50 % & CLIP")))
+    body = made[made.index(r"\toprule") :]
+    assert r"CoCa\_L & 50 \% \& CLIP & gap" in body
+    assert r"flickr8k/Bleu\_4 & 25.00" in body
+    assert body.count(r"\\") == 4

@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from contracap.config import ConfigError, build
+from contracap.data.shards import write_shard
+from contracap.study import StudyConfig, study
+from tests.evaluation.worlds import COLOURS, record
+
+BOTH, CLIP = {"loss": {"contrastive": 1.0, "captioning": 1.0}}, {"loss": {"contrastive": 1.0, "captioning": 0.0}}
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict:
+    """A study of two steps a run on twelve pictures."""
+    pictures = [
+        record(f"{index:04d}", colour, captions=[f"a {colour} picture", f"something {colour}"], label=index % 6)
+        for index, colour in enumerate([*COLOURS, *COLOURS])
+    ]
+    write_shard(tmp_path / "shards" / "0.tar", pictures)
+    shards = str(tmp_path / "shards")
+    return {
+        "out": str(tmp_path / "study"),
+        "seeds": [3, 4],
+        "recipe": {
+            "size": "tiny",
+            "steps": 2,
+            "device": "cpu",
+            "precision": "fp32",
+            "data": {"train": shards, "batch_size": 4},
+            "optimizer": {"warmup_steps": 0},
+        },
+        "arms": {"coca": BOTH, "clip": CLIP},
+        "tasks": {
+            "pairs": {"task": "retrieval", "data": shards},
+            "captions": {"task": "captioning", "data": shards, "strategy": "greedy"},
+        },
+    }
+
+
+def test_arms_of_a_seed_begin_alike_and_see_the_same_samples(values: dict) -> None:
+    config = build(StudyConfig, values)
+    coca, clip = (config.run(arm, 3) for arm in ("coca", "clip"))
+    assert (coca.seed, coca.data, coca.size, coca.steps) == (clip.seed, clip.data, clip.size, clip.steps)
+    assert (coca.loss.captioning, clip.loss.captioning) == (1.0, 0.0)
+    assert Path(coca.out) == Path(values["out"]) / "coca-3"
+
+
+def test_a_run_is_measured_by_the_tasks_that_its_losses_teach(values: dict) -> None:
+    study(build(StudyConfig, values), command="contracap study x")
+    found = {path.parent.name: json.loads(path.read_text()) for path in Path(values["out"]).glob("*/results.json")}
+    assert found.keys() == {"coca-3", "coca-4", "clip-3", "clip-4"}
+    assert {name.split("/")[0] for name in found["coca-3"]["figures"]} == {"pairs", "captions"}
+    assert {name.split("/")[0] for name in found["clip-4"]["figures"]} == {"pairs"}
+    assert found["clip-4"]["seed"] == 4
+
+
+def test_what_is_done_is_not_done_again(values: dict) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    kept = [
+        *Path(values["out"]).glob("*/results.json"),
+        *Path(values["out"]).glob("*/checkpoints/step-*/*.safetensors"),
+    ]
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert len(kept) == 4
+    study(build(StudyConfig, values), command="contracap study x")
+    assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_other_tasks_measure_a_run_again(values: dict) -> None:
+    values["seeds"] = [3]
+    study(build(StudyConfig, values), command="contracap study x")
+    greedy = values["tasks"]["captions"]
+    tasks = values["tasks"] | {"captions": greedy | {"strategy": "beam", "settings": ["width=2"]}}
+    study(build(StudyConfig, values | {"tasks": tasks}), command="contracap study again")
+    commands = {
+        path.parent.name: json.loads(path.read_text())["command"] for path in Path(values["out"]).glob("*/results.json")
+    }
+    assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {"coca": BOTH}}, "at least two arms"),
+        ({"seeds": []}, "give one or more, each once"),
+        ({"seeds": [1, 1]}, "give one or more, each once"),
+        ({"tasks": {}}, "nothing to measure"),
+        ({"arms": {"coca": BOTH, "clip": {"loss": {"captoning": 0.0}}}}, "arm clip: unknown key 'loss.captoning'"),
+        ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'"),
+    ],
+)
+def test_a_wrong_study_says_what_is_wrong(values: dict, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(StudyConfig, values | change)
+
+
+def test_an_arm_that_no_task_measures_is_refused(values: dict) -> None:
+    tasks = {"captions": values["tasks"]["captions"]}
+    with pytest.raises(ConfigError, match="arm clip: no task measures what its losses teach"):
+        build(StudyConfig, values | {"tasks": tasks})
+
+
+def test_the_study_of_the_repository_can_be_read() -> None:
+    from contracap.config import load_toml
+
+    config = load_toml(Path(__file__).parent.parent / "recipes" / "studies" / "coca-vs-clip.toml", StudyConfig)
+    assert list(config.arms) == ["coca", "clip", "captioner"] and len(config.seeds) == 3
