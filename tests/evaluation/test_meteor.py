@@ -7,7 +7,7 @@ import pytest
 
 from contracap.evaluation import meteor
 from contracap.evaluation.java import JavaError, UnavailableError
-from contracap.evaluation.meteor import Meteor, MeteorScores
+from contracap.evaluation.meteor import OPTIONS, Meteor, MeteorScores
 
 from .programs import needs_java, stand_in, without_java
 
@@ -24,8 +24,8 @@ for line in sys.stdin:
 
 @needs_java
 def test_meteor_equals_pycocoevalcap(monkeypatch) -> None:
-    # Without the paraphrases, whose table takes seconds to read, and which none of these has.
-    monkeypatch.setattr(meteor, "OPTIONS", (*meteor.OPTIONS, "-m", "exact stem synonym"))
+    # All but the paraphrases, whose table takes seconds to read, and which none of these has.
+    monkeypatch.setattr(meteor, "OPTIONS", (*OPTIONS, "-m", "exact stem synonym"))
     references = [
         ["a man is riding a brown horse on the beach", "someone rides a horse"],
         ["two cats sleep on a sofa"],
@@ -37,8 +37,7 @@ def test_meteor_equals_pycocoevalcap(monkeypatch) -> None:
 
 
 @needs_java
-def test_separators_in_captions_are_no_separators(monkeypatch) -> None:
-    monkeypatch.setattr(meteor, "OPTIONS", (*meteor.OPTIONS, "-m", "exact"))
+def test_separators_in_captions_are_no_separators() -> None:
     with Meteor() as program:
         scores = program.score([["a red ||| bus"], ["two cats"]], ["a ||| red bus|||", "two cats"])
     assert scores == MeteorScores(corpus=1.0, pictures=[1.0, 1.0])
