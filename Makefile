@@ -37,12 +37,12 @@ check: $(READY) ## formatter, linter, type checker, import directions
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-# open_clip and its needs are the oracle of the tests. They come without dependencies of their own, so that nothing replaces torch.
+# open_clip and its needs, pycocoevalcap and clip_benchmark are oracles of the tests. They come without dependencies of their own, so that nothing replaces torch.
 $(READY): pyproject.toml constraints/cpu.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contracap needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --editable '.[dev]'
-	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm==1.0.31 pycocoevalcap==1.2
+	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm==1.0.31 pycocoevalcap==1.2 clip_benchmark==1.6.2
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(PEERS) transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0
 	@touch $(READY)
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'

@@ -49,17 +49,24 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_samples(values: dict) -> No
 
 def test_a_run_is_measured_by_the_tasks_that_its_losses_teach(values: dict) -> None:
     study(build(StudyConfig, values), command="contracap study x")
-    found = {path.parent.name: json.loads(path.read_text()) for path in Path(values["out"]).glob("*/results.json")}
+    found = {path.parent.name: json.loads(path.read_text()) for path in Path(values["out"]).glob("*-[34]/results.json")}
     assert found.keys() == {"coca-3", "coca-4", "clip-3", "clip-4"}
     assert {name.split("/")[0] for name in found["coca-3"]["figures"]} == {"pairs", "captions"}
     assert {name.split("/")[0] for name in found["clip-4"]["figures"]} == {"pairs"}
     assert found["clip-4"]["seed"] == 4
+    comparison = json.loads((Path(values["out"]) / "coca-vs-clip" / "results.json").read_text())
+    assert comparison["names"] == ["coca", "clip"] and comparison["runs"] == 2
+    recalls = [
+        found[run]["figures"]["pairs/text_to_image_recall@1"] for run in ("coca-3", "coca-4", "clip-3", "clip-4")
+    ]
+    (row,) = (row for row in comparison["rows"] if row["figure"] == "pairs/text_to_image_recall@1")
+    assert row["gaps"] == pytest.approx([recalls[0] - recalls[2], recalls[1] - recalls[3]])
 
 
 def test_what_is_done_is_not_done_again(values: dict) -> None:
     study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
     kept = [
-        *Path(values["out"]).glob("*/results.json"),
+        *Path(values["out"]).glob("*-[34]/results.json"),
         *Path(values["out"]).glob("*/checkpoints/step-*/*.safetensors"),
     ]
     before = [path.stat().st_mtime_ns for path in kept]
@@ -75,7 +82,8 @@ def test_other_tasks_measure_a_run_again(values: dict) -> None:
     tasks = values["tasks"] | {"captions": greedy | {"strategy": "beam", "settings": ["width=2"]}}
     study(build(StudyConfig, values | {"tasks": tasks}), command="contracap study again")
     commands = {
-        path.parent.name: json.loads(path.read_text())["command"] for path in Path(values["out"]).glob("*/results.json")
+        path.parent.name: json.loads(path.read_text())["command"]
+        for path in Path(values["out"]).glob("*-[34]/results.json")
     }
     assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
 
@@ -98,7 +106,7 @@ def test_a_wrong_study_says_what_is_wrong(values: dict, change: dict, message: s
 
 def test_an_arm_that_no_task_measures_is_refused(values: dict) -> None:
     tasks = {"captions": values["tasks"]["captions"]}
-    with pytest.raises(ConfigError, match="arm clip: no task measures what its losses teach"):
+    with pytest.raises(ConfigError, match="arm clip: no task measures what its losses teach and those of the first"):
         build(StudyConfig, values | {"tasks": tasks})
 
 

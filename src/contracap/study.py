@@ -6,6 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from contracap.compare.comparison import Comparison, compare
+from contracap.compare.figure import require_matplotlib
+from contracap.compare.results import load_result
+from contracap.compare.writing import write
 from contracap.config import ConfigError, build, to_dict
 from contracap.evaluation.result import Result
 from contracap.evaluation.suite import build_evaluators, measure_tasks
@@ -46,16 +50,21 @@ class StudyConfig:
             raise ValueError("there is nothing to measure: give each task a table [tasks.NAME]")
         for arm in self.arms:
             try:
-                recipe = self.run(arm, self.seeds[0])
+                self.run(arm, self.seeds[0])
             except ConfigError as error:
                 raise ValueError(f"arm {arm}: {error}") from None
-            if not self.tasks_of(recipe):
-                raise ValueError(f"arm {arm}: no task measures what its losses teach")
+            if not self.common_tasks(arm):
+                raise ValueError(f"arm {arm}: no task measures what its losses teach and those of the first arm")
 
     def run(self, arm: str, seed: int) -> Recipe:
         """The recipe of one run."""
         given = {"out": str(Path(self.out) / f"{arm}-{seed}"), "seed": seed, "resume": True}
         return build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
+
+    def common_tasks(self, arm: str) -> set[str]:
+        """The tasks that an arm and the first one are both measured by."""
+        first, other = (self.tasks_of(self.run(name, self.seeds[0])) for name in (next(iter(self.arms)), arm))
+        return first.keys() & other.keys()
 
     def tasks_of(self, recipe: Recipe) -> dict[str, TaskConfig]:
         """Those that the losses of a run teach: writing by the captioning loss, the others by the contrastive one."""
@@ -63,19 +72,30 @@ class StudyConfig:
         return {name: task for name, task in self.tasks.items() if taught[task.writes]}
 
 
-def study(config: StudyConfig, *, command: str) -> None:
-    """Trains and measures every run that is not done yet, seed by seed, then compares.
+def study(config: StudyConfig, *, command: str) -> list[Comparison]:
+    """Trains and measures every run that is not done yet, seed by seed, then compares the first arm with each other.
 
-    Writes to the folder `out`: a run folder with `results.json` for each arm and seed.
+    Writes to the folder `out`: a run folder with `results.json` for each arm and seed, and for each comparison a folder
+    `FIRST-vs-ARM`, as `compare.writing.write` does.
 
     Raises:
+        ImportError: if matplotlib, which draws the comparisons, is not installed.
         FileNotFoundError, ValueError: as training and evaluating do; also if a run was started with other settings.
         Interrupted: after a checkpoint, if the process is asked to end; the same call goes on.
     """
+    require_matplotlib()  # hours before it is used
+    results: dict[str, list[Result]] = {arm: [] for arm in config.arms}
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
     for number, (arm, seed) in enumerate(runs, start=1):
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
-        measured(config.run(arm, seed), config.tasks_of(config.run(arm, seed)), command=command)
+        recipe = config.run(arm, seed)
+        results[arm].append(load_result(measured(recipe, config.tasks_of(recipe), command=command)))
+    first, *others = config.arms
+    made = []
+    for other in others:
+        made.append(compare(results[first], results[other], names=(first, other)))
+        write(made[-1], Path(config.out) / f"{first}-vs-{other}", command=command)
+    return made
 
 
 def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> Path:
@@ -86,6 +106,6 @@ def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> P
     if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("measured") == wanted:
         return file
     model, processor = load(checkpoint)
-    result: Result = measure_tasks(build_evaluators(tasks, processor), model, command=command, seed=recipe.seed)
+    result = measure_tasks(build_evaluators(tasks, processor), model, command=command, seed=recipe.seed)
     replace(result, details={**result.details, "measured": wanted}).write(file)
     return file

@@ -116,7 +116,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     # Wrong paths are found now, not hours later.
     require_wandb(recipe.wandb)
     validation = Validation(recipe.data, config, ranks, shared) if recipe.data.validation is not None else None
-    suite = Suite(recipe.evaluation, processor)
+    suite = Suite(recipe.evaluation, processor, ranks)
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
         if state.step > recipe.steps:

@@ -15,9 +15,11 @@ if __name__ == "__main__":
     shards, out = sys.argv[1], Path(sys.argv[2])
     model, processor = load("tiny", weights="random", seed=0)
     tables = {"tasks": {"pairs": {"task": "retrieval", "data": shards}}, "captions": {"data": shards, "samples": 3}}
-    suite = Suite(build(EvaluationConfig, tables), processor)
+    config = build(EvaluationConfig, tables)
+    suite = Suite(config, processor)
     found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
     with started(torch.device("cpu")) as ranks:
+        suite = Suite(config, processor, ranks)
         features = wrapped(model, ParallelConfig(kind="fsdp"), ranks).features
 
         def gradient_norm() -> float:

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contracap.data.shards import write_shard
-from contracap.evaluation import retrieval
-from contracap.evaluation.retrieval import Retrieval, places, ranks, recall
+from contracap.evaluation import ranking
+from contracap.evaluation.ranking import places, ranks
+from contracap.evaluation.retrieval import Retrieval, recall
 
 from .worlds import COLOURS, ColourModel, processor, record, sample
 
@@ -23,26 +24,62 @@ def embeddings(images: int, captions: tuple[int, int], seed: int, width: int = 1
     return normalize(pictures, dim=-1), normalize(texts, dim=-1), owner
 
 
-def clip_benchmark_recall(scores: Tensor, positive: Tensor, k: int) -> Tensor:
-    """CLIP_benchmark's formula: right candidates among the top K, over all right candidates, for each query."""
-    chosen = torch.zeros_like(positive).scatter(1, scores.topk(k, dim=1).indices, True)
-    return (chosen & positive).sum(dim=1) / positive.sum(dim=1)
+def clip_benchmark_recall(scores: Tensor, positive: Tensor, k: int) -> float:
+    """What clip_benchmark computes, of queries 64 at a time."""
+    oracle = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    found = oracle.batchify(oracle.recall_at_k, scores, positive, 64, "cpu", k=k)
+    return (found > 0).float().mean().item()
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("chunk", [1, 1000, 2**22])
-def test_recall_equals_clip_benchmark_with_several_captions_a_picture(monkeypatch, seed: int, chunk: int) -> None:
-    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+@pytest.mark.parametrize("side", [16, 64, 1024])
+def test_recall_equals_clip_benchmark_with_several_captions_a_picture(monkeypatch, seed: int, side: int) -> None:
+    monkeypatch.setattr(ranking, "SIDE", side)
     images, texts, owner = embeddings(40, (5, 7), seed)
     scores = texts @ images.T
+    assert all(len(row.unique()) == len(row) for row in (*scores, *scores.T))  # no ties
     positive = owner[:, None] == torch.arange(len(images))
     found = recall(images, texts, owner, (1, 5, 10))
     for k in (1, 5, 10):
-        to_image = clip_benchmark_recall(scores, positive, k)
-        to_text = (clip_benchmark_recall(scores.T, positive.T, k) > 0).float()  # a hit rate
-        assert found[f"text_to_image_recall@{k}"] == pytest.approx(to_image.mean().item(), abs=1e-6)
-        assert found[f"image_to_text_recall@{k}"] == pytest.approx(to_text.mean().item(), abs=1e-6)
+        to_image, to_text = clip_benchmark_recall(scores, positive, k), clip_benchmark_recall(scores.T, positive.T, k)
+        assert found[f"text_to_image_recall@{k}"] == pytest.approx(to_image, abs=1e-6)
+        assert found[f"image_to_text_recall@{k}"] == pytest.approx(to_text, abs=1e-6)
     assert 0.1 < found["text_to_image_recall@1"] < 0.9
+
+
+def places_by_definition(scores: Tensor, right: Tensor) -> list[int]:
+    """The place of each query's best right candidate; of equal scores the first candidate stands first."""
+    found = []
+    for row, candidates in zip(scores.tolist(), right, strict=True):
+        order = sorted(range(len(row)), key=lambda candidate: (-row[candidate], candidate))
+        found.append(min(order.index(int(candidate)) for candidate in candidates.nonzero()))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_across_tiles_go_by_the_order_of_the_data(monkeypatch, seed: int) -> None:
+    monkeypatch.setattr(ranking, "SIDE", 16)
+    draw = torch.Generator().manual_seed(seed)
+    owner = torch.cat([torch.arange(37), torch.randint(0, 37, (60,), generator=draw)])
+    owner = owner[torch.randperm(len(owner), generator=draw)]
+    # of few whole numbers, so that products are exact and most scores have equals
+    images, texts = (torch.randint(-1, 2, (rows, 3), generator=draw).float() for rows in (37, len(owner)))
+    scores, right = texts @ images.T, owner[:, None] == torch.arange(37)
+    text_ranks, image_ranks = ranks(images, texts, owner)
+    assert text_ranks.tolist() == places_by_definition(scores, right)
+    assert image_ranks.tolist() == places_by_definition(scores.T, right.T)
+
+
+@pytest.mark.parametrize(("images", "width"), [(5, 12), (70, 37), (300, 512)])
+def test_equal_embeddings_tie_wherever_they_stand(monkeypatch, images: int, width: int) -> None:
+    monkeypatch.setattr(ranking, "SIDE", 128)
+    picture, text = (
+        normalize(torch.randn(1, width, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1)
+    )
+    owner = torch.arange(images).repeat_interleave(3)
+    text_ranks, image_ranks = ranks(picture.repeat(images, 1), text.repeat(3 * images, 1), owner)
+    assert torch.equal(text_ranks, owner)
+    assert torch.equal(image_ranks, 3 * torch.arange(images))
 
 
 def test_of_equal_scores_the_first_candidate_stands_first() -> None:
@@ -111,7 +148,7 @@ def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:
     }
     assert (evaluator.samples, evaluator.details) == (6, {"captions": 12})
     assert evaluator.features is not None
-    assert evaluator.features.keys == names
+    assert evaluator.keys == evaluator.features.keys == names
     assert evaluator.features.image_of_text.tolist() == [i for i in range(6) for _ in range(2)]
 
 
@@ -119,8 +156,27 @@ def test_evaluator_counts_wrong_captions() -> None:
     colours = [*COLOURS][:3]
     samples = [sample(name, name, f"a {name} wall") for name in colours]
     samples += [sample("odd", "yellow", "a red wall", "a yellow wall")]  # the first is nearer to the picture of red
-    figures = dict(Retrieval(samples, processor(), ks=(1,)).run(ColourModel()))
-    assert figures == {"text_to_image_recall@1": 4 / 5, "image_to_text_recall@1": 1.0}
+    evaluator = Retrieval(samples, processor(), ks=(1, 2))
+    assert dict(evaluator.run(ColourModel())) == {
+        "text_to_image_recall@1": 4 / 5,
+        "text_to_image_recall@2": 1.0,
+        "image_to_text_recall@1": 1.0,
+        "image_to_text_recall@2": 1.0,
+    }
+    assert evaluator.keys == [*colours, "odd"]
+
+
+def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
+    samples = [sample(a, a, *[f"a {b} wall" for b in [*COLOURS][: i + 1]]) for i, a in enumerate(COLOURS)]
+    evaluator = Retrieval(samples, processor())
+    figures = dict(evaluator.run(ColourModel()))
+    assert evaluator.per_sample.keys() == figures.keys() and "text_to_image_recall@10" not in figures
+    for name, values in evaluator.per_sample.items():
+        assert len(values) == 6
+        assert sum(values) / 6 == pytest.approx(figures[name], abs=1e-12)
+    # of one to six captions the one that names the picture's colour hits; a picture counts by its captions
+    assert evaluator.per_sample["text_to_image_recall@1"] == pytest.approx([6 / 21] * 6)
+    assert figures["text_to_image_recall@1"] == pytest.approx(6 / 21)
 
 
 def test_batch_size_does_not_change_the_figures() -> None:

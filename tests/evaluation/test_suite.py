@@ -152,6 +152,14 @@ def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name
         ({"captions": {"data": "x", "samples": 0}}, "samples is 0"),
         ({"tasks": {"cifar": {"task": "zeroshot", "data": "x"}}}, "'tasks.cifar': zeroshot needs the names"),
         ({"tasks": {"cifar": {"task": "zero", "data": "x"}}}, "'tasks.cifar.task' must be one of 'retrieval', "),
+        (
+            {"tasks": {"x": {"task": "captioning", "data": "x", "settings": ["widht=2"]}}},
+            "unknown key 'widht'; did you",
+        ),
+        (
+            {"tasks": {"x": {"task": "retrieval", "data": "x", "strategy": "beam"}}},
+            "'tasks.x': retrieval takes no strategy",
+        ),
         ({"tasks": {"cifar": {"task": "captioning"}}}, "key 'tasks.cifar.data' is missing"),
         (
             {"tasks": {"x": {"task": "captioning", "data": "x", "strategy": "bean"}}},

@@ -180,8 +180,11 @@ def require_equal(ours: Mapping[str, float | Tensor], peer: Mapping[str, float |
     return f"{', '.join(peer)} differ by {largest:.1e} at most (allowed: {tolerance:.0e})"
 
 
-def peer_module(name: str) -> ModuleType:
+def peer_module(name: str, package: str = "open_clip_torch") -> ModuleType:
     """A module of the peer, found by its name: the package does not depend on it.
+
+    Args:
+        package: what is to be installed to have it.
 
     Raises:
         NoPeerError: if it cannot be imported.
@@ -191,7 +194,7 @@ def peer_module(name: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit this torch
-        raise NoPeerError(f"{name} cannot be imported ({error}): pip install open_clip_torch") from error
+        raise NoPeerError(f"{name} cannot be imported ({error}): pip install {package}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def evaluate(
     weights: WeightsName,
     /,
     *,
-    task: Annotated[Literal["retrieval", "captioning", "zeroshot"] | None, arg(help="what to measure")] = None,
+    task: Annotated[Literal["retrieval", "captioning", "zeroshot", "vqa"] | None, arg(help="what to measure")] = None,
     data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")] = (),
     classes: Annotated[
         str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of names, or a JSON object with `classes`")
@@ -26,7 +26,14 @@ def evaluate(
     templates: Annotated[
         str | None, arg(metavar="FILE", help="for zeroshot: a JSON list of prompts, {} where the name goes")
     ] = None,
-    strategy: StrategyName = "beam",
+    answers: Annotated[
+        str | None,
+        arg(metavar="FILE", help="for vqa: a JSON list of answers to choose from, or a JSON object with `answers`"),
+    ] = None,
+    prompt: Annotated[
+        str, arg(metavar="TEXT", help="for vqa: what comes before an answer, {} where the question goes")
+    ] = "question: {} answer:",
+    strategy: StrategyName | None = None,
     settings: Settings = (),
     tasks: Annotated[
         Path | None,
@@ -53,11 +60,18 @@ def evaluate(
         result = measure_tasks(build_evaluators(wanted, processor), model, command=command_line())
     elif task is None:
         raise ValueError(
-            "say what to measure: --task retrieval, captioning or zeroshot, or a file of tasks, --tasks FILE"
+            "say what to measure: --task retrieval, captioning, zeroshot or vqa, or a file of tasks, --tasks FILE"
         )
     else:
         config = TaskConfig(
-            task=task, data=data, classes=classes, templates=templates, strategy=strategy, settings=settings
+            task=task,
+            data=data,
+            classes=classes,
+            templates=templates,
+            answers=answers,
+            prompt=prompt,
+            strategy=strategy,
+            settings=settings,
         )
         model, processor = load_model(weights, size, int8=int8)
         result = measure(build_evaluator(config, processor), model, command=command_line())
@@ -70,26 +84,35 @@ def evaluate(
 
 def bench(
     name: Annotated[
-        Literal["data", "train", "generate", "score"],
-        arg(metavar="NAME", help="what to measure: data, train, generate or score"),
+        Literal["data", "train", "generate", "retrieval", "score"],
+        arg(metavar="NAME", help="what to measure: data, train, generate, retrieval or score"),
     ],
     /,
     *,
     rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
     device: Annotated[Literal["cpu", "cuda"], arg(help="for train and generate")] = "cpu",
-    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for train and generate, which rows; all if none")] = (),
+    rows: Annotated[
+        tuple[str, ...], arg(metavar="NAME", help="for all but data and score, which rows; all if none")
+    ] = (),
     json: ResultFile = None,
 ) -> None:
     """Measure speed and memory, beside open_clip, or for score pycocoevalcap, in the same run where it is installed."""
     from contracap.bench.data import bench_data
     from contracap.bench.generate import bench_generate
+    from contracap.bench.retrieval import bench_retrieval
     from contracap.bench.score import bench_score
     from contracap.bench.train import bench_train
 
     training = partial(bench_train, device=device, rows=rows)
     generating = partial(bench_generate, device=device, rows=rows, report=_report)
-    named = {"data": bench_data, "train": training, "generate": generating, "score": bench_score}
-    benchmark = named[name](rounds=rounds)
+    benchmarks = {
+        "data": bench_data,
+        "train": training,
+        "generate": generating,
+        "retrieval": partial(bench_retrieval, rows=rows, report=_report),
+        "score": bench_score,
+    }
+    benchmark = benchmarks[name](rounds=rounds)
     if json is not None:
         benchmark.result(command_line()).write(json)
     print(benchmark.table())

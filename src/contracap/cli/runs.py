@@ -44,12 +44,14 @@ def study(
 ) -> None:
     """Train one recipe in several arms with several seeds, measure and compare them; the same call goes on with what
     is not done."""
+    from contracap.compare.tables import markdown
     from contracap.config import load_toml
     from contracap.study import StudyConfig
     from contracap.study import study as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(load_toml(study, StudyConfig, overrides), command=command_line())
+    for comparison in run(load_toml(study, StudyConfig, overrides), command=command_line()):
+        print(markdown(comparison))
 
 
 def plan(

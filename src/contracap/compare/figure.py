@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from contracap.compare.comparison import Comparison, Row
@@ -24,6 +25,12 @@ class Drawing:
     png: bytes
 
 
+def require_matplotlib() -> None:
+    """Raises: ImportError: if it is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("the figure needs the package matplotlib: pip install 'contracap[figures]'")
+
+
 def draw(comparison: Comparison) -> Drawing:
     """Draws the headline figures, largest gap on top; the same comparison gives the same bytes.
 
@@ -31,12 +38,11 @@ def draw(comparison: Comparison) -> Drawing:
         ImportError: if matplotlib is not installed.
         ValueError: if no figure has a gap.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ImportError("the figure needs the package matplotlib: pip install 'contracap[figures]'") from None
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = comparison.headlines
     if not rows:
         raise ValueError("nothing to draw: every score that both have is missing in one of them")

@@ -10,12 +10,14 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from contracap.data.loader import evaluation_samples
+from contracap.data.questions import question_samples
 from contracap.data.shards import Sample
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
-Source = str | Path | Sequence[str | Path] | Sequence[Sample]  # shards or folders of them, or samples at hand
+# Shards or folders of them, a file of questions of VQAv2 or OK-VQA, or samples at hand.
+Source = str | Path | Sequence[str | Path] | Sequence[Sample]
 
 
 def sample_batches(source: Source, size: int) -> Iterator[list[Sample]]:
@@ -73,9 +75,10 @@ def finite(features: Tensor, what: str) -> Float32[Tensor, "row embed"]:
     Raises:
         ValueError: if one is NaN or infinite: comparisons with NaN are false, which would count as perfect ranks.
     """
-    if not features.isfinite().all():
+    features = features.float()
+    if not features.sum(dim=1).isfinite().all():  # so many numbers, rather than as many as there are features
         raise ValueError(f"the model's features of {what} are not finite (NaN or infinite): its weights are broken")
-    return features.float()
+    return features
 
 
 @contextmanager
@@ -91,7 +94,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _samples(source: Source) -> Iterable[Sample]:
-    if isinstance(source, str | Path):
-        return evaluation_samples(source)
-    at_hand = [item for item in source if isinstance(item, Sample)]
-    return at_hand or evaluation_samples([item for item in source if not isinstance(item, Sample)])
+    items = [source] if isinstance(source, str | Path) else list(source)
+    if at_hand := [item for item in items if isinstance(item, Sample)]:
+        return at_hand
+    paths = [item for item in items if not isinstance(item, Sample)]
+    if len(paths) == 1 and str(paths[0]).endswith(".json"):
+        return question_samples(paths[0])
+    return evaluation_samples(paths)

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from contracap.evaluation.features import Source, embed_pictures, embed_texts, finite, full_precision, sample_batches
+from contracap.data.shards import Sample
+from contracap.evaluation.features import Source, finite, picture_pixels, sample_batches
+from contracap.evaluation.processes import ALONE, Processes, in_shares
+from contracap.evaluation.ranking import ranks, share
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
-
-CHUNK = 2**20  # scores that are held at a time: 4 MiB in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,24 @@ class Retrieval:
         features: what was ranked.
     """
 
-    def __init__(self, source: Source, processor: Processor, *, ks: Sequence[int] = (1, 5, 10), batch_size: int = 64):
+    def __init__(
+        self,
+        source: Source,
+        processor: Processor,
+        *,
+        ks: Sequence[int] = (1, 5, 10),
+        batch_size: int = 64,
+        processes: Processes = ALONE,
+    ):
+        """Evaluates on `source`.
+
+        Args:
+            ks: places from the top that count.
+            batch_size: pictures, and captions, embedded at a time.
+            processes: those that run this together, each on its share; the figures are those of one process.
+        """
         self.source, self.processor, self.ks, self.batch_size = source, processor, tuple(ks), batch_size
+        self.processes = processes
         self.samples = 0
         self.keys: list[str] = []
         self.per_sample: dict[str, list[float]] = {}
@@ -64,47 +81,75 @@ class Retrieval:
         Raises:
             ValueError: if a picture has no caption or cannot be read, or the features are not finite.
         """
-        self.features = embed(model, self.processor, self.source, batch_size=self.batch_size)
-        images, texts = len(self.features.images), len(self.features.texts)
-        self.samples, self.details = images, {"captions": texts}
+        found = embed(model, self.processor, self.source, batch_size=self.batch_size, processes=self.processes)
+        self.features, self.keys = found, found.keys
+        self.samples, self.details = len(found.images), {"captions": len(found.texts)}
         device = next(model.parameters()).device
-        text_ranks, image_ranks = ranks(
-            self.features.images.to(device), self.features.texts.to(device), self.features.image_of_text.to(device)
+        text_ranks, image_ranks = (
+            places.cpu()
+            for places in ranks(
+                found.images.to(device), found.texts.to(device), found.image_of_text.to(device), self.processes
+            )
         )
-        self.reasons = {}
-        for direction, found, candidates, what in (
-            ("text_to_image", text_ranks, images, "pictures"),
-            ("image_to_text", image_ranks, texts, "captions"),
-        ):
-            for k in self.ks:
-                name = f"{direction}_recall@{k}"
-                if k > candidates:
-                    self.reasons[name] = f"{name} needs at least {k} {what} to choose from; there are {candidates}"
-                else:
-                    yield name, share(found < k)
+        self.reasons, self.per_sample = {}, {}
+        for name, k in ((f"text_to_image_recall@{k}", k) for k in self.ks):
+            if self._has_places(name, k, self.samples, "pictures"):
+                hits = torch.zeros(self.samples, dtype=torch.float64)
+                hits.index_add_(0, found.image_of_text, (text_ranks < k).double())
+                self.per_sample[name] = (hits * (self.samples / len(text_ranks))).tolist()
+                yield name, share(text_ranks < k)
+        for name, k in ((f"image_to_text_recall@{k}", k) for k in self.ks):
+            if self._has_places(name, k, len(found.texts), "captions"):
+                self.per_sample[name] = (image_ranks < k).double().tolist()
+                yield name, share(image_ranks < k)
+
+    def _has_places(self, name: str, k: int, candidates: int, what: str) -> bool:
+        if k > candidates:
+            self.reasons[name] = f"{name} needs at least {k} {what} to choose from; there are {candidates}"
+        return k <= candidates
 
 
 @torch.inference_mode()
-def embed(model: CoCa, processor: Processor, source: Source, *, batch_size: int) -> Features:
+def embed(
+    model: CoCa, processor: Processor, source: Source, *, batch_size: int, processes: Processes = ALONE
+) -> Features:
     """Embeddings of all pictures and all their captions.
+
+    Args:
+        processes: those that call this with the same samples; each embeds every n-th batch, and has all features then.
 
     Raises:
         ValueError: if a picture has no caption or cannot be read, or the features are not finite.
     """
-    keys, captions, image_of_text, images = [], [], [], []
-    with evaluating(model):
+    keys, captions, image_of_text = list[str](), list[str](), list[int]()
+
+    def batches() -> Iterator[list[Sample]]:
         for batch in sample_batches(source, batch_size):
             for sample in batch:
                 if not sample.captions:
                     raise ValueError(f"sample {sample.key} of {sample.shard} has no caption: nothing can retrieve it")
-                captions += sample.captions
-                image_of_text += [len(keys)] * len(sample.captions)
+                captions.extend(sample.captions)
+                image_of_text.extend([len(keys)] * len(sample.captions))
                 keys.append(sample.key)
-            images.append(embed_pictures(model, processor, batch).cpu())
-        texts = embed_texts(model, processor, captions, batch_size).cpu()
+            yield batch
+
+    like = next(model.parameters())
+    with evaluating(model):
+        images = in_shares(
+            processes,
+            batches(),
+            lambda batch: picture_pixels(batch, processor),
+            lambda pixels: model.encode_image(pixels.to(like)),
+        )
+        texts = in_shares(
+            processes,
+            (captions[first : first + batch_size] for first in range(0, len(captions), batch_size)),
+            processor.texts,
+            lambda ids: model.encode_text(ids.to(like.device)),
+        )
     return Features(
-        images=torch.cat(images),
-        texts=texts,
+        images=finite(images, "pictures"),
+        texts=finite(texts, "texts"),
         image_of_text=torch.tensor(image_of_text),
         keys=keys,
         captions=captions,
@@ -138,62 +183,3 @@ def recall(
     return {f"text_to_image_recall@{k}": share(text_ranks < k) for k in ks} | {
         f"image_to_text_recall@{k}": share(image_ranks < k) for k in ks
     }
-
-
-@torch.no_grad()
-def ranks(
-    image_features: Float[Tensor, "image embed"],
-    text_features: Float[Tensor, "text embed"],
-    image_of_text: Int64[Tensor, "text"],
-) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
-    """For each text the place of its picture among all pictures, for each picture that of its best text; 0 is the top.
-
-    Among equal scores the candidate that comes first in the data stands first, so a model that gives every pair the
-    same score is at chance. Scores are computed in fp32 and in blocks: memory grows with the number of rows, not with
-    its square.
-
-    Raises:
-        ValueError: if a picture has no text, or features are not finite.
-    """
-    images, texts = finite(image_features, "pictures"), finite(text_features, "texts")
-    own_texts = texts_of_images(image_of_text, len(images))
-    text_ranks, image_ranks = torch.empty_like(image_of_text), torch.empty_like(own_texts[:, 0])
-    with full_precision(images.device):
-        for rows in torch.arange(len(texts), device=images.device).split(max(1, CHUNK // len(images))):
-            text_ranks[rows] = places(texts[rows] @ images.T, image_of_text[rows])
-        for rows in torch.arange(len(images), device=images.device).split(max(1, CHUNK // len(texts))):
-            scores = images[rows] @ texts.T
-            best = scores.gather(1, own_texts[rows]).argmax(dim=1, keepdim=True)  # the first of equal ones
-            image_ranks[rows] = places(scores, own_texts[rows].gather(1, best).squeeze(1))
-    return text_ranks, image_ranks
-
-
-def texts_of_images(image_of_text: Int64[Tensor, "text"], images: int) -> Int64[Tensor, "image most"]:
-    """The rows of the texts that belong to each picture, in rising order; where one has fewer, its first is repeated.
-
-    Raises:
-        ValueError: if a picture has no text.
-    """
-    counts = torch.bincount(image_of_text, minlength=images)
-    if not bool((counts > 0).all()):
-        raise ValueError("every picture needs at least one text that belongs to it")
-    by_image = image_of_text.argsort(stable=True)
-    place = torch.arange(int(counts.max()), device=counts.device)
-    return by_image[(counts.cumsum(0) - counts)[:, None] + place.where(place < counts[:, None], 0)]
-
-
-def places(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "query"]) -> Int64[Tensor, "query"]:
-    """How many candidates stand before the wanted one: those that score higher, and equal ones that come earlier."""
-    own = scores.gather(1, wanted[:, None])
-    marks = torch.empty_like(scores)  # 0 and 1 as floats: counted several times faster than booleans, exact to 2**24
-    before = torch.gt(scores, own, out=marks).sum(dim=1).long()
-    tied = torch.ge(scores, own, out=marks).sum(dim=1).long() - before > 1
-    if bool(tied.any()):
-        earlier = torch.arange(scores.shape[1], device=scores.device) < wanted[tied, None]
-        before[tied] += ((scores[tied] == own[tied]) & earlier).sum(dim=1)
-    return before
-
-
-def share(hits: Bool[Tensor, "query"]) -> float:
-    """The part of the queries that hit, from 0 to 1."""
-    return int(hits.sum()) / len(hits)

@@ -7,6 +7,7 @@ from typing import Any
 
 from contracap.data.shards import list_shards
 from contracap.evaluation.features import picture_pixels, sample_batches
+from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.task import Shards, TaskConfig, build_evaluator
 from contracap.generation.captioner import Captioner
@@ -67,8 +68,10 @@ class TasksConfig:
             raise ValueError("there is no task: give each a table [tasks.NAME]")
 
 
-def build_evaluators(tasks: Mapping[str, TaskConfig], processor: Processor) -> dict[str, Evaluator]:
-    """What measures each of the tasks.
+def build_evaluators(
+    tasks: Mapping[str, TaskConfig], processor: Processor, processes: Processes = ALONE
+) -> dict[str, Evaluator]:
+    """What measures each of the tasks, in one of `processes`.
 
     Raises: FileNotFoundError, ValueError: naming the task, if its samples are missing, or a file or its first sample
         lacks what it needs.
@@ -76,7 +79,7 @@ def build_evaluators(tasks: Mapping[str, TaskConfig], processor: Processor) -> d
     evaluators = {}
     for name, task in tasks.items():
         try:
-            evaluators[name] = build_evaluator(task, processor)
+            evaluators[name] = build_evaluator(task, processor, processes)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"task {name}: {error}") from None
         except ValueError as error:
@@ -118,20 +121,22 @@ class SampleCaption:
 class Suite:
     """The evaluators of an `EvaluationConfig`, in the shape of one.
 
-    The same on every rank: of a model that is shared out, every rank must run it to its end. Such a model must have
-    made a training step before: FSDP keeps the tensors that its first pass gathers into, and those of inference mode
-    cannot be trained on.
+    Every rank must run it to its end: they share the pictures of retrieval, and maybe the model, which must have made a
+    training step before then: FSDP keeps the tensors that its first pass gathers into, and those of inference mode
+    cannot be trained on. The figures are the same on every rank.
 
     Attributes:
         captions: written by the last `run`, ready for JSON.
     """
 
-    def __init__(self, config: EvaluationConfig, processor: Processor):
-        """Raises: FileNotFoundError, ValueError: as `build_evaluators` does."""
+    def __init__(self, config: EvaluationConfig, processor: Processor, processes: Processes = ALONE):
+        """`processes`: the ranks.
+
+        Raises: FileNotFoundError, ValueError: as `build_evaluators` does."""
         if config.captions is not None:
             list_shards(config.captions.data)  # a wrong path is found now, not hours later
         self._config, self._processor = config.captions, processor
-        self._evaluators = build_evaluators(config.tasks, processor)
+        self._evaluators = build_evaluators(config.tasks, processor, processes)
         self.captions: list[Mapping[str, Any]] = []
 
     def __bool__(self) -> bool:

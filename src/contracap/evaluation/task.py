@@ -1,17 +1,34 @@
 """One thing that can be measured of a model, and the evaluator that measures it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from contracap.config import assign, build, to_dict
+from contracap.data.questions import questions
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.features import sample_batches
+from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.vqa import PROMPT, VQA, load_answers
+from contracap.evaluation.vqa import STRATEGY as ANSWERING
 from contracap.evaluation.zeroshot import TEMPLATES, ZeroShot, load_classes, load_templates
+from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
+from contracap.generation.strategy import Strategy
 from contracap.processor import Processor
 
+Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
 Shards = str | tuple[str, ...]
+
+COMMON = ("task", "data")
+TAKES: dict[Task, tuple[str, ...]] = {
+    "retrieval": (),
+    "captioning": ("strategy", "settings"),
+    "zeroshot": ("classes", "templates"),
+    "vqa": ("answers", "prompt", "strategy", "settings"),
+}
+STRATEGIES: dict[Task, Strategy] = {"captioning": BeamSearch(), "vqa": ANSWERING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +41,21 @@ class TaskConfig:
         classes: for `zeroshot`: a JSON list of names, in the order of the labels, or a JSON object with such a list
             `classes`.
         templates: for `zeroshot`: a JSON list of prompts, {} where the name goes; by default eight of photographs.
-        strategy: for `captioning`: how words are chosen.
+        answers: for `vqa`: a JSON list of answers to choose from, or a JSON object with such a list `answers`; by
+            default the model writes.
+        prompt: for `vqa`: what comes before an answer, {} where the question goes.
+        strategy: for `captioning` and `vqa`: how words are chosen; by default beam search for captions, and the
+            likeliest word for answers.
         settings: of the strategy, `key=value` each.
     """
 
-    task: Literal["retrieval", "captioning", "zeroshot"]
+    task: Task
     data: Shards
     classes: str | None = None
     templates: str | None = None
-    strategy: str = "beam"
+    answers: str | None = None
+    prompt: str = PROMPT
+    strategy: str | None = None
     settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -40,16 +63,35 @@ class TaskConfig:
             raise ValueError(
                 "zeroshot needs the names of the classes: --classes FILE, a JSON list in the order of the labels"
             )
-        build_strategy(self.strategy, self.settings)
+        taken = (*COMMON, *TAKES[self.task])
+        for field in fields(self):
+            if getattr(self, field.name) != field.default and field.name not in taken:
+                raise ValueError(
+                    f"{self.task} takes no {field.name}; what it takes is {', '.join((*COMMON[1:], *TAKES[self.task]))}"
+                )
+        if self.writes:
+            self.build_strategy()
 
     @property
     def writes(self) -> bool:
         """Whether the model must have a decoder."""
-        return self.task == "captioning"
+        return self.task in ("captioning", "vqa")
+
+    def build_strategy(self) -> Strategy:
+        """How words are chosen; without a name as the task has it, with these settings."""
+        if self.strategy is not None:
+            return build_strategy(self.strategy, self.settings)
+        values = to_dict(STRATEGIES[self.task])
+        for setting in self.settings:
+            assign(values, setting)
+        return build(type(STRATEGIES[self.task]), values)
 
 
-def build_evaluator(config: TaskConfig, processor: Processor) -> Evaluator:
+def build_evaluator(config: TaskConfig, processor: Processor, processes: Processes = ALONE) -> Evaluator:
     """What measures a task. Its files and its first sample are looked at: a wrong path is found now, not hours later.
+
+    Args:
+        processes: those that run it together, each with an evaluator of its own.
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
@@ -61,5 +103,9 @@ def build_evaluator(config: TaskConfig, processor: Processor) -> Evaluator:
         evaluator.label(first)
         return evaluator
     if config.task == "retrieval":
-        return Retrieval(config.data, processor)
-    return Captioning(config.data, processor, strategy=build_strategy(config.strategy, config.settings))
+        return Retrieval(config.data, processor, processes=processes)
+    if config.task == "vqa":
+        questions(first)
+        answers = load_answers(config.answers) if config.answers else ()
+        return VQA(config.data, processor, answers=answers, prompt=config.prompt, strategy=config.build_strategy())
+    return Captioning(config.data, processor, strategy=config.build_strategy())

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from contracap.data.shards import Sample
 from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, sample_batches
-from contracap.evaluation.retrieval import places, share
+from contracap.evaluation.ranking import places, share
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 

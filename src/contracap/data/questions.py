@@ -1,0 +1,87 @@
+"""Questions about pictures: those in a sample, and the files of VQAv2 and OK-VQA as samples."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from contracap.data.annotations import SourceError
+from contracap.data.shards import Sample
+from contracap.data.sources import read_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question about a picture, and what people answered.
+
+    Attributes:
+        answers: one of each person, at least one.
+        question_type, answer_type: as the data set has them; empty where it has none.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    question_type: str = ""
+    answer_type: str = ""
+
+
+def questions(sample: Sample) -> tuple[Question, ...]:
+    """The questions in the field `qa` of a sample: a list of objects with `question`, and `answers` or `answer`.
+
+    Raises:
+        ValueError: if there is none, or one is not as it should be; names the sample.
+    """
+    entries = sample.fields.get("qa")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"sample {sample.key} of {sample.shard} has no questions: the field qa must be a list of them")
+    return tuple(
+        _question(entry, f"question {i} of sample {sample.key} of {sample.shard}") for i, entry in enumerate(entries)
+    )
+
+
+def question_samples(path: str | Path, *, pictures: str | Path | None = None) -> Iterator[Sample]:
+    """The pictures that a file of VQAv2 or OK-VQA asks about, in the order in which it comes to them.
+
+    The answers lie beside it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
+    `v2_mscoco_val2014_annotations.json`. Of OK-VQA's two forms of an answer, `answer` counts, as in its own evaluation.
+
+    Args:
+        pictures: the folder of pictures, such as `COCO_val2014_000000000042.jpg`, maybe in subfolders; by default the
+            file's own.
+
+    Raises:
+        FileNotFoundError: if the file or the folder does not exist.
+        SourceError: if the file is not what it should be, or a question lacks its answers or its picture.
+    """
+    source = read_source(path, kind="vqa", pictures=pictures)
+    for refused in source.refused:
+        raise SourceError(f"{path}: {refused.source}: {refused.message}")
+    missing = [item for item in source.items if not Path(item.picture).is_file()]
+    if missing:
+        identity, folder = missing[0].fields["image_id"], Path(missing[0].picture).parent
+        raise SourceError(
+            f"{path} asks about {len(source.items)} pictures, of which {len(missing)} are not in {folder}: "
+            f"one is the picture {identity}"
+        )
+    for item in source.items:
+        picture = Path(item.picture)
+        yield Sample(
+            key=picture.stem, image=picture.read_bytes(), captions=(), fields=item.fields, shard=Path(path).name
+        )
+
+
+def _question(entry: Any, name: str) -> Question:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is not an object with question and answer: {entry!r:.60}")
+    answers = entry.get("answers") or [entry.get("answer")]
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{name} has no answer: answers must be a list of texts, or answer a text")
+    text = entry.get("question")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name} has no text: question must be one")
+    return Question(
+        text=text,
+        answers=tuple(answers),
+        question_type=str(entry.get("question_type", "")),
+        answer_type=str(entry.get("answer_type", "")),
+    )

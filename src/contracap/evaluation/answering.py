@@ -1,0 +1,165 @@
+"""Answers to questions about pictures: written behind the question, or chosen from a list."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from contracap.generation.captioner import Captioner
+from contracap.generation.reranking import ContrastiveReranking, shortened
+from contracap.generation.strategy import Prompts, Strategy
+from contracap.model.cache import Projected
+from contracap.model.coca import CoCa, evaluating
+from contracap.processor import Processor
+
+QUESTIONS = 64  # answered at a time
+ROWS = 256  # answers scored at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question about one of the pictures at hand.
+
+    Attributes:
+        picture: its place.
+        number: of the question among all; what sampling draws depends on it.
+        prompt: the tokens of the question, those of the start and the end not among them.
+    """
+
+    picture: int
+    number: int
+    prompt: tuple[int, ...]
+
+
+class Written:
+    """Answers are what a strategy writes behind the prompt."""
+
+    def __init__(self, strategy: Strategy):
+        """Raises: ValueError: for a strategy that ranks texts by how well they describe a picture."""
+        if isinstance(strategy, ContrastiveReranking):
+            raise ValueError("an answer does not describe its picture: use another strategy than rerank")
+        self.strategy = strategy
+
+    @torch.inference_mode()
+    def __call__(
+        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
+    ) -> list[str]:
+        """An answer to each question.
+
+        Raises: ValueError: if the model cannot write, a question leaves no room, or numbers are not finite.
+        """
+        captioner, found = Captioner(model, processor), list[str]()
+        strategy = shortened(self.strategy, model.config.text.context)
+        with evaluating(model):
+            _, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
+            for first in range(0, len(asked), QUESTIONS):
+                group = asked[first : first + QUESTIONS]
+                tokens = caption_tokens[[question.picture for question in group]]
+                prompts = _prompts(group, start=processor.tokenizer.start, device=model.device)
+                for texts in captioner.engine.write(tokens, strategy, prompts, processor.tokenizer):
+                    if not texts or not math.isfinite(texts[0].score):
+                        raise ValueError("no answer was found: the model's logits are not finite, or rules leave none")
+                    found.append(processor.tokenizer.decode(texts[0].token_ids))
+        return found
+
+
+class Chosen:
+    """Answers are the likeliest of a list: by the sum of the log-probabilities of their tokens and the end token, which
+    is how likely the model is to give this answer and no other. Of equal ones the first is chosen."""
+
+    def __init__(self, answers: Sequence[str]):
+        """Raises: ValueError: if there is no answer, or one is named twice."""
+        if not answers:
+            raise ValueError("there are no answers to choose from")
+        if repeated := [answer for answer, number in Counter(answers).items() if number > 1]:
+            raise ValueError(f"the answer {repeated[0]!r} is named twice among those to choose from")
+        self.answers = tuple(answers)
+
+    def __call__(
+        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
+    ) -> list[str]:
+        """An answer to each question.
+
+        Raises: ValueError: if the model cannot write, an answer has no text, a question leaves no room, or numbers are
+            not finite.
+        """
+        scores = self.log_probabilities(model, processor, pixels, asked)
+        if not scores.isfinite().all():
+            raise ValueError("the model's logits are not finite (NaN or infinite): its weights are broken")
+        return [self.answers[best] for best in scores.argmax(dim=1).tolist()]
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
+    ) -> Float32[Tensor, "question answer"]:
+        """Of each answer behind each question, in nats, on the CPU; each picture is encoded once."""
+        tokens = self._tokens(processor)
+        decoder, longest = model.require_decoder(), max(map(len, tokens))
+        for question in asked:
+            if len(question.prompt) + longest + 2 > model.config.text.context:  # start and end
+                raise ValueError(
+                    f"{processor.tokenizer.decode(question.prompt)!r} and the longest answer take "
+                    f"{len(question.prompt) + longest + 2} tokens; this model takes {model.config.text.context}"
+                )
+        found = torch.empty(len(asked), len(tokens))
+        with evaluating(model):
+            _, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
+            memory = decoder.project(caption_tokens)
+            for group in _alike(asked, most=max(1, ROWS // len(tokens))):
+                pictures = torch.tensor([asked[place].picture for place in group], device=model.device)
+                read = [layer.of(pictures) for layer in memory]
+                prompt = torch.tensor([(processor.tokenizer.start, *asked[place].prompt) for place in group])
+                for first in range(0, len(tokens), ROWS):
+                    behind = tokens[first : first + ROWS]
+                    scores = _scored(model, read, prompt.to(model.device), behind, end=processor.tokenizer.end)
+                    found[group, first : first + len(behind)] = scores.cpu()
+        return found
+
+    def _tokens(self, processor: Processor) -> list[list[int]]:
+        tokens = [processor.tokenizer.encode(answer) for answer in self.answers]
+        for answer, ids in zip(self.answers, tokens, strict=True):
+            if not ids:
+                raise ValueError(f"the answer {answer!r} has no text")
+        return tokens
+
+
+def _scored(
+    model: CoCa, memory: list[Projected], prompt: Int64[Tensor, "question column"], texts: list[list[int]], *, end: int
+) -> Float32[Tensor, "question text"]:
+    """Sums of the log-probabilities of each text and the end token, behind each prompt."""
+    (questions, columns), steps = prompt.shape, max(map(len, texts)) + 1
+    ids = torch.full((steps, len(texts)), end, device=prompt.device)
+    for number, text in enumerate(texts):
+        ids[: len(text), number] = torch.tensor(text, device=ids.device)
+    lengths = torch.tensor([len(text) + 1 for text in texts], device=ids.device)
+    cache = model.start_decoding(memory, prompt=columns, texts=len(texts), max_tokens=columns + steps - 1)
+    gains = model.decode(prompt, cache).log_softmax(dim=-1)  # of what follows the prompt, which all texts share
+    sums = gains[:, 0, ids[0]]
+    cache.follow(prompt.new_zeros(questions, len(texts)))
+    for step in range(1, steps):
+        gains = model.decode(ids[step - 1].expand(questions, -1), cache).log_softmax(dim=-1)
+        gains = gains.gather(2, ids[step].expand(questions, -1)[:, :, None]).squeeze(2)
+        sums = sums + gains.masked_fill(step >= lengths, 0.0)
+    return sums
+
+
+def _alike(asked: Sequence[Asked], *, most: int) -> Iterator[list[int]]:
+    """Places of questions whose prompts have one length, at most so many together."""
+    places = defaultdict[int, list[int]](list)
+    for place, question in enumerate(asked):
+        places[len(question.prompt)].append(place)
+    for group in places.values():
+        yield from (group[first : first + most] for first in range(0, len(group), most))
+
+
+def _prompts(asked: Sequence[Asked], *, start: int, device: torch.device) -> Prompts:
+    ids = torch.full((len(asked), max(len(question.prompt) for question in asked) + 1), start)
+    for row, question in zip(ids, asked, strict=True):
+        row[1 : len(question.prompt) + 1] = torch.tensor(question.prompt, dtype=torch.int64)
+    lengths = torch.tensor([len(question.prompt) + 1 for question in asked])
+    numbers = torch.tensor([question.number for question in asked])
+    return Prompts(ids.to(device), lengths.to(device), numbers.to(device))

@@ -1,0 +1,103 @@
+"""Processes that evaluate one model together, each a share of the samples."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+Value = TypeVar("Value")
+Item = TypeVar("Item")
+
+
+@runtime_checkable
+class Processes(Protocol):
+    """Those that evaluate together; every one makes the same calls in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number, from 0."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    def collect(self, value: Value) -> list[Value]:
+        """The values of all, in their order; anything that can be pickled."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process, which has everything to itself."""
+
+    rank: int = 0
+    count: int = 1
+
+    def collect(self, value: Value) -> list[Value]:
+        """Its own value."""
+        return [value]
+
+
+ALONE = Alone()
+
+
+def together(processes: Processes, work: Callable[[], Value]) -> Value:
+    """What `work` gives here, once it has succeeded in every process: none goes on to wait for one that has failed.
+
+    Raises:
+        Exception: what `work` raised here.
+        ValueError: if it failed in another process; says in which, and why.
+    """
+    problem, done = None, []
+    try:
+        done.append(work())
+    except Exception as error:
+        problem = error
+    reasons = processes.collect("" if problem is None else str(problem) or type(problem).__name__)
+    if problem is not None:
+        raise problem
+    for rank, reason in enumerate(reasons):
+        if reason:
+            raise ValueError(f"rank {rank}: {reason}")
+    return done[0]
+
+
+def in_shares(
+    processes: Processes,
+    batches: Iterable[Item],
+    prepare: Callable[[Item], Tensor],
+    encode: Callable[[Tensor], Float[Tensor, "batch embed"]],
+) -> Float32[Tensor, "row embed"]:
+    """The encoded rows of all batches in their order, on the CPU, of which each process encodes every n-th batch.
+
+    All make the same number of passes, which a model that is shared out needs: where the batches run out, a process
+    encodes one of another's once more.
+
+    Args:
+        batches: the same in every process.
+        prepare: may fail; then this ends in every process.
+
+    Raises:
+        Exception: of `batches` or `prepare`; in the other processes a ValueError that says the same.
+    """
+    stream, rows = iter(batches), list[Tensor]()
+
+    def next_inputs() -> tuple[int, Tensor | None]:
+        group = list(islice(stream, processes.count))
+        return len(group), prepare(group[min(processes.rank, len(group) - 1)]) if group else None
+
+    while True:
+        found, inputs = together(processes, next_inputs)
+        if inputs is None:
+            break
+        encoded = encode(inputs).float().cpu()
+        if processes.rank < found:
+            rows.append(encoded)
+    shares = processes.collect(rows)
+    return torch.cat([rows for group in zip_longest(*shares) for rows in group if rows is not None])

@@ -1,0 +1,129 @@
+"""Places of texts among pictures and of pictures among texts, without the matrix of all their scores."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+from torch.nn.functional import pad
+
+from contracap.evaluation.features import finite, full_precision
+from contracap.evaluation.processes import ALONE, Processes
+
+SIDE = 1024  # texts and pictures of one tile of scores: 4 MiB in fp32
+FILL = 64  # sides are multiples of it: at the odd edges of a product equal rows do not give equal bits
+
+
+@torch.no_grad()
+def ranks(
+    image_features: Float[Tensor, "image embed"],
+    text_features: Float[Tensor, "text embed"],
+    image_of_text: Int64[Tensor, "text"],
+    processes: Processes = ALONE,
+) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
+    """For each text the place of its picture among all pictures, for each picture that of its best text; 0 is the top.
+
+    Among equal scores the candidate that comes first in the data stands first, so a model that gives every pair the
+    same score is at chance. Scores are computed in fp32, tile by tile, and each tile is counted in both directions at
+    once: memory grows with the number of rows, not with its square. A tile of own pairs is computed twice, in the same
+    way: what it is compared with must be known before.
+
+    Args:
+        processes: those that call this with the same features; each takes every n-th row of tiles.
+
+    Raises:
+        ValueError: if a picture has no text, or features are not finite.
+    """
+    images, texts = finite(image_features, "pictures"), finite(text_features, "texts")
+    own_texts = texts_of_images(image_of_text, len(images))
+    with full_precision(images.device):
+        own = _own_scores(texts, images, image_of_text)
+        which = own[own_texts].argmax(dim=1, keepdim=True)  # the first of equal ones
+        best_text = own_texts.gather(1, which).squeeze(1)
+        best = own[best_text]
+        text_ranks, image_ranks = torch.zeros_like(image_of_text), torch.zeros_like(best_text)
+        for rows in list(_blocks(len(texts)))[processes.rank :: processes.count]:
+            for columns in _blocks(len(images)):
+                scores = _tile(texts, rows, images, columns)
+                text_ranks[rows] += _before(scores, own[rows], image_of_text[rows] - columns.start)
+                image_ranks[columns] += _before(scores.T, best[columns], best_text[columns] - rows.start)
+    shares = processes.collect((text_ranks.cpu(), image_ranks.cpu()))
+    text_shares, image_shares = zip(*shares, strict=True)
+    return torch.stack(text_shares).sum(dim=0).to(images.device), torch.stack(image_shares).sum(dim=0).to(images.device)
+
+
+def texts_of_images(image_of_text: Int64[Tensor, "text"], images: int) -> Int64[Tensor, "image most"]:
+    """The rows of the texts that belong to each picture, in rising order; where one has fewer, its first is repeated.
+
+    Raises:
+        ValueError: if a picture has no text.
+    """
+    counts = torch.bincount(image_of_text, minlength=images)
+    if not bool((counts > 0).all()):
+        raise ValueError("every picture needs at least one text that belongs to it")
+    by_image = image_of_text.argsort(stable=True)
+    place = torch.arange(int(counts.max()), device=counts.device)
+    return by_image[(counts.cumsum(0) - counts)[:, None] + place.where(place < counts[:, None], 0)]
+
+
+def places(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "query"]) -> Int64[Tensor, "query"]:
+    """How many candidates stand before the wanted one: those that score higher, and equal ones that come earlier."""
+    return _before(scores, scores.gather(1, wanted[:, None]).squeeze(1), wanted)
+
+
+def share(hits: Bool[Tensor, "query"]) -> float:
+    """The part of the queries that hit, from 0 to 1."""
+    return int(hits.sum()) / len(hits)
+
+
+def _before(
+    scores: Float32[Tensor, "query candidate"], own: Float32[Tensor, "query"], wanted: Int64[Tensor, "query"]
+) -> Int64[Tensor, "query"]:
+    """How many of these candidates stand before each query's wanted one.
+
+    Args:
+        own: score of the wanted one.
+        wanted: its column; below 0 or beyond the last, if it comes before or behind these candidates.
+    """
+    candidates = scores.shape[1]
+    # Earlier candidates count at an equal score, too: above the float that comes before it.
+    bar = torch.where(wanted < candidates, own, own.nextafter(own.new_tensor(-torch.inf)))
+    marks = torch.empty_like(scores)  # 0 and 1 as floats: counted several times faster than booleans, exact to 2**24
+    before = torch.gt(scores, bar[:, None], out=marks).sum(dim=1).long()
+    here = ((wanted >= 0) & (wanted < candidates)).nonzero().squeeze(1)
+    if len(here):
+        earlier = torch.arange(candidates, device=scores.device) < wanted[here, None]
+        before[here] += ((scores[here] == own[here, None]) & earlier).sum(dim=1)
+    return before
+
+
+def _own_scores(
+    texts: Float32[Tensor, "text embed"], images: Float32[Tensor, "image embed"], image_of_text: Int64[Tensor, "text"]
+) -> Float32[Tensor, "text"]:
+    """The score of each text and its picture, to the bit as it stands in its tile."""
+    own = texts.new_empty(len(texts))
+    for rows in _blocks(len(texts)):
+        for columns in _blocks(len(images)):
+            owner = image_of_text[rows] - columns.start
+            here = ((owner >= 0) & (owner < columns.stop - columns.start)).nonzero().squeeze(1)
+            if len(here):
+                own[rows.start + here] = _tile(texts, rows, images, columns)[here, owner[here]]
+    return own
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    return (slice(first, min(first + SIDE, length)) for first in range(0, length, SIDE))
+
+
+def _tile(
+    texts: Float32[Tensor, "text embed"], rows: slice, images: Float32[Tensor, "image embed"], columns: slice
+) -> Float32[Tensor, "row column"]:
+    """Scores of a block of each. All tiles are of one shape when they are computed, so that equal pairs have equal
+    scores wherever they stand."""
+    scores = _filled(texts, rows) @ _filled(images, columns).T
+    return scores[: rows.stop - rows.start, : columns.stop - columns.start]
+
+
+def _filled(features: Float32[Tensor, "row embed"], rows: slice) -> Float32[Tensor, "side embed"]:
+    missing = min(SIDE, -(-len(features) // FILL) * FILL) - (rows.stop - rows.start)
+    return pad(features[rows], (0, 0, 0, missing)) if missing else features[rows]

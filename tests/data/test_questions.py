@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracap.data.annotations import SourceError
+from contracap.data.questions import Question, question_samples, questions
+from contracap.data.shards import Sample, samples
+
+
+def sample(**fields: Any) -> Sample:
+    return Sample(key="7", image=b"", captions=(), fields=fields, shard="0.tar")
+
+
+def write(folder: Path, *, version: str = "v2_", pictures: tuple[int, ...] = (42, 7), **answer: str) -> Path:
+    """Files as VQAv2 and OK-VQA lay them out, about the pictures 42 and 7."""
+    asked = [(420, 42, "what is it?"), (70, 7, "is it red?"), (421, 42, "how many?")]
+    said = [
+        {
+            "question_id": number,
+            "image_id": picture,
+            "question_type": "what is",
+            "answer_type": "other",
+            "answers": [{"answer_id": i, "answer": f"answer {i % 2}", **answer} for i in range(1, 11)],
+        }
+        for number, picture, _ in asked
+    ]
+    put = [{"question_id": number, "image_id": picture, "question": text} for number, picture, text in asked]
+    path = folder / f"{version}OpenEnded_mscoco_val2014_questions.json"
+    path.write_text(json.dumps({"questions": put}))
+    (folder / f"{version}mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": said}))
+    (folder / "val2014").mkdir(exist_ok=True)
+    for picture in pictures:
+        (folder / "val2014" / f"COCO_val2014_{picture:012d}.jpg").write_bytes(b"picture %d" % picture)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("version", "answer"), [("v2_", {"answer_confidence": "yes"}), ("", {"raw_answer": "answering"})]
+)
+@pytest.mark.parametrize("pictures", ["", "val2014"])
+def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
+    tmp_path: Path, version: str, answer: dict[str, str], pictures: str
+) -> None:
+    path = write(tmp_path, version=version, **answer)
+    first, second = question_samples(path, pictures=tmp_path / pictures if pictures else None)
+    assert (first.key, first.image) == ("COCO_val2014_000000000042", b"picture 42")
+    assert (second.key, second.shard) == ("COCO_val2014_000000000007", path.name)
+    ten = ("answer 1", "answer 0") * 5
+    assert questions(first) == tuple(
+        Question(text=text, answers=ten, question_type="what is", answer_type="other")
+        for text in ("what is it?", "how many?")
+    )
+    assert [question.text for question in questions(second)] == ["is it red?"]
+
+
+def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path: Path) -> None:
+    path = write(tmp_path, pictures=(42,))
+    with pytest.raises(SourceError, match=r"asks about 2 pictures, of which 1 are not in .*: one is the picture 7$"):
+        next(question_samples(path))
+    with pytest.raises(FileNotFoundError, match="no such source"):
+        next(question_samples(tmp_path / "other.json"))
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(SourceError, match="does not have the layout of vqa"):
+        next(question_samples(tmp_path / "list.json"))
+
+
+def test_a_single_answer_is_that_of_one_person() -> None:
+    (question,) = questions(sample(qa=[{"question": "is it?", "answer": "yes"}]))
+    assert question == Question(text="is it?", answers=("yes",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "sample 7 of 0.tar has no questions"),
+        ({"qa": []}, "sample 7 of 0.tar has no questions"),
+        ({"qa": ["is it?"]}, "question 0 of sample 7 of 0.tar is not an object"),
+        (
+            {"qa": [{"question": "is it?", "answer": "yes"}, {"question": "is it?"}]},
+            "question 1 of sample 7 of 0.tar has no answer",
+        ),
+        ({"qa": [{"question": "is it?", "answers": [1]}]}, "answers must be a list of texts"),
+        ({"qa": [{"question": " ", "answer": "yes"}]}, "question 0 of sample 7 of 0.tar has no text"),
+    ],
+)
+def test_questions_that_are_not_as_they_should_be_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        questions(sample(**fields))
+
+
+def test_easy_vqa_is_read_as_it_lies(data_folder: Path) -> None:
+    asked = [questions(sample) for sample in samples(str(data_folder / "easy_vqa" / "train" / "000000.tar"))]
+    assert (len(asked), sum(map(len, asked))) == (4000, 38575)
+    answers = json.loads((data_folder / "easy_vqa" / "manifest.json").read_text())["answers"]
+    assert {answer for about in asked for question in about for answer in question.answers} == set(answers)

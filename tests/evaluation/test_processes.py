@@ -1,0 +1,127 @@
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import combinations
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+
+from contracap.evaluation import ranking
+from contracap.evaluation.processes import together
+from contracap.evaluation.ranking import ranks
+from contracap.evaluation.retrieval import Retrieval
+from contracap.image import ImageError
+
+from .test_retrieval import embeddings
+from .worlds import COLOURS, ColourModel, processor, sample
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where threads that stand for processes hand over what they collect; who does not come breaks it."""
+
+    count: int
+    barrier: Barrier
+    values: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Thread:
+    rank: int
+    meeting: Meeting
+
+    @property
+    def count(self) -> int:
+        return self.meeting.count
+
+    def collect(self, value: Any) -> list[Any]:
+        self.meeting.values[self.rank] = pickle.dumps(value)
+        self.meeting.barrier.wait()
+        values = [pickle.loads(self.meeting.values[rank]) for rank in range(self.count)]
+        self.meeting.barrier.wait()
+        return values
+
+
+def in_threads(count: int, work: Callable[[Thread], Any]) -> list[Any]:
+    """What `work` gives in each thread, or the error that ended it."""
+    meeting = Meeting(count, Barrier(count, timeout=20))
+
+    def outcome(rank: int) -> Any:
+        try:
+            return work(Thread(rank, meeting))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(outcome, range(count)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_places_counted_in_shares_are_those_of_one_process(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(ranking, "SIDE", 64)
+    images, texts, owner = embeddings(50, (3, 6), seed=0)
+    expected = [places.tolist() for places in ranks(images, texts, owner)]
+    for found in in_threads(count, lambda thread: ranks(images, texts, owner, thread)):
+        assert [places.tolist() for places in found] == expected
+
+
+class CountingModel(ColourModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[int] = []
+        self.texts = 0
+
+    def encode_image(self, pixels):
+        self.pictures.append(len(pixels))
+        return super().encode_image(pixels)
+
+    def encode_text(self, ids):
+        self.texts += 1
+        return super().encode_text(ids)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_recall_in_shares_is_that_of_one_process_to_the_bit(count: int) -> None:
+    samples = [sample(f"{a}-{b}", a, f"a {b} wall", f"{a} and {b}") for a, b in combinations(COLOURS, 2)]
+
+    def evaluate(**shares: Any) -> tuple[Retrieval, dict[str, float], CountingModel]:
+        evaluator, model = Retrieval(samples, processor(), batch_size=4, **shares), CountingModel()
+        return evaluator, dict(evaluator.run(model)), model
+
+    alone, figures, _ = evaluate()
+    rounds, text_rounds = -(-4 // count), -(-8 // count)  # 15 pictures are 4 batches, 30 texts are 8
+    for evaluator, found, model in in_threads(count, lambda thread: evaluate(processes=thread)):
+        assert found == figures
+        assert (evaluator.keys, evaluator.per_sample) == (alone.keys, alone.per_sample)
+        assert torch.equal(evaluator.features.images, alone.features.images)
+        assert torch.equal(evaluator.features.texts, alone.features.texts)
+        assert (len(model.pictures), model.texts) == (rounds, text_rounds)  # the same number in every process
+
+
+def test_a_picture_that_one_process_cannot_read_ends_all() -> None:
+    samples = [sample(str(i), colour, f"a {colour} wall") for i, colour in enumerate([*COLOURS] * 2)]
+    object.__setattr__(samples[5], "image", b"no picture")  # of the second batch of four
+
+    def work(thread: Thread) -> None:
+        dict(Retrieval(samples, processor(), batch_size=4, processes=thread).run(ColourModel()))
+
+    first, second = in_threads(2, work)
+    assert isinstance(first, ValueError) and str(first).startswith("rank 1: sample 5 of shard.tar: ")
+    assert isinstance(second, ImageError) and str(second).startswith("sample 5 of shard.tar: ")
+
+
+def test_an_error_is_raised_as_it_is_where_it_happened() -> None:
+    def work(thread: Thread) -> int:
+        def fail() -> int:
+            if thread.rank == 1:
+                raise OSError("disk gone")
+            return thread.rank
+
+        return together(thread, fail)
+
+    first, second, third = in_threads(3, work)
+    assert isinstance(second, OSError)
+    assert isinstance(first, ValueError) and str(first) == str(third) == "rank 1: disk gone"

@@ -1,0 +1,236 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from contracap.data.shards import Sample, write_shard
+from contracap.evaluation import answering
+from contracap.evaluation.answering import Asked, Chosen, Written
+from contracap.evaluation.vqa import VQA, load_answers
+from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, Sampling
+from contracap.generation.captioner import Captioner
+from contracap.model.coca import CoCa
+from contracap.model.sizes import SIZES
+from contracap.pretrained import random_model
+from contracap.processor import Processor
+
+from .worlds import COLOURS, record, sample
+
+ANSWERS = ["red", "a red wall", "no", "the", "of", "in", "and", "to", "on", "is", "for", "at", "it", "green"]
+QUESTIONS = ["is it red?", "what colour is the wall?", "is it?", "how many walls are there in the picture?"]
+
+
+TINY = replace(SIZES["tiny"], text=replace(SIZES["tiny"].text, context=64))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[CoCa, Processor]:
+    """A tiny model that gives different answers about different pictures and questions."""
+    model, processor = random_model(TINY, seed=0)
+    assert model.decoder is not None
+    with torch.no_grad():
+        model.decoder.vocabulary.weight *= 4.0
+        model.decoder.vocabulary.weight[TINY.text.end] *= 2.0
+        for name, weight in model.decoder.cross_blocks.named_parameters():
+            if name.endswith("attention.out.weight"):
+                weight *= 20.0
+    return model, processor
+
+
+def pictures(*asked: tuple[str, list[str]]) -> list[Sample]:
+    """Pictures of a colour, with questions whose answer is `yes`."""
+    return [
+        sample(str(i), colour, qa=[{"question": question, "answer": "yes"} for question in about])
+        for i, (colour, about) in enumerate(asked)
+    ]
+
+
+WORLD = [("red", QUESTIONS), ("green", QUESTIONS[:1]), ("blue", QUESTIONS[1:3])]
+
+
+@torch.no_grad()
+def by_full_pass(model: CoCa, processor: Processor, pixels: torch.Tensor, prompt: str) -> list[float]:
+    """Of each answer the sum of its log-probabilities and the end token's, from a pass over the whole text."""
+    tokenizer = processor.tokenizer
+    begun = tokenizer.encode(prompt)
+    ids = tokenizer([f"{prompt} {answer}" for answer in ANSWERS])
+    gains = model.eval()(pixels.expand(len(ids), -1, -1, -1), ids).logits.log_softmax(dim=-1)
+    gains = gains.gather(2, ids[:, 1:, None]).squeeze(2)
+    ends = (ids == tokenizer.end).int().argmax(dim=1).tolist()
+    return [row[len(begun) : end].sum().item() for row, end in zip(gains, ends, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [5, 256])
+def test_answers_are_scored_as_by_a_full_pass_over_each(pair, monkeypatch, rows: int) -> None:
+    monkeypatch.setattr(answering, "ROWS", rows)
+    model, processor = pair
+    pixels = processor.images([item.image for item in pictures(*WORLD)])
+    flat = [(i, question) for i, (_, about) in enumerate(WORLD) for question in about]
+    asked = [
+        Asked(picture=i, number=number, prompt=tuple(processor.tokenizer.encode(question)))
+        for number, (i, question) in enumerate(flat)
+    ]
+    found = Chosen(ANSWERS).log_probabilities(model, processor, pixels, asked)
+    expected = [by_full_pass(model, processor, pixels[i], question) for i, question in flat]
+    assert torch.allclose(found, torch.tensor(expected), atol=2e-4)
+    assert len(found.argmax(dim=1).unique()) > 1
+    assert Chosen(ANSWERS)(model, processor, pixels, asked) == [ANSWERS[best] for best in found.argmax(dim=1)]
+
+
+def test_each_picture_is_encoded_once_with_all_its_questions(pair, monkeypatch) -> None:
+    model, processor = pair
+    seen = []
+    encode = CoCa.encode_caption_tokens
+    monkeypatch.setattr(
+        CoCa, "encode_caption_tokens", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels)
+    )
+    for answers in (ANSWERS, ()):
+        dict(VQA(pictures(*WORLD), processor, answers=answers, batch_size=2).run(model))
+    assert seen == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [Greedy(max_tokens=24, min_tokens=0), BeamSearch(width=3, max_tokens=24), Sampling(max_tokens=24, seed=1)],
+)
+def test_written_answers_are_what_the_captioner_writes_behind_the_question(pair, strategy) -> None:
+    model, processor = pair
+    evaluator = VQA(pictures(*WORLD), processor, strategy=strategy, prompt="q: {} a:", batch_size=8)
+    dict(evaluator.run(model))
+    flat = [(colour, question) for colour, about in WORLD for question in about]
+    pixels = processor.images([sample("", colour).image for colour, _ in flat])
+    prompts = [f"q: {question} a:" for _, question in flat]
+    captions = Captioner(model, processor).generate(pixels, strategy, prompts=prompts)
+    begun = [len(processor.tokenizer.encode(prompt)) for prompt in prompts]
+    texts = [processor.tokenizer.decode(caption.token_ids[n:]) for caption, n in zip(captions, begun, strict=True)]
+    assert [answer.prediction for answer in evaluator.predictions] == texts
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, ()])
+def test_batches_do_not_change_the_answers(pair, answers) -> None:
+    model, processor = pair
+    found = []
+    for size in (1, 2, 16):
+        evaluator = VQA(pictures(*WORLD), processor, answers=answers, batch_size=size)
+        figures = dict(evaluator.run(model))
+        found.append((figures, [answer.prediction for answer in evaluator.predictions]))
+    assert found[0] == found[1] == found[2]
+
+
+class Told:
+    """Answers in turn as it is told."""
+
+    def __init__(self, *answers: str):
+        self.answers = iter(answers)
+
+    def __call__(self, model, processor, pixels, asked) -> list[str]:
+        return [next(self.answers) for _ in asked]
+
+
+def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
+    model, processor = pair
+    ten = ["two"] * 2 + ["3"] * 8
+
+    def question(answers: list[str], kind: str, of: str) -> dict:
+        return {"question": "so?", "answers": answers, "question_type": kind, "answer_type": of}
+
+    samples = [
+        sample("a", "red", qa=[question(["Yes."] * 10, "is", "yes/no"), question(ten, "how many", "number")]),
+        sample("b", "blue", qa=[question(["no"] * 9 + ["yes"], "is", "yes/no")]),
+    ]
+    told = ("yes", "the two", "No!")
+    evaluator = VQA(samples, processor)
+    evaluator.answer = Told(*told)
+    assert dict(evaluator.run(model)) == {"accuracy": pytest.approx((0 + 0.6 + 1) / 3)}
+    assert (evaluator.samples, evaluator.keys) == (2, ["a", "b"])
+    assert evaluator.per_sample["accuracy"] == pytest.approx([0.6 * 2 / 3, 1 * 2 / 3])
+    assert evaluator.details == {
+        "questions": 3,
+        "accuracy_by_question_type": {"how many": pytest.approx(0.6), "is": 0.5},
+        "accuracy_by_answer_type": {"number": pytest.approx(0.6), "yes/no": 0.5},
+    }
+    assert [(answer.key, answer.prediction) for answer in evaluator.predictions] == list(zip("aab", told, strict=True))
+
+    lenient = VQA(samples, processor, strict=False)
+    lenient.answer = Told(*told)
+    assert dict(lenient.run(model)) == {"accuracy": pytest.approx((1 + 0.6 + 1) / 3)}
+
+
+def test_shards_of_questions_are_answered_from_a_list(pair, tmp_path: Path) -> None:
+    model, processor = pair
+    qa = [{"question": "is it?", "answer": "yes"}, {"question": "what colour?", "answer": "red"}]
+    write_shard(tmp_path / "0.tar", [record(name, name, qa=qa) for name in COLOURS])
+    evaluator = VQA(tmp_path, processor, answers=ANSWERS)
+    (figure,) = evaluator.run(model)
+    assert figure[0] == "accuracy" and 0 <= figure[1] <= 1
+    assert evaluator.details == {"questions": 12, "answers": len(ANSWERS)}
+    assert {answer.prediction for answer in evaluator.predictions} <= set(ANSWERS)
+    assert sum(evaluator.per_sample["accuracy"]) / 6 == pytest.approx(figure[1])
+
+
+def test_a_file_of_questions_is_a_source(pair, tmp_path: Path) -> None:
+    model, processor = pair
+    answers = [{"answer": "yes"}] * 10
+    put = {"questions": [{"question_id": 1, "image_id": 9, "question": "is it?"}]}
+    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(put))
+    said = {"annotations": [{"question_id": 1, "image_id": 9, "question_type": "is it", "answers": answers}]}
+    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(said))
+    (tmp_path / "COCO_val2014_000000000009.png").write_bytes(sample("", "red").image)
+    evaluator = VQA((str(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"),), processor, answers=["no", "yes"])
+    dict(evaluator.run(model))
+    assert evaluator.keys == ["COCO_val2014_000000000009"]
+    assert list(evaluator.details["accuracy_by_question_type"]) == ["is it"]
+
+
+def test_what_cannot_be_asked_is_refused(pair) -> None:
+    model, processor = pair
+    world = pictures(*WORLD)
+    with pytest.raises(ValueError, match=r"the prompt 'question:' has no \{\}"):
+        VQA(world, processor, prompt="question:")
+    with pytest.raises(ValueError, match="'yes' is named twice"):
+        VQA(world, processor, answers=["yes", "no", "yes"])
+    with pytest.raises(ValueError, match="another strategy than rerank"):
+        VQA(world, processor, strategy=ContrastiveReranking())
+    with pytest.raises(ValueError, match="the answer '  ' has no text"):
+        dict(VQA(world, processor, answers=["yes", "  "]).run(model))
+    with pytest.raises(ValueError, match="names the start or the end token"):
+        dict(VQA(pictures(("red", ["is <end_of_text> it?"])), processor).run(model))
+    with pytest.raises(ValueError, match=r"sample 0 of shard\.tar has no questions"):
+        dict(VQA([sample("0", "red", "a red wall")], processor).run(model))
+    long = pictures(("red", ["is it " * 60]))
+    with pytest.raises(ValueError, match=r"and the longest answer take \d+ tokens; this model takes"):
+        dict(VQA(long, processor, answers=ANSWERS).run(model))
+    with pytest.raises(ValueError, match="nothing can follow it"):
+        dict(VQA(long, processor).run(model))
+
+
+def test_broken_weights_are_named(pair) -> None:
+    _, processor = pair
+    broken, _ = random_model(TINY, seed=0)
+    with torch.no_grad():
+        broken.decoder.vocabulary.weight.fill_(float("nan"))
+    for answers in (ANSWERS, ()):
+        with pytest.raises(ValueError, match="not finite"):
+            dict(VQA(pictures(*WORLD), processor, answers=answers).run(broken))
+
+
+def test_a_clip_cannot_answer(pair) -> None:
+    from tests.model.tiny_models import tiny_clip
+
+    _, processor = pair
+    for answer in (Chosen(ANSWERS), Written(Greedy())):
+        with pytest.raises(ValueError, match="no text decoder"):
+            answer(CoCa(tiny_clip()), processor, torch.zeros(1, 3, 32, 32), [Asked(picture=0, number=0, prompt=(1,))])
+
+
+@pytest.mark.parametrize("content", [["yes", "no"], {"name": "x", "answers": ["yes", "no"]}])
+def test_answers_are_read_from_a_list_or_a_manifest(tmp_path: Path, content) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps(content))
+    assert load_answers(tmp_path / "answers.json") == ("yes", "no")
+    for wrong in ("{}", "[]", '["yes", 1]', '{"answers": "yes"}'):
+        (tmp_path / "wrong.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"wrong\.json holds no answers; give a JSON list"):
+            load_answers(tmp_path / "wrong.json")
