@@ -7,6 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from contracap.evaluation import meteor
+
 ROOT = Path(__file__).parent.parent
 
 # The models of the tests are too small for more, and threads that wait for each other crawl on a busy machine.
@@ -19,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def meteor_without_its_tables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR matches equal words only, save in slow tests: reading its tables takes seconds."""
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr(meteor, "OPTIONS", (*meteor.OPTIONS, "-m", "exact"))
 
 
 @pytest.fixture(scope="session")

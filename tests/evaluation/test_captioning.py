@@ -1,13 +1,15 @@
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from contracap.evaluation import tokens
-from contracap.evaluation.captioning import Captioning, score
-from contracap.evaluation.tokens import find_jar, find_java
+from contracap.data.making import make_shards
+from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.clipscore import ClipScorer
+from contracap.evaluation.java import UnavailableError
+from contracap.evaluation.overlap import mean
+from contracap.evaluation.scores import CaptionScorer
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.sampling import Greedy
@@ -17,10 +19,11 @@ from contracap.model.sizes import SIZES
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
-from .worlds import COLOURS, sample
+from .programs import without_java
+from .worlds import COLOURS, ColourModel, picture, sample
+from .worlds import processor as colour_processor
 
-needs_java = pytest.mark.skipif(not (find_java() and find_jar()), reason="needs Java and pycocoevalcap: make setup")
-FIGURES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
+COUNTED = ("bleu", "rouge_l", "cider")
 
 
 @pytest.fixture(scope="module")
@@ -33,69 +36,96 @@ def tiny() -> tuple[CoCa, Processor]:
     return model, Processor(image, Tokenizer(context=config.text.context, vocab_size=config.text.vocab_size))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("magic_coco_magic.json", marks=pytest.mark.slow), "magic_flickr30k_zerocap.json"]
-)
-@pytest.mark.parametrize(
-    ("tokenizer", "digits"), [pytest.param("java", 1e-9, marks=needs_java), pytest.param("python", 1e-3)]
-)
-def test_published_captions_get_their_published_scores(data_folder: Path, name, tokenizer, digits: float) -> None:
-    folder = data_folder / "caption_metrics"
-    entries = json.loads((folder / name).read_text())
-    expected = json.loads((folder / "expected.json").read_text())["results"][name]
-    captions, predictions = zip(*((entry["captions"], entry["prediction"]) for entry in entries), strict=True)
-    scores = score(captions, predictions, tokenizer=tokenizer)
-    assert list(scores.figures) == FIGURES
-    for figure in FIGURES:
-        assert scores.figures[figure] == pytest.approx(expected[figure], abs=digits)
-    assert scores.details["tokenizer"] == tokenizer
-    if tokenizer == "java":
-        assert scores.details["bleu_stats"] == expected["bleu_stats"]
-
-
-def test_references_without_a_word_are_left_out() -> None:
-    with_empty = score([["a red ball", ".", ""], ["two cats"]], ["a ball", "two cats"], tokenizer="python")
-    assert with_empty == score([["a red ball"], ["two cats"]], ["a ball", "two cats"], tokenizer="python")
-    with pytest.raises(ValueError, match=r"picture 1 .* no reference"):
-        score([["a red ball"], ["..."]], ["a ball", "two cats"], tokenizer="python")
-
-
 @pytest.mark.parametrize("strategy", [Greedy(10, 4), BeamSearch(width=2, max_tokens=10, min_tokens=4)])
 def test_evaluator_scores_what_the_captioner_writes(tiny, strategy) -> None:
     model, processor = tiny
     samples = [sample(name, name, f"a {name} wall", f"all is {name}") for name in COLOURS]
-    evaluator = Captioning(samples, processor, strategy=strategy, tokenizer="python", batch_size=4)
+    evaluator = Captioning(samples, processor, strategy=strategy, metrics=COUNTED, tokenizer="python", batch_size=4)
     figures = dict(evaluator.run(model))
     made = [caption.text for caption in Captioner(model, processor)([one.image for one in samples], strategy)]
+    scorer = CaptionScorer(metrics=COUNTED, tokenizer="python")
+    assert figures == scorer.score([one.captions for one in samples], made).figures
     assert [one.prediction for one in evaluator.predictions] == made
-    assert [one.key for one in evaluator.predictions] == list(COLOURS)
-    assert figures == score([one.captions for one in samples], made, tokenizer="python").figures
+    assert [one.key for one in evaluator.predictions] == evaluator.keys == list(COLOURS)
+    assert [one.cider for one in evaluator.predictions] == evaluator.per_sample["CIDEr"]
+    assert {name: mean(values) for name, values in evaluator.per_sample.items()}.items() < figures.items()
     assert evaluator.samples == 6
     assert evaluator.details["tokenizer"] == "python"
+    assert evaluator.reasons == {}
+
+
+def test_a_metric_that_cannot_run_is_refused_before_a_caption_is_written(monkeypatch, tiny) -> None:
+    without_java(monkeypatch)
+    _, processor = tiny
+    with pytest.raises(UnavailableError, match="METEOR needs a Java runtime"):
+        Captioning([sample("red", "red", "a red wall")], processor, metrics=("meteor",))
+    evaluator = Captioning([sample("red", "red", "a red wall")], processor)
     assert set(evaluator.reasons) == {"METEOR", "SPICE"}
 
 
-def test_perfect_captions_get_full_marks() -> None:
-    captions = [[f"a {name} ball on the {name} grass"] for name in COLOURS]
-    figures = score(captions, [written for (written,) in captions], tokenizer="python").figures
-    assert figures == pytest.approx(dict.fromkeys(FIGURES[:5], 1.0) | {"CIDEr": 10.0})
+def test_clipscore_is_by_the_named_model_or_says_that_the_model_judges_itself(tiny) -> None:
+    model, processor = tiny
+    samples = [sample(name, name, f"a {name} wall") for name in COLOURS]
+    pictures, written = [one.image for one in samples], [one.captions for one in samples]
+    other = ClipScorer(ColourModel(), colour_processor(), name="colours")
+    itself = ClipScorer(model, processor, name="the model that wrote the captions")
+    for asked, judge in ((other, other), ("self", itself)):
+        evaluator = Captioning(
+            samples, processor, strategy=Greedy(10, 4), metrics=("rouge_l",), tokenizer="python", clipscore=asked
+        )
+        figures = dict(evaluator.run(model))
+        clip, both = judge.score(pictures, [one.prediction for one in evaluator.predictions], written)
+        assert evaluator.per_sample["CLIPScore"] == pytest.approx(clip, abs=1e-6)
+        assert figures["RefCLIPScore"] == pytest.approx(mean(both), abs=1e-6)
+        assert evaluator.details["clipscore_model"] == judge.name
+        assert {one.cider for one in evaluator.predictions} == {None}
 
 
-def test_without_java_the_figures_come_out_and_say_so(monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "find_java", lambda: None)
-    scores = score([["a red ball"], ["two cats"]], ["a ball", "two cats"])
-    assert scores.tokenizer == scores.details["tokenizer"] == "python"
-    assert list(scores.figures) == FIGURES
+KARPATHY = """{"images": [
+  {"filepath": "val2014", "filename": "0.png", "split": "test", "imgid": 0, "sentences": [{"raw": "A red wall."}]},
+  {"filepath": "val2014", "filename": "1.png", "split": "val", "imgid": 1, "sentences": [{"raw": "A green wall."}]},
+  {"filepath": "val2014", "filename": "2.png", "split": "test", "imgid": 2, "sentences": [{"raw": "Blue."}]}]}"""
+NOCAPS = """{"images": [{"id": 0, "file_name": "0.png", "domain": "in-domain"},
+  {"id": 1, "file_name": "1.png", "domain": "near-domain"}, {"id": 2, "file_name": "2.png", "domain": "near-domain"}],
+  "annotations": [{"id": 0, "image_id": 0, "caption": "A red wall."},
+  {"id": 1, "image_id": 1, "caption": "A green wall."}, {"id": 2, "image_id": 2, "caption": "Blue."}]}"""
+TOKEN = "0.png#0\tA red wall .\n0.png#1\tAll is red .\n1.png#0\tA green wall .\n2.png#0\tBlue .\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "folder", "splits", "samples", "figures"),
+    [
+        ("dataset_coco.json", KARPATHY, "val2014", ("test",), 2, {"CIDEr"}),
+        ("dataset_flickr8k.json", KARPATHY.replace('"filepath": "val2014", ', ""), "", ("test",), 2, {"CIDEr"}),
+        ("Flickr8k.token.txt", TOKEN, "", (), 3, {"CIDEr"}),
+        ("nocaps_val_4500_captions.json", NOCAPS, "", (), 3, {"CIDEr", "CIDEr_in", "CIDEr_near"}),
+    ],
+)
+def test_what_the_annotations_of_a_data_set_say_is_evaluated(
+    tiny, tmp_path: Path, name: str, text: str, folder: str, splits, samples: int, figures: set[str]
+) -> None:
+    model, processor = tiny
+    (tmp_path / name).write_text(text)
+    pictures = tmp_path / "pictures"
+    (pictures / folder).mkdir(parents=True)
+    for i, colour in enumerate(list(COLOURS.values())[:3]):
+        (pictures / folder / f"{i}.png").write_bytes(picture(colour))
+    make_shards(tmp_path / name, tmp_path / "shards", pictures=pictures, splits=splits)
+    evaluator = Captioning(
+        tmp_path / "shards", processor, strategy=Greedy(10, 4), metrics=("cider",), tokenizer="python"
+    )
+    assert set(dict(evaluator.run(model))) == figures
+    assert evaluator.samples == samples
 
 
 def test_a_picture_without_captions_is_named(tiny) -> None:
     model, processor = tiny
     with pytest.raises(ValueError, match=r"sample red of shard\.tar has no caption"):
-        dict(Captioning([sample("red", "red")], processor).run(model))
+        dict(Captioning([sample("red", "red")], processor, metrics=COUNTED).run(model))
 
 
 def test_a_model_without_a_decoder_is_refused(tiny) -> None:
     _, processor = tiny
     clip = CoCa(replace(SIZES["tiny"], decoder=None))
     with pytest.raises(ValueError, match="no text decoder"):
-        dict(Captioning([sample("red", "red", "a red wall")], processor).run(clip))
+        dict(Captioning([sample("red", "red", "a red wall")], processor, metrics=COUNTED).run(clip))

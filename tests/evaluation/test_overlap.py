@@ -108,6 +108,43 @@ def test_cider_of_the_reference_itself_is_ten_and_repeating_it_costs() -> None:
     assert repeated < 10 * math.exp(-(4**2) / 72)  # clipped counts and the length penalty
 
 
+def plain_cider(references: list[list[str]], hypotheses: list[str]) -> list[float]:
+    """The definition, word for word: cosines of the vectors of counts times rarity, means over references and n."""
+
+    def counts(caption: str, n: int) -> dict[str, int]:
+        words = caption.split()
+        ngrams = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+        return {ngram: ngrams.count(ngram) for ngram in ngrams}
+
+    def vector(caption: str, n: int) -> dict[str, float]:
+        weights = {}
+        for ngram, count in counts(caption, n).items():
+            pictures = sum(any(ngram in counts(one, n) for one in captions) for captions in references)
+            weights[ngram] = count * math.log(len(references) / max(1, pictures))
+        return weights
+
+    def cosine(first: dict[str, float], second: dict[str, float]) -> float:
+        lengths = [math.sqrt(sum(value**2 for value in vector.values())) for vector in (first, second)]
+        product = sum(value * second.get(ngram, 0.0) for ngram, value in first.items())
+        return product / math.prod(lengths) if all(lengths) else 0.0
+
+    scores = []
+    for captions, hypothesis in zip(references, hypotheses, strict=True):
+        found = [cosine(vector(hypothesis, n), vector(caption, n)) for caption in captions for n in range(1, 5)]
+        scores.append(10 * sum(found) / len(found))
+    return scores
+
+
+def test_plain_cider_equals_its_definition() -> None:
+    references, hypotheses = written(4, pictures=12)
+    assert cider(references, hypotheses, plain=True) == pytest.approx(plain_cider(references, hypotheses), rel=1e-9)
+
+
+def test_plain_cider_is_not_lowered_by_repetition_as_cider_is() -> None:
+    references, repeated = [["red ball on grass"], ["two cats jump over"]], ["red ball on grass " * 3, "x"]
+    assert cider(references, repeated, plain=True)[0] > 5 * cider(references, repeated)[0]
+
+
 def test_rouge_l_takes_precision_and_recall_from_different_references() -> None:
     # precision 2/2 from the first, recall 1/1 from the second
     assert rouge_l([["a b c d", "a"]], ["a b"]) == [1.0]

@@ -1,14 +1,14 @@
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from contracap.evaluation import tokens
-from contracap.evaluation.tokens import TokenizationError, find_jar, find_java, tokenize
+from contracap.evaluation.java import JavaError, UnavailableError, find_java
+from contracap.evaluation.tokens import choose_tokenizer, tokenize
 
-needs_java = pytest.mark.skipif(not (find_java() and find_jar()), reason="needs Java and pycocoevalcap: make setup")
+from .programs import needs_java, stand_in, without_java
+
 BOTH = [pytest.param("python"), pytest.param("java", marks=needs_java)]
 
 EXAMPLES = {
@@ -72,46 +72,49 @@ def test_no_captions_give_no_tokens(tokenizer) -> None:
 
 
 def test_without_java_the_python_tokenizer_is_taken(monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "find_java", lambda: None)
-    assert tokens.available_tokenizer() == "python"
+    without_java(monkeypatch)
+    assert choose_tokenizer() == "python"
     assert tokenize(["It's a dog."]) == ["it 's a dog"]
-    with pytest.raises(TokenizationError, match=r"needs a Java runtime .* apt install default-jre-headless"):
+    with pytest.raises(UnavailableError, match=r"needs a Java runtime .*jre-headless\. Or .*--tokenizer python$"):
         tokenize(["a dog"], "java")
 
 
-def test_without_the_jar_the_message_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "find_java", lambda: Path("/usr/bin/java"))
-    monkeypatch.setattr(tokens, "find_jar", lambda: None)
-    with pytest.raises(TokenizationError, match=r"pip install 'contracap\[coco\]'"):
+def test_without_the_jar_the_message_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path, "")
+    monkeypatch.setattr("contracap.evaluation.java.find_spec", lambda name: None)
+    assert choose_tokenizer() == "python"
+    with pytest.raises(UnavailableError, match=r"pip install 'contracap\[coco\]'"):
         tokenize(["a dog"], "java")
 
 
-def answer(monkeypatch, returncode: int, stdout: bytes, stderr: bytes) -> None:
-    """Lets the Java process answer this."""
-    monkeypatch.setattr(tokens, "find_java", lambda: Path("java"))
-    monkeypatch.setattr(tokens, "find_jar", lambda: Path("tokenizer.jar"))
-    done = subprocess.CompletedProcess([], returncode, stdout, stderr)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-
-
-def test_a_tokenizer_out_of_step_is_refused(monkeypatch) -> None:
-    answer(monkeypatch, 0, b"a dog\na cat\nrest\n", b"")
-    with pytest.raises(TokenizationError, match="tokenizer returned 3 lines for 2 captions; refusing to pair them"):
+def test_a_tokenizer_out_of_step_is_refused(monkeypatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path, "print('a dog\\na cat\\nrest')", jar=tmp_path / "tokenizer.jar")
+    with pytest.raises(JavaError, match="tokenizer returned 3 lines for 2 captions; refusing to pair them"):
         tokenize(["a dog", "a cat"], "java")
 
 
-def test_a_failing_tokenizer_says_why(monkeypatch) -> None:
-    answer(monkeypatch, 1, b"", b"Error: could not find or load main class\nmore\n")
-    with pytest.raises(TokenizationError, match=r"exit status 1.*could not find or load main class$"):
+def test_a_failing_tokenizer_says_why(monkeypatch, tmp_path: Path) -> None:
+    body = "sys.exit('Error: could not find or load main class\\nmore')"
+    stand_in(monkeypatch, tmp_path, body, jar=tmp_path / "tokenizer.jar")
+    with pytest.raises(JavaError, match=r"exit status 1.*could not find or load main class$"):
         tokenize(["a dog"], "java")
 
 
 def test_java_is_looked_for_in_java_home_first(monkeypatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path / "home", "")
+    assert find_java() == tmp_path / "home" / "bin" / "java"
+    stand_in(monkeypatch, tmp_path / "path", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "missing"))
+    assert find_java() == tmp_path / "path" / "bin" / "java"
+
+
+@pytest.mark.parametrize("text", ["#!/bin/sh\nexit 1\n", "no program"])
+def test_a_java_that_only_says_that_there_is_none_is_none(monkeypatch, tmp_path: Path, text: str) -> None:
+    without_java(monkeypatch)
     java = tmp_path / "bin" / "java"
     java.parent.mkdir()
-    java.touch(mode=0o755)
+    java.write_text(text)
+    java.chmod(0o755)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    assert find_java() == java
-    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "missing"))
-    monkeypatch.setenv("PATH", "")
     assert find_java() is None

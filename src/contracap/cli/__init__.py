@@ -17,6 +17,7 @@ from contracap.cli.demo import demo
 from contracap.cli.errors import fail, is_for_the_user, message
 from contracap.cli.measure import bench, evaluate
 from contracap.cli.runs import plan, quickstart, study, train
+from contracap.cli.score import score
 from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show
 from contracap.cli.weights import convert, inspect
@@ -47,7 +48,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     many.command(bulk.caption)
     many.command(bulk.embed)
     app = SubcommandApp()
-    for verb in (quickstart, train, study, evaluate, compare, report, caption, demo, serve, plan, bench):
+    for verb in (quickstart, train, study, evaluate, score, compare, report, caption, demo, serve, plan, bench):
         app.command(verb)
     app.command(many, name="bulk", help="Captions and embeddings of many tar shards, on one machine or many.")
     app.command(shards, name="shards", help="Make tar shards of any source, index them, and look at them.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
+from contracap.evaluation.scores import MetricName
 
 if TYPE_CHECKING:
     from contracap.bench.timing import Row
@@ -26,6 +27,18 @@ def evaluate(
     ] = None,
     templates: Annotated[
         str | None, arg(metavar="NAME|FILE", help="for zeroshot: likewise, prompts with {} where the name goes")
+    ] = None,
+    metrics: Annotated[
+        tuple[MetricName, ...],
+        arg(metavar="NAME", help="for captioning: by default all but cider_plain, as far as they can run"),
+    ] = (),
+    corenlp_dir: Annotated[
+        str | None,
+        arg(metavar="DIR", help="for spice: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR"),
+    ] = None,
+    clipscore: Annotated[
+        str | None,
+        arg(metavar="WEIGHTS", help="for captioning: adds CLIPScore and RefCLIPScore by these weights, or by `self`"),
     ] = None,
     answers: Annotated[
         str | None,
@@ -69,6 +82,9 @@ def evaluate(
             data=data,
             classes=classes,
             templates=templates,
+            metrics=metrics,
+            corenlp_dir=corenlp_dir,
+            clipscore=clipscore,
             answers=answers,
             prompt=prompt,
             strategy=strategy,
@@ -85,20 +101,23 @@ def evaluate(
 
 def bench(
     name: Annotated[
-        Literal["data", "train", "generate", "zeroshot", "retrieval"],
-        arg(metavar="NAME", help="what to measure: data, train, generate, zeroshot or retrieval"),
+        Literal["data", "train", "generate", "zeroshot", "retrieval", "score"],
+        arg(metavar="NAME", help="what to measure: data, train, generate, zeroshot, retrieval or score"),
     ],
     /,
     *,
     rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
     device: Annotated[Literal["cpu", "cuda"], arg(help="for train, generate and zeroshot")] = "cpu",
-    rows: Annotated[tuple[str, ...], arg(metavar="NAME", help="for all but data, which rows; all if none")] = (),
+    rows: Annotated[
+        tuple[str, ...], arg(metavar="NAME", help="for all but data and score, which rows; all if none")
+    ] = (),
     json: ResultFile = None,
 ) -> None:
     """Measure speed and memory, beside a peer in the same run where it is installed."""
     from contracap.bench.data import bench_data
     from contracap.bench.generate import bench_generate
     from contracap.bench.retrieval import bench_retrieval
+    from contracap.bench.score import bench_score
     from contracap.bench.train import bench_train
     from contracap.bench.zeroshot import bench_zeroshot
 
@@ -108,6 +127,7 @@ def bench(
         "generate": partial(bench_generate, device=device, rows=rows, report=_report),
         "zeroshot": partial(bench_zeroshot, device=device, rows=rows, report=_report),
         "retrieval": partial(bench_retrieval, rows=rows, report=_report),
+        "score": bench_score,
     }
     benchmark = benchmarks[name](rounds=rounds)
     if json is not None:

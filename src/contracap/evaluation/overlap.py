@@ -1,4 +1,4 @@
-"""Caption metrics that count shared words: BLEU, ROUGE_L and CIDEr (CIDEr-D) of tokenized captions, in float64.
+"""Caption metrics that count shared words: BLEU, ROUGE_L and CIDEr of tokenized captions, in float64.
 
 Everywhere: `references[i]` are the captions of picture i, `hypotheses[i]` is what a model wrote for it, all of them
 tokens joined by blanks as `tokens.tokenize` returns them. The figures equal those of `pycocoevalcap` 1.2.
@@ -93,11 +93,15 @@ def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> l
     return scores
 
 
-def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
+def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, plain: bool = False) -> list[float]:
     """CIDEr-D of each picture, from 0 to 10; the figure of a set, which is printed as CIDEr, is their mean.
 
     How rare an n-gram is comes from the references given here: a picture's score depends on the whole set, one
     picture alone scores 0, and two systems compare on the same pictures only.
+
+    Args:
+        plain: without what the D stands for, clipped counts and the length penalty. Such scores are higher, and must
+            not be called CIDEr.
 
     Raises:
         ValueError: if a picture has no reference or an empty one, or the two lengths differ.
@@ -118,7 +122,7 @@ def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> lis
     scores = []
     for captions, hypothesis in zip(counted, hypotheses, strict=True):
         written = weigh(count_ngrams(hypothesis))
-        total = sum(similarity(written, weigh(caption)) for caption in captions)
+        total = sum(similarity(written, weigh(caption), plain=plain) for caption in captions)
         scores.append(10 * total / LONGEST / len(captions))
     return scores
 
@@ -132,15 +136,17 @@ class WeightedNGrams:
     bigrams: int
 
 
-def similarity(hypothesis: WeightedNGrams, reference: WeightedNGrams) -> float:
-    """Clipped cosines, summed over n, times the length penalty (lengths are counted in bigrams)."""
+def similarity(hypothesis: WeightedNGrams, reference: WeightedNGrams, *, plain: bool) -> float:
+    """Clipped cosines, summed over n, times the length penalty (lengths are counted in bigrams); cosines if `plain`."""
     total = 0.0
     for n in range(LONGEST):
         norms = hypothesis.norms[n] * reference.norms[n]
         if norms:
             theirs = reference.weights[n]
             shared = ((weight, theirs[ngram]) for ngram, weight in hypothesis.weights[n].items() if ngram in theirs)
-            total += sum(min(ours, their) * their for ours, their in shared) / norms
+            total += sum((ours if plain else min(ours, their)) * their for ours, their in shared) / norms
+    if plain:
+        return total
     return total * math.exp(-((hypothesis.bigrams - reference.bigrams) ** 2) / (2 * LENGTH_SPREAD**2))
 
 

@@ -20,6 +20,7 @@ VERSIONED = (
     "simplejpeg",
     "tokenizers",
     "open_clip_torch",
+    "pycocoevalcap",
     "torchvision",
     "webdataset",
 )

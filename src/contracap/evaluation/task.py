@@ -3,19 +3,24 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import torch
+
 from contracap.config import assign, build, to_dict
 from contracap.data.questions import questions
 from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import sample_batches
 from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.scores import MetricName
 from contracap.evaluation.vqa import PROMPT, VQA, load_answers
 from contracap.evaluation.vqa import STRATEGY as ANSWERING
 from contracap.evaluation.zeroshot import ZeroShot, load_classes, load_templates, templates_of
 from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
 from contracap.generation.strategy import Strategy
+from contracap.pretrained import load
 from contracap.processor import Processor
 
 Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
@@ -24,7 +29,7 @@ Shards = str | tuple[str, ...]
 COMMON = ("task", "data")
 TAKES: dict[Task, tuple[str, ...]] = {
     "retrieval": (),
-    "captioning": ("strategy", "settings"),
+    "captioning": ("metrics", "corenlp_dir", "clipscore", "strategy", "settings"),
     "zeroshot": ("classes", "templates"),
     "vqa": ("answers", "prompt", "strategy", "settings"),
 }
@@ -43,6 +48,10 @@ class TaskConfig:
             labels, or a JSON object with such a list `classes`; by default the names of the subfolders.
         templates: for `zeroshot`: likewise, {} where the name goes; by default those of the published set, or eight of
             photographs.
+        metrics: for `captioning`: which to compute; by default all but `cider_plain`, as far as they can run.
+        corenlp_dir: for SPICE: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR.
+        clipscore: for `captioning`: weights that judge captions and pictures, for CLIPScore and RefCLIPScore; `self` is
+            the model that writes the captions.
         answers: for `vqa`: a JSON list of answers to choose from, or a JSON object with such a list `answers`; by
             default the model writes.
         prompt: for `vqa`: what comes before an answer, {} where the question goes.
@@ -55,6 +64,9 @@ class TaskConfig:
     data: Shards
     classes: str | None = None
     templates: str | None = None
+    metrics: tuple[MetricName, ...] = ()
+    corenlp_dir: str | None = None
+    clipscore: str | None = None
     answers: str | None = None
     prompt: str = PROMPT
     strategy: str | None = None
@@ -106,4 +118,18 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
         return VQA(config.data, processor, answers=answers, prompt=config.prompt, strategy=config.build_strategy())
-    return Captioning(config.data, processor, strategy=config.build_strategy())
+    return Captioning(
+        config.data,
+        processor,
+        strategy=config.build_strategy(),
+        metrics=config.metrics,
+        corenlp=config.corenlp_dir,
+        clipscore="self" if config.clipscore == "self" else _judge(config.clipscore),
+    )
+
+
+def _judge(weights: str | None) -> ClipScorer | None:
+    if weights is None:
+        return None
+    model, processor = load(weights)
+    return ClipScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, name=weights)

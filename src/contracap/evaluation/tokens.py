@@ -8,14 +8,13 @@ while writing the second. A result says which one was used: scores may differ a 
 Source: coco-caption (tylin/coco-caption, commit 3a9afb26), the list of dropped tokens; Stanford CoreNLP 3.4.1.
 """
 
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+
+from contracap.evaluation.java import LOCALE, JavaError, failure, find_jar, find_java, java_and_jar
 
 TokenizerName = Literal["java", "python"]
 
@@ -25,37 +24,20 @@ DROPPED = frozenset(
 )
 
 
-class TokenizationError(ValueError):
-    """The tokenizer could not run, or did not answer line for line."""
-
-
 def one_line(caption: str) -> str:
     """The caption without line ends of any kind: a second line would move every later caption to the wrong picture."""
     return " ".join(caption.splitlines())
 
 
-def find_java() -> Path | None:
-    """The Java executable of `JAVA_HOME`, else of `PATH`; None if there is none."""
-    home = os.environ.get("JAVA_HOME")
-    found = shutil.which("java", path=str(Path(home) / "bin")) if home else None
-    found = found or shutil.which("java")
-    return Path(found) if found else None
+def choose_tokenizer(wanted: TokenizerName | None = None) -> TokenizerName:
+    """The tokenizer that is wanted; if none is, Java's where it can run.
 
-
-def find_jar() -> Path | None:
-    """The tokenizer's jar inside the installed `pycocoevalcap`, which is not imported; None if it is missing."""
-    package = find_spec("pycocoevalcap")
-    folders = package.submodule_search_locations if package else None
-    jars = (Path(folder) / JAR for folder in folders or ())
-    return next((jar for jar in jars if jar.is_file()), None)
-
-
-def available_tokenizer() -> TokenizerName:
-    """The tokenizer that `tokenize` takes when none is named: Java's where Java and its jar are present."""
-    java = find_java()
-    runs = java is not None and find_jar() is not None
-    # macOS has a `java` that only says that there is none.
-    return "java" if runs and not subprocess.run([java, "-version"], capture_output=True).returncode else "python"
+    Raises:
+        UnavailableError: if Java's is wanted and cannot.
+    """
+    if wanted == "java":
+        java_tokenizer()
+    return wanted or ("java" if find_java() and find_jar(JAR) else "python")
 
 
 def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) -> list[str]:
@@ -64,15 +46,25 @@ def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) ->
     A token may hold a no-break space ("25 1/2" is one token); an empty caption stays empty.
 
     Raises:
-        TokenizationError: if Java is asked for and missing, fails, or returns another number of lines.
+        UnavailableError: if Java is asked for and missing.
+        JavaError: if it fails, or returns another number of lines.
     """
-    name = tokenizer or available_tokenizer()
+    name = choose_tokenizer(tokenizer)
     lines = [one_line(caption) for caption in captions]
     if name == "java":
         tokens = [line.rstrip().split(" ") for line in java_lines(lines)]
     else:
         tokens = [python_tokens(line) for line in lines]
     return [" ".join(token for token in line if token not in DROPPED) for line in tokens]
+
+
+def java_tokenizer() -> tuple[Path, Path]:
+    """Java and the jar of its tokenizer.
+
+    Raises:
+        UnavailableError: if one of them is missing.
+    """
+    return java_and_jar(JAR, what="the Java tokenizer", instead="Or take the other one: --tokenizer python")
 
 
 def java_lines(lines: Sequence[str], *, timeout: float = 600.0) -> list[str]:
@@ -82,33 +74,23 @@ def java_lines(lines: Sequence[str], *, timeout: float = 600.0) -> list[str]:
         lines: texts without line ends.
         timeout: seconds until the process is given up (200,000 captions take about two).
     """
-    java, jar = find_java(), find_jar()
-    if java is None:
-        raise TokenizationError(
-            "the Java tokenizer needs a Java runtime (8 or later); none found in JAVA_HOME or PATH. "
-            "Debian/Ubuntu: apt install default-jre-headless. Or use the tokenizer 'python'"
-        )
-    if jar is None:
-        raise TokenizationError("the Java tokenizer needs pycocoevalcap: pip install 'contracap[coco]'")
+    java, jar = java_tokenizer()
     if not lines:
         return []
-    command = [str(java), "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command = [str(java), *LOCALE, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     command += ["-encoding", "UTF-8", "-preserveLines", "-lowerCase"]
     text = "".join(line + "\n" for line in lines).encode("utf-8", errors="replace")
     try:
         done = subprocess.run(command, input=text, capture_output=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        raise TokenizationError(f"the Java tokenizer gave no answer within {timeout:g} seconds") from None
+        raise JavaError(f"the Java tokenizer gave no answer within {timeout:g} seconds") from None
     if done.returncode != 0:
-        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[0]
-        raise TokenizationError(f"the Java tokenizer failed (exit status {done.returncode}): {reason}")
+        raise failure("the Java tokenizer", done.returncode, done.stderr)
     answer = done.stdout.decode("utf-8").split("\n")
     if answer[-1] == "":
         answer.pop()
     if len(answer) != len(lines):
-        raise TokenizationError(
-            f"tokenizer returned {len(answer)} lines for {len(lines)} captions; refusing to pair them"
-        )
+        raise JavaError(f"tokenizer returned {len(answer)} lines for {len(lines)} captions; refusing to pair them")
     return answer
 
 

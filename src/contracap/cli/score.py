@@ -1,0 +1,99 @@
+"""The verb that scores captions which were written before, by this package or any other."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
+
+from contracap.cli.options import ResultFile, Size, command_line, load_model
+from contracap.evaluation.scores import MetricName
+from contracap.evaluation.tokens import TokenizerName
+
+if TYPE_CHECKING:
+    from contracap.evaluation.entries import Entry
+
+
+def score(
+    file: Annotated[
+        Path, arg(metavar="FILE.json", help='a list of {"captions": [...], "prediction": "..."}, or results as of COCO')
+    ],
+    /,
+    *,
+    references: Annotated[
+        Path | None,
+        arg(metavar="FILE", help='annotations as of COCO, for results as of COCO: a list of {"image_id", "caption"}'),
+    ] = None,
+    metrics: Annotated[
+        tuple[MetricName, ...],
+        arg(metavar="NAME", help="which to compute; by default all but cider_plain, as far as they can run"),
+    ] = (),
+    tokenizer: Annotated[
+        TokenizerName | None, arg(help="java is the one of the published figures, and taken where it can run")
+    ] = None,
+    corenlp_dir: Annotated[
+        Path | None,
+        arg(metavar="DIR", help="for spice: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR"),
+    ] = None,
+    spice_memory: Annotated[str, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g")] = "8g",
+    clipscore: Annotated[
+        str | None, arg(metavar="WEIGHTS", help="adds CLIPScore and RefCLIPScore by this model")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        arg(metavar="DIR", help="for clipscore: where the pictures are (`image_name`, or `file_name` of COCO)"),
+    ] = None,
+    size: Size = None,
+    json: ResultFile = None,
+) -> int:
+    """Score captions against those people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
+    from contracap.evaluation.entries import read_entries
+    from contracap.evaluation.result import PerSample, Result
+    from contracap.evaluation.scores import CaptionScorer
+
+    scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory)
+    entries = read_entries(file, references)
+    judge, pictures = None, list[Path]()
+    if clipscore is not None:
+        from contracap.evaluation.clipscore import ClipScorer
+
+        pictures = _pictures(entries, images)
+        judge = ClipScorer(*load_model(clipscore, size), name=clipscore)
+    captions, predictions = [entry.captions for entry in entries], [entry.prediction for entry in entries]
+    scores = scorer.score(captions, predictions, domains=[entry.domain for entry in entries])
+    if judge is not None:
+        scores.add_clipscore(*judge.score(pictures, predictions, captions), model=judge.name)
+    keys = [entry.key for entry in entries]
+    result = Result(
+        command=command_line(),
+        seed=None,
+        samples=len(entries),
+        figures=scores.figures | dict.fromkeys(scores.reasons),
+        reasons=scores.reasons,
+        per_sample={name: PerSample.of(keys, values) for name, values in scores.per_sample.items()},
+        details=scores.details,
+    )
+    if json is not None:
+        result.write(json)
+    for name, value in scores.figures.items():
+        print(f"{name:24}{value:.4f}")
+    for name, reason in scores.reasons.items():
+        print(f"contracap: {name} left out: {' '.join(reason.split())}", file=sys.stderr)
+    return 1 if metrics and scores.reasons else 0
+
+
+def _pictures(entries: "list[Entry]", folder: Path | None) -> list[Path]:
+    """The picture of each entry.
+
+    Raises: ValueError, FileNotFoundError: naming the first that has none.
+    """
+    if folder is None:
+        raise ValueError("--clipscore looks at the pictures: name their folder with --images DIR")
+    paths = []
+    for entry in entries:
+        if entry.picture is None:
+            raise ValueError(f"entry {entry.key} does not tell its picture, under `image_name` or COCO's `file_name`")
+        paths.append(folder / entry.picture)
+        if not paths[-1].is_file():
+            raise FileNotFoundError(f"no picture of entry {entry.key} at {paths[-1]}")
+    return paths

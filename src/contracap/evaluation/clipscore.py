@@ -1,0 +1,73 @@
+"""CLIPScore: how well captions suit their pictures by a contrastive model's own judgement, with or without references.
+
+Source: Hessel et al., CLIPScore: A Reference-free Evaluation Metric for Image Captioning (arXiv 2104.08718).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from contracap.evaluation.features import embed_texts, finite
+from contracap.model.coca import CoCa, evaluating
+from contracap.processor import Processor
+
+PROMPT = "A photo depicts "
+WEIGHT = 2.5  # spreads the usual cosines over 0 to 1
+BATCH = 64
+
+
+class ClipScorer:
+    """CLIPScore and RefCLIPScore by one model. They depend on it: scores by two models do not compare.
+
+    Attributes:
+        name: of the model, for the result.
+    """
+
+    def __init__(self, model: CoCa, processor: Processor, *, name: str):
+        self.model, self.processor, self.name = model, processor, name
+
+    @torch.inference_mode()
+    def score(
+        self, pictures: Sequence[bytes | str | Path], captions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> tuple[list[float], list[float]]:
+        """CLIPScore and RefCLIPScore of each caption.
+
+        The first is 2.5 max(cos(picture, caption), 0), the second the harmonic mean of that and of the largest cosine
+        between the caption and a reference, or 0.
+
+        Args:
+            pictures: file contents or paths.
+            captions: one for each picture.
+            references: for each picture what people wrote, one caption at least.
+
+        Raises:
+            FileNotFoundError, ImageError: naming a picture that is missing or cannot be used.
+            ValueError: if the model's features are not finite.
+        """
+        scores, with_references = [], []
+        with evaluating(self.model):
+            for first in range(0, len(pictures), BATCH):
+                chunk = slice(first, first + BATCH)
+                clip, both = self._score(pictures[chunk], captions[chunk], references[chunk])
+                scores += clip.tolist()
+                with_references += both.tolist()
+        return scores, with_references
+
+    def _score(
+        self, pictures: Sequence[bytes | str | Path], captions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> tuple[Float32[Tensor, "picture"], Float32[Tensor, "picture"]]:
+        pixels = self.processor.images(pictures)
+        images = finite(self.model.encode_image(pixels.to(next(self.model.parameters()))), "pictures")
+        texts = self._embed(captions)
+        written = self._embed([caption for own in references for caption in own])
+        clip = WEIGHT * (images * texts).sum(dim=1).clamp(min=0)
+        cosines = zip(written.split([len(own) for own in references]), texts, strict=True)
+        nearest = torch.stack([(own @ text).max().clamp(min=0) for own, text in cosines])
+        total = clip + nearest
+        return clip, torch.where(total > 0, 2 * clip * nearest / total, 0.0)
+
+    def _embed(self, texts: Sequence[str]) -> Float32[Tensor, "text embed"]:
+        return embed_texts(self.model, self.processor, [PROMPT + text for text in texts], BATCH)

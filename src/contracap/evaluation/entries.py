@@ -1,0 +1,119 @@
+"""Files of captions that are to be scored: a list with references in it, or COCO's results and annotations."""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from contracap.data.annotations import read_json, texts
+from contracap.evaluation.scores import domain_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a model wrote for one picture, and what people wrote.
+
+    Attributes:
+        key: the picture's id; without one, the entry's place in the file, from 0.
+        picture: name of the picture's file, if it is known.
+        domain: part of NoCaps that the picture belongs to, such as `near`.
+    """
+
+    key: str
+    prediction: str
+    captions: tuple[str, ...]
+    picture: str | None = None
+    domain: str | None = None
+
+
+def read_entries(path: Path, references: Path | None = None) -> list[Entry]:
+    """The entries of a file, in its order.
+
+    Args:
+        path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name`; with `references`, of
+            objects with `image_id` and `caption`, the layout of COCO's results.
+        references: annotations of COCO, or others in their layout, as NoCaps has them. Pictures that `path` has
+            nothing of do not count.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file has another layout; names it, and the first entry that is wrong.
+    """
+    known = None if references is None else read_references(references)
+    found = read_json(path)
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path} must be a JSON list of at least one entry")
+    entries = dict[str, Entry]()
+    for number, value in enumerate(found):
+        try:
+            if not isinstance(value, dict):
+                raise ValueError(f"must be an object, not {type(value).__name__}")
+            entry = _own(number, value) if known is None else _coco(value, known)
+            if entry.key in entries:
+                raise ValueError(f"is the second one of picture {entry.key}")
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {number} (counted from 0): {error}") from None
+        entries[entry.key] = entry
+    return list(entries.values())
+
+
+def read_references(path: Path) -> dict[str, Entry]:
+    """Pictures by their ids, with nothing predicted, from annotations in COCO's layout; `images` may be missing.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has another layout.
+    """
+    document = read_json(path)
+    captions = defaultdict[str, list[str]](list)
+    try:
+        images = {str(image["id"]): image for image in document.get("images", ())}
+        for annotation in document["annotations"]:
+            captions[str(annotation["image_id"])].extend(texts(annotation["caption"]))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not have the layout of COCO's annotations, an object with `annotations`, each of them with "
+            f"`image_id` and `caption`: {error!r}"
+        ) from None
+    return {
+        key: Entry(
+            key=key,
+            prediction="",
+            captions=tuple(written),
+            picture=images.get(key, {}).get("file_name"),
+            domain=domain_name(images.get(key, {}).get("domain")),
+        )
+        for key, written in captions.items()
+    }
+
+
+def _own(number: int, value: dict[str, Any]) -> Entry:
+    if "captions" not in value and "image_id" in value:
+        raise ValueError("has no `captions`, but an `image_id`: name the file with the references, --references FILE")
+    captions = value.get("captions")
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("needs a list of texts under `captions`")
+    if not texts(captions):
+        raise ValueError("has no reference in `captions`")
+    picture = value.get("image_name")
+    return Entry(
+        key=str(number),
+        prediction=_text(value, "prediction"),
+        captions=texts(captions),
+        picture=picture if isinstance(picture, str) else None,
+    )
+
+
+def _coco(value: dict[str, Any], known: dict[str, Entry]) -> Entry:
+    if "image_id" not in value:
+        raise ValueError("needs an `image_id`, whose references are in the other file")
+    picture = known.get(str(value["image_id"]))
+    if picture is None or not picture.captions:
+        raise ValueError(f"picture {value['image_id']} has no reference")
+    return replace(picture, prediction=_text(value, "caption"))
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    if not isinstance(value.get(name), str):
+        raise ValueError(f"needs a text under `{name}`")
+    return value[name]

@@ -1,0 +1,203 @@
+"""Every caption metric of a set of captions, of those that can run."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from contracap.evaluation.java import JavaError, UnavailableError
+from contracap.evaluation.meteor import Meteor
+from contracap.evaluation.overlap import bleu, check, cider, mean, rouge_l
+from contracap.evaluation.spice import Spice
+from contracap.evaluation.tokens import TokenizerName, choose_tokenizer, tokenize
+
+MetricName = Literal["bleu", "rouge_l", "cider", "meteor", "spice", "cider_plain"]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
+USUAL = METRICS[:5]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How well captions match their references.
+
+    Attributes:
+        figures: by their names in results.
+        per_sample: of the figures that are means over pictures, the value of each picture.
+        reasons: figures that could not be computed, with the reason.
+        details: which tokenizer made the tokens, and what else belongs beside the figures.
+    """
+
+    figures: dict[str, float] = field(default_factory=dict)
+    per_sample: dict[str, list[float]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def add_clipscore(self, clip: list[float], both: list[float], *, model: str) -> None:
+        """Adds CLIPScore and RefCLIPScore of each picture, and which model they are by."""
+        self.per_sample.update({"CLIPScore": clip, "RefCLIPScore": both})
+        self.figures.update({"CLIPScore": mean(clip), "RefCLIPScore": mean(both)})
+        self.details["clipscore_model"] = model
+
+
+class CaptionScorer:
+    """Bleu_1 to Bleu_4, ROUGE_L, CIDEr (which is CIDEr-D), METEOR and SPICE of captions against those people wrote.
+
+    Attributes:
+        tokenizer: which one it uses.
+        reasons: of the usual metrics, those that cannot run here: the figure's name and the reason.
+    """
+
+    def __init__(
+        self,
+        *,
+        metrics: Sequence[str] = (),
+        tokenizer: TokenizerName | None = None,
+        corenlp: str | Path | None = None,
+        spice_memory: str = "8G",
+    ):
+        """Finds what the metrics need, so that nothing is found missing after hours of work.
+
+        Args:
+            metrics: which to compute; none means all but `cider_plain`, as far as they can run.
+            tokenizer: by default Java's, where it can run.
+            corenlp: folder with the parser of SPICE, CoreNLP 3.6.0; by default that of `CONTRACAP_CORENLP_DIR`.
+            spice_memory: the most that SPICE may use, as Java's option -Xmx takes it.
+
+        Raises:
+            UnavailableError: if a metric or the tokenizer is named and cannot run.
+            ValueError: for a metric that there is not.
+        """
+        if unknown := [name for name in metrics if name not in METRICS]:
+            raise ValueError(f"no metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}")
+        self.tokenizer = choose_tokenizer(tokenizer)
+        self.reasons: dict[str, str] = {}
+        self._metrics = set(metrics or USUAL)
+        self._meteor: Meteor | None = None
+        self._spice: Spice | None = None
+        if "meteor" in self._metrics:
+            try:
+                self._meteor = Meteor()
+            except UnavailableError as error:
+                self._leave_out("METEOR", error, named="meteor" in metrics)
+        if "spice" in self._metrics:
+            try:
+                self._spice = Spice(corenlp, memory=spice_memory)
+            except UnavailableError as error:
+                self._leave_out("SPICE", error, named="spice" in metrics)
+
+    def _leave_out(self, figure: str, error: UnavailableError, *, named: bool) -> None:
+        if named:
+            raise error
+        self.reasons[figure] = str(error)
+
+    def score(
+        self,
+        references: Sequence[Sequence[str]],
+        predictions: Sequence[str],
+        *,
+        domains: Sequence[str | None] = (),
+    ) -> Scores:
+        """Scores raw captions: tokenizes all of them in one go, then counts.
+
+        A program that fails costs its own figure only, which then has a reason: captions may have taken hours to write.
+
+        Args:
+            references: for each picture the captions people wrote; those without a word are left out.
+            predictions: for each picture what is to be scored.
+            domains: for each picture the part of the set that it belongs to, such as `near`, or None. Each part gets
+                figures of its own, such as `CIDEr_near`, as if it were the whole set.
+
+        Raises:
+            ValueError: if a picture has no reference with a word in it, or the lengths differ.
+            JavaError: if the tokenizer fails.
+        """
+        with ThreadPoolExecutor(1) as beside, ExitStack() as programs:
+            meteor = programs.enter_context(self._meteor) if self._meteor else None  # loads while others work
+            written, hypotheses = self._tokens(references, predictions)
+            check(written, hypotheses)
+            later = beside.submit(meteor.score, written, hypotheses) if meteor else None
+            scores = Scores(reasons=dict(self.reasons), details={"tokenizer": self.tokenizer})
+            if "bleu" in self._metrics:
+                counted = bleu(written, hypotheses)
+                scores.figures.update({f"Bleu_{n}": value for n, value in enumerate(counted.scores, start=1)})
+                scores.details["bleu_stats"] = {
+                    "testlen": counted.hypothesis_length,
+                    "reflen": counted.reference_length,
+                    "guess": list(counted.guessed),
+                    "correct": list(counted.correct),
+                }
+            if "rouge_l" in self._metrics:
+                scores.per_sample["ROUGE_L"] = rouge_l(written, hypotheses)
+            if "cider" in self._metrics:
+                scores.per_sample["CIDEr"] = cider(written, hypotheses)
+            if "cider_plain" in self._metrics:
+                scores.per_sample["CIDEr_plain"] = cider(written, hypotheses, plain=True)
+            if later:
+                try:
+                    scores.figures["METEOR"] = later.result().corpus
+                except JavaError as error:
+                    scores.reasons["METEOR"] = str(error)
+        if self._spice:
+            self._add_spice(scores, self._spice, written, hypotheses)
+        scores.figures.update({name: mean(values) for name, values in scores.per_sample.items()})
+        if any(domains):
+            self._add_domains(scores, written, hypotheses, domains)
+        return scores
+
+    def _tokens(
+        self, references: Sequence[Sequence[str]], predictions: Sequence[str]
+    ) -> tuple[list[list[str]], list[str]]:
+        captions = (caption for written in references for caption in written)
+        tokens = iter(tokenize([*predictions, *captions], self.tokenizer))
+        hypotheses = [next(tokens) for _ in predictions]
+        written = [[next(tokens) for _ in captions] for captions in references]
+        return [[caption for caption in captions if caption.strip()] for captions in written], hypotheses
+
+    def _add_spice(
+        self, scores: Scores, spice: Spice, written: Sequence[Sequence[str]], hypotheses: Sequence[str]
+    ) -> None:
+        """coco-caption's mean is no number where one picture's score is none; so it is here, but says why."""
+        try:
+            values = spice.score(written, hypotheses)
+        except JavaError as error:
+            scores.reasons["SPICE"] = str(error)
+            return
+        broken = [i for i, value in enumerate(values) if math.isnan(value)]
+        if broken:
+            scores.reasons["SPICE"] = (
+                f"SPICE has no score for picture {broken[0]} (counted from 0), so none for the set"
+            )
+        else:
+            scores.per_sample["SPICE"] = values
+
+    def _add_domains(
+        self,
+        scores: Scores,
+        written: Sequence[Sequence[str]],
+        hypotheses: Sequence[str],
+        domains: Sequence[str | None],
+    ) -> None:
+        places: Mapping[str, list[int]] = defaultdict(list)
+        for i, domain in enumerate(domains):
+            if domain:
+                places[domain].append(i)
+        for domain, own in places.items():
+            if "cider" in self._metrics:
+                found = cider([written[i] for i in own], [hypotheses[i] for i in own])
+                scores.figures[f"CIDEr_{domain}"] = mean(found)
+            if "SPICE" in scores.per_sample:
+                scores.figures[f"SPICE_{domain}"] = mean(scores.per_sample["SPICE"][i] for i in own)
+        scores.details["domains"] = {
+            "pictures": {domain: len(own) for domain, own in places.items()},
+            "cider": "of each domain: how rare an n-gram is comes from the references of that domain alone",
+        }
+
+
+def domain_name(value: object) -> str | None:
+    """The part of NoCaps that a field `domain` names, such as `near` for `near-domain`; None for anything else."""
+    found = value.removesuffix("-domain") if isinstance(value, str) else ""
+    return found if found and found != value else None

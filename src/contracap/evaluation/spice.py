@@ -1,0 +1,138 @@
+"""SPICE: how far the things, attributes and relations of captions agree, computed by its own program.
+
+The program is in `pycocoevalcap`; the parser it needs, CoreNLP 3.6.0, is not, and is never downloaded: another version
+gives other scores.
+
+Source: Anderson et al., SPICE: Semantic Propositional Image Caption Evaluation (arXiv 1607.08822).
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from contracap.evaluation.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar
+from contracap.evaluation.overlap import check
+
+JAR = "spice/spice-1.0.jar"
+CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+CORENLP_VARIABLE = "CONTRACAP_CORENLP_DIR"
+INSTEAD = "Or leave it out: --metrics bleu rouge_l cider meteor"
+
+# The program's own option -out lays out its JSON with a JavaScript engine, which Java has not had since version 15, and
+# -cache reaches into Java's own classes, which version 16 forbids. So neither is used: this asks for the scores.
+PROGRAM = """
+import edu.anu.spice.SpiceArguments;
+import edu.anu.spice.SpiceScorer;
+import java.nio.file.Files;
+import java.nio.file.Paths;
+
+public class Scores {
+    public static void main(String[] files) throws Exception {
+        var arguments = SpiceArguments.class.getDeclaredConstructor(String[].class);
+        var scorer = SpiceScorer.class.getDeclaredConstructor();
+        arguments.setAccessible(true);
+        scorer.setAccessible(true);
+        var spice = scorer.newInstance();
+        spice.scoreBatch(arguments.newInstance((Object) new String[] {files[0], "-silent"}));
+        Files.write(Paths.get(files[1]), spice.stats.toJSONString().getBytes("UTF-8"));
+    }
+}
+"""
+
+
+class Spice:
+    """The program with its parser."""
+
+    def __init__(self, corenlp: str | Path | None = None, *, memory: str = "8G", timeout: float = 6 * 3600.0):
+        """Finds the program.
+
+        Args:
+            corenlp: folder with the two jars of CoreNLP 3.6.0; by default that of `CONTRACAP_CORENLP_DIR`.
+            memory: the most that Java may use for objects, as its option -Xmx takes it.
+            timeout: seconds for one call of `score`.
+
+        Raises:
+            UnavailableError: if Java, its compiler or a jar is missing.
+            ValueError: if `memory` is none.
+        """
+        if not re.fullmatch(r"[1-9]\d*[kKmMgG]", memory):
+            raise ValueError(
+                f"memory for SPICE is {memory!r}; it must be a number with k, m or g behind it, such as 8g"
+            )
+        java, jar = java_and_jar(JAR, what="SPICE", instead=INSTEAD)
+        lib = jar.parent / "lib"
+        given = corenlp or os.environ.get(CORENLP_VARIABLE)
+        folders = [*([Path(given)] if given else []), lib]
+        found = [next((path for folder in folders if (path := folder / name).is_file()), None) for name in CORENLP_JARS]
+        parser = [path for path in found if path is not None]
+        if len(parser) < len(CORENLP_JARS):
+            raise UnavailableError(
+                f"SPICE needs {' and '.join(CORENLP_JARS)}; looked in {', '.join(map(str, folders))}. "
+                "Get stanford-corenlp-full-2015-12-09.zip from nlp.stanford.edu, or "
+                'edu.stanford.nlp:stanford-corenlp:3.6.0 with classifier "models" from Maven Central, and set '
+                f"--corenlp-dir or {CORENLP_VARIABLE}. Nothing is downloaded automatically."
+            )
+        if b"jdk.compiler" not in subprocess.run([java, "--list-modules"], capture_output=True, check=False).stdout:
+            raise UnavailableError(
+                f"SPICE needs a JDK, Java 11 or later with its compiler; {java} has none. "
+                f"Debian/Ubuntu: apt install default-jdk-headless. {INSTEAD}"
+            )
+        jars = [jar, *sorted(lib.glob("*.jar")), *parser]
+        class_path = os.pathsep.join(str(path.resolve()) for path in jars)
+        self._command = [str(java), f"-Xmx{memory}", *LOCALE, "-cp", class_path]
+        self._timeout = timeout
+
+    def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
+        """SPICE of each picture, from 0 to 1, from tokenized captions; the figure of a set is their mean.
+
+        NaN where the program gives no number.
+
+        Raises:
+            ValueError: if a picture has no reference or an empty one, or the two lengths differ.
+            JavaError: if the program fails, is too slow, or leaves out pictures.
+        """
+        check(references, hypotheses)
+        pictures = [
+            {"image_id": i, "test": hypothesis, "refs": list(captions)}
+            for i, (captions, hypothesis) in enumerate(zip(references, hypotheses, strict=True))
+        ]
+        with TemporaryDirectory(prefix="contracap-spice-") as folder:
+            program, asked, answered = (Path(folder, name) for name in ("Scores.java", "captions.json", "scores.json"))
+            program.write_text(PROGRAM, encoding="utf-8")
+            asked.write_text(json.dumps(pictures), encoding="utf-8")
+            command = [*self._command, str(program), str(asked), str(answered)]
+            try:
+                done = subprocess.run(command, cwd=folder, capture_output=True, timeout=self._timeout, check=False)
+            except subprocess.TimeoutExpired:
+                raise JavaError(f"SPICE gave no answer within {self._timeout:g} seconds") from None
+            if done.returncode != 0 or not answered.is_file():
+                raise failure("SPICE", done.returncode, error_lines(done.stderr))
+            return read_scores(answered.read_text(encoding="utf-8"), len(pictures))
+
+
+def error_lines(written: bytes) -> bytes:
+    """What the program wrote from its first error on: before that it tells what it loads."""
+    lines = written.splitlines()
+    first = next((i for i, line in enumerate(lines) if re.search(rb"Exception|Error|error:", line)), 0)
+    return b"\n".join(lines[first:])
+
+
+def read_scores(text: str, pictures: int) -> list[float]:
+    """The F-score of each picture in what the program writes.
+
+    Raises:
+        JavaError: if it has another layout, or other pictures.
+    """
+    try:
+        found: dict[int, Any] = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in json.loads(text)}
+    except (ValueError, LookupError, TypeError) as error:
+        raise JavaError(f"SPICE answered nonsense: {error!r}") from None
+    if sorted(found) != list(range(pictures)):
+        raise JavaError(f"SPICE returned scores of {len(found)} pictures for {pictures}; refusing to pair them")
+    return [math.nan if found[i] is None else float(found[i]) for i in range(pictures)]

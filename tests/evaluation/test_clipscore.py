@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from contracap.evaluation.clipscore import ClipScorer
+from contracap.image import ImageError
+from contracap.model.sizes import SIZES
+from contracap.pretrained import random_model
+
+from .worlds import COLOURS, ColourModel, picture, processor
+
+NAMES = list(COLOURS)
+PICTURES = [picture(COLOURS[name]) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def judge() -> ClipScorer:
+    return ClipScorer(ColourModel(), processor(), name="colours")
+
+
+def test_scores_are_those_of_the_paper_for_a_random_model() -> None:
+    model, own = random_model(SIZES["tiny"], seed=0)
+    captions = [f"a {name} wall" for name in NAMES]
+    references = [[f"all {name}", f"{name} paint", "a wall"][: 1 + i % 3] for i, name in enumerate(NAMES)]
+    clip, both = ClipScorer(model, own, name="tiny").score(PICTURES, captions, references)
+    with torch.inference_mode():
+        model.eval()
+        images = model.encode_image(own.images(PICTURES))
+        for i, caption in enumerate(captions):
+            text = model.encode_text(own.texts(["A photo depicts " + caption]))[0]
+            written = model.encode_text(own.texts(["A photo depicts " + one for one in references[i]]))
+            score = 2.5 * max(float(images[i] @ text), 0)
+            nearest = max(float((written @ text).max()), 0)
+            assert clip[i] == pytest.approx(score, abs=1e-6)
+            assert both[i] == pytest.approx(2 * score * nearest / (score + nearest) if score else 0, abs=1e-6)
+    assert min(clip) == 0 < max(clip)
+
+
+def test_the_right_caption_beats_a_wrong_one(judge: ClipScorer) -> None:
+    written = [[f"it is {name}"] for name in NAMES]
+    right, right_both = judge.score(PICTURES, [f"a {name} wall" for name in NAMES], written)
+    wrong, wrong_both = judge.score(PICTURES, [f"a {name} wall" for name in [*NAMES[1:], NAMES[0]]], written)
+    assert right == pytest.approx([2.5] * 6, abs=1e-3)
+    assert right_both == pytest.approx([2 * 2.5 / 3.5] * 6, abs=1e-3)
+    assert max(wrong) < min(right) and max(wrong_both) < min(right_both)
+
+
+def test_opposite_captions_and_references_score_zero_not_less(judge: ClipScorer) -> None:
+    assert judge.score([PICTURES[0]], ["a cyan wall"], [["a cyan wall"]]) == ([0.0], [0.0])
+    assert judge.score([PICTURES[0]], ["a cyan wall"], [["a red wall"]]) == ([0.0], [0.0])
+
+
+def test_scores_do_not_depend_on_the_batch(judge: ClipScorer, monkeypatch) -> None:
+    captions, written = [f"a {name} wall" for name in NAMES], [["a red wall"], ["blue", "green"]] * 3
+    whole = judge.score(PICTURES, captions, written)
+    monkeypatch.setattr("contracap.evaluation.clipscore.BATCH", 4)
+    for ours, expected in zip(judge.score(PICTURES, captions, written), whole, strict=True):
+        assert ours == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_broken_picture_is_an_error(judge: ClipScorer) -> None:
+    with pytest.raises(ImageError, match="picture 1"):
+        judge.score([PICTURES[0], b"no picture"], ["a", "b"], [["a"], ["b"]])

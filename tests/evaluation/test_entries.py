@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from contracap.evaluation.entries import Entry, read_entries
+
+NOCAPS = {
+    "images": [
+        {"id": 0, "file_name": "a.jpg", "domain": "in-domain"},
+        {"id": 1, "file_name": "b.jpg", "domain": "out-domain"},
+        {"id": 2, "file_name": "c.jpg", "domain": "near-domain"},
+    ],
+    "annotations": [
+        {"image_id": 1, "caption": "two cats", "id": 0},
+        {"image_id": 0, "caption": "a dog", "id": 1},
+        {"image_id": 1, "caption": "", "id": 2},
+        {"image_id": 1, "caption": " cats\n", "id": 3},
+    ],
+}
+
+
+def write(folder: Path, name: str, content: object) -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_a_list_with_its_references_is_read_in_order(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "own.json",
+        [
+            {"captions": ["a dog", " ", "a hound"], "prediction": "dog", "image_name": "a.jpg", "split": "test"},
+            {"captions": ["two cats"], "prediction": ""},
+        ],
+    )
+    assert read_entries(path) == [
+        Entry(key="0", prediction="dog", captions=("a dog", "a hound"), picture="a.jpg"),
+        Entry(key="1", prediction="", captions=("two cats",)),
+    ]
+
+
+def test_results_of_coco_find_their_references_by_id(tmp_path: Path) -> None:
+    results = write(tmp_path, "results.json", [{"image_id": 1, "caption": "cats"}, {"image_id": "0", "caption": "dog"}])
+    assert read_entries(results, write(tmp_path, "nocaps.json", NOCAPS)) == [
+        Entry(key="1", prediction="cats", captions=("two cats", "cats"), picture="b.jpg", domain="out"),
+        Entry(key="0", prediction="dog", captions=("a dog",), picture="a.jpg", domain="in"),
+    ]
+
+
+def test_references_need_no_list_of_pictures(tmp_path: Path, data_folder: Path) -> None:
+    references = data_folder / "caption_metrics" / "coco_karpathy_val_gt.json"
+    first = json.loads(references.read_text())["annotations"][0]["image_id"]
+    results = write(tmp_path, "results.json", [{"image_id": first, "caption": "a child"}])
+    (entry,) = read_entries(results, references)
+    assert len(entry.captions) >= 5
+    assert entry.picture is None
+
+
+GOOD = {"captions": ["a dog"], "prediction": "dog"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"own\.json is not JSON"),
+        ({}, r"own\.json must be a JSON list of at least one entry"),
+        ([], r"own\.json must be a JSON list of at least one entry"),
+        ([GOOD, "dog"], r"own\.json, entry 1 \(counted from 0\): must be an object, not str"),
+        ([GOOD, {"captions": ["a dog"]}], r"entry 1 .*: needs a text under `prediction`"),
+        ([GOOD, GOOD | {"prediction": ["dog"]}], r"entry 1 .*: needs a text under `prediction`"),
+        ([GOOD | {"captions": "a dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
+        ([GOOD | {"captions": ["a dog", 3]}], r"entry 0 .*: needs a list of texts under `captions`"),
+        ([{"prediction": "dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
+        ([GOOD | {"captions": [" "]}], r"entry 0 .*: has no reference in `captions`"),
+        ([{"image_id": 3, "caption": "dog"}], r"entry 0 .*: has no `captions`, but an `image_id`.*--references FILE"),
+    ],
+)
+def test_a_malformed_list_is_refused_with_the_entry(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_entries(write(tmp_path, "own.json", content))
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        (
+            [{"image_id": 0, "caption": "dog"}, {"image_id": 7, "caption": "dog"}],
+            "entry 1 .*: picture 7 has no reference",
+        ),
+        ([{"image_id": 2, "caption": "dog"}], "entry 0 .*: picture 2 has no reference"),
+        ([{"image_id": 0, "caption": "dog"}] * 2, "entry 1 .*: is the second one of picture 0"),
+        ([{"image_id": 0}], "entry 0 .*: needs a text under `caption`"),
+        ([GOOD], "entry 0 .*: needs an `image_id`"),
+    ],
+)
+def test_malformed_results_are_refused_with_the_entry(tmp_path: Path, results: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_entries(write(tmp_path, "results.json", results), write(tmp_path, "nocaps.json", NOCAPS))
+
+
+@pytest.mark.parametrize("content", [[], {"images": []}, {"annotations": [{"image_id": 1}]}, {"annotations": 3}])
+def test_references_of_another_layout_are_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(ValueError, match=r"refs\.json does not have the layout of COCO's annotations"):
+        read_entries(write(tmp_path, "results.json", []), write(tmp_path, "refs.json", content))
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        read_entries(tmp_path / "none.json")

@@ -1,0 +1,162 @@
+"""The verb `contracap score`."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from contracap.cli import main
+from contracap.evaluation.java import JavaError
+from contracap.evaluation.meteor import Meteor
+from contracap.model.sizes import SIZES
+from contracap.pretrained import random_model, save
+
+Run = Callable[..., tuple[int, str, str]]
+
+ENTRIES = [
+    {"captions": ["A red ball on the grass.", "a ball"], "prediction": "a red ball", "image_name": "0.png"},
+    {"captions": ["Two cats on a sofa."], "prediction": "two cats on a bench", "image_name": "1.png"},
+    {"captions": ["A man rides a horse."], "prediction": "a man on a horse", "image_name": "2.png"},
+]
+COUNTED = ("--metrics", "bleu", "rouge_l", "cider")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the verb: exit status, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = main(["score", *map(str, arguments)])
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(ENTRIES))
+    return path
+
+
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", "/nowhere")
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def test_without_java_the_figures_come_out_and_the_rest_is_null_with_its_reason(
+    monkeypatch, run, file, tmp_path
+) -> None:
+    without_java(monkeypatch)
+    status, out, err = run(file, "--json", tmp_path / "out.json")
+    assert status == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    names = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
+    assert [line.split()[0] for line in out.splitlines()] == names
+    assert list(result["figures"]) == [*names, "METEOR", "SPICE"]
+    assert result["figures"]["METEOR"] is None and result["figures"]["SPICE"] is None
+    assert [line.split(":")[1].strip() for line in err.splitlines()] == ["METEOR left out", "SPICE left out"]
+    assert result["reasons"]["METEOR"].startswith("METEOR needs a Java runtime")
+    assert result["tokenizer"] == "python"
+    assert result["samples"] == 3
+    assert result["bleu_stats"]["testlen"] == 13
+    for name in ("ROUGE_L", "CIDEr"):
+        values = result["per_sample"][name]["values"]
+        assert sum(values) / len(values) == pytest.approx(result["figures"][name])
+
+
+@pytest.mark.parametrize("metric", ["meteor", "spice"])
+def test_a_named_metric_that_cannot_run_is_one_clear_line(monkeypatch, run, file, tmp_path, metric: str) -> None:
+    without_java(monkeypatch)
+    status, out, err = run(file, "--metrics", "bleu", metric, "--json", tmp_path / "out.json")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"contracap: error: {metric.upper()} needs a Java runtime") and err.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_the_messages_hint_works_as_it_is_written(monkeypatch, run, file) -> None:
+    without_java(monkeypatch)
+    _, _, err = run(file, "--metrics", "meteor")
+    hint = err.partition("Or leave it out: ")[2].split()
+    status, out, err = run(file, *hint)
+    assert (status, err) == (0, "")
+    assert out.split()[::2] == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
+
+
+def test_results_of_coco_score_as_the_same_captions_in_one_list(run, file, tmp_path: Path) -> None:
+    ids = [7, 30, 4]
+    results = [{"image_id": i, "caption": entry["prediction"]} for i, entry in zip(ids, ENTRIES, strict=True)]
+    annotations = [
+        {"image_id": i, "caption": caption}
+        for i, entry in zip(ids, ENTRIES, strict=True)
+        for caption in entry["captions"]
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "references.json").write_text(json.dumps({"annotations": annotations}))
+    own = run(file, *COUNTED, "--tokenizer", "python")
+    coco = run(
+        tmp_path / "results.json", "--references", tmp_path / "references.json", *COUNTED, "--tokenizer", "python"
+    )
+    assert coco == own and own[0] == 0
+
+
+def test_plain_cider_has_a_name_of_its_own(run, file) -> None:
+    status, out, _ = run(file, "--metrics", "cider_plain", "--tokenizer", "python")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["CIDEr_plain"]
+
+
+def test_a_wrong_entry_is_named(run, tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps([*ENTRIES, {"captions": ["a dog"]}]))
+    status, _, err = run(path, *COUNTED)
+    assert status == 1
+    assert err == f"contracap: error: {path}, entry 3 (counted from 0): needs a text under `prediction`\n"
+
+
+def test_a_named_metric_that_fails_is_told_by_the_exit_status_and_costs_no_other(
+    monkeypatch, run, file, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise JavaError("METEOR failed")
+
+    monkeypatch.setattr(Meteor, "__init__", lambda self: None)
+    monkeypatch.setattr(Meteor, "__enter__", lambda self: self)
+    monkeypatch.setattr(Meteor, "__exit__", lambda *_: None)
+    monkeypatch.setattr(Meteor, "score", fail)
+    monkeypatch.setenv("CONTRACAP_CORENLP_DIR", "/nowhere")
+    arguments = [file, "--tokenizer", "python", "--json", tmp_path / "out.json"]
+    status, out, err = run(*arguments, "--metrics", "rouge_l", "meteor")
+    assert (status, out.split()[0], err) == (1, "ROUGE_L", "contracap: METEOR left out: METEOR failed\n")
+    assert json.loads((tmp_path / "out.json").read_text())["figures"]["METEOR"] is None
+    assert run(*arguments)[0] == 0  # nobody named it
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    model, processor = random_model(SIZES["tiny"], seed=0)
+    path = tmp_path / "tiny.safetensors"
+    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
+    return path
+
+
+def test_clipscore_is_added_where_the_pictures_are_at_hand(run, file, weights: Path, tmp_path: Path) -> None:
+    arguments = [file, "--metrics", "rouge_l", "--tokenizer", "python", "--clipscore", weights]
+    status, _, err = run(*arguments)
+    assert status == 1 and "name their folder with --images DIR" in err
+    status, _, err = run(*arguments, "--images", tmp_path)
+    assert status == 1 and f"no picture of entry 0 at {tmp_path / '0.png'}" in err
+    for i in range(3):
+        content = io.BytesIO()
+        Image.new("RGB", (20, 20), (80 * i, 100, 0)).save(content, "PNG")
+        (tmp_path / f"{i}.png").write_bytes(content.getvalue())
+    status, out, _ = run(*arguments, "--images", tmp_path, "--json", tmp_path / "out.json")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["ROUGE_L", "CLIPScore", "RefCLIPScore"]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["clipscore_model"] == str(weights)
+    assert len(result["per_sample"]["CLIPScore"]["values"]) == 3
