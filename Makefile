@@ -26,10 +26,13 @@ test: $(READY) ## the tests, without the slow ones, on two cores
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
-bench: $(READY) ## data pipeline, training steps and captions beside open_clip's, about an hour
+bench: $(READY) ## speed and memory beside open_clip, clip_benchmark and pycocoevalcap, some hours
 	$(BIN)/contracap bench data
 	$(BIN)/contracap bench train
 	$(BIN)/contracap bench generate
+	$(BIN)/contracap bench zeroshot
+	$(BIN)/contracap bench retrieval
+	$(BIN)/contracap bench score
 
 check: $(READY) ## formatter, linter, type checker, import directions
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The README, and the page on captions, are held to the tree and to the package."""
+"""The README, and the pages on captions and on evaluation, are held to the tree and to the package."""
 
 import re
 import shlex
@@ -13,7 +13,9 @@ from contracap.pretrained import load, save, save_open_clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = README + (ROOT / "docs" / "captioning.md").read_text(encoding="utf-8")
+PAGES = README + "".join(
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("captioning", "evaluation")
+)
 PYTHON = re.findall(r"```python\n(.*?)```", PAGES, flags=re.DOTALL)
 COMMANDS = re.findall(r"^    (?:\.venv/bin/)?contracap (.*)$", PAGES, flags=re.MULTILINE)
 
@@ -25,7 +27,7 @@ def test_the_tree_names_every_file_of_the_package() -> None:
     tree = README[README.index("## The tree") :]
     files = [Path(line) for line in tracked.stdout.split()]
     skipped = {"py.typed"}
-    named_by_folder = {"vocabulary", "decisions"}
+    named_by_folder = {"vocabulary", "decisions", "classes"}
     missing = [
         str(file)
         for file in files

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from contracap.config import ConfigError, build
+from contracap.config import ConfigError, build, load_toml
 from contracap.data.shards import write_shard
+from contracap.evaluation.published import is_published
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.suite import EvaluationConfig, Suite, TasksConfig, build_evaluators, measure_tasks
 from contracap.evaluation.zeroshot import ZeroShot
@@ -18,6 +19,7 @@ from contracap.pretrained import load
 from contracap.recipe import Recipe
 from contracap.trainer import train
 
+TASKS = Path(__file__).parent.parent.parent / "recipes" / "tasks"
 GREYS = ["dark", "bright"]
 
 
@@ -174,3 +176,11 @@ def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name
 def test_a_wrong_table_says_what_is_wrong(tables: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(EvaluationConfig, tables)
+
+
+@pytest.mark.parametrize("file", sorted(TASKS.glob("*.toml")), ids=lambda path: path.name)
+def test_the_files_of_tasks_can_be_read_and_name_published_classes(file: Path) -> None:
+    tasks = load_toml(file, TasksConfig).tasks
+    assert tasks
+    for task in tasks.values():
+        assert task.classes is None or is_published(task.classes)
