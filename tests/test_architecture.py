@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "generation.choice": "generation.strategy generation.sampling generation.beam generation.legacy "
     "generation.reranking",
     "generation": "generation model tokenizer image processor",
-    "evaluation.task": "evaluation pretrained data generation processor",
+    "evaluation.task": "evaluation pretrained model data generation processor",
     "evaluation": "evaluation model data generation tokenizer image processor",
     "parallel": "parallel losses model",
     "training": "training parallel model pretrained losses data tokenizer image processor",

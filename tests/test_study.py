@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,46 @@ def test_other_tasks_measure_a_run_again(values: dict) -> None:
     assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
 
 
+def test_a_longer_run_is_measured_again(values: dict) -> None:
+    values["seeds"] = [3]
+    study(build(StudyConfig, values), command="contracap study x")
+    longer = values["recipe"] | {"steps": 4}
+    study(build(StudyConfig, values | {"recipe": longer}), command="contracap study x")
+    for path in Path(values["out"]).glob("*-3/results.json"):
+        assert json.loads(path.read_text())["study"]["checkpoint"] == "step-00000004"
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"figures": {}'])
+def test_a_damaged_result_is_measured_again(values: dict, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    values["seeds"] = [3]
+    study(build(StudyConfig, values), command="contracap study x")
+    file = Path(values["out"]) / "clip-3" / "results.json"
+    whole = json.loads(file.read_text())
+    file.write_text(damage)
+    with caplog.at_level("WARNING"):
+        study(build(StudyConfig, values), command="contracap study x")
+    assert json.loads(file.read_text())["figures"] == whole["figures"]
+    assert "measuring again" in caplog.text
+
+
+def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path) -> None:
+    values["tasks"]["captions"] |= {"data": str(tmp_path / "gone")}
+    with pytest.raises(FileNotFoundError, match=r"task captions: .*gone"):
+        study(build(StudyConfig, values), command="contracap study x")
+    assert not Path(values["out"]).exists()
+
+
+def test_runs_on_other_data_are_not_mixed(values: dict, tmp_path: Path) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "shards", copy)
+    data = values["recipe"]["data"] | {"train": str(copy)}
+    with pytest.raises(
+        ValueError, match=r"coca-3 was started with data\.train .*shards, not .*copy: choose another out"
+    ):
+        study(build(StudyConfig, values | {"recipe": values["recipe"] | {"data": data}}), command="contracap study x")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,6 +137,8 @@ def test_other_tasks_measure_a_run_again(values: dict) -> None:
         ({"seeds": [1, 1]}, "give one or more, each once"),
         ({"tasks": {}}, "nothing to measure"),
         ({"arms": {"coca": BOTH, "clip": {"loss": {"captoning": 0.0}}}}, "arm clip: unknown key 'loss.captoning'"),
+        ({"arms": {"coca": BOTH, "clip": CLIP | {"seed": 1}}}, "arms.clip: seed is given by the study"),
+        ({"arms": {"coca": BOTH, "a/b": CLIP}}, "arm 'a/b' names a folder"),
         ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'"),
     ],
 )

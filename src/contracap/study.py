@@ -1,10 +1,11 @@
 """A study: one recipe in several arms, each with several seeds, measured by the same tasks and compared."""
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from contracap.compare.comparison import Comparison, compare
 from contracap.compare.figure import require_matplotlib
@@ -14,9 +15,11 @@ from contracap.config import ConfigError, build, to_dict
 from contracap.evaluation.result import Result
 from contracap.evaluation.suite import build_evaluators, measure_tasks
 from contracap.evaluation.task import TaskConfig
-from contracap.pretrained import load
-from contracap.recipe import Recipe, merged
-from contracap.trainer import train
+from contracap.image import ImageConfig
+from contracap.pretrained import load, processor_for
+from contracap.recipe import Recipe, load_recipe, merged
+from contracap.start import RECIPE_FILE
+from contracap.trainer import CHECKPOINTS, train
 
 RESULTS = "results.json"
 logger = logging.getLogger(__name__)
@@ -48,7 +51,16 @@ class StudyConfig:
             raise ValueError(f"seeds are {list(self.seeds)}; give one or more, each once")
         if not self.tasks:
             raise ValueError("there is nothing to measure: give each task a table [tasks.NAME]")
+        given = {"out", "seed", "resume"}
+        for where, values in {
+            "recipe": self.recipe,
+            **{f"arms.{arm}": found for arm, found in self.arms.items()},
+        }.items():
+            if taken := given & values.keys():
+                raise ValueError(f"{where}: {', '.join(sorted(taken))} is given by the study: leave it out")
         for arm in self.arms:
+            if Path(arm).name != arm:
+                raise ValueError(f"arm {arm!r} names a folder: leave out slashes")
             try:
                 self.run(arm, self.seeds[0])
             except ConfigError as error:
@@ -86,10 +98,17 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
     require_matplotlib()  # hours before it is used
     results: dict[str, list[Result]] = {arm: [] for arm in config.arms}
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
+    for arm, seed in runs:  # what is wrong is said now, not after hours
+        recipe = config.run(arm, seed)
+        _require_same_data(recipe)
+        build_evaluators(
+            config.tasks_of(recipe),
+            processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size)),
+        )
     for number, (arm, seed) in enumerate(runs, start=1):
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
         recipe = config.run(arm, seed)
-        results[arm].append(load_result(measured(recipe, config.tasks_of(recipe), command=command)))
+        results[arm].append(measured(recipe, config.tasks_of(recipe), command=command))
     first, *others = config.arms
     made = []
     for other in others:
@@ -98,14 +117,49 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
     return made
 
 
-def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> Path:
-    """Where the figures of a run stand; it is trained to its end and measured first, as far as that is not done."""
+def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> Result:
+    """The figures of a run, from its `results.json`; it is trained to its end and measured first, as far as that is
+    not done.
+
+    Raises:
+        FileNotFoundError, ValueError: as training does, or if a task fails.
+    """
+    folder = Path(recipe.out)
     checkpoint = train(recipe)
-    file = Path(recipe.out) / RESULTS
-    wanted = {name: to_dict(task) for name, task in tasks.items()}
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("measured") == wanted:
-        return file
+    done = {"checkpoint": checkpoint.name, "asked": {name: to_dict(task) for name, task in tasks.items()}}
+    if (found := _found(folder / RESULTS)) and found.details.get("study") == done:
+        return found
     model, processor = load(checkpoint)
-    result = measure_tasks(build_evaluators(tasks, processor), model, command=command, seed=recipe.seed)
-    replace(result, details={**result.details, "measured": wanted}).write(file)
-    return file
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure_tasks(tasks, model, processor, command=command, seed=recipe.seed)
+    if failed := [name for name in tasks if name in result.reasons]:
+        raise ValueError(f"{folder}: task {failed[0]}: {result.reasons[failed[0]]}")
+    result = replace(result, details={**result.details, "study": done})
+    result.write(folder / RESULTS)
+    return result
+
+
+def _found(file: Path) -> Result | None:
+    """What was measured before; None, and a line, if the file is damaged."""
+    if not file.exists():
+        return None
+    try:
+        return load_result(file)
+    except ValueError as error:
+        logger.warning("measuring again: %s", error)
+        return None
+
+
+def _require_same_data(recipe: Recipe) -> None:
+    """A run may go on from data that lie elsewhere; runs of a study must not mix them.
+
+    Raises: ValueError: if the run was started with other data, or nobody knows how.
+    """
+    folder = Path(recipe.out)
+    if not (folder / CHECKPOINTS).exists():
+        return
+    if not (folder / RECIPE_FILE).is_file():
+        raise ValueError(f"{folder} holds checkpoints but no {RECIPE_FILE}: remove it, or choose another out")
+    before = load_recipe(folder / RECIPE_FILE).data.train
+    if before != recipe.data.train:
+        raise ValueError(f"{folder} was started with data.train {before}, not {recipe.data.train}: choose another out")

@@ -3,20 +3,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 
+from contracap.config import build
+from contracap.data.shards import write_shard
 from contracap.evaluation import ranking
 from contracap.evaluation.processes import together
 from contracap.evaluation.ranking import ranks
 from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.suite import EvaluationConfig, Suite
 from contracap.image import ImageError
 
 from .test_retrieval import embeddings
-from .worlds import COLOURS, ColourModel, processor, sample
+from .worlds import COLOURS, ColourModel, processor, record, sample
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,20 @@ def test_an_error_is_raised_as_it_is_where_it_happened() -> None:
     first, second, third = in_threads(3, work)
     assert isinstance(second, OSError)
     assert isinstance(first, ValueError) and str(first) == str(third) == "rank 1: disk gone"
+
+
+def test_a_task_that_fails_in_one_process_ends_all_before_the_next_one(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [record("0", "red", captions=["red"], label=0)])
+    (tmp_path / "classes.json").write_text('["red", "green"]')
+    classes = {"task": "zeroshot", "data": str(tmp_path), "classes": str(tmp_path / "classes.json")}
+    tasks = {"classes": classes, "pairs": {"task": "retrieval", "data": str(tmp_path)}}
+
+    def work(thread: Thread) -> dict[str, float]:
+        suite = Suite(build(EvaluationConfig, {"tasks": tasks}), processor(), thread)
+        if thread.rank == 0:
+            suite._evaluators["classes"].batch_size = 0  # stands for trouble that one process has alone
+        return dict(suite.run(ColourModel().eval()))
+
+    first, second = in_threads(2, work)
+    assert str(first) == "batch_size is 0; it must be at least 1 sample"
+    assert str(second) == "rank 0: batch_size is 0; it must be at least 1 sample"

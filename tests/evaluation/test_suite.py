@@ -11,7 +11,7 @@ from contracap.config import ConfigError, build, load_toml
 from contracap.data.shards import write_shard
 from contracap.evaluation.published import is_published
 from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.suite import EvaluationConfig, Suite, TasksConfig, build_evaluators, measure_tasks
+from contracap.evaluation.suite import EvaluationConfig, Suite, TasksConfig, measure_tasks
 from contracap.evaluation.zeroshot import ZeroShot
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
@@ -65,16 +65,38 @@ def test_figures_are_those_of_the_evaluators_under_their_names(pair, greys: Path
     assert {"pairs/text_to_image_recall@1", "greys/acc1"} <= set(found)
 
 
-def test_the_result_of_several_tasks_has_their_figures_reasons_and_details(pair, greys: Path) -> None:
+def test_the_result_of_several_tasks_has_what_was_asked_their_figures_reasons_and_details(pair, greys: Path) -> None:
     model, processor = pair
     tasks = build(TasksConfig, {"tasks": {"pairs": retrieval(greys), "greys": zeroshot(greys)}}).tasks
-    result = measure_tasks(build_evaluators(tasks, processor), model, command="contracap evaluate x")
+    result = measure_tasks(tasks, model, processor, command="contracap evaluate x")
     assert result.samples == 40
     assert result.figures["greys/acc5"] is None
     assert result.reasons == {"greys/acc5": "acc5 needs at least 5 classes; there are 2"}
-    assert result.details == {
-        "tasks": {"pairs": {"samples": 20, "captions": 40}, "greys": {"samples": 20, "classes": 2, "templates": 8}}
+    assert result.details["tasks"] == {
+        "pairs": {"asked": retrieval(greys), "samples": 20, "captions": 40},
+        "greys": {"asked": zeroshot(greys), "samples": 20, "classes": 2, "templates": 8},
     }
+
+
+def test_a_task_that_fails_costs_its_own_figures_only(pair, greys: Path, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("L", (40, 40)).save(file, "PNG")
+    picture, label = file.getvalue(), json.dumps({"label": 1}).encode()
+    write_shard(tmp_path / "0.tar", [("0000", {"png": picture, "json": label}), ("0001", {"png": picture})])
+    values = {"late": zeroshot(greys) | {"data": str(tmp_path)}, "pairs": retrieval(greys)}
+    tasks = build(TasksConfig, {"tasks": values}).tasks
+    result = measure_tasks(tasks, *pair, command="contracap evaluate x")
+    assert result.figures["late"] is None and "sample 0001" in result.reasons["late"]
+    assert result.figures["pairs/text_to_image_recall@1"] is not None
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captioning"])
+def test_pictures_without_captions_are_found_when_the_suite_is_made(pair, tmp_path: Path, task: str) -> None:
+    file = io.BytesIO()
+    Image.new("L", (40, 40)).save(file, "PNG")
+    write_shard(tmp_path / "0.tar", [("0000", {"png": file.getvalue()})])
+    with pytest.raises(ValueError, match=rf"task x: sample 0000 of .*0\.tar has no caption, which {task}"):
+        suite(pair, tasks={"x": {"task": task, "data": str(tmp_path)}})
 
 
 def test_an_error_of_a_task_names_it(pair, greys: Path) -> None:
@@ -166,6 +188,8 @@ def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name
             {"tasks": {"x": {"task": "retrieval", "data": "x", "strategy": "beam"}}},
             "'tasks.x': retrieval takes no strategy",
         ),
+        ({"tasks": {"x": {"task": "retrieval", "data": []}}}, "'tasks.x': there is nothing to measure on: --data PATH"),
+        ({"tasks": {"x": {"task": "vqa", "data": "x", "answers": "x", "strategy": "beam"}}}, "leave one of them out"),
         ({"tasks": {"cifar": {"task": "captioning"}}}, "key 'tasks.cifar.data' is missing"),
         (
             {"tasks": {"x": {"task": "captioning", "data": "x", "strategy": "bean"}}},

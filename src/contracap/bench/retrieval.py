@@ -33,6 +33,7 @@ from contracap.evaluation.retrieval import recall
 Side = Literal["ours", "clip_benchmark", "matrix"]
 
 KS = (1, 5, 10)
+PICTURES = 20_000  # of the large rows
 CAPTIONS, EMBED = 5, 512  # captions of a picture, width of an embedding
 NOISE = 6.0  # of texts around their pictures: makes recalls of about a half among thousands
 BATCH = 64  # pictures that clip_benchmark ranks at a time, if not told otherwise
@@ -63,7 +64,7 @@ def bench_retrieval(
     for name in rows or ROWS:
         measured.append(ROWS[name](rounds=rounds, seed=seed))
         report(measured[-1])
-    return Benchmark(rows=measured, samples=len(measured), seed=seed, machine=machine)
+    return Benchmark(rows=measured, samples=PICTURES, seed=seed, machine=machine)
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,8 @@ DESCRIBED: dict[Side, str] = {"clip_benchmark": "clip_benchmark", "matrix": "the
 ROWS: dict[str, Callable[..., Row]] = {
     "coco": partial(time_row, images=5_000, peer="clip_benchmark"),
     "coco-matrix": partial(time_row, images=5_000, peer="matrix"),
-    "large": partial(time_row, images=20_000, peer="clip_benchmark"),
-    "large-matrix": partial(time_row, images=20_000, peer="matrix"),
-    "large-memory": partial(memory_row, images=20_000, peer="clip_benchmark"),
-    "large-matrix-memory": partial(memory_row, images=20_000, peer="matrix"),
+    "large": partial(time_row, images=PICTURES, peer="clip_benchmark"),
+    "large-matrix": partial(time_row, images=PICTURES, peer="matrix"),
+    "large-memory": partial(memory_row, images=PICTURES, peer="clip_benchmark"),
+    "large-matrix-memory": partial(memory_row, images=PICTURES, peer="matrix"),
 }

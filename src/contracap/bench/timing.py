@@ -143,14 +143,19 @@ def timed_row(
     return replace(row, peer=items / statistics.median(peer_seconds), ratio=ratio, quartiles=(lower, upper))
 
 
+def require_rounds(rounds: int) -> None:
+    """Raises: ValueError: if there are too few rounds."""
+    if rounds < LEAST_ROUNDS:
+        raise ValueError(f"rounds is {rounds}; it must be at least {LEAST_ROUNDS}")
+
+
 def in_turns(*works: Work, rounds: int, clock: Callable[[], float]) -> list[list[float]]:
     """The seconds that each of `works` took in each round; before the first round each runs once unmeasured.
 
     Raises:
         ValueError: if there are too few rounds.
     """
-    if rounds < LEAST_ROUNDS:
-        raise ValueError(f"rounds is {rounds}; it must be at least {LEAST_ROUNDS}")
+    require_rounds(rounds)
     for work in works:
         work()
     seconds: list[list[float]] = [[] for _ in works]

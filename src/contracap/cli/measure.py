@@ -20,7 +20,13 @@ def evaluate(
     /,
     *,
     task: Annotated[Literal["retrieval", "captioning", "zeroshot", "vqa"] | None, arg(help="what to measure")] = None,
-    data: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")] = (),
+    data: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="PATH [PATH ...]",
+            help="folders of tar shards, or shards; for zeroshot also a folder of class folders, for vqa VQAv2's file",
+        ),
+    ] = (),
     classes: Annotated[
         str | None,
         arg(metavar="NAME|FILE", help="for zeroshot: a published set, such as imagenet1k, or a JSON list of names"),
@@ -45,8 +51,9 @@ def evaluate(
         arg(metavar="FILE", help="for vqa: a JSON list of answers to choose from, or a JSON object with `answers`"),
     ] = None,
     prompt: Annotated[
-        str, arg(metavar="TEXT", help="for vqa: what comes before an answer, {} where the question goes")
-    ] = "question: {} answer:",
+        str | None,
+        arg(metavar="TEXT", help='for vqa: what comes before an answer, such as the default "question: {} answer:"'),
+    ] = None,
     strategy: StrategyName | None = None,
     settings: Settings = (),
     tasks: Annotated[
@@ -57,46 +64,52 @@ def evaluate(
     size: Size = None,
     json: ResultFile = None,
 ) -> None:
-    """Measure a model on tar shards."""
+    """Measure a model: zero-shot classification, retrieval, captioning, questions about pictures."""
     from contracap.config import load_toml
-    from contracap.evaluation.result import measure
-    from contracap.evaluation.suite import TasksConfig, build_evaluators, measure_tasks
-    from contracap.evaluation.task import TaskConfig, build_evaluator
+    from contracap.evaluation.suite import TasksConfig, measure_tasks
+    from contracap.evaluation.task import TaskConfig, measure_task
 
+    flags = {
+        "data": data,
+        "classes": classes,
+        "templates": templates,
+        "metrics": metrics,
+        "corenlp_dir": corenlp_dir,
+        "clipscore": clipscore,
+        "answers": answers,
+        "prompt": prompt,
+        "strategy": strategy,
+        "settings": settings,
+    }
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
     if tasks is not None:
-        if task is not None:
-            raise ValueError(
-                f"--task {task} and --tasks {tasks}: one of them, either a task by flags or a file of tasks"
-            )
+        if given := [name for name, value in {"task": task, **flags}.items() if value]:
+            named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)
+            raise ValueError(f"--tasks {tasks} says what to measure, and so does {named}: one of them")
         wanted = load_toml(tasks, TasksConfig).tasks
-        model, processor = load_model(weights, size, int8=int8)
-        result = measure_tasks(build_evaluators(wanted, processor), model, command=command_line())
     elif task is None:
         raise ValueError(
             "say what to measure: --task retrieval, captioning, zeroshot or vqa, or a file of tasks, --tasks FILE"
         )
     else:
-        config = TaskConfig(
-            task=task,
-            data=data,
-            classes=classes,
-            templates=templates,
-            metrics=metrics,
-            corenlp_dir=corenlp_dir,
-            clipscore=clipscore,
-            answers=answers,
-            prompt=prompt,
-            strategy=strategy,
-            settings=settings,
-        )
-        model, processor = load_model(weights, size, int8=int8)
-        result = measure(build_evaluator(config, processor), model, command=command_line())
-    if json is not None:
-        result.write(json)
-    width = max(24, *map(len, result.figures))
-    for name, value in result.figures.items():
-        print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+        wanted = {str(task): TaskConfig(task=task, **flags)}
+    model, processor = load_model(weights, size, int8=int8)
+    if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
+        raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
+    if tasks is not None:
+        result = measure_tasks(wanted, model, processor, command=command_line())
+    else:
+        (config,) = wanted.values()
+        result = measure_task(config, model, processor, command=command_line())
+    try:
+        if json is not None:
+            result.write(json)
+    finally:  # what took hours is shown even where it cannot be written
+        width = max(24, *map(len, result.figures))
+        for name, value in result.figures.items():
+            print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+    if failed := [name for name in wanted if name in result.reasons and tasks is not None]:
+        raise ValueError(f"no figures of {', '.join(failed)}: {result.reasons[failed[0]]}")
 
 
 def bench(
@@ -118,9 +131,15 @@ def bench(
     from contracap.bench.generate import bench_generate
     from contracap.bench.retrieval import bench_retrieval
     from contracap.bench.score import bench_score
+    from contracap.bench.timing import require_rounds
     from contracap.bench.train import bench_train
     from contracap.bench.zeroshot import bench_zeroshot
 
+    require_rounds(rounds)
+    if device == "cuda" and name in ("data", "retrieval", "score"):
+        raise ValueError(f"bench {name} runs on the CPU alone: leave --device out")
+    if rows and name in ("data", "score"):
+        raise ValueError(f"bench {name} has no rows to choose from: leave --rows out")
     benchmarks = {
         "data": bench_data,
         "train": partial(bench_train, device=device, rows=rows),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, zip_longest
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -81,10 +82,11 @@ def in_shares(
 
     Args:
         batches: the same in every process.
-        prepare: may fail; then this ends in every process.
+        prepare, encode: may fail; then this ends in every process. (Of a model that is shared out, one that fails
+            while it encodes leaves the others waiting for its share.)
 
     Raises:
-        Exception: of `batches` or `prepare`; in the other processes a ValueError that says the same.
+        Exception: of `batches`, `prepare` or `encode`; in the other processes a ValueError that says the same.
     """
     stream, rows = iter(batches), list[Tensor]()
 
@@ -96,8 +98,12 @@ def in_shares(
         found, inputs = together(processes, next_inputs)
         if inputs is None:
             break
-        encoded = encode(inputs).float().cpu()
+        encoded = together(processes, partial(_encoded, encode, inputs))
         if processes.rank < found:
             rows.append(encoded)
     shares = processes.collect(rows)
     return torch.cat([rows for group in zip_longest(*shares) for rows in group if rows is not None])
+
+
+def _encoded(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    return encode(inputs).float().cpu()

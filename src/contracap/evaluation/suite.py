@@ -7,9 +7,9 @@ from typing import Any
 
 from contracap.data.shards import list_shards
 from contracap.evaluation.features import picture_pixels, sample_batches
-from contracap.evaluation.processes import ALONE, Processes
-from contracap.evaluation.result import Evaluator, Result, measure
-from contracap.evaluation.task import Shards, TaskConfig, build_evaluator
+from contracap.evaluation.processes import ALONE, Processes, together
+from contracap.evaluation.result import Evaluator, PerSample, Result, measure
+from contracap.evaluation.task import Shards, TaskConfig, asked, build_evaluator
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -87,25 +87,35 @@ def build_evaluators(
     return evaluators
 
 
-def measure_tasks(evaluators: Mapping[str, Evaluator], model: CoCa, *, command: str, seed: int | None = None) -> Result:
-    """Runs evaluators one after the other. Their figures are `NAME/figure`, their details stand under their names."""
-    results = {name: measure(evaluator, model, command=command) for name, evaluator in evaluators.items()}
+def measure_tasks(
+    tasks: Mapping[str, TaskConfig], model: CoCa, processor: Processor, *, command: str, seed: int | None = None
+) -> Result:
+    """Measures one task after the other. Figures are called `NAME/figure`; what was asked, and details, stand under
+    `tasks`. A task that fails costs its own figures only: in their place its name is null, with the reason.
 
-    def named(part: str) -> dict[str, Any]:
-        return {
-            f"{name}/{key}": value for name, result in results.items() for key, value in getattr(result, part).items()
-        }
-
+    Raises: FileNotFoundError, ValueError: as `build_evaluators` does, before anything is computed.
+    """
+    figures, reasons = dict[str, float | None](), dict[str, str]()
+    per_sample, details, samples = dict[str, PerSample](), dict[str, Any](), 0
+    for name, evaluator in build_evaluators(tasks, processor).items():
+        try:
+            result = measure(evaluator, model, command=command)
+        except (OSError, ValueError) as error:
+            figures[name], reasons[name] = None, str(error)
+            continue
+        figures |= {f"{name}/{figure}": value for figure, value in result.figures.items()}
+        reasons |= {f"{name}/{figure}": reason for figure, reason in result.reasons.items()}
+        per_sample |= {f"{name}/{figure}": values for figure, values in result.per_sample.items()}
+        details[name] = {"asked": asked(tasks[name]), "samples": result.samples} | dict(result.details)
+        samples += result.samples
     return Result(
         command=command,
         seed=seed,
-        samples=sum(result.samples for result in results.values()),
-        figures=named("figures"),
-        reasons=named("reasons"),
-        per_sample=named("per_sample"),
-        details={
-            "tasks": {name: {"samples": result.samples} | dict(result.details) for name, result in results.items()}
-        },
+        samples=samples,
+        figures=figures,
+        reasons=reasons,
+        per_sample=per_sample,
+        details={"tasks": details},
     )
 
 
@@ -136,6 +146,7 @@ class Suite:
         if config.captions is not None:
             list_shards(config.captions.data)  # a wrong path is found now, not hours later
         self._config, self._processor = config.captions, processor
+        self._processes = processes
         self._evaluators = build_evaluators(config.tasks, processor, processes)
         self.captions: list[Mapping[str, Any]] = []
 
@@ -146,12 +157,15 @@ class Suite:
     def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
         """Name and value of each figure, such as `flickr8k/text_to_image_recall@1`.
 
-        Raises: ValueError: as the evaluators do.
+        Raises: Exception: as the evaluators do; on the other ranks a ValueError that says the same, so that none waits
+            for one that has failed.
         """
         for name, evaluator in self._evaluators.items():
-            yield from ((f"{name}/{figure}", value) for figure, value in evaluator.run(model))
-        if self._config is not None:
-            self.captions = [asdict(caption) for caption in self._write_captions(model, self._config)]
+            figures = together(self._processes, lambda evaluator=evaluator: list(evaluator.run(model)))
+            yield from ((f"{name}/{figure}", value) for figure, value in figures)
+        if (config := self._config) is not None:
+            captions = together(self._processes, lambda: list(self._write_captions(model, config)))
+            self.captions = [asdict(caption) for caption in captions]
 
     def _write_captions(self, model: CoCa, config: SampleCaptionsConfig) -> Iterator[SampleCaption]:
         captioner = Captioner(model, self._processor)

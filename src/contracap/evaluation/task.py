@@ -1,7 +1,7 @@
 """One thing that can be measured of a model, and the evaluator that measures it."""
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import sample_batches
 from contracap.evaluation.processes import ALONE, Processes
-from contracap.evaluation.result import Evaluator
+from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.scores import MetricName
 from contracap.evaluation.vqa import PROMPT, VQA, load_answers
@@ -20,6 +20,7 @@ from contracap.evaluation.zeroshot import ZeroShot, load_classes, load_templates
 from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
 from contracap.generation.strategy import Strategy
+from contracap.model.coca import CoCa
 from contracap.pretrained import load
 from contracap.processor import Processor
 
@@ -54,7 +55,7 @@ class TaskConfig:
             the model that writes the captions.
         answers: for `vqa`: a JSON list of answers to choose from, or a JSON object with such a list `answers`; by
             default the model writes.
-        prompt: for `vqa`: what comes before an answer, {} where the question goes.
+        prompt: for `vqa`: what comes before an answer, {} where the question goes; by default `question: {} answer:`.
         strategy: for `captioning` and `vqa`: how words are chosen; by default beam search for captions, and the
             likeliest word for answers.
         settings: of the strategy, `key=value` each.
@@ -68,17 +69,21 @@ class TaskConfig:
     corenlp_dir: str | None = None
     clipscore: str | None = None
     answers: str | None = None
-    prompt: str = PROMPT
+    prompt: str | None = None
     strategy: str | None = None
     settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("there is nothing to measure on: --data PATH, a folder of tar shards, or shards")
         taken = (*COMMON, *TAKES[self.task])
         for field in fields(self):
             if getattr(self, field.name) != field.default and field.name not in taken:
                 raise ValueError(
                     f"{self.task} takes no {field.name}; what it takes is {', '.join((*COMMON[1:], *TAKES[self.task]))}"
                 )
+        if self.answers is not None and (self.strategy or self.settings):
+            raise ValueError("an answer is chosen from `answers` or written by a strategy: leave one of them out")
         if self.writes:
             self.build_strategy()
 
@@ -97,6 +102,12 @@ class TaskConfig:
         return build(type(STRATEGIES[self.task]), values)
 
 
+def asked(config: TaskConfig) -> dict[str, Any]:
+    """What a task says beyond the defaults, as plain values."""
+    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    return {name: value for name, value in to_dict(config).items() if name in changed}
+
+
 def build_evaluator(config: TaskConfig, processor: Processor, processes: Processes = ALONE) -> Evaluator:
     """What measures a task. Its files and its first sample are looked at: a wrong path is found now, not hours later.
 
@@ -106,6 +117,8 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
     first = next(sample_batches(config.data, 1))[0]
+    if config.task in ("retrieval", "captioning") and not first.captions:
+        raise ValueError(f"sample {first.key} of {first.shard} has no caption, which {config.task} compares with")
     if config.task == "zeroshot":
         classes = load_classes(config.classes) if config.classes else None
         templates = load_templates(config.templates) if config.templates else templates_of(config.classes)
@@ -117,7 +130,13 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
     if config.task == "vqa":
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
-        return VQA(config.data, processor, answers=answers, prompt=config.prompt, strategy=config.build_strategy())
+        return VQA(
+            config.data,
+            processor,
+            answers=answers,
+            prompt=PROMPT if config.prompt is None else config.prompt,
+            strategy=config.build_strategy(),
+        )
     return Captioning(
         config.data,
         processor,
@@ -133,3 +152,13 @@ def _judge(weights: str | None) -> ClipScorer | None:
         return None
     model, processor = load(weights)
     return ClipScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, name=weights)
+
+
+def measure_task(config: TaskConfig, model: CoCa, processor: Processor, *, command: str) -> Result:
+    """Measures one task; what was asked stands beside the figures.
+
+    Raises: FileNotFoundError, ValueError: as `build_evaluator` does, before anything is computed, and as
+        evaluating does.
+    """
+    result = measure(build_evaluator(config, processor), model, command=command)
+    return replace(result, details={"asked": asked(config)} | dict(result.details))
