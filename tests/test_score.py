@@ -9,10 +9,13 @@ import pytest
 from PIL import Image
 
 from contracap.cli import main
+from contracap.compare.comparison import compare
+from contracap.compare.results import load_result
 from contracap.evaluation.java import JavaError
 from contracap.evaluation.meteor import Meteor
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, save
+from tests.evaluation.programs import without_java
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -41,11 +44,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(ENTRIES))
     return path
-
-
-def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAVA_HOME", "/nowhere")
-    monkeypatch.setenv("PATH", "/nowhere")
 
 
 def test_without_java_the_figures_come_out_and_the_rest_is_null_with_its_reason(
@@ -104,6 +102,29 @@ def test_results_of_coco_score_as_the_same_captions_in_one_list(run, file, tmp_p
     assert coco == own and own[0] == 0
 
 
+def test_pictures_that_were_not_predicted_are_counted(run, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps([{"image_id": 1, "caption": "a dog"}]))
+    annotations = [{"image_id": i, "caption": "a dog on a sofa"} for i in range(3)]
+    (tmp_path / "references.json").write_text(json.dumps({"annotations": annotations}))
+    arguments = (tmp_path / "results.json", "--references", tmp_path / "references.json", *COUNTED)
+    status, _, err = run(*arguments, "--tokenizer", "python")
+    assert status == 0
+    assert err.startswith("contracap: 2 of 3 pictures of ") and err.endswith("results.json: they do not count\n")
+
+
+def test_results_on_other_pictures_do_not_pair_up_and_on_the_same_do(run, tmp_path: Path) -> None:
+    unnamed = [{name: entry[name] for name in ("captions", "prediction")} for entry in ENTRIES]
+    worse = [entry | {"prediction": "a dog"} for entry in unnamed]
+    other = [entry | {"captions": ["a dog", f"{i} dogs"]} for i, entry in enumerate(unnamed)]
+    for name, entries in {"own": unnamed, "worse": worse, "other": other}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+        run(tmp_path / f"{name}.json", *COUNTED, "--tokenizer", "python", "--json", tmp_path / f"{name}-scored.json")
+    own, worse, other = (load_result(tmp_path / f"{name}-scored.json") for name in ("own", "worse", "other"))
+    assert {row.figure for row in compare([own], [worse]).rows if row.low is not None} == {"ROUGE_L", "CIDEr"}
+    with pytest.raises(ValueError, match="measured on other samples"):
+        compare([own], [other])
+
+
 def test_plain_cider_has_a_name_of_its_own(run, file) -> None:
     status, out, _ = run(file, "--metrics", "cider_plain", "--tokenizer", "python")
     assert status == 0
@@ -149,7 +170,7 @@ def test_clipscore_is_added_where_the_pictures_are_at_hand(run, file, weights: P
     status, _, err = run(*arguments)
     assert status == 1 and "name their folder with --images DIR" in err
     status, _, err = run(*arguments, "--images", tmp_path)
-    assert status == 1 and f"no picture of entry 0 at {tmp_path / '0.png'}" in err
+    assert status == 1 and f"no picture of entry 0 (counted from 0) at {tmp_path / '0.png'}" in err
     for i in range(3):
         content = io.BytesIO()
         Image.new("RGB", (20, 20), (80 * i, 100, 0)).save(content, "PNG")

@@ -8,13 +8,9 @@ from contracap.bench import score
 from contracap.bench.score import bench_score, checked_peer, score_row
 from contracap.bench.timing import NoPeerError, UnequalError
 from contracap.evaluation.entries import read_entries
-from contracap.evaluation.java import find_jar, find_java
 from contracap.evaluation.scores import CaptionScorer, Scores
+from tests.evaluation.programs import needs_java
 
-needs_java = pytest.mark.skipif(
-    not (find_java() and find_jar("tokenizer/stanford-corenlp-3.4.1.jar")),
-    reason="needs Java and pycocoevalcap: make setup",
-)
 # pycocoevalcap leaves its pipes to the garbage collector.
 leaves_files_open = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 

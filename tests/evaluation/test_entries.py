@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation.entries import Entry, read_entries
+from contracap.evaluation.entries import Entry, read_entries, read_references
 
 NOCAPS = {
     "images": [
@@ -36,14 +36,14 @@ def test_a_list_with_its_references_is_read_in_order(tmp_path: Path) -> None:
         ],
     )
     assert read_entries(path) == [
-        Entry(key="0", prediction="dog", captions=("a dog", "a hound"), picture="a.jpg"),
-        Entry(key="1", prediction="", captions=("two cats",)),
+        Entry(key="a.jpg", prediction="dog", captions=("a dog", "a hound"), picture="a.jpg"),
+        Entry(key="df8d6d3a5c8bf987", prediction="", captions=("two cats",)),
     ]
 
 
 def test_results_of_coco_find_their_references_by_id(tmp_path: Path) -> None:
     results = write(tmp_path, "results.json", [{"image_id": 1, "caption": "cats"}, {"image_id": "0", "caption": "dog"}])
-    assert read_entries(results, write(tmp_path, "nocaps.json", NOCAPS)) == [
+    assert read_entries(results, read_references(write(tmp_path, "nocaps.json", NOCAPS))) == [
         Entry(key="1", prediction="cats", captions=("two cats", "cats"), picture="b.jpg", domain="out"),
         Entry(key="0", prediction="dog", captions=("a dog",), picture="a.jpg", domain="in"),
     ]
@@ -53,7 +53,7 @@ def test_references_need_no_list_of_pictures(tmp_path: Path, data_folder: Path) 
     references = data_folder / "caption_metrics" / "coco_karpathy_val_gt.json"
     first = json.loads(references.read_text())["annotations"][0]["image_id"]
     results = write(tmp_path, "results.json", [{"image_id": first, "caption": "a child"}])
-    (entry,) = read_entries(results, references)
+    (entry,) = read_entries(results, read_references(references))
     assert len(entry.captions) >= 5
     assert entry.picture is None
 
@@ -74,6 +74,8 @@ GOOD = {"captions": ["a dog"], "prediction": "dog"}
         ([GOOD | {"captions": ["a dog", 3]}], r"entry 0 .*: needs a list of texts under `captions`"),
         ([{"prediction": "dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
         ([GOOD | {"captions": [" "]}], r"entry 0 .*: has no reference in `captions`"),
+        ([GOOD, GOOD | {"captions": ["...", "!"]}], r"entry 1 .*: has no reference in `captions` with a word"),
+        ([GOOD | {"image_name": "a.jpg"}] * 2, r"entry 1 .*: is the second one of picture a\.jpg"),
         ([{"image_id": 3, "caption": "dog"}], r"entry 0 .*: has no `captions`, but an `image_id`.*--references FILE"),
     ],
 )
@@ -97,13 +99,13 @@ def test_a_malformed_list_is_refused_with_the_entry(tmp_path: Path, content: obj
 )
 def test_malformed_results_are_refused_with_the_entry(tmp_path: Path, results: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_entries(write(tmp_path, "results.json", results), write(tmp_path, "nocaps.json", NOCAPS))
+        read_entries(write(tmp_path, "results.json", results), read_references(write(tmp_path, "nocaps.json", NOCAPS)))
 
 
 @pytest.mark.parametrize("content", [[], {"images": []}, {"annotations": [{"image_id": 1}]}, {"annotations": 3}])
 def test_references_of_another_layout_are_refused(tmp_path: Path, content: object) -> None:
     with pytest.raises(ValueError, match=r"refs\.json does not have the layout of COCO's annotations"):
-        read_entries(write(tmp_path, "results.json", []), write(tmp_path, "refs.json", content))
+        read_references(write(tmp_path, "refs.json", content))
 
 
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:

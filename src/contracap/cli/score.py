@@ -47,12 +47,19 @@ def score(
     json: ResultFile = None,
 ) -> int:
     """Score captions against those people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
-    from contracap.evaluation.entries import read_entries
+    from contracap.evaluation.entries import read_entries, read_references
     from contracap.evaluation.result import PerSample, Result
     from contracap.evaluation.scores import CaptionScorer
 
     scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory)
-    entries = read_entries(file, references)
+    known = None if references is None else read_references(references)
+    entries = read_entries(file, known)
+    if known is not None and len(entries) < len(known):
+        print(
+            f"contracap: {len(known) - len(entries):,} of {len(known):,} pictures of {references} are not in {file}: "
+            f"they do not count",
+            file=sys.stderr,
+        )
     judge, pictures = None, list[Path]()
     if clipscore is not None:
         from contracap.evaluation.clipscore import ClipScorer
@@ -90,10 +97,12 @@ def _pictures(entries: "list[Entry]", folder: Path | None) -> list[Path]:
     if folder is None:
         raise ValueError("--clipscore looks at the pictures: name their folder with --images DIR")
     paths = []
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if entry.picture is None:
-            raise ValueError(f"entry {entry.key} does not tell its picture, under `image_name` or COCO's `file_name`")
+            raise ValueError(
+                f"entry {number} (counted from 0) does not tell its picture, under `image_name` or COCO's `file_name`"
+            )
         paths.append(folder / entry.picture)
         if not paths[-1].is_file():
-            raise FileNotFoundError(f"no picture of entry {entry.key} at {paths[-1]}")
+            raise FileNotFoundError(f"no picture of entry {number} (counted from 0) at {paths[-1]}")
     return paths

@@ -1,12 +1,16 @@
 """Files of captions that are to be scored: a list with references in it, or COCO's results and annotations."""
 
+import hashlib
+import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from contracap.data.annotations import read_json, texts
 from contracap.evaluation.scores import domain_name
+from contracap.evaluation.tokens import has_word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +18,8 @@ class Entry:
     """What a model wrote for one picture, and what people wrote.
 
     Attributes:
-        key: the picture's id; without one, the entry's place in the file, from 0.
+        key: the picture's id, else its file's name, else a digest of what people wrote of it: files that hold other
+            pictures, or the same in another order, have other keys.
         picture: name of the picture's file, if it is known.
         domain: part of NoCaps that the picture belongs to, such as `near`.
     """
@@ -26,35 +31,34 @@ class Entry:
     domain: str | None = None
 
 
-def read_entries(path: Path, references: Path | None = None) -> list[Entry]:
+def read_entries(path: Path, references: Mapping[str, Entry] | None = None) -> list[Entry]:
     """The entries of a file, in its order.
 
     Args:
         path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name`; with `references`, of
             objects with `image_id` and `caption`, the layout of COCO's results.
-        references: annotations of COCO, or others in their layout, as NoCaps has them. Pictures that `path` has
-            nothing of do not count.
+        references: what `read_references` found. Pictures that `path` has nothing of do not count.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if a file has another layout; names it, and the first entry that is wrong.
     """
-    known = None if references is None else read_references(references)
     found = read_json(path)
     if not isinstance(found, list) or not found:
         raise ValueError(f"{path} must be a JSON list of at least one entry")
-    entries = dict[str, Entry]()
+    entries, seen = list[Entry](), set[str]()
     for number, value in enumerate(found):
         try:
             if not isinstance(value, dict):
                 raise ValueError(f"must be an object, not {type(value).__name__}")
-            entry = _own(number, value) if known is None else _coco(value, known)
-            if entry.key in entries:
+            entry = _own(value) if references is None else _coco(value, references)
+            if entry.key in seen and (references is not None or entry.picture):
                 raise ValueError(f"is the second one of picture {entry.key}")
         except ValueError as error:
             raise ValueError(f"{path}, entry {number} (counted from 0): {error}") from None
-        entries[entry.key] = entry
-    return list(entries.values())
+        entries.append(entry)
+        seen.add(entry.key)
+    return entries
 
 
 def read_references(path: Path) -> dict[str, Entry]:
@@ -87,29 +91,30 @@ def read_references(path: Path) -> dict[str, Entry]:
     }
 
 
-def _own(number: int, value: dict[str, Any]) -> Entry:
+def _own(value: dict[str, Any]) -> Entry:
     if "captions" not in value and "image_id" in value:
         raise ValueError("has no `captions`, but an `image_id`: name the file with the references, --references FILE")
     captions = value.get("captions")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError("needs a list of texts under `captions`")
-    if not texts(captions):
-        raise ValueError("has no reference in `captions`")
-    picture = value.get("image_name")
+    if not has_word(captions):
+        raise ValueError("has no reference in `captions` with a word in it")
+    written, picture = texts(captions), value.get("image_name")
+    named = isinstance(picture, str) and picture
     return Entry(
-        key=str(number),
+        key=picture if named else hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16],
         prediction=_text(value, "prediction"),
-        captions=texts(captions),
-        picture=picture if isinstance(picture, str) else None,
+        captions=written,
+        picture=picture if named else None,
     )
 
 
-def _coco(value: dict[str, Any], known: dict[str, Entry]) -> Entry:
+def _coco(value: dict[str, Any], known: Mapping[str, Entry]) -> Entry:
     if "image_id" not in value:
         raise ValueError("needs an `image_id`, whose references are in the other file")
     picture = known.get(str(value["image_id"]))
-    if picture is None or not picture.captions:
-        raise ValueError(f"picture {value['image_id']} has no reference")
+    if picture is None or not has_word(picture.captions):
+        raise ValueError(f"picture {value['image_id']} has no reference with a word in it")
     return replace(picture, prediction=_text(value, "caption"))
 
 

@@ -10,7 +10,7 @@ Source: coco-caption (tylin/coco-caption, commit 3a9afb26), the list of dropped 
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +56,11 @@ def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) ->
     else:
         tokens = [python_tokens(line) for line in lines]
     return [" ".join(token for token in line if token not in DROPPED) for line in tokens]
+
+
+def has_word(captions: Iterable[str]) -> bool:
+    """Whether a metric finds a token in any of these, as the Python tokenizer cuts them."""
+    return any(token not in DROPPED for caption in captions for token in python_tokens(one_line(caption)))
 
 
 def java_tokenizer() -> tuple[Path, Path]:
