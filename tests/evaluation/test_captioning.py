@@ -118,10 +118,13 @@ def test_what_the_annotations_of_a_data_set_say_is_evaluated(
     assert evaluator.samples == samples
 
 
-def test_a_picture_without_captions_is_named(tiny) -> None:
+@pytest.mark.parametrize("captions", [(), ("...", " !")])
+def test_a_picture_without_a_word_is_named_before_a_caption_is_written(monkeypatch, tiny, captions) -> None:
     model, processor = tiny
-    with pytest.raises(ValueError, match=r"sample red of shard\.tar has no caption"):
-        dict(Captioning([sample("red", "red")], processor, metrics=COUNTED).run(model))
+    monkeypatch.setattr(Captioner, "generate", lambda *_: pytest.fail("wrote a caption"))
+    samples = [sample("red", "red", "a red wall"), sample("blue", "blue", *captions)]
+    with pytest.raises(ValueError, match=r"sample blue of shard\.tar has no caption with a word"):
+        dict(Captioning(samples, processor, metrics=COUNTED).run(model))
 
 
 def test_a_model_without_a_decoder_is_refused(tiny) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import Source, picture_pixels, sample_batches
 from contracap.evaluation.scores import CaptionScorer, domain_name
-from contracap.evaluation.tokens import TokenizerName
+from contracap.evaluation.tokens import TokenizerName, has_word
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
@@ -87,7 +87,8 @@ class Captioning:
         """Name and value of each figure.
 
         Raises:
-            ValueError: if the model cannot caption, a picture has no caption or cannot be read, or a metric fails.
+            ValueError: if the model cannot caption, a picture has no caption with a word in it or cannot be read, or a
+                metric fails.
         """
         captioner = Captioner(model, self.processor)
         judge = self.clipscore
@@ -97,8 +98,10 @@ class Captioning:
         suits, suits_both = list[float](), list[float]()
         for batch in sample_batches(self.source, self.batch_size):
             for sample in batch:
-                if not sample.captions:
-                    raise ValueError(f"sample {sample.key} of {sample.shard} has no caption to compare with")
+                if not has_word(sample.captions):
+                    raise ValueError(
+                        f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
+                    )
             made = [one.text for one in captioner.generate(picture_pixels(batch, self.processor), self.strategy)]
             written = [sample.captions for sample in batch]
             if judge is not None:
