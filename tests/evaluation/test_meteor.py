@@ -92,6 +92,28 @@ def test_a_program_that_hangs_is_given_up(monkeypatch, tmp_path: Path) -> None:
         program.score([["a dog"]], ["a dog"])
 
 
+def test_a_program_is_given_up_by_name_while_its_timer_still_runs(monkeypatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path, "time.sleep(60)", jar=tmp_path / "meteor.jar")
+    read = threading.Event()
+    with Meteor(timeout=0.1) as program:
+        kill, ask = program._process.kill, program._ask
+
+        def killed() -> None:
+            kill()
+            read.wait(10)
+
+        def asked(lines: list[str], answers: int) -> list[str]:
+            try:
+                return ask(lines, answers)
+            finally:
+                threading.Timer(0.2, read.set).start()
+
+        monkeypatch.setattr(program._process, "kill", killed)
+        monkeypatch.setattr(program, "_ask", asked)
+        with pytest.raises(JavaError, match=r"no answer within 0\.1 seconds"):
+            program.score([["a dog"]], ["a dog"])
+
+
 def test_no_process_and_no_thread_is_left_behind(monkeypatch, tmp_path: Path) -> None:
     body = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\nprint('1 1', flush=True)\ntime.sleep(60)"
     stand_in(monkeypatch, tmp_path, body, jar=tmp_path / "meteor.jar")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation.java import UnavailableError, find_jar
+from contracap.evaluation.java import JavaError, UnavailableError, find_jar
 from contracap.evaluation.overlap import cider, mean
 from contracap.evaluation.scores import CaptionScorer, domain_name
 from contracap.evaluation.spice import CORENLP_JARS
@@ -157,6 +157,18 @@ def test_a_program_that_fails_costs_its_own_figure_only(monkeypatch, corenlp: Pa
     scores = scorer.score(PICTURES, WRITTEN)
     assert list(scores.figures) == ["ROUGE_L"]
     assert scores.reasons == {name: f"{name} failed (exit status 1): Error: no heap" for name in ("METEOR", "SPICE")}
+
+
+def test_a_tokenizer_that_nobody_named_and_that_fails_costs_nothing(monkeypatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path, "sys.exit('Error: no heap')", jar=tmp_path / "tokenizer.jar")
+    scorer = CaptionScorer(metrics=COUNTED)
+    assert scorer.tokenizer == "java"
+    scores = scorer.score(PICTURES, WRITTEN)
+    assert scores.figures == CaptionScorer(metrics=COUNTED, tokenizer="python").score(PICTURES, WRITTEN).figures
+    assert scores.details["tokenizer"] == "python"
+    assert scores.details["tokenizer_reason"] == "the Java tokenizer failed (exit status 1): Error: no heap"
+    with pytest.raises(JavaError, match="no heap"):
+        CaptionScorer(metrics=COUNTED, tokenizer="java").score(PICTURES, WRITTEN)
 
 
 def test_each_domain_is_scored_as_if_it_were_the_whole_set(monkeypatch, corenlp: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from contracap.evaluation.java import JavaError, UnavailableError, find_java
-from contracap.evaluation.tokens import choose_tokenizer, tokenize
+from contracap.evaluation.tokens import choose_tokenizer, python_tokens, tokenize
 
 from .programs import needs_java, stand_in, without_java
 
@@ -69,6 +69,12 @@ def test_odd_characters_are_no_obstacle(tokenizer) -> None:
 @pytest.mark.parametrize("tokenizer", BOTH)
 def test_no_captions_give_no_tokens(tokenizer) -> None:
     assert tokenize([], tokenizer) == []
+
+
+def test_a_model_that_writes_nothing_but_dots_gets_its_tokens() -> None:
+    """Where each dot looks for the @ of an address behind all others, this takes minutes."""
+    assert python_tokens("." * 150_000) == ["..."] * 50_000
+    assert python_tokens("write to jane.doe+dog@a-b.example.org.")[2:] == ["jane.doe+dog@a-b.example.org", "."]
 
 
 def test_without_java_the_python_tokenizer_is_taken(monkeypatch) -> None:

@@ -8,6 +8,7 @@ from tyro.conf import arg
 
 from contracap.cli.options import ResultFile, Size, command_line, load_model
 from contracap.evaluation.scores import MetricName
+from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def score(
         Path | None,
         arg(metavar="DIR", help="for spice: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR"),
     ] = None,
-    spice_memory: Annotated[str, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g")] = "8g",
+    spice_memory: Annotated[
+        str, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g")
+    ] = MEMORY,
     clipscore: Annotated[
         str | None, arg(metavar="WEIGHTS", help="adds CLIPScore and RefCLIPScore by this model")
     ] = None,
@@ -84,6 +87,8 @@ def score(
         result.write(json)
     for name, value in scores.figures.items():
         print(f"{name:24}{value:.4f}")
+    if reason := scores.details.get("tokenizer_reason"):
+        print(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", file=sys.stderr)
     for name, reason in scores.reasons.items():
         print(f"contracap: {name} left out: {' '.join(reason.split())}", file=sys.stderr)
     return 1 if metrics and scores.reasons else 0

@@ -49,7 +49,7 @@ class Meteor:
         """
         java, jar = java_and_jar(JAR, what="METEOR", instead="Or leave it out: --metrics bleu rouge_l cider")
         self._command = [str(java), *COMMAND, str(jar), *OPTIONS]
-        self._timeout = timeout
+        self._timeout, self._given_up = timeout, False
 
     def __enter__(self) -> "Meteor":
         self._errors = TemporaryFile()  # not a pipe, which would fill if nobody reads it
@@ -74,7 +74,7 @@ class Meteor:
             JavaError: if the program fails, is too slow, or does not answer line for line.
         """
         check(references, hypotheses)
-        late = Timer(self._timeout, self._process.kill)
+        late = Timer(self._timeout, self._give_up)
         late.start()
         try:
             lines = [
@@ -85,12 +85,16 @@ class Meteor:
             last = f" {SEPARATOR} ".join(["EVAL", *counts])
             *pictures, corpus = map(float, self._ask([last], len(lines) + 1, last=True))
         except ValueError as error:
-            if not late.is_alive():
+            if self._given_up:
                 raise JavaError(f"METEOR gave no answer within {self._timeout:g} seconds") from None
             raise error if isinstance(error, JavaError) else JavaError(f"METEOR answered nonsense: {error}") from None
         finally:
             late.cancel()
         return MeteorScores(corpus=corpus, pictures=pictures)
+
+    def _give_up(self) -> None:
+        self._given_up = True  # before the program ends, which others wait for
+        self._process.kill()
 
     def _ask(self, lines: Sequence[str], answers: int, *, last: bool = False) -> list[str]:
         """Sends lines while it reads the answers: either pipe may be full. Behind the last lines the program ends."""

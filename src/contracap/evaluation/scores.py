@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from contracap.evaluation.java import JavaError, UnavailableError
 from contracap.evaluation.meteor import Meteor
 from contracap.evaluation.overlap import bleu, check, cider, mean, rouge_l
-from contracap.evaluation.spice import Spice
+from contracap.evaluation.spice import MEMORY, Spice
 from contracap.evaluation.tokens import TokenizerName, choose_tokenizer, tokenize
 
 MetricName = Literal["bleu", "rouge_l", "cider", "meteor", "spice", "cider_plain"]
@@ -47,7 +47,7 @@ class CaptionScorer:
     """Bleu_1 to Bleu_4, ROUGE_L, CIDEr (which is CIDEr-D), METEOR and SPICE of captions against those people wrote.
 
     Attributes:
-        tokenizer: which one it uses.
+        tokenizer: which one it uses; if nobody named it and it fails, Python's takes its place.
         reasons: of the usual metrics, those that cannot run here: the figure's name and the reason.
     """
 
@@ -57,7 +57,7 @@ class CaptionScorer:
         metrics: Sequence[str] = (),
         tokenizer: TokenizerName | None = None,
         corenlp: str | Path | None = None,
-        spice_memory: str = "8G",
+        spice_memory: str = MEMORY,
     ):
         """Finds what the metrics need, so that nothing is found missing after hours of work.
 
@@ -74,6 +74,7 @@ class CaptionScorer:
         if unknown := [name for name in metrics if name not in METRICS]:
             raise ValueError(f"no metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}")
         self.tokenizer = choose_tokenizer(tokenizer)
+        self._tokenizer_named = tokenizer is not None
         self.reasons: dict[str, str] = {}
         self._metrics = set(metrics or USUAL)
         self._meteor: Meteor | None = None
@@ -113,14 +114,14 @@ class CaptionScorer:
 
         Raises:
             ValueError: if a picture has no reference with a word in it, or the lengths differ.
-            JavaError: if the tokenizer fails.
+            JavaError: if a tokenizer fails that was named.
         """
         with ThreadPoolExecutor(1) as beside, ExitStack() as programs:
             meteor = programs.enter_context(self._meteor) if self._meteor else None  # loads while others work
-            written, hypotheses = self._tokens(references, predictions)
+            written, hypotheses, details = self._tokens(references, predictions)
             check(written, hypotheses)
             later = beside.submit(meteor.score, written, hypotheses) if meteor else None
-            scores = Scores(reasons=dict(self.reasons), details={"tokenizer": self.tokenizer})
+            scores = Scores(reasons=dict(self.reasons), details=details)
             if "bleu" in self._metrics:
                 counted = bleu(written, hypotheses)
                 scores.figures.update({f"Bleu_{n}": value for n, value in enumerate(counted.scores, start=1)})
@@ -150,12 +151,20 @@ class CaptionScorer:
 
     def _tokens(
         self, references: Sequence[Sequence[str]], predictions: Sequence[str]
-    ) -> tuple[list[list[str]], list[str]]:
-        captions = (caption for written in references for caption in written)
-        tokens = iter(tokenize([*predictions, *captions], self.tokenizer))
+    ) -> tuple[list[list[str]], list[str], dict[str, Any]]:
+        """Of the references, of the predictions, and how they were made."""
+        captions = [*predictions, *(caption for written in references for caption in written)]
+        details: dict[str, Any] = {"tokenizer": self.tokenizer}
+        try:
+            tokens = iter(tokenize(captions, self.tokenizer))
+        except (JavaError, UnavailableError) as error:
+            if self._tokenizer_named:
+                raise
+            tokens = iter(tokenize(captions, "python"))
+            details = {"tokenizer": "python", "tokenizer_reason": str(error)}
         hypotheses = [next(tokens) for _ in predictions]
         written = [[next(tokens) for _ in captions] for captions in references]
-        return [[caption for caption in captions if caption.strip()] for captions in written], hypotheses
+        return [[caption for caption in captions if caption.strip()] for captions in written], hypotheses, details
 
     def _add_spice(
         self, scores: Scores, spice: Spice, written: Sequence[Sequence[str]], hypotheses: Sequence[str]

@@ -22,6 +22,7 @@ from contracap.evaluation.overlap import check
 JAR = "spice/spice-1.0.jar"
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 CORENLP_VARIABLE = "CONTRACAP_CORENLP_DIR"
+MEMORY = "8g"
 INSTEAD = "Or leave it out: --metrics bleu rouge_l cider meteor"
 
 # The program's own option -out lays out its JSON with a JavaScript engine, which Java has not had since version 15, and
@@ -49,7 +50,7 @@ public class Scores {
 class Spice:
     """The program with its parser."""
 
-    def __init__(self, corenlp: str | Path | None = None, *, memory: str = "8G", timeout: float = 6 * 3600.0):
+    def __init__(self, corenlp: str | Path | None = None, *, memory: str = MEMORY, timeout: float = 6 * 3600.0):
         """Finds the program.
 
         Args:
@@ -63,7 +64,7 @@ class Spice:
         """
         if not re.fullmatch(r"[1-9]\d*[kKmMgG]", memory):
             raise ValueError(
-                f"memory for SPICE is {memory!r}; it must be a number with k, m or g behind it, such as 8g"
+                f"memory for SPICE is {memory!r}; it must be a number with k, m or g behind it, such as {MEMORY}"
             )
         java, jar = java_and_jar(JAR, what="SPICE", instead=INSTEAD)
         lib = jar.parent / "lib"

@@ -153,7 +153,7 @@ TOKEN = re.compile(
             r"</?[A-Za-z!?][^<>]*>",  # markup
             r"&(?:amp|lt|gt|quot|apos|nbsp);",
             r"(?i:https?)://[^\s\"<>|()]*[^\s\"<>|().,;:!?-]",
-            r"[\w.+-]*\w@[\w-]+(?:\.[\w-]+)*\w",  # electronic mail
+            r"[\w.+-]{0,64}\w@[\w-]+(?:\.[\w-]+)*\w",  # electronic mail; without a bound, many dots take minutes
             r"@[A-Za-z_]\w*|#[A-Za-z][A-Za-z0-9]*",
             FACE.pattern,
             r"(?:\d+[ -])?\d+/\d+(?![\w/-])",  # 25 1/2
