@@ -21,6 +21,14 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         ({"figures": {"acc1": "0.5"}}, "acc1 is '0.5'"),
         ({"figures": {"acc1": True}}, "acc1 is True"),
         ({"samples": None}, "samples is None"),
+        ({"samples": True}, "samples is True"),
+        ({"figures": {"acc1": 10**400}}, "figure acc1 is 1000"),
+        ({"figures": {"acc1": float("nan")}}, "figure acc1 is nan"),
+        ({"tasks": ["coco"]}, "`tasks` must be an object"),
+        ({"rows": [], "resamples": 10_000}, "holds the gaps of a comparison, not scores"),
+        ({"per_sample": {"acc1": {"values": [0.5]}}}, "must have `samples`, a digest of the samples' keys; it is None"),
+        ({"per_sample": {"acc1": {"samples": "", "values": [0.5]}}}, "it is ''"),
+        ({"per_sample": {"acc1": {"samples": "x", "values": [1.5e308, 1.5e308]}}}, "overflow"),
         ({"reasons": []}, "must be objects"),
         ({"per_sample": {"acc1": {"samples": "x", "values": []}}}, "list of numbers"),
         ({"per_sample": {"acc1": {"samples": "x", "values": ["1"]}}}, "list of numbers"),
@@ -36,7 +44,7 @@ def test_a_file_that_is_no_result_is_refused_by_name(tmp_path: Path, change: dic
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "3", "{", ""])
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "{", "", "[" * 100_000, "1" * 5000])
 def test_other_json_and_no_json_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(text)
@@ -47,4 +55,7 @@ def test_other_json_and_no_json_are_refused(tmp_path: Path, text: str) -> None:
 def test_systems_are_called_as_what_tells_their_files_apart() -> None:
     assert names_of(Path("coca/results.json"), Path("clip/results.json")) == ("coca", "clip")
     assert names_of(Path("coca.json"), Path("clip.json")) == ("coca", "clip")
+    assert names_of(Path("coca.json"), Path("clip/results.json")) == ("coca", "clip")
+    assert names_of(Path("coca/best.json"), Path("clip/best.json")) == ("coca", "clip")
+    assert names_of(Path("clip.json"), Path("clip/results.json")) != ("clip", "clip")
     assert names_of(Path("x/a/results.json"), Path("y/a/results.json")) == ("x/a/results.json", "y/a/results.json")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,39 @@ def load_result(path: str | Path) -> Result:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from None
     try:
         return _result(content)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def names_of(a: Path, b: Path) -> tuple[str, str]:
-    """What to call the systems of two files: as the files, or as their folders if that tells them apart better."""
-    if a.stem != b.stem and "results" not in (a.stem, b.stem):
-        return a.stem, b.stem
+    """What to call the systems of two files: as each file, or its folder if it is just called results; where that is
+    the same for both, as what tells them apart."""
     folders = a.absolute().parent.name, b.absolute().parent.name
-    return folders if folders[0] != folders[1] else (str(a), str(b))
+    own = [folder if path.stem == "results" else path.stem for path, folder in zip((a, b), folders, strict=True)]
+    names = ((own[0], own[1]), folders, (str(a), str(b)))
+    return next((pair for pair in names if pair[0] != pair[1]), names[-1])
 
 
 def _result(content: Any) -> Result:
     if not isinstance(content, dict) or not isinstance(content.get("figures"), dict):
         raise ValueError("no `figures` here; give a result, such as contracap evaluate writes with --json")
+    if "rows" in content and "resamples" in content:
+        raise ValueError("holds the gaps of a comparison, not scores; give one of the results that were compared")
     figures, samples = content["figures"], content.get("samples")
     if not figures:
         raise ValueError("the result has no figures")
     for name, value in figures.items():
         if value is not None and not _is_number(value):
             raise ValueError(f"figure {name} is {value!r}; it must be a number or null")
-    if not isinstance(samples, int):
+    if not isinstance(samples, int) or isinstance(samples, bool):
         raise ValueError(f"samples is {samples!r}; it must be how many there were")
+    tasks = content.get("tasks", {})
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        raise ValueError("`tasks` must be an object with an object for each task")
     reasons, per_sample = content.get("reasons", {}), content.get("per_sample", {})
     if not isinstance(reasons, dict) or not isinstance(per_sample, dict):
         raise ValueError("`reasons` and `per_sample` must be objects, with a key for each figure")
@@ -68,8 +75,11 @@ def _values(name: str, found: Any, figures: Mapping[str, Any]) -> PerSample:
     figure, mean = figures.get(name), math.fsum(values) / len(values)
     if figure is None or not math.isclose(figure, mean, rel_tol=1e-5, abs_tol=1e-6):
         raise ValueError(f"figure {name} is {figure}, but the mean of its values is {mean}: the file is damaged")
-    return PerSample(samples=str(found.get("samples")), values=[float(value) for value in values])
+    samples = found.get("samples")
+    if not isinstance(samples, str) or not samples:
+        raise ValueError(f"per_sample of {name} must have `samples`, a digest of the samples' keys; it is {samples!r}")
+    return PerSample(samples=samples, values=[float(value) for value in values])
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
