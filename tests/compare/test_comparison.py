@@ -38,7 +38,25 @@ def test_runs_are_averaged_and_keep_their_own_gaps() -> None:
     assert row.gaps == (0.25, 0.5)
     assert comparison.runs == 2
     assert "| +37.50 | +25.00 +50.00 |" in markdown(comparison)
-    assert "gap_2" in to_csv(comparison).splitlines()[0]
+    assert to_csv(comparison).splitlines()[0] == "figure,A,B,gap,gap_1,gap_2,low,high,reason"
+
+
+def test_of_several_runs_the_interval_alone_speaks() -> None:
+    runs = [result({"acc1": HITS})] * 2, [result({"acc1": FEWER})] * 2
+    comparison = compare(*runs)
+    (row,) = comparison.rows
+    assert row.low is not None and row.low > 0
+    assert (row.p, row.p_holm) == (None, None)
+    table, _, below = markdown(comparison).partition("\n\n")
+    assert table.splitlines()[0] == "| figure | A | B | gap | each run | 95 % interval |"
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "It speaks alone" in below and "Holm" not in below
+
+
+def test_a_rounded_zero_has_no_sign() -> None:
+    comparison = compare([result({}, {"Bleu_4": 0.3, "x": -1e-9})], [result({}, {"Bleu_4": 0.300001, "x": -1e-9})])
+    assert "| Bleu_4 | 30.00 | 30.00 | 0.00 |" in markdown(comparison)
+    assert "| x | 0.00 | 0.00 | 0.00 |" in markdown(comparison)
 
 
 def test_many_figures_make_each_p_value_larger() -> None:
@@ -59,6 +77,32 @@ def test_other_samples_are_refused_by_the_name_of_the_figure(other: dict) -> Non
 def test_without_values_the_number_of_samples_must_be_equal() -> None:
     with pytest.raises(ValueError, match="Bleu_4 was measured on other samples: the results rest on 4 and 5"):
         compare([result({}, {"Bleu_4": 0.2})], [result({}, {"Bleu_4": 0.3}, samples=5)])
+
+
+def test_without_values_the_number_of_the_tasks_samples_must_be_equal() -> None:
+    def tasks(coco: int, other: int) -> Result:
+        found = {"coco": {"samples": coco}, "other": {"samples": other}}
+        return replace(result({}, {"coco/Bleu_4": 0.2}, samples=coco + other), details={"tasks": found})
+
+    with pytest.raises(ValueError, match="coco/Bleu_4 was measured on other samples: the results rest on 4 and 5"):
+        compare([tasks(4, 5)], [tasks(5, 4)])
+    assert compare([tasks(4, 5)], [tasks(4, 7)]).rows[0].gap == 0
+
+
+@pytest.mark.parametrize("task", ["", "coco/"])
+def test_what_was_measured_by_other_means_is_said(task: str) -> None:
+    def measured(tokenizer: str, model: str) -> Result:
+        facts = {"tokenizer": tokenizer, "clipscore_model": model}
+        details = {"tasks": {"coco": facts}} if task else facts
+        return replace(result({}, {f"{task}Bleu_4": 0.2, f"{task}CLIPScore": 0.7}), details=details)
+
+    comparison = compare([measured("java", "B")], [measured("python", "B")], names=("CoCa", "CLIP"))
+    said = "the tokenizer of CoCa is java, that of CLIP python: part of the gap may come of that"
+    assert comparison.remarks == (f"coco: {said}" if task else said,)
+    assert said in markdown(comparison)
+    comparison = compare([measured("java", "B")], [measured("java", "L")])
+    assert ["the model behind CLIPScore of A is B" in remark for remark in comparison.remarks] == [True]
+    assert compare([measured("java", "B")], [measured("java", "B")]).remarks == ()
 
 
 def test_a_figure_without_values_of_samples_has_a_gap_alone() -> None:
@@ -121,7 +165,7 @@ def test_csv_holds_what_was_computed() -> None:
 
 def test_printed_scores_are_times_100_but_seconds_are_seconds() -> None:
     lines = markdown(compare(*whole())).splitlines()
-    assert lines[2].startswith("| flickr8k/CIDEr | 100.00 | 100.00 | +0.00 | +0.00 to +0.00 | 1.0000 |")
+    assert lines[2].startswith("| flickr8k/CIDEr | 100.00 | 100.00 | 0.00 | 0.00 to 0.00 | 1.0000 |")
     assert lines[3].startswith("| flickr8k/Bleu_4 | 25.00 | 12.50 | +12.50 |")
     assert lines[4].startswith("| seconds | 20.00 | 20.00 |")
 

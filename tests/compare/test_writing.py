@@ -52,6 +52,25 @@ def test_the_page_asks_the_network_for_nothing_and_escapes_names(tmp_path: Path)
     assert 'src="data:image/svg+xml;base64,' in html
 
 
+def test_where_nothing_can_be_drawn_the_tables_and_the_page_are_written(tmp_path: Path, capsys) -> None:
+    for name in ("a", "b"):
+        result({}, {"SPICE": None, "seconds": 3.0}).write(tmp_path / f"{name}.json")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "compare.png").write_bytes(b"of an earlier call")
+    assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == FILES - {"compare.svg", "compare.png"}
+    html = (out / "compare.html").read_text(encoding="utf-8")
+    assert "There is nothing to draw: no score has a value in both." in html and "<img" not in html
+    assert "no figure: no score has a value in both" in capsys.readouterr().out
+
+
+def test_the_page_says_that_intervals_are_not_corrected(tmp_path: Path) -> None:
+    write(compare([result({"acc1": HITS})], [result({"acc1": FEWER})]), tmp_path, command="made here")
+    html = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "Each interval is for its figure alone, not corrected for how many there are." in html
+
+
 def test_the_figure_grows_with_the_tasks(tmp_path: Path) -> None:
     from PIL import Image
 

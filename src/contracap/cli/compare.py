@@ -32,7 +32,8 @@ def compare(
     comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))
     write(comparison, out, command=command_line())
     print(markdown(comparison))
-    print(f"the figure: {out / 'compare.svg'}\nthe page: {out / 'compare.html'}")
+    print(f"the figure: {out / 'compare.svg'}" if comparison.headlines else "no figure: no score has a value in both")
+    print(f"the page: {out / 'compare.html'}")
 
 
 def report(run: Annotated[Path, arg(metavar="RUN", help="a run folder, the `out` of contracap train")], /) -> None:

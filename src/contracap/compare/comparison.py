@@ -1,7 +1,8 @@
 """What two systems reach, figure by figure, and how sure the gap between them is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,6 +18,7 @@ HEADLINES = (
     "CIDEr",
     "accuracy",
 )
+MEASURED_BY = {"tokenizer": "the tokenizer", "clipscore_model": "the model behind CLIPScore"}
 UNITS = {"seconds"}  # figures that are no scores: all others are, and are printed times 100
 
 
@@ -29,7 +31,8 @@ class Row:
         a, b, gap: the first system's, the second's, and their difference; None if it is missing in any run.
         gaps: of each pair of runs.
         low, high: of the gap's interval; None for a figure that is no mean over samples.
-        p, p_holm: of the paired test, alone and corrected for all figures that were tested; None likewise.
+        p, p_holm: of the paired test, alone and corrected for all figures that were tested; None likewise, and where
+            there are several runs: the test knows nothing of how far runs differ.
         reason: why there is no gap, or no interval.
     """
 
@@ -66,6 +69,7 @@ class Comparison:
         runs: of each system.
         samples: that the results rest on.
         seed: of the resamples.
+        remarks: what differs in how the two were measured.
     """
 
     names: tuple[str, str]
@@ -74,6 +78,7 @@ class Comparison:
     runs: int
     samples: int
     seed: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def headlines(self) -> tuple[Row, ...]:
@@ -97,6 +102,7 @@ class Comparison:
                 "resamples": RESAMPLES,
                 "confidence": CONFIDENCE,
                 "rows": [asdict(row) for row in self.rows],
+                "remarks": self.remarks,
                 "only": dict(zip(self.names, self.only, strict=True)),
             },
         )
@@ -136,6 +142,7 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
         runs=len(a),
         samples=min(result.samples for result in [*a, *b]),
         seed=seed,
+        remarks=tuple(_remarks(common, a, b, names)),
     )
 
 
@@ -161,7 +168,8 @@ def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, 
     if differences is None:
         return replace(row, reason="no values of single samples, hence no interval")
     low, high = bootstrap_interval(differences, seed=seed)
-    return replace(row, low=low, high=high, p=permutation_test(differences.mean(axis=0), seed=seed))
+    p = permutation_test(differences[0], seed=seed) if len(differences) == 1 else None
+    return replace(row, low=low, high=high, p=p)
 
 
 def _differences(
@@ -177,9 +185,9 @@ def _differences(
                 f"{len(values.values)} of {system}, with other keys or in another order; evaluate both on the same data"
             )
     if len(found) < len(results):
-        # All that can be told of a single task is how many samples there were.
-        counts = {result.samples for _, result in results}
-        if len(counts) > 1 and "/" not in name:
+        # All that can be told is how many samples there were, if that.
+        counts = {count for _, result in results if isinstance(count := _facts(result, name).get("samples"), int)}
+        if len(counts) > 1:
             raise ValueError(
                 f"{name} was measured on other samples: the results rest on {' and '.join(map(str, sorted(counts)))}; "
                 "evaluate both on the same data"
@@ -189,6 +197,29 @@ def _differences(
         np.array([result.per_sample[name].values for result in side], dtype=np.float64) for side in (a, b)
     )
     return values_a - values_b
+
+
+def _facts(result: Result, figure: str) -> Mapping[str, Any]:
+    """What a result tells of the task that a figure is of: how many samples there were, and what else."""
+    task = figure.rpartition("/")[0]
+    return result.details.get("tasks", {}).get(task, {}) if task else {"samples": result.samples, **result.details}
+
+
+def _remarks(figures: Sequence[str], a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]) -> Iterator[str]:
+    """What differs in how the two systems were measured, a sentence each."""
+    tasks = {figure.rpartition("/")[0]: figure for figure in figures}
+    for task, figure in tasks.items():
+        for fact, what in MEASURED_BY.items():
+            of_a, of_b = (
+                sorted({str(facts[fact]) for result in results if fact in (facts := _facts(result, figure))})
+                for results in (a, b)
+            )
+            if of_a and of_b and of_a != of_b:
+                where = f"{task}: " if task else ""
+                yield (
+                    f"{where}{what} of {names[0]} is {' and '.join(of_a)}, that of {names[1]} {' and '.join(of_b)}: "
+                    "part of the gap may come of that"
+                )
 
 
 def _corrected(rows: Sequence[Row]) -> Iterator[Row]:

@@ -18,8 +18,9 @@ MINUS = re.compile(r"(?<![^ ])-(?=\d)")  # a sign, not the hyphen of a name
 
 def headings(comparison: Comparison) -> list[str]:
     """Names of the columns of `cells`."""
-    runs = ["each run"] if comparison.runs > 1 else []
-    return ["figure", *comparison.names, "gap", *runs, "95 % interval", "p", "p (Holm)"]
+    if comparison.runs > 1:
+        return ["figure", *comparison.names, "gap", "each run", "95 % interval"]
+    return ["figure", *comparison.names, "gap", "95 % interval", "p", "p (Holm)"]
 
 
 def cells(row: Row, comparison: Comparison) -> list[str]:
@@ -27,22 +28,17 @@ def cells(row: Row, comparison: Comparison) -> list[str]:
     factor = 1.0 if row.name in UNITS else 100.0
 
     def score(value: float | None) -> str:
-        return MISSING if value is None else f"{factor * value:.2f}"
+        return MISSING if value is None else f"{factor * value:.2f}".replace("-0.00", "0.00")
 
     def gap(value: float | None) -> str:
-        return "" if value is None else f"{factor * value:+.2f}"
+        printed = "" if value is None else f"{factor * value:+.2f}"
+        return "0.00" if printed in ("+0.00", "-0.00") else printed
 
     interval = "" if row.low is None else f"{gap(row.low)} to {gap(row.high)}"
-    return [
-        row.figure,
-        score(row.a),
-        score(row.b),
-        gap(row.gap),
-        *([" ".join(map(gap, row.gaps))] if comparison.runs > 1 else ()),
-        interval,
-        probability(row.p),
-        probability(row.p_holm),
-    ]
+    scores = [row.figure, score(row.a), score(row.b), gap(row.gap)]
+    if comparison.runs > 1:
+        return [*scores, " ".join(map(gap, row.gaps)), interval]
+    return [*scores, interval, probability(row.p), probability(row.p_holm)]
 
 
 def probability(p: float | None) -> str:
@@ -51,35 +47,38 @@ def probability(p: float | None) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What stands below a table: what is missing and why, and what only one system has."""
+    """What stands below a table: what is missing and why, what only one system has, what was measured in other ways."""
     reasons: dict[str, list[str]] = {}
     for row in comparison.rows:
         if row.reason:
             reasons.setdefault(row.reason, []).append(row.figure)
     lines = [f"{', '.join(figures)}: {reason}" for reason, figures in reasons.items()]
-    return lines + [
+    lines += [
         f"only of {name}: {', '.join(only)}"
         for name, only in zip(comparison.names, comparison.only, strict=True)
         if only
     ]
+    return [*lines, *comparison.remarks]
 
 
 def method(comparison: Comparison) -> str:
     """How intervals and p-values were made, in words."""
     a, b = comparison.names
     if comparison.runs > 1:
-        drawn, tested = f"the samples and of the {comparison.runs} pairs of runs", ", averaged over the runs,"
-        limits = (
-            "The interval speaks of other runs, too, but of so few it covers less than it says where runs differ more "
-            "than samples do; p speaks of these runs alone."
+        drawn = f"the samples and of the {comparison.runs} pairs of runs"
+        tested = (
+            "It speaks of other runs, too, but of so few it covers less than it says where runs differ more than "
+            "samples do. It speaks alone: a test over samples would tell of these runs only."
         )
     else:
-        drawn, tested = "the samples", ""
-        limits = "Both speak of these two models, not of others that were trained the same way."
+        drawn = "the samples"
+        tested = (
+            f"p: flips of the sign of each sample's difference, {RESAMPLES:,} times; Holm's correction is for all "
+            "figures that were tested. Both speak of these two models, not of others that were trained the same way."
+        )
     return (
         f"Gap: {a} minus {b}; scores are times 100. Interval: 95 % percentile bootstrap of the paired difference, "
-        f"{RESAMPLES:,} resamples of {drawn}. p: flips of the sign of each sample's difference{tested} {RESAMPLES:,} "
-        f"times; Holm's correction is for all figures that were tested. {limits} Seed {comparison.seed}."
+        f"{RESAMPLES:,} resamples of {drawn}. {tested} Seed {comparison.seed}."
     )
 
 
@@ -96,12 +95,14 @@ def to_csv(comparison: Comparison) -> str:
     """One line per figure, in its own unit and to full precision; what is missing is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    runs = [f"gap_{number}" for number in range(1, comparison.runs + 1)] if comparison.runs > 1 else []
-    writer.writerow(["figure", *comparison.names, "gap", *runs, "low", "high", "p", "p_holm", "reason"])
+    several = comparison.runs > 1
+    runs = [f"gap_{number}" for number in range(1, comparison.runs + 1)] if several else []
+    tests = [] if several else ["p", "p_holm"]
+    writer.writerow(["figure", *comparison.names, "gap", *runs, "low", "high", *tests, "reason"])
     for row in comparison.rows:
         gaps: Sequence[float | None] = row.gaps or [None] * comparison.runs
-        own = [row.figure, row.a, row.b, row.gap, *(gaps if runs else ())]
-        writer.writerow([*own, row.low, row.high, row.p, row.p_holm, row.reason])
+        own = [row.figure, row.a, row.b, row.gap, *(gaps if several else ()), row.low, row.high]
+        writer.writerow([*own, *(() if several else (row.p, row.p_holm)), row.reason])
     return file.getvalue()
 
 

@@ -12,32 +12,38 @@ from contracap.page import drawing, page, paragraph, table
 def write(comparison: Comparison, folder: Path, *, command: str) -> None:
     """Writes compare.svg, .png, .html, .md, .csv, .tex and results.json to a folder, each whole or not at all.
 
+    Where no score has a gap there is nothing to draw: then without .svg and .png, and those of an earlier call go.
+
     Raises:
         ImportError: if matplotlib is not installed; nothing is written then.
-        ValueError: if there is nothing to draw; likewise.
     """
-    drawn = draw(comparison)
+    drawn = draw(comparison) if comparison.headlines else None
     texts = {
         "html": compare_page(comparison, drawn),
         "md": markdown(comparison),
         "csv": to_csv(comparison),
         "tex": latex(comparison),
     }
-    for ending, content in (("svg", drawn.svg), ("png", drawn.png)):
+    for ending in ("svg", "png"):
+        if drawn is None:
+            (folder / f"compare.{ending}").unlink(missing_ok=True)
+            continue
         with replacing(folder / f"compare.{ending}") as partial:
-            partial.write_bytes(content)
+            partial.write_bytes(getattr(drawn, ending))
     for ending, text in texts.items():
         write_text(folder / f"compare.{ending}", text)
     comparison.result(command=command).write(folder / "results.json")
 
 
-def compare_page(comparison: Comparison, drawn: Drawing) -> str:
-    """The page: the figure, all figures as a table, and how they were made."""
+def compare_page(comparison: Comparison, drawn: Drawing | None) -> str:
+    """The page: the figure, if there is one, all figures as a table, and how they were made."""
     a, b = comparison.names
     head = headings(comparison)
     rows = [cells(row, comparison) for row in comparison.rows]
     sections = {
-        "": [
+        "": [paragraph("There is nothing to draw: no score has a value in both.")]
+        if drawn is None
+        else [
             drawing(drawn.svg, alt=f"scores of {a} and {b} per task, and the gap between them"),
             paragraph(_legend(comparison)),
         ],
@@ -54,6 +60,7 @@ def _legend(comparison: Comparison) -> str:
     a, b = comparison.names
     dots = " Dots: the pairs of runs." if comparison.runs > 1 else ""
     return (
-        f"Blue: {a} is ahead and the interval says so; orange: {b}; grey: the interval holds zero, or there is none."
-        f"{dots} The figure shows what each kind of task is known by; the table holds everything."
+        f"Blue: {a} is ahead and the interval says so; orange: {b}; grey: the interval holds zero, or there is none. "
+        f"Each interval is for its figure alone, not corrected for how many there are.{dots} "
+        "The figure shows what each kind of task is known by; the table holds everything."
     )
