@@ -118,7 +118,37 @@ def test_data_that_have_gone_cost_the_figures_and_not_the_curves(run: Path) -> N
     gone = '[evaluation.tasks.pairs]\ntask = "retrieval"\ndata = "{gone}"\n'
     page = write_report(extended(run, gone, gone=run / "gone"))
     assert headings(page) == ["The run", "Figures"]
-    assert "Nothing was measured: task pairs: " in page.read_text(encoding="utf-8")
+    html = page.read_text(encoding="utf-8")
+    assert "Nothing was measured with last on the tasks of the recipe." in html
+    assert "pairs was not measured: " in html
+
+
+def test_a_task_whose_data_have_gone_costs_no_other(run: Path, shards: Path, tmp_path: Path) -> None:
+    page = write_report(extended(run, TASKS, shards=shards, classes=tmp_path / "gone.json"))
+    assert headings(page) == ["The run", "Figures", "pairs", "written"]
+    assert "colours was not measured: " in page.read_text(encoding="utf-8")
+
+
+def test_a_run_of_a_study_is_measured_by_the_studys_tasks(run: Path, shards: Path) -> None:
+    asked = {"task": "retrieval", "data": str(shards)}
+    results = {"samples": 12, "figures": {}, "tasks": {"pairs": {"asked": asked, "samples": 12}, "old": {}}}
+    (run / "results.json").write_text(json.dumps(results))
+    page = write_report(run)
+    assert headings(page) == ["The run", "Figures", "pairs"]
+    assert "on the tasks of the study." in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"tasks": 3}', '{"tasks": {"a": {"asked": {"tsk": 1}}}}'])
+def test_results_that_are_damaged_cost_the_figures_and_not_the_curves(run: Path, text: str) -> None:
+    (run / "results.json").write_text(text)
+    page = write_report(run)
+    assert headings(page) == ["The run", "Figures"]
+    assert re.search(r"Nothing was measured: .*results\.json", page.read_text(encoding="utf-8"))
+
+
+def test_without_anything_to_measure_the_page_says_so(run: Path) -> None:
+    said = "Nothing was measured: the recipe has neither evaluation.tasks nor data.validation"
+    assert said in write_report(run).read_text(encoding="utf-8")
 
 
 def test_a_run_without_a_checkpoint_shows_its_curves(run: Path) -> None:
@@ -155,7 +185,11 @@ def test_the_page_of_the_same_run_is_the_same(run: Path, shards: Path) -> None:
         (lambda run: (run / "recipe.toml").unlink(), "is no run folder: it has no recipe.toml"),
         (lambda run: (run / "metrics.jsonl").unlink(), "is no run folder: it has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl holds a line that is not JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl holds a line that is no record"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": "x"}\n'), "metrics.jsonl holds a line that is no"),
         (lambda run: (run / "captions.jsonl").write_text("{\n"), "captions.jsonl holds a line that is not JSON"),
+        (lambda run: (run / "captions.jsonl").write_text('{"key": 1}\n'), "captions.jsonl holds a line that is no re"),
+        (lambda run: (run / "captions.jsonl").write_text("[1]\n"), "captions.jsonl holds a line that is no record"),
         (lambda run: (run / "recipe.toml").write_text("size = 3"), "size"),
         (lambda run: (run / "checkpoints/last/model.safetensors").write_bytes(b"x"), "not a readable safetensors"),
     ],

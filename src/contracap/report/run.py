@@ -2,19 +2,22 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from contracap.config import build
+from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.suite import build_evaluators
+from contracap.evaluation.task import TaskConfig, build_evaluator
 from contracap.files import write_text
 from contracap.model.coca import CoCa
 from contracap.page import Html, page, paragraph, table
@@ -26,6 +29,7 @@ from contracap.report.sections import sections_of
 from contracap.training.metrics import CAPTIONS_FILE, METRICS_FILE, read_metrics
 
 PAGE = "report.html"
+RESULTS_FILE = "results.json"  # of a study, in each of its run folders
 MOST_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
 MOST_CAPTIONS = 16  # pictures whose captions on the way are shown
 logger = logging.getLogger(__name__)
@@ -42,16 +46,17 @@ def write_report(run: Path) -> Path:
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is no run folder: it has no {name}; give the `out` of contracap train")
     recipe = load_recipe(run / "recipe.toml")
+    last = run / "checkpoints" / "last"
+    sections: dict[str, list[Html]] = {"": [_facts(recipe)]}
     with _naming(run / METRICS_FILE):
         records = read_metrics(run)
-    last = run / "checkpoints" / "last"
-    sections: dict[str, list[Html]] = {"": [paragraph(_progress(records, recipe)), _facts(recipe)]}
-    if records:
-        sections["The run"] = [curves(records)]
+        sections[""].insert(0, paragraph(_progress(records, recipe)))
+        if records:
+            sections["The run"] = [curves(records)]
     if last.exists():
         model, processor = load(last)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        sections |= measured(recipe, model, processor, last.resolve().name)
+        sections |= measured(run, recipe, model, processor)
     else:
         sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
     if (run / CAPTIONS_FILE).is_file():
@@ -61,19 +66,23 @@ def write_report(run: Path) -> Path:
     return run / PAGE
 
 
-def measured(recipe: Recipe, model: CoCa, processor: Processor, checkpoint: str) -> dict[str, list[Html]]:
-    """The figures of the recipe's tasks, then a section for each; without tasks, of its validation shards."""
+def measured(run: Path, recipe: Recipe, model: CoCa, processor: Processor) -> dict[str, list[Html]]:
+    """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
+    validation shards. What fails costs its own figures only."""
     try:
-        evaluators, what = _evaluators(recipe, processor)
-    except (ValueError, FileNotFoundError) as error:
-        logger.warning("nothing was measured: %s", error)
-        return {"Figures": [paragraph(f"Nothing was measured: {error}")]}
+        evaluators, what = _evaluators(run, recipe, processor)
+    except (ValueError, OSError) as error:
+        evaluators, what = {}, str(error)
+    if not evaluators:
+        logger.warning("nothing was measured: %s", what)
+        return {"Figures": [paragraph(f"Nothing was measured: {what}")]}
     rows, missing, sections = [], [], {}
-    for name, evaluator in evaluators.items():
+    for name, build_one in evaluators.items():
         logger.info("measuring %s", name)
         try:
+            evaluator = build_one()
             figures = dict(evaluator.run(model))
-        except ValueError as error:  # such as weights that are NaN: the curves show when they became so
+        except (ValueError, OSError) as error:  # such as weights that are NaN: the curves show when they became so
             logger.warning("%s was not measured: %s", name, error)
             missing.append(paragraph(f"{name} was not measured: {error}"))
             continue
@@ -84,27 +93,43 @@ def measured(recipe: Recipe, model: CoCa, processor: Processor, checkpoint: str)
             sections[name] = parts
     head = ("task", "figure", "times 100", "samples")
     shown = [table(head, rows, numbers=(2, 3))] if rows else []
-    return {"Figures": [paragraph(f"Measured with {checkpoint} on {what}."), *shown, *missing]} | sections
+    done = "Measured" if rows else "Nothing was measured"
+    checkpoint = (run / "checkpoints" / "last").resolve().name
+    return {"Figures": [paragraph(f"{done} with {checkpoint} on {what}."), *shown, *missing]} | sections
 
 
-def _evaluators(recipe: Recipe, processor: Processor) -> tuple[dict[str, Evaluator], str]:
-    """What to measure, and on what, in words."""
-    if recipe.evaluation.tasks:
-        return build_evaluators(recipe.evaluation.tasks, processor), "the tasks of the recipe"
+def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[str, Callable[[], Evaluator]], str]:
+    """What makes each evaluator, and on what it measures, in words; if nothing, why."""
+    for tasks, what in ((recipe.evaluation.tasks, "recipe"), (_asked(run / RESULTS_FILE), "study")):
+        if tasks:
+            made = {name: partial(build_evaluator, task, processor) for name, task in tasks.items()}
+            return made, f"the tasks of the {what}"
     if recipe.data.validation is None:
-        return {}, "nothing: the recipe has neither evaluation.tasks nor data.validation"
+        return {}, "the recipe has neither evaluation.tasks nor data.validation"
     samples = list(islice(evaluation_samples(recipe.data.validation), MOST_VALIDATION))
     if not all(sample.captions for sample in samples):
-        return {}, "nothing: the recipe has no evaluation.tasks, and its validation shards have no captions"
-    evaluators: dict[str, Evaluator] = {}
+        return {}, "the recipe has no evaluation.tasks, and its validation shards have no captions"
+    evaluators: dict[str, Callable[[], Evaluator]] = {}
     if recipe.loss.contrastive:
-        evaluators["retrieval"] = Retrieval(samples, processor)
+        evaluators["retrieval"] = partial(Retrieval, samples, processor)
     if recipe.loss.captioning:
-        evaluators["captioning"] = Captioning(samples, processor)
+        evaluators["captioning"] = partial(Captioning, samples, processor)
     return (
         evaluators,
         f"the first {len(samples):,} samples of its validation shards; the recipe has no evaluation.tasks",
     )
+
+
+def _asked(file: Path) -> dict[str, TaskConfig]:
+    """What was measured of a run before, as its results say; nothing where there are none."""
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    try:
+        tasks = content.get("tasks", {}).items()
+        return {name: build(TaskConfig, task["asked"]) for name, task in tasks if "asked" in task}
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} does not tell which tasks were measured: {error}") from None
 
 
 def captions_on_the_way(path: Path) -> Html:
@@ -160,5 +185,7 @@ def _naming(path: Path) -> Iterator[None]:
     """What is wrong with a line is said with its file."""
     try:
         yield
-    except ValueError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} holds a line that is not JSON: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} holds a line that is no record of a run: {error!r}") from None
