@@ -13,6 +13,8 @@ import torch
 from contracap.cli import main
 from contracap.config import to_toml
 from contracap.data.shards import write_shard
+from contracap.evaluation.suite import measure_tasks
+from contracap.evaluation.task import TaskConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import load, save
 from contracap.recipe import load_recipe
@@ -130,9 +132,9 @@ def test_a_task_whose_data_have_gone_costs_no_other(run: Path, shards: Path, tmp
 
 
 def test_a_run_of_a_study_is_measured_by_the_studys_tasks(run: Path, shards: Path) -> None:
-    asked = {"task": "retrieval", "data": str(shards)}
-    results = {"samples": 12, "figures": {}, "tasks": {"pairs": {"asked": asked, "samples": 12}, "old": {}}}
-    (run / "results.json").write_text(json.dumps(results))
+    model, processor = load("tiny", weights="random", seed=0)
+    tasks = {"pairs": TaskConfig(task="retrieval", data=(str(shards),))}
+    measure_tasks(tasks, model, processor, command="contracap study").write(run / "results.json")
     page = write_report(run)
     assert headings(page) == ["The run", "Figures", "pairs"]
     assert "on the tasks of the study." in page.read_text(encoding="utf-8")
