@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,10 +109,8 @@ def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> 
         record("two", "red", labels=[0, 1]),
         record("none", "cyan", labels=[]),
     ]
-    marks = io.BytesIO()
-    np.save(marks, np.array([1, 0, 0, 0, 0, 0]))
     key, members = record("marked", "red")
-    write_shard(tmp_path / "0.tar", [*records, (key, members | {"npy": marks.getvalue()})])
+    write_shard(tmp_path / "0.tar", [*records, (key, members | {"npy": npy(np.array([1, 0, 0, 0, 0, 0]))})])
     evaluator = ZeroShot(tmp_path, processor(), classes=NAMES)
     figures = dict(evaluator.run(ColourModel()))
     # red: both pictures first; green: second or later of four; blue: first; three classes without a picture count 0
@@ -125,6 +124,39 @@ def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> 
                 ColourModel()
             )
         )
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"x",
+        npy(np.zeros(6))[:20],
+        npy(np.zeros(6)).replace(b"(6,)", b"(6" + b" " * 2),  # a header that never closes
+        npy(np.zeros(6)).replace(b"(6,), }" + b" " * 12, b"(6000000000000,), }"),
+        npy(np.zeros(5)),  # of other classes
+        npy(np.zeros((6, 1))),
+        npy(np.full(6, 0.5, np.float16)),  # an embedding
+        npy(np.array(["0"] * 6)),
+    ],
+)
+def test_a_npy_member_that_holds_no_marks_is_no_label(content: bytes) -> None:
+    evaluator = ZeroShot([], processor(), classes=NAMES)
+    with pytest.raises(ValueError, match="has no label"):
+        evaluator.label(replace(sample("x", "red"), npy=content))
+    assert evaluator.label(replace(sample("x", "red", label=2), npy=content)) == 2
+
+
+def test_fields_come_before_the_marks_of_a_npy_member() -> None:
+    evaluator, marks = ZeroShot([], processor(), classes=NAMES), npy(np.array([1, 0, 0, 0, 0, 1], bool))
+    assert evaluator.label(replace(sample("x", "red"), npy=marks)) == (0, 5)
+    assert evaluator.label(replace(sample("x", "red", labels=[1]), npy=marks)) == (1,)
+    assert evaluator.label(replace(sample("x", "red", label=2), npy=marks)) == 2
 
 
 def test_of_equal_scores_the_first_picture_and_the_first_class_stand_first() -> None:
@@ -183,9 +215,20 @@ def test_last_product_is_fp32_under_autocast() -> None:
     torch.testing.assert_close(made, expected)
 
 
-@pytest.mark.parametrize(("label", "said"), [(None, "no label"), (6, "label 6"), (-1, "label -1"), ("red", "'red'")])
-def test_a_label_without_a_class_is_refused(label, said: str) -> None:
-    fields = {} if label is None else {"label": label}
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "no label"),
+        ({"label": 6}, "label 6"),
+        ({"label": -1}, "label -1"),
+        ({"label": "red"}, "'red'"),
+        ({"label": True}, "label True"),
+        ({"labels": [True, False, True]}, r"label \[True, False, True\]"),
+        ({"labels": [0, 6]}, r"label \[0, 6\]"),
+        ({"labels": 2}, "no label"),
+    ],
+)
+def test_a_label_without_a_class_is_refused(fields, said: str) -> None:
     with pytest.raises(ValueError, match=rf"sample x of shard\.tar has .*{said}.* from 0 to 5"):
         dict(ZeroShot([sample("x", "red", **fields)], processor(), classes=NAMES).run(ColourModel()))
 

@@ -3,11 +3,13 @@
 Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; its last product in fp32.
 """
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float32
@@ -42,8 +44,8 @@ class ZeroShot:
 
     A sample's class is its field `label` (or its `.cls` member): an index into `classes`. Of equal scores the class
     that comes first stands first. The mean per-class recall is over the classes that occur. Where samples have a field
-    `labels` instead, a list of indices, `mean_average_precision` is over all classes; of pictures with equal scores
-    the one that comes first stands first.
+    `labels` instead, a list of indices, or CLIP_benchmark's `.npy` member with a one or a zero for each class,
+    `mean_average_precision` is over all classes; of pictures with equal scores the one that comes first stands first.
 
     Attributes:
         classes: their names.
@@ -122,19 +124,24 @@ class ZeroShot:
         return torch.cat(scores), labels, keys
 
     def label(self, sample: Sample) -> int | tuple[int, ...]:
-        """The class of a sample, or its classes, if it has a field `labels`.
+        """The class of a sample; or its classes, if it has a field `labels`, or no field and a `.npy` member with a one
+        or a zero for each class.
 
         Raises: ValueError: if it has no label, or one without a class.
         """
         label, labels = sample.fields.get("label"), sample.fields.get("labels")
-        found = labels if label is None and isinstance(labels, list) else [label]
-        if not all(isinstance(each, int) and 0 <= each < len(self.classes) for each in found):
-            has = "no label" if found == [None] else f"the label {found[0] if found is not labels else labels!r}"
+        if label is None and labels is None:
+            labels = _marked(sample.npy, len(self.classes))
+        several = label is None and isinstance(labels, list)
+        found = labels if several else [label]
+        if not all(type(each) is int and 0 <= each < len(self.classes) for each in found):  # True is an int, too
+            has = "no label" if found == [None] else f"the label {labels if several else label!r}"
             raise ValueError(
                 f"sample {sample.key} of {sample.shard} has {has}: give each sample a field `label` or a .cls member "
-                f"from 0 to {len(self.classes) - 1}, or a list of such numbers as its field `labels`"
+                f"from 0 to {len(self.classes) - 1}; or a list of such numbers as its field `labels`, or a .npy member "
+                "with a one or a zero for each class"
             )
-        return found[0] if found is not labels else tuple(found)
+        return tuple(found) if several else found[0]
 
 
 @torch.inference_mode()
@@ -253,6 +260,16 @@ def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
             "for each subfolder, in the order of their names"
         )
     return check_classes(classes)
+
+
+def _marked(content: bytes, classes: int) -> list[int] | None:
+    """The places of the ones in a NumPy file; None if it is something else, such as an embedding, or broken."""
+    try:
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception:  # damaged bytes make its parser raise nearly anything
+        return None
+    is_mark = array.shape == (classes,) and array.dtype.kind in "biuf" and bool(np.isin(array, (0, 1)).all())
+    return np.flatnonzero(array).tolist() if is_mark else None
 
 
 def _published(source: str | Path) -> Published | None:
