@@ -239,11 +239,30 @@ def test_class_names_come_from_a_list_or_a_manifest(tmp_path) -> None:
     assert load_classes(tmp_path / "list.json") == load_classes(tmp_path / "manifest.json") == tuple(NAMES)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '"red"', "nothing", '{"classes": {"red": 0}}'])
-def test_a_file_without_class_names_is_refused(tmp_path, content: str) -> None:
-    (tmp_path / "classes.json").write_text(content)
-    with pytest.raises(ValueError, match=r"classes\.json.* (give a JSON list|not JSON)"):
-        load_classes(tmp_path / "classes.json")
+@pytest.mark.parametrize(("load", "name"), [(load_classes, "classes"), (load_templates, "templates")])
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '["", "a {}"]', '["a {}", " "]', '"red"', '{"%s": {}}'])
+def test_a_file_without_texts_is_refused(tmp_path, load, name: str, content: str) -> None:
+    (tmp_path / "mine.json").write_text(content.replace("%s", name))
+    with pytest.raises(ValueError, match=rf"mine\.json holds no {name}; give a JSON list of texts"):
+        load(tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize("load", [load_classes, load_templates])
+def test_a_file_that_is_no_json_is_refused(tmp_path, load) -> None:
+    for content, said in ((b"nothing", "not JSON"), (b"[" * 100_000, "not JSON"), (b'["\xff"]', "not UTF-8")):
+        (tmp_path / "mine.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"mine\.json is {said}"):
+            load(tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_bytes(b'\xef\xbb\xbf["a {}"]')  # a byte order mark
+    assert load(tmp_path / "mine.json") == ("a {}",)
+
+
+def test_a_class_or_a_template_without_text_is_refused() -> None:
+    for names in (["", "b"], [" "], [], "red"):
+        with pytest.raises(ValueError, match="class names must be a list of texts, at least one, none of them empty"):
+            ZeroShot([], processor(), classes=names)
+        with pytest.raises(ValueError, match="templates must be a list of texts, at least one, none of them empty"):
+            ZeroShot([], processor(), classes=NAMES, templates=names)
 
 
 def test_templates_come_from_a_list(tmp_path) -> None:

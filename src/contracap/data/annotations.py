@@ -197,6 +197,19 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path} is not JSON: {error}") from None
 
 
+def read_list(path: Path, name: str) -> tuple[str, ...]:
+    """The texts of a JSON file, which holds a list of them, or an object with such a list under a name.
+
+    Raises:
+        SourceError: if the file holds no such list, or one of its texts is empty.
+    """
+    content = read_json(path)
+    found = content.get(name) if isinstance(content, dict) else content
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
+        raise SourceError(f"{path} holds no {name}; give a JSON list of texts, or an object with a list `{name}`")
+    return tuple(found)
+
+
 def _question_and_answers(question: dict[str, Any], annotation: dict[str, Any]) -> dict[str, Any]:
     answers = [answer["answer"] for answer in annotation["answers"]]
     kept = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}

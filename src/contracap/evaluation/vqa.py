@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracap.data.annotations import read_json
+from contracap.data.annotations import read_list
 from contracap.data.questions import Question, questions
 from contracap.data.shards import Sample
 from contracap.evaluation.answering import Asked, Chosen, Written
@@ -146,11 +146,6 @@ class VQA:
 def load_answers(path: str | Path) -> tuple[str, ...]:
     """Answers to choose from: a JSON list of texts, or a JSON object with a list `answers`.
 
-    Raises:
-        ValueError: if the file holds no such list.
+    Raises: ValueError: if the file holds no such list.
     """
-    content = read_json(Path(path))
-    answers = content.get("answers") if isinstance(content, dict) else content
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{path} holds no answers; give a JSON list of texts, or an object with a list `answers`")
-    return tuple(answers)
+    return read_list(Path(path), "answers")

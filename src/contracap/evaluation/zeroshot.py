@@ -4,7 +4,6 @@ Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; its la
 """
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from contracap.data.annotations import read_list
 from contracap.data.folders import class_folders
 from contracap.data.shards import Sample
 from contracap.evaluation.classification import accuracy_parts, precision_parts
@@ -194,12 +194,7 @@ def load_classes(source: str | Path) -> tuple[str, ...]:
         if not found.classes:
             raise ValueError(f"{str(source)!r} has templates alone; name the classes otherwise, such as {IMAGENET!r}")
         return found.classes
-    content = _read_json(source)
-    names = content.get("classes") if isinstance(content, dict) else content
-    try:
-        return check_classes(names)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}; give a JSON list of names, or an object with a list `classes`") from None
+    return read_list(Path(source), "classes")
 
 
 def load_templates(source: str | Path) -> tuple[str, ...]:
@@ -212,11 +207,11 @@ def load_templates(source: str | Path) -> tuple[str, ...]:
     """
     if (found := _published(source)) is not None:
         return found.templates
-    content = _read_json(source)
+    templates = read_list(Path(source), "templates")
     try:
-        return check_templates(content.get("templates") if isinstance(content, dict) else content)
+        return check_templates(templates)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}; give a JSON list of texts with {{}} where the class name goes") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
 def templates_of(classes: str | Path | None) -> tuple[str, ...]:
@@ -231,14 +226,14 @@ def templates_of(classes: str | Path | None) -> tuple[str, ...]:
 def check_classes(names: Any) -> tuple[str, ...]:
     """Raises: ValueError: unless these are class names."""
     if not _are_texts(names):
-        raise ValueError("the class names must be a list of texts, at least one")
+        raise ValueError("the class names must be a list of texts, at least one, none of them empty")
     return tuple(names)
 
 
 def check_templates(templates: Any) -> tuple[str, ...]:
     """Raises: ValueError: unless these are templates."""
     if not _are_texts(templates):
-        raise ValueError("the templates must be a list of texts, at least one")
+        raise ValueError("the templates must be a list of texts, at least one, none of them empty")
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class name")
@@ -274,7 +269,7 @@ def _marked(content: bytes, classes: int) -> list[int] | None:
 
 def _published(source: str | Path) -> Published | None:
     """The set that is meant by a name; None if a file is: what is no name, and exists or ends as a file does."""
-    name = Path(source).as_posix()
+    name = str(source)
     if not is_published(name) and (Path(source).suffix or Path(source).exists()):
         return None
     return published(name)
@@ -282,11 +277,4 @@ def _published(source: str | Path) -> Published | None:
 
 def _are_texts(texts: Any) -> bool:
     is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
-    return is_list and len(texts) > 0 and all(isinstance(text, str) for text in texts)
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return is_list and len(texts) > 0 and all(isinstance(text, str) and text.strip() for text in texts)
