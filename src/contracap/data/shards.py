@@ -91,12 +91,14 @@ def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
             is one shard; its braces are ranges and lists too, unless one is neither.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or a folder or the list holds no shard.
+        FileNotFoundError: if a path is empty or does not exist, or a folder or the list holds no shard.
         ValueError: if braces are wrong, or an index is.
         RemoteError: if a remote folder cannot be listed.
     """
     shards = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
+        if not path:
+            raise FileNotFoundError("the path of the shards is empty; for the working folder give .")
         for name in [str(path)] if os.path.exists(path) else _expanded(str(path)):
             shards += _shards_at(name)
     if not shards:
