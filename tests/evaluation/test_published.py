@@ -109,5 +109,9 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
         published("cifar-10")
     with pytest.raises(ValueError, match=r"called 'vtab/eurosats'; the nearest are eurosat"):
         published("vtab/eurosats")
+    with pytest.raises(
+        ValueError, match=r"called 'qqq'; some are imagenet1k, cifar10, food101, all are in .*classes; "
+    ):
+        published("qqq")
     for name in ("", "vtab/", "flowers_vtab", "tfds/cifar10", "../classes/cifar10", "imagenet"):
         assert not is_published(name)

@@ -290,6 +290,21 @@ def test_a_name_that_is_neither_published_nor_a_file_is_told_the_nearest(load) -
         load("imagenet1")
 
 
+def test_a_path_is_never_a_published_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"called '\./cifar10'; the nearest are cifar10"):
+        load_classes("./cifar10")
+    (tmp_path / "cifar10").write_text('["mine", "a {}"]')
+    assert load_classes("./cifar10") == ("mine", "a {}")
+    assert load_classes("cifar10") == published("cifar10").classes
+
+
+@pytest.mark.parametrize("template", ["a photo of a {}.", "a {}", "{}.png"])
+def test_a_template_in_place_of_a_file_of_templates_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match=r"neither a published name nor a file; give templates as a list in a JSON"):
+        load_templates(template)
+
+
 def test_a_missing_file_is_no_name() -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         load_classes("none.json")
