@@ -127,7 +127,7 @@ def test_a_text_without_a_picture_and_a_world_of_nothing_are_refused() -> None:
     for wrong in (owner - 1, owner + 1):
         with pytest.raises(ValueError, match="needs the row of its picture, and there are 4 pictures"):
             ranks(images, texts, wrong)
-    with pytest.raises(ValueError, match="each text, at least one, needs .* there are 0 pictures"):
+    with pytest.raises(ValueError, match=r"each text, at least one, needs .* there are 0 pictures"):
         ranks(images[:0], texts[:0], owner[:0])
 
 

@@ -118,7 +118,12 @@ class VQA:
         pixels = picture_pixels(batch, self.processor)
         flat = [(picture, question) for picture, about in enumerate(asked) for question in about]
         prompts = [
-            Asked(picture=picture, number=number, prompt=self._prompt(question))
+            Asked(
+                picture=picture,
+                number=number,
+                prompt=self._prompt(question),
+                name=f"sample {batch[picture].key} of {batch[picture].shard}",
+            )
             for number, (picture, question) in enumerate(flat, start=first)
         ]
         return self.answer(model, self.processor, pixels, prompts)
