@@ -71,6 +71,13 @@ def test_a_single_answer_is_that_of_one_person() -> None:
     assert question == Question(text="is it?", answers=("yes",))
 
 
+def test_a_type_of_null_is_none() -> None:
+    (question,) = questions(
+        sample(qa=[{"question": "is it?", "answer": "yes", "question_type": None, "answer_type": None}])
+    )
+    assert (question.question_type, question.answer_type) == ("", "")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

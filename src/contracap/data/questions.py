@@ -82,6 +82,6 @@ def _question(entry: Any, name: str) -> Question:
     return Question(
         text=text,
         answers=tuple(answers),
-        question_type=str(entry.get("question_type", "")),
-        answer_type=str(entry.get("answer_type", "")),
+        question_type=str(entry.get("question_type") or ""),
+        answer_type=str(entry.get("answer_type") or ""),
     )
