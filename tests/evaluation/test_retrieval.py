@@ -4,15 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from contracap.data.shards import write_shard
 from contracap.evaluation import ranking
 from contracap.evaluation.ranking import places, ranks
 from contracap.evaluation.retrieval import Retrieval, recall
 
-from .worlds import COLOURS, ColourModel, processor, record, sample
+from .worlds import COLOURS, ColourModel, Largest, processor, record, sample
 
 
 def embeddings(images: int, captions: tuple[int, int], seed: int, width: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,17 +127,6 @@ def test_a_text_without_a_picture_and_a_world_of_nothing_are_refused() -> None:
             ranks(images, texts, wrong)
     with pytest.raises(ValueError, match=r"each text, at least one, needs .* there are 0 pictures"):
         ranks(images[:0], texts[:0], owner[:0])
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most elements of any tensor that is made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(part.numel() for part in tree_leaves(made) if isinstance(part, Tensor))])
-        return made
 
 
 def test_a_picture_with_most_of_the_texts_needs_no_more_memory_than_its_texts(monkeypatch) -> None:

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import write_shard
+from contracap.evaluation import classification
 from contracap.evaluation.classification import accuracy_parts, precision_parts
 from contracap.evaluation.published import published
 from contracap.evaluation.zeroshot import (
@@ -24,7 +25,7 @@ from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 
 from .oracles import reference
-from .worlds import COLOURS, ColourModel, picture, processor, record, sample
+from .worlds import COLOURS, ColourModel, Largest, picture, processor, record, sample
 
 NAMES = [*COLOURS]
 PLAIN = ("a photo of a {}.",)
@@ -78,6 +79,17 @@ def test_accuracies_equal_clip_benchmark_on_random_scores(monkeypatch, seed: int
     expected = dict(zip(("acc1", "acc5"), oracle.accuracy(scores, labels, topk=(1, 5)), strict=True))
     expected["mean_per_class_recall"] = oracle.balanced_accuracy_score(labels, scores.argmax(dim=1))
     assert {name: float(part.mean()) for name, part in parts.items()} == pytest.approx(expected, rel=1e-12)
+
+
+def test_pictures_are_ranked_in_blocks_of_the_same_figures(monkeypatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(1000, 50, generator=draw), torch.randint(50, (1000,), generator=draw)
+    whole = accuracy_parts(scores, labels)
+    monkeypatch.setattr(classification, "ROWS", 30)  # the last has 10
+    with Largest() as largest:
+        in_blocks = accuracy_parts(scores, labels)
+    assert all(torch.equal(part, in_blocks[name]) for name, part in whole.items())
+    assert largest.elements <= 30 * 50
 
 
 @pytest.mark.parametrize("seed", range(3))
