@@ -171,18 +171,25 @@ def test_shards_of_questions_are_answered_from_a_list(pair, tmp_path: Path) -> N
     assert sum(evaluator.per_sample["accuracy"]) / 6 == pytest.approx(figure[1])
 
 
-def test_a_file_of_questions_is_a_source(pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> None:
     model, processor = pair
     answers = [{"answer": "yes"}] * 10
     put = {"questions": [{"question_id": 1, "image_id": 9, "question": "is it?"}]}
-    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(put))
+    file = tmp_path / "asked" / "v2_OpenEnded_mscoco_val2014_questions.json"
+    pictures = file.with_name("val2014") if beside else tmp_path / "val2014"
+    file.parent.mkdir()
+    file.write_text(json.dumps(put))
     said = {"annotations": [{"question_id": 1, "image_id": 9, "question_type": "is it", "answers": answers}]}
-    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(said))
-    (tmp_path / "COCO_val2014_000000000009.png").write_bytes(sample("", "red").image)
-    evaluator = VQA((str(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"),), processor, answers=["no", "yes"])
+    file.with_name("v2_mscoco_val2014_annotations.json").write_text(json.dumps(said))
+    pictures.mkdir()
+    (pictures / "COCO_val2014_000000000009.png").write_bytes(sample("", "red").image)
+    evaluator = VQA([str(file)] if beside else [str(file), str(pictures)], processor, answers=["no", "yes"])
     dict(evaluator.run(model))
     assert evaluator.keys == ["COCO_val2014_000000000009"]
     assert list(evaluator.details["accuracy_by_question_type"]) == ["is it"]
+    with pytest.raises(ValueError, match=r"behind the questions .*\.json comes one folder, of pictures, not 2"):
+        dict(VQA([file, tmp_path, tmp_path], processor).run(model))
 
 
 def test_what_cannot_be_asked_is_refused(pair) -> None:

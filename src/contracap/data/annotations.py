@@ -161,7 +161,8 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
         names = named.get(identity, [str(identity)])
         if len(names) > 1:
             raise SourceError(
-                f"picture {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder with --pictures"
+                f"picture {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder, with --pictures, "
+                "or behind the file where there is no such option"
             )
         yield Entry(picture=names[0], fields={"image_id": identity, "qa": questions})
 
