@@ -41,6 +41,24 @@ def test_a_folder_with_shards_is_no_folder_of_classes(tmp_path) -> None:
     assert [sample.fields["label"] for sample in evaluation_samples(tmp_path)] == [4]
 
 
+def test_folders_of_shards_are_no_folders_of_classes(tmp_path) -> None:
+    write_shard(tmp_path / "train" / "0.tar", [("x", {"jpg": b"picture", "cls": b"4"})])
+    make(tmp_path, "val/README.md")
+    assert class_folders(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"no shards \(.*\) in the folder"):
+        next(evaluation_samples(tmp_path))
+
+
+def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch) -> None:
+    make(tmp_path, "cat/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(evaluation_samples("."))) == 1
+    for path in ("", [""], ["", "."]):
+        assert class_folders(path) is None
+        with pytest.raises(FileNotFoundError, match="the path of the shards is empty"):
+            next(evaluation_samples(path))
+
+
 def test_a_picture_beside_the_folders_is_refused(tmp_path) -> None:
     make(tmp_path, "cat/1.jpg", "2.jpg")
     with pytest.raises(ValueError, match=r"2\.jpg lies beside the folders of the classes"):

@@ -57,7 +57,9 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
 
 def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path: Path) -> None:
     path = write(tmp_path, pictures=(42,))
-    with pytest.raises(SourceError, match=r"asks about 2 pictures, of which 1 are not in .*: one is the picture 7$"):
+    with pytest.raises(
+        SourceError, match=r"asks about 2 pictures, of which 1 are not in .*: one is the picture 7; name "
+    ):
         next(question_samples(path))
     with pytest.raises(FileNotFoundError, match="no such source"):
         next(question_samples(tmp_path / "other.json"))
@@ -69,6 +71,13 @@ def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path:
 def test_a_single_answer_is_that_of_one_person() -> None:
     (question,) = questions(sample(qa=[{"question": "is it?", "answer": "yes"}]))
     assert question == Question(text="is it?", answers=("yes",))
+
+
+def test_a_type_of_null_is_none() -> None:
+    (question,) = questions(
+        sample(qa=[{"question": "is it?", "answer": "yes", "question_type": None, "answer_type": None}])
+    )
+    assert (question.question_type, question.answer_type) == ("", "")
 
 
 @pytest.mark.parametrize(

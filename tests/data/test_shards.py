@@ -257,3 +257,11 @@ def test_members_of_other_suffixes_are_left_empty_when_asked_for(tmp_path: Path)
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": b"features", "txt": b"t"})])
     (record,) = records(str(tmp_path / "0.tar"), suffixes=SAMPLE_SUFFIXES)
     assert record.members == {"jpg": b"p", "npy": b"", "txt": b"t"}
+
+
+@pytest.mark.parametrize("content", [b"x", b"\x93NUMPY", b"PK\x03\x04", b""])
+def test_a_npy_member_is_handed_on_as_it_lies(tmp_path: Path, content: bytes) -> None:
+    fields = {"labels": [1]}
+    write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": content, "json": json.dumps(fields).encode()})])
+    (sample,) = samples(str(tmp_path / "0.tar"))
+    assert (sample.npy, sample.fields) == (content, fields)

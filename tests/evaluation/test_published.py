@@ -1,4 +1,5 @@
 import json
+from hashlib import sha256
 from types import ModuleType
 
 import pytest
@@ -7,19 +8,23 @@ from contracap.evaluation.published import is_published, published, published_na
 
 from .oracles import clip_benchmark_literal, clip_benchmark_table
 
-CLASSES = {  # of the sets whose names clip_benchmark reads from the data themselves
-    "cifar10": 10,
-    "cifar100": 100,
-    "food101": 101,
-    "sun397": 397,
-    "cars": 196,
-    "fgvc_aircraft": 100,
-    "dtd": 47,
-    "stl10": 10,
-    "renderedsst2": 2,
-    "objectnet": 113,
-    "vtab/flowers": 102,
-    "vtab/resisc45": 45,
+BY_NAME = {  # sets whose data have their classes in the order of the names: how many, and the digest of the list
+    "cifar10": (10, "bb3914949cecedee"),
+    "cifar100": (100, "fbe8ad23bbaf2496"),
+    "food101": (101, "9c0eeb5a368baacb"),
+    "sun397": (397, "dd1277b1cfcf09ba"),
+    "fgvc_aircraft": (100, "e1c9e72060e63d52"),
+    "dtd": (47, "681d23b9cd3c2ede"),
+    "stl10": (10, "08b234ce7b11dbd3"),
+    "renderedsst2": (2, "2e61aa7558046c2c"),
+    "vtab/resisc45": (45, "5433d6c078c12b52"),
+}
+IN_OTHER_ORDER = {  # of the names as the data sets have them
+    "cars": (196, "93d089469409bbd0"),
+    "objectnet": (113, "6f31c7eebfd7cd1d"),
+    "vtab/flowers": (102, "f5a3bda044faf55b"),
+}
+NUMBERS = {  # sets of VTAB whose classes have numbers alone
     "vtab/dsprites_label_x_position": 32,
     "vtab/dsprites_label_orientation": 40,
     "vtab/smallnorb_label_azimuth": 18,
@@ -77,9 +82,15 @@ def test_every_set_of_vtab_plus_has_names_and_templates() -> None:
         assert len(published(name).classes) >= 2 and published(name).templates and published(name).origin, name
 
 
-def test_sets_named_by_their_data_have_all_their_classes_once() -> None:
-    for name, count in CLASSES.items():
-        assert len(published(name).classes) == len(set(published(name).classes)) == count, name
+def test_sets_named_by_their_data_have_all_their_classes_once_and_in_order() -> None:
+    for name, (count, digest) in (BY_NAME | IN_OTHER_ORDER).items():
+        classes = published(name).classes
+        assert len(classes) == len(set(classes)) == count, name
+        assert sha256("\n".join(classes).encode()).hexdigest()[:16] == digest, name
+    for name in BY_NAME:
+        assert list(published(name).classes) == sorted(published(name).classes), name
+    for name, count in NUMBERS.items():
+        assert published(name).classes == tuple(map(str, range(count))), name
 
 
 def test_cifar10_has_the_names_of_the_data(data_folder) -> None:
@@ -109,5 +120,9 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
         published("cifar-10")
     with pytest.raises(ValueError, match=r"called 'vtab/eurosats'; the nearest are eurosat"):
         published("vtab/eurosats")
+    with pytest.raises(
+        ValueError, match=r"called 'qqq'; some are imagenet1k, cifar10, food101, all are in .*classes; "
+    ):
+        published("qqq")
     for name in ("", "vtab/", "flowers_vtab", "tfds/cifar10", "../classes/cifar10", "imagenet"):
         assert not is_published(name)

@@ -10,7 +10,7 @@ from contracap.evaluation import ranking
 from contracap.evaluation.ranking import places, ranks
 from contracap.evaluation.retrieval import Retrieval, recall
 
-from .worlds import COLOURS, ColourModel, processor, record, sample
+from .worlds import COLOURS, ColourModel, Largest, processor, record, sample
 
 
 def embeddings(images: int, captions: tuple[int, int], seed: int, width: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +104,8 @@ def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
         recall(images, texts, owner, (1, 5))
     with pytest.raises(ValueError, match=r"recall@0 needs a K from 1"):
         recall(images, texts, owner, (0,))
+    with pytest.raises(ValueError, match=r"recall@-1 needs a K from 1"):
+        Retrieval([], processor(), ks=(1, -1))
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
@@ -116,6 +118,27 @@ def test_a_picture_without_a_text_is_refused() -> None:
     images, texts, owner = embeddings(4, (1, 1), 0)
     with pytest.raises(ValueError, match="at least one text"):
         ranks(images, texts, owner.clamp(max=2))
+
+
+def test_a_text_without_a_picture_and_a_world_of_nothing_are_refused() -> None:
+    images, texts, owner = embeddings(4, (1, 1), 0)
+    for wrong in (owner - 1, owner + 1):
+        with pytest.raises(ValueError, match="needs the row of its picture, and there are 4 pictures"):
+            ranks(images, texts, wrong)
+    with pytest.raises(ValueError, match=r"each text, at least one, needs .* there are 0 pictures"):
+        ranks(images[:0], texts[:0], owner[:0])
+
+
+def test_a_picture_with_most_of_the_texts_needs_no_more_memory_than_its_texts(monkeypatch) -> None:
+    monkeypatch.setattr(ranking, "SIDE", 64)
+    owner = torch.cat([torch.arange(50), torch.full((950,), 7)])
+    draw = torch.Generator().manual_seed(0)
+    images, texts = (torch.randint(-1, 2, (rows, 3), generator=draw).float() for rows in (50, 1000))
+    with Largest() as largest:
+        _, image_ranks = ranks(images, texts, owner)
+    assert largest.elements == 64 * 64  # a tile; not pictures x most texts, 47,550
+    right = owner == torch.arange(50)[:, None]
+    assert image_ranks.tolist() == places_by_definition(images @ texts.T, right)
 
 
 def test_half_precision_features_and_autocast_are_ranked_in_fp32() -> None:

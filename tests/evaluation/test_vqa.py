@@ -69,7 +69,7 @@ def test_answers_are_scored_as_by_a_full_pass_over_each(pair, monkeypatch, rows:
     pixels = processor.images([item.image for item in pictures(*WORLD)])
     flat = [(i, question) for i, (_, about) in enumerate(WORLD) for question in about]
     asked = [
-        Asked(picture=i, number=number, prompt=tuple(processor.tokenizer.encode(question)))
+        Asked(picture=i, number=number, prompt=tuple(processor.tokenizer.encode(question)), name="")
         for number, (i, question) in enumerate(flat)
     ]
     found = Chosen(ANSWERS).log_probabilities(model, processor, pixels, asked)
@@ -171,18 +171,25 @@ def test_shards_of_questions_are_answered_from_a_list(pair, tmp_path: Path) -> N
     assert sum(evaluator.per_sample["accuracy"]) / 6 == pytest.approx(figure[1])
 
 
-def test_a_file_of_questions_is_a_source(pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> None:
     model, processor = pair
     answers = [{"answer": "yes"}] * 10
     put = {"questions": [{"question_id": 1, "image_id": 9, "question": "is it?"}]}
-    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(put))
+    file = tmp_path / "asked" / "v2_OpenEnded_mscoco_val2014_questions.json"
+    pictures = file.with_name("val2014") if beside else tmp_path / "val2014"
+    file.parent.mkdir()
+    file.write_text(json.dumps(put))
     said = {"annotations": [{"question_id": 1, "image_id": 9, "question_type": "is it", "answers": answers}]}
-    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(said))
-    (tmp_path / "COCO_val2014_000000000009.png").write_bytes(sample("", "red").image)
-    evaluator = VQA((str(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"),), processor, answers=["no", "yes"])
+    file.with_name("v2_mscoco_val2014_annotations.json").write_text(json.dumps(said))
+    pictures.mkdir()
+    (pictures / "COCO_val2014_000000000009.png").write_bytes(sample("", "red").image)
+    evaluator = VQA([str(file)] if beside else [str(file), str(pictures)], processor, answers=["no", "yes"])
     dict(evaluator.run(model))
     assert evaluator.keys == ["COCO_val2014_000000000009"]
     assert list(evaluator.details["accuracy_by_question_type"]) == ["is it"]
+    with pytest.raises(ValueError, match=r"behind the questions .*\.json comes one folder, of pictures, not 2"):
+        dict(VQA([file, tmp_path, tmp_path], processor).run(model))
 
 
 def test_what_cannot_be_asked_is_refused(pair) -> None:
@@ -200,11 +207,44 @@ def test_what_cannot_be_asked_is_refused(pair) -> None:
         dict(VQA(pictures(("red", ["is <end_of_text> it?"])), processor).run(model))
     with pytest.raises(ValueError, match=r"sample 0 of shard\.tar has no questions"):
         dict(VQA([sample("0", "red", "a red wall")], processor).run(model))
-    long = pictures(("red", ["is it " * 60]))
-    with pytest.raises(ValueError, match=r"and the longest answer take \d+ tokens; this model takes"):
-        dict(VQA(long, processor, answers=ANSWERS).run(model))
-    with pytest.raises(ValueError, match="nothing can follow it"):
-        dict(VQA(long, processor).run(model))
+
+
+def test_a_question_without_room_for_an_answer_is_named_and_cut_short(pair) -> None:
+    model, processor = pair
+    long = pictures(("green", ["is it?"]), ("red", ["is it?", "is it " * 60]))
+    for evaluator in (VQA(long, processor, answers=ANSWERS, prompt="{}"), VQA(long, processor, prompt="{}")):
+        said = r"^sample 1 of shard\.tar: the question 'is it is .{50} leaves no room .* and there may be 64$"
+        with pytest.raises(ValueError, match=said):
+            dict(evaluator.run(model))
+
+
+def test_the_last_question_with_room_for_an_answer_is_asked(pair) -> None:
+    model, processor = pair
+    taken = len(processor.tokenizer.encode("is it"))
+    for answers, strategy, needed in (
+        (("no",), Greedy(), 64 - 1 - len(processor.tokenizer.encode("no")) - 1),
+        ((), Greedy(max_tokens=40, min_tokens=0), 40 - 1 - 1),
+    ):
+        texts = ["is it" + " is" * (needed - taken + more) for more in (0, 1)]
+        assert [len(processor.tokenizer.encode(text)) for text in texts] == [needed, needed + 1]
+        fits, does_not = (
+            VQA(pictures(("red", [text])), processor, answers=answers, strategy=strategy, prompt="{}") for text in texts
+        )
+        dict(fits.run(model))
+        with pytest.raises(ValueError, match="leaves no room"):
+            dict(does_not.run(model))
+
+
+def test_short_answers_do_not_wait_for_long_ones(pair, monkeypatch) -> None:
+    model, processor = pair
+    calls, decode = [], CoCa.decode
+    monkeypatch.setattr(CoCa, "decode", lambda self, *inputs: calls.append(1) or decode(self, *inputs))
+    monkeypatch.setattr(answering, "ROWS", 2)
+    asked = [Asked(picture=0, number=0, prompt=(1,), name="")]
+    answers = ["red", "a red wall of the", "no", "is it a red"]
+    lengths = sorted(len(processor.tokenizer.encode(answer)) for answer in answers)
+    Chosen(answers)(model, processor, processor.images([sample("", "red").image]), asked)
+    assert len(calls) == (lengths[1] + 1) + (lengths[3] + 1) and lengths[1] < lengths[2]
 
 
 def test_broken_weights_are_named(pair) -> None:
@@ -223,7 +263,8 @@ def test_a_clip_cannot_answer(pair) -> None:
     _, processor = pair
     for answer in (Chosen(ANSWERS), Written(Greedy())):
         with pytest.raises(ValueError, match="no text decoder"):
-            answer(CoCa(tiny_clip()), processor, torch.zeros(1, 3, 32, 32), [Asked(picture=0, number=0, prompt=(1,))])
+            asked = [Asked(picture=0, number=0, prompt=(1,), name="")]
+            answer(CoCa(tiny_clip()), processor, torch.zeros(1, 3, 32, 32), asked)
 
 
 @pytest.mark.parametrize("content", [["yes", "no"], {"name": "x", "answers": ["yes", "no"]}])

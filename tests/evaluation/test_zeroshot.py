@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from torch.nn.functional import normalize
 
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import write_shard
+from contracap.evaluation import classification
 from contracap.evaluation.classification import accuracy_parts, precision_parts
 from contracap.evaluation.published import published
 from contracap.evaluation.zeroshot import (
@@ -23,7 +25,7 @@ from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 
 from .oracles import reference
-from .worlds import COLOURS, ColourModel, picture, processor, record, sample
+from .worlds import COLOURS, ColourModel, Largest, picture, processor, record, sample
 
 NAMES = [*COLOURS]
 PLAIN = ("a photo of a {}.",)
@@ -79,6 +81,17 @@ def test_accuracies_equal_clip_benchmark_on_random_scores(monkeypatch, seed: int
     assert {name: float(part.mean()) for name, part in parts.items()} == pytest.approx(expected, rel=1e-12)
 
 
+def test_pictures_are_ranked_in_blocks_of_the_same_figures(monkeypatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(1000, 50, generator=draw), torch.randint(50, (1000,), generator=draw)
+    whole = accuracy_parts(scores, labels)
+    monkeypatch.setattr(classification, "ROWS", 30)  # the last has 10
+    with Largest() as largest:
+        in_blocks = accuracy_parts(scores, labels)
+    assert all(torch.equal(part, in_blocks[name]) for name, part in whole.items())
+    assert largest.elements <= 30 * 50
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_mean_average_precision_equals_clip_benchmark_on_random_scores(seed: int) -> None:
     oracle = reference("clip_benchmark.metrics.zeroshot_classification")
@@ -108,10 +121,8 @@ def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> 
         record("two", "red", labels=[0, 1]),
         record("none", "cyan", labels=[]),
     ]
-    marks = io.BytesIO()
-    np.save(marks, np.array([1, 0, 0, 0, 0, 0]))
     key, members = record("marked", "red")
-    write_shard(tmp_path / "0.tar", [*records, (key, members | {"npy": marks.getvalue()})])
+    write_shard(tmp_path / "0.tar", [*records, (key, members | {"npy": npy(np.array([1, 0, 0, 0, 0, 0]))})])
     evaluator = ZeroShot(tmp_path, processor(), classes=NAMES)
     figures = dict(evaluator.run(ColourModel()))
     # red: both pictures first; green: second or later of four; blue: first; three classes without a picture count 0
@@ -125,6 +136,39 @@ def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> 
                 ColourModel()
             )
         )
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"x",
+        npy(np.zeros(6))[:20],
+        npy(np.zeros(6)).replace(b"(6,)", b"(6" + b" " * 2),  # a header that never closes
+        npy(np.zeros(6)).replace(b"(6,), }" + b" " * 12, b"(6000000000000,), }"),
+        npy(np.zeros(5)),  # of other classes
+        npy(np.zeros((6, 1))),
+        npy(np.full(6, 0.5, np.float16)),  # an embedding
+        npy(np.array(["0"] * 6)),
+    ],
+)
+def test_a_npy_member_that_holds_no_marks_is_no_label(content: bytes) -> None:
+    evaluator = ZeroShot([], processor(), classes=NAMES)
+    with pytest.raises(ValueError, match="has no label"):
+        evaluator.label(replace(sample("x", "red"), npy=content))
+    assert evaluator.label(replace(sample("x", "red", label=2), npy=content)) == 2
+
+
+def test_fields_come_before_the_marks_of_a_npy_member() -> None:
+    evaluator, marks = ZeroShot([], processor(), classes=NAMES), npy(np.array([1, 0, 0, 0, 0, 1], bool))
+    assert evaluator.label(replace(sample("x", "red"), npy=marks)) == (0, 5)
+    assert evaluator.label(replace(sample("x", "red", labels=[1]), npy=marks)) == (1,)
+    assert evaluator.label(replace(sample("x", "red", label=2), npy=marks)) == 2
 
 
 def test_of_equal_scores_the_first_picture_and_the_first_class_stand_first() -> None:
@@ -183,9 +227,20 @@ def test_last_product_is_fp32_under_autocast() -> None:
     torch.testing.assert_close(made, expected)
 
 
-@pytest.mark.parametrize(("label", "said"), [(None, "no label"), (6, "label 6"), (-1, "label -1"), ("red", "'red'")])
-def test_a_label_without_a_class_is_refused(label, said: str) -> None:
-    fields = {} if label is None else {"label": label}
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "no label"),
+        ({"label": 6}, "label 6"),
+        ({"label": -1}, "label -1"),
+        ({"label": "red"}, "'red'"),
+        ({"label": True}, "label True"),
+        ({"labels": [True, False, True]}, r"label \[True, False, True\]"),
+        ({"labels": [0, 6]}, r"label \[0, 6\]"),
+        ({"labels": 2}, "no label"),
+    ],
+)
+def test_a_label_without_a_class_is_refused(fields, said: str) -> None:
     with pytest.raises(ValueError, match=rf"sample x of shard\.tar has .*{said}.* from 0 to 5"):
         dict(ZeroShot([sample("x", "red", **fields)], processor(), classes=NAMES).run(ColourModel()))
 
@@ -196,11 +251,27 @@ def test_class_names_come_from_a_list_or_a_manifest(tmp_path) -> None:
     assert load_classes(tmp_path / "list.json") == load_classes(tmp_path / "manifest.json") == tuple(NAMES)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '"red"', "nothing", '{"classes": {"red": 0}}'])
-def test_a_file_without_class_names_is_refused(tmp_path, content: str) -> None:
-    (tmp_path / "classes.json").write_text(content)
-    with pytest.raises(ValueError, match=r"classes\.json.* (give a JSON list|not JSON)"):
-        load_classes(tmp_path / "classes.json")
+@pytest.mark.parametrize(("load", "name"), [(load_classes, "classes"), (load_templates, "templates")])
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '["", "a {}"]', '["a {}", " "]', '"red"', '{"%s": {}}'])
+def test_a_file_without_texts_is_refused(tmp_path, load, name: str, content: str) -> None:
+    (tmp_path / "mine.json").write_text(content.replace("%s", name))
+    with pytest.raises(ValueError, match=rf"mine\.json holds no {name}; give a JSON list of texts"):
+        load(tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize("load", [load_classes, load_templates])
+def test_a_file_that_is_no_json_is_refused(tmp_path, load) -> None:
+    for content, said in ((b"nothing", "not JSON"), (b"[" * 100_000, "not JSON"), (b'["\xff"]', "not UTF-8")):
+        (tmp_path / "mine.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"mine\.json is {said}"):
+            load(tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_bytes(b'\xef\xbb\xbf["a {}"]')  # a byte order mark
+    assert load(tmp_path / "mine.json") == ("a {}",)
+
+
+def test_the_empty_name_of_a_published_set_is_taken() -> None:
+    names = load_classes("clevr_closest_object_distance")
+    assert ZeroShot([], processor(), classes=names).classes == names and "" in names
 
 
 def test_templates_come_from_a_list(tmp_path) -> None:
@@ -226,6 +297,21 @@ def test_published_sets_are_known_by_name(tmp_path, monkeypatch) -> None:
 def test_a_name_that_is_neither_published_nor_a_file_is_told_the_nearest(load) -> None:
     with pytest.raises(ValueError, match="called 'imagenet1'; the nearest are imagenet1k, "):
         load("imagenet1")
+
+
+def test_a_path_is_never_a_published_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"called '\./cifar10'; the nearest are cifar10"):
+        load_classes("./cifar10")
+    (tmp_path / "cifar10").write_text('["mine", "a {}"]')
+    assert load_classes("./cifar10") == ("mine", "a {}")
+    assert load_classes("cifar10") == published("cifar10").classes
+
+
+@pytest.mark.parametrize("template", ["a photo of a {}.", "a {}", "{}.png"])
+def test_a_template_in_place_of_a_file_of_templates_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match=r"neither a published name nor a file; give templates as a list in a JSON"):
+        load_templates(template)
 
 
 def test_a_missing_file_is_no_name() -> None:

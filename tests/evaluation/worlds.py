@@ -8,6 +8,8 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from contracap.data.shards import Sample
 from contracap.image import ImageConfig
@@ -43,6 +45,17 @@ def sample(key: str, colour: str, *captions: str, **fields) -> Sample:
 def record(key: str, colour: str, **fields) -> tuple[str, dict[str, bytes]]:
     """The same for `write_shard`."""
     return key, {"png": picture(COLOURS[colour]), "json": json.dumps(fields).encode()}
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(part.numel() for part in tree_leaves(made) if isinstance(part, Tensor))])
+        return made
 
 
 class ColourModel(CoCa):

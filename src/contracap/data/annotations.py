@@ -161,7 +161,8 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
         names = named.get(identity, [str(identity)])
         if len(names) > 1:
             raise SourceError(
-                f"picture {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder with --pictures"
+                f"picture {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder, with --pictures, "
+                "or behind the file where there is no such option"
             )
         yield Entry(picture=names[0], fields={"image_id": identity, "qa": questions})
 
@@ -195,6 +196,19 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON: {error}") from None
+
+
+def read_list(path: Path, name: str) -> tuple[str, ...]:
+    """The texts of a JSON file, which holds a list of them, or an object with such a list under a name.
+
+    Raises:
+        SourceError: if the file holds no such list, or one of its texts is empty.
+    """
+    content = read_json(path)
+    found = content.get(name) if isinstance(content, dict) else content
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
+        raise SourceError(f"{path} holds no {name}; give a JSON list of texts, or an object with a list `{name}`")
+    return tuple(found)
 
 
 def _question_and_answers(question: dict[str, Any], annotation: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ logger = logging.getLogger(__name__)
 class ClassFolders:
     """A folder whose subfolders are the classes, in the order of their names, with all pictures below each.
 
+    Classes and pictures are those of torchvision's ImageFolder, but for what is hidden, which is left out, links to
+    folders below that of a class, which are not followed, and suffixes: `.gif` and `.avif` are pictures, `.pgm` not.
+
     Attributes:
         path: of the folder.
         names: of the subfolders.
@@ -49,14 +52,15 @@ class ClassFolders:
 
 
 def class_folders(source: str | Path | Sequence[str | Path] | Sequence[Sample]) -> ClassFolders | None:
-    """The source as class folders, if it is one local folder that has subfolders but no shards.
+    """The source as class folders, if it is one local folder without shards whose subfolders have a picture.
 
     Raises: ValueError: as `ClassFolders` does.
     """
     paths = [source] if isinstance(source, str | Path) else source
-    if len(paths) != 1 or isinstance(paths[0], Sample) or not Path(paths[0]).is_dir():
+    if len(paths) != 1 or isinstance(paths[0], Sample) or not paths[0] or not Path(paths[0]).is_dir():
         return None
     path, visible = Path(paths[0]), [entry for entry in Path(paths[0]).iterdir() if not entry.name.startswith(".")]
-    if any(entry.name.endswith(SHARD_SUFFIXES) for entry in visible) or not any(entry.is_dir() for entry in visible):
+    if any(entry.name.endswith(SHARD_SUFFIXES) for entry in visible):
         return None
-    return ClassFolders(path)
+    has_picture = any(next(pictures_in(entry), None) is not None for entry in visible if entry.is_dir())
+    return ClassFolders(path) if has_picture else None

@@ -61,7 +61,7 @@ def question_samples(path: str | Path, *, pictures: str | Path | None = None) ->
         identity, folder = missing[0].fields["image_id"], Path(missing[0].picture).parent
         raise SourceError(
             f"{path} asks about {len(source.items)} pictures, of which {len(missing)} are not in {folder}: "
-            f"one is the picture {identity}"
+            f"one is the picture {identity}; name their folder behind the file"
         )
     for item in source.items:
         picture = Path(item.picture)
@@ -82,6 +82,6 @@ def _question(entry: Any, name: str) -> Question:
     return Question(
         text=text,
         answers=tuple(answers),
-        question_type=str(entry.get("question_type", "")),
-        answer_type=str(entry.get("answer_type", "")),
+        question_type=str(entry.get("question_type") or ""),
+        answer_type=str(entry.get("answer_type") or ""),
     )

@@ -19,8 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
-
 from contracap.data.remote import WEB, expand, files_in, opened
 from contracap.files import replacing
 
@@ -69,9 +67,10 @@ class Record:
 class Sample:
     """One picture, still encoded, with its captions (possibly none) and the fields of its `.json` member.
 
-    A `.cls` member, the label of webdataset's classification shards, becomes the field `label`. A `.npy` member with a
-    one or a zero for each class, as CLIP_benchmark writes them for pictures of several classes, becomes `labels`: the
-    places of the ones.
+    A `.cls` member, the label of webdataset's classification shards, becomes the field `label`.
+
+    Attributes:
+        npy: the `.npy` member as it lies there, whatever it holds; empty where there is none, or it was not read.
     """
 
     key: str
@@ -79,6 +78,7 @@ class Sample:
     captions: tuple[str, ...]
     fields: dict[str, Any]
     shard: str
+    npy: bytes = b""
 
 
 def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -91,12 +91,14 @@ def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
             is one shard; its braces are ranges and lists too, unless one is neither.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or a folder or the list holds no shard.
+        FileNotFoundError: if a path is empty or does not exist, or a folder or the list holds no shard.
         ValueError: if braces are wrong, or an index is.
         RemoteError: if a remote folder cannot be listed.
     """
     shards = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
+        if not path:
+            raise FileNotFoundError("the path of the shards is empty; for the working folder give .")
         for name in [str(path)] if os.path.exists(path) else _expanded(str(path)):
             shards += _shards_at(name)
     if not shards:
@@ -198,12 +200,17 @@ def parse(record: Record) -> Sample:
             raise ValueError("the .json member is no object")
         if "cls" in members:
             fields["label"] = int(members["cls"])
-        elif members.get("npy") and (marked := _marked(members["npy"])) is not None:
-            fields["labels"] = marked
         captions = _captions(fields, members.get("txt"))
     except (ValueError, RecursionError) as error:
         raise SampleError(f"{_name(record)}: {error}", kind="broken_text") from error
-    return Sample(key=record.key, image=picture, captions=captions, fields=fields, shard=record.shard)
+    return Sample(
+        key=record.key,
+        image=picture,
+        captions=captions,
+        fields=fields,
+        shard=record.shard,
+        npy=members.get("npy", b""),
+    )
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
@@ -312,12 +319,6 @@ def _captions(fields: dict[str, Any], text: bytes | None) -> tuple[str, ...]:
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError("captions must be a list of strings")
     return tuple(caption for caption in (caption.strip() for caption in captions) if caption)
-
-
-def _marked(content: bytes) -> list[int] | None:
-    array = np.load(io.BytesIO(content), allow_pickle=False)
-    is_mark = array.ndim == 1 and array.dtype.kind in "biuf" and bool(np.isin(array, (0, 1)).all())
-    return np.flatnonzero(array).tolist() if is_mark else None  # else it is something else, such as an embedding
 
 
 def _name(record: Record) -> str:

@@ -28,11 +28,13 @@ class Asked:
         picture: its place.
         number: of the question among all; what sampling draws depends on it.
         prompt: the tokens of the question, those of the start and the end not among them.
+        name: of the sample, for messages.
     """
 
     picture: int
     number: int
     prompt: tuple[int, ...]
+    name: str
 
 
 class Written:
@@ -54,6 +56,7 @@ class Written:
         """
         captioner, found = Captioner(model, processor), list[str]()
         strategy = shortened(self.strategy, model.config.text.context)
+        _check_room(asked, processor, most=strategy.max_tokens, answer=1)
         with evaluating(model):
             _, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
             for first in range(0, len(asked), QUESTIONS):
@@ -98,13 +101,9 @@ class Chosen:
     ) -> Float32[Tensor, "question answer"]:
         """Of each answer behind each question, in nats, on the CPU; each picture is encoded once."""
         tokens = self._tokens(processor)
-        decoder, longest = model.require_decoder(), max(map(len, tokens))
-        for question in asked:
-            if len(question.prompt) + longest + 2 > model.config.text.context:  # start and end
-                raise ValueError(
-                    f"{processor.tokenizer.decode(question.prompt)!r} and the longest answer take "
-                    f"{len(question.prompt) + longest + 2} tokens; this model takes {model.config.text.context}"
-                )
+        decoder, most = model.require_decoder(), model.config.text.context
+        _check_room(asked, processor, most=most, answer=max(map(len, tokens)) + 1)  # and the end
+        by_length = torch.tensor(sorted(range(len(tokens)), key=lambda number: len(tokens[number])))
         found = torch.empty(len(asked), len(tokens))
         with evaluating(model):
             _, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
@@ -113,10 +112,10 @@ class Chosen:
                 pictures = torch.tensor([asked[place].picture for place in group], device=model.device)
                 read = [layer.of(pictures) for layer in memory]
                 prompt = torch.tensor([(processor.tokenizer.start, *asked[place].prompt) for place in group])
-                for first in range(0, len(tokens), ROWS):
-                    behind = tokens[first : first + ROWS]
+                for some in by_length.split(ROWS):  # they take as many steps as the longest of them
+                    behind = [tokens[number] for number in some]
                     scores = _scored(model, read, prompt.to(model.device), behind, end=processor.tokenizer.end)
-                    found[group, first : first + len(behind)] = scores.cpu()
+                    found[torch.tensor(group)[:, None], some] = scores.cpu()
         return found
 
     def _tokens(self, processor: Processor) -> list[list[int]]:
@@ -125,6 +124,16 @@ class Chosen:
             if not ids:
                 raise ValueError(f"the answer {answer!r} has no text")
         return tokens
+
+
+def _check_room(asked: Sequence[Asked], processor: Processor, *, most: int, answer: int) -> None:
+    for question in asked:
+        needed = 1 + len(question.prompt) + answer  # the start token, too
+        if needed > most:
+            raise ValueError(
+                f"{question.name}: the question {processor.tokenizer.decode(question.prompt)!r:.60} leaves no room for "
+                f"an answer: both take {needed} tokens, and there may be {most}"
+            )
 
 
 def _scored(

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from contracap.evaluation.ranking import places
 
+ROWS = 1024  # pictures ranked at a time
+
 
 def accuracy_parts(
     scores: Float32[Tensor, "picture class"], labels: Int64[Tensor, "picture"]
 ) -> dict[str, Float64[Tensor, "picture"]]:
     """What each picture adds to `acc1`, `acc5` and `mean_per_class_recall`, which are the means."""
-    ranks, counts = places(scores, labels), torch.bincount(labels).double()
+    blocks = zip(scores.split(ROWS), labels.split(ROWS), strict=True)
+    ranks, counts = torch.cat([places(*block) for block in blocks]), torch.bincount(labels).double()
     top1, top5 = (ranks < 1).double(), (ranks < 5).double()
     weight = len(labels) / (int((counts > 0).sum()) * counts[labels])  # each class that occurs counts alike
     return {"acc1": top1, "acc5": top5, "mean_per_class_recall": top1 * weight}

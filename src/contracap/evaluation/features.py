@@ -16,7 +16,7 @@ from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
-# Shards or folders of them, a file of questions of VQAv2 or OK-VQA, or samples at hand.
+# Shards or folders of them, a file of questions of VQAv2 or OK-VQA and the folder of its pictures, or samples at hand.
 Source = str | Path | Sequence[str | Path] | Sequence[Sample]
 
 
@@ -98,6 +98,9 @@ def _samples(source: Source) -> Iterable[Sample]:
     if at_hand := [item for item in items if isinstance(item, Sample)]:
         return at_hand
     paths = [item for item in items if not isinstance(item, Sample)]
-    if len(paths) == 1 and str(paths[0]).endswith(".json"):
-        return question_samples(paths[0])
+    if paths and str(paths[0]).endswith(".json"):
+        file, *folders = paths
+        if len(folders) > 1:
+            raise ValueError(f"behind the questions {file} comes one folder, of pictures, not {len(folders)}")
+        return question_samples(file, pictures=folders[0] if folders else None)
     return evaluation_samples(paths)

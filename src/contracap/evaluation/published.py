@@ -17,6 +17,7 @@ ALIKE = {  # sets that have another's classes and templates
     "imagenet_sketch": IMAGENET,
     "voc2007_multilabel": "voc2007",
 }
+WELL_KNOWN = (IMAGENET, "cifar10", "food101")
 VTAB = "_vtab"  # ends the file of a set that VTAB has with other names than the set itself
 
 
@@ -42,8 +43,16 @@ def published(name: str) -> Published:
     """
     file = _file(name)
     if file is None:
+        if "{}" in name:
+            raise ValueError(
+                f"{name!r} is neither a published name nor a file; give templates as a list in a JSON file"
+            )
         near = difflib.get_close_matches(name.rpartition("/")[2], published_names(), n=3, cutoff=0.5)
-        said = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(published_names())}"
+        said = (
+            f"the nearest are {', '.join(near)}"
+            if near
+            else f"some are {', '.join(WELL_KNOWN)}, all are in {_folder()}"
+        )
         raise ValueError(f"no published classes or templates are called {name!r}; {said}; else give a JSON file")
     content = json.loads(file.read_text(encoding="utf-8"))
     return Published(

@@ -32,15 +32,13 @@ def ranks(
         processes: those that call this with the same features; each takes every n-th row of tiles.
 
     Raises:
-        ValueError: if a picture has no text, or features are not finite.
+        ValueError: if there is none, a picture has no text, a text no picture, or features are not finite.
     """
     images, texts = finite(image_features, "pictures"), finite(text_features, "texts")
-    own_texts = texts_of_images(image_of_text, len(images))
+    _check_owners(image_of_text, len(images))
     with full_precision(images.device):
         own = _own_scores(texts, images, image_of_text)
-        which = own[own_texts].argmax(dim=1, keepdim=True)  # the first of equal ones
-        best_text = own_texts.gather(1, which).squeeze(1)
-        best = own[best_text]
+        best, best_text = _best_texts(own, image_of_text, len(images))
         text_ranks, image_ranks = torch.zeros_like(image_of_text), torch.zeros_like(best_text)
         for rows in list(_blocks(len(texts)))[processes.rank :: processes.count]:
             for columns in _blocks(len(images)):
@@ -52,18 +50,13 @@ def ranks(
     return torch.stack(text_shares).sum(dim=0).to(images.device), torch.stack(image_shares).sum(dim=0).to(images.device)
 
 
-def texts_of_images(image_of_text: Int64[Tensor, "text"], images: int) -> Int64[Tensor, "image most"]:
-    """The rows of the texts that belong to each picture, in rising order; where one has fewer, its first is repeated.
-
-    Raises:
-        ValueError: if a picture has no text.
-    """
-    counts = torch.bincount(image_of_text, minlength=images)
-    if not bool((counts > 0).all()):
-        raise ValueError("every picture needs at least one text that belongs to it")
-    by_image = image_of_text.argsort(stable=True)
-    place = torch.arange(int(counts.max()), device=counts.device)
-    return by_image[(counts.cumsum(0) - counts)[:, None] + place.where(place < counts[:, None], 0)]
+def _best_texts(
+    own: Float32[Tensor, "text"], image_of_text: Int64[Tensor, "text"], images: int
+) -> tuple[Float32[Tensor, "image"], Int64[Tensor, "image"]]:
+    """Of each picture the best score among its texts, and the row of the first text that has it."""
+    best = own.new_full((images,), -torch.inf).scatter_reduce(0, image_of_text, own, "amax")
+    rows = torch.arange(len(own), device=own.device).where(own == best[image_of_text], len(own))
+    return best, rows.new_full((images,), len(own)).scatter_reduce(0, image_of_text, rows, "amin")
 
 
 def places(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "query"]) -> Int64[Tensor, "query"]:
@@ -74,6 +67,13 @@ def places(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "qu
 def share(hits: Bool[Tensor, "query"]) -> float:
     """The part of the queries that hit, from 0 to 1."""
     return int(hits.sum()) / len(hits)
+
+
+def _check_owners(image_of_text: Int64[Tensor, "text"], images: int) -> None:
+    if not len(image_of_text) or not 0 <= int(image_of_text.min()) <= int(image_of_text.max()) < images:
+        raise ValueError(f"each text, at least one, needs the row of its picture, and there are {images} pictures")
+    if not bool((torch.bincount(image_of_text, minlength=images) > 0).all()):
+        raise ValueError("every picture needs at least one text that belongs to it")
 
 
 def _before(

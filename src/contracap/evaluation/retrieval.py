@@ -65,7 +65,11 @@ class Retrieval:
             ks: places from the top that count.
             batch_size: pictures, and captions, embedded at a time.
             processes: those that run this together, each on its share; the figures are those of one process.
+
+        Raises: ValueError: if a K is below 1.
         """
+        if wrong := [k for k in ks if k < 1]:
+            raise ValueError(f"recall@{wrong[0]} needs a K from 1")
         self.source, self.processor, self.ks, self.batch_size = source, processor, tuple(ks), batch_size
         self.processes = processes
         self.samples = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contracap.data.annotations import read_json
+from contracap.data.annotations import read_list
 from contracap.data.questions import Question, questions
 from contracap.data.shards import Sample
 from contracap.evaluation.answering import Asked, Chosen, Written
@@ -118,7 +118,12 @@ class VQA:
         pixels = picture_pixels(batch, self.processor)
         flat = [(picture, question) for picture, about in enumerate(asked) for question in about]
         prompts = [
-            Asked(picture=picture, number=number, prompt=self._prompt(question))
+            Asked(
+                picture=picture,
+                number=number,
+                prompt=self._prompt(question),
+                name=f"sample {batch[picture].key} of {batch[picture].shard}",
+            )
             for number, (picture, question) in enumerate(flat, start=first)
         ]
         return self.answer(model, self.processor, pixels, prompts)
@@ -146,11 +151,6 @@ class VQA:
 def load_answers(path: str | Path) -> tuple[str, ...]:
     """Answers to choose from: a JSON list of texts, or a JSON object with a list `answers`.
 
-    Raises:
-        ValueError: if the file holds no such list.
+    Raises: ValueError: if the file holds no such list.
     """
-    content = read_json(Path(path))
-    answers = content.get("answers") if isinstance(content, dict) else content
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{path} holds no answers; give a JSON list of texts, or an object with a list `answers`")
-    return tuple(answers)
+    return read_list(Path(path), "answers")

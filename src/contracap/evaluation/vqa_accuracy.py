@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'  # apostrophe, colon, $, % and & stay
-COMMA_IN_NUMBER = re.compile(r"[0-9],[0-9]")
-DOT = re.compile(r"\.(?![0-9])")
+COMMA_IN_NUMBER = re.compile(r"\d,\d")  # digits of any script
+DOT = re.compile(r"\.(?!\d)")
 MOST_DOTS = 32  # that are deleted: meant as a flag, and read as a count
 ARTICLES = ("a", "an", "the")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

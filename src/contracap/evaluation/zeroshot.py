@@ -3,17 +3,19 @@
 Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; its last product in fp32.
 """
 
-import json
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from contracap.data.annotations import read_list
 from contracap.data.folders import class_folders
 from contracap.data.shards import Sample
 from contracap.evaluation.classification import accuracy_parts, precision_parts
@@ -42,8 +44,8 @@ class ZeroShot:
 
     A sample's class is its field `label` (or its `.cls` member): an index into `classes`. Of equal scores the class
     that comes first stands first. The mean per-class recall is over the classes that occur. Where samples have a field
-    `labels` instead, a list of indices, `mean_average_precision` is over all classes; of pictures with equal scores
-    the one that comes first stands first.
+    `labels` instead, a list of indices, or CLIP_benchmark's `.npy` member with a one or a zero for each class,
+    `mean_average_precision` is over all classes; of pictures with equal scores the one that comes first stands first.
 
     Attributes:
         classes: their names.
@@ -122,19 +124,24 @@ class ZeroShot:
         return torch.cat(scores), labels, keys
 
     def label(self, sample: Sample) -> int | tuple[int, ...]:
-        """The class of a sample, or its classes, if it has a field `labels`.
+        """The class of a sample; or its classes, if it has a field `labels`, or no field and a `.npy` member with a one
+        or a zero for each class.
 
         Raises: ValueError: if it has no label, or one without a class.
         """
         label, labels = sample.fields.get("label"), sample.fields.get("labels")
-        found = labels if label is None and isinstance(labels, list) else [label]
-        if not all(isinstance(each, int) and 0 <= each < len(self.classes) for each in found):
-            has = "no label" if found == [None] else f"the label {found[0] if found is not labels else labels!r}"
+        if label is None and labels is None:
+            labels = _marked(sample.npy, len(self.classes))
+        several = label is None and isinstance(labels, list)
+        found = labels if several else [label]
+        if not all(type(each) is int and 0 <= each < len(self.classes) for each in found):  # True is an int, too
+            has = "no label" if found == [None] else f"the label {labels if several else label!r}"
             raise ValueError(
                 f"sample {sample.key} of {sample.shard} has {has}: give each sample a field `label` or a .cls member "
-                f"from 0 to {len(self.classes) - 1}, or a list of such numbers as its field `labels`"
+                f"from 0 to {len(self.classes) - 1}; or a list of such numbers as its field `labels`, or a .npy member "
+                "with a one or a zero for each class"
             )
-        return found[0] if found is not labels else tuple(found)
+        return tuple(found) if several else found[0]
 
 
 @torch.inference_mode()
@@ -187,12 +194,7 @@ def load_classes(source: str | Path) -> tuple[str, ...]:
         if not found.classes:
             raise ValueError(f"{str(source)!r} has templates alone; name the classes otherwise, such as {IMAGENET!r}")
         return found.classes
-    content = _read_json(source)
-    names = content.get("classes") if isinstance(content, dict) else content
-    try:
-        return check_classes(names)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}; give a JSON list of names, or an object with a list `classes`") from None
+    return read_list(Path(source), "classes")
 
 
 def load_templates(source: str | Path) -> tuple[str, ...]:
@@ -205,11 +207,11 @@ def load_templates(source: str | Path) -> tuple[str, ...]:
     """
     if (found := _published(source)) is not None:
         return found.templates
-    content = _read_json(source)
+    templates = read_list(Path(source), "templates")
     try:
-        return check_templates(content.get("templates") if isinstance(content, dict) else content)
+        return check_templates(templates)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}; give a JSON list of texts with {{}} where the class name goes") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
 def templates_of(classes: str | Path | None) -> tuple[str, ...]:
@@ -255,21 +257,25 @@ def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
     return check_classes(classes)
 
 
+def _marked(content: bytes, classes: int) -> list[int] | None:
+    """The places of the ones in a NumPy file; None if it is something else, such as an embedding, or broken."""
+    try:
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception:  # damaged bytes make its parser raise nearly anything
+        return None
+    is_mark = array.shape == (classes,) and array.dtype.kind in "biuf" and bool(np.isin(array, (0, 1)).all())
+    return np.flatnonzero(array).tolist() if is_mark else None
+
+
 def _published(source: str | Path) -> Published | None:
     """The set that is meant by a name; None if a file is: what is no name, and exists or ends as a file does."""
-    name = Path(source).as_posix()
-    if not is_published(name) and (Path(source).suffix or Path(source).exists()):
+    name = str(source)  # as it is written: ./cifar10 is a file
+    if not is_published(name) and (Path(source).exists() or (Path(source).suffix and "{}" not in name)):
         return None
     return published(name)
 
 
 def _are_texts(texts: Any) -> bool:
+    """Empty ones are: a published set has one. `read_list` refuses them in files."""
     is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
     return is_list and len(texts) > 0 and all(isinstance(text, str) for text in texts)
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
