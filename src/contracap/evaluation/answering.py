@@ -132,7 +132,7 @@ def _check_room(asked: Sequence[Asked], processor: Processor, *, most: int, answ
         if needed > most:
             raise ValueError(
                 f"{question.name}: the question {processor.tokenizer.decode(question.prompt)!r:.60} leaves no room for "
-                f"an answer: both take {needed} tokens, and there may be {most}"
+                f"an answer: both take {needed} tokens, and the model's context, or max_tokens, is {most}"
             )
 
 
