@@ -44,7 +44,8 @@ class TaskConfig:
     Attributes:
         task: what is measured.
         data: folders of tar shards, or shards; for `zeroshot` also a folder with a subfolder of pictures for each
-            class, for `vqa` a file of questions of VQAv2 or OK-VQA.
+            class, for `vqa` a file of questions of VQAv2 or OK-VQA, behind it the folder of its pictures if they lie
+            elsewhere.
         classes: for `zeroshot`: a published set, such as `imagenet1k`, or a JSON list of names, in the order of the
             labels, or a JSON object with such a list `classes`; by default the names of the subfolders.
         templates: for `zeroshot`: likewise, {} where the name goes; by default those of the published set, or eight of
