@@ -98,13 +98,13 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
     require_matplotlib()  # hours before it is used
     results: dict[str, list[Result]] = {arm: [] for arm in config.arms}
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
-    for arm, seed in runs:  # what is wrong is said now, not after hours
-        recipe = config.run(arm, seed)
-        _require_same_data(recipe)
-        build_evaluators(
-            config.tasks_of(recipe),
-            processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size)),
-        )
+    # What is wrong is said now, not after hours.
+    for arm, seed in runs:
+        _require_same_data(config.run(arm, seed))
+    for arm in config.arms:
+        recipe = config.run(arm, config.seeds[0])
+        image = ImageConfig(size=recipe.model_config.vision.image_size)
+        build_evaluators(config.tasks_of(recipe), processor_for(recipe.model_config, image))
     for number, (arm, seed) in enumerate(runs, start=1):
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
         recipe = config.run(arm, seed)
