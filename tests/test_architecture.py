@@ -49,7 +49,8 @@ MAY_IMPORT = {
     "report.curves": "page",
     "report.grids": "report.pictures evaluation.retrieval data page",
     "report.pictures": "evaluation.features data image page",
-    "report": "report recipe evaluation training.metrics generation pretrained model data image page processor",
+    "report": "report recipe evaluation training.checkpoint training.metrics generation pretrained model data image "
+    "page processor",
     "web": "",
     "demo": "demo web evaluation generation data model tokenizer image processor page",
     "serve": "serve web evaluation generation model image page processor",

@@ -7,6 +7,7 @@ import pytest
 from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
 from contracap.study import StudyConfig, study
+from contracap.training.checkpoint import CheckpointError
 from tests.evaluation.worlds import COLOURS, record
 
 BOTH, CLIP = {"loss": {"contrastive": 1.0, "captioning": 1.0}}, {"loss": {"contrastive": 1.0, "captioning": 0.0}}
@@ -66,14 +67,12 @@ def test_a_run_is_measured_by_the_tasks_that_its_losses_teach(values: dict) -> N
 
 def test_what_is_done_is_not_done_again(values: dict) -> None:
     study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
-    kept = [
-        *Path(values["out"]).glob("*-[34]/results.json"),
-        *Path(values["out"]).glob("*/checkpoints/step-*/*.safetensors"),
-    ]
+    kept = [path for path in Path(values["out"]).glob("*-3/**/*") if path.is_file()]
     before = [path.stat().st_mtime_ns for path in kept]
-    assert len(kept) == 4
+    assert {"results.json", "recipe.toml", "model.safetensors"} <= {path.name for path in kept}
     study(build(StudyConfig, values), command="contracap study x")
     assert [path.stat().st_mtime_ns for path in kept] == before
+    assert {path for path in Path(values["out"]).glob("*-3/**/*") if path.is_file()} == set(kept)
 
 
 def test_other_tasks_measure_a_run_again(values: dict) -> None:
@@ -89,13 +88,22 @@ def test_other_tasks_measure_a_run_again(values: dict) -> None:
     assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
 
 
-def test_a_longer_run_is_measured_again(values: dict) -> None:
-    values["seeds"] = [3]
-    study(build(StudyConfig, values), command="contracap study x")
-    longer = values["recipe"] | {"steps": 4}
-    study(build(StudyConfig, values | {"recipe": longer}), command="contracap study x")
-    for path in Path(values["out"]).glob("*-3/results.json"):
-        assert json.loads(path.read_text())["study"]["checkpoint"] == "step-00000004"
+@pytest.mark.parametrize(("name", "value"), [("steps", 4), ("nonfinite", "skip")])
+def test_runs_of_other_schedules_are_not_mixed(values: dict, name: str, value: object) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    before = sorted(path.name for path in Path(values["out"]).iterdir())
+    other = values | {"recipe": values["recipe"] | {name: value}, "seeds": [4, 3]}
+    with pytest.raises(ValueError, match=f"coca-3 was started with {name} .*, not {value}: choose another out"):
+        study(build(StudyConfig, other), command="contracap study x")
+    assert sorted(path.name for path in Path(values["out"]).iterdir()) == before
+
+
+def test_other_settings_are_found_before_the_first_run(values: dict) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    other = values | {"recipe": values["recipe"] | {"optimizer": {"warmup_steps": 1}}, "seeds": [4, 3]}
+    with pytest.raises(CheckpointError, match=r"coca-3 was run with another recipe: optimizer\.warmup_steps"):
+        study(build(StudyConfig, other), command="contracap study x")
+    assert not (Path(values["out"]) / "coca-4").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"figures": {}'])
@@ -114,6 +122,14 @@ def test_a_damaged_result_is_measured_again(values: dict, damage: str, caplog: p
 def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path) -> None:
     values["tasks"]["captions"] |= {"data": str(tmp_path / "gone")}
     with pytest.raises(FileNotFoundError, match=r"task captions: .*gone"):
+        study(build(StudyConfig, values), command="contracap study x")
+    assert not Path(values["out"]).exists()
+
+
+@pytest.mark.parametrize("change", [{"data": {"train": "gone"}}, {"initialise_from": "gone.safetensors"}])
+def test_what_an_arm_lacks_is_found_before_the_first_run(values: dict, change: dict) -> None:
+    values["arms"]["clip"] = CLIP | change
+    with pytest.raises(FileNotFoundError, match="gone"):
         study(build(StudyConfig, values), command="contracap study x")
     assert not Path(values["out"]).exists()
 
@@ -137,6 +153,7 @@ def test_runs_on_other_data_are_not_mixed(values: dict, tmp_path: Path) -> None:
         ({"arms": {"coca": BOTH, "clip": {"loss": {"captoning": 0.0}}}}, "arm clip: unknown key 'loss.captoning'"),
         ({"arms": {"coca": BOTH, "clip": CLIP | {"seed": 1}}}, "arms.clip: seed is given by the study"),
         ({"arms": {"coca": BOTH, "a/b": CLIP}}, "arm 'a/b' names a folder"),
+        ({"arms": {"coca": BOTH, "clip": CLIP, "other": CLIP}}, "arm other is the same as another one before it"),
         ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'"),
     ],
 )

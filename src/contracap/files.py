@@ -44,6 +44,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all. What UTF-8 cannot hold, such as bytes of a file's name that were no text,
+    is written as JSON and Python spell it: \\udce9."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -182,6 +182,8 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
     for number, (name, curve) in enumerate(shown.items()):
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
         parts.append(f'<polyline class="curve curve{number}" points="{line}"/>')
+        if len(curve) == 1:
+            parts.append('<circle class="key{}" cx="{}" cy="{}" r="3"/>'.format(number, *line.split(",")))
         if not name:
             continue
         key = left + 6 + number * 105

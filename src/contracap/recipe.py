@@ -15,6 +15,7 @@ from contracap.parallel import ParallelConfig
 from contracap.training.checkpoint import CheckpointConfig
 from contracap.training.optimizer import OptimizerConfig
 
+RECIPE_FILE = "recipe.toml"  # in a run's folder
 Precision = Literal["auto", "fp32", "bf16"]
 
 

@@ -13,10 +13,8 @@ from contracap.model.coca import CoCa
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.parallel import ParallelError
 from contracap.pretrained import random_model, read_weights
-from contracap.recipe import Precision, Recipe, load_recipe
+from contracap.recipe import RECIPE_FILE, Precision, Recipe, load_recipe
 from contracap.training.checkpoint import CheckpointError
-
-RECIPE_FILE = "recipe.toml"
 
 # What a resumed run may change: none of it changes the updates by more than rounding, but for `steps`, which draws the
 # cosine out, and `device` and `accumulation`, as the number of ranks: with them, other patches are dropped.

@@ -12,16 +12,17 @@ from contracap.compare.figure import require_matplotlib
 from contracap.compare.results import load_result
 from contracap.compare.writing import write
 from contracap.config import ConfigError, build, to_dict
-from contracap.evaluation.result import Result
+from contracap.data.shards import list_shards
+from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.suite import build_evaluators, measure_tasks
 from contracap.evaluation.task import TaskConfig
 from contracap.image import ImageConfig
-from contracap.pretrained import load, processor_for
-from contracap.recipe import Recipe, load_recipe, merged
-from contracap.start import RECIPE_FILE
-from contracap.trainer import CHECKPOINTS, train
+from contracap.pretrained import find_weights, load, processor_for
+from contracap.recipe import RECIPE_FILE, Recipe, load_recipe, merged
+from contracap.start import device_of, precision_on, require_same_run
+from contracap.trainer import train
+from contracap.training.checkpoint import CHECKPOINTS, checkpoint_name
 
-RESULTS = "results.json"
 logger = logging.getLogger(__name__)
 
 
@@ -58,6 +59,9 @@ class StudyConfig:
         }.items():
             if taken := given & values.keys():
                 raise ValueError(f"{where}: {', '.join(sorted(taken))} is given by the study: leave it out")
+        changes = list(self.arms.values())
+        if same := [arm for number, arm in enumerate(self.arms) if changes[number] in changes[:number]]:
+            raise ValueError(f"arm {same[0]} is the same as another one before it: a gap between them tells nothing")
         for arm in self.arms:
             if Path(arm).name != arm:
                 raise ValueError(f"arm {arm!r} names a folder: leave out slashes")
@@ -100,9 +104,13 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
     # What is wrong is said now, not after hours.
     for arm, seed in runs:
-        _require_same_data(config.run(arm, seed))
+        _require_same_run(config.run(arm, seed))
     for arm in config.arms:
         recipe = config.run(arm, config.seeds[0])
+        for source in recipe.data.sources.values():
+            list_shards(source.shards)
+        if recipe.initialise_from is not None:
+            find_weights(recipe.initialise_from)
         image = ImageConfig(size=recipe.model_config.vision.image_size)
         build_evaluators(config.tasks_of(recipe), processor_for(recipe.model_config, image))
     for number, (arm, seed) in enumerate(runs, start=1):
@@ -125,17 +133,17 @@ def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> R
         FileNotFoundError, ValueError: as training does, or if a task fails.
     """
     folder = Path(recipe.out)
-    checkpoint = train(recipe)
-    done = {"checkpoint": checkpoint.name, "asked": {name: to_dict(task) for name, task in tasks.items()}}
-    if (found := _found(folder / RESULTS)) and found.details.get("study") == done:
+    asked = {name: to_dict(task) for name, task in tasks.items()}
+    done = {"checkpoint": checkpoint_name(recipe.steps), "asked": asked}
+    if (found := _found(folder / RESULTS_FILE)) and found.details.get("study") == done:
         return found
-    model, processor = load(checkpoint)
+    model, processor = load(train(recipe))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = measure_tasks(tasks, model, processor, command=command, seed=recipe.seed)
     if failed := [name for name in tasks if name in result.reasons]:
         raise ValueError(f"{folder}: task {failed[0]}: {result.reasons[failed[0]]}")
     result = replace(result, details={**result.details, "study": done})
-    result.write(folder / RESULTS)
+    result.write(folder / RESULTS_FILE)
     return result
 
 
@@ -150,16 +158,23 @@ def _found(file: Path) -> Result | None:
         return None
 
 
-def _require_same_data(recipe: Recipe) -> None:
-    """A run may go on from data that lie elsewhere; runs of a study must not mix them.
+def _require_same_run(recipe: Recipe) -> None:
+    """A run may go on for more steps, or from data that lie elsewhere; a study's runs are each trained in one way.
 
-    Raises: ValueError: if the run was started with other data, or nobody knows how.
+    Raises: ValueError: if the run was started with other settings, or nobody knows how.
     """
     folder = Path(recipe.out)
     if not (folder / CHECKPOINTS).exists():
         return
     if not (folder / RECIPE_FILE).is_file():
         raise ValueError(f"{folder} holds checkpoints but no {RECIPE_FILE}: remove it, or choose another out")
-    before = load_recipe(folder / RECIPE_FILE).data.train
-    if before != recipe.data.train:
-        raise ValueError(f"{folder} was started with data.train {before}, not {recipe.data.train}: choose another out")
+    recipe = replace(recipe, precision=precision_on(device_of(recipe), recipe.precision))
+    require_same_run(folder, recipe)
+    before = load_recipe(folder / RECIPE_FILE)
+    for name, was, now in (
+        ("steps", before.steps, recipe.steps),
+        ("nonfinite", before.nonfinite, recipe.nonfinite),
+        ("data.train", before.data.train, recipe.data.train),
+    ):
+        if was != now:
+            raise ValueError(f"{folder} was started with {name} {was}, not {now}: choose another out")

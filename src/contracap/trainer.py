@@ -18,10 +18,11 @@ from contracap.files import write_text
 from contracap.parallel import ParallelError, Ranks, started, wrapped
 from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
-from contracap.recipe import Recipe
-from contracap.start import RECIPE_FILE, device_of, precision_on, require_same_run, starting_model
+from contracap.recipe import RECIPE_FILE, Recipe
+from contracap.start import device_of, precision_on, require_same_run, starting_model
 from contracap.training.boards import open_boards, require_wandb
 from contracap.training.checkpoint import (
+    CHECKPOINTS,
     CheckpointError,
     checkpoint_name,
     describe,
@@ -40,7 +41,6 @@ from contracap.training.validation import Validation
 from contracap.training.watchdog import CHECKPOINT, EVALUATION, RECORD, Watchdog
 from contracap.training.writer import CheckpointWriter
 
-CHECKPOINTS = "checkpoints"
 logger = logging.getLogger(__name__)
 
 

@@ -105,6 +105,45 @@ def test_what_was_measured_by_other_means_is_said(task: str) -> None:
     assert compare([measured("java", "B")], [measured("java", "B")]).remarks == ()
 
 
+@pytest.mark.parametrize("count", ["captions", "classes", "questions"])
+def test_other_numbers_of_what_is_counted_are_refused(count: str) -> None:
+    def measured(number: int) -> Result:
+        return replace(result({"x/acc1": HITS}), details={"tasks": {"x": {count: number}}})
+
+    words = f"x was measured on other samples: 5 {count} of A, 1 of B; evaluate both on the same data"
+    with pytest.raises(ValueError, match=words):
+        compare([measured(5)], [measured(1)])
+    assert compare([measured(5)], [measured(5)]).rows[0].gap == 0
+
+
+def test_what_was_asked_of_one_system_in_another_way_is_said() -> None:
+    def measured(**asked: object) -> Result:
+        return replace(result({"acc1": HITS}), details={"asked": {"task": "zeroshot", **asked}})
+
+    plain = measured(data=["/here/cifar10"], classes="cifar10")
+    assert compare([plain], [measured(data=["/elsewhere/cifar10"], classes="cifar10")]).remarks == ()
+    other = measured(data=["/here/cifar100"], classes="cifar10", templates="short.json", settings=["a=1", "b=2"])
+    assert compare([plain], [other]).remarks == (
+        "the data of A is cifar10, that of B cifar100: part of the gap may come of that",
+        "the set of templates of A is the default, that of B short.json: part of the gap may come of that",
+        "the strategy's settings of A is the default, that of B a=1 b=2: part of the gap may come of that",
+    )
+
+
+def test_judges_that_are_the_models_themselves_are_told_of() -> None:
+    judged = replace(result({}, {"CLIPScore": 0.7}), details={"asked": {"clipscore": "self"}})
+    (remark,) = compare([judged], [judged]).remarks
+    assert remark == "a model's CLIPScore of its own captions compares the judges as much as the captions"
+
+
+def test_a_task_that_failed_in_one_system_is_told_of_with_its_reason() -> None:
+    whole = result({"x/acc1": HITS, "late/acc1": HITS})
+    failed = result({"x/acc1": HITS}, {"late": None})
+    comparison = compare([whole], [failed], names=("CoCa", "CLIP"))
+    assert comparison.remarks == ("late of CLIP: SPICE needs a jar",)
+    assert "- late of CLIP: SPICE needs a jar" in markdown(comparison)
+
+
 def test_a_figure_without_values_of_samples_has_a_gap_alone() -> None:
     (row,) = compare([result({}, {"Bleu_4": 0.3})], [result({}, {"Bleu_4": 0.2})]).rows
     assert row.gap == pytest.approx(0.1)
@@ -148,6 +187,16 @@ def test_the_figure_shows_headlines_and_where_there_are_none_all_scores() -> Non
     assert [row.figure for row in comparison.headlines] == ["a/text_to_image_recall@5", "b/acc1"]  # by size
     other = {"caption_accuracy": 0.5, "seconds": 200.0}
     assert [row.figure for row in compare([result({}, other)], [result({}, other)]).headlines] == ["caption_accuracy"]
+
+
+def test_a_task_without_a_headline_is_drawn_by_all_it_has() -> None:
+    a = result({"b/acc1": HITS}, {"coco/METEOR": 0.3, "coco/Bleu_4": 0.2})
+    assert {row.figure for row in compare([a], [a]).headlines} == {"b/acc1", "coco/METEOR", "coco/Bleu_4"}
+
+
+def test_names_take_one_line() -> None:
+    one = result({"acc1": HITS})
+    assert compare([one], [one], names=("a\n b", "c")).names == ("a b", "c")
 
 
 def whole() -> tuple[list[Result], list[Result]]:

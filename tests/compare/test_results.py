@@ -25,6 +25,8 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         ({"figures": {"acc1": 10**400}}, r"figure acc1 is 10{39}; it must be"),
         ({"figures": {"acc1": float("nan")}}, "figure acc1 is nan"),
         ({"tasks": ["coco"]}, "`tasks` must be an object"),
+        ({"asked": ["cifar10"]}, "`asked` must be an object"),
+        ({"tasks": {"coco": {"captions": "5"}}}, "`captions` must be how many"),
         ({"rows": [], "resamples": 10_000}, "holds the gaps of a comparison, not scores"),
         ({"per_sample": {"acc1": {"values": [0.5]}}}, "must have `samples`, a digest of the samples' keys; it is None"),
         ({"per_sample": {"acc1": {"samples": "", "values": [0.5]}}}, "it is ''"),

@@ -34,6 +34,23 @@ def test_the_verb_writes_a_figure_a_page_tables_and_a_result(tmp_path: Path, cap
     assert content["versions"] and content["samples"] == 4 and content["seed"] == 0
 
 
+def test_a_result_that_is_compared_is_never_overwritten(tmp_path: Path, capsys) -> None:
+    a, b = written(tmp_path / "results.json", HITS), written(tmp_path / "clip.json", FEWER)
+    before = Path(a).read_bytes()
+    for first, second in ((a, b), (b, a)):
+        assert main(["compare", first, second, "--out", str(tmp_path)]) == 1
+        assert f"{a} would take the place of a result that is compared" in capsys.readouterr().err
+    assert Path(a).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "clip.json"}
+
+
+def test_a_name_that_is_no_text_is_spelled_out(tmp_path: Path) -> None:
+    comparison = compare([result({"acc1": HITS})], [result({"acc1": FEWER})], names=("caf\udce9", "B"))
+    write(comparison, tmp_path, command="compare caf\udce9.json")
+    assert "caf\\udce9" in (tmp_path / "compare.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["command"] == "compare caf\udce9.json"
+
+
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     comparison = compare([result({"cifar10/acc1": HITS})], [result({"cifar10/acc1": FEWER})])
     for folder in ("first", "second"):

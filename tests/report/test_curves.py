@@ -23,6 +23,7 @@ def test_training_and_validation_losses_share_a_chart() -> None:
     html = curves(records)
     assert html.count("<svg") == 1
     assert polylines(html) == [1, 1]
+    assert html.count('r="3"') == 2  # a line of one point would not be seen
 
 
 def test_numbers_that_were_not_finite_are_no_points() -> None:

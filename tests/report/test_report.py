@@ -66,11 +66,12 @@ def run(tmp_path: Path, shards: Path) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model, processor = load("tiny", weights="random", seed=0)
     save(
-        folder / "checkpoints" / "last" / "model.safetensors",
+        folder / "checkpoints" / "step-00000020" / "model.safetensors",
         model=SIZES["tiny"],
         image=processor.image_config,
         state=model.state_dict(),
     )
+    (folder / "checkpoints" / "last").symlink_to("step-00000020")
     return folder
 
 
@@ -89,7 +90,11 @@ def test_each_task_of_the_recipe_has_its_figures_and_its_section(run: Path, shar
     classes.write_text(json.dumps(list(COLOURS)))
     page = write_report(extended(run, TASKS, shards=shards, classes=classes))
     assert page == run / "report.html"
-    assert headings(page) == ["The run", "Figures", "colours", "pairs", "written"]
+    assert headings(page) == [
+        "The run",
+        "Figures",
+        *(f"A closer look: {task}" for task in ("colours", "pairs", "written")),
+    ]
     html = page.read_text(encoding="utf-8")
     for figure in ("acc1", "text_to_image_recall@5", "image_to_text_recall@1", "CIDEr"):
         assert f"<td>{figure}</td>" in html
@@ -101,11 +106,38 @@ def test_each_task_of_the_recipe_has_its_figures_and_its_section(run: Path, shar
     assert "<red>" not in html and "all &lt;red&gt;" in html
 
 
+def test_the_page_holds_the_figures_that_the_tasks_give(run: Path, shards: Path, tmp_path: Path) -> None:
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps(list(COLOURS)))
+    path = extended(run, TASKS, shards=shards, classes=classes) / "recipe.toml"
+    html = write_report(run).read_text(encoding="utf-8")
+    model, processor = load(run / "checkpoints" / "last")
+    found = measure_tasks(load_recipe(path).evaluation.tasks, model, processor, command="contracap evaluate")
+    rows = [tuple(re.findall(r"<td[^>]*>(.*?)</td>", row)) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+    shown = {f"{row[0]}/{row[1]}": row[2:] for row in rows if row and row[0] in ("colours", "pairs", "written")}
+    values = {name: value for name, value in found.figures.items() if value is not None}
+    assert shown == {name: (f"{100 * value:.2f}", "12") for name, value in values.items()}
+    assert len({row[0] for row in shown.values()}) > 3
+
+
+def test_a_checkpoint_is_found_without_the_link(run: Path, shards: Path) -> None:
+    (run / "checkpoints" / "last").unlink()
+    page = write_report(extended(run, '[evaluation.tasks.pairs]\ntask = "retrieval"\ndata = "{data}"\n', data=shards))
+    assert "Measured with step-00000020 on the tasks of the recipe." in page.read_text(encoding="utf-8")
+
+
+def test_no_task_takes_the_place_of_another_section(run: Path, shards: Path) -> None:
+    page = write_report(
+        extended(run, '[evaluation.tasks."The run"]\ntask = "retrieval"\ndata = "{data}"\n', data=shards)
+    )
+    assert headings(page) == ["The run", "Figures", "A closer look: The run"]
+
+
 def test_without_tasks_the_validation_shards_are_measured(run: Path, shards: Path) -> None:
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("[data]\n", f'[data]\nvalidation = "{shards}"\n'))
     page = write_report(run)
-    assert headings(page) == ["The run", "Figures", "retrieval", "captioning"]
+    assert headings(page) == ["The run", "Figures", "A closer look: retrieval", "A closer look: captioning"]
     assert "the first 12 samples of its validation shards" in page.read_text(encoding="utf-8")
 
 
@@ -113,7 +145,7 @@ def test_what_has_no_loss_is_not_measured_on_the_validation_shards(run: Path, sh
     recipe = run / "recipe.toml"
     text = recipe.read_text().replace("[data]\n", f'[data]\nvalidation = "{shards}"\n')
     recipe.write_text(re.sub("captioning = .*", "captioning = 0.0", text))
-    assert headings(write_report(run)) == ["The run", "Figures", "retrieval"]
+    assert headings(write_report(run)) == ["The run", "Figures", "A closer look: retrieval"]
 
 
 def test_data_that_have_gone_cost_the_figures_and_not_the_curves(run: Path) -> None:
@@ -121,13 +153,13 @@ def test_data_that_have_gone_cost_the_figures_and_not_the_curves(run: Path) -> N
     page = write_report(extended(run, gone, gone=run / "gone"))
     assert headings(page) == ["The run", "Figures"]
     html = page.read_text(encoding="utf-8")
-    assert "Nothing was measured with last on the tasks of the recipe." in html
+    assert "Nothing was measured with step-00000020 on the tasks of the recipe." in html
     assert "pairs was not measured: " in html
 
 
 def test_a_task_whose_data_have_gone_costs_no_other(run: Path, shards: Path, tmp_path: Path) -> None:
     page = write_report(extended(run, TASKS, shards=shards, classes=tmp_path / "gone.json"))
-    assert headings(page) == ["The run", "Figures", "pairs", "written"]
+    assert headings(page) == ["The run", "Figures", "A closer look: pairs", "A closer look: written"]
     assert "colours was not measured: " in page.read_text(encoding="utf-8")
 
 
@@ -136,7 +168,7 @@ def test_a_run_of_a_study_is_measured_by_the_studys_tasks(run: Path, shards: Pat
     tasks = {"pairs": TaskConfig(task="retrieval", data=(str(shards),))}
     measure_tasks(tasks, model, processor, command="contracap study").write(run / "results.json")
     page = write_report(run)
-    assert headings(page) == ["The run", "Figures", "pairs"]
+    assert headings(page) == ["The run", "Figures", "A closer look: pairs"]
     assert "on the tasks of the study." in page.read_text(encoding="utf-8")
 
 

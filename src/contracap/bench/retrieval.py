@@ -64,7 +64,8 @@ def bench_retrieval(
     for name in rows or ROWS:
         measured.append(ROWS[name](rounds=rounds, seed=seed))
         report(measured[-1])
-    return Benchmark(rows=measured, samples=PICTURES, seed=seed, machine=machine)
+    pictures = max(ROWS[name].keywords["images"] for name in rows or ROWS)
+    return Benchmark(rows=measured, samples=pictures, seed=seed, machine=machine)
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ SIDES: dict[Side, Callable[[Embeddings], dict[str, float]]] = {
 }
 DESCRIBED: dict[Side, str] = {"clip_benchmark": "clip_benchmark", "matrix": "the N x N matrix and topk"}
 
-ROWS: dict[str, Callable[..., Row]] = {
+ROWS: dict[str, partial[Row]] = {
     "coco": partial(time_row, images=5_000, peer="clip_benchmark"),
     "coco-matrix": partial(time_row, images=5_000, peer="matrix"),
     "large": partial(time_row, images=PICTURES, peer="clip_benchmark"),

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 try:
     from tyro.conf import DisallowNone
@@ -28,6 +29,9 @@ BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0, 1 for wrong input, or 75 where the same call can go on. A call that
     cannot be parsed exits with 2, one whose reader has gone, as with `| head`, with 141."""
+    for stream in (sys.stdout, sys.stderr):  # the name of a file may hold bytes that are no text
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run(arguments)

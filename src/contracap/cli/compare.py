@@ -7,7 +7,7 @@ from tyro.conf import arg
 
 from contracap.cli.options import command_line
 
-Results = Annotated[Path, arg(metavar="RESULTS.json", help="what contracap evaluate wrote with --json")]
+Results = Annotated[Path, arg(metavar="RESULTS.json", help="what contracap evaluate or score wrote with --json")]
 
 
 def compare(
@@ -28,7 +28,10 @@ def compare(
     from contracap.compare.results import load_result, names_of
     from contracap.compare.tables import markdown
     from contracap.compare.writing import write
+    from contracap.evaluation.result import RESULTS_FILE
 
+    if (result := out / RESULTS_FILE).exists() and any(result.samefile(each) for each in (a, b) if each.exists()):
+        raise ValueError(f"{result} would take the place of a result that is compared: choose another --out")
     comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))
     write(comparison, out, command=command_line())
     print(markdown(comparison))

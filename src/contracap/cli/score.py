@@ -54,6 +54,8 @@ def score(
     from contracap.evaluation.result import PerSample, Result
     from contracap.evaluation.scores import CaptionScorer
 
+    if clipscore is None and (images is not None or size is not None):
+        raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
     scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory)
     known = None if references is None else read_references(references)
     entries = read_entries(file, known)
@@ -70,9 +72,10 @@ def score(
         pictures = _pictures(entries, images)
         judge = ClipScorer(*load_model(clipscore, size), name=clipscore)
     captions, predictions = [entry.captions for entry in entries], [entry.prediction for entry in entries]
+    suits = None if judge is None else judge.score(pictures, predictions, captions)  # first: a picture may be damaged
     scores = scorer.score(captions, predictions, domains=[entry.domain for entry in entries])
-    if judge is not None:
-        scores.add_clipscore(*judge.score(pictures, predictions, captions), model=judge.name)
+    if judge is not None and suits is not None:
+        scores.add_clipscore(*suits, model=judge.name)
     keys = [entry.key for entry in entries]
     result = Result(
         command=command_line(),
@@ -83,10 +86,12 @@ def score(
         per_sample={name: PerSample.of(keys, values) for name, values in scores.per_sample.items()},
         details=scores.details,
     )
-    if json is not None:
-        result.write(json)
-    for name, value in scores.figures.items():
-        print(f"{name:24}{value:.4f}")
+    try:
+        if json is not None:
+            result.write(json)
+    finally:  # what took hours is shown even where it cannot be written
+        for name, value in scores.figures.items():
+            print(f"{name:24}{value:.4f}")
     if reason := scores.details.get("tokenizer_reason"):
         print(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", file=sys.stderr)
     for name, reason in scores.reasons.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,16 @@ HEADLINES = (
     "accuracy",
 )
 MEASURED_BY = {"tokenizer": "the tokenizer", "clipscore_model": "the model behind CLIPScore"}
+ASKED_BY = {  # keys of a task that change its figures
+    "data": "the data",
+    "classes": "the set of classes",
+    "templates": "the set of templates",
+    "answers": "the list of answers",
+    "prompt": "the prompt",
+    "strategy": "the strategy",
+    "settings": "the strategy's settings",
+}
+COUNTED = ("captions", "classes", "questions")  # of a task: with another number of them its figures are others
 UNITS = {"seconds"}  # figures that are no scores: all others are, and are printed times 100
 
 
@@ -69,7 +80,7 @@ class Comparison:
         runs: of each system.
         samples: that the results rest on.
         seed: of the resamples.
-        remarks: what differs in how the two were measured.
+        remarks: what differs in how the two were measured, and what failed in one of them.
     """
 
     names: tuple[str, str]
@@ -82,10 +93,11 @@ class Comparison:
 
     @property
     def headlines(self) -> tuple[Row, ...]:
-        """What is drawn: of each task the figure its kind is known by, or all figures if none of them is that; largest
-        gap first. Those without a gap are left out, and so are seconds."""
+        """What is drawn: of each task the figures its kind is known by, or all of them if none is that; largest gap
+        first. Those without a gap are left out, and so are seconds."""
         drawn = [row for row in self.rows if row.gap is not None and row.name not in UNITS]
-        drawn = [row for row in drawn if row.name in HEADLINES] or drawn
+        headed = {row.task for row in drawn if row.name in HEADLINES}
+        drawn = [row for row in drawn if row.name in HEADLINES or row.task not in headed]
         return tuple(sorted(drawn, key=lambda row: -(row.gap or 0.0)))
 
     def result(self, *, command: str) -> Result:
@@ -117,9 +129,10 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
         seed: of the resamples.
 
     Raises:
-        ValueError: if they have no figure in common, are not equally many, or a figure was measured on other samples:
-            a gap between different pictures tells nothing.
+        ValueError: if they have no figure in common, are not equally many, or a figure was measured on other samples,
+            or with other numbers of captions, classes or questions: a gap between different tasks tells nothing.
     """
+    names = (" ".join(names[0].split()), " ".join(names[1].split()))
     if not a or len(a) != len(b):
         raise ValueError(f"{len(a)} results of {names[0]} and {len(b)} of {names[1]}: runs are compared in pairs")
     if names[0] == names[1]:
@@ -131,6 +144,9 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
             f"nothing in common: {names[0]} has {', '.join(of_a) or 'nothing'}; {names[1]} has "
             f"{', '.join(of_b) or 'nothing'}"
         )
+    tasks = {figure.rpartition("/")[0]: figure for figure in common}
+    for task, figure in tasks.items():
+        _require_same_counts(task, figure, a, b, names)
     rows = [_row(name, a, b, names, seed) for name in common]
     return Comparison(
         names=names,
@@ -142,7 +158,7 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
         runs=len(a),
         samples=min(result.samples for result in [*a, *b]),
         seed=seed,
-        remarks=tuple(_remarks(common, a, b, names)),
+        remarks=(*_remarks(tasks, a, b, names), *_failures(a, b, names)),
     )
 
 
@@ -205,21 +221,62 @@ def _facts(result: Result, figure: str) -> Mapping[str, Any]:
     return result.details.get("tasks", {}).get(task, {}) if task else {"samples": result.samples, **result.details}
 
 
-def _remarks(figures: Sequence[str], a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]) -> Iterator[str]:
-    """What differs in how the two systems were measured, a sentence each."""
-    tasks = {figure.rpartition("/")[0]: figure for figure in figures}
-    for task, figure in tasks.items():
-        for fact, what in MEASURED_BY.items():
-            of_a, of_b = (
-                sorted({str(facts[fact]) for result in results if fact in (facts := _facts(result, figure))})
-                for results in (a, b)
+def _require_same_counts(
+    task: str, figure: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]
+) -> None:
+    """Raises: ValueError: if a task was measured with other numbers of something."""
+    where = f"{task} was" if task else "they were"
+    for what in COUNTED:
+        of_a, of_b = (
+            sorted({facts[what] for result in results if what in (facts := _facts(result, figure))})
+            for results in (a, b)
+        )
+        if len({*of_a, *of_b}) > 1:
+            raise ValueError(
+                f"{where} measured on other samples: {' and '.join(map(str, of_a))} {what} of {names[0]}, "
+                f"{' and '.join(map(str, of_b))} of {names[1]}; evaluate both on the same data"
             )
+
+
+def _remarks(
+    tasks: Mapping[str, str], a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]
+) -> Iterator[str]:
+    """What differs in how the two systems were measured, a sentence each.
+
+    Args:
+        tasks: by name, with one of its figures.
+    """
+    for task, figure in tasks.items():
+        where = f"{task}: " if task else ""
+        means_a, means_b = ([_means(_facts(result, figure)) for result in results] for results in (a, b))
+        for what in (*MEASURED_BY.values(), *ASKED_BY.values()):
+            of_a, of_b = (sorted({found[what] for found in means if what in found}) for means in (means_a, means_b))
             if of_a and of_b and of_a != of_b:
-                where = f"{task}: " if task else ""
                 yield (
                     f"{where}{what} of {names[0]} is {' and '.join(of_a)}, that of {names[1]} {' and '.join(of_b)}: "
                     "part of the gap may come of that"
                 )
+        if any(_facts(result, figure).get("asked", {}).get("clipscore") == "self" for result in [*a, *b]):
+            yield f"{where}a model's CLIPScore of its own captions compares the judges as much as the captions"
+
+
+def _means(facts: Mapping[str, Any]) -> dict[str, str]:
+    """By what a task was measured, in words; of files and folders the names alone, wherever they lie."""
+    found = {what: str(facts[fact]) for fact, what in MEASURED_BY.items() if fact in facts}
+    if "asked" in facts:
+        for key, what in ASKED_BY.items():
+            value = facts["asked"].get(key, "the default")
+            parts = value if isinstance(value, list) else [str(value)]
+            found[what] = " ".join(part if key in ("prompt", "settings") else PurePath(part).name for part in parts)
+    return found
+
+
+def _failures(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]) -> Iterator[str]:
+    """Why a system lacks figures of the other, a sentence each."""
+    for name, results in zip(names, (a, b), strict=True):
+        other = {figure for result in (b if results is a else a) for figure in result.figures}
+        reasons = {figure: reason for result in results for figure, reason in result.reasons.items()}
+        yield from (f"{figure} of {name}: {reason}" for figure, reason in reasons.items() if figure not in other)
 
 
 def _corrected(rows: Sequence[Row]) -> Iterator[Row]:

@@ -62,7 +62,7 @@ def make_figure(comparison: Comparison) -> Any:
     rows = comparison.headlines
     if not rows:
         raise ValueError("nothing to draw: no score has a gap")
-    figure = Figure(figsize=(9.0, 1.7 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10.5, 1.7 + 0.3 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     scores, gaps = figure.subplots(1, 2, sharey=True)
     _draw_scores(scores, rows)
@@ -80,7 +80,7 @@ def _draw_scores(axes: Any, rows: tuple[Row, ...]) -> None:
     axes.hlines(places, a, b, color=NEITHER, linewidth=1.2, zorder=1)
     axes.scatter(a, places, color=FIRST, marker="o", zorder=2, clip_on=False)
     axes.scatter(b, places, color=SECOND, marker="D", s=26, zorder=2, clip_on=False)
-    axes.set_yticks(places, [shown(label(row)) for row in rows], parse_math=False)
+    axes.set_yticks(places, [label(row) for row in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlim(1.05 * min(0.0, *a, *b), 1.05 * max(0.0, *a, *b) or 1.0)
     axes.locator_params(axis="x", nbins=5)
@@ -112,9 +112,9 @@ def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None
 
 
 def label(row: Row) -> str:
-    """A row's task and figure, short."""
-    name = SHORT.get(row.name, row.name)
-    return f"{row.task}, {name}" if row.task else name
+    """A row's task, cut if need be, and its figure."""
+    name = shown(SHORT.get(row.name, row.name))
+    return f"{shown(row.task)}, {name}" if row.task else name
 
 
 def shown(name: str) -> str:

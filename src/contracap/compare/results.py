@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from contracap.compare.comparison import COUNTED
 from contracap.evaluation.result import PerSample, Result
 
 LARGEST = 1e100  # no figure; sums and pictures of larger numbers overflow
@@ -53,6 +54,11 @@ def _result(content: Any) -> Result:
     tasks = content.get("tasks", {})
     if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
         raise ValueError("`tasks` must be an object with an object for each task")
+    for facts in (content, *tasks.values()):
+        if not isinstance(facts.get("asked", {}), dict):
+            raise ValueError("`asked` must be an object with what the task says")
+        if wrong := [name for name in COUNTED if name in facts and not isinstance(facts[name], int)]:
+            raise ValueError(f"`{wrong[0]}` must be how many there were")
     reasons, per_sample = content.get("reasons", {}), content.get("per_sample", {})
     if not isinstance(reasons, dict) or not isinstance(per_sample, dict):
         raise ValueError("`reasons` and `per_sample` must be objects, with a key for each figure")

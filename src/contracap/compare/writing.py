@@ -5,6 +5,7 @@ from pathlib import Path
 from contracap.compare.comparison import Comparison
 from contracap.compare.figure import Drawing, draw
 from contracap.compare.tables import cells, headings, latex, markdown, method, notes, to_csv
+from contracap.evaluation.result import RESULTS_FILE
 from contracap.files import replacing, write_text
 from contracap.page import drawing, page, paragraph, table
 
@@ -32,7 +33,7 @@ def write(comparison: Comparison, folder: Path, *, command: str) -> None:
             partial.write_bytes(getattr(drawn, ending))
     for ending, text in texts.items():
         write_text(folder / f"compare.{ending}", text)
-    comparison.result(command=command).write(folder / "results.json")
+    comparison.result(command=command).write(folder / RESULTS_FILE)
 
 
 def compare_page(comparison: Comparison, drawn: Drawing | None) -> str:

@@ -93,5 +93,10 @@ class DataConfig:
             raise ValueError("length_buckets needs epoch_end = 'drop' or 'pad', else streams drift apart")
 
     @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """The mixture; a single data set is one of its own, `train`."""
+        return self.train if isinstance(self.train, dict) else {"train": SourceConfig(shards=self.train)}
+
+    @property
     def stream_count(self) -> int:
         return math.gcd(self.batch_size, MOST_STREAMS) if self.streams is None else self.streams

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from contracap.data.batch import Batch
-from contracap.data.config import DataConfig, SourceConfig
+from contracap.data.config import DataConfig
 from contracap.data.folders import class_folders
 from contracap.data.index import samples_in
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, Skip, Source
@@ -179,9 +179,8 @@ def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _order(config: DataConfig, seed: int) -> Order:
-    named = config.train if isinstance(config.train, dict) else {"train": SourceConfig(shards=config.train)}
     sources = []
-    for source in named.values():
+    for source in config.sources.values():
         shards = tuple(list_shards(source.shards))
         counts = tuple(samples_in(shards))
         weight = source.weight * (sum(counts) if config.weighting == "samples" else 1)

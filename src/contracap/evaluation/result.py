@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from contracap.files import write_text
 
+RESULTS_FILE = "results.json"  # in a folder of its own
+
 VERSIONED = (
     "contracap",
     "torch",
@@ -20,6 +22,7 @@ VERSIONED = (
     "simplejpeg",
     "tokenizers",
     "open_clip_torch",
+    "clip_benchmark",
     "pycocoevalcap",
     "torchvision",
     "webdataset",

@@ -1,5 +1,6 @@
 """Several tasks as one: what a recipe wants measured while it trains, and what a file of tasks asks of a model."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -15,6 +16,7 @@ from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
 BATCH = 16  # pictures captioned at a time
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +102,11 @@ def measure_tasks(
     for name, evaluator in build_evaluators(tasks, processor).items():
         try:
             result = measure(evaluator, model, command=command)
-        except (OSError, ValueError) as error:
-            figures[name], reasons[name] = None, str(error)
+        except Exception as error:  # out of memory, for one: a single task is no reason to lose the others
+            logger.warning("%s was not measured: %s", name, error)
+            figures[name], reasons[name] = None, str(error) or type(error).__name__
             continue
+        logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in result.figures.items()))
         figures |= {f"{name}/{figure}": value for figure, value in result.figures.items()}
         reasons |= {f"{name}/{figure}": reason for figure, reason in result.reasons.items()}
         per_sample |= {f"{name}/{figure}": values for figure, values in result.per_sample.items()}

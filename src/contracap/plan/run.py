@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from contracap.data.config import DataConfig, SourceConfig
+from contracap.data.config import DataConfig
 from contracap.data.index import read_index
 from contracap.data.shards import list_shards
 from contracap.losses import LossConfig
@@ -163,9 +163,8 @@ def caption_texts(data: DataConfig, context: int) -> Texts | None:
     Raises:
         IndexFileError: if an index cannot be read.
     """
-    named = data.train if isinstance(data.train, dict) else {"train": SourceConfig(shards=data.train)}
     counts: Counter[int] = Counter()
-    for source in named.values():
+    for source in data.sources.values():
         for path in [source.shards] if isinstance(source.shards, str) else source.shards:
             if "://" in path or path.startswith("pipe:"):  # not a place that can be looked into at once
                 continue

@@ -15,21 +15,20 @@ from contracap.config import build
 from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
 from contracap.evaluation.captioning import Captioning
-from contracap.evaluation.result import Evaluator
+from contracap.evaluation.result import RESULTS_FILE, Evaluator
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.task import TaskConfig, build_evaluator
 from contracap.files import write_text
-from contracap.model.coca import CoCa
 from contracap.page import Html, page, paragraph, table
 from contracap.pretrained import load
 from contracap.processor import Processor
-from contracap.recipe import Recipe, load_recipe
+from contracap.recipe import RECIPE_FILE, Recipe, load_recipe
 from contracap.report.curves import curves
 from contracap.report.sections import sections_of
+from contracap.training.checkpoint import CHECKPOINTS, last_checkpoint
 from contracap.training.metrics import CAPTIONS_FILE, METRICS_FILE, read_metrics
 
 PAGE = "report.html"
-RESULTS_FILE = "results.json"  # of a study, in each of its run folders
 MOST_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
 MOST_CAPTIONS = 16  # pictures whose captions on the way are shown
 logger = logging.getLogger(__name__)
@@ -42,33 +41,32 @@ def write_report(run: Path) -> Path:
         FileNotFoundError: if the folder is no run's.
         ValueError: if its recipe, its records or its checkpoint cannot be read.
     """
-    for name in ("recipe.toml", METRICS_FILE):
+    for name in (RECIPE_FILE, METRICS_FILE):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is no run folder: it has no {name}; give the `out` of contracap train")
-    recipe = load_recipe(run / "recipe.toml")
-    last = run / "checkpoints" / "last"
+    recipe = load_recipe(run / RECIPE_FILE)
     sections: dict[str, list[Html]] = {"": [_facts(recipe)]}
     with _naming(run / METRICS_FILE):
         records = read_metrics(run)
         sections[""].insert(0, paragraph(_progress(records, recipe)))
         if records:
             sections["The run"] = [curves(records)]
-    if last.exists():
-        model, processor = load(last)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        sections |= measured(run, recipe, model, processor)
+    if checkpoint := last_checkpoint(run / CHECKPOINTS):
+        sections |= measured(run, recipe, checkpoint)
     else:
         sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
     if (run / CAPTIONS_FILE).is_file():
         with _naming(run / CAPTIONS_FILE):
             sections["Captions on the way"] = [captions_on_the_way(run / CAPTIONS_FILE)]
-    write_text(run / PAGE, page(f"{run.absolute().name}: {recipe.size}", sections).encode("utf-8", "replace").decode())
+    write_text(run / PAGE, page(f"{run.absolute().name}: {recipe.size}", sections))
     return run / PAGE
 
 
-def measured(run: Path, recipe: Recipe, model: CoCa, processor: Processor) -> dict[str, list[Html]]:
+def measured(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
     """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
     validation shards. What fails costs its own figures only."""
+    model, processor = load(checkpoint)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         evaluators, what = _evaluators(run, recipe, processor)
     except (ValueError, OSError) as error:
@@ -82,7 +80,7 @@ def measured(run: Path, recipe: Recipe, model: CoCa, processor: Processor) -> di
         try:
             evaluator = build_one()
             figures = dict(evaluator.run(model))
-        except (ValueError, OSError) as error:  # such as weights that are NaN: the curves show when they became so
+        except Exception as error:  # such as weights that are NaN: the curves show when they became so
             logger.warning("%s was not measured: %s", name, error)
             missing.append(paragraph(f"{name} was not measured: {error}"))
             continue
@@ -90,12 +88,11 @@ def measured(run: Path, recipe: Recipe, model: CoCa, processor: Processor) -> di
         missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in evaluator.reasons.items()]
         parts = list(sections_of(evaluator))
         if parts:
-            sections[name] = parts
+            sections[f"A closer look: {name}"] = parts
     head = ("task", "figure", "times 100", "samples")
     shown = [table(head, rows, numbers=(2, 3))] if rows else []
     done = "Measured" if rows else "Nothing was measured"
-    checkpoint = (run / "checkpoints" / "last").resolve().name
-    return {"Figures": [paragraph(f"{done} with {checkpoint} on {what}."), *shown, *missing]} | sections
+    return {"Figures": [paragraph(f"{done} with {checkpoint.name} on {what}."), *shown, *missing]} | sections
 
 
 def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[str, Callable[[], Evaluator]], str]:

@@ -16,6 +16,7 @@ from contracap.parallel import share_like
 from contracap.pretrained import read_weights
 from contracap.training.step import TrainingState
 
+CHECKPOINTS = "checkpoints"  # folder in a run's
 LAST = "last"
 WEIGHTS_FILE = "model.safetensors"
 AVERAGE_FILE = "average.safetensors"
