@@ -3,7 +3,18 @@ from functools import partial
 import pytest
 
 from contracap.bench import retrieval
-from contracap.bench.retrieval import ROWS, Embeddings, bench_retrieval, memory_row, recall_memory, recalls, time_row
+from contracap.bench.retrieval import (
+    KS,
+    ROWS,
+    Embeddings,
+    bench_retrieval,
+    memory_row,
+    ranking_of_clip_benchmark,
+    ranking_row,
+    recall_memory,
+    recalls,
+    time_row,
+)
 from contracap.bench.timing import NoPeerError, UnequalError
 
 
@@ -58,3 +69,15 @@ def test_only_rows_that_there_are_can_be_asked_for(monkeypatch: pytest.MonkeyPat
     told = []
     benchmark = bench_retrieval(rows=["small"], report=told.append)
     assert list(benchmark.rows) == told and told[0].work.startswith("recall of 10 pictures")
+
+
+def test_the_ranking_that_is_timed_is_the_one_that_the_peer_evaluates_by() -> None:
+    made = Embeddings.random(40, seed=0)
+    whole = recalls("clip_benchmark", made)
+    ranked = ranking_of_clip_benchmark(made, 1.0)()
+    assert [(each > 0).float().mean().item() for each in ranked] == [
+        whole[f"{direction}_recall@{k}"] for k in KS for direction in ("text_to_image", "image_to_text")
+    ]
+    assert [len(each) for each in ranking_of_clip_benchmark(made, 0.1)()] == 3 * [20, 4]
+    row = ranking_row(images=40, rounds=7, seed=0)
+    assert row.peer is not None and row.peer > 0 and "timed on 10% of the queries" in row.note

@@ -44,7 +44,7 @@ class Clock:
         return work
 
 
-def ratios(rounds: int = 7) -> Row:
+def ratios(rounds: int = 7, **settings: float) -> Row:
     clock = Clock()
     return compare(
         "counting",
@@ -54,7 +54,13 @@ def ratios(rounds: int = 7) -> Row:
         unit="items/s",
         rounds=rounds,
         clock=clock,
+        **settings,
     )
+
+
+def test_a_share_of_the_peers_work_is_made_up_to_the_whole() -> None:
+    row = ratios(share=0.25)
+    assert (row.ours, row.peer, row.ratio, row.quartiles) == (5.0, 1.25 / 4, 16.0, (10.0, 22.0))
 
 
 def test_figures_are_medians_and_quartiles_of_the_measured_rounds() -> None:

@@ -37,6 +37,7 @@ PICTURES = 20_000  # of the large rows
 CAPTIONS, EMBED = 5, 512  # captions of a picture, width of an embedding
 NOISE = 6.0  # of texts around their pictures: makes recalls of about a half among thousands
 BATCH = 64  # pictures that clip_benchmark ranks at a time, if not told otherwise
+SHARE = 0.1  # of the queries that it is timed on in the large row: with all of them a round takes ten minutes
 TOLERANCE = 1e-4  # relative: near ties fall otherwise in products of other shapes
 
 
@@ -112,6 +113,33 @@ def time_row(*, images: int, peer: Side, rounds: int, seed: int) -> Row:
     )
 
 
+def ranking_row(*, images: int, rounds: int, seed: int) -> Row:
+    """Texts a second as in `time_row`, beside clip_benchmark's ranking of the first tenth of the texts and of the
+    pictures. Its matrices are made before the clock runs; recalls of all queries are compared before.
+
+    Raises: UnequalError: if the recalls of both sides differ.
+    """
+    made = Embeddings.random(images, seed)
+    ours = partial(recalls, "ours", made)
+
+    def checked_peer() -> tuple[Work, str]:
+        note = require_equal(ours(), recalls("clip_benchmark", made), tolerance=TOLERANCE)
+        return ranking_of_clip_benchmark(made, SHARE), (
+            f"{note}; clip_benchmark timed on {SHARE:.0%} of the queries, its matrices of scores and pairs not counted"
+        )
+
+    return compare(
+        f"recall of {images:,} pictures x {len(made.texts):,} texts, beside {DESCRIBED['clip_benchmark']}",
+        ours=ours,
+        checked_peer=checked_peer,
+        items=len(made.texts),
+        unit="texts/s",
+        rounds=rounds,
+        clock=time.perf_counter,
+        share=SHARE,
+    )
+
+
 def memory_row(*, images: int, peer: Side, rounds: int, seed: int) -> Row:
     """Memory beyond the embeddings.
 
@@ -159,6 +187,22 @@ def clip_benchmark(made: Embeddings) -> dict[str, float]:
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         found = module.evaluate(_Embedded, batches, made.texts.__getitem__, "cpu", amp=False, recall_k_list=list(KS))
     return _named(found, "image_retrieval_recall", "text_retrieval_recall")
+
+
+def ranking_of_clip_benchmark(made: Embeddings, share: float) -> Callable[[], list[Tensor]]:
+    """Its ranking of the first queries of both directions for every K, in its own batches."""
+    module = peer_module("clip_benchmark.metrics.zeroshot_retrieval", package="clip_benchmark")
+    scores = made.texts @ made.images.T
+    pairs = torch.zeros_like(scores, dtype=torch.bool)
+    pairs[torch.arange(len(pairs)), made.image_of_text] = True
+    parts = [
+        tuple(each[: round(share * len(each))] for each in sides) for sides in ((scores, pairs), (scores.T, pairs.T))
+    ]
+
+    def work() -> list[Tensor]:
+        return [module.batchify(module.recall_at_k, *part, BATCH, "cpu", k=k) for k in KS for part in parts]
+
+    return work
 
 
 def matrix(made: Embeddings) -> dict[str, float]:
@@ -209,7 +253,7 @@ DESCRIBED: dict[Side, str] = {"clip_benchmark": "clip_benchmark", "matrix": "the
 ROWS: dict[str, partial[Row]] = {
     "coco": partial(time_row, images=5_000, peer="clip_benchmark"),
     "coco-matrix": partial(time_row, images=5_000, peer="matrix"),
-    "large": partial(time_row, images=PICTURES, peer="clip_benchmark"),
+    "large": partial(ranking_row, images=PICTURES),
     "large-matrix": partial(time_row, images=PICTURES, peer="matrix"),
     "large-memory": partial(memory_row, images=PICTURES, peer="clip_benchmark"),
     "large-matrix-memory": partial(memory_row, images=PICTURES, peer="matrix"),

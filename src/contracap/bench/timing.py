@@ -101,6 +101,7 @@ def compare(
     unit: str,
     rounds: int = LEAST_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    share: float = 1.0,
 ) -> Row:
     """How many `items` a second we do, and the peer, on the same work.
 
@@ -111,6 +112,7 @@ def compare(
         checked_peer: compares the outputs of both, before any clock runs; returns the peer's work, and says how far
             they agree and with which tolerance.
         clock: in seconds; `time.process_time` counts what all threads of this process compute, and nobody else's work.
+        share: of the items that the peer's work holds, where all of them would take hours and each costs it the same.
 
     Raises:
         UnequalError: by `checked_peer`, if the outputs differ.
@@ -122,7 +124,7 @@ def compare(
         (seconds,) = in_turns(ours, rounds=rounds, clock=clock)
         return timed_row(work, seconds, items=items, unit=unit, reason=str(error))
     seconds, peer_seconds = in_turns(ours, peer, rounds=rounds, clock=clock)
-    return timed_row(work, seconds, peer_seconds, items=items, unit=unit, note=note)
+    return timed_row(work, seconds, [second / share for second in peer_seconds], items=items, unit=unit, note=note)
 
 
 def timed_row(

@@ -13,15 +13,12 @@ from contracap.bench.steps import released
 from contracap.bench.timing import (
     LEAST_ROUNDS,
     Benchmark,
-    NoPeerError,
     Row,
     UnequalError,
     Work,
     compare,
-    in_turns,
     peer_module,
     this_machine,
-    timed_row,
 )
 from contracap.evaluation.published import IMAGENET, published
 from contracap.evaluation.zeroshot import PROMPTS, classifier, mean_per_class
@@ -143,25 +140,23 @@ def classifier_row(setting: Setting, *, size: str = B_32, classes: int = CLASSES
         UnequalError: if they differ; nothing is timed then.
     """
     ours = Side(size, setting, classes=classes)
-    prompts = classes * len(ours.templates)
-    timed = partial(
-        timed_row,
-        f"{size}, classifier of {classes} classes x {len(ours.templates)} prompts",
-        items=prompts,
-        unit="prompts/s",
-    )
-    try:
-        peer = Peer(ours)
-    except NoPeerError as error:
-        (seconds,) = in_turns(ours.build, rounds=setting.rounds, clock=setting.clock)
-        return timed(seconds, reason=str(error))
-    note = require_equal_rows(ours.build(), peer.build(ours.names))
     part = ours.names[:PEER_CLASSES]
-    seconds, peer_seconds = in_turns(ours.build, partial(peer.build, part), rounds=setting.rounds, clock=setting.clock)
-    return timed(
-        seconds,
-        [second * classes / len(part) for second in peer_seconds],
-        note=f"{note}; both in fp32; open_clip timed on {len(part)} of the classes, which it encodes at a time",
+
+    def checked_peer() -> tuple[Work, str]:
+        peer = Peer(ours)
+        note = require_equal_rows(ours.build(), peer.build(ours.names))
+        note = f"{note}; both in fp32; open_clip timed on {len(part)} of the classes, which it encodes at a time"
+        return partial(peer.build, part), note
+
+    return compare(
+        f"{size}, classifier of {classes} classes x {len(ours.templates)} prompts",
+        ours=ours.build,
+        checked_peer=checked_peer,
+        items=classes * len(ours.templates),
+        unit="prompts/s",
+        rounds=setting.rounds,
+        clock=setting.clock,
+        share=len(part) / classes,
     )
 
 
