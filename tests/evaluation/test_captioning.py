@@ -12,7 +12,8 @@ from contracap.evaluation.overlap import mean
 from contracap.evaluation.scores import CaptionScorer
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
-from contracap.generation.sampling import Greedy
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.sampling import Greedy, Sampling
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
@@ -36,7 +37,15 @@ def tiny() -> tuple[CoCa, Processor]:
     return model, Processor(image, Tokenizer(context=config.text.context, vocab_size=config.text.vocab_size))
 
 
-@pytest.mark.parametrize("strategy", [Greedy(10, 4), BeamSearch(width=2, max_tokens=10, min_tokens=4)])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Greedy(10, 4),
+        BeamSearch(width=2, max_tokens=10, min_tokens=4),
+        Sampling(seed=1, max_tokens=10, min_tokens=4),
+        ContrastiveReranking(of=Sampling(samples=2, max_tokens=10, min_tokens=4)),
+    ],
+)
 def test_evaluator_scores_what_the_captioner_writes(tiny, strategy) -> None:
     model, processor = tiny
     samples = [sample(name, name, f"a {name} wall", f"all is {name}") for name in COLOURS]
@@ -121,7 +130,7 @@ def test_what_the_annotations_of_a_data_set_say_is_evaluated(
 @pytest.mark.parametrize("captions", [(), ("...", " !")])
 def test_a_picture_without_a_word_is_named_before_a_caption_is_written(monkeypatch, tiny, captions) -> None:
     model, processor = tiny
-    monkeypatch.setattr(Captioner, "generate", lambda *_: pytest.fail("wrote a caption"))
+    monkeypatch.setattr(Captioner, "generate", lambda *_, **__: pytest.fail("wrote a caption"))
     samples = [sample("red", "red", "a red wall"), sample("blue", "blue", *captions)]
     with pytest.raises(ValueError, match=r"sample blue of shard\.tar has no caption with a word"):
         dict(Captioning(samples, processor, metrics=COUNTED).run(model))

@@ -102,7 +102,8 @@ class Captioning:
                     raise ValueError(
                         f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
                     )
-            made = [one.text for one in captioner.generate(picture_pixels(batch, self.processor), self.strategy)]
+            pixels, numbers = picture_pixels(batch, self.processor), range(len(texts), len(texts) + len(batch))
+            made = [one.text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
             written = [sample.captions for sample in batch]
             if judge is not None:
                 clip, both = judge.score([sample.image for sample in batch], made, written)
