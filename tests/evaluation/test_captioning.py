@@ -1,3 +1,5 @@
+import copy
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 
 from contracap.data.making import make_shards
+from contracap.evaluation import captioning
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.java import UnavailableError
@@ -14,13 +17,14 @@ from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.sampling import Greedy, Sampling
-from contracap.image import ImageConfig
+from contracap.image import ImageConfig, ImageError
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
 from .programs import without_java
+from .test_processes import Thread, in_threads
 from .worlds import COLOURS, ColourModel, picture, sample
 from .worlds import processor as colour_processor
 
@@ -141,3 +145,57 @@ def test_a_model_without_a_decoder_is_refused(tiny) -> None:
     clip = CoCa(replace(SIZES["tiny"], decoder=None))
     with pytest.raises(ValueError, match="no text decoder"):
         dict(Captioning([sample("red", "red", "a red wall")], processor, metrics=COUNTED).run(clip))
+
+
+def together(tiny, samples, thread: Thread, **options) -> Captioning:
+    """The evaluator once it has run, beside those of other threads, with a model of its own."""
+    model, processor = tiny
+    evaluator = Captioning(samples, processor, strategy=Greedy(10, 4), tokenizer="python", processes=thread, **options)
+    evaluator.figures = dict(evaluator.run(copy.deepcopy(model)))
+    return evaluator
+
+
+def test_the_first_process_computes_the_metrics_for_all_and_does_not_fall_silent(monkeypatch, tiny) -> None:
+    model, processor = tiny
+    samples = [sample(name, name, f"a {name} wall", domain="near-domain") for name in COLOURS]
+    options = {"metrics": COUNTED, "clipscore": "self"}
+    alone = Captioning(samples, processor, strategy=Greedy(10, 4), tokenizer="python", **options)
+    figures = dict(alone.run(model))
+    scored, said = [], []
+    score, collect = CaptionScorer.score, Thread.collect
+
+    def slow(self: CaptionScorer, *inputs, **more):
+        time.sleep(0.5)
+        scored.append(1)
+        return score(self, *inputs, **more)
+
+    monkeypatch.setattr(CaptionScorer, "score", slow)
+    monkeypatch.setattr(Thread, "collect", lambda self, value: said.append(self.rank) or collect(self, value))
+    monkeypatch.setattr(captioning, "SIGN_OF_LIFE", 0.05)
+    for evaluator in in_threads(3, lambda thread: together(tiny, samples, thread, **options)):
+        assert evaluator.figures == figures
+        for name in ("samples", "keys", "per_sample", "reasons", "details", "predictions"):
+            assert getattr(evaluator, name) == getattr(alone, name)
+    assert len(scored) == 1
+    assert said.count(0) == said.count(1) == said.count(2) > 5
+
+
+def test_what_fails_in_one_process_ends_all(monkeypatch, tiny) -> None:
+    good = [sample(name, name, f"a {name} wall") for name in COLOURS]
+    broken = [*good[:5], sample("torn", "red", "a red wall")]
+    object.__setattr__(broken[5], "image", b"no picture")
+
+    def one_is_broken(thread: Thread) -> Captioning:
+        return together(tiny, broken if thread.rank == 1 else good, thread, metrics=COUNTED)
+
+    first, second = in_threads(2, one_is_broken)
+    assert isinstance(second, ImageError)
+    assert isinstance(first, ValueError) and str(first).startswith("rank 1: sample torn of shard.tar: ")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(CaptionScorer, "score", fail)
+    first, second = in_threads(2, lambda thread: together(tiny, good, thread, metrics=COUNTED))
+    assert isinstance(first, OSError)
+    assert isinstance(second, ValueError) and str(second) == "rank 0: no memory"

@@ -145,6 +145,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         metrics=config.metrics,
         corenlp=config.corenlp_dir,
         clipscore="self" if config.clipscore == "self" else _judge(config.clipscore),
+        processes=processes,
     )
 
 
