@@ -2,6 +2,7 @@
 closed must not cost what took hours."""
 
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -60,14 +61,19 @@ def evaluate(
         Path | None,
         arg(metavar="TASKS.toml", help="several tasks instead, a table [tasks.NAME] each, with the flags as its keys"),
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        arg(metavar="OUT.json", help="for one task, captioning or vqa: file for what the model writes"),
+    ] = None,
     int8: Int8 = False,
     size: Size = None,
     json: ResultFile = None,
 ) -> None:
     """Measure a model: zero-shot classification, retrieval, captioning, questions about pictures."""
     from contracap.config import load_toml
+    from contracap.evaluation.predictions import write_predictions
     from contracap.evaluation.suite import TasksConfig, measure_tasks
-    from contracap.evaluation.task import TaskConfig, measure_task
+    from contracap.evaluation.task import TaskConfig, build_evaluator, measure_task
 
     flags = {
         "data": data,
@@ -82,6 +88,8 @@ def evaluate(
         "settings": settings,
     }
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
+    if predictions is not None and task not in ("captioning", "vqa"):
+        raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
     if tasks is not None:
         if given := [name for name, value in {"task": task, **flags}.items() if value]:
             named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)
@@ -96,18 +104,22 @@ def evaluate(
     model, processor = load_model(weights, size, int8=int8)
     if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
-    if tasks is not None:
-        result = measure_tasks(wanted, model, processor, command=command_line())
-    else:
-        (config,) = wanted.values()
-        result = measure_task(config, model, processor, command=command_line())
-    try:
-        if json is not None:
-            result.write(json)
-    finally:  # what took hours is shown even where it cannot be written
-        width = max(24, *map(len, result.figures))
-        for name, value in result.figures.items():
-            print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+    with ExitStack() as last:
+        if tasks is not None:
+            result = measure_tasks(wanted, model, processor, command=command_line())
+        else:
+            (config,) = wanted.values()
+            evaluator = build_evaluator(config, processor)
+            if predictions is not None:  # also where a metric fails
+                last.callback(write_predictions, predictions, evaluator)
+            result = measure_task(config, evaluator, model, command=command_line())
+        try:
+            if json is not None:
+                result.write(json)
+        finally:  # what took hours is shown even where it cannot be written
+            width = max(24, *map(len, result.figures))
+            for name, value in result.figures.items():
+                print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
     if failed := [name for name in wanted if name in result.reasons and tasks is not None]:
         raise ValueError(f"no figures of {', '.join(failed)}: {result.reasons[failed[0]]}")
 

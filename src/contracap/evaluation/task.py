@@ -156,11 +156,10 @@ def _judge(weights: str | None) -> ClipScorer | None:
     return ClipScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, name=weights)
 
 
-def measure_task(config: TaskConfig, model: CoCa, processor: Processor, *, command: str) -> Result:
-    """Measures one task; what was asked stands beside the figures.
+def measure_task(config: TaskConfig, evaluator: Evaluator, model: CoCa, *, command: str) -> Result:
+    """Measures one task with the evaluator that was built for it; what was asked stands beside the figures.
 
-    Raises: FileNotFoundError, ValueError: as `build_evaluator` does, before anything is computed, and as
-        evaluating does.
+    Raises: FileNotFoundError, ValueError: as evaluating does.
     """
-    result = measure(build_evaluator(config, processor), model, command=command)
+    result = measure(evaluator, model, command=command)
     return replace(result, details={"asked": asked(config)} | dict(result.details))
