@@ -19,6 +19,8 @@ from contracap.evaluation.vqa import STRATEGY as ANSWERING
 from contracap.evaluation.zeroshot import ZeroShot, load_classes, load_templates, templates_of
 from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.sampling import Sampling
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.pretrained import load
@@ -103,6 +105,15 @@ class TaskConfig:
         return build(type(STRATEGIES[self.task]), values)
 
 
+def seed_of(*tasks: TaskConfig) -> int | None:
+    """The seed that the words of all these tasks are drawn with; None if none are drawn, or if there are several seeds:
+    what was asked tells them."""
+    strategies = [task.build_strategy() for task in tasks if task.writes]
+    of = [strategy.of if isinstance(strategy, ContrastiveReranking) else strategy for strategy in strategies]
+    seeds = {strategy.seed for strategy in of if isinstance(strategy, Sampling)}
+    return seeds.pop() if len(seeds) == 1 else None
+
+
 def asked(config: TaskConfig) -> dict[str, Any]:
     """What a task says beyond the defaults, as plain values."""
     changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
@@ -161,5 +172,5 @@ def measure_task(config: TaskConfig, evaluator: Evaluator, model: CoCa, *, comma
 
     Raises: FileNotFoundError, ValueError: as evaluating does.
     """
-    result = measure(evaluator, model, command=command)
+    result = measure(evaluator, model, command=command, seed=seed_of(config))
     return replace(result, details={"asked": asked(config)} | dict(result.details))
