@@ -1,15 +1,37 @@
 from pathlib import Path
 
+import pytest
+
 from contracap.data.shards import write_shard
 from contracap.evaluation.suite import measure_tasks
 from contracap.evaluation.task import TaskConfig, build_evaluator, measure_task, seed_of
+from contracap.generation import BeamSearch, ContrastiveReranking, Sampling
 from contracap.pretrained import load
 
-from .worlds import COLOURS, record
+from .worlds import COLOURS, processor, record
 
 
 def task(*settings: str, **given) -> TaskConfig:
     return TaskConfig(**{"task": "captioning", "data": "x", **given}, settings=settings)
+
+
+def test_texts_are_as_long_as_the_task_has_them_whatever_the_strategy() -> None:
+    for name, more in (("greedy", ()), ("beam", ()), ("sample", ()), ("legacy", ("year=2023",)), (None, ())):
+        caption, answer = (task(*more, strategy=name, task=kind).build_strategy() for kind in ("captioning", "vqa"))
+        assert (caption.max_tokens, caption.min_tokens) == (30, 5)
+        assert (answer.max_tokens, answer.min_tokens) == (76, 0)
+        short = task(*more, "max_tokens=20", "min_tokens=2", strategy=name, task="vqa").build_strategy()
+        assert (short.max_tokens, short.min_tokens) == (20, 2)
+    assert task("of.width=3", strategy="rerank").build_strategy().of == BeamSearch(width=3)
+    assert task("of.max_tokens=20", strategy="rerank").build_strategy() == ContrastiveReranking(
+        of=Sampling(samples=8, max_tokens=20)
+    )
+
+
+def test_an_answer_is_not_reranked(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [record("0", "red", qa=[{"question": "is it?", "answer": "yes"}])])
+    with pytest.raises(ValueError, match="another strategy than rerank"):
+        build_evaluator(task(task="vqa", data=str(tmp_path), strategy="rerank"), processor())
 
 
 def test_the_seed_is_that_of_what_is_drawn() -> None:
@@ -25,11 +47,11 @@ def test_the_seed_is_that_of_what_is_drawn() -> None:
 
 def test_results_tell_the_seed(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [record(name, name, captions=[f"a {name} wall"]) for name in COLOURS])
-    model, processor = load("tiny", weights="random", seed=0)
+    model, own = load("tiny", weights="random", seed=0)
     config = TaskConfig(
         task="captioning", data=str(tmp_path), metrics=("rouge_l",), strategy="sample", settings=("seed=3",)
     )
-    evaluator = build_evaluator(config, processor)
+    evaluator = build_evaluator(config, own)
     assert measure_task(config, evaluator, model, command="contracap evaluate x").seed == 3
-    assert measure_tasks({"a": config}, model, processor, command="contracap evaluate x").seed == 3
-    assert measure_tasks({"a": config}, model, processor, command="contracap study x", seed=5).seed == 5
+    assert measure_tasks({"a": config}, model, own, command="contracap evaluate x").seed == 3
+    assert measure_tasks({"a": config}, model, own, command="contracap study x", seed=5).seed == 5
