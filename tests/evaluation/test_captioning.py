@@ -23,7 +23,7 @@ from contracap.model.sizes import SIZES
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
-from .programs import without_java
+from .programs import stand_in, without_java
 from .test_processes import Thread, in_threads
 from .worlds import COLOURS, ColourModel, picture, sample
 from .worlds import processor as colour_processor
@@ -131,13 +131,24 @@ def test_what_the_annotations_of_a_data_set_say_is_evaluated(
     assert evaluator.samples == samples
 
 
-@pytest.mark.parametrize("captions", [(), ("...", " !")])
+@pytest.mark.parametrize("captions", [(), ("...", " !"), ("\U0001f600\U0001f385", "\u2764")])
 def test_a_picture_without_a_word_is_named_before_a_caption_is_written(monkeypatch, tiny, captions) -> None:
     model, processor = tiny
     monkeypatch.setattr(Captioner, "generate", lambda *_, **__: pytest.fail("wrote a caption"))
     samples = [sample("red", "red", "a red wall"), sample("blue", "blue", *captions)]
     with pytest.raises(ValueError, match=r"sample blue of shard\.tar has no caption with a word"):
         dict(Captioning(samples, processor, metrics=COUNTED).run(model))
+
+
+def test_a_picture_in_whose_captions_java_finds_no_word_is_named(monkeypatch, tiny, tmp_path: Path) -> None:
+    model, processor = tiny
+    stand_in(monkeypatch, tmp_path, "for line in sys.stdin: print()", jar=tmp_path / "tokenizer.jar")
+    evaluator = Captioning(
+        [sample("red", "red", "a red wall")], processor, strategy=Greedy(10, 4), metrics=COUNTED, tokenizer="java"
+    )
+    with pytest.raises(ValueError, match=r"^picture red has no reference in which the tokenizer \(java\) finds"):
+        dict(evaluator.run(model))
+    assert [one.key for one in evaluator.predictions] == ["red"]
 
 
 def test_a_model_without_a_decoder_is_refused(tiny) -> None:

@@ -111,6 +111,7 @@ class Captioning:
                 [one.captions for one in self.predictions],
                 [one.prediction for one in self.predictions],
                 domains=[one.domain for one in self.predictions],
+                keys=[one.key for one in self.predictions],
             )
             if judge is not None:
                 scores.add_clipscore(clip, both, model=judge.name)

@@ -101,6 +101,7 @@ class CaptionScorer:
         predictions: Sequence[str],
         *,
         domains: Sequence[str | None] = (),
+        keys: Sequence[str] = (),
     ) -> Scores:
         """Scores raw captions: tokenizes all of them in one go, then counts.
 
@@ -111,6 +112,7 @@ class CaptionScorer:
             predictions: for each picture what is to be scored.
             domains: for each picture the part of the set that it belongs to, such as `near`, or None. Each part gets
                 figures of its own, such as `CIDEr_near`, as if it were the whole set.
+            keys: what errors call the pictures; by default their places.
 
         Raises:
             ValueError: if a picture has no reference with a word in it, or the lengths differ.
@@ -124,6 +126,10 @@ class CaptionScorer:
                 except JavaError as error:
                     reasons["METEOR"] = str(error)
             written, hypotheses, details = self._tokens(references, predictions)
+            for place, captions in enumerate(written):
+                if not captions:
+                    name, by = keys[place] if keys else f"{place} (counted from 0)", details["tokenizer"]
+                    raise ValueError(f"picture {name} has no reference in which the tokenizer ({by}) finds a word")
             check(written, hypotheses)
             later = beside.submit(meteor.score, written, hypotheses) if meteor else None
             scores = Scores(reasons=reasons, details=details)

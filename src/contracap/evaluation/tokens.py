@@ -59,8 +59,13 @@ def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) ->
 
 
 def has_word(captions: Iterable[str]) -> bool:
-    """Whether a metric finds a token in any of these, as the Python tokenizer cuts them."""
-    return any(token not in DROPPED for caption in captions for token in python_tokens(one_line(caption)))
+    """Whether there is a token with a letter or a digit in any of these, as the Python tokenizer cuts them.
+
+    The Java tokenizer deletes what it does not know: emoji, everything above U+FFFF, and letters younger than itself.
+    The last are few, and count here.
+    """
+    tokens = (token for caption in captions for token in python_tokens(one_line(caption)))
+    return any(character.isalnum() and character <= "\uffff" for token in tokens for character in token)
 
 
 def java_tokenizer() -> tuple[Path, Path]:
