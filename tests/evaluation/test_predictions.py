@@ -15,7 +15,7 @@ from .programs import stand_in
 from .test_vqa import Told
 from .worlds import COLOURS, processor, record, sample
 
-COUNTED = ["--metrics", "bleu", "rouge_l", "cider"]
+COUNTED = ["--metrics", "bleu", "rouge_l", "cider", "--tokenizer", "python"]
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@ from pathlib import Path
 
 import pytest
 
+from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
+from contracap.evaluation.spice import CORENLP_JARS
 from contracap.evaluation.suite import measure_tasks
-from contracap.evaluation.task import TaskConfig, build_evaluator, measure_task, seed_of
+from contracap.evaluation.task import TaskConfig, asked, build_evaluator, measure_task, seed_of
 from contracap.generation import BeamSearch, ContrastiveReranking, Sampling
 from contracap.pretrained import load
 
+from .programs import stand_in
 from .worlds import COLOURS, processor, record
 
 
@@ -32,6 +35,25 @@ def test_an_answer_is_not_reranked(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [record("0", "red", qa=[{"question": "is it?", "answer": "yes"}])])
     with pytest.raises(ValueError, match="another strategy than rerank"):
         build_evaluator(task(task="vqa", data=str(tmp_path), strategy="rerank"), processor())
+
+
+def test_the_tokenizer_and_the_memory_of_spice_are_those_that_were_asked_for(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data" / "0.tar", [record("0", "red", captions=["a red wall"])])
+    for name in CORENLP_JARS:
+        (tmp_path / name).touch()
+    stand_in(monkeypatch, tmp_path, "print('jdk.compiler')", jar=tmp_path / CORENLP_JARS[0])
+    given = {"tokenizer": "python", "spice_memory": "3g", "corenlp_dir": str(tmp_path), "metrics": ["spice"]}
+    values = {"task": "captioning", "data": str(tmp_path / "data"), **given}
+    config = build(TaskConfig, values)
+    assert asked(config) == values
+    scorer = build_evaluator(config, processor()).scorer
+    assert scorer.tokenizer == "python" and "-Xmx3g" in scorer._spice._command
+    usual = build(TaskConfig, values | {"tokenizer": "java", "spice_memory": "8g"})
+    others = build_evaluator(usual, processor()).scorer
+    assert others.tokenizer == "java" and "-Xmx8g" in others._spice._command
+    with pytest.raises(ConfigError, match="'tokenizer' must be one of 'java', 'python'"):
+        build(TaskConfig, values | {"tokenizer": "perl"})
 
 
 def test_the_seed_is_that_of_what_is_drawn() -> None:

@@ -68,20 +68,7 @@ def test_odd_characters_are_no_obstacle(tokenizer) -> None:
 
 @pytest.mark.parametrize("tokenizer", BOTH)
 def test_what_has_a_word_has_a_token_in_both_tokenizers(tokenizer) -> None:
-    words = [
-        "a",
-        "7",
-        "\u00e9",
-        "\u65e5",
-        "\u0436",
-        "\u0e01",
-        "\u0905",
-        "\u00bd",
-        "(",
-        "<br>",
-        "\U0001f600 dog",
-        "dog!!!",
-    ]
+    words = [*"a7\u00e9\u65e5\u0436\u0e01\u0905\u00bd(", "<br>", "\U0001f600 dog", "dog!!!"]
     assert all(has_word([word]) for word in words)
     assert all(tokenize(words, tokenizer))
     for caption in ("\U0001f600", "\u2764\ufe0f", "\u2603 \U0001f385!", "\U0001d41a", "...", "", "&nbsp;", "* *"):

@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
 from contracap.evaluation.scores import MetricName
+from contracap.evaluation.tokens import TokenizerName
 
 if TYPE_CHECKING:
     from contracap.bench.timing import Row
@@ -39,9 +40,16 @@ def evaluate(
         tuple[MetricName, ...],
         arg(metavar="NAME", help="for captioning: by default all but cider_plain, as far as they can run"),
     ] = (),
+    tokenizer: Annotated[
+        TokenizerName | None,
+        arg(help="for captioning: java is the one of the published figures, and taken where it can run"),
+    ] = None,
     corenlp_dir: Annotated[
         str | None,
         arg(metavar="DIR", help="for spice: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR"),
+    ] = None,
+    spice_memory: Annotated[
+        str | None, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g; by default 8g")
     ] = None,
     clipscore: Annotated[
         str | None,
@@ -80,7 +88,9 @@ def evaluate(
         "classes": classes,
         "templates": templates,
         "metrics": metrics,
+        "tokenizer": tokenizer,
         "corenlp_dir": corenlp_dir,
+        "spice_memory": spice_memory,
         "clipscore": clipscore,
         "answers": answers,
         "prompt": prompt,

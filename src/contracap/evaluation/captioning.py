@@ -10,6 +10,7 @@ from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import Source, picture_pixels, sample_batches
 from contracap.evaluation.processes import ALONE, Processes, together
 from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
+from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName, has_word
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
@@ -62,6 +63,7 @@ class Captioning:
         metrics: Sequence[str] = (),
         tokenizer: TokenizerName | None = None,
         corenlp: str | Path | None = None,
+        spice_memory: str = MEMORY,
         clipscore: ClipScorer | Literal["self"] | None = None,
         batch_size: int = 16,
         processes: Processes = ALONE,
@@ -73,6 +75,7 @@ class Captioning:
             metrics: which to compute; none means all but `cider_plain`, as far as they can run.
             tokenizer: by default Java's, where it can run.
             corenlp: folder with the parser of SPICE, CoreNLP 3.6.0; by default that of `CONTRACAP_CORENLP_DIR`.
+            spice_memory: the most that SPICE may use, as Java's option -Xmx takes it.
             clipscore: judges captions and pictures; `self` means the model that writes the captions, which is no
                 impartial judge of them.
             batch_size: pictures decoded at a time.
@@ -85,7 +88,7 @@ class Captioning:
         """
         self.source, self.processor, self.strategy, self.batch_size = source, processor, strategy, batch_size
         self.processes = processes
-        self.scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp)
+        self.scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp, spice_memory=spice_memory)
         self.clipscore: ClipScorer | Literal["self"] | None = clipscore
         self.samples = 0
         self.keys: list[str] = []

@@ -14,6 +14,8 @@ from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.scores import MetricName
+from contracap.evaluation.spice import MEMORY
+from contracap.evaluation.tokens import TokenizerName
 from contracap.evaluation.vqa import PROMPT, VQA, load_answers
 from contracap.evaluation.vqa import STRATEGY as ANSWERING
 from contracap.evaluation.zeroshot import ZeroShot, load_classes, load_templates, templates_of
@@ -32,7 +34,7 @@ Shards = str | tuple[str, ...]
 COMMON = ("task", "data")
 TAKES: dict[Task, tuple[str, ...]] = {
     "retrieval": (),
-    "captioning": ("metrics", "corenlp_dir", "clipscore", "strategy", "settings"),
+    "captioning": ("metrics", "tokenizer", "corenlp_dir", "spice_memory", "clipscore", "strategy", "settings"),
     "zeroshot": ("classes", "templates"),
     "vqa": ("answers", "prompt", "strategy", "settings"),
 }
@@ -53,7 +55,9 @@ class TaskConfig:
         templates: for `zeroshot`: likewise, {} where the name goes; by default those of the published set, or eight of
             photographs.
         metrics: for `captioning`: which to compute; by default all but `cider_plain`, as far as they can run.
+        tokenizer: for `captioning`: `java` is the one of the published figures, and taken where it can run.
         corenlp_dir: for SPICE: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR.
+        spice_memory: for SPICE: the most that Java may use, as its option -Xmx takes it; by default 8g.
         clipscore: for `captioning`: weights that judge captions and pictures, for CLIPScore and RefCLIPScore; `self` is
             the model that writes the captions.
         answers: for `vqa`: a JSON list of answers to choose from, or a JSON object with such a list `answers`; by
@@ -70,7 +74,9 @@ class TaskConfig:
     classes: str | None = None
     templates: str | None = None
     metrics: tuple[MetricName, ...] = ()
+    tokenizer: TokenizerName | None = None
     corenlp_dir: str | None = None
+    spice_memory: str | None = None
     clipscore: str | None = None
     answers: str | None = None
     prompt: str | None = None
@@ -159,7 +165,9 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         processor,
         strategy=config.build_strategy(),
         metrics=config.metrics,
+        tokenizer=config.tokenizer,
         corenlp=config.corenlp_dir,
+        spice_memory=config.spice_memory or MEMORY,
         clipscore="self" if config.clipscore == "self" else _judge(config.clipscore),
         processes=processes,
     )
