@@ -49,8 +49,8 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
     assert (second.key, second.shard) == ("COCO_val2014_000000000007", path.name)
     ten = ("answer 1", "answer 0") * 5
     assert questions(first) == tuple(
-        Question(text=text, answers=ten, question_type="what is", answer_type="other")
-        for text in ("what is it?", "how many?")
+        Question(text=text, answers=ten, question_type="what is", answer_type="other", identity=number)
+        for number, text in ((420, "what is it?"), (421, "how many?"))
     )
     assert [question.text for question in questions(second)] == ["is it red?"]
 

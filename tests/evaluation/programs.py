@@ -1,5 +1,6 @@
 """A stand-in for Java: a program in Python that takes its place in JAVA_HOME."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, home: Path, body: str, *, jar: Pat
     monkeypatch.setenv("JAVA_HOME", str(home))
     if jar is not None:
         monkeypatch.setattr(java, "find_jar", lambda name: jar)
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the system starts no program: there is no memory for one."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("subprocess.run", refuse)
+    monkeypatch.setattr("contracap.evaluation.meteor.Popen", refuse)
 
 
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,5 @@
+import copy
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 
 from contracap.data.making import make_shards
+from contracap.evaluation import captioning
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.java import UnavailableError
@@ -12,14 +15,16 @@ from contracap.evaluation.overlap import mean
 from contracap.evaluation.scores import CaptionScorer
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
-from contracap.generation.sampling import Greedy
-from contracap.image import ImageConfig
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.sampling import Greedy, Sampling
+from contracap.image import ImageConfig, ImageError
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
-from .programs import without_java
+from .programs import stand_in, without_java
+from .test_processes import Thread, in_threads
 from .worlds import COLOURS, ColourModel, picture, sample
 from .worlds import processor as colour_processor
 
@@ -36,7 +41,15 @@ def tiny() -> tuple[CoCa, Processor]:
     return model, Processor(image, Tokenizer(context=config.text.context, vocab_size=config.text.vocab_size))
 
 
-@pytest.mark.parametrize("strategy", [Greedy(10, 4), BeamSearch(width=2, max_tokens=10, min_tokens=4)])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Greedy(10, 4),
+        BeamSearch(width=2, max_tokens=10, min_tokens=4),
+        Sampling(seed=1, max_tokens=10, min_tokens=4),
+        ContrastiveReranking(of=Sampling(samples=2, max_tokens=10, min_tokens=4)),
+    ],
+)
 def test_evaluator_scores_what_the_captioner_writes(tiny, strategy) -> None:
     model, processor = tiny
     samples = [sample(name, name, f"a {name} wall", f"all is {name}") for name in COLOURS]
@@ -118,13 +131,24 @@ def test_what_the_annotations_of_a_data_set_say_is_evaluated(
     assert evaluator.samples == samples
 
 
-@pytest.mark.parametrize("captions", [(), ("...", " !")])
+@pytest.mark.parametrize("captions", [(), ("...", " !"), ("\U0001f600\U0001f385", "\u2764")])
 def test_a_picture_without_a_word_is_named_before_a_caption_is_written(monkeypatch, tiny, captions) -> None:
     model, processor = tiny
-    monkeypatch.setattr(Captioner, "generate", lambda *_: pytest.fail("wrote a caption"))
+    monkeypatch.setattr(Captioner, "generate", lambda *_, **__: pytest.fail("wrote a caption"))
     samples = [sample("red", "red", "a red wall"), sample("blue", "blue", *captions)]
     with pytest.raises(ValueError, match=r"sample blue of shard\.tar has no caption with a word"):
         dict(Captioning(samples, processor, metrics=COUNTED).run(model))
+
+
+def test_a_picture_in_whose_captions_java_finds_no_word_is_named(monkeypatch, tiny, tmp_path: Path) -> None:
+    model, processor = tiny
+    stand_in(monkeypatch, tmp_path, "for line in sys.stdin: print()", jar=tmp_path / "tokenizer.jar")
+    evaluator = Captioning(
+        [sample("red", "red", "a red wall")], processor, strategy=Greedy(10, 4), metrics=COUNTED, tokenizer="java"
+    )
+    with pytest.raises(ValueError, match=r"^picture red has no reference in which the tokenizer \(java\) finds"):
+        dict(evaluator.run(model))
+    assert [one.key for one in evaluator.predictions] == ["red"]
 
 
 def test_a_model_without_a_decoder_is_refused(tiny) -> None:
@@ -132,3 +156,57 @@ def test_a_model_without_a_decoder_is_refused(tiny) -> None:
     clip = CoCa(replace(SIZES["tiny"], decoder=None))
     with pytest.raises(ValueError, match="no text decoder"):
         dict(Captioning([sample("red", "red", "a red wall")], processor, metrics=COUNTED).run(clip))
+
+
+def together(tiny, samples, thread: Thread, **options) -> Captioning:
+    """The evaluator once it has run, beside those of other threads, with a model of its own."""
+    model, processor = tiny
+    evaluator = Captioning(samples, processor, strategy=Greedy(10, 4), tokenizer="python", processes=thread, **options)
+    evaluator.figures = dict(evaluator.run(copy.deepcopy(model)))
+    return evaluator
+
+
+def test_the_first_process_computes_the_metrics_for_all_and_does_not_fall_silent(monkeypatch, tiny) -> None:
+    model, processor = tiny
+    samples = [sample(name, name, f"a {name} wall", domain="near-domain") for name in COLOURS]
+    options = {"metrics": COUNTED, "clipscore": "self"}
+    alone = Captioning(samples, processor, strategy=Greedy(10, 4), tokenizer="python", **options)
+    figures = dict(alone.run(model))
+    scored, said = [], []
+    score, collect = CaptionScorer.score, Thread.collect
+
+    def slow(self: CaptionScorer, *inputs, **more):
+        time.sleep(0.5)
+        scored.append(1)
+        return score(self, *inputs, **more)
+
+    monkeypatch.setattr(CaptionScorer, "score", slow)
+    monkeypatch.setattr(Thread, "collect", lambda self, value: said.append(self.rank) or collect(self, value))
+    monkeypatch.setattr(captioning, "SIGN_OF_LIFE", 0.05)
+    for evaluator in in_threads(3, lambda thread: together(tiny, samples, thread, **options)):
+        assert evaluator.figures == figures
+        for name in ("samples", "keys", "per_sample", "reasons", "details", "predictions"):
+            assert getattr(evaluator, name) == getattr(alone, name)
+    assert len(scored) == 1
+    assert said.count(0) == said.count(1) == said.count(2) > 5
+
+
+def test_what_fails_in_one_process_ends_all(monkeypatch, tiny) -> None:
+    good = [sample(name, name, f"a {name} wall") for name in COLOURS]
+    broken = [*good[:5], sample("torn", "red", "a red wall")]
+    object.__setattr__(broken[5], "image", b"no picture")
+
+    def one_is_broken(thread: Thread) -> Captioning:
+        return together(tiny, broken if thread.rank == 1 else good, thread, metrics=COUNTED)
+
+    first, second = in_threads(2, one_is_broken)
+    assert isinstance(second, ImageError)
+    assert isinstance(first, ValueError) and str(first).startswith("rank 1: sample torn of shard.tar: ")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(CaptionScorer, "score", fail)
+    first, second = in_threads(2, lambda thread: together(tiny, good, thread, metrics=COUNTED))
+    assert isinstance(first, OSError)
+    assert isinstance(second, ValueError) and str(second) == "rank 0: no memory"

@@ -49,6 +49,14 @@ def test_opposite_captions_and_references_score_zero_not_less(judge: ClipScorer)
     assert judge.score([PICTURES[0]], ["a cyan wall"], [["a red wall"]]) == ([0.0], [0.0])
 
 
+def test_cosines_are_in_full_precision_where_the_model_is_not(judge: ClipScorer) -> None:
+    inputs = PICTURES, [f"a {name} wall" for name in NAMES], [[f"a {name} wall"] for name in reversed(NAMES)]
+    expected = judge.score(*inputs)
+    assert len(set(expected[1])) > 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert judge.score(*inputs) == expected
+
+
 def test_scores_do_not_depend_on_the_batch(judge: ClipScorer, monkeypatch) -> None:
     captions, written = [f"a {name} wall" for name in NAMES], [["a red wall"], ["blue", "green"]] * 3
     whole = judge.score(PICTURES, captions, written)

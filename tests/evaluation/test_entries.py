@@ -32,12 +32,14 @@ def test_a_list_with_its_references_is_read_in_order(tmp_path: Path) -> None:
         "own.json",
         [
             {"captions": ["a dog", " ", "a hound"], "prediction": "dog", "image_name": "a.jpg", "split": "test"},
-            {"captions": ["two cats"], "prediction": ""},
+            {"captions": ["two cats"], "prediction": "", "domain": "example.org"},
+            {"captions": ["a man"], "prediction": "man", "image_name": "b.jpg", "domain": "near-domain"},
         ],
     )
     assert read_entries(path) == [
         Entry(key="a.jpg", prediction="dog", captions=("a dog", "a hound"), picture="a.jpg"),
         Entry(key="df8d6d3a5c8bf987", prediction="", captions=("two cats",)),
+        Entry(key="b.jpg", prediction="man", captions=("a man",), picture="b.jpg", domain="near"),
     ]
 
 

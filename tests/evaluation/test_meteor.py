@@ -9,7 +9,7 @@ from contracap.evaluation import meteor
 from contracap.evaluation.java import JavaError, UnavailableError
 from contracap.evaluation.meteor import OPTIONS, Meteor, MeteorScores
 
-from .programs import needs_java, stand_in, without_java
+from .programs import needs_java, refusing, stand_in, without_java
 
 # Answers as METEOR does: three numbers for a picture, then how many words each caption has.
 ECHO = """
@@ -89,6 +89,29 @@ def test_a_failing_program_says_why(monkeypatch, tmp_path: Path, body: str, mess
 def test_a_program_that_hangs_is_given_up(monkeypatch, tmp_path: Path) -> None:
     stand_in(monkeypatch, tmp_path, "time.sleep(60)", jar=tmp_path / "meteor.jar")
     with Meteor(timeout=0.1) as program, pytest.raises(JavaError, match=r"no answer within 0\.1 seconds"):
+        program.score([["a dog"]], ["a dog"])
+
+
+def test_a_program_that_cannot_be_started_leaves_no_file_open(monkeypatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path, ECHO, jar=tmp_path / "meteor.jar")
+    program = Meteor()
+    refusing(monkeypatch)
+    with pytest.raises(JavaError, match=r"^METEOR could not be run: .*Cannot allocate memory"), program:
+        pytest.fail("it was started")
+    assert program._errors.closed
+
+
+def test_that_it_was_given_up_once_is_forgotten_the_next_time(monkeypatch, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.touch()
+    body = f"if os.path.exists({str(slow)!r}): time.sleep(60)\nsys.exit('no heap')"
+    stand_in(monkeypatch, tmp_path, body, jar=tmp_path / "meteor.jar")
+    program = Meteor(timeout=0.5)
+    with program, pytest.raises(JavaError, match=r"no answer within 0\.5 seconds"):
+        program.score([["a dog"]], ["a dog"])
+    slow.unlink()
+    program._timeout = 60.0
+    with program, pytest.raises(JavaError, match="no heap"):
         program.score([["a dog"]], ["a dog"])
 
 

@@ -10,7 +10,7 @@ from contracap.evaluation.overlap import cider, mean
 from contracap.evaluation.scores import CaptionScorer, domain_name
 from contracap.evaluation.spice import CORENLP_JARS
 
-from .programs import needs_java, stand_in, without_java
+from .programs import needs_java, refusing, stand_in, without_java
 
 COUNTED = ("bleu", "rouge_l", "cider")
 FIGURES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
@@ -157,6 +157,22 @@ def test_a_program_that_fails_costs_its_own_figure_only(monkeypatch, corenlp: Pa
     scores = scorer.score(PICTURES, WRITTEN)
     assert list(scores.figures) == ["ROUGE_L"]
     assert scores.reasons == {name: f"{name} failed (exit status 1): Error: no heap" for name in ("METEOR", "SPICE")}
+
+
+def test_a_program_that_cannot_be_started_costs_its_own_figure_only(monkeypatch, corenlp: Path) -> None:
+    stand_in(monkeypatch, corenlp, ALL, jar=corenlp / CORENLP_JARS[0])
+    metrics = ("rouge_l", "meteor", "spice")
+    scorer = CaptionScorer(metrics=metrics, corenlp=corenlp)
+    assert scorer.tokenizer == "java"
+    refusing(monkeypatch)
+    scores = scorer.score(PICTURES, WRITTEN)
+    assert list(scores.figures) == ["ROUGE_L"]
+    said = "could not be run: [Errno 12] Cannot allocate memory"
+    assert scores.reasons == {name: f"{name} {said}" for name in ("METEOR", "SPICE")}
+    assert scores.details == {"tokenizer": "python", "tokenizer_reason": f"the Java tokenizer {said}"}
+    assert CaptionScorer(tokenizer="python", corenlp=corenlp).reasons == {"SPICE": f"SPICE {said}"}
+    with pytest.raises(JavaError, match="SPICE could not be run"):
+        CaptionScorer(metrics=("spice",), tokenizer="python", corenlp=corenlp)
 
 
 def test_a_tokenizer_that_nobody_named_and_that_fails_costs_nothing(monkeypatch, tmp_path: Path) -> None:

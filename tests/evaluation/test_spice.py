@@ -106,6 +106,14 @@ def test_a_failing_program_says_why(monkeypatch, tmp_path: Path, corenlp, packag
         Spice(corenlp, timeout=0.5 if "sleep" in body else 60.0).score([["a dog"]], ["a dog"])
 
 
+def test_a_folder_that_cannot_be_made_is_the_programs_failure(monkeypatch, tmp_path: Path, corenlp, package) -> None:
+    stand_in(monkeypatch, tmp_path, MODULES, jar=package)
+    program = Spice(corenlp)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(JavaError, match=r"^SPICE could not be run: .*No such file or directory"):
+        program.score([["a dog"]], ["a dog"])
+
+
 def test_what_is_missing_is_said_with_where_to_get_it(monkeypatch, tmp_path: Path, corenlp, package) -> None:
     with monkeypatch.context() as patch:
         without_java(patch)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from contracap.evaluation.java import JavaError, UnavailableError, find_java
-from contracap.evaluation.tokens import choose_tokenizer, python_tokens, tokenize
+from contracap.evaluation.tokens import choose_tokenizer, has_word, python_tokens, tokenize
 
 from .programs import needs_java, stand_in, without_java
 
@@ -64,6 +64,20 @@ def test_odd_characters_are_no_obstacle(tokenizer) -> None:
     made = tokenize(["caf\u00e9 \u65e5\u672c \U0001f600", "half a pair \ud83d", "x" * 5000, "the last"], tokenizer)
     assert made[0].startswith("caf\u00e9 \u65e5\u672c")
     assert made[2:] == ["x" * 5000, "the last"]
+
+
+@pytest.mark.parametrize("tokenizer", BOTH)
+def test_what_has_a_word_has_a_token_in_both_tokenizers(tokenizer) -> None:
+    words = [*"a7\u00e9\u65e5\u0436\u0e01\u0905\u00bd(", "<br>", "\U0001f600 dog", "dog!!!"]
+    assert all(has_word([word]) for word in words)
+    assert all(tokenize(words, tokenizer))
+    for caption in ("\U0001f600", "\u2764\ufe0f", "\u2603 \U0001f385!", "\U0001d41a", "...", "", "&nbsp;", "* *"):
+        assert not has_word([caption, caption])
+
+
+@needs_java
+def test_a_picture_of_emoji_alone_would_have_no_token_in_java() -> None:
+    assert tokenize(["\U0001f600", "\U0001f385 \U0001f381!", "\U0001d41a"], "java") == [""] * 3
 
 
 @pytest.mark.parametrize("tokenizer", BOTH)

@@ -120,6 +120,27 @@ def test_batches_do_not_change_the_answers(pair, answers) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("strategy", [Greedy(24, 0), Sampling(max_tokens=24, min_tokens=0, seed=1)])
+def test_questions_of_like_length_are_answered_together(pair, monkeypatch, strategy) -> None:
+    model, processor = pair
+    pixels = processor.images([sample("", colour).image for colour in ("red", "green", "blue", "yellow")])
+    prompts = [tuple(processor.tokenizer.encode(question)) for question in (QUESTIONS[2], QUESTIONS[3])]
+    asked = [Asked(picture=i, number=i, prompt=prompts[i % 2], name="") for i in range(4)]
+    steps, score = [], CoCa.score
+    monkeypatch.setattr(CoCa, "score", lambda self, *inputs: steps.append(1) or score(self, *inputs))
+    monkeypatch.setattr(answering, "QUESTIONS", 2)
+
+    def answered(some: list[Asked]) -> tuple[list[str], int]:
+        before = len(steps)
+        return Written(strategy)(model, processor, pixels, some), len(steps) - before
+
+    found, together = answered(asked)
+    (first, mixed), (second, mixed_again) = answered(asked[:2]), answered(asked[2:])
+    assert found == first + second and len(set(found)) > 1
+    walked = len(prompts[1]) - len(prompts[0])  # steps along what a longer prompt has and a shorter one has not
+    assert walked > 3 and together <= mixed + mixed_again - walked
+
+
 class Told:
     """Answers in turn as it is told."""
 

@@ -2,6 +2,7 @@
 closed must not cost what took hours."""
 
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +11,7 @@ from tyro.conf import arg
 
 from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
 from contracap.evaluation.scores import MetricName
+from contracap.evaluation.tokens import TokenizerName
 
 if TYPE_CHECKING:
     from contracap.bench.timing import Row
@@ -38,9 +40,16 @@ def evaluate(
         tuple[MetricName, ...],
         arg(metavar="NAME", help="for captioning: by default all but cider_plain, as far as they can run"),
     ] = (),
+    tokenizer: Annotated[
+        TokenizerName | None,
+        arg(help="for captioning: java is the one of the published figures, and taken where it can run"),
+    ] = None,
     corenlp_dir: Annotated[
         str | None,
         arg(metavar="DIR", help="for spice: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR"),
+    ] = None,
+    spice_memory: Annotated[
+        str | None, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g; by default 8g")
     ] = None,
     clipscore: Annotated[
         str | None,
@@ -60,21 +69,28 @@ def evaluate(
         Path | None,
         arg(metavar="TASKS.toml", help="several tasks instead, a table [tasks.NAME] each, with the flags as its keys"),
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        arg(metavar="OUT.json", help="for one task, captioning or vqa: file for what the model writes"),
+    ] = None,
     int8: Int8 = False,
     size: Size = None,
     json: ResultFile = None,
 ) -> None:
     """Measure a model: zero-shot classification, retrieval, captioning, questions about pictures."""
     from contracap.config import load_toml
+    from contracap.evaluation.predictions import write_predictions
     from contracap.evaluation.suite import TasksConfig, measure_tasks
-    from contracap.evaluation.task import TaskConfig, measure_task
+    from contracap.evaluation.task import TaskConfig, build_evaluator, measure_task
 
     flags = {
         "data": data,
         "classes": classes,
         "templates": templates,
         "metrics": metrics,
+        "tokenizer": tokenizer,
         "corenlp_dir": corenlp_dir,
+        "spice_memory": spice_memory,
         "clipscore": clipscore,
         "answers": answers,
         "prompt": prompt,
@@ -82,6 +98,8 @@ def evaluate(
         "settings": settings,
     }
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
+    if predictions is not None and task not in ("captioning", "vqa"):
+        raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
     if tasks is not None:
         if given := [name for name, value in {"task": task, **flags}.items() if value]:
             named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)
@@ -96,18 +114,22 @@ def evaluate(
     model, processor = load_model(weights, size, int8=int8)
     if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
-    if tasks is not None:
-        result = measure_tasks(wanted, model, processor, command=command_line())
-    else:
-        (config,) = wanted.values()
-        result = measure_task(config, model, processor, command=command_line())
-    try:
-        if json is not None:
-            result.write(json)
-    finally:  # what took hours is shown even where it cannot be written
-        width = max(24, *map(len, result.figures))
-        for name, value in result.figures.items():
-            print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+    with ExitStack() as last:
+        if tasks is not None:
+            result = measure_tasks(wanted, model, processor, command=command_line())
+        else:
+            (config,) = wanted.values()
+            evaluator = build_evaluator(config, processor)
+            if predictions is not None:  # also where a metric fails
+                last.callback(write_predictions, predictions, evaluator)
+            result = measure_task(config, evaluator, model, command=command_line())
+        try:
+            if json is not None:
+                result.write(json)
+        finally:  # what took hours is shown even where it cannot be written
+            width = max(24, *map(len, result.figures))
+            for name, value in result.figures.items():
+                print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
     if failed := [name for name in wanted if name in result.reasons and tasks is not None]:
         raise ValueError(f"no figures of {', '.join(failed)}: {result.reasons[failed[0]]}")
 

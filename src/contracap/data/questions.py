@@ -17,12 +17,14 @@ class Question:
     Attributes:
         answers: one of each person, at least one.
         question_type, answer_type: as the data set has them; empty where it has none.
+        identity: its `question_id` in the data set; None where it has none.
     """
 
     text: str
     answers: tuple[str, ...]
     question_type: str = ""
     answer_type: str = ""
+    identity: int | str | None = None
 
 
 def questions(sample: Sample) -> tuple[Question, ...]:
@@ -84,4 +86,5 @@ def _question(entry: Any, name: str) -> Question:
         answers=tuple(answers),
         question_type=str(entry.get("question_type") or ""),
         answer_type=str(entry.get("answer_type") or ""),
+        identity=entry.get("question_id"),
     )

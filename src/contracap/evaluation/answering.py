@@ -54,19 +54,22 @@ class Written:
 
         Raises: ValueError: if the model cannot write, a question leaves no room, or numbers are not finite.
         """
-        captioner, found = Captioner(model, processor), list[str]()
+        captioner, found = Captioner(model, processor), [""] * len(asked)
         strategy = shortened(self.strategy, model.config.text.context)
         _check_room(asked, processor, most=strategy.max_tokens, answer=1)
         with evaluating(model):
             _, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
-            for first in range(0, len(asked), QUESTIONS):
-                group = asked[first : first + QUESTIONS]
+            by_length = sorted(range(len(asked)), key=lambda place: len(asked[place].prompt))
+            for first in range(0, len(asked), QUESTIONS):  # what all their prompts have tokens for takes one step
+                places = by_length[first : first + QUESTIONS]
+                group = [asked[place] for place in places]
                 tokens = caption_tokens[[question.picture for question in group]]
                 prompts = _prompts(group, start=processor.tokenizer.start, device=model.device)
-                for texts in captioner.engine.write(tokens, strategy, prompts, processor.tokenizer):
+                written = captioner.engine.write(tokens, strategy, prompts, processor.tokenizer)
+                for place, texts in zip(places, written, strict=True):
                     if not texts or not math.isfinite(texts[0].score):
                         raise ValueError("no answer was found: the model's logits are not finite, or rules leave none")
-                    found.append(processor.tokenizer.decode(texts[0].token_ids))
+                    found[place] = processor.tokenizer.decode(texts[0].token_ids)
         return found
 
 

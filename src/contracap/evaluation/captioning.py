@@ -1,19 +1,25 @@
 """Captioning: captions a model writes, scored against those people wrote."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import Source, picture_pixels, sample_batches
-from contracap.evaluation.scores import CaptionScorer, domain_name
+from contracap.evaluation.processes import ALONE, Processes, together
+from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
+from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName, has_word
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
+
+Value = TypeVar("Value")
+SIGN_OF_LIFE = 60.0  # seconds from one to the next while the first process computes the metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +28,15 @@ class Prediction:
 
     Attributes:
         captions: what people wrote.
-        cider: of this picture within the set, from 0 to 10; None if CIDEr is not among the metrics.
+        cider: of this picture within the set, from 0 to 10; None if CIDEr is not among the metrics, or not yet known.
+        domain: part of NoCaps that the picture belongs to, such as `near`.
     """
 
     key: str
     prediction: str
     captions: tuple[str, ...]
-    cider: float | None
+    cider: float | None = None
+    domain: str | None = None
 
 
 class Captioning:
@@ -43,7 +51,7 @@ class Captioning:
         per_sample: ROUGE_L, CIDEr and others that are means, of each picture.
         reasons: metrics that cannot run here, as METEOR without Java, with the reason.
         details: which tokenizer was used, and the counts behind BLEU.
-        predictions: the captions, in the order of the samples.
+        predictions: the captions, in the order of the samples, as soon as all are written.
     """
 
     def __init__(
@@ -55,8 +63,10 @@ class Captioning:
         metrics: Sequence[str] = (),
         tokenizer: TokenizerName | None = None,
         corenlp: str | Path | None = None,
+        spice_memory: str = MEMORY,
         clipscore: ClipScorer | Literal["self"] | None = None,
         batch_size: int = 16,
+        processes: Processes = ALONE,
     ):
         """Evaluates on `source`.
 
@@ -65,16 +75,20 @@ class Captioning:
             metrics: which to compute; none means all but `cider_plain`, as far as they can run.
             tokenizer: by default Java's, where it can run.
             corenlp: folder with the parser of SPICE, CoreNLP 3.6.0; by default that of `CONTRACAP_CORENLP_DIR`.
+            spice_memory: the most that SPICE may use, as Java's option -Xmx takes it.
             clipscore: judges captions and pictures; `self` means the model that writes the captions, which is no
                 impartial judge of them.
             batch_size: pictures decoded at a time.
+            processes: those that run this together. All write every caption, since they may share the model; the first
+                computes the metrics, and the others take its figures.
 
         Raises:
             UnavailableError: if a metric or the tokenizer is named and cannot run.
             ValueError: for a metric that there is not.
         """
         self.source, self.processor, self.strategy, self.batch_size = source, processor, strategy, batch_size
-        self.scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp)
+        self.processes = processes
+        self.scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp, spice_memory=spice_memory)
         self.clipscore: ClipScorer | Literal["self"] | None = clipscore
         self.samples = 0
         self.keys: list[str] = []
@@ -90,36 +104,68 @@ class Captioning:
             ValueError: if the model cannot caption, a picture has no caption with a word in it or cannot be read, or a
                 metric fails.
         """
-        captioner = Captioner(model, self.processor)
         judge = self.clipscore
         if judge == "self":
             judge = ClipScorer(model, self.processor, name="the model that wrote the captions")
-        keys, captions, texts, domains = list[str](), list[tuple[str, ...]](), list[str](), list[str | None]()
-        suits, suits_both = list[float](), list[float]()
+        self.predictions, clip, both = together(self.processes, lambda: self._write(model, judge))
+
+        def score() -> Scores:
+            scores = self.scorer.score(
+                [one.captions for one in self.predictions],
+                [one.prediction for one in self.predictions],
+                domains=[one.domain for one in self.predictions],
+                keys=[one.key for one in self.predictions],
+            )
+            if judge is not None:
+                scores.add_clipscore(clip, both, model=judge.name)
+            return scores
+
+        scores = _by_the_first(self.processes, score)
+        self.samples, self.keys = len(self.predictions), [one.key for one in self.predictions]
+        self.per_sample, self.reasons, self.details = scores.per_sample, scores.reasons, scores.details
+        if ciders := scores.per_sample.get("CIDEr"):
+            self.predictions = [replace(one, cider=cider) for one, cider in zip(self.predictions, ciders, strict=True)]
+        yield from scores.figures.items()
+
+    def _write(self, model: CoCa, judge: ClipScorer | None) -> tuple[list[Prediction], list[float], list[float]]:
+        """All captions, and where there is a judge CLIPScore and RefCLIPScore of each."""
+        captioner = Captioner(model, self.processor)
+        written, clip, both = list[Prediction](), list[float](), list[float]()
         for batch in sample_batches(self.source, self.batch_size):
             for sample in batch:
                 if not has_word(sample.captions):
                     raise ValueError(
                         f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
                     )
-            made = [one.text for one in captioner.generate(picture_pixels(batch, self.processor), self.strategy)]
-            written = [sample.captions for sample in batch]
+            pixels, numbers = picture_pixels(batch, self.processor), range(len(written), len(written) + len(batch))
+            made = [one.text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
             if judge is not None:
-                clip, both = judge.score([sample.image for sample in batch], made, written)
-                suits += clip
-                suits_both += both
-            keys += [sample.key for sample in batch]
-            captions += written
-            texts += made
-            domains += [domain_name(sample.fields.get("domain")) for sample in batch]
-        scores = self.scorer.score(captions, texts, domains=domains)
-        if judge is not None:
-            scores.add_clipscore(suits, suits_both, model=judge.name)
-        self.samples, self.keys = len(texts), keys
-        self.per_sample, self.reasons, self.details = scores.per_sample, scores.reasons, scores.details
-        ciders = scores.per_sample.get("CIDEr") or [None] * len(texts)
-        self.predictions = [
-            Prediction(key=key, prediction=text, captions=written, cider=cider)
-            for key, text, written, cider in zip(keys, texts, captions, ciders, strict=True)
-        ]
-        yield from scores.figures.items()
+                found = judge.score([sample.image for sample in batch], made, [sample.captions for sample in batch])
+                clip += found[0]
+                both += found[1]
+            for sample, text in zip(batch, made, strict=True):
+                domain = domain_name(sample.fields.get("domain"))
+                written.append(Prediction(key=sample.key, prediction=text, captions=sample.captions, domain=domain))
+        return written, clip, both
+
+
+def _by_the_first(processes: Processes, work: Callable[[], Value]) -> Value:
+    """What `work` gives in the first process, for all. It may take hours: meanwhile the first says again and again that
+    it is at work, for processes take one that says nothing for lost.
+
+    Raises: Exception: what `work` raised; in the other processes a ValueError that says the same.
+    """
+    if processes.count == 1:
+        return work()
+    with ThreadPoolExecutor(1) as aside:
+        later = aside.submit(work) if processes.rank == 0 else None
+
+        def look() -> list[Value]:
+            if later is None or later not in wait([later], SIGN_OF_LIFE).done:
+                return []
+            return [later.result()]
+
+        found = list[Value]()
+        while not found:
+            found = processes.collect(together(processes, look))[0]
+    return found[0]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from contracap.evaluation.features import embed_texts, finite
+from contracap.evaluation.features import embed_texts, finite, full_precision
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -63,9 +63,10 @@ class ClipScorer:
         images = finite(self.model.encode_image(pixels.to(next(self.model.parameters()))), "pictures")
         texts = self._embed(captions)
         written = self._embed([caption for own in references for caption in own])
-        clip = WEIGHT * (images * texts).sum(dim=1).clamp(min=0)
-        cosines = zip(written.split([len(own) for own in references]), texts, strict=True)
-        nearest = torch.stack([(own @ text).max().clamp(min=0) for own, text in cosines])
+        with full_precision(images.device):
+            clip = WEIGHT * (images * texts).sum(dim=1).clamp(min=0)
+            cosines = zip(written.split([len(own) for own in references]), texts, strict=True)
+            nearest = torch.stack([(own @ text).max().clamp(min=0) for own, text in cosines])
         total = clip + nearest
         return clip, torch.where(total > 0, 2 * clip * nearest / total, 0.0)
 

@@ -35,8 +35,8 @@ def read_entries(path: Path, references: Mapping[str, Entry] | None = None) -> l
     """The entries of a file, in its order.
 
     Args:
-        path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name`; with `references`, of
-            objects with `image_id` and `caption`, the layout of COCO's results.
+        path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name` and NoCaps' `domain`; with
+            `references`, of objects with `image_id` and `caption`, the layout of COCO's results.
         references: what `read_references` found. Pictures that `path` has nothing of do not count.
 
     Raises:
@@ -106,6 +106,7 @@ def _own(value: dict[str, Any]) -> Entry:
         prediction=_text(value, "prediction"),
         captions=written,
         picture=picture if named else None,
+        domain=domain_name(value.get("domain")),
     )
 
 

@@ -5,6 +5,8 @@ its scorers download at once, write into its own folder, and leave processes beh
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +19,7 @@ class UnavailableError(ValueError):
 
 
 class JavaError(ValueError):
-    """A Java program failed, or did not answer line for line."""
+    """A Java program could not be run, failed, or did not answer line for line."""
 
 
 def find_java() -> Path | None:
@@ -62,6 +64,15 @@ def failure(what: str, status: int | None, output: bytes) -> JavaError:
     """The error of a program that ended with this exit status, with the first line that it wrote."""
     reason = next(filter(None, map(str.strip, output.decode(errors="replace").splitlines())), "no message")
     return JavaError(f"{what} failed (exit status {status}): {reason}")
+
+
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """What the system refuses in this block, such as memory or room for files, becomes a `JavaError` of the program."""
+    try:
+        yield
+    except OSError as error:
+        raise JavaError(f"{what} could not be run: {error}") from error
 
 
 @cache

@@ -7,15 +7,15 @@ Source: Denkowski and Lavie, Meteor Universal (2014).
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from subprocess import PIPE, Popen
 from tempfile import TemporaryFile
-from threading import Thread, Timer
+from threading import Event, Thread, Timer
 from types import TracebackType
 from typing import IO, cast
 
-from contracap.evaluation.java import LOCALE, JavaError, failure, java_and_jar
+from contracap.evaluation.java import LOCALE, JavaError, failure, java_and_jar, running
 from contracap.evaluation.overlap import check
 
 JAR = "meteor/meteor-1.5.jar"
@@ -49,11 +49,17 @@ class Meteor:
         """
         java, jar = java_and_jar(JAR, what="METEOR", instead="Or leave it out: --metrics bleu rouge_l cider")
         self._command = [str(java), *COMMAND, str(jar), *OPTIONS]
-        self._timeout, self._given_up = timeout, False
+        self._timeout = timeout
 
     def __enter__(self) -> "Meteor":
-        self._errors = TemporaryFile()  # not a pipe, which would fill if nobody reads it
-        self._process = Popen(self._command, stdin=PIPE, stdout=PIPE, stderr=self._errors)
+        """Starts the program.
+
+        Raises: JavaError: if it cannot be run.
+        """
+        with running("METEOR"), ExitStack() as opened:
+            self._errors = opened.enter_context(TemporaryFile())  # not a pipe, which would fill if nobody reads it
+            self._process = Popen(self._command, stdin=PIPE, stdout=PIPE, stderr=self._errors)
+            opened.pop_all()
         return self
 
     def __exit__(
@@ -74,7 +80,8 @@ class Meteor:
             JavaError: if the program fails, is too slow, or does not answer line for line.
         """
         check(references, hypotheses)
-        late = Timer(self._timeout, self._give_up)
+        given_up = Event()
+        late = Timer(self._timeout, self._give_up, args=[given_up])
         late.start()
         try:
             lines = [
@@ -85,15 +92,16 @@ class Meteor:
             last = f" {SEPARATOR} ".join(["EVAL", *counts])
             *pictures, corpus = map(float, self._ask([last], len(lines) + 1, last=True))
         except ValueError as error:
-            if self._given_up:
+            if given_up.is_set():
                 raise JavaError(f"METEOR gave no answer within {self._timeout:g} seconds") from None
             raise error if isinstance(error, JavaError) else JavaError(f"METEOR answered nonsense: {error}") from None
         finally:
             late.cancel()
+            late.join()  # or else it might end the program of the next call
         return MeteorScores(corpus=corpus, pictures=pictures)
 
-    def _give_up(self) -> None:
-        self._given_up = True  # before the program ends, which others wait for
+    def _give_up(self, given_up: Event) -> None:
+        given_up.set()  # before the program ends, which others wait for
         self._process.kill()
 
     def _ask(self, lines: Sequence[str], answers: int, *, last: bool = False) -> list[str]:

@@ -68,7 +68,7 @@ class CaptionScorer:
             spice_memory: the most that SPICE may use, as Java's option -Xmx takes it.
 
         Raises:
-            UnavailableError: if a metric or the tokenizer is named and cannot run.
+            UnavailableError, JavaError: if a metric or the tokenizer is named and cannot run.
             ValueError: for a metric that there is not.
         """
         if unknown := [name for name in metrics if name not in METRICS]:
@@ -87,10 +87,10 @@ class CaptionScorer:
         if "spice" in self._metrics:
             try:
                 self._spice = Spice(corenlp, memory=spice_memory)
-            except UnavailableError as error:
+            except (JavaError, UnavailableError) as error:
                 self._leave_out("SPICE", error, named="spice" in metrics)
 
-    def _leave_out(self, figure: str, error: UnavailableError, *, named: bool) -> None:
+    def _leave_out(self, figure: str, error: JavaError | UnavailableError, *, named: bool) -> None:
         if named:
             raise error
         self.reasons[figure] = str(error)
@@ -101,6 +101,7 @@ class CaptionScorer:
         predictions: Sequence[str],
         *,
         domains: Sequence[str | None] = (),
+        keys: Sequence[str] = (),
     ) -> Scores:
         """Scores raw captions: tokenizes all of them in one go, then counts.
 
@@ -111,17 +112,27 @@ class CaptionScorer:
             predictions: for each picture what is to be scored.
             domains: for each picture the part of the set that it belongs to, such as `near`, or None. Each part gets
                 figures of its own, such as `CIDEr_near`, as if it were the whole set.
+            keys: what errors call the pictures; by default their places.
 
         Raises:
             ValueError: if a picture has no reference with a word in it, or the lengths differ.
             JavaError: if a tokenizer fails that was named.
         """
         with ThreadPoolExecutor(1) as beside, ExitStack() as programs:
-            meteor = programs.enter_context(self._meteor) if self._meteor else None  # loads while others work
+            reasons, meteor = dict(self.reasons), None
+            if self._meteor is not None:
+                try:
+                    meteor = programs.enter_context(self._meteor)  # loads while others work
+                except JavaError as error:
+                    reasons["METEOR"] = str(error)
             written, hypotheses, details = self._tokens(references, predictions)
+            for place, captions in enumerate(written):
+                if not captions:
+                    name, by = keys[place] if keys else f"{place} (counted from 0)", details["tokenizer"]
+                    raise ValueError(f"picture {name} has no reference in which the tokenizer ({by}) finds a word")
             check(written, hypotheses)
             later = beside.submit(meteor.score, written, hypotheses) if meteor else None
-            scores = Scores(reasons=dict(self.reasons), details=details)
+            scores = Scores(reasons=reasons, details=details)
             if "bleu" in self._metrics:
                 counted = bleu(written, hypotheses)
                 scores.figures.update({f"Bleu_{n}": value for n, value in enumerate(counted.scores, start=1)})

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from contracap.evaluation.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar
+from contracap.evaluation.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar, running
 from contracap.evaluation.overlap import check
 
 JAR = "spice/spice-1.0.jar"
@@ -60,6 +60,7 @@ class Spice:
 
         Raises:
             UnavailableError: if Java, its compiler or a jar is missing.
+            JavaError: if Java cannot be run.
             ValueError: if `memory` is none.
         """
         if not re.fullmatch(r"[1-9]\d*[kKmMgG]", memory):
@@ -79,7 +80,9 @@ class Spice:
                 'edu.stanford.nlp:stanford-corenlp:3.6.0 with classifier "models" from Maven Central, and set '
                 f"--corenlp-dir or {CORENLP_VARIABLE}. Nothing is downloaded automatically."
             )
-        if b"jdk.compiler" not in subprocess.run([java, "--list-modules"], capture_output=True, check=False).stdout:
+        with running("SPICE"):
+            modules = subprocess.run([java, "--list-modules"], capture_output=True, check=False).stdout
+        if b"jdk.compiler" not in modules:
             raise UnavailableError(
                 f"SPICE needs a JDK, Java 11 or later with its compiler; {java} has none. "
                 f"Debian/Ubuntu: apt install default-jdk-headless. {INSTEAD}"
@@ -96,14 +99,14 @@ class Spice:
 
         Raises:
             ValueError: if a picture has no reference or an empty one, or the two lengths differ.
-            JavaError: if the program fails, is too slow, or leaves out pictures.
+            JavaError: if the program cannot be run, fails, is too slow, or leaves out pictures.
         """
         check(references, hypotheses)
         pictures = [
             {"image_id": i, "test": hypothesis, "refs": list(captions)}
             for i, (captions, hypothesis) in enumerate(zip(references, hypotheses, strict=True))
         ]
-        with TemporaryDirectory(prefix="contracap-spice-") as folder:
+        with running("SPICE"), TemporaryDirectory(prefix="contracap-spice-") as folder:
             program, asked, answered = (Path(folder, name) for name in ("Scores.java", "captions.json", "scores.json"))
             program.write_text(PROGRAM, encoding="utf-8")
             asked.write_text(json.dumps(pictures), encoding="utf-8")

@@ -10,7 +10,7 @@ from contracap.data.shards import list_shards
 from contracap.evaluation.features import picture_pixels, sample_batches
 from contracap.evaluation.processes import ALONE, Processes, together
 from contracap.evaluation.result import Evaluator, PerSample, Result, measure
-from contracap.evaluation.task import Shards, TaskConfig, asked, build_evaluator
+from contracap.evaluation.task import Shards, TaskConfig, asked, build_evaluator, seed_of
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -114,7 +114,7 @@ def measure_tasks(
         samples += result.samples
     return Result(
         command=command,
-        seed=seed,
+        seed=seed_of(*tasks.values()) if seed is None else seed,
         samples=samples,
         figures=figures,
         reasons=reasons,

@@ -14,11 +14,15 @@ from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.scores import MetricName
+from contracap.evaluation.spice import MEMORY
+from contracap.evaluation.tokens import TokenizerName
 from contracap.evaluation.vqa import PROMPT, VQA, load_answers
 from contracap.evaluation.vqa import STRATEGY as ANSWERING
 from contracap.evaluation.zeroshot import ZeroShot, load_classes, load_templates, templates_of
 from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.sampling import Sampling
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.pretrained import load
@@ -30,7 +34,7 @@ Shards = str | tuple[str, ...]
 COMMON = ("task", "data")
 TAKES: dict[Task, tuple[str, ...]] = {
     "retrieval": (),
-    "captioning": ("metrics", "corenlp_dir", "clipscore", "strategy", "settings"),
+    "captioning": ("metrics", "tokenizer", "corenlp_dir", "spice_memory", "clipscore", "strategy", "settings"),
     "zeroshot": ("classes", "templates"),
     "vqa": ("answers", "prompt", "strategy", "settings"),
 }
@@ -51,14 +55,17 @@ class TaskConfig:
         templates: for `zeroshot`: likewise, {} where the name goes; by default those of the published set, or eight of
             photographs.
         metrics: for `captioning`: which to compute; by default all but `cider_plain`, as far as they can run.
+        tokenizer: for `captioning`: `java` is the one of the published figures, and taken where it can run.
         corenlp_dir: for SPICE: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR.
+        spice_memory: for SPICE: the most that Java may use, as its option -Xmx takes it; by default 8g.
         clipscore: for `captioning`: weights that judge captions and pictures, for CLIPScore and RefCLIPScore; `self` is
             the model that writes the captions.
         answers: for `vqa`: a JSON list of answers to choose from, or a JSON object with such a list `answers`; by
             default the model writes.
         prompt: for `vqa`: what comes before an answer, {} where the question goes; by default `question: {} answer:`.
         strategy: for `captioning` and `vqa`: how words are chosen; by default beam search for captions, and the
-            likeliest word for answers.
+            likeliest word for answers. Whichever it is, `max_tokens` and `min_tokens` are those of the task, 30 and 5
+            for captions, 76 and 0 for answers, if no setting says otherwise.
         settings: of the strategy, `key=value` each.
     """
 
@@ -67,7 +74,9 @@ class TaskConfig:
     classes: str | None = None
     templates: str | None = None
     metrics: tuple[MetricName, ...] = ()
+    tokenizer: TokenizerName | None = None
     corenlp_dir: str | None = None
+    spice_memory: str | None = None
     clipscore: str | None = None
     answers: str | None = None
     prompt: str | None = None
@@ -94,13 +103,26 @@ class TaskConfig:
         return self.task in ("captioning", "vqa")
 
     def build_strategy(self) -> Strategy:
-        """How words are chosen; without a name as the task has it, with these settings."""
+        """How words are chosen: by the named strategy, or as the task has it, with these settings; texts are as long
+        as the task has them, if no setting says otherwise."""
+        usual = STRATEGIES[self.task]
         if self.strategy is not None:
-            return build_strategy(self.strategy, self.settings)
-        values = to_dict(STRATEGIES[self.task])
+            of = "of." if self.strategy == "rerank" else ""
+            lengths = (f"{of}{name}={to_dict(usual)[name]}" for name in ("max_tokens", "min_tokens"))
+            return build_strategy(self.strategy, (*lengths, *self.settings))
+        values = to_dict(usual)
         for setting in self.settings:
             assign(values, setting)
-        return build(type(STRATEGIES[self.task]), values)
+        return build(type(usual), values)
+
+
+def seed_of(*tasks: TaskConfig) -> int | None:
+    """The seed that the words of all these tasks are drawn with; None if none are drawn, or if there are several seeds:
+    what was asked tells them."""
+    strategies = [task.build_strategy() for task in tasks if task.writes]
+    of = [strategy.of if isinstance(strategy, ContrastiveReranking) else strategy for strategy in strategies]
+    seeds = {strategy.seed for strategy in of if isinstance(strategy, Sampling)}
+    return seeds.pop() if len(seeds) == 1 else None
 
 
 def asked(config: TaskConfig) -> dict[str, Any]:
@@ -143,8 +165,11 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         processor,
         strategy=config.build_strategy(),
         metrics=config.metrics,
+        tokenizer=config.tokenizer,
         corenlp=config.corenlp_dir,
+        spice_memory=config.spice_memory or MEMORY,
         clipscore="self" if config.clipscore == "self" else _judge(config.clipscore),
+        processes=processes,
     )
 
 
@@ -155,11 +180,10 @@ def _judge(weights: str | None) -> ClipScorer | None:
     return ClipScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, name=weights)
 
 
-def measure_task(config: TaskConfig, model: CoCa, processor: Processor, *, command: str) -> Result:
-    """Measures one task; what was asked stands beside the figures.
+def measure_task(config: TaskConfig, evaluator: Evaluator, model: CoCa, *, command: str) -> Result:
+    """Measures one task with the evaluator that was built for it; what was asked stands beside the figures.
 
-    Raises: FileNotFoundError, ValueError: as `build_evaluator` does, before anything is computed, and as
-        evaluating does.
+    Raises: FileNotFoundError, ValueError: as evaluating does.
     """
-    result = measure(build_evaluator(config, processor), model, command=command)
+    result = measure(evaluator, model, command=command, seed=seed_of(config))
     return replace(result, details={"asked": asked(config)} | dict(result.details))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from contracap.evaluation.java import LOCALE, JavaError, failure, find_jar, find_java, java_and_jar
+from contracap.evaluation.java import LOCALE, JavaError, failure, find_jar, find_java, java_and_jar, running
 
 TokenizerName = Literal["java", "python"]
 
@@ -47,7 +47,7 @@ def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) ->
 
     Raises:
         UnavailableError: if Java is asked for and missing.
-        JavaError: if it fails, or returns another number of lines.
+        JavaError: if it cannot be run, fails, or returns another number of lines.
     """
     name = choose_tokenizer(tokenizer)
     lines = [one_line(caption) for caption in captions]
@@ -59,8 +59,13 @@ def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) ->
 
 
 def has_word(captions: Iterable[str]) -> bool:
-    """Whether a metric finds a token in any of these, as the Python tokenizer cuts them."""
-    return any(token not in DROPPED for caption in captions for token in python_tokens(one_line(caption)))
+    """Whether there is a token with a letter or a digit in any of these, as the Python tokenizer cuts them.
+
+    The Java tokenizer deletes what it does not know: emoji, everything above U+FFFF, and letters younger than itself.
+    The last are few, and count here.
+    """
+    tokens = (token for caption in captions for token in python_tokens(one_line(caption)))
+    return any(character.isalnum() and character <= "\uffff" for token in tokens for character in token)
 
 
 def java_tokenizer() -> tuple[Path, Path]:
@@ -86,7 +91,8 @@ def java_lines(lines: Sequence[str], *, timeout: float = 600.0) -> list[str]:
     command += ["-encoding", "UTF-8", "-preserveLines", "-lowerCase"]
     text = "".join(line + "\n" for line in lines).encode("utf-8", errors="replace")
     try:
-        done = subprocess.run(command, input=text, capture_output=True, timeout=timeout, check=False)
+        with running("the Java tokenizer"):
+            done = subprocess.run(command, input=text, capture_output=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         raise JavaError(f"the Java tokenizer gave no answer within {timeout:g} seconds") from None
     if done.returncode != 0:

@@ -19,7 +19,7 @@ from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
 PROMPT = "question: {} answer:"
-# As long as a model's context allows; an answer may be a single word.
+# As many tokens as the context of the released models has, for the question counts; an answer may be a single word.
 STRATEGY = Greedy(max_tokens=76, min_tokens=0)
 
 

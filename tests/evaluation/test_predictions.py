@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from contracap.cli import main
+from contracap.data.shards import write_shard
+from contracap.evaluation.predictions import write_predictions
+from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.vqa import VQA
+from contracap.model.sizes import SIZES
+from contracap.pretrained import random_model, save
+
+from .programs import stand_in
+from .test_vqa import Told
+from .worlds import COLOURS, processor, record, sample
+
+COUNTED = ["--metrics", "bleu", "rouge_l", "cider", "--tokenizer", "python"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model, own = random_model(SIZES["tiny"], seed=0)
+    save(path, model=model.config, image=own.image_config, state=model.state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    pictures = [
+        record(name, name, captions=[f" A {name} wall.", "", f"all is {name} \ud83d"], domain=f"{domain}-domain")
+        for name, domain in zip(COLOURS, ["in", "near", "near", "out", "in", "far"], strict=True)
+    ]
+    write_shard(folder / "0.tar", pictures)
+    return folder
+
+
+def test_captions_are_kept_as_score_reads_them_with_the_same_figures(weights, shards, tmp_path: Path) -> None:
+    kept, evaluated, scored = (tmp_path / name for name in ("kept.json", "evaluated.json", "scored.json"))
+    task = ["--task", "captioning", "--data", shards, *COUNTED, "--predictions", kept, "--json", evaluated]
+    assert main(list(map(str, ["evaluate", weights, *task]))) == 0
+    assert main(list(map(str, ["score", kept, *COUNTED, "--json", scored]))) == 0
+    ours, again = (json.loads(path.read_text()) for path in (evaluated, scored))
+    assert {"CIDEr", "CIDEr_in", "CIDEr_near", "CIDEr_out"} < set(ours["figures"])
+    for part in ("figures", "per_sample", "samples", "tokenizer", "bleu_stats", "domains"):
+        assert ours[part] == again[part]
+    assert [entry["image_name"] for entry in json.loads(kept.read_text())] == list(COLOURS)
+
+
+def test_captions_are_kept_where_a_metric_fails(weights, shards, tmp_path: Path, monkeypatch, capsys) -> None:
+    stand_in(monkeypatch, tmp_path, "sys.exit('no heap')", jar=tmp_path / "tokenizer.jar")
+    task = ["--task", "captioning", "--data", shards, "--metrics", "cider", "--tokenizer", "java"]
+    assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "kept.json"]))) == 1
+    assert capsys.readouterr().err == "contracap: error: the Java tokenizer failed (exit status 1): no heap\n"
+    assert len(json.loads((tmp_path / "kept.json").read_text())) == 6
+
+
+def test_figures_are_shown_where_captions_cannot_be_kept(weights, shards, tmp_path: Path, capsys) -> None:
+    (tmp_path / "kept.json" / "full").mkdir(parents=True)
+    task = ["--task", "captioning", "--data", shards, *COUNTED, "--predictions", tmp_path / "kept.json"]
+    assert main(list(map(str, ["evaluate", weights, *task]))) == 1
+    out, err = capsys.readouterr()
+    assert "CIDEr" in out and err.startswith("contracap: error: ") and "kept.json" in err
+
+
+@pytest.mark.parametrize("what", [["--task", "retrieval"], ["--task", "zeroshot"], ["--tasks", "tasks.toml"], []])
+def test_what_writes_nothing_or_is_several_is_refused_before_the_weights_are_read(capsys, what: list[str]) -> None:
+    assert main(["evaluate", "none.safetensors", *what, "--predictions", "kept.json"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(
+        "contracap: error: --predictions keeps what a model writes for --task captioning or --task vqa"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (
+            (7, "x", 0),
+            [
+                {"question_id": 7, "answer": "one"},
+                {"question_id": "x", "answer": "two"},
+                {"question_id": 0, "answer": "3"},
+            ],
+        ),
+        (
+            (7, None, 0),
+            [
+                {"key": "a", "number": 0, "answer": "one"},
+                {"key": "a", "number": 1, "answer": "two"},
+                {"key": "b", "number": 0, "answer": "3"},
+            ],
+        ),
+    ],
+)
+def test_answers_are_kept_by_the_ids_of_their_questions_or_by_their_places(tmp_path: Path, ids, expected) -> None:
+    first, second, third = ({"question": "so?", "answer": "yes", "question_id": identity} for identity in ids)
+    evaluator = VQA([sample("a", "red", qa=[first, second]), sample("b", "blue", qa=[third])], processor())
+    evaluator.answer = Told("one", "two", "3")
+    dict(evaluator.run(random_model(SIZES["tiny"], seed=0)[0]))
+    write_predictions(tmp_path / "kept.json", evaluator)
+    assert json.loads((tmp_path / "kept.json").read_text()) == expected
+
+
+def test_nothing_is_kept_of_what_has_not_written(tmp_path: Path) -> None:
+    for evaluator in (Retrieval([sample("a", "red", "red")], processor()), VQA([sample("a", "red")], processor())):
+        write_predictions(tmp_path / "kept.json", evaluator)
+    assert not (tmp_path / "kept.json").exists()
