@@ -181,3 +181,26 @@ def test_clipscore_is_added_where_the_pictures_are_at_hand(run, file, weights: P
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["clipscore_model"] == str(weights)
     assert len(result["per_sample"]["CLIPScore"]["values"]) == 3
+
+
+@pytest.mark.parametrize("flag", [["--images", "pictures"], ["--size", "tiny"]])
+def test_what_belongs_to_clipscore_is_refused_without_it(run, file, flag: list[str]) -> None:
+    status, _, err = run(file, *flag)
+    assert status == 1 and "--images and --size belong to the model of --clipscore" in err
+
+
+def test_a_damaged_picture_is_found_before_any_metric_is_computed(
+    run, file, weights: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("contracap.evaluation.scores.CaptionScorer.score", lambda *_, **__: pytest.fail("too early"))
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"cut off")
+    status, _, err = run(file, "--clipscore", weights, "--images", tmp_path)
+    assert status == 1 and "0.png" in err
+
+
+def test_figures_are_shown_where_they_cannot_be_written(run, file, tmp_path: Path) -> None:
+    (tmp_path / "out.json" / "full").mkdir(parents=True)
+    status, out, err = run(file, "--metrics", "bleu", "--tokenizer", "python", "--json", tmp_path / "out.json")
+    assert status == 1 and "out.json" in err
+    assert "Bleu_4" in out

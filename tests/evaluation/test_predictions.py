@@ -11,7 +11,7 @@ from contracap.evaluation.vqa import VQA
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, save
 
-from .programs import stand_in
+from .programs import refusing, stand_in
 from .test_vqa import Told
 from .worlds import COLOURS, processor, record, sample
 
@@ -55,6 +55,24 @@ def test_captions_are_kept_where_a_metric_fails(weights, shards, tmp_path: Path,
     assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "kept.json"]))) == 1
     assert capsys.readouterr().err == "contracap: error: the Java tokenizer failed (exit status 1): no heap\n"
     assert len(json.loads((tmp_path / "kept.json").read_text())) == 6
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_metric_that_was_named_and_failed_is_told_by_the_exit_status(
+    weights, shards, tmp_path: Path, monkeypatch, capsys, several: bool
+) -> None:
+    refusing(monkeypatch)
+    task = ["--task", "captioning", "--data", shards, "--metrics", "cider", "meteor", "--tokenizer", "python"]
+    if several:
+        file = tmp_path / "tasks.toml"
+        settings = 'metrics = ["cider", "meteor"]\ntokenizer = "python"'
+        file.write_text(f'[tasks.coco]\ntask = "captioning"\ndata = "{shards}"\n{settings}\n')
+        task = ["--tasks", file]
+    assert main(list(map(str, ["evaluate", weights, *task, "--json", tmp_path / "result.json"]))) == 1
+    name = "coco/METEOR" if several else "METEOR"
+    assert f"no figures of {name}: METEOR could not be run" in capsys.readouterr().err.splitlines()[-1]
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert {figure for figure, value in figures.items() if value is None} == {name} < set(figures)
 
 
 def test_figures_are_shown_where_captions_cannot_be_kept(weights, shards, tmp_path: Path, capsys) -> None:

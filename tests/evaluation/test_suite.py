@@ -90,6 +90,17 @@ def test_a_task_that_fails_costs_its_own_figures_only(pair, greys: Path, tmp_pat
     assert result.figures["pairs/text_to_image_recall@1"] is not None
 
 
+def test_a_task_that_runs_out_of_memory_costs_its_own_figures_only(pair, greys: Path, monkeypatch) -> None:
+    def run(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("contracap.evaluation.zeroshot.ZeroShot.run", run)
+    tasks = build(TasksConfig, {"tasks": {"late": zeroshot(greys), "pairs": retrieval(greys)}}).tasks
+    result = measure_tasks(tasks, *pair, command="contracap evaluate x")
+    assert result.figures["late"] is None and result.reasons["late"] == "CUDA out of memory"
+    assert result.figures["pairs/text_to_image_recall@1"] is not None
+
+
 @pytest.mark.parametrize("task", ["retrieval", "captioning"])
 def test_pictures_without_captions_are_found_when_the_suite_is_made(pair, tmp_path: Path, task: str) -> None:
     file = io.BytesIO()

@@ -1,6 +1,7 @@
 """The verbs that measure a model, or its speed. The result is written before it is printed: a pipe that is
 closed must not cost what took hours."""
 
+import logging
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -116,6 +117,7 @@ def evaluate(
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
     with ExitStack() as last:
         if tasks is not None:
+            logging.basicConfig(level=logging.INFO, format="%(message)s")  # figures of a task as soon as it is done
             result = measure_tasks(wanted, model, processor, command=command_line())
         else:
             (config,) = wanted.values()
@@ -130,8 +132,14 @@ def evaluate(
             width = max(24, *map(len, result.figures))
             for name, value in result.figures.items():
                 print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
-    if failed := [name for name in wanted if name in result.reasons and tasks is not None]:
-        raise ValueError(f"no figures of {', '.join(failed)}: {result.reasons[failed[0]]}")
+    missed = [  # tasks that failed, and figures that were asked for by name
+        figure
+        for name, each in wanted.items()
+        for figure in result.reasons
+        if figure == name or (each.metrics and (tasks is None or figure.startswith(f"{name}/")))
+    ]
+    if missed:
+        raise ValueError(f"no figures of {', '.join(missed)}: {result.reasons[missed[0]]}")
 
 
 def bench(
