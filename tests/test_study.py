@@ -6,6 +6,7 @@ import pytest
 
 from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
+from contracap.model.weights import WeightsError
 from contracap.study import StudyConfig, study
 from contracap.training.checkpoint import CheckpointError
 from tests.evaluation.worlds import COLOURS, record
@@ -129,7 +130,7 @@ def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path
 @pytest.mark.parametrize("change", [{"data": {"train": "gone"}}, {"initialise_from": "gone.safetensors"}])
 def test_what_an_arm_lacks_is_found_before_the_first_run(values: dict, change: dict) -> None:
     values["arms"]["clip"] = CLIP | change
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises((FileNotFoundError, WeightsError), match="gone"):
         study(build(StudyConfig, values), command="contracap study x")
     assert not Path(values["out"]).exists()
 
