@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contracap.data.shards import Sample
 from contracap.evaluation.features import Source, finite, picture_pixels, sample_batches
-from contracap.evaluation.processes import ALONE, Processes, in_shares
+from contracap.evaluation.processes import ALONE, Processes, in_shares, together
 from contracap.evaluation.ranking import ranks, share
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -83,18 +83,18 @@ class Retrieval:
         """Name and value of each recall.
 
         Raises:
-            ValueError: if a picture has no caption or cannot be read, or the features are not finite.
+            ValueError: if a picture has no caption or cannot be read, the features are not finite, or another process
+                failed.
         """
         found = embed(model, self.processor, self.source, batch_size=self.batch_size, processes=self.processes)
         self.features, self.keys = found, found.keys
         self.samples, self.details = len(found.images), {"captions": len(found.texts)}
         device = next(model.parameters()).device
-        text_ranks, image_ranks = (
-            places.cpu()
-            for places in ranks(
-                found.images.to(device), found.texts.to(device), found.image_of_text.to(device), self.processes
-            )
-        )
+
+        def moved() -> tuple[Tensor, Tensor, Tensor]:
+            return found.images.to(device), found.texts.to(device), found.image_of_text.to(device)
+
+        text_ranks, image_ranks = ranks(*together(self.processes, moved), self.processes)
         self.reasons, self.per_sample = {}, {}
         for name, k in ((f"text_to_image_recall@{k}", k) for k in self.ks):
             if self._has_places(name, k, self.samples, "pictures"):
