@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contracap.data.shards import write_shard
-from contracap.evaluation import ranking
+from contracap.evaluation import ranking, retrieval
 from contracap.evaluation.ranking import places, ranks
-from contracap.evaluation.retrieval import Retrieval, recall
+from contracap.evaluation.retrieval import Features, Retrieval, recall
 
 from .worlds import COLOURS, ColourModel, Largest, processor, record, sample
 
@@ -100,8 +100,10 @@ def test_a_collapsed_model_is_at_chance() -> None:
 
 def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
     images, texts, owner = embeddings(4, (3, 3), 0)
-    with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs a K from 1 to 4, the number of pictures"):
+    with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs at least 5 pictures .*; there are 4"):
         recall(images, texts, owner, (1, 5))
+    with pytest.raises(ValueError, match=r"image_to_text_recall@13 needs at least 13 captions .*; there are 12"):
+        recall(torch.cat([images] * 4)[:12], texts, torch.arange(12), (13,))
     with pytest.raises(ValueError, match=r"recall@0 needs a K from 1"):
         recall(images, texts, owner, (0,))
     with pytest.raises(ValueError, match=r"recall@-1 needs a K from 1"):
@@ -200,6 +202,13 @@ def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
     # of one to six captions the one that names the picture's colour hits; a picture counts by its captions
     assert evaluator.per_sample["text_to_image_recall@1"] == pytest.approx([6 / 21] * 6)
     assert figures["text_to_image_recall@1"] == pytest.approx(6 / 21)
+
+
+def test_the_evaluator_finds_the_recalls_of_the_embeddings(monkeypatch) -> None:
+    images, texts, owner = embeddings(40, (5, 7), seed=0)
+    found = Features(images=images, texts=texts, image_of_text=owner, keys=["x"] * 40, captions=["x"] * len(texts))
+    monkeypatch.setattr(retrieval, "embed", lambda *_, **__: found)
+    assert dict(Retrieval([], processor()).run(ColourModel())) == recall(images, texts, owner)
 
 
 def test_batch_size_does_not_change_the_figures() -> None:
