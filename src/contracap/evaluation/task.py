@@ -77,6 +77,11 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("there is nothing to measure on: --data PATH, a folder of tar shards, or shards")
+        first = self.data if isinstance(self.data, str) else self.data[0]
+        if first.endswith(".json") and self.task != "vqa":
+            raise ValueError(
+                f"{first} is no tar shard; {self.task} wants it made into some: contracap shards make {first} --out DIR"
+            )
         taken = (*COMMON, *TAKES[self.task])
         for field in fields(self):
             if getattr(self, field.name) != field.default and field.name not in taken:
