@@ -1,7 +1,8 @@
 """Samples, pictures and texts into features, batch by batch: what the evaluators have in common."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from contracap.data.loader import evaluation_samples
 from contracap.data.questions import question_samples
 from contracap.data.shards import Sample
+from contracap.data.workers import prepared
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -20,7 +22,7 @@ from contracap.processor import Processor
 Source = str | Path | Sequence[str | Path] | Sequence[Sample]
 
 
-def sample_batches(source: Source, size: int) -> Iterator[list[Sample]]:
+def sample_batches(source: Source, size: int) -> Generator[list[Sample], None, None]:
     """All samples once, in their order, `size` at a time.
 
     Raises:
@@ -35,6 +37,19 @@ def sample_batches(source: Source, size: int) -> Iterator[list[Sample]]:
     while batch:
         yield batch
         batch = list(islice(stream, size))
+
+
+@contextmanager
+def picture_batches(
+    source: Source, processor: Processor, size: int
+) -> Iterator[Iterator[tuple[list[Sample], Float32[Tensor, "batch 3 height width"]]]]:
+    """Within the block: the batches of `sample_batches`, each with its pictures as the model is fed them, which threads
+    decode ahead.
+
+    Raises: ValueError: as `sample_batches` and `picture_pixels` do, where they would.
+    """
+    with prepared(partial(picture_pixels, processor=processor), sample_batches(source, size)) as batches:
+        yield batches
 
 
 def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Tensor, "batch 3 height width"]:
@@ -54,9 +69,8 @@ def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[T
         raise
 
 
-def embed_pictures(model: CoCa, processor: Processor, samples: Sequence[Sample]) -> Float32[Tensor, "batch embed"]:
+def embed_pictures(model: CoCa, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch embed"]:
     """Embeddings of one batch of pictures, unit rows, where the model is."""
-    pixels = picture_pixels(samples, processor)
     return finite(model.encode_image(pixels.to(next(model.parameters()))), "pictures")
 
 

@@ -19,7 +19,7 @@ from contracap.data.annotations import read_list
 from contracap.data.folders import class_folders
 from contracap.data.shards import Sample
 from contracap.evaluation.classification import accuracy_parts, mean_average_precision
-from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, sample_batches
+from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, picture_batches
 from contracap.evaluation.published import IMAGENET, Published, is_published, published
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -121,10 +121,11 @@ class ZeroShot:
         labels, scores, keys = [], [], []
         with evaluating(model):
             weights = classifier(model, self.processor, self.classes, self.templates)
-            for batch in sample_batches(self.source, self.batch_size):
-                labels += [self.label(sample) for sample in batch]
-                keys += [sample.key for sample in batch]
-                scores.append(logits(embed_pictures(model, self.processor, batch), weights).cpu())
+            with picture_batches(self.source, self.processor, self.batch_size) as batches:
+                for batch, pixels in batches:
+                    labels += [self.label(sample) for sample in batch]
+                    keys += [sample.key for sample in batch]
+                    scores.append(logits(embed_pictures(model, pixels), weights).cpu())
         return torch.cat(scores), labels, keys
 
     def label(self, sample: Sample) -> int | tuple[int, ...]:
