@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from sys import intern
 from typing import Any
 
 # Usual names of columns, in the order of preference; upper and lower case are the same.
@@ -225,7 +226,7 @@ def _answers(path: Path) -> dict[Any, dict[str, Any]]:
     found = {}
     try:
         for annotation in read_json(path)["annotations"]:
-            answers = [answer["answer"] for answer in annotation["answers"]]
+            answers = [intern(answer["answer"]) for answer in annotation["answers"]]  # few differ: each is kept once
             kept = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
             usual = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
             found[annotation["question_id"]] = {"answer": usual, "answers": answers, **kept}

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from contracap.data.loader import evaluation_samples
-from contracap.data.questions import question_samples
+from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample
 from contracap.data.workers import prepared
 from contracap.image import ImageError
@@ -19,7 +19,24 @@ from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
 # Shards or folders of them, a file of questions of VQAv2 or OK-VQA and the folder of its pictures, or samples at hand.
-Source = str | Path | Sequence[str | Path] | Sequence[Sample]
+Source = str | Path | Sequence[str | Path] | Sequence[Sample] | QuestionSamples
+
+
+def opened(source: Source) -> Source:
+    """The source; of a file of questions its samples, so that who goes through them again need not read it again.
+
+    Raises: FileNotFoundError, ValueError: at such a file, as `QuestionSamples` does, or if two folders come behind it.
+    """
+    if isinstance(source, QuestionSamples):
+        return source
+    items = [source] if isinstance(source, str | Path) else source
+    paths = [item for item in items if not isinstance(item, Sample)]
+    if not paths or not str(paths[0]).endswith(".json"):
+        return source
+    file, *folders = paths
+    if len(folders) > 1:
+        raise ValueError(f"behind the questions {file} comes one folder, of pictures, not {len(folders)}")
+    return QuestionSamples(file, pictures=folders[0] if folders else None)
 
 
 def sample_batches(source: Source, size: int) -> Generator[list[Sample], None, None]:
@@ -108,13 +125,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _samples(source: Source) -> Iterable[Sample]:
-    items = [source] if isinstance(source, str | Path) else list(source)
+    source = opened(source)
+    if isinstance(source, QuestionSamples):
+        return source
+    items = [source] if isinstance(source, str | Path) else source
     if at_hand := [item for item in items if isinstance(item, Sample)]:
         return at_hand
-    paths = [item for item in items if not isinstance(item, Sample)]
-    if paths and str(paths[0]).endswith(".json"):
-        file, *folders = paths
-        if len(folders) > 1:
-            raise ValueError(f"behind the questions {file} comes one folder, of pictures, not {len(folders)}")
-        return question_samples(file, pictures=folders[0] if folders else None)
-    return evaluation_samples(paths)
+    return evaluation_samples([item for item in items if not isinstance(item, Sample)])

@@ -9,7 +9,7 @@ from contracap.config import assign, build, to_dict
 from contracap.data.questions import questions
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
-from contracap.evaluation.features import sample_batches
+from contracap.evaluation.features import opened, sample_batches
 from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.retrieval import Retrieval
@@ -122,7 +122,8 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
-    first = next(sample_batches(config.data, 1))[0]
+    data = opened(config.data)
+    first = next(sample_batches(data, 1))[0]
     if config.task in ("retrieval", "captioning") and not first.captions:
         raise ValueError(f"sample {first.key} of {first.shard} has no caption, which {config.task} compares with")
     if config.task == "zeroshot":
@@ -137,7 +138,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
         return VQA(
-            config.data,
+            data,
             processor,
             answers=answers,
             prompt=PROMPT if config.prompt is None else config.prompt,

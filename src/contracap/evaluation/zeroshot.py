@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from contracap.data.annotations import read_list
 from contracap.data.folders import class_folders
+from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample
 from contracap.evaluation.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, picture_batches
@@ -246,7 +247,7 @@ def check_templates(templates: Any) -> tuple[str, ...]:
 
 
 def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
-    folders = class_folders(source)
+    folders = None if isinstance(source, QuestionSamples) else class_folders(source)
     if classes is None:
         if folders is None:
             raise ValueError(
