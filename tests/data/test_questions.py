@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from contracap.data.annotations import SourceError
-from contracap.data.questions import Question, question_samples, questions
+from contracap.data.questions import Question, QuestionSamples, questions
 from contracap.data.shards import Sample, samples
 
 
@@ -44,7 +44,8 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
     tmp_path: Path, version: str, answer: dict[str, str], pictures: str
 ) -> None:
     path = write(tmp_path, version=version, **answer)
-    first, second = question_samples(path, pictures=tmp_path / pictures if pictures else None)
+    samples = QuestionSamples(path, pictures=tmp_path / pictures if pictures else None)
+    first, second = samples
     assert (first.key, first.image) == ("COCO_val2014_000000000042", b"picture 42")
     assert (second.key, second.shard) == ("COCO_val2014_000000000007", path.name)
     ten = ("answer 1", "answer 0") * 5
@@ -53,6 +54,7 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
         for number, text in ((420, "what is it?"), (421, "how many?"))
     )
     assert [question.text for question in questions(second)] == ["is it red?"]
+    assert [*samples] == [first, second]
 
 
 def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path: Path) -> None:
@@ -60,12 +62,12 @@ def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path:
     with pytest.raises(
         SourceError, match=r"asks about 2 pictures, of which 1 are not in .*: one is the picture 7; name "
     ):
-        next(question_samples(path))
+        QuestionSamples(path)
     with pytest.raises(FileNotFoundError, match="no such source"):
-        next(question_samples(tmp_path / "other.json"))
+        QuestionSamples(tmp_path / "other.json")
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(SourceError, match="does not have the layout of vqa"):
-        next(question_samples(tmp_path / "list.json"))
+        QuestionSamples(tmp_path / "list.json")
 
 
 def test_a_single_answer_is_that_of_one_person() -> None:

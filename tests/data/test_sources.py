@@ -273,6 +273,24 @@ def test_questions_without_their_answers_or_with_two_pictures_are_errors(tmp_pat
         read_source(tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "lacks"),
+    [
+        ({"questions": []}, "it lacks 'annotations'"),
+        ({"annotations": [{"question_id": 0}]}, "it lacks 'answers'"),
+        ({"annotations": [{"answers": [{"answer": "red"}]}]}, "it lacks 'question_id'"),
+        ({"annotations": [{"question_id": 0, "answers": []}]}, "list index out of range"),
+        ([], "list indices must be integers"),
+    ],
+)
+def test_answers_of_another_layout_are_named_and_not_the_questions(tmp_path: Path, content: object, lacks: str) -> None:
+    questions = vqa(tmp_path)
+    write(tmp_path / "v2_mscoco_train2014_annotations.json", content)
+    said = rf"mscoco_train2014_annotations\.json does not have the layout of answers of vqa: {lacks}"
+    with pytest.raises(SourceError, match=said):
+        read_source(questions)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_imagefolder_names_start_at_their_metadata(tmp_path: Path, suffix: str) -> None:
     rows = [{"file_name": "a.jpg", "text": "one", "n": "1"}, {"file_name": "x/b.jpg", "text": "two", "n": "2"}]

@@ -5,6 +5,8 @@ import pytest
 
 from contracap.evaluation.overlap import bleu, cider, common_length, mean, rouge_l
 
+from .oracles import reference
+
 WORDS = "a man dog red ball on the grass with two cats runs jumps over small bench".split()  # noqa: SIM905
 
 
@@ -27,7 +29,7 @@ def peer_scores(metric, references: list[list[str]], hypotheses: list[str]):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bleu_of_set_and_of_each_picture_equals_pycocoevalcap(seed: int) -> None:
-    peer = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    peer = reference("pycocoevalcap.bleu.bleu")
     references, hypotheses = written(seed)
     corpus, pictures = peer_scores(peer.Bleu(4), references, hypotheses)
     assert bleu(references, hypotheses).scores == pytest.approx(corpus, rel=1e-12)
@@ -40,7 +42,7 @@ def test_bleu_of_set_and_of_each_picture_equals_pycocoevalcap(seed: int) -> None
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rouge_l_equals_pycocoevalcap(seed: int) -> None:
-    peer = pytest.importorskip("pycocoevalcap.rouge.rouge")
+    peer = reference("pycocoevalcap.rouge.rouge")
     references, hypotheses = written(seed)
     corpus, pictures = peer_scores(peer.Rouge(), references, hypotheses)
     assert rouge_l(references, hypotheses) == pytest.approx(list(pictures), rel=1e-12)
@@ -49,7 +51,7 @@ def test_rouge_l_equals_pycocoevalcap(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cider_equals_pycocoevalcap(seed: int) -> None:
-    peer = pytest.importorskip("pycocoevalcap.cider.cider")
+    peer = reference("pycocoevalcap.cider.cider")
     references, hypotheses = written(seed)
     corpus, pictures = peer_scores(peer.Cider(), references, hypotheses)
     assert cider(references, hypotheses) == pytest.approx(list(pictures), rel=1e-10, abs=1e-12)
@@ -58,7 +60,7 @@ def test_cider_equals_pycocoevalcap(seed: int) -> None:
 
 @pytest.mark.parametrize("shortest", [0, 4])
 def test_bleu_equals_sacrebleu(shortest: int) -> None:
-    peer = pytest.importorskip("sacrebleu")
+    peer = reference("sacrebleu")
     references, hypotheses = written(7, shortest=shortest)
     most = max(map(len, references))
     streams = [[captions[i] if i < len(captions) else None for captions in references] for i in range(most)]
@@ -68,7 +70,7 @@ def test_bleu_equals_sacrebleu(shortest: int) -> None:
 
 
 def test_bleu_equals_nltk() -> None:
-    peer = pytest.importorskip("nltk.translate.bleu_score")
+    peer = reference("nltk.translate.bleu_score")
     references, hypotheses = written(8)
     # nltk counts one n-gram in a hypothesis too short for any, coco-caption none: leave such hypotheses out.
     kept = [i for i, hypothesis in enumerate(hypotheses) if len(hypothesis.split()) >= 4]

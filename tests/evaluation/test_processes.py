@@ -1,7 +1,8 @@
 import pickle
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from threading import Barrier
@@ -12,10 +13,10 @@ import torch
 
 from contracap.config import build
 from contracap.data.shards import write_shard
-from contracap.evaluation import ranking
+from contracap.evaluation import ranking, retrieval
 from contracap.evaluation.processes import together
 from contracap.evaluation.ranking import ranks
-from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.retrieval import Features, Retrieval
 from contracap.evaluation.suite import EvaluationConfig, Suite
 from contracap.image import ImageError
 
@@ -115,6 +116,41 @@ def test_a_picture_that_one_process_cannot_read_ends_all() -> None:
     first, second = in_threads(2, work)
     assert isinstance(first, ValueError) and str(first).startswith("rank 1: sample 5 of shard.tar: ")
     assert isinstance(second, ImageError) and str(second).startswith("sample 5 of shard.tar: ")
+
+
+@pytest.mark.parametrize("failing", ["copies", "tiles"])
+def test_an_accelerator_of_one_process_that_is_full_ends_all_at_once(monkeypatch, failing: str) -> None:
+    samples = [sample(str(i), colour, f"a {colour} wall") for i, colour in enumerate(COLOURS)]
+    here = threading.local()
+    tile, embed = ranking._tile, retrieval.embed
+
+    class Images(torch.Tensor):
+        def to(self, *_: Any) -> torch.Tensor:
+            if failing == "copies" and here.rank == 1:
+                raise RuntimeError("out of memory")
+            return self.as_subclass(torch.Tensor)
+
+    def embedded(*arguments: Any, **keywords: Any) -> Features:
+        found = embed(*arguments, **keywords)
+        return replace(found, images=found.images.as_subclass(Images))
+
+    def full_tile(*arguments: Any) -> torch.Tensor:
+        if failing == "tiles" and here.rank == 1:
+            raise RuntimeError("out of memory")
+        return tile(*arguments)
+
+    monkeypatch.setattr(retrieval, "embed", embedded)
+    monkeypatch.setattr(ranking, "_tile", full_tile)
+
+    def work(thread: Thread) -> tuple[str, list[int]]:
+        here.rank = thread.rank
+        evaluator = Retrieval(samples, processor(), processes=thread)
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            together(thread, lambda: dict(evaluator.run(ColourModel())))  # as a suite does
+        return f"{error.type.__name__}: {error.value}", thread.collect(thread.rank)  # which is again in step
+
+    said = [f"{name}: out of memory" for name in ("ValueError: rank 1", "RuntimeError", "ValueError: rank 1")]
+    assert in_threads(3, work) == [(each, [0, 1, 2]) for each in said]
 
 
 def test_an_error_is_raised_as_it_is_where_it_happened() -> None:

@@ -6,11 +6,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contracap.data.shards import write_shard
-from contracap.evaluation import ranking
+from contracap.evaluation import ranking, retrieval
 from contracap.evaluation.ranking import places, ranks
-from contracap.evaluation.retrieval import Retrieval, recall
+from contracap.evaluation.retrieval import Features, Retrieval, recall
 
+from .oracles import reference
 from .worlds import COLOURS, ColourModel, Largest, processor, record, sample
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def embeddings(images: int, captions: tuple[int, int], seed: int, width: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,20 +29,23 @@ def embeddings(images: int, captions: tuple[int, int], seed: int, width: int = 1
 
 def clip_benchmark_recall(scores: Tensor, positive: Tensor, k: int) -> float:
     """What clip_benchmark computes, of queries 64 at a time."""
-    oracle = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    oracle = reference("clip_benchmark.metrics.zeroshot_retrieval")
     found = oracle.batchify(oracle.recall_at_k, scores, positive, 64, "cpu", k=k)
     return (found > 0).float().mean().item()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("side", [16, 64, 1024])
-def test_recall_equals_clip_benchmark_with_several_captions_a_picture(monkeypatch, seed: int, side: int) -> None:
+def test_recall_equals_clip_benchmark_with_several_captions_a_picture(
+    monkeypatch, seed: int, side: int, device: str
+) -> None:
     monkeypatch.setattr(ranking, "SIDE", side)
     images, texts, owner = embeddings(40, (5, 7), seed)
     scores = texts @ images.T
     assert all(len(row.unique()) == len(row) for row in (*scores, *scores.T))  # no ties
     positive = owner[:, None] == torch.arange(len(images))
-    found = recall(images, texts, owner, (1, 5, 10))
+    found = recall(images.to(device), texts.to(device), owner.to(device), (1, 5, 10))
     for k in (1, 5, 10):
         to_image, to_text = clip_benchmark_recall(scores, positive, k), clip_benchmark_recall(scores.T, positive.T, k)
         assert found[f"text_to_image_recall@{k}"] == pytest.approx(to_image, abs=1e-6)
@@ -70,14 +76,16 @@ def test_ties_across_tiles_go_by_the_order_of_the_data(monkeypatch, seed: int) -
     assert image_ranks.tolist() == places_by_definition(scores.T, right.T)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("images", "width"), [(5, 12), (70, 37), (300, 512)])
-def test_equal_embeddings_tie_wherever_they_stand(monkeypatch, images: int, width: int) -> None:
+def test_equal_embeddings_tie_wherever_they_stand(monkeypatch, images: int, width: int, device: str) -> None:
     monkeypatch.setattr(ranking, "SIDE", 128)
     picture, text = (
         normalize(torch.randn(1, width, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1)
     )
     owner = torch.arange(images).repeat_interleave(3)
-    text_ranks, image_ranks = ranks(picture.repeat(images, 1), text.repeat(3 * images, 1), owner)
+    pictures, texts = picture.repeat(images, 1).to(device), text.repeat(3 * images, 1).to(device)
+    text_ranks, image_ranks = ranks(pictures, texts, owner.to(device))
     assert torch.equal(text_ranks, owner)
     assert torch.equal(image_ranks, 3 * torch.arange(images))
 
@@ -100,7 +108,7 @@ def test_a_collapsed_model_is_at_chance() -> None:
 
 def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
     images, texts, owner = embeddings(4, (3, 3), 0)
-    with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs a K from 1 to 4, the number of pictures"):
+    with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs at least 5 pictures .*; there are 4"):
         recall(images, texts, owner, (1, 5))
     with pytest.raises(ValueError, match=r"recall@0 needs a K from 1"):
         recall(images, texts, owner, (0,))
@@ -200,6 +208,13 @@ def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
     # of one to six captions the one that names the picture's colour hits; a picture counts by its captions
     assert evaluator.per_sample["text_to_image_recall@1"] == pytest.approx([6 / 21] * 6)
     assert figures["text_to_image_recall@1"] == pytest.approx(6 / 21)
+
+
+def test_the_evaluator_finds_the_recalls_of_the_embeddings(monkeypatch) -> None:
+    images, texts, owner = embeddings(40, (5, 7), seed=0)
+    found = Features(images=images, texts=texts, image_of_text=owner, keys=["x"] * 40, captions=["x"] * len(texts))
+    monkeypatch.setattr(retrieval, "embed", lambda *_, **__: found)
+    assert dict(Retrieval([], processor()).run(ColourModel())) == recall(images, texts, owner)
 
 
 def test_batch_size_does_not_change_the_figures() -> None:

@@ -8,6 +8,7 @@ import torch
 from contracap.data.shards import Sample, write_shard
 from contracap.evaluation import answering
 from contracap.evaluation.answering import Asked, Chosen, Written
+from contracap.evaluation.task import TaskConfig, build_evaluator
 from contracap.evaluation.vqa import VQA, load_answers
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, Sampling
 from contracap.generation.captioner import Captioner
@@ -209,6 +210,11 @@ def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> 
     dict(evaluator.run(model))
     assert evaluator.keys == ["COCO_val2014_000000000009"]
     assert list(evaluator.details["accuracy_by_question_type"]) == ["is it"]
+    task = TaskConfig(task="vqa", data=str(file) if beside else (str(file), str(pictures)))
+    built = build_evaluator(task, processor)
+    file.unlink()  # it has been read: a look at the first sample and every run need not do it again
+    assert [dict(built.run(model)).keys() for _ in range(2)] == [{"accuracy"}] * 2
+    file.write_text(json.dumps(put))
     with pytest.raises(ValueError, match=r"behind the questions .*\.json comes one folder, of pictures, not 2"):
         dict(VQA([file, tmp_path, tmp_path], processor).run(model))
 

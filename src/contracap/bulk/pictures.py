@@ -1,28 +1,16 @@
-"""Pictures read and decoded in threads, ahead of the model that works on them.
+"""Pictures read and decoded in threads, ahead of the model that works on them."""
 
-Threads do: files, sockets, the JPEG decoder and the resizing release the interpreter's lock, pixels need not be copied
-between processes, and nothing has to start.
-"""
-
-import threading
-import time
-from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import TypeVar
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from contracap.bulk.inputs import Item
+from contracap.data.workers import in_threads
 from contracap.image import ImageConfig, decode, resize_and_crop
-
-PATIENCE = 2.0  # seconds that threads get to end in; one that waits for a silent server is left behind
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,57 +70,3 @@ def picture_batches(
                 found, rows, broken = [], [], {}
     if found:
         yield batch()
-
-
-def in_threads(
-    function: Callable[[Item], Result], items: Generator[Item, None, None], *, workers: int, ahead: int
-) -> Generator[tuple[Item, "Future[Result]"], None, None]:
-    """What `function` makes of each item, in their order; the items, too, are taken in a thread of their own.
-
-    At most `ahead` items are taken that the caller has not got yet. An error of `items` is raised in its place.
-    """
-    ordered = SimpleQueue[tuple[Item, Future[Result]] | BaseException | None]()
-    tasks = SimpleQueue[tuple[Item, Future[Result]] | None]()
-    room, stopped = threading.Semaphore(ahead), threading.Event()
-
-    def feed() -> None:  # closes the items where it read them: a shell command that gives a shard must not go on
-        end: BaseException | None = None
-        try:
-            with closing(items):
-                for item in items:
-                    room.acquire()
-                    if stopped.is_set():
-                        break
-                    task = (item, Future[Result]())
-                    ordered.put(task)
-                    tasks.put(task)
-        except BaseException as error:
-            end = error
-        ordered.put(end)
-        for _ in range(workers):
-            tasks.put(None)
-
-    def work() -> None:
-        while (task := tasks.get()) is not None:
-            if not stopped.is_set():
-                item, future = task
-                try:
-                    future.set_result(function(item))
-                except BaseException as error:
-                    future.set_exception(error)
-
-    threads = [threading.Thread(target=target, daemon=True) for target in (feed, *[work] * workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        while (entry := ordered.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            room.release()
-            yield entry
-    finally:
-        stopped.set()
-        room.release()
-        end = time.monotonic() + PATIENCE
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from sys import intern
 from typing import Any
 
 # Usual names of columns, in the order of preference; upper and lower case are the same.
@@ -137,14 +138,15 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
         pictures: names of picture files. The id of a picture is the number at the end of its name, or its name.
 
     Raises:
-        SourceError: if there are no answers, none to a question, or two pictures with one id.
+        SourceError: if there are no answers, none to a question, two pictures with one id, or the file of answers is
+            not what it should be.
     """
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     if beside == path or not beside.is_file():
         raise SourceError(
             f"no answers to {path.name}: they must lie beside it, in {path.parent}, as *_annotations.json"
         )
-    answered = {annotation["question_id"]: annotation for annotation in read_json(beside)["annotations"]}
+    answers = _answers(beside)
     named = defaultdict[Any, list[str]](list)
     for name in pictures:
         stem = PurePosixPath(name).stem
@@ -153,10 +155,12 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
             named[identity].append(name)
     asked = defaultdict[Any, list[dict[str, Any]]](list)
     for question in document["questions"]:
-        annotation = answered.get(question["question_id"])
-        if annotation is None:
-            raise SourceError(f"question {question['question_id']} of {path.name} has no answer in {beside.name}")
-        asked[question["image_id"]].append(_question_and_answers(question, annotation))
+        identity = question["question_id"]
+        if identity not in answers:
+            raise SourceError(f"question {identity} of {path.name} has no answer in {beside.name}")
+        asked[question["image_id"]].append(
+            {"question_id": identity, "question": question["question"], **answers[identity]}
+        )
     for identity, questions in asked.items():
         names = named.get(identity, [str(identity)])
         if len(names) > 1:
@@ -198,6 +202,12 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path} is not JSON: {error}") from None
 
 
+def other_layout(path: Path, layout: str, error: Exception) -> SourceError:
+    """What to raise at JSON of another layout, from the error that it makes a reader run into."""
+    problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return SourceError(f"{path} does not have the layout of {layout}: {problem}")
+
+
 def read_list(path: Path, name: str) -> tuple[str, ...]:
     """The texts of a JSON file, which holds a list of them, or an object with such a list under a name.
 
@@ -211,16 +221,18 @@ def read_list(path: Path, name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _question_and_answers(question: dict[str, Any], annotation: dict[str, Any]) -> dict[str, Any]:
-    answers = [answer["answer"] for answer in annotation["answers"]]
-    kept = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
-    return {
-        "question_id": question["question_id"],
-        "question": question["question"],
-        "answer": annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0],
-        "answers": answers,
-        **kept,
-    }
+def _answers(path: Path) -> dict[Any, dict[str, Any]]:
+    """What a VQA file of answers says about each question, by its id."""
+    found = {}
+    try:
+        for annotation in read_json(path)["annotations"]:
+            answers = [intern(answer["answer"]) for answer in annotation["answers"]]  # few differ: each is kept once
+            kept = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+            usual = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
+            found[annotation["question_id"]] = {"answer": usual, "answers": answers, **kept}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise other_layout(path, "answers of vqa", error) from error
+    return found
 
 
 def _column(path: Path, row: dict[str, Any], wanted: Sequence[str], purpose: str) -> str:

@@ -41,35 +41,44 @@ def questions(sample: Sample) -> tuple[Question, ...]:
     )
 
 
-def question_samples(path: str | Path, *, pictures: str | Path | None = None) -> Iterator[Sample]:
-    """The pictures that a file of VQAv2 or OK-VQA asks about, in the order in which it comes to them.
+class QuestionSamples:
+    """The pictures that a file of VQAv2 or OK-VQA asks about, in the order in which it comes to them. The file is read
+    once, a picture whenever its turn comes.
 
     The answers lie beside it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
     `v2_mscoco_val2014_annotations.json`. Of OK-VQA's two forms of an answer, `answer` counts, as in its own evaluation.
-
-    Args:
-        pictures: the folder of pictures, such as `COCO_val2014_000000000042.jpg`, maybe in subfolders; by default the
-            file's own.
-
-    Raises:
-        FileNotFoundError: if the file or the folder does not exist.
-        SourceError: if the file is not what it should be, or a question lacks its answers or its picture.
     """
-    source = read_source(path, kind="vqa", pictures=pictures)
-    for refused in source.refused:
-        raise SourceError(f"{path}: {refused.source}: {refused.message}")
-    missing = [item for item in source.items if not Path(item.picture).is_file()]
-    if missing:
-        identity, folder = missing[0].fields["image_id"], Path(missing[0].picture).parent
-        raise SourceError(
-            f"{path} asks about {len(source.items)} pictures, of which {len(missing)} are not in {folder}: "
-            f"one is the picture {identity}; name their folder behind the file"
-        )
-    for item in source.items:
-        picture = Path(item.picture)
-        yield Sample(
-            key=picture.stem, image=picture.read_bytes(), captions=(), fields=item.fields, shard=Path(path).name
-        )
+
+    def __init__(self, path: str | Path, *, pictures: str | Path | None = None):
+        """Reads the file.
+
+        Args:
+            pictures: the folder of pictures, such as `COCO_val2014_000000000042.jpg`, maybe in subfolders; by default
+                the file's own.
+
+        Raises:
+            FileNotFoundError: if the file or the folder does not exist.
+            SourceError: if the file is not what it should be, or a question lacks its answers or its picture.
+        """
+        source = read_source(path, kind="vqa", pictures=pictures)
+        for refused in source.refused:
+            raise SourceError(f"{path}: {refused.source}: {refused.message}")
+        missing = [item for item in source.items if not Path(item.picture).is_file()]
+        if missing:
+            identity, folder = missing[0].fields["image_id"], Path(missing[0].picture).parent
+            raise SourceError(
+                f"{path} asks about {len(source.items)} pictures, of which {len(missing)} are not in {folder}: "
+                f"one is the picture {identity}; name their folder behind the file"
+            )
+        self._items, self._name = source.items, Path(path).name
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Every picture once, with its questions in the field `qa`."""
+        for item in self._items:
+            picture = Path(item.picture)
+            yield Sample(
+                key=picture.stem, image=picture.read_bytes(), captions=(), fields=item.fields, shard=self._name
+            )
 
 
 def _question(entry: Any, name: str) -> Question:

@@ -15,6 +15,7 @@ from contracap.data.annotations import (
     Entry,
     Refused,
     SourceError,
+    other_layout,
     read_coco,
     read_flickr,
     read_json,
@@ -203,9 +204,8 @@ def _read_document(path: Path, kind: Kind, folder: Path, splits: Sequence[str]) 
             yield from read_karpathy(path, document, splits)
         else:
             yield from read_vqa(path, document, (file.as_posix() for file in pictures_in(folder)))
-    except (LookupError, TypeError, AttributeError) as error:  # JSON of another layout
-        problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise SourceError(f"{path} does not have the layout of {kind}: {problem}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise other_layout(path, kind, error) from error
 
 
 def pictures_in(folder: Path) -> Iterator[Path]:

@@ -1,11 +1,23 @@
-"""Work on many shards at once, a process for each core."""
+"""Work on many shards at once, in processes; and on pictures, in threads ahead of the model.
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+Threads do for pictures: files, sockets, the JPEG decoder and the resizing release the interpreter's lock, pixels need
+not be copied between processes, and nothing has to start.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from itertools import islice
 from multiprocessing import get_context
+from queue import SimpleQueue
 from typing import TypeVar
+
+AHEAD = min(8, os.cpu_count() or 1)  # batches that are prepared at a time, a thread for each
+PATIENCE = 2.0  # seconds that threads get to end in; one that waits for a silent server is left behind
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -47,3 +59,68 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
         except BrokenProcessPool:
             reason = "a worker process died, perhaps for want of memory: try again with fewer workers"
             raise WorkerError(reason) from None
+
+
+@contextmanager
+def prepared(
+    prepare: Callable[[Task], Result], batches: Generator[Task, None, None]
+) -> Iterator[Iterator[tuple[Task, Result]]]:
+    """Within the block: the batches in their order, each with what `prepare` makes of it, up to `AHEAD` of them before
+    they are asked for. What fails is raised in its place. The end of the block ends the threads, too.
+    """
+    with closing(in_threads(prepare, batches, workers=AHEAD, ahead=AHEAD)) as made:
+        yield ((batch, future.result()) for batch, future in made)
+
+
+def in_threads(
+    function: Callable[[Task], Result], items: Generator[Task, None, None], *, workers: int, ahead: int
+) -> Generator[tuple[Task, "Future[Result]"], None, None]:
+    """What `function` makes of each item, in their order; the items, too, are taken in a thread of their own.
+
+    At most `ahead` items are taken that the caller has not got yet. An error of `items` is raised in its place.
+    """
+    ordered = SimpleQueue[tuple[Task, Future[Result]] | BaseException | None]()
+    tasks = SimpleQueue[tuple[Task, Future[Result]] | None]()
+    room, stopped = threading.Semaphore(ahead), threading.Event()
+
+    def feed() -> None:  # closes the items where it read them: a shell command that gives a shard must not go on
+        end: BaseException | None = None
+        try:
+            with closing(items):
+                for item in items:
+                    room.acquire()
+                    if stopped.is_set():
+                        break
+                    task = (item, Future[Result]())
+                    ordered.put(task)
+                    tasks.put(task)
+        except BaseException as error:
+            end = error
+        ordered.put(end)
+        for _ in range(workers):
+            tasks.put(None)
+
+    def work() -> None:
+        while (task := tasks.get()) is not None:
+            if not stopped.is_set():
+                item, future = task
+                try:
+                    future.set_result(function(item))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (feed, *[work] * workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        while (entry := ordered.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            room.release()
+            yield entry
+    finally:
+        stopped.set()
+        room.release()
+        end = time.monotonic() + PATIENCE
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))

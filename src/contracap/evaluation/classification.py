@@ -1,4 +1,4 @@
-"""Figures of classification, as what each picture adds to them: their means over the pictures are the figures.
+"""Figures of classification, where they are means over the pictures as what each picture adds to them.
 
 Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification.
 """
@@ -25,17 +25,15 @@ def accuracy_parts(
     return {"acc1": top1, "acc5": top5, "mean_per_class_recall": top1 * weight}
 
 
-def precision_parts(
-    scores: Float32[Tensor, "picture class"], labels: Sequence[tuple[int, ...]]
-) -> dict[str, Float64[Tensor, "picture"]]:
-    """What each picture adds to `mean_average_precision`, which is the mean: of a class, the mean over its pictures of
-    the share of its pictures among those that score at least as high; then the mean over all classes. A class without
-    a picture counts 0."""
+def mean_average_precision(scores: Float32[Tensor, "picture class"], labels: Sequence[tuple[int, ...]]) -> float:
+    """Of a class, the mean over its pictures of the share of its pictures among those that score at least as high; then
+    the mean over all classes. A class without a picture counts 0.
+
+    It is no mean over the pictures: what one of them adds depends on which others there are.
+    """
     wanted = torch.zeros(scores.shape, dtype=torch.float64)
     for row, found in zip(wanted, labels, strict=True):
         row[list(found)] = 1
-    order = scores.argsort(dim=0, descending=True, stable=True)
-    hits = wanted.gather(0, order)
+    hits = wanted.gather(0, scores.argsort(dim=0, descending=True, stable=True))
     precision = hits * hits.cumsum(dim=0) / torch.arange(1, len(scores) + 1)[:, None]
-    spread = torch.zeros_like(wanted).scatter_(0, order, precision) / hits.sum(dim=0).clamp(min=1)
-    return {"mean_average_precision": spread.mean(dim=1) * len(scores)}
+    return float((precision.sum(dim=0) / hits.sum(dim=0).clamp(min=1)).mean())

@@ -1,7 +1,8 @@
 """Samples, pictures and texts into features, batch by batch: what the evaluators have in common."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -10,17 +11,35 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from contracap.data.loader import evaluation_samples
-from contracap.data.questions import question_samples
+from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample
+from contracap.data.workers import prepared
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
 # Shards or folders of them, a file of questions of VQAv2 or OK-VQA and the folder of its pictures, or samples at hand.
-Source = str | Path | Sequence[str | Path] | Sequence[Sample]
+Source = str | Path | Sequence[str | Path] | Sequence[Sample] | QuestionSamples
 
 
-def sample_batches(source: Source, size: int) -> Iterator[list[Sample]]:
+def opened(source: Source) -> Source:
+    """The source; of a file of questions its samples, so that who goes through them again need not read it again.
+
+    Raises: FileNotFoundError, ValueError: at such a file, as `QuestionSamples` does, or if two folders come behind it.
+    """
+    if isinstance(source, QuestionSamples):
+        return source
+    items = [source] if isinstance(source, str | Path) else source
+    paths = [item for item in items if not isinstance(item, Sample)]
+    if not paths or not str(paths[0]).endswith(".json"):
+        return source
+    file, *folders = paths
+    if len(folders) > 1:
+        raise ValueError(f"behind the questions {file} comes one folder, of pictures, not {len(folders)}")
+    return QuestionSamples(file, pictures=folders[0] if folders else None)
+
+
+def sample_batches(source: Source, size: int) -> Generator[list[Sample], None, None]:
     """All samples once, in their order, `size` at a time.
 
     Raises:
@@ -35,6 +54,19 @@ def sample_batches(source: Source, size: int) -> Iterator[list[Sample]]:
     while batch:
         yield batch
         batch = list(islice(stream, size))
+
+
+@contextmanager
+def picture_batches(
+    source: Source, processor: Processor, size: int
+) -> Iterator[Iterator[tuple[list[Sample], Float32[Tensor, "batch 3 height width"]]]]:
+    """Within the block: the batches of `sample_batches`, each with its pictures as the model is fed them, which threads
+    decode ahead.
+
+    Raises: ValueError: as `sample_batches` and `picture_pixels` do, where they would.
+    """
+    with prepared(partial(picture_pixels, processor=processor), sample_batches(source, size)) as batches:
+        yield batches
 
 
 def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Tensor, "batch 3 height width"]:
@@ -54,9 +86,8 @@ def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[T
         raise
 
 
-def embed_pictures(model: CoCa, processor: Processor, samples: Sequence[Sample]) -> Float32[Tensor, "batch embed"]:
+def embed_pictures(model: CoCa, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch embed"]:
     """Embeddings of one batch of pictures, unit rows, where the model is."""
-    pixels = picture_pixels(samples, processor)
     return finite(model.encode_image(pixels.to(next(model.parameters()))), "pictures")
 
 
@@ -94,13 +125,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _samples(source: Source) -> Iterable[Sample]:
-    items = [source] if isinstance(source, str | Path) else list(source)
+    source = opened(source)
+    if isinstance(source, QuestionSamples):
+        return source
+    items = [source] if isinstance(source, str | Path) else source
     if at_hand := [item for item in items if isinstance(item, Sample)]:
         return at_hand
-    paths = [item for item in items if not isinstance(item, Sample)]
-    if paths and str(paths[0]).endswith(".json"):
-        file, *folders = paths
-        if len(folders) > 1:
-            raise ValueError(f"behind the questions {file} comes one folder, of pictures, not {len(folders)}")
-        return question_samples(file, pictures=folders[0] if folders else None)
-    return evaluation_samples(paths)
+    return evaluation_samples([item for item in items if not isinstance(item, Sample)])

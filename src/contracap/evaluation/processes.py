@@ -1,6 +1,6 @@
 """Processes that evaluate one model together, each a share of the samples."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
+
+from contracap.data.workers import prepared
 
 Value = TypeVar("Value")
 Item = TypeVar("Item")
@@ -83,24 +85,24 @@ def in_shares(
     Args:
         batches: the same in every process.
         prepare, encode: may fail; then this ends in every process. (Of a model that is shared out, one that fails
-            while it encodes leaves the others waiting for its share.)
+            while it encodes leaves the others waiting for its share.) Threads prepare, ahead of what is encoded.
 
     Raises:
         Exception: of `batches`, `prepare` or `encode`; in the other processes a ValueError that says the same.
     """
-    stream, rows = iter(batches), list[Tensor]()
+    rows = list[Tensor]()
 
-    def next_inputs() -> tuple[int, Tensor | None]:
-        group = list(islice(stream, processes.count))
-        return len(group), prepare(group[min(processes.rank, len(group) - 1)]) if group else None
+    def groups() -> Generator[list[Item], None, None]:
+        stream = iter(batches)
+        while group := list(islice(stream, processes.count)):
+            yield group
 
-    while True:
-        found, inputs = together(processes, next_inputs)
-        if inputs is None:
-            break
-        encoded = together(processes, partial(_encoded, encode, inputs))
-        if processes.rank < found:
-            rows.append(encoded)
+    with prepared(lambda group: prepare(group[min(processes.rank, len(group) - 1)]), groups()) as prepared_groups:
+        while (found := together(processes, lambda: next(prepared_groups, None))) is not None:
+            group, inputs = found
+            encoded = together(processes, partial(_encoded, encode, inputs))
+            if processes.rank < len(group):
+                rows.append(encoded)
     shares = processes.collect(rows)
     return torch.cat([rows for group in zip_longest(*shares) for rows in group if rows is not None])
 

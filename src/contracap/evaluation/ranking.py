@@ -1,6 +1,7 @@
 """Places of texts among pictures and of pictures among texts, without the matrix of all their scores."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from contracap.evaluation.features import finite, full_precision
-from contracap.evaluation.processes import ALONE, Processes
+from contracap.evaluation.processes import ALONE, Processes, together
 
 SIDE = 1024  # texts and pictures of one tile of scores: 4 MiB in fp32
 FILL = 64  # sides are multiples of it: at the odd edges of a product equal rows do not give equal bits
@@ -22,6 +23,7 @@ def ranks(
     processes: Processes = ALONE,
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
     """For each text the place of its picture among all pictures, for each picture that of its best text; 0 is the top.
+    They are given on the CPU, and computed where the features are.
 
     Among equal scores the candidate that comes first in the data stands first, so a model that gives every pair the
     same score is at chance. Scores are computed in fp32, tile by tile, and each tile is counted in both directions at
@@ -33,7 +35,20 @@ def ranks(
 
     Raises:
         ValueError: if there is none, a picture has no text, a text no picture, or features are not finite.
+        Exception: what failed here, as for want of memory; in the other processes a ValueError that says the same.
     """
+    counts = together(processes, partial(_counts, image_features, text_features, image_of_text, processes))
+    text_counts, image_counts = zip(*processes.collect(counts), strict=True)
+    return torch.stack(text_counts).sum(dim=0), torch.stack(image_counts).sum(dim=0)
+
+
+def _counts(
+    image_features: Float[Tensor, "image embed"],
+    text_features: Float[Tensor, "text embed"],
+    image_of_text: Int64[Tensor, "text"],
+    processes: Processes,
+) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
+    """What the tiles of this process add to the places."""
     images, texts = finite(image_features, "pictures"), finite(text_features, "texts")
     _check_owners(image_of_text, len(images))
     with full_precision(images.device):
@@ -45,9 +60,7 @@ def ranks(
                 scores = _tile(texts, rows, images, columns)
                 text_ranks[rows] += _before(scores, own[rows], image_of_text[rows] - columns.start)
                 image_ranks[columns] += _before(scores.T, best[columns], best_text[columns] - rows.start)
-    shares = processes.collect((text_ranks.cpu(), image_ranks.cpu()))
-    text_shares, image_shares = zip(*shares, strict=True)
-    return torch.stack(text_shares).sum(dim=0).to(images.device), torch.stack(image_shares).sum(dim=0).to(images.device)
+    return text_ranks.cpu(), image_ranks.cpu()
 
 
 def _best_texts(

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from contracap.data.shards import Sample
 from contracap.evaluation.features import Source, finite, picture_pixels, sample_batches
-from contracap.evaluation.processes import ALONE, Processes, in_shares
+from contracap.evaluation.processes import ALONE, Processes, in_shares, together
 from contracap.evaluation.ranking import ranks, share
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -68,8 +68,7 @@ class Retrieval:
 
         Raises: ValueError: if a K is below 1.
         """
-        if wrong := [k for k in ks if k < 1]:
-            raise ValueError(f"recall@{wrong[0]} needs a K from 1")
+        check_places(ks)
         self.source, self.processor, self.ks, self.batch_size = source, processor, tuple(ks), batch_size
         self.processes = processes
         self.samples = 0
@@ -83,34 +82,25 @@ class Retrieval:
         """Name and value of each recall.
 
         Raises:
-            ValueError: if a picture has no caption or cannot be read, or the features are not finite.
+            ValueError: if a picture has no caption or cannot be read, the features are not finite, or another process
+                failed.
         """
         found = embed(model, self.processor, self.source, batch_size=self.batch_size, processes=self.processes)
         self.features, self.keys = found, found.keys
         self.samples, self.details = len(found.images), {"captions": len(found.texts)}
         device = next(model.parameters()).device
-        text_ranks, image_ranks = (
-            places.cpu()
-            for places in ranks(
-                found.images.to(device), found.texts.to(device), found.image_of_text.to(device), self.processes
-            )
-        )
-        self.reasons, self.per_sample = {}, {}
-        for name, k in ((f"text_to_image_recall@{k}", k) for k in self.ks):
-            if self._has_places(name, k, self.samples, "pictures"):
-                hits = torch.zeros(self.samples, dtype=torch.float64)
-                hits.index_add_(0, found.image_of_text, (text_ranks < k).double())
-                self.per_sample[name] = (hits * (self.samples / len(text_ranks))).tolist()
-                yield name, share(text_ranks < k)
-        for name, k in ((f"image_to_text_recall@{k}", k) for k in self.ks):
-            if self._has_places(name, k, len(found.texts), "captions"):
-                self.per_sample[name] = (image_ranks < k).double().tolist()
-                yield name, share(image_ranks < k)
 
-    def _has_places(self, name: str, k: int, candidates: int, what: str) -> bool:
-        if k > candidates:
-            self.reasons[name] = f"{name} needs at least {k} {what} to choose from; there are {candidates}"
-        return k <= candidates
+        def moved() -> tuple[Tensor, Tensor, Tensor]:
+            return found.images.to(device), found.texts.to(device), found.image_of_text.to(device)
+
+        text_ranks, image_ranks = ranks(*together(self.processes, moved), self.processes)
+        hits, self.reasons = recalls(text_ranks, image_ranks, self.ks)
+        self.per_sample = {}
+        for name, hit in hits.items():
+            owner = found.image_of_text if name.startswith("text_to_image") else torch.arange(self.samples)
+            parts = torch.zeros(self.samples, dtype=torch.float64).index_add_(0, owner, hit.double())
+            self.per_sample[name] = (parts * (self.samples / len(hit))).tolist()
+            yield name, share(hit)
 
 
 @torch.inference_mode()
@@ -176,14 +166,33 @@ def recall(
         ValueError: if a K is below 1 or above the number of candidates, a picture has no text, or features are not
             finite.
     """
-    for k in ks:
-        for direction, candidates, what in (
-            ("text_to_image", len(image_features), "pictures"),
-            ("image_to_text", len(text_features), "captions"),
-        ):
-            if not 1 <= k <= candidates:
-                raise ValueError(f"{direction}_recall@{k} needs a K from 1 to {candidates}, the number of {what}")
-    text_ranks, image_ranks = ranks(image_features, text_features, image_of_text)
-    return {f"text_to_image_recall@{k}": share(text_ranks < k) for k in ks} | {
-        f"image_to_text_recall@{k}": share(image_ranks < k) for k in ks
-    }
+    check_places(ks)
+    hits, reasons = recalls(*ranks(image_features, text_features, image_of_text), ks)
+    for reason in reasons.values():
+        raise ValueError(reason)
+    return {name: share(hit) for name, hit in hits.items()}
+
+
+def recalls(
+    text_ranks: Int64[Tensor, "text"], image_ranks: Int64[Tensor, "image"], ks: Sequence[int]
+) -> tuple[dict[str, Bool[Tensor, "query"]], dict[str, str]]:
+    """By the name of each recall which texts, or which pictures, hit: their share is the recall. And why there is none
+    of more places than there are candidates."""
+    hits, reasons = dict[str, Tensor](), dict[str, str]()
+    for direction, places, candidates, what in (
+        ("text_to_image", text_ranks, len(image_ranks), "pictures"),
+        ("image_to_text", image_ranks, len(text_ranks), "captions"),
+    ):
+        for k in ks:
+            name = f"{direction}_recall@{k}"
+            if k <= candidates:
+                hits[name] = places < k
+            else:
+                reasons[name] = f"{name} needs at least {k} {what} to choose from; there are {candidates}"
+    return hits, reasons
+
+
+def check_places(ks: Sequence[int]) -> None:
+    """Raises: ValueError: if a K is below 1."""
+    if wrong := [k for k in ks if k < 1]:
+        raise ValueError(f"recall@{wrong[0]} needs a K from 1")

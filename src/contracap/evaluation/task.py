@@ -9,7 +9,7 @@ from contracap.config import assign, build, to_dict
 from contracap.data.questions import questions
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
-from contracap.evaluation.features import sample_batches
+from contracap.evaluation.features import opened, sample_batches
 from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.retrieval import Retrieval
@@ -86,6 +86,11 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("there is nothing to measure on: --data PATH, a folder of tar shards, or shards")
+        first = self.data if isinstance(self.data, str) else self.data[0]
+        if first.endswith(".json") and self.task != "vqa":
+            raise ValueError(
+                f"{first} is no tar shard; {self.task} wants it made into some: contracap shards make {first} --out DIR"
+            )
         taken = (*COMMON, *TAKES[self.task])
         for field in fields(self):
             if getattr(self, field.name) != field.default and field.name not in taken:
@@ -139,7 +144,8 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
-    first = next(sample_batches(config.data, 1))[0]
+    data = opened(config.data)
+    first = next(sample_batches(data, 1))[0]
     if config.task in ("retrieval", "captioning") and not first.captions:
         raise ValueError(f"sample {first.key} of {first.shard} has no caption, which {config.task} compares with")
     if config.task == "zeroshot":
@@ -154,7 +160,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
         return VQA(
-            config.data,
+            data,
             processor,
             answers=answers,
             prompt=PROMPT if config.prompt is None else config.prompt,

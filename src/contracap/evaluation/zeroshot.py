@@ -17,9 +17,10 @@ from torch.nn.functional import normalize
 
 from contracap.data.annotations import read_list
 from contracap.data.folders import class_folders
+from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample
-from contracap.evaluation.classification import accuracy_parts, precision_parts
-from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, sample_batches
+from contracap.evaluation.classification import accuracy_parts, mean_average_precision
+from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, picture_batches
 from contracap.evaluation.published import IMAGENET, Published, is_published, published
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -51,7 +52,8 @@ class ZeroShot:
         classes: their names.
         samples: pictures, once `run` has come to its end; likewise the others.
         keys: of the pictures.
-        per_sample: of each figure what each picture adds to it: their mean is the figure.
+        per_sample: of each figure what each picture adds to it: their mean is the figure. Of `mean_average_precision`
+            there are none.
         reasons: `acc5`, where there are fewer than five classes.
         details: the numbers of classes and of templates.
         labels: the class of each picture; empty where pictures have several.
@@ -104,10 +106,13 @@ class ZeroShot:
         if single and several:
             first = next(key for key, label in zip(self.keys, labels, strict=True) if not isinstance(label, int))
             raise ValueError(f"sample {first} has `labels`, others have one `label`: give all samples the same field")
-        self.labels = single
-        parts = precision_parts(scores, several) if several else accuracy_parts(scores, torch.tensor(single))
-        if not several and len(self.classes) < 5:
+        self.labels, self.per_sample = single, {}
+        if several:
+            yield "mean_average_precision", mean_average_precision(scores, several)
+            return
+        if len(self.classes) < 5:
             self.reasons["acc5"] = f"acc5 needs at least 5 classes; there are {len(self.classes)}"
+        parts = accuracy_parts(scores, torch.tensor(single))
         self.per_sample = {name: part.tolist() for name, part in parts.items() if name not in self.reasons}
         for name in self.per_sample:
             yield name, float(parts[name].mean())
@@ -117,10 +122,11 @@ class ZeroShot:
         labels, scores, keys = [], [], []
         with evaluating(model):
             weights = classifier(model, self.processor, self.classes, self.templates)
-            for batch in sample_batches(self.source, self.batch_size):
-                labels += [self.label(sample) for sample in batch]
-                keys += [sample.key for sample in batch]
-                scores.append(logits(embed_pictures(model, self.processor, batch), weights).cpu())
+            with picture_batches(self.source, self.processor, self.batch_size) as batches:
+                for batch, pixels in batches:
+                    labels += [self.label(sample) for sample in batch]
+                    keys += [sample.key for sample in batch]
+                    scores.append(logits(embed_pictures(model, pixels), weights).cpu())
         return torch.cat(scores), labels, keys
 
     def label(self, sample: Sample) -> int | tuple[int, ...]:
@@ -241,7 +247,7 @@ def check_templates(templates: Any) -> tuple[str, ...]:
 
 
 def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
-    folders = class_folders(source)
+    folders = None if isinstance(source, QuestionSamples) else class_folders(source)
     if classes is None:
         if folders is None:
             raise ValueError(
