@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from contracap.evaluation.clipscore import ClipScorer
-from contracap.evaluation.features import Source, picture_pixels, sample_batches
+from contracap.evaluation.features import Source, picture_batches
 from contracap.evaluation.processes import ALONE, Processes, together
 from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
 from contracap.evaluation.spice import MEMORY
@@ -131,21 +131,22 @@ class Captioning:
         """All captions, and where there is a judge CLIPScore and RefCLIPScore of each."""
         captioner = Captioner(model, self.processor)
         written, clip, both = list[Prediction](), list[float](), list[float]()
-        for batch in sample_batches(self.source, self.batch_size):
-            for sample in batch:
-                if not has_word(sample.captions):
-                    raise ValueError(
-                        f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
-                    )
-            pixels, numbers = picture_pixels(batch, self.processor), range(len(written), len(written) + len(batch))
-            made = [one.text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
-            if judge is not None:
-                found = judge.score([sample.image for sample in batch], made, [sample.captions for sample in batch])
-                clip += found[0]
-                both += found[1]
-            for sample, text in zip(batch, made, strict=True):
-                domain = domain_name(sample.fields.get("domain"))
-                written.append(Prediction(key=sample.key, prediction=text, captions=sample.captions, domain=domain))
+        with picture_batches(self.source, self.processor, self.batch_size) as batches:
+            for batch, pixels in batches:
+                for sample in batch:
+                    if not has_word(sample.captions):
+                        raise ValueError(
+                            f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
+                        )
+                numbers = range(len(written), len(written) + len(batch))
+                made = [one.text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
+                if judge is not None:
+                    found = judge.score([sample.image for sample in batch], made, [sample.captions for sample in batch])
+                    clip += found[0]
+                    both += found[1]
+                for sample, text in zip(batch, made, strict=True):
+                    domain = domain_name(sample.fields.get("domain"))
+                    written.append(Prediction(key=sample.key, prediction=text, captions=sample.captions, domain=domain))
         return written, clip, both
 
 

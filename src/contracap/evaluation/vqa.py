@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float32
+from torch import Tensor
+
 from contracap.data.annotations import read_list
 from contracap.data.questions import Question, questions
 from contracap.data.shards import Sample
 from contracap.evaluation.answering import Asked, Chosen, Written
-from contracap.evaluation.features import Source, picture_pixels, sample_batches
+from contracap.evaluation.features import Source, picture_batches
 from contracap.evaluation.overlap import mean
 from contracap.evaluation.vqa_accuracy import accuracy
 from contracap.generation.sampling import Greedy
@@ -94,14 +97,15 @@ class VQA:
                 room for an answer.
         """
         keys, sums, predictions = list[str](), list[float](), list[Answered]()
-        for batch in sample_batches(self.source, self.batch_size):
-            asked = [questions(sample) for sample in batch]
-            made = iter(self._answers(model, batch, asked, first=len(predictions)))
-            for sample, about in zip(batch, asked, strict=True):
-                answered = [self._answered(sample, question, next(made)) for question in about]
-                keys.append(sample.key)
-                sums.append(sum(answer.accuracy for answer in answered))
-                predictions += answered
+        with picture_batches(self.source, self.processor, self.batch_size) as batches:
+            for batch, pixels in batches:
+                asked = [questions(sample) for sample in batch]
+                made = iter(self._answers(model, pixels, batch, asked, first=len(predictions)))
+                for sample, about in zip(batch, asked, strict=True):
+                    answered = [self._answered(sample, question, next(made)) for question in about]
+                    keys.append(sample.key)
+                    sums.append(sum(answer.accuracy for answer in answered))
+                    predictions += answered
         self.samples, self.keys, self.predictions = len(keys), keys, predictions
         self.per_sample = {"accuracy": [total * len(keys) / len(predictions) for total in sums]}
         self.details = {"questions": len(predictions)}
@@ -113,9 +117,14 @@ class VQA:
         yield "accuracy", mean([answer.accuracy for answer in predictions])
 
     def _answers(
-        self, model: CoCa, batch: Sequence[Sample], asked: Sequence[Sequence[Question]], *, first: int
+        self,
+        model: CoCa,
+        pixels: Float32[Tensor, "batch 3 height width"],
+        batch: Sequence[Sample],
+        asked: Sequence[Sequence[Question]],
+        *,
+        first: int,
     ) -> list[str]:
-        pixels = picture_pixels(batch, self.processor)
         flat = [(picture, question) for picture, about in enumerate(asked) for question in about]
         prompts = [
             Asked(
