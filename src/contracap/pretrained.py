@@ -97,6 +97,12 @@ def load(
     return model.eval().requires_grad_(True), processor_for(found.model, found.image)
 
 
+def load_on_device(name: str | Path, *, size: str | None = None) -> tuple[CoCa, Processor]:
+    """As `load`, the model on the GPU if there is one."""
+    model, processor = load(name, size=size)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
 def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:
     """A model with initial weights, in evaluation mode. The caller's random generator is left as it was."""
     with torch.device("meta"):

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from contracap.compare.comparison import Comparison, compare
 from contracap.compare.figure import require_matplotlib
 from contracap.compare.results import load_result
@@ -17,7 +15,7 @@ from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.suite import build_evaluators, measure_tasks
 from contracap.evaluation.task import TaskConfig
 from contracap.image import ImageConfig
-from contracap.pretrained import find_weights, load, processor_for
+from contracap.pretrained import find_weights, load_on_device, processor_for
 from contracap.recipe import RECIPE_FILE, Recipe, load_recipe, merged
 from contracap.start import device_of, precision_on, require_same_run
 from contracap.trainer import train
@@ -137,8 +135,7 @@ def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> R
     done = {"checkpoint": checkpoint_name(recipe.steps), "asked": asked}
     if (found := _found(folder / RESULTS_FILE)) and found.details.get("study") == done:
         return found
-    model, processor = load(train(recipe))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_on_device(train(recipe))
     result = measure_tasks(tasks, model, processor, command=command, seed=recipe.seed)
     if failed := [name for name in tasks if name in result.reasons]:
         raise ValueError(f"{folder}: task {failed[0]}: {result.reasons[failed[0]]}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from contracap.data.making import make_shards
-from contracap.evaluation import captioning
+from contracap.evaluation import processes
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.java import UnavailableError
@@ -182,7 +182,7 @@ def test_the_first_process_computes_the_metrics_for_all_and_does_not_fall_silent
 
     monkeypatch.setattr(CaptionScorer, "score", slow)
     monkeypatch.setattr(Thread, "collect", lambda self, value: said.append(self.rank) or collect(self, value))
-    monkeypatch.setattr(captioning, "SIGN_OF_LIFE", 0.05)
+    monkeypatch.setattr(processes, "SIGN_OF_LIFE", 0.05)
     for evaluator in in_threads(3, lambda thread: together(tiny, samples, thread, **options)):
         assert evaluator.figures == figures
         for name in ("samples", "keys", "per_sample", "reasons", "details", "predictions"):

@@ -43,12 +43,9 @@ def command_line() -> str:
 
 def load_model(weights: str, size: str | None, *, int8: bool = False) -> "tuple[CoCa, Processor]":
     """Any weights, on the GPU if there is one; with `int8` what captions read is rounded."""
-    import torch
+    from contracap.pretrained import load_on_device
 
-    from contracap.pretrained import load
-
-    model, processor = load(weights, size=size)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_on_device(weights, size=size)
     if int8:
         from contracap.model import quantised
 

@@ -1,14 +1,13 @@
 """Captioning: captions a model writes, scored against those people wrote."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import Source, picture_batches
-from contracap.evaluation.processes import ALONE, Processes, together
+from contracap.evaluation.processes import ALONE, Processes, by_the_first, together
 from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName, has_word
@@ -17,9 +16,6 @@ from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
-
-Value = TypeVar("Value")
-SIGN_OF_LIFE = 60.0  # seconds from one to the next while the first process computes the metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +116,7 @@ class Captioning:
                 scores.add_clipscore(clip, both, model=judge.name)
             return scores
 
-        scores = _by_the_first(self.processes, score)
+        scores = by_the_first(self.processes, score)
         self.samples, self.keys = len(self.predictions), [one.key for one in self.predictions]
         self.per_sample, self.reasons, self.details = scores.per_sample, scores.reasons, scores.details
         if ciders := scores.per_sample.get("CIDEr"):
@@ -148,25 +144,3 @@ class Captioning:
                     domain = domain_name(sample.fields.get("domain"))
                     written.append(Prediction(key=sample.key, prediction=text, captions=sample.captions, domain=domain))
         return written, clip, both
-
-
-def _by_the_first(processes: Processes, work: Callable[[], Value]) -> Value:
-    """What `work` gives in the first process, for all. It may take hours: meanwhile the first says again and again that
-    it is at work, for processes take one that says nothing for lost.
-
-    Raises: Exception: what `work` raised; in the other processes a ValueError that says the same.
-    """
-    if processes.count == 1:
-        return work()
-    with ThreadPoolExecutor(1) as aside:
-        later = aside.submit(work) if processes.rank == 0 else None
-
-        def look() -> list[Value]:
-            if later is None or later not in wait([later], SIGN_OF_LIFE).done:
-                return []
-            return [later.result()]
-
-        found = list[Value]()
-        while not found:
-            found = processes.collect(together(processes, look))[0]
-    return found[0]

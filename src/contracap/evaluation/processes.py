@@ -1,6 +1,7 @@
 """Processes that evaluate one model together, each a share of the samples."""
 
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -14,6 +15,7 @@ from contracap.data.workers import prepared
 
 Value = TypeVar("Value")
 Item = TypeVar("Item")
+SIGN_OF_LIFE = 60.0  # seconds from one to the next while the first process works for all
 
 
 @runtime_checkable
@@ -69,6 +71,28 @@ def together(processes: Processes, work: Callable[[], Value]) -> Value:
         if reason:
             raise ValueError(f"rank {rank}: {reason}")
     return done[0]
+
+
+def by_the_first(processes: Processes, work: Callable[[], Value]) -> Value:
+    """What `work` gives in the first process, for all. It may take hours: meanwhile the first says again and again that
+    it is at work, for processes take one that says nothing for lost.
+
+    Raises: Exception: what `work` raised; in the other processes a ValueError that says the same.
+    """
+    if processes.count == 1:
+        return work()
+    with ThreadPoolExecutor(1) as aside:
+        later = aside.submit(work) if processes.rank == 0 else None
+
+        def look() -> list[Value]:
+            if later is None or later not in wait([later], SIGN_OF_LIFE).done:
+                return []
+            return [later.result()]
+
+        found = list[Value]()
+        while not found:
+            found = processes.collect(together(processes, look))[0]
+    return found[0]
 
 
 def in_shares(

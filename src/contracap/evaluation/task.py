@@ -3,8 +3,6 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
-
 from contracap.config import assign, build, to_dict
 from contracap.data.questions import questions
 from contracap.evaluation.captioning import Captioning
@@ -25,7 +23,7 @@ from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.sampling import Sampling
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
-from contracap.pretrained import load
+from contracap.pretrained import load_on_device
 from contracap.processor import Processor
 
 Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
@@ -182,8 +180,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
 def _judge(weights: str | None) -> ClipScorer | None:
     if weights is None:
         return None
-    model, processor = load(weights)
-    return ClipScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, name=weights)
+    return ClipScorer(*load_on_device(weights), name=weights)
 
 
 def measure_task(config: TaskConfig, evaluator: Evaluator, model: CoCa, *, command: str) -> Result:

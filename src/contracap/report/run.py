@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from contracap.config import build
 from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
@@ -20,7 +18,7 @@ from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.task import TaskConfig, build_evaluator
 from contracap.files import write_text
 from contracap.page import Html, page, paragraph, table
-from contracap.pretrained import load
+from contracap.pretrained import load_on_device
 from contracap.processor import Processor
 from contracap.recipe import RECIPE_FILE, Recipe, load_recipe
 from contracap.report.curves import curves
@@ -65,8 +63,7 @@ def write_report(run: Path) -> Path:
 def measured(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
     """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
     validation shards. What fails costs its own figures only."""
-    model, processor = load(checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_on_device(checkpoint)
     try:
         evaluators, what = _evaluators(run, recipe, processor)
     except (ValueError, OSError) as error:
