@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contracap.bench import zeroshot
+from contracap.bench import timing, zeroshot
 from contracap.bench.caption_pair import Setting
 from contracap.bench.timing import NoPeerError, UnequalError, Work
 from contracap.bench.zeroshot import Peer, Side, bench_zeroshot, classifier_row, require_equal_rows, sharing_row
@@ -31,7 +31,7 @@ def test_all_classes_are_compared_and_ten_of_them_timed_for_open_clip(small_peer
         return [[2.0] * rounds, [3.0] * rounds]
 
     monkeypatch.setattr(Peer, "build", counted)
-    monkeypatch.setattr(zeroshot, "in_turns", two_and_three_seconds)
+    monkeypatch.setattr(timing, "in_turns", two_and_three_seconds)
     row = classifier_row(SETTING, size="tiny", classes=20)
     assert built == [20, 10]
     assert row.work == "tiny, classifier of 20 classes x 80 prompts"
@@ -43,7 +43,7 @@ def test_other_weights_are_noticed_before_anything_is_timed(small_peer: None, mo
     def untimed(*works, **kwargs) -> None:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(zeroshot, "in_turns", untimed)
+    monkeypatch.setattr(timing, "in_turns", untimed)
     monkeypatch.setattr(Peer, "build", lambda self, names, build=Peer.build: build(self, names) + 2e-5)
     with pytest.raises(UnequalError, match=r"the classifiers are 2\.0e-05 apart, allowed is 1e-05"):
         classifier_row(SETTING, size="tiny", classes=3)
