@@ -164,3 +164,8 @@ def test_a_none_that_cannot_be_written_is_refused() -> None:
     broken = replace(Run(steps=1), optimizer=None)
     with pytest.raises(ConfigError, match=r"Run.optimizer is None but its default is not"):
         to_dict(broken)
+
+
+def test_text_that_toml_cannot_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"is no text that a TOML file can hold"):
+        to_toml({"data": {"train": "caf\udce9"}})

@@ -89,7 +89,7 @@ def test_other_tasks_measure_a_run_again(values: dict) -> None:
     assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 4), ("nonfinite", "skip")])
+@pytest.mark.parametrize(("name", "value"), [("steps", 4), ("nonfinite", "skip"), ("accumulation", 2)])
 def test_runs_of_other_schedules_are_not_mixed(values: dict, name: str, value: object) -> None:
     study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
     before = sorted(path.name for path in Path(values["out"]).iterdir())
@@ -105,6 +105,17 @@ def test_other_settings_are_found_before_the_first_run(values: dict) -> None:
     with pytest.raises(CheckpointError, match=r"coca-3 was run with another recipe: optimizer\.warmup_steps"):
         study(build(StudyConfig, other), command="contracap study x")
     assert not (Path(values["out"]) / "coca-4").exists()
+
+
+def test_results_whose_run_is_gone_are_not_taken_for_another_recipes(values: dict) -> None:
+    values["seeds"] = [3]
+    study(build(StudyConfig, values), command="contracap study x")
+    for folder in Path(values["out"]).glob("*-3/checkpoints"):
+        shutil.rmtree(folder)
+    other = values | {"recipe": values["recipe"] | {"optimizer": {"warmup_steps": 1}}}
+    study(build(StudyConfig, other), command="contracap study again")
+    for path in Path(values["out"]).glob("*-3/results.json"):
+        assert json.loads(path.read_text())["command"] == "contracap study again"
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"figures": {}'])
@@ -154,6 +165,10 @@ def test_runs_on_other_data_are_not_mixed(values: dict, tmp_path: Path) -> None:
         ({"arms": {"coca": BOTH, "clip": {"loss": {"captoning": 0.0}}}}, "arm clip: unknown key 'loss.captoning'"),
         ({"arms": {"coca": BOTH, "clip": CLIP | {"seed": 1}}}, "arms.clip: seed is given by the study"),
         ({"arms": {"coca": BOTH, "a/b": CLIP}}, "arm 'a/b' names a folder"),
+        (
+            {"arms": {"coca": BOTH, "clip": CLIP, "plain": CLIP | {"steps": 2}}},
+            "arm plain is the same as another one before it",
+        ),
         ({"arms": {"coca": BOTH, "clip": CLIP, "other": CLIP}}, "arm other is the same as another one before it"),
         ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'"),
     ],

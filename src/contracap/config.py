@@ -246,7 +246,10 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_text(value: Any) -> str:
-    if isinstance(value, str):  # JSON's escapes are TOML's too, but for delete, which TOML wants escaped
+    if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ConfigError(f"{value!r} is no text that a TOML file can hold")
+        # JSON's escapes are TOML's too, but for delete, which TOML wants escaped
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return "true" if value else "false"

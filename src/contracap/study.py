@@ -57,16 +57,17 @@ class StudyConfig:
         }.items():
             if taken := given & values.keys():
                 raise ValueError(f"{where}: {', '.join(sorted(taken))} is given by the study: leave it out")
-        changes = list(self.arms.values())
-        if same := [arm for number, arm in enumerate(self.arms) if changes[number] in changes[:number]]:
-            raise ValueError(f"arm {same[0]} is the same as another one before it: a gap between them tells nothing")
+        recipes = list[Recipe]()
         for arm in self.arms:
             if Path(arm).name != arm:
                 raise ValueError(f"arm {arm!r} names a folder: leave out slashes")
             try:
-                self.run(arm, self.seeds[0])
+                recipe = replace(self.run(arm, self.seeds[0]), out="")
             except ConfigError as error:
                 raise ValueError(f"arm {arm}: {error}") from None
+            if recipe in recipes:
+                raise ValueError(f"arm {arm} is the same as another one before it: a gap between them tells nothing")
+            recipes.append(recipe)
             if not self.common_tasks(arm):
                 raise ValueError(f"arm {arm}: no task measures what its losses teach and those of the first arm")
 
@@ -133,7 +134,8 @@ def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> R
     folder = Path(recipe.out)
     asked = {name: to_dict(task) for name, task in tasks.items()}
     done = {"checkpoint": checkpoint_name(recipe.steps), "asked": asked}
-    if (found := _found(folder / RESULTS_FILE)) and found.details.get("study") == done:
+    trained = (folder / CHECKPOINTS).exists()  # else nobody has looked at which recipe it was that was measured
+    if trained and (found := _found(folder / RESULTS_FILE)) and found.details.get("study") == done:
         return found
     model, processor = load_on_device(train(recipe))
     result = measure_tasks(tasks, model, processor, command=command, seed=recipe.seed)
@@ -170,6 +172,7 @@ def _require_same_run(recipe: Recipe) -> None:
     before = load_recipe(folder / RECIPE_FILE)
     for name, was, now in (
         ("steps", before.steps, recipe.steps),
+        ("accumulation", before.accumulation, recipe.accumulation),
         ("nonfinite", before.nonfinite, recipe.nonfinite),
         ("data.train", before.data.train, recipe.data.train),
     ):

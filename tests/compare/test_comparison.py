@@ -79,6 +79,15 @@ def test_without_values_the_number_of_samples_must_be_equal() -> None:
         compare([result({}, {"Bleu_4": 0.2})], [result({}, {"Bleu_4": 0.3}, samples=5)])
 
 
+def test_without_values_the_keys_of_the_samples_must_be_equal() -> None:
+    def measured(keys: str) -> Result:
+        return replace(result({}, {"mean_average_precision": 0.2}), details={"keys_digest": keys})
+
+    with pytest.raises(ValueError, match="mean_average_precision was measured on other samples, with other keys"):
+        compare([measured("ab")], [measured("cd")])
+    assert compare([measured("ab")], [measured("ab")]).rows[0].gap == 0
+
+
 def test_without_values_the_number_of_the_tasks_samples_must_be_equal() -> None:
     def tasks(coco: int, other: int) -> Result:
         found = {"coco": {"samples": coco}, "other": {"samples": other}}
@@ -142,6 +151,8 @@ def test_a_task_that_failed_in_one_system_is_told_of_with_its_reason() -> None:
     comparison = compare([whole], [failed], names=("CoCa", "CLIP"))
     assert comparison.remarks == ("late of CLIP: SPICE needs a jar",)
     assert "- late of CLIP: SPICE needs a jar" in markdown(comparison)
+    more = result({"x/acc1": HITS}, {"x/SPICE": None})
+    assert compare([more], [result({"x/acc1": HITS})]).remarks == ()  # the other has no SPICE either
 
 
 def test_a_figure_without_values_of_samples_has_a_gap_alone() -> None:

@@ -24,7 +24,7 @@ def test_coverage_is_what_the_docs_say(runs: int, spread: float, wanted: float) 
     for trial in range(TRIALS):
         low, high = bootstrap_interval(differences(generator, runs=runs, spread=spread), resamples=1000, seed=trial)
         held += low <= 0 <= high
-    assert held / TRIALS == pytest.approx(wanted, abs=0.005)  # another NumPy may draw otherwise
+    assert held / TRIALS == pytest.approx(wanted, abs=0.03)  # another NumPy may draw otherwise
 
 
 @pytest.mark.slow
@@ -33,4 +33,4 @@ def test_a_test_over_samples_is_wrong_about_runs_that_differ() -> None:
     for trial in range(TRIALS):
         mean = differences(generator, runs=3, spread=2).mean(axis=0)
         wrong += permutation_test(mean, resamples=1000, seed=trial) <= 0.05
-    assert wrong / TRIALS == pytest.approx(0.275, abs=0.005)
+    assert wrong / TRIALS == pytest.approx(0.275, abs=0.03)

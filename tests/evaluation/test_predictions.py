@@ -5,6 +5,8 @@ import pytest
 
 from contracap.cli import main
 from contracap.data.shards import write_shard
+from contracap.evaluation.captioning import Captioning, Prediction
+from contracap.evaluation.entries import read_entries
 from contracap.evaluation.predictions import write_predictions
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.vqa import VQA
@@ -81,6 +83,23 @@ def test_figures_are_shown_where_captions_cannot_be_kept(weights, shards, tmp_pa
     assert main(list(map(str, ["evaluate", weights, *task]))) == 1
     out, err = capsys.readouterr()
     assert "CIDEr" in out and err.startswith("contracap: error: ") and "kept.json" in err
+
+
+@pytest.mark.parametrize("other", [["--json"], ["--answers"]])
+def test_no_other_file_is_overwritten(tmp_path: Path, capsys, other: list[str]) -> None:
+    task = ["--task", "vqa", "--data", str(tmp_path), *other, str(tmp_path / "x.json")]
+    assert main(["evaluate", "none.safetensors", *task, "--predictions", str(tmp_path / "x.json")]) == 1
+    assert "x.json would take the place of another file" in capsys.readouterr().err
+
+
+def test_pictures_with_one_key_have_no_name_to_be_told_apart_by(tmp_path: Path) -> None:
+    evaluator = Captioning(
+        [sample(key, "red", "a red wall") for key in ("a", "b", "a")], processor(), metrics=("bleu",)
+    )
+    evaluator.predictions = [Prediction(key=key, prediction="red", captions=("red",)) for key in ("a", "b", "a")]
+    write_predictions(tmp_path / "kept.json", evaluator)
+    assert [entry.get("image_name") for entry in json.loads((tmp_path / "kept.json").read_text())] == [None, "b", None]
+    assert len(read_entries(tmp_path / "kept.json", None)) == 3
 
 
 @pytest.mark.parametrize("what", [["--task", "retrieval"], ["--task", "zeroshot"], ["--tasks", "tasks.toml"], []])

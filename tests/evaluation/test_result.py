@@ -29,6 +29,7 @@ def test_file_holds_the_keys_of_every_result(tmp_path) -> None:
         "samples": 4,
         "figures": {"acc1": 0.5, "acc5": None},
         "reasons": {"acc5": "too few classes"},
+        "keys_digest": "e7d027c8df1236b2",
         "classes": 3,
         "per_sample": {"acc1": {"samples": "e7d027c8df1236b2", "values": [1.0, 0.0, 1.0, 0.0]}},
     }

@@ -72,9 +72,10 @@ def test_the_result_of_several_tasks_has_what_was_asked_their_figures_reasons_an
     assert result.samples == 40
     assert result.figures["greys/acc5"] is None
     assert result.reasons == {"greys/acc5": "acc5 needs at least 5 classes; there are 2"}
+    samples = {"samples": 20, "keys_digest": result.per_sample["greys/acc1"].samples}
     assert result.details["tasks"] == {
-        "pairs": {"asked": retrieval(greys), "samples": 20, "captions": 40},
-        "greys": {"asked": zeroshot(greys), "samples": 20, "classes": 2, "templates": 8},
+        "pairs": {"asked": retrieval(greys), **samples, "captions": 40},
+        "greys": {"asked": zeroshot(greys), **samples, "classes": 2, "templates": 8},
     }
 
 

@@ -101,6 +101,10 @@ def evaluate(
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
     if predictions is not None and task not in ("captioning", "vqa"):
         raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
+    if predictions is not None:
+        taken = [path for path in (json, answers, *data) if path is not None]
+        if predictions.resolve() in (Path(path).resolve() for path in taken):
+            raise ValueError(f"--predictions {predictions} would take the place of another file: name one of its own")
     if tasks is not None:
         if given := [name for name, value in {"task": task, **flags}.items() if value]:
             named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)

@@ -51,7 +51,7 @@ def score(
 ) -> int:
     """Score captions against those people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
     from contracap.evaluation.entries import read_entries, read_references
-    from contracap.evaluation.result import PerSample, Result
+    from contracap.evaluation.result import PerSample, Result, digest
     from contracap.evaluation.scores import CaptionScorer
 
     if clipscore is None and (images is not None or size is not None):
@@ -84,7 +84,7 @@ def score(
         figures=scores.figures | dict.fromkeys(scores.reasons),
         reasons=scores.reasons,
         per_sample={name: PerSample.of(keys, values) for name, values in scores.per_sample.items()},
-        details=scores.details,
+        details={"keys_digest": digest(keys)} | scores.details,
     )
     try:
         if json is not None:

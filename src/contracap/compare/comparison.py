@@ -201,12 +201,17 @@ def _differences(
                 f"{len(values.values)} of {system}, with other keys or in another order; evaluate both on the same data"
             )
     if len(found) < len(results):
-        # All that can be told is how many samples there were, if that.
+        # All that can be told is how many samples there were and a digest of their keys, if that.
         counts = {count for _, result in results if isinstance(count := _facts(result, name).get("samples"), int)}
         if len(counts) > 1:
             raise ValueError(
                 f"{name} was measured on other samples: the results rest on {' and '.join(map(str, sorted(counts)))}; "
                 "evaluate both on the same data"
+            )
+        if len({str(keys) for _, result in results if (keys := _facts(result, name).get("keys_digest"))}) > 1:
+            raise ValueError(
+                f"{name} was measured on other samples, with other keys or in another order; evaluate both on the "
+                "same data"
             )
         return None
     values_a, values_b = (
@@ -248,9 +253,9 @@ def _remarks(
     """
     for task, figure in tasks.items():
         where = f"{task}: " if task else ""
-        means_a, means_b = ([_means(_facts(result, figure)) for result in results] for results in (a, b))
+        ways_a, ways_b = ([_ways(_facts(result, figure)) for result in results] for results in (a, b))
         for what in (*MEASURED_BY.values(), *ASKED_BY.values()):
-            of_a, of_b = (sorted({found[what] for found in means if what in found}) for means in (means_a, means_b))
+            of_a, of_b = (sorted({found[what] for found in ways if what in found}) for ways in (ways_a, ways_b))
             if of_a and of_b and of_a != of_b:
                 yield (
                     f"{where}{what} of {names[0]} is {' and '.join(of_a)}, that of {names[1]} {' and '.join(of_b)}: "
@@ -260,23 +265,24 @@ def _remarks(
             yield f"{where}a model's CLIPScore of its own captions compares the judges as much as the captions"
 
 
-def _means(facts: Mapping[str, Any]) -> dict[str, str]:
+def _ways(facts: Mapping[str, Any]) -> dict[str, str]:
     """By what a task was measured, in words; of files and folders the names alone, wherever they lie."""
     found = {what: str(facts[fact]) for fact, what in MEASURED_BY.items() if fact in facts}
     if "asked" in facts:
         for key, what in ASKED_BY.items():
             value = facts["asked"].get(key, "the default")
-            parts = value if isinstance(value, list) else [str(value)]
-            found[what] = " ".join(part if key in ("prompt", "settings") else PurePath(part).name for part in parts)
+            parts = value if isinstance(value, list) else [value]
+            texts = map(str, parts)
+            found[what] = " ".join(text if key in ("prompt", "settings") else PurePath(text).name for text in texts)
     return found
 
 
 def _failures(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]) -> Iterator[str]:
-    """Why a system lacks figures of the other, a sentence each."""
+    """Why a task of the other system failed in one, a sentence each."""
     for name, results in zip(names, (a, b), strict=True):
-        other = {figure for result in (b if results is a else a) for figure in result.figures}
+        other = {f"{figure.rpartition('/')[0]}/" for result in (b if results is a else a) for figure in result.figures}
         reasons = {figure: reason for result in results for figure, reason in result.reasons.items()}
-        yield from (f"{figure} of {name}: {reason}" for figure, reason in reasons.items() if figure not in other)
+        yield from (f"{figure} of {name}: {reason}" for figure, reason in reasons.items() if f"{figure}/" in other)
 
 
 def _corrected(rows: Sequence[Row]) -> Iterator[Row]:

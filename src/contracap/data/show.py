@@ -53,8 +53,7 @@ def write_page(survey: Survey, path: str | Path) -> None:
         ),
         pairs(cards),
     ]
-    content = page("contracap shards show", sections)
-    write_text(path, content.encode("utf-8", "replace").decode())  # names and captions may hold lone surrogates
+    write_text(path, page("contracap shards show", sections))
 
 
 def _rows(survey: Survey) -> list[tuple[str, str]]:

@@ -15,21 +15,24 @@ from contracap.files import write_text
 def write_predictions(path: str | Path, evaluator: Evaluator) -> None:
     """Writes a JSON list, an entry a line, whole or not at all; nothing if the evaluator has no predictions.
 
-    Captions are in the layout that `contracap score` reads, answers in that of VQA's results, `question_id` and
+    Captions are in the layout that `contracap score` reads, with the key as `image_name` where no other picture has it;
+    answers in that of VQA's results, `question_id` and
     `answer`. Where not all questions have ids, each has the picture's `key` and its `number` among the picture's, from
     0.
     """
     entries = list[dict[str, Any]]()
     if isinstance(evaluator, Captioning):
-        entries = [_caption(one) for one in evaluator.predictions]
+        keys = Counter(one.key for one in evaluator.predictions)
+        entries = [_caption(one, named=keys[one.key] == 1) for one in evaluator.predictions]
     elif isinstance(evaluator, VQA):
         entries = list(_answers(evaluator.predictions))
     if entries:
         write_text(path, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
 
 
-def _caption(one: Prediction) -> dict[str, Any]:
-    entry = {"image_name": one.key, "captions": one.captions, "prediction": one.prediction}
+def _caption(one: Prediction, *, named: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {"image_name": one.key} if named else {}
+    entry |= {"captions": one.captions, "prediction": one.prediction}
     return entry | ({"domain": f"{one.domain}-domain"} if one.domain else {})
 
 

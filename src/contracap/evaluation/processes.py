@@ -116,16 +116,16 @@ def in_shares(
     """
     rows = list[Tensor]()
 
-    def groups() -> Generator[list[Item], None, None]:
+    def own_batches() -> Generator[tuple[Item, bool], None, None]:  # of those of the others nothing is kept
         stream = iter(batches)
         while group := list(islice(stream, processes.count)):
-            yield group
+            yield group[min(processes.rank, len(group) - 1)], processes.rank < len(group)
 
-    with prepared(lambda group: prepare(group[min(processes.rank, len(group) - 1)]), groups()) as prepared_groups:
-        while (found := together(processes, lambda: next(prepared_groups, None))) is not None:
-            group, inputs = found
+    with prepared(lambda item: prepare(item[0]), own_batches()) as own:
+        while (found := together(processes, lambda: next(own, None))) is not None:
+            (_, counts), inputs = found
             encoded = together(processes, partial(_encoded, encode, inputs))
-            if processes.rank < len(group):
+            if counts:
                 rows.append(encoded)
     shares = processes.collect(rows)
     return torch.cat([rows for group in zip_longest(*shares) for rows in group if rows is not None])

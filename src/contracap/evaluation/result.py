@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from contracap.files import write_text
 
 RESULTS_FILE = "results.json"  # in a folder of its own
@@ -67,7 +69,12 @@ class PerSample:
     @classmethod
     def of(cls, keys: Sequence[str], values: Sequence[float]) -> "PerSample":
         """Values of the samples with these keys."""
-        return cls(samples=hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:16], values=values)
+        return cls(samples=digest(keys), values=values)
+
+
+def digest(keys: Sequence[str]) -> str:
+    """Stands for the keys of samples, in their order."""
+    return hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +139,8 @@ class Result:
 
 
 def measure(evaluator: Evaluator, model: Any, *, command: str, seed: int | None = None) -> Result:
-    """Runs an evaluator to its end; what it cannot compute is None, with the reason."""
+    """Runs an evaluator to its end; what it cannot compute is None, with the reason. The details hold a digest of the
+    samples' keys beside the evaluator's own."""
     figures = dict(evaluator.run(model))
     return Result(
         command=command,
@@ -141,8 +149,13 @@ def measure(evaluator: Evaluator, model: Any, *, command: str, seed: int | None 
         figures=figures | dict.fromkeys(evaluator.reasons),
         reasons=evaluator.reasons,
         per_sample={name: PerSample.of(evaluator.keys, values) for name, values in evaluator.per_sample.items()},
-        details=evaluator.details,
+        details={"keys_digest": digest(evaluator.keys)} | evaluator.details,
     )
+
+
+def unexpected(error: Exception) -> Exception | None:
+    """The error, if it is none that data, a file or the device's memory gives: its traceback is worth a look."""
+    return None if isinstance(error, OSError | ValueError | torch.OutOfMemoryError) else error
 
 
 def versions() -> dict[str, str]:

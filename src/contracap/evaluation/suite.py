@@ -9,7 +9,7 @@ from typing import Any
 from contracap.data.shards import list_shards
 from contracap.evaluation.features import picture_pixels, sample_batches
 from contracap.evaluation.processes import ALONE, Processes, together
-from contracap.evaluation.result import Evaluator, PerSample, Result, measure
+from contracap.evaluation.result import Evaluator, PerSample, Result, measure, unexpected
 from contracap.evaluation.task import Shards, TaskConfig, asked, build_evaluator, seed_of
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
@@ -103,7 +103,7 @@ def measure_tasks(
         try:
             result = measure(evaluator, model, command=command)
         except Exception as error:  # out of memory, for one: a single task is no reason to lose the others
-            logger.warning("%s was not measured: %s", name, error)
+            logger.warning("%s was not measured: %s", name, error, exc_info=unexpected(error))
             figures[name], reasons[name] = None, str(error) or type(error).__name__
             continue
         logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in result.figures.items()))

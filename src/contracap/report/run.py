@@ -13,7 +13,7 @@ from contracap.config import build
 from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
 from contracap.evaluation.captioning import Captioning
-from contracap.evaluation.result import RESULTS_FILE, Evaluator
+from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.task import TaskConfig, build_evaluator
 from contracap.files import write_text
@@ -78,8 +78,8 @@ def measured(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html
             evaluator = build_one()
             figures = dict(evaluator.run(model))
         except Exception as error:  # such as weights that are NaN: the curves show when they became so
-            logger.warning("%s was not measured: %s", name, error)
-            missing.append(paragraph(f"{name} was not measured: {error}"))
+            logger.warning("%s was not measured: %s", name, error, exc_info=unexpected(error))
+            missing.append(paragraph(f"{name} was not measured: {str(error) or type(error).__name__}"))
             continue
         rows += [(name, figure, f"{100 * value:.2f}", f"{evaluator.samples:,}") for figure, value in figures.items()]
         missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in evaluator.reasons.items()]
