@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 # The models of the tests are too small for more, and threads that wait for each other crawl on a busy machine.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+# A shell lets what it starts in the background ignore SIGINT, and so would the programs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
