@@ -4,10 +4,15 @@ import hashlib
 import logging
 import math
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +95,26 @@ class TrainingBatches:
         """
         workers = min(self._config.workers, len(self._streams))
         self._maker.start(self._states)
-        loader = iter(
-            DataLoader(
-                self._maker,
-                batch_size=None,
-                num_workers=workers,
-                generator=torch.Generator(),  # its own, or the loader would draw from the model's random numbers
-                worker_init_fn=_stay,
+        with _starting_workers():
+            loader = iter(
+                DataLoader(
+                    self._maker,
+                    batch_size=None,
+                    num_workers=workers,
+                    generator=torch.Generator(),  # its own, or the loader would draw from the model's random numbers
+                    worker_init_fn=_stay,
+                )
             )
-        )
         while True:
             try:
                 parts = [next(loader) for _ in range(max(1, workers))]  # the loader takes turns among its workers
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, EOFError, OSError) as error:
+                if not workers or not _is_death(error):
                     raise
+                reason = " ".join(str(error).split()) or type(error).__name__
                 raise OrderError(
-                    f"a worker process of the data died ({' '.join(str(error).split())}). Often that is for lack of "
-                    "memory: lower data.workers or data.shuffle_buffer"
+                    f"a worker process of the data died ({reason}). Often that is for lack of memory: lower "
+                    "data.workers or data.shuffle_buffer"
                 ) from None
             made = []
             for part in parts:
@@ -296,6 +303,42 @@ class _BatchMaker(IterableDataset):
         if min(height, width) < self._config.smallest_side:
             raise ImageSizeError(f"{name}: {width} x {height} pixels; smallest_side is {self._config.smallest_side}")
         return augment(picture, self._image, self._config.augmentation, generator), caption, sample.key
+
+
+@contextmanager
+def _starting_workers() -> Iterator[None]:
+    """Within it, torch's loader starts its workers. Two habits of theirs are mended.
+
+    They end when the program does, even if it still refers to the loader: `multiprocessing` would ask them by SIGTERM,
+    which they do not heed, and wait.
+
+    And SIGCHLD keeps its handler. Torch's raises an error wherever the main thread is when a worker dies: a lock that
+    is just taken there is never given back, and other threads wait for it forever. Without it, the loader finds a dead
+    worker when it waits for a batch, within five seconds.
+    """
+    others = set(active_children())
+    # Where there is no such signal, and in other threads, torch sets no handler.
+    settable = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if settable else None
+    try:
+        yield
+    finally:
+        Finalize(None, _end, args=[set(active_children()) - others], exitpriority=0)
+        if handler is not None:  # None: also one that is not of Python
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _end(workers: Iterable[BaseProcess]) -> None:
+    """Called before `multiprocessing` waits."""
+    for worker in workers:
+        worker.kill()
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether the loader's error says that a worker is no more: what torch found, or a pipe that has no other end."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not str(error).startswith("Caught ")
 
 
 def _stay(worker: int) -> None:
