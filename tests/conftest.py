@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from contracap.evaluation import meteor
+from contracap.model.sizes import SIZES
+from contracap.pretrained import random_model, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +42,29 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}: set CONTRACAP_DATA to a folder with flickr8k, cifar10 and caption_metrics")
     return folder
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the tiny model's random weights."""
+    return write_tiny(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def varied_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a model that writes different things about different pictures."""
+    return write_tiny(tmp_path_factory.mktemp("varied"), attention=20)
+
+
+def write_tiny(folder: Path, attention: float = 1) -> Path:
+    model, processor = random_model(SIZES["tiny"], seed=0)
+    state = {
+        name: weight * attention if "cross_blocks" in name and name.endswith("attention.out.weight") else weight
+        for name, weight in model.state_dict().items()
+    }
+    path = folder / "tiny.safetensors"
+    save(path, model=model.config, image=processor.image_config, state=state)
+    return path
 
 
 @pytest.fixture(scope="session")

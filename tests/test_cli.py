@@ -16,8 +16,7 @@ import contracap
 from contracap.cli import main
 from contracap.data.shards import write_shard
 from contracap.evaluation.captioning import Captioning
-from contracap.model.sizes import SIZES
-from contracap.pretrained import random_model, read_weights, save
+from contracap.pretrained import read_weights
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -35,14 +34,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return status, output.out, output.err
 
     return call
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model, processor = random_model(SIZES["tiny"], seed=0)
-    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
-    return path
 
 
 def picture(shade: int) -> bytes:

@@ -13,8 +13,6 @@ from contracap.compare.comparison import compare
 from contracap.compare.results import load_result
 from contracap.evaluation.java import JavaError
 from contracap.evaluation.meteor import Meteor
-from contracap.model.sizes import SIZES
-from contracap.pretrained import random_model, save
 from tests.evaluation.programs import without_java
 
 Run = Callable[..., tuple[int, str, str]]
@@ -155,14 +153,6 @@ def test_a_named_metric_that_fails_is_told_by_the_exit_status_and_costs_no_other
     assert (status, out.split()[0], err) == (1, "ROUGE_L", "contracap: METEOR left out: METEOR failed\n")
     assert json.loads((tmp_path / "out.json").read_text())["figures"]["METEOR"] is None
     assert run(*arguments)[0] == 0  # nobody named it
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    model, processor = random_model(SIZES["tiny"], seed=0)
-    path = tmp_path / "tiny.safetensors"
-    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
-    return path
 
 
 def test_clipscore_is_added_where_the_pictures_are_at_hand(run, file, weights: Path, tmp_path: Path) -> None:

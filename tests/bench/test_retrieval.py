@@ -10,7 +10,6 @@ from contracap.bench.retrieval import (
     bench_retrieval,
     memory_row,
     ranking_of_clip_benchmark,
-    ranking_row,
     recall_memory,
     recalls,
     time_row,
@@ -79,5 +78,5 @@ def test_the_ranking_that_is_timed_is_the_one_that_the_peer_evaluates_by() -> No
         whole[f"{direction}_recall@{k}"] for k in KS for direction in ("text_to_image", "image_to_text")
     ]
     assert [len(each) for each in ranking_of_clip_benchmark(made, 0.1)()] == 3 * [20, 4]
-    row = ranking_row(images=40, rounds=7, seed=0)
+    row = time_row(images=40, peer="clip_benchmark", share=0.1, rounds=7, seed=0)
     assert row.peer is not None and row.peer > 0 and "timed on 10% of the queries" in row.note

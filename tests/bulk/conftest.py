@@ -7,8 +7,6 @@ import pytest
 from PIL import Image
 
 from contracap.cli import main
-from contracap.model.sizes import SIZES
-from contracap.pretrained import random_model, save
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -26,14 +24,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return status, output.out, output.err
 
     return call
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model, processor = random_model(SIZES["tiny"], seed=0)
-    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
-    return path
 
 
 def picture(seed: int, kind: str = "JPEG") -> bytes:

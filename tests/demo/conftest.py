@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import contracap
-from contracap.pretrained import save
 from tests.demo.uploads import picture
 
 SECONDS = 120  # for a server to start or to end, on a busy machine
@@ -34,16 +32,8 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that writes different things about different pictures."""
-    model, processor = contracap.load("tiny", weights="random", seed=0)
-    state = {
-        name: weight * 20 if "cross_blocks" in name and name.endswith("attention.out.weight") else weight
-        for name, weight in model.state_dict().items()
-    }
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save(path, model=model.config, image=processor.image_config, state=state)
-    return path
+def weights(varied_weights: Path) -> Path:
+    return varied_weights
 
 
 @pytest.fixture(scope="session")

@@ -11,21 +11,13 @@ from contracap.evaluation.predictions import write_predictions
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.vqa import VQA
 from contracap.model.sizes import SIZES
-from contracap.pretrained import random_model, save
+from contracap.pretrained import random_model
 
 from .programs import refusing, stand_in
 from .test_vqa import Told
 from .worlds import COLOURS, processor, record, sample
 
 COUNTED = ["--metrics", "bleu", "rouge_l", "cider", "--tokenizer", "python"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model, own = random_model(SIZES["tiny"], seed=0)
-    save(path, model=model.config, image=own.image_config, state=model.state_dict())
-    return path
 
 
 @pytest.fixture(scope="module")

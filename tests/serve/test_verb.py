@@ -2,21 +2,10 @@
 
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
-import contracap
 from contracap.cli import main
-from contracap.pretrained import save
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.safetensors"
-    model, processor = contracap.load("tiny", weights="random", seed=0)
-    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
-    return str(path)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -56,11 +45,12 @@ def test_a_port_in_use_gets_one_line(capsys, weights):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port}: Address already in use; give another" in refusal(capsys, weights, "--port", port)
+        line = refusal(capsys, str(weights), "--port", port)
+    assert f"127.0.0.1:{port}: Address already in use; give another" in line
 
 
 def test_a_missing_package_gets_one_line_that_says_what_to_install(capsys, weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "contracap.serve.app", raising=False)
-    line = refusal(capsys, weights)
+    line = refusal(capsys, str(weights))
     assert "fastapi" in line and "pip install 'contracap[serve]'" in line

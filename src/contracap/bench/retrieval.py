@@ -90,8 +90,12 @@ class Embeddings:
         return cls(pictures, texts, torch.arange(images).repeat_interleave(CAPTIONS))
 
 
-def time_row(*, images: int, peer: Side, rounds: int, seed: int) -> Row:
+def time_row(*, images: int, peer: Side, share: float = 1.0, rounds: int, seed: int) -> Row:
     """Texts a second that are ranked, their pictures with them.
+
+    Args:
+        share: below 1: clip_benchmark is timed on its ranking of that share of the queries, its matrices made before
+            the clock runs. The recalls that are compared are still those of all.
 
     Raises: UnequalError: if the recalls of both sides differ.
     """
@@ -100,7 +104,12 @@ def time_row(*, images: int, peer: Side, rounds: int, seed: int) -> Row:
 
     def checked_peer() -> tuple[Work, str]:
         work = partial(recalls, peer, made)
-        return work, require_equal(ours(), work(), tolerance=TOLERANCE)
+        note = require_equal(ours(), work(), tolerance=TOLERANCE)
+        if share == 1:
+            return work, note
+        return ranking_of_clip_benchmark(made, share), (
+            f"{note}; clip_benchmark timed on {share:.0%} of the queries, its matrices of scores and pairs not counted"
+        )
 
     return compare(
         f"recall of {images:,} pictures x {len(made.texts):,} texts, beside {DESCRIBED[peer]}",
@@ -110,33 +119,7 @@ def time_row(*, images: int, peer: Side, rounds: int, seed: int) -> Row:
         unit="texts/s",
         rounds=rounds,
         clock=time.perf_counter,
-    )
-
-
-def ranking_row(*, images: int, rounds: int, seed: int) -> Row:
-    """Texts a second as in `time_row`, beside clip_benchmark's ranking of the first tenth of the texts and of the
-    pictures. Its matrices are made before the clock runs; recalls of all queries are compared before.
-
-    Raises: UnequalError: if the recalls of both sides differ.
-    """
-    made = Embeddings.random(images, seed)
-    ours = partial(recalls, "ours", made)
-
-    def checked_peer() -> tuple[Work, str]:
-        note = require_equal(ours(), recalls("clip_benchmark", made), tolerance=TOLERANCE)
-        return ranking_of_clip_benchmark(made, SHARE), (
-            f"{note}; clip_benchmark timed on {SHARE:.0%} of the queries, its matrices of scores and pairs not counted"
-        )
-
-    return compare(
-        f"recall of {images:,} pictures x {len(made.texts):,} texts, beside {DESCRIBED['clip_benchmark']}",
-        ours=ours,
-        checked_peer=checked_peer,
-        items=len(made.texts),
-        unit="texts/s",
-        rounds=rounds,
-        clock=time.perf_counter,
-        share=SHARE,
+        share=share,
     )
 
 
@@ -253,7 +236,7 @@ DESCRIBED: dict[Side, str] = {"clip_benchmark": "clip_benchmark", "matrix": "the
 ROWS: dict[str, partial[Row]] = {
     "coco": partial(time_row, images=5_000, peer="clip_benchmark"),
     "coco-matrix": partial(time_row, images=5_000, peer="matrix"),
-    "large": partial(ranking_row, images=PICTURES),
+    "large": partial(time_row, images=PICTURES, peer="clip_benchmark", share=SHARE),
     "large-matrix": partial(time_row, images=PICTURES, peer="matrix"),
     "large-memory": partial(memory_row, images=PICTURES, peer="clip_benchmark"),
     "large-matrix-memory": partial(memory_row, images=PICTURES, peer="matrix"),
