@@ -3,16 +3,11 @@
 import hashlib
 import logging
 import math
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +15,16 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from contracap.data.batch import Batch
 from contracap.data.config import DataConfig
 from contracap.data.folders import class_folders
 from contracap.data.index import samples_in
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, Skip, Source
+from contracap.data.rounds import rounds
 from contracap.data.shards import Sample, list_shards, samples
+from contracap.data.workers import WorkerError
 from contracap.image import ImageConfig, ImageSizeError, augment, decode, resize_and_crop
 from contracap.tokenizer import Tokenizer, lengths
 
@@ -95,38 +92,29 @@ class TrainingBatches:
         """
         workers = min(self._config.workers, len(self._streams))
         self._maker.start(self._states)
-        with _starting_workers():
-            loader = iter(
-                DataLoader(
-                    self._maker,
-                    batch_size=None,
-                    num_workers=workers,
-                    generator=torch.Generator(),  # its own, or the loader would draw from the model's random numbers
-                    worker_init_fn=_stay,
-                )
-            )
-        while True:
-            try:
-                parts = [next(loader) for _ in range(max(1, workers))]  # the loader takes turns among its workers
-            except (RuntimeError, EOFError, OSError) as error:
-                if not workers or not _is_death(error):
-                    raise
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise OrderError(
-                    f"a worker process of the data died ({reason}). Often that is for lack of memory: lower "
-                    "data.workers or data.shuffle_buffer"
-                ) from None
-            made = []
-            for part in parts:
-                self._skips += part.skips
-                if isinstance(part.outcome, OrderError):
-                    raise part.outcome
-                made.append(part.outcome)
-                self._states |= part.states
-            batch = Batch.joined(made)
-            self._require_few_lost(len(batch), [skip for part in parts for skip in part.skips if skip.key is None])
-            self._batches += 1
-            yield batch
+        with closing(rounds(self._maker, workers)) as parts_of_batches:
+            while True:
+                try:
+                    parts = next(parts_of_batches)
+                except WorkerError as error:
+                    raise OrderError(
+                        f"a worker process of the data died ({error}). Often that is for lack of memory: lower "
+                        "data.workers or data.shuffle_buffer"
+                    ) from None
+                yield self._joined(parts)
+
+    def _joined(self, parts: Sequence["_Made"]) -> Batch:
+        made = []
+        for part in parts:
+            self._skips += part.skips
+            if isinstance(part.outcome, OrderError):
+                raise part.outcome
+            made.append(part.outcome)
+            self._states |= part.states
+        batch = Batch.joined(made)
+        self._require_few_lost(len(batch), [skip for part in parts for skip in part.skips if skip.key is None])
+        self._batches += 1
+        return batch
 
     def _require_few_lost(self, read: int, skips: Sequence[Skip]) -> None:
         """`read`: samples that came; `skips`: what broken shards lost since."""
@@ -263,7 +251,7 @@ class _Made:
     skips: list[Skip]
 
 
-class _BatchMaker(IterableDataset):
+class _BatchMaker:
     """What a worker does: worker w of W owns a W-th of the streams, and makes their part of every batch."""
 
     def __init__(self, config: DataConfig, order: Order, *, image: ImageConfig, tokenizer: Tokenizer) -> None:
@@ -303,50 +291,6 @@ class _BatchMaker(IterableDataset):
         if min(height, width) < self._config.smallest_side:
             raise ImageSizeError(f"{name}: {width} x {height} pixels; smallest_side is {self._config.smallest_side}")
         return augment(picture, self._image, self._config.augmentation, generator), caption, sample.key
-
-
-@contextmanager
-def _starting_workers() -> Iterator[None]:
-    """Within it, torch's loader starts its workers. Two habits of theirs are mended.
-
-    They end when the program does, even if it still refers to the loader: `multiprocessing` would ask them by SIGTERM,
-    which they do not heed, and wait.
-
-    And SIGCHLD keeps its handler. Torch's raises an error wherever the main thread is when a worker dies: a lock that
-    is just taken there is never given back, and other threads wait for it forever. Without it, the loader finds a dead
-    worker when it waits for a batch, within five seconds.
-    """
-    others = set(active_children())
-    # Where there is no such signal, and in other threads, torch sets no handler.
-    settable = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD) if settable else None
-    try:
-        yield
-    finally:
-        Finalize(None, _end, args=[set(active_children()) - others], exitpriority=0)
-        if handler is not None:  # None: also one that is not of Python
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def _end(workers: Iterable[BaseProcess]) -> None:
-    """Called before `multiprocessing` waits."""
-    for worker in workers:
-        worker.kill()
-
-
-def _is_death(error: Exception) -> bool:
-    """Whether the loader's error says that a worker is no more: what torch found, or a pipe that has no other end."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker (pid")
-    return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not str(error).startswith("Caught ")
-
-
-def _stay(worker: int) -> None:
-    """Leave it to the run when a worker ends: a scheduler asks all processes at once to end, and the run has a step to
-    finish."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _skips(streams: Iterable[SampleStream]) -> list[Skip]:

@@ -1,0 +1,154 @@
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import get_worker_info
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from contracap.data.rounds import rounds
+from contracap.data.workers import WorkerError
+
+QUICKLY = 10.0  # seconds; a worker that is dead is found after one or two, or never
+
+
+class Counted:
+    """Endless: the worker, a count, and some bytes."""
+
+    def __init__(self, size: int = 0) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
+        worker, count = get_worker_info(), 0
+        while True:
+            yield (-1 if worker is None else worker.id), count, bytes(self.size)
+            count += 1
+
+
+class Failing:
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __iter__(self) -> Iterator[Any]:
+        raise self.error("no such thing")
+        yield
+
+
+def new_children(action: Callable[[], object]) -> list[Any]:
+    others = multiprocessing.active_children()
+    action()
+    return [child for child in multiprocessing.active_children() if child not in others]
+
+
+def test_workers_take_turns() -> None:
+    with closing(rounds(Counted(), 2)) as made:
+        for count, items in enumerate(islice(made, 7)):
+            assert items == [(worker, count, b"") for worker in range(2)]
+    with closing(rounds(Counted(), 0)) as made:
+        assert list(islice(made, 3)) == [[(-1, count, b"")] for count in range(3)]
+
+
+def test_closing_ends_the_workers_and_leaves_nothing_open() -> None:
+    def some() -> int:
+        with closing(rounds(Counted(), 2)) as made:
+            assert len(new_children(lambda: next(made))) == 2
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("no /proc")
+    assert not new_children(some)
+    assert some() == some() == some()
+
+
+@pytest.mark.parametrize("size", [0, 1_000_000])  # of 1 MB a pipe holds a part: the worker is killed while it writes
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_is_an_error_of_the_next_round(size: int, workers: int) -> None:
+    with closing(rounds(Counted(size), workers)) as made:
+        started = new_children(lambda: next(made))
+        time.sleep(0.5)  # until they wait: those with large items in the midst of one
+        os.kill(started[-1].pid, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(WorkerError, match=f"process {started[-1].pid}: ended by SIGKILL"):
+            for _ in range(20):
+                next(made)
+        assert time.monotonic() - start < QUICKLY
+    for child in started:
+        child.join(QUICKLY)
+        assert child.exitcode is not None, "the others are of no use"
+
+
+def test_a_worker_that_is_killed_is_an_error_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A handler that torch's loader has set raises the error wherever the program is, perhaps with a lock in its hands.
+    calls = []
+    before = signal.signal(signal.SIGCHLD, lambda *_: calls.append(1))
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
+    try:
+        with closing(rounds(Counted(), 2)) as made:
+            worker = new_children(lambda: next(made))[0]
+            worker.kill()
+            worker.join()
+            assert calls, "the handler that was there is called"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError, FileNotFoundError, EOFError, ConnectionResetError])
+def test_an_error_in_a_worker_that_lives_is_not_called_its_death(error: type[Exception], workers: int) -> None:
+    with pytest.raises(error, match="no such thing"):
+        next(rounds(Failing(error), workers))
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionRefusedError(111, "refused"), RuntimeError("DataLoader")])
+def test_an_error_of_a_pipe_whose_other_end_is_dead_is_its_death(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    with closing(rounds(Counted(), 2)) as made:
+        worker = new_children(lambda: next(made))[1]
+
+        def fails(*_: Any) -> None:
+            worker.kill()
+            raise error
+
+        monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_get_data", fails)
+        with pytest.raises(WorkerError, match="ended by SIGKILL"):
+            next(made)
+
+
+@pytest.mark.parametrize(("last", "status"), [("", 0), ("1 / 0", 1)])
+def test_a_program_ends_though_it_refers_to_the_workers(last: str, status: int) -> None:
+    program = f"""
+from itertools import count
+from contracap.data.rounds import rounds
+
+made = rounds(count(), 2)
+next(made)
+{last}
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == status
+
+
+kept: list[Iterator[Any]] = []
+
+
+def keep_workers() -> None:
+    kept.append(rounds(Counted(), 2))
+    next(kept[0])
+
+
+def test_a_process_of_a_program_ends_though_it_refers_to_the_workers() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=keep_workers)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
