@@ -89,7 +89,9 @@ def test_other_tasks_measure_a_run_again(values: dict) -> None:
     assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 4), ("nonfinite", "skip"), ("accumulation", 2)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 4), ("nonfinite", "skip"), ("accumulation", 2), ("device", "auto")]
+)
 def test_runs_of_other_schedules_are_not_mixed(values: dict, name: str, value: object) -> None:
     study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
     before = sorted(path.name for path in Path(values["out"]).iterdir())
@@ -138,7 +140,16 @@ def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path
     assert not Path(values["out"]).exists()
 
 
-@pytest.mark.parametrize("change", [{"data": {"train": "gone"}}, {"initialise_from": "gone.safetensors"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"train": "gone"}},
+        {"data": {"validation": "gone"}},
+        {"initialise_from": "gone.safetensors"},
+        {"evaluation": {"captions": {"data": "gone"}}},
+        {"evaluation": {"tasks": {"late": {"task": "retrieval", "data": "gone"}}}},
+    ],
+)
 def test_what_an_arm_lacks_is_found_before_the_first_run(values: dict, change: dict) -> None:
     values["arms"]["clip"] = CLIP | change
     with pytest.raises((FileNotFoundError, WeightsError), match="gone"):

@@ -12,7 +12,7 @@ from contracap.compare.writing import write
 from contracap.config import ConfigError, build, to_dict
 from contracap.data.shards import list_shards
 from contracap.evaluation.result import RESULTS_FILE, Result
-from contracap.evaluation.suite import build_evaluators, measure_tasks
+from contracap.evaluation.suite import Suite, build_evaluators, measure_tasks
 from contracap.evaluation.task import TaskConfig
 from contracap.image import ImageConfig
 from contracap.pretrained import find_weights, load_on_device, processor_for
@@ -110,8 +110,11 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
             list_shards(source.shards)
         if recipe.initialise_from is not None:
             find_weights(recipe.initialise_from)
-        image = ImageConfig(size=recipe.model_config.vision.image_size)
-        build_evaluators(config.tasks_of(recipe), processor_for(recipe.model_config, image))
+        if recipe.data.validation is not None:
+            list_shards(recipe.data.validation)
+        processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))
+        Suite(recipe.evaluation, processor)
+        build_evaluators(config.tasks_of(recipe), processor)
     for number, (arm, seed) in enumerate(runs, start=1):
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
         recipe = config.run(arm, seed)
@@ -172,6 +175,7 @@ def _require_same_run(recipe: Recipe) -> None:
     before = load_recipe(folder / RECIPE_FILE)
     for name, was, now in (
         ("steps", before.steps, recipe.steps),
+        ("device", before.device, recipe.device),
         ("accumulation", before.accumulation, recipe.accumulation),
         ("nonfinite", before.nonfinite, recipe.nonfinite),
         ("data.train", before.data.train, recipe.data.train),

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from contracap.data.workers import PATIENCE, WorkerError
+from contracap.data.workers import WorkerError
 
 LOOK = 1.0  # seconds of waiting for an item before one looks whether the workers are alive, again and again
 GRACE = 0.1  # seconds that a process may still count as alive after its pipes have closed
@@ -69,7 +69,7 @@ def rounds(endless: Iterable[Item], workers: int) -> Generator[list[Item], None,
             yield _awaited(read, processes)
     except GeneratorExit:
         asked.put(False)
-        reader.join(PATIENCE)  # which ends with the loader and its workers
+        reader.join()  # it refers to the loader, whose workers end when nobody does
     except BaseException:
         asked.put(False)
         _end(processes)  # torch would wait for each of them, as soon as nobody refers to the error any more
