@@ -155,6 +155,14 @@ def test_a_task_that_failed_in_one_system_is_told_of_with_its_reason() -> None:
     assert compare([more], [result({"x/acc1": HITS})]).remarks == ()  # the other has no SPICE either
 
 
+def test_a_task_that_failed_in_both_systems_keeps_nothing_from_being_compared() -> None:
+    more = result({"x/acc1": HITS, "y/acc1": HITS}, {"late": None}, samples=8)
+    fewer = result({"x/acc1": FEWER}, {"late": None}, samples=4)
+    measured, failed = compare([more], [fewer]).rows
+    assert measured.gap == 0.25
+    assert (failed.gap, failed.reason) == (None, "A: SPICE needs a jar")
+
+
 def test_a_figure_without_values_of_samples_has_a_gap_alone() -> None:
     (row,) = compare([result({}, {"Bleu_4": 0.3})], [result({}, {"Bleu_4": 0.2})]).rows
     assert row.gap == pytest.approx(0.1)

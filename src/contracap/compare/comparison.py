@@ -170,7 +170,6 @@ def _common(results: Sequence[Result]) -> list[str]:
 def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str], seed: int) -> Row:
     values_a, values_b = ([result.figures[name] for result in results] for results in (a, b))
     mean_a, mean_b = _mean(values_a), _mean(values_b)
-    differences = _differences(name, a, b, names)
     if mean_a is None or mean_b is None:
         missing = (
             f"{system}: {result.reasons[name]}"
@@ -181,6 +180,7 @@ def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, 
         return Row(figure=name, a=mean_a, b=mean_b, reason=next(missing))
     gaps = tuple(x - y for x, y in zip(values_a, values_b, strict=True) if x is not None and y is not None)
     row = Row(figure=name, a=mean_a, b=mean_b, gap=mean_a - mean_b, gaps=gaps)
+    differences = _differences(name, a, b, names)
     if differences is None:
         return replace(row, reason="no values of single samples, hence no interval")
     low, high = bootstrap_interval(differences, seed=seed)
