@@ -151,6 +151,8 @@ def test_a_task_that_failed_in_one_system_is_told_of_with_its_reason() -> None:
     comparison = compare([whole], [failed], names=("CoCa", "CLIP"))
     assert comparison.remarks == ("late of CLIP: SPICE needs a jar",)
     assert "- late of CLIP: SPICE needs a jar" in markdown(comparison)
+    assert comparison.only == (("late/acc1",), ())
+    assert compare([failed], [whole]).only == ((), ("late/acc1",))
     more = result({"x/acc1": HITS}, {"x/SPICE": None})
     assert compare([more], [result({"x/acc1": HITS})]).remarks == ()  # the other has no SPICE either
 

@@ -76,7 +76,7 @@ class Comparison:
     Attributes:
         names: of the first and the second system.
         rows: of the figures that both have, in their order.
-        only: for each system the figures that it alone has.
+        only: for each system the figures that it alone has a value of.
         runs: of each system.
         samples: that the results rest on.
         seed: of the resamples.
@@ -151,10 +151,7 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
     return Comparison(
         names=names,
         rows=tuple(_corrected(rows)),
-        only=(
-            tuple(name for name in of_a if name not in of_b),
-            tuple(name for name in of_b if name not in of_a),
-        ),
+        only=(_only(a, b), _only(b, a)),
         runs=len(a),
         samples=min(result.samples for result in [*a, *b]),
         seed=seed,
@@ -165,6 +162,12 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
 def _common(results: Sequence[Result]) -> list[str]:
     """The figures that all of these have."""
     return [name for name in results[0].figures if all(name in result.figures for result in results)]
+
+
+def _only(own: Sequence[Result], other: Sequence[Result]) -> tuple[str, ...]:
+    """The figures that one system has a value of, in any run, and the other does not have."""
+    names = [name for name in _common(own) if any(result.figures[name] is not None for result in own)]
+    return tuple(name for name in names if name not in _common(other))
 
 
 def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str], seed: int) -> Row:
