@@ -139,6 +139,17 @@ def test_what_was_asked_of_one_system_in_another_way_is_said() -> None:
     )
 
 
+def test_published_classes_that_differ_in_their_prefix_alone_are_told_apart() -> None:
+    def measured(classes: str, templates: str) -> Result:
+        return replace(result({"acc1": HITS}), details={"asked": {"classes": classes, "templates": templates}})
+
+    plain = measured("flowers", "flowers")
+    (remark,) = compare([plain], [measured("vtab/flowers", "vtab/flowers")]).remarks
+    assert remark == "the set of classes of A is flowers, that of B vtab/flowers: part of the gap may come of that"
+    assert compare([plain], [measured("wds/flowers", "wds/flowers")]).remarks == ()
+    assert compare([plain], [measured("/here/vtab/flowers", "flowers")]).remarks == ()  # a file, not the set
+
+
 def test_judges_that_are_the_models_themselves_are_told_of() -> None:
     judged = replace(result({}, {"CLIPScore": 0.7}), details={"asked": {"clipscore": "self"}})
     (remark,) = compare([judged], [judged]).remarks

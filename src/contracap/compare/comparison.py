@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from contracap.compare.statistics import CONFIDENCE, RESAMPLES, bootstrap_interval, holm, permutation_test
+from contracap.evaluation.published import main_name
 from contracap.evaluation.result import Result
 
 HEADLINES = (
@@ -269,15 +270,22 @@ def _remarks(
 
 
 def _ways(facts: Mapping[str, Any]) -> dict[str, str]:
-    """By what a task was measured, in words; of files and folders the names alone, wherever they lie."""
+    """By what a task was measured, in words; of files and folders the names alone, wherever they lie;
+    of published classes the main name."""
     found = {what: str(facts[fact]) for fact, what in MEASURED_BY.items() if fact in facts}
     if "asked" in facts:
         for key, what in ASKED_BY.items():
             value = facts["asked"].get(key, "the default")
             parts = value if isinstance(value, list) else [value]
-            texts = map(str, parts)
-            found[what] = " ".join(text if key in ("prompt", "settings") else PurePath(text).name for text in texts)
+            found[what] = " ".join(_named(key, str(part)) for part in parts)
     return found
+
+
+def _named(key: str, text: str) -> str:
+    if key in ("prompt", "settings"):
+        return text
+    # VTAB has other classes than the set of the same name, but not other templates.
+    return (main_name(text) if key == "classes" else None) or PurePath(text).name
 
 
 def _failures(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]) -> Iterator[str]:
