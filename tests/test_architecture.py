@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "tokenizer image",
     "bulk": "bulk generation model data tokenizer image processor",
     "recipe": "evaluation training parallel model losses data tokenizer image",
-    "compare": "compare evaluation.result page",
+    "compare": "compare evaluation.published evaluation.result page",
     "report.curves": "page",
     "report.grids": "report.pictures evaluation.retrieval data page",
     "report.pictures": "evaluation.features data image page",

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,13 +61,19 @@ def test_the_row_says_how_long_all_captions_take(monkeypatch, data: Path) -> Non
 
 @needs_java
 def test_without_the_peer_ours_is_timed_alone(monkeypatch, data: Path) -> None:
-    def missing(name: str) -> None:
+    def missing(name: str, package: str) -> None:
         raise NoPeerError("pycocoevalcap is not here")
 
     monkeypatch.setattr(CaptionScorer, "score", lambda *_, **__: Scores())
     monkeypatch.setattr(score, "peer_module", missing)
     row = bench_score().rows[0]
     assert (row.peer, row.reason) == (None, "pycocoevalcap is not here")
+
+
+def test_a_peer_that_is_missing_is_told_with_the_extra_that_has_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer.ptbtokenizer", None)
+    with pytest.raises(NoPeerError, match=r"pycocoevalcap.* cannot be imported .*: pip install 'contracap\[coco\]'"):
+        checked_peer([], dict)
 
 
 def test_captions_that_are_missing_are_named(monkeypatch, tmp_path: Path) -> None:

@@ -139,6 +139,17 @@ def test_what_was_asked_of_one_system_in_another_way_is_said() -> None:
     )
 
 
+def test_published_classes_that_differ_in_their_prefix_alone_are_told_apart() -> None:
+    def measured(classes: str, templates: str) -> Result:
+        return replace(result({"acc1": HITS}), details={"asked": {"classes": classes, "templates": templates}})
+
+    plain = measured("flowers", "flowers")
+    (remark,) = compare([plain], [measured("vtab/flowers", "vtab/flowers")]).remarks
+    assert remark == "the set of classes of A is flowers, that of B vtab/flowers: part of the gap may come of that"
+    assert compare([plain], [measured("wds/flowers", "wds/flowers")]).remarks == ()
+    assert compare([plain], [measured("/here/vtab/flowers", "flowers")]).remarks == ()  # a file, not the set
+
+
 def test_judges_that_are_the_models_themselves_are_told_of() -> None:
     judged = replace(result({}, {"CLIPScore": 0.7}), details={"asked": {"clipscore": "self"}})
     (remark,) = compare([judged], [judged]).remarks
@@ -151,8 +162,18 @@ def test_a_task_that_failed_in_one_system_is_told_of_with_its_reason() -> None:
     comparison = compare([whole], [failed], names=("CoCa", "CLIP"))
     assert comparison.remarks == ("late of CLIP: SPICE needs a jar",)
     assert "- late of CLIP: SPICE needs a jar" in markdown(comparison)
+    assert comparison.only == (("late/acc1",), ())
+    assert compare([failed], [whole]).only == ((), ("late/acc1",))
     more = result({"x/acc1": HITS}, {"x/SPICE": None})
     assert compare([more], [result({"x/acc1": HITS})]).remarks == ()  # the other has no SPICE either
+
+
+def test_a_task_that_failed_in_both_systems_keeps_nothing_from_being_compared() -> None:
+    more = result({"x/acc1": HITS, "y/acc1": HITS}, {"late": None}, samples=8)
+    fewer = result({"x/acc1": FEWER}, {"late": None}, samples=4)
+    measured, failed = compare([more], [fewer]).rows
+    assert measured.gap == 0.25
+    assert (failed.gap, failed.reason) == (None, "A: SPICE needs a jar")
 
 
 def test_a_figure_without_values_of_samples_has_a_gap_alone() -> None:

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 
-from contracap.evaluation.published import is_published, published, published_names
+from contracap.evaluation.published import is_published, main_name, published, published_names
 
 from .oracles import clip_benchmark_literal, clip_benchmark_table
 
@@ -108,6 +108,28 @@ def test_vtab_has_names_of_its_own_for_two_sets() -> None:
     assert published("vtab/flowers").classes[92] == "ball moss" and published("flowers").classes[92] == "air plant"
     assert published("vtab/caltech101").classes[0] == "accordion" and published("caltech101").classes[0] == "background"
     assert published("vtab/cifar10") == published("cifar10")
+
+
+@pytest.mark.parametrize(
+    ("name", "main"),
+    [
+        ("flowers", "flowers"),
+        ("wds/flowers", "flowers"),
+        ("vtab/flowers", "vtab/flowers"),
+        ("wds/vtab/flowers", "vtab/flowers"),
+        ("wds/vtab/cifar10", "cifar10"),
+        ("imagenetv2", "imagenet1k"),
+    ],
+)
+def test_names_of_the_same_set_have_one_main_name(name: str, main: str) -> None:
+    assert main_name(name) == main
+    assert published(name) == published(main)
+
+
+def test_what_is_no_published_name_has_no_main_name() -> None:
+    assert {main_name(name) for name in ("./cifar10", "/data/vtab/flowers", "flowers.json", "flowers_vtab", "")} == {
+        None
+    }
 
 
 def test_every_template_has_one_place_for_the_name() -> None:

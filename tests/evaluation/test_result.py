@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from contracap.evaluation.result import PerSample, Result, measure, versions
+from contracap.evaluation.result import OWN_KEYS, PerSample, Result, measure, versions
 
 
 class Fixed:
@@ -59,9 +59,16 @@ def test_null_without_a_reason_is_refused() -> None:
         Result(command="x", seed=None, samples=1, figures={"SPICE": None})
 
 
-def test_details_cannot_overwrite_the_figures() -> None:
-    with pytest.raises(ValueError, match="own keys: figures"):
-        Result(command="x", seed=None, samples=1, figures={}, details={"figures": {}})
+def test_own_keys_are_those_of_a_file_without_details() -> None:
+    values = {"acc1": PerSample.of(["a"], [1.0])}
+    whole = Result(command="x", seed=None, samples=1, figures={"acc1": 1.0}, per_sample=values)
+    assert whole.to_dict().keys() == OWN_KEYS
+
+
+@pytest.mark.parametrize("key", sorted(OWN_KEYS))
+def test_details_cannot_overwrite_what_is_the_results_own(key: str) -> None:
+    with pytest.raises(ValueError, match=f"own keys: {key}"):
+        Result(command="x", seed=None, samples=1, figures={}, details={key: {}})
 
 
 def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path) -> None:

@@ -1,6 +1,5 @@
 """How long the metrics of captions take, beside those of pycocoevalcap on the same captions."""
 
-import importlib
 import io
 import os
 import time
@@ -9,15 +8,14 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 from contracap.bench.timing import (
     LEAST_ROUNDS,
     Benchmark,
-    NoPeerError,
     Row,
     Work,
     compare,
+    peer_module,
     require_equal,
     this_machine,
 )
@@ -76,12 +74,13 @@ def checked_peer(entries: Sequence[Entry], ours: Callable[[], dict[str, float]])
         NoPeerError: if it cannot be imported.
         UnequalError: if a figure differs.
     """
-    tokenizer = peer_module("tokenizer.ptbtokenizer").PTBTokenizer
+    coco = partial(peer_module, package="'contracap[coco]'")
+    tokenizer = coco("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer
     scorers = {
-        "bleu": partial(peer_module("bleu.bleu").Bleu, 4),
-        "rouge_l": peer_module("rouge.rouge").Rouge,
-        "cider": peer_module("cider.cider").Cider,
-        "meteor": peer_module("meteor.meteor").Meteor,
+        "bleu": partial(coco("pycocoevalcap.bleu.bleu").Bleu, 4),
+        "rouge_l": coco("pycocoevalcap.rouge.rouge").Rouge,
+        "cider": coco("pycocoevalcap.cider.cider").Cider,
+        "meteor": coco("pycocoevalcap.meteor.meteor").Meteor,
     }
     captions = {i: [{"caption": caption} for caption in entry.captions] for i, entry in enumerate(entries)}
     predictions = {i: [{"caption": entry.prediction}] for i, entry in enumerate(entries)}
@@ -100,15 +99,3 @@ def checked_peer(entries: Sequence[Entry], ours: Callable[[], dict[str, float]])
         return figures
 
     return theirs, require_equal(ours(), theirs(), tolerance=TOLERANCE)
-
-
-def peer_module(name: str) -> ModuleType:
-    """A module of pycocoevalcap.
-
-    Raises:
-        NoPeerError: if it cannot be imported.
-    """
-    try:
-        return importlib.import_module(f"pycocoevalcap.{name}")
-    except ImportError as error:
-        raise NoPeerError(f"pycocoevalcap cannot be imported ({error}): pip install 'contracap[coco]'") from error

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from contracap.compare.statistics import CONFIDENCE, RESAMPLES, bootstrap_interval, holm, permutation_test
+from contracap.evaluation.published import main_name
 from contracap.evaluation.result import Result
 
 HEADLINES = (
@@ -76,7 +77,7 @@ class Comparison:
     Attributes:
         names: of the first and the second system.
         rows: of the figures that both have, in their order.
-        only: for each system the figures that it alone has.
+        only: for each system the figures that it alone has a value of.
         runs: of each system.
         samples: that the results rest on.
         seed: of the resamples.
@@ -151,10 +152,7 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
     return Comparison(
         names=names,
         rows=tuple(_corrected(rows)),
-        only=(
-            tuple(name for name in of_a if name not in of_b),
-            tuple(name for name in of_b if name not in of_a),
-        ),
+        only=(_only(a, b), _only(b, a)),
         runs=len(a),
         samples=min(result.samples for result in [*a, *b]),
         seed=seed,
@@ -167,10 +165,15 @@ def _common(results: Sequence[Result]) -> list[str]:
     return [name for name in results[0].figures if all(name in result.figures for result in results)]
 
 
+def _only(own: Sequence[Result], other: Sequence[Result]) -> tuple[str, ...]:
+    """The figures that one system has a value of, in any run, and the other does not have."""
+    names = [name for name in _common(own) if any(result.figures[name] is not None for result in own)]
+    return tuple(name for name in names if name not in _common(other))
+
+
 def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str], seed: int) -> Row:
     values_a, values_b = ([result.figures[name] for result in results] for results in (a, b))
     mean_a, mean_b = _mean(values_a), _mean(values_b)
-    differences = _differences(name, a, b, names)
     if mean_a is None or mean_b is None:
         missing = (
             f"{system}: {result.reasons[name]}"
@@ -181,6 +184,7 @@ def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, 
         return Row(figure=name, a=mean_a, b=mean_b, reason=next(missing))
     gaps = tuple(x - y for x, y in zip(values_a, values_b, strict=True) if x is not None and y is not None)
     row = Row(figure=name, a=mean_a, b=mean_b, gap=mean_a - mean_b, gaps=gaps)
+    differences = _differences(name, a, b, names)
     if differences is None:
         return replace(row, reason="no values of single samples, hence no interval")
     low, high = bootstrap_interval(differences, seed=seed)
@@ -266,15 +270,22 @@ def _remarks(
 
 
 def _ways(facts: Mapping[str, Any]) -> dict[str, str]:
-    """By what a task was measured, in words; of files and folders the names alone, wherever they lie."""
+    """By what a task was measured, in words; of files and folders the names alone, wherever they lie;
+    of published classes the main name."""
     found = {what: str(facts[fact]) for fact, what in MEASURED_BY.items() if fact in facts}
     if "asked" in facts:
         for key, what in ASKED_BY.items():
             value = facts["asked"].get(key, "the default")
             parts = value if isinstance(value, list) else [value]
-            texts = map(str, parts)
-            found[what] = " ".join(text if key in ("prompt", "settings") else PurePath(text).name for text in texts)
+            found[what] = " ".join(_named(key, str(part)) for part in parts)
     return found
+
+
+def _named(key: str, text: str) -> str:
+    if key in ("prompt", "settings"):
+        return text
+    # VTAB has other classes than the set of the same name, but not other templates.
+    return (main_name(text) if key == "classes" else None) or PurePath(text).name
 
 
 def _failures(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]) -> Iterator[str]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from contracap.compare.comparison import COUNTED
-from contracap.evaluation.result import PerSample, Result
+from contracap.evaluation.result import OWN_KEYS, PerSample, Result
 
 LARGEST = 1e100  # no figure; sums and pictures of larger numbers overflow
-OWN = {"command", "versions", "seed", "samples", "figures", "reasons", "per_sample"}
 
 
 def load_result(path: str | Path) -> Result:
@@ -70,7 +69,7 @@ def _result(content: Any) -> Result:
         figures={name: None if value is None else float(value) for name, value in figures.items()},
         reasons=unexplained | reasons,
         per_sample={name: _values(name, found, figures) for name, found in per_sample.items()},
-        details={name: value for name, value in content.items() if name not in OWN},
+        details={name: value for name, value in content.items() if name not in OWN_KEYS},
     )
 
 

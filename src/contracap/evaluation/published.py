@@ -67,6 +67,15 @@ def is_published(name: str) -> bool:
     return _file(name) is not None
 
 
+def main_name(name: str) -> str | None:
+    """The same for all names of a set, such as `vtab/flowers` for `wds/vtab/flowers`; None if there is no such set."""
+    file = _file(name)
+    if file is None:
+        return None
+    stem = file.name.removesuffix(".json")
+    return f"vtab/{stem.removesuffix(VTAB)}" if stem.endswith(VTAB) else stem
+
+
 def published_names() -> list[str]:
     """All names, without the `vtab/` and `wds/` that may stand before them."""
     stems = {file.name.removesuffix(".json") for file in _folder().iterdir() if file.name.endswith(".json")}

@@ -15,6 +15,7 @@ import torch
 from contracap.files import write_text
 
 RESULTS_FILE = "results.json"  # in a folder of its own
+OWN_KEYS = frozenset({"command", "versions", "seed", "samples", "figures", "reasons", "per_sample"})  # of every result
 
 VERSIONED = (
     "contracap",
@@ -105,7 +106,7 @@ class Result:
         unexplained = [name for name, value in self.figures.items() if value is None and name not in self.reasons]
         if unexplained:
             raise ValueError(f"figures without a value or a reason: {', '.join(unexplained)}")
-        taken = {"command", "versions", "seed", "samples", "figures", "reasons", "per_sample"} & self.details.keys()
+        taken = OWN_KEYS & self.details.keys()
         if taken:
             raise ValueError(f"details would overwrite the result's own keys: {', '.join(sorted(taken))}")
 
