@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
+from contracap.cli.options import (
+    Int8,
+    ResultFile,
+    Settings,
+    Size,
+    StrategyName,
+    WeightsName,
+    check_outputs,
+    command_line,
+    load_model,
+)
 from contracap.evaluation.scores import MetricName
 from contracap.evaluation.tokens import TokenizerName
 
@@ -101,10 +111,6 @@ def evaluate(
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
     if predictions is not None and task not in ("captioning", "vqa"):
         raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
-    if predictions is not None:
-        taken = [path for path in (json, answers, *data) if path is not None]
-        if predictions.resolve() in (Path(path).resolve() for path in taken):
-            raise ValueError(f"--predictions {predictions} would take the place of another file: name one of its own")
     if tasks is not None:
         if given := [name for name, value in {"task": task, **flags}.items() if value]:
             named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)
@@ -116,6 +122,8 @@ def evaluate(
         )
     else:
         wanted = {str(task): TaskConfig(task=task, **flags)}
+    read = [name for each in wanted.values() for name in each.reads]
+    check_outputs([weights, tasks, *read], json=json, predictions=predictions)
     model, processor = load_model(weights, size, int8=int8)
     if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from contracap.cli.options import ResultFile, Size, command_line, load_model
+from contracap.cli.options import ResultFile, Size, check_outputs, command_line, load_model
 from contracap.evaluation.scores import MetricName
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName
@@ -56,6 +56,7 @@ def score(
 
     if clipscore is None and (images is not None or size is not None):
         raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
+    check_outputs([file, references, clipscore], json=json)
     scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory)
     known = None if references is None else read_references(references)
     entries = read_entries(file, known)
