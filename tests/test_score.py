@@ -154,6 +154,10 @@ def test_a_named_metric_that_fails_is_told_by_the_exit_status_and_costs_no_other
     assert (status, out.split()[0], err) == (1, "ROUGE_L", "contracap: METEOR left out: METEOR failed\n")
     assert json.loads((tmp_path / "out.json").read_text())["figures"]["METEOR"] is None
     assert run(*arguments)[0] == 0  # nobody named it
+    folder_later(monkeypatch, tmp_path / "lost.json")
+    status, _, err = run(file, "--metrics", "meteor", "--tokenizer", "python", "--json", tmp_path / "lost.json")
+    told = f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\ncontracap: METEOR left out: METEOR failed\n"
+    assert (status, err) == (1, told)
 
 
 def test_clipscore_is_added_where_the_pictures_are_at_hand(run, file, weights: Path, tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def test_captions_are_kept_where_a_metric_fails(weights, shards, tmp_path: Path,
     failed = "contracap: error: the Java tokenizer failed (exit status 1): no heap\n"
     assert capsys.readouterr().err == failed
     assert len(json.loads((tmp_path / "kept.json").read_text())) == 6
+    folder_later(monkeypatch, tmp_path / "lost.json")
+    assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "lost.json"]))) == 1
+    assert capsys.readouterr().err == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\n{failed}"
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -79,6 +82,12 @@ def test_a_metric_that_was_named_and_failed_is_told_by_the_exit_status(
     assert f"no figures of {name}: METEOR could not be run" in capsys.readouterr().err.splitlines()[-1]
     figures = json.loads((tmp_path / "result.json").read_text())["figures"]
     assert {figure for figure, value in figures.items() if value is None} == {name} < set(figures)
+    folder_later(monkeypatch, tmp_path / "lost.json")
+    assert main(list(map(str, ["evaluate", weights, *task, "--json", tmp_path / "lost.json"]))) == 1
+    out, err = capsys.readouterr()
+    lost, missed = err.splitlines()[-2:]
+    assert lost == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}"
+    assert name.replace("METEOR", "CIDEr") in out and f"no figures of {name}: METEOR could not be run" in missed
 
 
 @pytest.mark.parametrize("option", ["--predictions", "--json"])
