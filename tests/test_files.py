@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from contracap.files import replacing, write_text
+from contracap.files import replacing, try_place, write_text
 
 
 def test_a_file_appears_whole_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -34,6 +34,17 @@ def test_rights_are_those_of_any_new_file(tmp_path: Path) -> None:
 def test_an_error_names_the_path_that_was_asked_for(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (Path("/proc/x.json"), tmp_path / "folder"):
-        with pytest.raises(OSError) as caught:
-            write_text(path, "x")
-        assert caught.value.filename == str(path) and caught.value.strerror
+        for write in (try_place, lambda path: write_text(path, "x")):
+            with pytest.raises(OSError) as caught:
+                write(path)
+            assert caught.value.filename == str(path) and caught.value.strerror
+
+
+def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "good")
+    try_place(tmp_path / "a.txt")
+    try_place(tmp_path / "new" / "b.txt")
+    assert (tmp_path / "a.txt").read_text() == "good"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "new"]
+    with pytest.raises(FileExistsError):
+        try_place(tmp_path / "a.txt" / "b.txt")

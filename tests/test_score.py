@@ -13,6 +13,7 @@ from contracap.compare.comparison import compare
 from contracap.compare.results import load_result
 from contracap.evaluation.java import JavaError
 from contracap.evaluation.meteor import Meteor
+from contracap.evaluation.scores import CaptionScorer
 from tests.evaluation.programs import without_java
 
 Run = Callable[..., tuple[int, str, str]]
@@ -153,6 +154,10 @@ def test_a_named_metric_that_fails_is_told_by_the_exit_status_and_costs_no_other
     assert (status, out.split()[0], err) == (1, "ROUGE_L", "contracap: METEOR left out: METEOR failed\n")
     assert json.loads((tmp_path / "out.json").read_text())["figures"]["METEOR"] is None
     assert run(*arguments)[0] == 0  # nobody named it
+    folder_later(monkeypatch, tmp_path / "lost.json")
+    status, _, err = run(file, "--metrics", "meteor", "--tokenizer", "python", "--json", tmp_path / "lost.json")
+    told = f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\ncontracap: METEOR left out: METEOR failed\n"
+    assert (status, err) == (1, told)
 
 
 def test_clipscore_is_added_where_the_pictures_are_at_hand(run, file, weights: Path, tmp_path: Path) -> None:
@@ -189,8 +194,38 @@ def test_a_damaged_picture_is_found_before_any_metric_is_computed(
     assert status == 1 and "0.png" in err
 
 
-def test_figures_are_shown_where_they_cannot_be_written(run, file, tmp_path: Path) -> None:
-    (tmp_path / "out.json" / "full").mkdir(parents=True)
-    status, out, err = run(file, "--metrics", "bleu", "--tokenizer", "python", "--json", tmp_path / "out.json")
-    assert status == 1 and "out.json" in err
+def folder_later(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """By the time that the scores are computed, a folder stands where a file was to be written."""
+    score = CaptionScorer.score
+
+    def late(self: CaptionScorer, *given, **more):
+        path.mkdir()
+        return score(self, *given, **more)
+
+    monkeypatch.setattr(CaptionScorer, "score", late)
+
+
+def test_figures_are_shown_where_they_cannot_be_written(run, file, tmp_path: Path, monkeypatch) -> None:
+    arguments = [file, "--metrics", "bleu", "--tokenizer", "python", "--json", tmp_path / "out.json"]
+    folder_later(monkeypatch, tmp_path / "out.json")
+    status, out, err = run(*arguments)
+    assert status == 1 and err == f"contracap: error: Is a directory: {tmp_path / 'out.json'}\n"
     assert "Bleu_4" in out
+    status, out, err = run(*arguments)  # seen before anything is computed
+    assert (status, out) == (1, "") and "out.json cannot be written: Is a directory" in err
+
+
+@pytest.mark.parametrize("read", ["captions", "--references", "--clipscore"])
+def test_no_file_that_is_read_is_overwritten(run, file, tmp_path: Path, read: str) -> None:
+    if read == "captions":
+        arguments = [file]
+    else:
+        (tmp_path / "other.json").write_text("[]")
+        arguments = [tmp_path / "other.json", read, file]
+    (tmp_path / "link.json").symlink_to(file)
+    status, out, err = run(*arguments, "--json", tmp_path / "link.json")
+    assert (status, out) == (1, "")
+    assert err == f"contracap: error: --json {tmp_path / 'link.json'} would take the place of another file: " + (
+        "name one of its own\n"
+    )
+    assert json.loads(file.read_text()) == ENTRIES

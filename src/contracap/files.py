@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,11 +17,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises: OSError: of `path`, if there can be no such file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _named(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
+    partial = _beside(path)
     try:
         yield partial
         umask = os.umask(0)
@@ -32,6 +29,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def try_place(path: str | Path) -> None:
+    """Make and remove a file beside `path`, as `replacing` would: what can be wrong is found before there is something
+    to write.
+
+    Raises: OSError: of `path`, if there can be no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _beside(path).unlink()
+
+
+def _beside(path: Path) -> Path:
+    """A new empty file in the folder of `path`, which is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _named(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(descriptor)
+    return Path(name)
 
 
 @contextmanager

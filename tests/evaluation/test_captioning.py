@@ -1,4 +1,5 @@
 import copy
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,30 @@ def test_clipscore_is_by_the_named_model_or_says_that_the_model_judges_itself(ti
         assert figures["RefCLIPScore"] == pytest.approx(mean(both), abs=1e-6)
         assert evaluator.details["clipscore_model"] == judge.name
         assert {one.cider for one in evaluator.predictions} == {None}
+
+
+@pytest.mark.parametrize(("judge", "decoded"), [(None, 6), ("self", 6), ("colours", 12)])
+def test_pictures_are_decoded_in_threads_for_the_judge_too_and_once_where_it_sees_the_same(
+    tiny, judge: str | None, decoded: int
+) -> None:
+    model, processor = tiny
+    pictures = list[int]()
+
+    class Watched(Processor):
+        def images(self, sources):
+            assert threading.current_thread() is not threading.main_thread()
+            pictures.append(len(sources))
+            return super().images(sources)
+
+    def watched(of: Processor) -> Processor:
+        return Watched(of.image_config, of.tokenizer)
+
+    other = ClipScorer(ColourModel(), watched(colour_processor()), name="colours")
+    samples = [sample(name, name, f"a {name} wall") for name in COLOURS]
+    options = {"strategy": Greedy(10, 4), "metrics": ("rouge_l",), "tokenizer": "python", "batch_size": 4}
+    asked = other if judge == "colours" else judge
+    dict(Captioning(samples, watched(processor), clipscore=asked, **options).run(model))
+    assert sum(pictures) == decoded
 
 
 KARPATHY = """{"images": [

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from contracap.cli import main
+from contracap.cli.options import check_outputs, load_model
 from contracap.data.shards import write_shard
 from contracap.evaluation.captioning import Captioning, Prediction
 from contracap.evaluation.entries import read_entries
@@ -43,12 +44,26 @@ def test_captions_are_kept_as_score_reads_them_with_the_same_figures(weights, sh
     assert [entry["image_name"] for entry in json.loads(kept.read_text())] == list(COLOURS)
 
 
+def folder_later(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Once the weights are read, a folder stands where a file was to be written."""
+
+    def load(*given, **more):
+        path.mkdir()
+        return load_model(*given, **more)
+
+    monkeypatch.setattr("contracap.cli.measure.load_model", load)
+
+
 def test_captions_are_kept_where_a_metric_fails(weights, shards, tmp_path: Path, monkeypatch, capsys) -> None:
     stand_in(monkeypatch, tmp_path, "sys.exit('no heap')", jar=tmp_path / "tokenizer.jar")
     task = ["--task", "captioning", "--data", shards, "--metrics", "cider", "--tokenizer", "java"]
     assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "kept.json"]))) == 1
-    assert capsys.readouterr().err == "contracap: error: the Java tokenizer failed (exit status 1): no heap\n"
+    failed = "contracap: error: the Java tokenizer failed (exit status 1): no heap\n"
+    assert capsys.readouterr().err == failed
     assert len(json.loads((tmp_path / "kept.json").read_text())) == 6
+    folder_later(monkeypatch, tmp_path / "lost.json")
+    assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "lost.json"]))) == 1
+    assert capsys.readouterr().err == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\n{failed}"
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -67,14 +82,46 @@ def test_a_metric_that_was_named_and_failed_is_told_by_the_exit_status(
     assert f"no figures of {name}: METEOR could not be run" in capsys.readouterr().err.splitlines()[-1]
     figures = json.loads((tmp_path / "result.json").read_text())["figures"]
     assert {figure for figure, value in figures.items() if value is None} == {name} < set(figures)
+    folder_later(monkeypatch, tmp_path / "lost.json")
+    assert main(list(map(str, ["evaluate", weights, *task, "--json", tmp_path / "lost.json"]))) == 1
+    out, err = capsys.readouterr()
+    lost, missed = err.splitlines()[-2:]
+    assert lost == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}"
+    assert name.replace("METEOR", "CIDEr") in out and f"no figures of {name}: METEOR could not be run" in missed
 
 
-def test_figures_are_shown_where_captions_cannot_be_kept(weights, shards, tmp_path: Path, capsys) -> None:
-    (tmp_path / "kept.json" / "full").mkdir(parents=True)
-    task = ["--task", "captioning", "--data", shards, *COUNTED, "--predictions", tmp_path / "kept.json"]
+@pytest.mark.parametrize("option", ["--predictions", "--json"])
+def test_figures_are_shown_where_a_file_cannot_be_written(
+    weights, shards, tmp_path: Path, monkeypatch, capsys, option: str
+) -> None:
+    folder_later(monkeypatch, tmp_path / "lost.json")
+    places = {"--predictions": tmp_path / "kept.json", "--json": tmp_path / "result.json"}
+    places[option] = tmp_path / "lost.json"
+    task = ["--task", "captioning", "--data", shards, *COUNTED, *(part for place in places.items() for part in place)]
     assert main(list(map(str, ["evaluate", weights, *task]))) == 1
     out, err = capsys.readouterr()
-    assert "CIDEr" in out and err.startswith("contracap: error: ") and "kept.json" in err
+    assert "CIDEr" in out and err == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\n"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [
+        "result.json" if option == "--predictions" else "kept.json"
+    ]
+
+
+@pytest.mark.parametrize("option", ["--predictions", "--json"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_read(
+    tmp_path: Path, capsys, option: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for place, reason in (
+        ("folder", "Is a directory"),
+        ("file/x.json", "File exists"),
+        ("file/a/x.json", "Not a directory"),
+    ):
+        task = ["--task", "captioning", "--data", "data", option, str(tmp_path / place)]
+        assert main(["evaluate", "none.safetensors", *task]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"contracap: error: {option} {tmp_path / place} cannot be written: {reason}: ")
+        assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("other", [["--json"], ["--answers"]])
@@ -82,6 +129,38 @@ def test_no_other_file_is_overwritten(tmp_path: Path, capsys, other: list[str]) 
     task = ["--task", "vqa", "--data", str(tmp_path), *other, str(tmp_path / "x.json")]
     assert main(["evaluate", "none.safetensors", *task, "--predictions", str(tmp_path / "x.json")]) == 1
     assert "x.json would take the place of another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        (["own", "--task", "captioning", "--data", "data"], ["--predictions", "--json"]),
+        (["weights", "--task", "captioning", "--data", "data", "--clipscore", "own"], ["--predictions", "--json"]),
+        (["weights", "--task", "captioning", "--data", "data", "own"], ["--predictions", "--json"]),
+        (["weights", "--task", "vqa", "--data", "data", "--answers", "own"], ["--predictions", "--json"]),
+        (["weights", "--tasks", "own"], ["--json"]),
+        (["weights", "--tasks", "tasks.toml"], ["--json"]),
+    ],
+)
+def test_no_file_that_is_read_is_overwritten(
+    tmp_path: Path, monkeypatch, capsys, task: list[str], options: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = '[tasks.a]\ntask = "zeroshot"\ndata = "data"\nclasses = "own"\n'
+    for name in ("own", "tasks.toml"):
+        Path(name).write_text(text)
+    Path("link").symlink_to("own")
+    for option in options:
+        assert main(["evaluate", *task, option, "link"]) == 1
+        expected = f"contracap: error: {option} link would take the place of another file: name one of its own\n"
+        assert capsys.readouterr().err == expected
+        assert Path("own").read_text() == text
+
+
+def test_a_name_of_weights_takes_no_place(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_outputs(["coca_ViT-B-32", "hf-hub:laion/CoCa-ViT-B-32", None], json=Path("out.json"), predictions=None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_with_one_key_have_no_name_to_be_told_apart_by(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -9,6 +10,16 @@ def fail(message: str, *, status: int = 1) -> int:
     """One line on stderr; returns the exit status."""
     print(f"contracap: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def written(write: Callable[..., None], *arguments: object) -> bool:
+    """Whether a file could be written. If not, a line of its own says why: figures and other errors still follow."""
+    try:
+        write(*arguments)
+    except OSError as error:
+        fail(message(error))
+        return False
+    return True
 
 
 def is_for_the_user(error: Exception) -> bool:

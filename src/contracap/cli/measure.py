@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
+from contracap.cli.errors import written
+from contracap.cli.options import (
+    Int8,
+    ResultFile,
+    Settings,
+    Size,
+    StrategyName,
+    WeightsName,
+    check_outputs,
+    command_line,
+    load_model,
+)
 from contracap.evaluation.scores import MetricName
 from contracap.evaluation.tokens import TokenizerName
 
@@ -77,7 +88,7 @@ def evaluate(
     int8: Int8 = False,
     size: Size = None,
     json: ResultFile = None,
-) -> None:
+) -> int:
     """Measure a model: zero-shot classification, retrieval, captioning, questions about pictures."""
     from contracap.config import load_toml
     from contracap.evaluation.predictions import write_predictions
@@ -101,10 +112,6 @@ def evaluate(
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
     if predictions is not None and task not in ("captioning", "vqa"):
         raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
-    if predictions is not None:
-        taken = [path for path in (json, answers, *data) if path is not None]
-        if predictions.resolve() in (Path(path).resolve() for path in taken):
-            raise ValueError(f"--predictions {predictions} would take the place of another file: name one of its own")
     if tasks is not None:
         if given := [name for name, value in {"task": task, **flags}.items() if value]:
             named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)
@@ -116,9 +123,12 @@ def evaluate(
         )
     else:
         wanted = {str(task): TaskConfig(task=task, **flags)}
+    read = [name for each in wanted.values() for name in each.reads]
+    check_outputs([weights, tasks, *read], json=json, predictions=predictions)
     model, processor = load_model(weights, size, int8=int8)
     if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
+    kept = list[bool]()
     with ExitStack() as last:
         if tasks is not None:
             logging.basicConfig(level=logging.INFO, format="%(message)s")  # figures of a task as soon as it is done
@@ -127,11 +137,11 @@ def evaluate(
             (config,) = wanted.values()
             evaluator = build_evaluator(config, processor)
             if predictions is not None:  # also where a metric fails
-                last.callback(write_predictions, predictions, evaluator)
+                last.callback(lambda: kept.append(written(write_predictions, predictions, evaluator)))
             result = measure_task(config, evaluator, model, command=command_line())
         try:
             if json is not None:
-                result.write(json)
+                kept.append(written(result.write, json))
         finally:  # what took hours is shown even where it cannot be written
             width = max(24, *map(len, result.figures))
             for name, value in result.figures.items():
@@ -144,6 +154,7 @@ def evaluate(
     ]
     if missed:
         raise ValueError(f"no figures of {', '.join(missed)}: {result.reasons[missed[0]]}")
+    return 0 if all(kept) else 1
 
 
 def bench(

@@ -3,10 +3,14 @@
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import FlagCreatePairsOff, arg
+
+from contracap.cli.errors import message
+from contracap.files import try_place
 
 if TYPE_CHECKING:
     from contracap.model.coca import CoCa
@@ -34,6 +38,28 @@ Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one
 def worker_count(wanted: int | None) -> int:
     """Processes, by default one for each core."""
     return (os.cpu_count() or 1) if wanted is None else wanted
+
+
+def check_outputs(inputs: Iterable[str | Path | None], **outputs: Path | None) -> None:
+    """Looks at the places of files that are written hours later, each under the name of its option.
+
+    Args:
+        inputs: paths, or names that may be none, as those of weights.
+
+    Raises: ValueError: naming the option, if its file would take the place of an input or of another output, or cannot
+        be written.
+    """
+    taken = {os.path.realpath(path) for path in inputs if path is not None}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if os.path.realpath(path) in taken:
+            raise ValueError(f"--{option} {path} would take the place of another file: name one of its own")
+        taken.add(os.path.realpath(path))
+        try:
+            try_place(path)
+        except OSError as error:
+            raise ValueError(f"--{option} {path} cannot be written: {message(error)}") from None
 
 
 def command_line() -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from contracap.cli.options import ResultFile, Size, command_line, load_model
+from contracap.cli.errors import written
+from contracap.cli.options import ResultFile, Size, check_outputs, command_line, load_model
 from contracap.evaluation.scores import MetricName
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName
@@ -56,6 +57,7 @@ def score(
 
     if clipscore is None and (images is not None or size is not None):
         raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
+    check_outputs([file, references, clipscore], json=json)
     scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory)
     known = None if references is None else read_references(references)
     entries = read_entries(file, known)
@@ -86,9 +88,10 @@ def score(
         per_sample={name: PerSample.of(keys, values) for name, values in scores.per_sample.items()},
         details={"keys_digest": digest(keys)} | scores.details,
     )
+    kept = True
     try:
         if json is not None:
-            result.write(json)
+            kept = written(result.write, json)
     finally:  # what took hours is shown even where it cannot be written
         for name, value in scores.figures.items():
             print(f"{name:24}{value:.4f}")
@@ -96,7 +99,7 @@ def score(
         print(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", file=sys.stderr)
     for name, reason in scores.reasons.items():
         print(f"contracap: {name} left out: {' '.join(reason.split())}", file=sys.stderr)
-    return 1 if metrics and scores.reasons else 0
+    return 1 if not kept or (metrics and scores.reasons) else 0
 
 
 def _pictures(entries: "list[Entry]", folder: Path | None) -> list[Path]:

@@ -5,8 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtyping import Float32
+from torch import Tensor
+
+from contracap.data.shards import Sample
+from contracap.data.workers import prepared
 from contracap.evaluation.clipscore import ClipScorer
-from contracap.evaluation.features import Source, picture_batches
+from contracap.evaluation.features import Source, picture_pixels, sample_batches
 from contracap.evaluation.processes import ALONE, Processes, by_the_first, together
 from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
 from contracap.evaluation.spice import MEMORY
@@ -127,8 +132,18 @@ class Captioning:
         """All captions, and where there is a judge CLIPScore and RefCLIPScore of each."""
         captioner = Captioner(model, self.processor)
         written, clip, both = list[Prediction](), list[float](), list[float]()
-        with picture_batches(self.source, self.processor, self.batch_size) as batches:
-            for batch, pixels in batches:
+
+        def pixels_of(
+            samples: Sequence[Sample],
+        ) -> tuple[Float32[Tensor, "batch 3 size size"], Float32[Tensor, "batch 3 judged judged"]]:
+            """What the model is fed, and the judge, which may well be fed the same."""
+            pixels = picture_pixels(samples, self.processor)
+            if judge is None or judge.processor.image_config == self.processor.image_config:
+                return pixels, pixels
+            return pixels, picture_pixels(samples, judge.processor)
+
+        with prepared(pixels_of, sample_batches(self.source, self.batch_size)) as batches:
+            for batch, (pixels, judged) in batches:
                 for sample in batch:
                     if not has_word(sample.captions):
                         raise ValueError(
@@ -137,7 +152,7 @@ class Captioning:
                 numbers = range(len(written), len(written) + len(batch))
                 made = [one.text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
                 if judge is not None:
-                    found = judge.score([sample.image for sample in batch], made, [sample.captions for sample in batch])
+                    found = judge.score(judged, made, [sample.captions for sample in batch])
                     clip += found[0]
                     both += found[1]
                 for sample, text in zip(batch, made, strict=True):

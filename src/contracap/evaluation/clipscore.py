@@ -23,6 +23,7 @@ class ClipScorer:
     """CLIPScore and RefCLIPScore by one model. They depend on it: scores by two models do not compare.
 
     Attributes:
+        processor: of the model.
         name: of the model, for the result.
     """
 
@@ -31,7 +32,10 @@ class ClipScorer:
 
     @torch.inference_mode()
     def score(
-        self, pictures: Sequence[bytes | str | Path], captions: Sequence[str], references: Sequence[Sequence[str]]
+        self,
+        pictures: Sequence[bytes | str | Path] | Float32[Tensor, "picture 3 height width"],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
     ) -> tuple[list[float], list[float]]:
         """CLIPScore and RefCLIPScore of each caption.
 
@@ -39,7 +43,7 @@ class ClipScorer:
         between the caption and a reference, or 0.
 
         Args:
-            pictures: file contents or paths.
+            pictures: file contents or paths, or their pixels as `processor` gives them.
             captions: one for each picture.
             references: for each picture what people wrote, one caption at least.
 
@@ -51,15 +55,18 @@ class ClipScorer:
         with evaluating(self.model):
             for first in range(0, len(pictures), BATCH):
                 chunk = slice(first, first + BATCH)
-                clip, both = self._score(pictures[chunk], captions[chunk], references[chunk])
+                pixels = pictures[chunk] if isinstance(pictures, Tensor) else self.processor.images(pictures[chunk])
+                clip, both = self._score(pixels, captions[chunk], references[chunk])
                 scores += clip.tolist()
                 with_references += both.tolist()
         return scores, with_references
 
     def _score(
-        self, pictures: Sequence[bytes | str | Path], captions: Sequence[str], references: Sequence[Sequence[str]]
+        self,
+        pixels: Float32[Tensor, "picture 3 height width"],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
     ) -> tuple[Float32[Tensor, "picture"], Float32[Tensor, "picture"]]:
-        pixels = self.processor.images(pictures)
         images = finite(self.model.encode_image(pixels.to(next(self.model.parameters()))), "pictures")
         texts = self._embed(captions)
         written = self._embed([caption for own in references for caption in own])

@@ -105,6 +105,13 @@ class TaskConfig:
         """Whether the model must have a decoder."""
         return self.task in ("captioning", "vqa")
 
+    @property
+    def reads(self) -> list[str]:
+        """The paths it reads, or the names of what has no path, as of published classes."""
+        data = [self.data] if isinstance(self.data, str) else self.data
+        named = (self.classes, self.templates, self.clipscore, self.answers)
+        return [*data, *(name for name in named if name is not None)]
+
     def build_strategy(self) -> Strategy:
         """How words are chosen: by the named strategy, or as the task has it, with these settings; texts are as long
         as the task has them, if no setting says otherwise."""
