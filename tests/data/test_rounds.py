@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from contracap.data import rounds as module
 from contracap.data.rounds import rounds
 from contracap.data.workers import WorkerError
 
@@ -88,6 +89,62 @@ def test_a_worker_that_is_killed_is_an_error_of_the_next_round(size: int, worker
         assert child.exitcode is not None, "the others are of no use"
 
 
+class Slow:
+    """Two items, of which the first worker makes the second slowly, when the other one, of two, has ended or failed."""
+
+    def __init__(self, error: type[Exception] | None) -> None:
+        self.error = error
+
+    def __iter__(self) -> Iterator[str]:
+        worker = get_worker_info()
+        assert worker is not None
+        yield "first"
+        if worker.id == 0:
+            time.sleep(1.0)
+        elif self.error is not None:
+            raise self.error("no such thing")
+        yield "last"
+
+
+def test_what_a_worker_said_before_it_ended_comes_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK", 0.02)
+    with closing(rounds(Slow(None), 2)) as made:
+        assert [next(made), next(made)] == [["first", "first"], ["last", "last"]]
+    with closing(rounds(Slow(FileNotFoundError), 2)) as made:
+        assert next(made) == ["first", "first"]
+        with pytest.raises(FileNotFoundError, match="no such thing"):
+            next(made)
+
+
+def asleep() -> Iterator[int]:
+    yield 1
+    time.sleep(60)
+    yield 2
+
+
+class Asleep:
+    __iter__ = staticmethod(asleep)
+
+
+def test_closing_waits_for_no_item() -> None:
+    with closing(rounds(Asleep(), 2)) as made:
+        workers = new_children(lambda: next(made))
+        start = time.monotonic()
+    for worker in workers:
+        worker.join(QUICKLY)
+    assert time.monotonic() - start < QUICKLY
+
+
+def test_a_copy_of_the_process_ends_no_workers() -> None:
+    with closing(rounds(Counted(), 2)) as made:
+        next(made)
+        copy = multiprocessing.get_context("fork").Process(target=made.close)
+        copy.start()
+        copy.join(QUICKLY)
+        assert copy.exitcode == 0
+        assert next(made) == [(worker, 1, b"") for worker in range(2)]
+
+
 def test_a_worker_that_is_killed_is_an_error_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     # A handler that torch's loader has set raises the error wherever the program is, perhaps with a lock in its hands.
     calls = []
@@ -130,6 +187,7 @@ def test_an_error_of_a_pipe_whose_other_end_is_dead_is_its_death(
 def test_a_program_ends_though_it_refers_to_the_workers(last: str, status: int) -> None:
     program = f"""
 from itertools import count
+from contracap.data import rounds as module
 from contracap.data.rounds import rounds
 
 made = rounds(count(), 2)

@@ -9,7 +9,6 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from queue import Empty, SimpleQueue
 from typing import TypeVar
-from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from contracap.data.workers import WorkerError
 
 LOOK = 1.0  # seconds of waiting for an item before one looks whether the workers are alive, again and again
-GRACE = 0.1  # seconds that a process may still count as alive after its pipes have closed
+GRACE = 0.1  # seconds that a process may still count as alive after its pipes have closed, and a thread has to end in
 
 Item = TypeVar("Item")
 
@@ -35,7 +34,10 @@ def rounds(endless: Iterable[Item], workers: int) -> Generator[list[Item], None,
         WorkerError: if a worker is dead when its item is waited for.
         Exception: of `endless`; from a worker, with its traceback as text.
     """
-    with _starting_workers() as processes:
+    processes = list[BaseProcess]()
+    # At the latest before `multiprocessing` waits for them, which it would do forever: they do not heed its SIGTERM.
+    end = Finalize(None, _kill, args=[processes], exitpriority=0)
+    with _starting(processes):
         loader = iter(
             DataLoader(
                 _Dataset(endless),
@@ -67,13 +69,10 @@ def rounds(endless: Iterable[Item], workers: int) -> Generator[list[Item], None,
         while True:
             asked.put(True)
             yield _awaited(read, processes)
-    except GeneratorExit:
+    finally:
         asked.put(False)
-        reader.join()  # it refers to the loader, whose workers end when nobody does
-    except BaseException:
-        asked.put(False)
-        _end(processes)  # torch would wait for each of them, as soon as nobody refers to the error any more
-        raise
+        end()  # torch would wait for those that are slow to make an item; a forked copy of this process ends nothing
+        reader.join(GRACE)  # it never ends if a worker died in the midst of an item
 
 
 def _awaited(read: "SimpleQueue[list[Item] | Exception]", processes: Sequence[BaseProcess]) -> list[Item]:
@@ -81,21 +80,24 @@ def _awaited(read: "SimpleQueue[list[Item] | Exception]", processes: Sequence[Ba
         try:
             found = read.get(timeout=LOOK)
         except Empty:
-            _require_alive(processes)
+            for process in processes:
+                if process.exitcode:  # one that raised an error ends with 0, and what it said comes in its turn
+                    raise _death(process) from None
             continue
         if not isinstance(found, Exception):
             return found
-        if not str(found).startswith("Caught "):  # as torch says of what was raised by a worker, which lives
-            _require_alive(processes, GRACE)
+        if not str(found).startswith("Caught "):  # as torch says of what was raised by a worker
+            for process in processes:
+                process.join(GRACE)
+                if process.exitcode is not None:
+                    raise _death(process)
         raise found
 
 
-def _require_alive(processes: Iterable[BaseProcess], grace: float = 0.0) -> None:
-    for process in processes:
-        process.join(grace)
-        if (status := process.exitcode) is not None:
-            ended = f"exit status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
-            raise WorkerError(f"process {process.pid}: {ended}") from None
+def _death(process: BaseProcess) -> WorkerError:
+    status = process.exitcode or 0
+    ended = f"exit status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
+    return WorkerError(f"process {process.pid}: {ended}")
 
 
 class _Dataset(IterableDataset):
@@ -107,28 +109,25 @@ class _Dataset(IterableDataset):
 
 
 @contextmanager
-def _starting_workers() -> Iterator[list[BaseProcess]]:
-    """Those that torch's loader starts within it. Two habits of theirs are mended.
+def _starting(processes: list[BaseProcess]) -> Iterator[None]:
+    """Notes the workers that torch's loader starts within it, and keeps the handler of SIGCHLD.
 
-    They are ended before `multiprocessing` waits for them, which it would do forever: they do not heed its SIGTERM.
-
-    And SIGCHLD keeps its handler. Torch's raises an error wherever the main thread is when a worker dies: a lock that
-    is just taken there is never given back, and other threads wait for it forever.
+    Torch's raises an error wherever the main thread is when a worker dies: a lock that is just taken there is never
+    given back, and other threads wait for it forever.
     """
-    others, started = set(active_children()), list[BaseProcess]()
+    others = set(active_children())
     # Where there is no such signal, and in other threads, torch sets no handler.
     settable = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if settable else None
     try:
-        yield started
+        yield
     finally:
-        started += [child for child in active_children() if child not in others]
-        Finalize(None, _end, args=[WeakSet(started)], exitpriority=0)
+        processes += [child for child in active_children() if child not in others]
         if handler is not None:  # None: also one that is not of Python
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _end(processes: Iterable[BaseProcess]) -> None:
+def _kill(processes: Iterable[BaseProcess]) -> None:
     for process in processes:
         process.kill()
 
