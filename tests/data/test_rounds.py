@@ -160,6 +160,36 @@ def test_a_worker_that_is_killed_is_an_error_of_nothing_else(monkeypatch: pytest
         signal.signal(signal.SIGCHLD, before)
 
 
+def test_closing_is_no_death_to_torch_s_handler_of_another_loader() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    monitored = list[str]()
+
+    def handler(number: int, frame: object) -> None:
+        try:
+            signal_handling._error_if_any_worker_fails()
+        except RuntimeError as error:
+            monitored.append(str(error))
+
+    signal.signal(signal.SIGCHLD, handler)
+    try:
+        with closing(rounds(Asleep(), 2)) as made:
+            workers = new_children(lambda: next(made))
+        for worker in workers:
+            worker.join(QUICKLY)
+        assert [worker.exitcode for worker in workers] == [0, 0] and not monitored
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_workers_stay_when_a_scheduler_asks_them_to_end() -> None:
+    with closing(rounds(Counted(), 2)) as made:
+        for worker in new_children(lambda: next(made)):
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(worker.pid, number)
+        for _ in range(5):
+            next(made)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [RuntimeError, FileNotFoundError, EOFError, ConnectionResetError])
 def test_an_error_in_a_worker_that_lives_is_not_called_its_death(error: type[Exception], workers: int) -> None:

@@ -1,14 +1,17 @@
 """Worker processes that make endless items in turn: torch's loader, where workers may die and programs may end."""
 
+import os
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawValue
 from multiprocessing.util import Finalize
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -16,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from contracap.data.workers import WorkerError
 
 LOOK = 1.0  # seconds of waiting for an item before one looks whether the workers are alive, again and again
-GRACE = 0.1  # seconds that a process may still count as alive after its pipes have closed, and a thread has to end in
+GRACE = 0.1  # seconds that a process may still count as alive when its pipes have closed, and a thread gets to end in
 
 Item = TypeVar("Item")
 
@@ -34,9 +37,8 @@ def rounds(endless: Iterable[Item], workers: int) -> Generator[list[Item], None,
         WorkerError: if a worker is dead when its item is waited for.
         Exception: of `endless`; from a worker, with its traceback as text.
     """
-    processes = list[BaseProcess]()
-    # At the latest before `multiprocessing` waits for them, which it would do forever: they do not heed its SIGTERM.
-    end = Finalize(None, _kill, args=[processes], exitpriority=0)
+    processes, ending = list[BaseProcess](), RawValue("b")
+    end = Finalize(None, _end, args=[processes, ending], exitpriority=0)  # the latest: multiprocessing would wait
     with _starting(processes):
         loader = iter(
             DataLoader(
@@ -45,34 +47,39 @@ def rounds(endless: Iterable[Item], workers: int) -> Generator[list[Item], None,
                 num_workers=workers,
                 collate_fn=_as_it_is,
                 generator=torch.Generator(),  # its own, or the loader would draw from the model's random numbers
-                worker_init_fn=_stay,
+                worker_init_fn=partial(_stay, ending),
             )
         )
     if not workers:
         while True:
             yield [next(loader)]
 
-    # A worker that dies while it writes leaves half a message, whose reader waits forever: only another thread can see
-    # that the worker is dead.
     asked, read = SimpleQueue[bool](), SimpleQueue[list[Item] | Exception]()
-
-    def answer() -> None:
-        while asked.get():
-            try:
-                read.put([next(loader) for _ in processes])
-            except Exception as error:
-                read.put(error)
-
-    reader = threading.Thread(target=answer, daemon=True)
+    reader = threading.Thread(target=_answer, args=[loader, len(processes), asked, read], daemon=True)
     reader.start()
+    del loader
     try:
         while True:
             asked.put(True)
             yield _awaited(read, processes)
     finally:
         asked.put(False)
-        end()  # torch would wait for those that are slow to make an item; a forked copy of this process ends nothing
-        reader.join(GRACE)  # it never ends if a worker died in the midst of an item
+        end()  # in this process: a forked copy of it ends nothing
+        reader.join(GRACE)
+
+
+def _answer(
+    loader: Iterator[Item], workers: int, asked: "SimpleQueue[bool]", read: "SimpleQueue[list[Item] | Exception]"
+) -> None:
+    """What is done in a thread, to which the loader is left altogether. A worker that ends in the midst of an item
+    leaves half a message, and one that ends while it has a lock never gives it back: who waits for either, waits
+    forever, and only another thread can see that the worker is dead.
+    """
+    while asked.get():
+        try:
+            read.put([next(loader) for _ in range(workers)])
+        except Exception as error:
+            read.put(error.with_traceback(None))  # which refers to the loader
 
 
 def _awaited(read: "SimpleQueue[list[Item] | Exception]", processes: Sequence[BaseProcess]) -> list[Item]:
@@ -127,8 +134,12 @@ def _starting(processes: list[BaseProcess]) -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _kill(processes: Iterable[BaseProcess]) -> None:
+def _end(processes: Iterable[BaseProcess], ending: Any) -> None:
+    ending.value = True
     for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(LOOK)
         process.kill()
 
 
@@ -136,7 +147,9 @@ def _as_it_is(item: Item) -> Item:
     return item
 
 
-def _stay(worker: int) -> None:
+def _stay(ending: Any, worker: int) -> None:
+    """Heed SIGTERM once the process that started this one has said so, then with status 0: torch's handler of SIGCHLD,
+    where a program has it from another loader, raises errors at others."""
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+            signal.signal(getattr(signal, name), lambda number, frame: os._exit(0) if ending.value else None)
