@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import tarfile
-import warnings
 from collections.abc import Iterator
 from itertools import islice
 from multiprocessing import get_context
@@ -59,7 +58,6 @@ def batches_of(folder: Path, *, workers: int = 0, rank: int = 0, ranks: int = 1,
 
 def read_until_killed(folder: Path, out: Path, workers: int, ranks: int, kill_at: int, place: int, last: int) -> None:
     """Notes the keys of each batch, then the position behind it, from the last position on; may kill itself."""
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than this machine has cores
     parts = [batches_of(folder, workers=workers, rank=rank, ranks=ranks) for rank in range(ranks)]
     log, position, noted = out / "log", out / "position", 0
     if position.exists():

@@ -1,20 +1,23 @@
 import gc
+import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.data import get_worker_info
+import torch
 from torch.utils.data._utils import signal_handling
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from contracap.data import rounds as module
 from contracap.data.rounds import rounds
@@ -23,26 +26,14 @@ from contracap.data.workers import WorkerError
 QUICKLY = 10.0  # seconds; a worker that is dead is found after one or two, or never
 
 
-class Counted:
-    """Endless: the worker, a count, and some bytes."""
-
-    def __init__(self, size: int = 0) -> None:
-        self.size = size
-
-    def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
-        worker, count = get_worker_info(), 0
-        while True:
-            yield (-1 if worker is None else worker.id), count, bytes(self.size)
-            count += 1
+def counted(worker: int, workers: int, size: int = 0) -> Iterator[tuple[int, int, int, bytes]]:
+    for count in itertools.count():
+        yield worker, workers, count, bytes(size)
 
 
-class Failing:
-    def __init__(self, error: type[Exception]) -> None:
-        self.error = error
-
-    def __iter__(self) -> Iterator[Any]:
-        raise self.error("no such thing")
-        yield
+def failing(worker: int, workers: int, error: Exception) -> Iterator[int]:
+    yield 1
+    raise error
 
 
 def new_children(action: Callable[[], object]) -> list[Any]:
@@ -52,16 +43,44 @@ def new_children(action: Callable[[], object]) -> list[Any]:
 
 
 def test_workers_take_turns() -> None:
-    with closing(rounds(Counted(), 2)) as made:
-        for count, items in enumerate(islice(made, 7)):
-            assert items == [(worker, count, b"") for worker in range(2)]
-    with closing(rounds(Counted(), 0)) as made:
-        assert list(islice(made, 3)) == [[(-1, count, b"")] for count in range(3)]
+    for workers in (0, 1, 3):
+        with closing(rounds(counted, workers)) as made:
+            for count, items in enumerate(islice(made, 7)):
+                assert items == [(worker, max(1, workers), count, b"") for worker in range(max(1, workers))]
+
+
+def test_tensors_come_in_shared_memory_also_from_a_worker_that_has_failed_since() -> None:
+    with closing(rounds(tensors, 1)) as made:
+        (first,) = next(made)
+        time.sleep(0.5)  # until it has failed
+        (second,) = next(made)
+        assert first.is_shared() and first.tolist() == [0, 0, 0] and second.tolist() == [1, 1, 1]
+        with pytest.raises(ValueError, match="no third"):
+            next(made)
+
+
+def tensors(worker: int, workers: int) -> Iterator[torch.Tensor]:
+    yield torch.zeros(3)
+    yield torch.ones(3)
+    raise ValueError("no third")
+
+
+def test_a_worker_is_two_items_ahead(tmp_path: Path) -> None:
+    def noting(worker: int, workers: int) -> Iterator[int]:
+        for count in itertools.count():
+            (tmp_path / str(count)).touch()
+            yield count
+
+    with closing(rounds(noting, 1)) as made:
+        for taken in range(1, 4):
+            next(made)
+            time.sleep(0.3)
+            assert len(list(tmp_path.iterdir())) == taken + module.AHEAD
 
 
 def test_closing_ends_the_workers_and_leaves_nothing_open() -> None:
     def some() -> int:
-        with closing(rounds(Counted(), 2)) as made:
+        with closing(rounds(counted, 2)) as made:
             assert len(new_children(lambda: next(made))) == 2
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
@@ -75,7 +94,7 @@ def test_closing_ends_the_workers_and_leaves_nothing_open() -> None:
 @pytest.mark.parametrize("size", [0, 1_000_000])  # of 1 MB a pipe holds a part: the worker is killed while it writes
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_that_is_killed_is_an_error_of_the_next_round(size: int, workers: int) -> None:
-    with closing(rounds(Counted(size), workers)) as made:
+    with closing(rounds(partial(counted, size=size), workers)) as made:
         started = new_children(lambda: next(made))
         time.sleep(0.5)  # until they wait: those with large items in the midst of one
         os.kill(started[-1].pid, signal.SIGKILL)
@@ -89,45 +108,33 @@ def test_a_worker_that_is_killed_is_an_error_of_the_next_round(size: int, worker
         assert child.exitcode is not None, "the others are of no use"
 
 
-class Slow:
+def slow(worker: int, workers: int, error: Exception | None) -> Iterator[str]:
     """Two items, of which the first worker makes the second slowly, when the other one, of two, has ended or failed."""
-
-    def __init__(self, error: type[Exception] | None) -> None:
-        self.error = error
-
-    def __iter__(self) -> Iterator[str]:
-        worker = get_worker_info()
-        assert worker is not None
-        yield "first"
-        if worker.id == 0:
-            time.sleep(1.0)
-        elif self.error is not None:
-            raise self.error("no such thing")
-        yield "last"
+    yield "first"
+    if worker == 0:
+        time.sleep(1.0)
+    elif error is not None:
+        raise error
+    yield "last"
 
 
-def test_what_a_worker_said_before_it_ended_comes_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOOK", 0.02)
-    with closing(rounds(Slow(None), 2)) as made:
+def test_what_a_worker_said_before_it_ended_comes_in_its_turn() -> None:
+    with closing(rounds(partial(slow, error=None), 2)) as made:
         assert [next(made), next(made)] == [["first", "first"], ["last", "last"]]
-    with closing(rounds(Slow(FileNotFoundError), 2)) as made:
+    with closing(rounds(partial(slow, error=FileNotFoundError("no such thing")), 2)) as made:
         assert next(made) == ["first", "first"]
         with pytest.raises(FileNotFoundError, match="no such thing"):
             next(made)
 
 
-def asleep() -> Iterator[int]:
+def asleep(worker: int, workers: int) -> Iterator[int]:
     yield 1
     time.sleep(60)
     yield 2
 
 
-class Asleep:
-    __iter__ = staticmethod(asleep)
-
-
 def test_closing_waits_for_no_item() -> None:
-    with closing(rounds(Asleep(), 2)) as made:
+    with closing(rounds(asleep, 2)) as made:
         workers = new_children(lambda: next(made))
         start = time.monotonic()
     for worker in workers:
@@ -136,91 +143,95 @@ def test_closing_waits_for_no_item() -> None:
 
 
 def test_a_copy_of_the_process_ends_no_workers() -> None:
-    with closing(rounds(Counted(), 2)) as made:
+    with closing(rounds(counted, 2)) as made:
         next(made)
         copy = multiprocessing.get_context("fork").Process(target=made.close)
         copy.start()
         copy.join(QUICKLY)
         assert copy.exitcode == 0
-        assert next(made) == [(worker, 1, b"") for worker in range(2)]
+        assert next(made) == [(worker, 2, 1, b"") for worker in range(2)]
 
 
-def test_a_worker_that_is_killed_is_an_error_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A handler that torch's loader has set raises the error wherever the program is, perhaps with a lock in its hands.
-    calls = []
-    before = signal.signal(signal.SIGCHLD, lambda *_: calls.append(1))
-    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
-    try:
-        with closing(rounds(Counted(), 2)) as made:
-            worker = new_children(lambda: next(made))[0]
-            worker.kill()
-            worker.join()
-            assert calls, "the handler that was there is called"
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def test_closing_is_no_death_to_torch_s_handler_of_another_loader() -> None:
-    before = signal.getsignal(signal.SIGCHLD)
-    monitored = list[str]()
+def test_a_worker_that_is_killed_is_an_error_of_nothing_else() -> None:
+    # Torch's loader sets such a handler, whose error comes wherever the program is, perhaps with a lock in its hands.
+    raised = list[str]()
 
     def handler(number: int, frame: object) -> None:
         try:
             signal_handling._error_if_any_worker_fails()
+            raised.append("")
         except RuntimeError as error:
-            monitored.append(str(error))
+            raised.append(str(error))
 
-    signal.signal(signal.SIGCHLD, handler)
+    before = signal.signal(signal.SIGCHLD, handler)
     try:
-        with closing(rounds(Asleep(), 2)) as made:
-            workers = new_children(lambda: next(made))
-        for worker in workers:
-            worker.join(QUICKLY)
-        assert [worker.exitcode for worker in workers] == [0, 0] and not monitored
+        with closing(rounds(counted, 2)) as made:
+            worker = new_children(lambda: next(made))[0]
+            worker.kill()
+            worker.join()
+        assert raised and not any(raised)
     finally:
         signal.signal(signal.SIGCHLD, before)
 
 
-def test_workers_stay_when_a_scheduler_asks_them_to_end() -> None:
-    with closing(rounds(Counted(), 2)) as made:
+def test_workers_stay_when_all_processes_are_asked_to_end() -> None:
+    with closing(rounds(counted, 2)) as made:
         for worker in new_children(lambda: next(made)):
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 os.kill(worker.pid, number)
         for _ in range(5):
             next(made)
 
 
+def test_workers_end_with_the_process_that_asks() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=kill_this_process)
+    process.start()
+    process.join(60)
+    # The sentinel of a process is a pipe that its children inherit: it is ready when they, too, have ended.
+    assert process.exitcode == -signal.SIGKILL and multiprocessing.connection.wait([process.sentinel], QUICKLY)
+
+
+def kill_this_process() -> None:
+    made = rounds(partial(counted, size=1_000_000), 3)
+    next(made)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Particular(Exception):
+    def __init__(self, number: int, *, shard: str) -> None:
+        super().__init__(f"{number} in {shard}")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [RuntimeError, FileNotFoundError, EOFError, ConnectionResetError])
-def test_an_error_in_a_worker_that_lives_is_not_called_its_death(error: type[Exception], workers: int) -> None:
-    with pytest.raises(error, match="no such thing"):
-        next(rounds(Failing(error), workers))
-
-
-@pytest.mark.parametrize("error", [EOFError(), ConnectionRefusedError(111, "refused"), RuntimeError("DataLoader")])
-def test_an_error_of_a_pipe_whose_other_end_is_dead_is_its_death(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    with closing(rounds(Counted(), 2)) as made:
-        worker = new_children(lambda: next(made))[1]
-
-        def fails(*_: Any) -> None:
-            worker.kill()
-            raise error
-
-        monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_get_data", fails)
-        with pytest.raises(WorkerError, match="ended by SIGKILL"):
+def test_an_error_in_a_worker_is_raised_as_it_is(error: type[Exception], workers: int) -> None:
+    with closing(rounds(partial(failing, error=error("no such thing")), workers)) as made:
+        next(made)
+        with pytest.raises(error, match="no such thing") as caught:
             next(made)
+    assert ("In a worker" in "".join(getattr(caught.value, "__notes__", []))) == bool(workers)
+
+
+def test_an_error_or_an_item_that_cannot_be_sent_is_an_error() -> None:
+    with closing(rounds(partial(failing, error=Particular(3, shard="a.tar")), 1)) as made:
+        next(made)
+        with pytest.raises(RuntimeError, match=r"Particular: 3 in a\.tar"):
+            next(made)
+    with (
+        closing(rounds(lambda worker, workers: iter([lambda: None]), 1)) as made,
+        pytest.raises((AttributeError, pickle.PicklingError), match="local object"),
+    ):
+        next(made)
 
 
 @pytest.mark.parametrize(("last", "status"), [("", 0), ("1 / 0", 1)])
 def test_a_program_ends_though_it_refers_to_the_workers(last: str, status: int) -> None:
     program = f"""
 from itertools import count
-from contracap.data import rounds as module
 from contracap.data.rounds import rounds
 
-made = rounds(count(), 2)
+made = rounds(lambda worker, workers: count(), 2)
 next(made)
 {last}
 """
@@ -231,7 +242,7 @@ kept: list[Iterator[Any]] = []
 
 
 def keep_workers() -> None:
-    kept.append(rounds(Counted(), 2))
+    kept.append(rounds(counted, 2))
     next(kept[0])
 
 

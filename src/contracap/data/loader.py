@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from contracap.data.batch import Batch
 from contracap.data.config import DataConfig
@@ -92,14 +91,14 @@ class TrainingBatches:
         """
         workers = min(self._config.workers, len(self._streams))
         self._maker.start(self._states)
-        with closing(rounds(self._maker, workers)) as parts_of_batches:
+        with closing(rounds(self._maker.make, workers)) as parts_of_batches:
             while True:
                 try:
                     parts = next(parts_of_batches)
                 except WorkerError as error:
                     raise OrderError(
-                        f"a worker process of the data died ({error}). Often that is for lack of memory: lower "
-                        "data.workers or data.shuffle_buffer"
+                        f"a worker process of the data died ({error}). Often that is for lack of memory, with "
+                        "SIGBUS of shared memory: lower data.workers or data.shuffle_buffer"
                     ) from None
                 yield self._joined(parts)
 
@@ -264,9 +263,9 @@ class _BatchMaker:
         """The position from which the next iteration goes on."""
         self._states = dict(states)
 
-    def __iter__(self) -> Iterator[_Made]:
-        worker = get_worker_info()
-        numbers = np.array_split(list(self._states), worker.num_workers)[worker.id] if worker else self._states
+    def make(self, worker: int, workers: int) -> Iterator[_Made]:
+        """The parts of one of the workers."""
+        numbers = np.array_split(list(self._states), workers)[worker]
         streams = {int(number): SampleStream(self._order, int(number)) for number in numbers}
         rows = self._config.batch_size // self._order.streams
         try:
