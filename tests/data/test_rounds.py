@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -89,6 +90,17 @@ def test_closing_ends_the_workers_and_leaves_nothing_open() -> None:
         pytest.skip("no /proc")
     assert not new_children(some)
     assert some() == some() == some()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGALRM, "ended by SIGALRM"), (signal.SIGRTMIN + 3, "ended by signal 37")]
+)
+def test_the_signal_that_ended_a_worker_is_named(number: int, said: str) -> None:
+    with closing(rounds(counted, 1)) as made:
+        os.kill(new_children(lambda: next(made))[0].pid, number)
+        with pytest.raises(WorkerError, match=said):
+            for _ in range(5):
+                next(made)
 
 
 @pytest.mark.parametrize("size", [0, 1_000_000])  # of 1 MB a pipe holds a part: the worker is killed while it writes
@@ -198,6 +210,48 @@ def kill_this_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
+    program = """
+import time, torch
+from contracap.data.rounds import rounds
+
+def make(worker, workers):
+    yield torch.zeros(3)
+    time.sleep(60)
+
+rounds(make, 2)
+for _ in range(2):
+    made = rounds(make, 2)
+    next(made)
+    made.close()
+made = rounds(make, 2)
+next(made)
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=60).returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounds_may_start_in_several_threads_at_once() -> None:
+    def killed(_: int) -> str:
+        with closing(rounds(counted, 2)) as made:
+            found = next(made)
+            assert [item[0] for item in found] == [0, 1]
+            process = next(iter(made.gi_frame.f_locals["started"]))._process
+            process.kill()
+            with pytest.raises(WorkerError) as caught:
+                for _ in range(5):
+                    next(made)
+            return str(caught.value)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all("ended by SIGKILL" in said for said in threads.map(killed, range(9)))
+
+
+def no_items(worker: int, workers: int) -> Iterator[int]:
+    raise FileNotFoundError("no shards at all")
+
+
 class Particular(Exception):
     def __init__(self, number: int, *, shard: str) -> None:
         super().__init__(f"{number} in {shard}")
@@ -218,6 +272,13 @@ def test_an_error_or_an_item_that_cannot_be_sent_is_an_error() -> None:
         next(made)
         with pytest.raises(RuntimeError, match=r"Particular: 3 in a\.tar"):
             next(made)
+    with closing(rounds(no_items, 1)) as made, pytest.raises(FileNotFoundError, match="no shards at all"):
+        next(made)
+    with closing(rounds(partial(failing, error=ValueError("bad", torch.ones(2))), 1)) as made:
+        next(made)
+        with pytest.raises(ValueError, match="bad") as caught:
+            next(made)
+        assert caught.value.args[1].tolist() == [1, 1]
     with (
         closing(rounds(lambda worker, workers: iter([lambda: None]), 1)) as made,
         pytest.raises((AttributeError, pickle.PicklingError), match="local object"),

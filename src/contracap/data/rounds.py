@@ -8,13 +8,15 @@ has a pipe of its own, which ends when it dies.
 import os
 import pickle
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
-from multiprocessing.util import Finalize
+from multiprocessing.util import Finalize, get_temp_dir
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,7 +25,10 @@ from torch import multiprocessing  # pickles tensors as shared memory
 from contracap.data.workers import WorkerError
 
 AHEAD = 2  # items that a worker makes before they are taken
-GRACE = 0.1  # seconds that a process gets to end in when its pipe has
+GRACE = 0.1  # seconds that workers get to end in by themselves
+PATIENCE = 5.0  # seconds until the system has ended a process whose pipe has ended, or that was killed
+
+_starting = threading.Lock()  # a process that is started meanwhile would have the ends of another's pipe
 
 Item = TypeVar("Item")
 
@@ -54,8 +59,9 @@ def rounds(make: Callable[[int, int], Iterator[Item]], workers: int) -> Generato
         if os.getpid() == here:  # not in a forked copy, for whom they do not work
             for worker in started:
                 worker.dismiss()
+            until = time.monotonic() + GRACE
             for worker in started:
-                worker.end()
+                worker.end(until)
 
 
 class _Worker(Generic[Item]):
@@ -64,14 +70,16 @@ class _Worker(Generic[Item]):
     def __init__(
         self, make: Callable[[int, int], Iterator[Item]], number: int, workers: int, others: Sequence[Connection]
     ) -> None:
-        self.pipe, its_own = multiprocessing.Pipe()
-        with its_own:  # which no other process may have, or it would not end with the worker
-            self._process = multiprocessing.Process(
-                target=_work, args=(its_own, [*others, self.pipe], make, number, workers), daemon=True
-            )
-            self._process.start()
-        # At its end `multiprocessing` waits for workers, which do not heed its SIGTERM.
-        self._at_exit = Finalize(None, self._process.kill, exitpriority=0)
+        get_temp_dir()  # one for all, which outlives those that are killed
+        with _starting:
+            self.pipe, its_own = multiprocessing.Pipe()
+            with its_own:  # which no other process may have, or it would not end with the worker
+                self._process = multiprocessing.Process(
+                    target=_work, args=(its_own, [*others, self.pipe], make, number, workers), daemon=True
+                )
+                # At its end `multiprocessing` waits for workers, which do not heed its SIGTERM.
+                self._at_exit = Finalize(None, _kill, args=[self._process], exitpriority=0)
+                self._process.start()
         for _ in range(AHEAD):
             self._ask(True)
 
@@ -79,12 +87,11 @@ class _Worker(Generic[Item]):
         """Its next item."""
         try:
             found = self.pipe.recv()
-        except (EOFError, OSError):
-            self._process.join(GRACE)
-            if (status := self._process.exitcode) is None:
+        except (EOFError, OSError) as error:
+            self._process.join(PATIENCE)
+            if self._process.exitcode is None and not isinstance(error, EOFError | ConnectionError):
                 raise
-            ended = f"exit status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
-            raise WorkerError(f"process {self._process.pid}: {ended}") from None
+            raise WorkerError(f"process {self._process.pid}: {_ended(self._process.exitcode)}") from None
         if isinstance(found, _Failure):
             raise found.error
         self._ask(True)
@@ -95,16 +102,28 @@ class _Worker(Generic[Item]):
         self._ask(False)
         self.pipe.close()
 
-    def end(self) -> None:
-        """Wait no longer for that."""
-        self._process.join(GRACE)
-        self._process.kill()
-        self._process.join(GRACE)
+    def end(self, until: float) -> None:
+        """Wait for that until then, by the monotonic clock, and no longer."""
+        self._process.join(max(0.0, until - time.monotonic()))
+        _kill(self._process)
+        self._process.join(PATIENCE)
         self._at_exit.cancel()
 
     def _ask(self, more: bool) -> None:
         with suppress(OSError):  # it is dead, and its pipe says so when it is read
             self.pipe.send(more)
+
+
+def _ended(status: int | None) -> str:
+    if status is None or status >= 0:
+        return f"exit status {'unknown' if status is None else status}"
+    known = {number.value: number.name for number in signal.Signals}
+    return f"ended by {known.get(-status, f'signal {-status}')}"
+
+
+def _kill(process: multiprocessing.Process) -> None:
+    if process.pid is not None:  # None: it could not be started
+        process.kill()
 
 
 @dataclass(frozen=True)
@@ -122,10 +141,15 @@ def _work(
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-    items = make(number, workers)
+    items = _items(make, number, workers)
     with suppress(EOFError, ConnectionError):  # the process that asks is dead
         while pipe.recv():
             pipe.send_bytes(_next(items))
+
+
+def _items(make: Callable[[int, int], Iterator[Item]], number: int, workers: int) -> Iterator[Item]:
+    """Starts with the first item, so that an error of `make` itself is told, too."""
+    yield from make(number, workers)
 
 
 def _next(items: Iterator[Any]) -> bytes | memoryview:
@@ -135,8 +159,7 @@ def _next(items: Iterator[Any]) -> bytes | memoryview:
     except Exception as error:
         error.add_note(f"In a worker process:\n{traceback.format_exc()}")
         try:
-            message = ForkingPickler.dumps(_Failure(error))
-            pickle.loads(message)
+            pickle.loads(ForkingPickler.dumps(_Failure(error)))
         except Exception:  # of an exception whose class takes other arguments
-            return ForkingPickler.dumps(_Failure(RuntimeError("".join(traceback.format_exception(error)))))
-        return message
+            error = RuntimeError("".join(traceback.format_exception(error)))
+        return ForkingPickler.dumps(_Failure(error))  # anew: what it shares is handed over once
