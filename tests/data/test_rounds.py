@@ -24,7 +24,7 @@ from contracap.data import rounds as module
 from contracap.data.rounds import rounds
 from contracap.data.workers import WorkerError
 
-QUICKLY = 10.0  # seconds; a worker that is dead is found after one or two, or never
+QUICKLY = 10.0  # seconds; a worker that is dead is found at once, or never
 
 
 def counted(worker: int, workers: int, size: int = 0) -> Iterator[tuple[int, int, int, bytes]]:

@@ -139,13 +139,11 @@ def evaluate(
             if predictions is not None:  # also where a metric fails
                 last.callback(lambda: kept.append(written(write_predictions, predictions, evaluator)))
             result = measure_task(config, evaluator, model, command=command_line())
-        try:
-            if json is not None:
-                kept.append(written(result.write, json))
-        finally:  # what took hours is shown even where it cannot be written
-            width = max(24, *map(len, result.figures))
-            for name, value in result.figures.items():
-                print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+        if json is not None:
+            kept.append(written(result.write, json))
+        width = max(24, *map(len, result.figures))
+        for name, value in result.figures.items():
+            print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
     missed = [  # tasks that failed, and figures that were asked for by name
         figure
         for name, each in wanted.items()

@@ -88,13 +88,9 @@ def score(
         per_sample={name: PerSample.of(keys, values) for name, values in scores.per_sample.items()},
         details={"keys_digest": digest(keys)} | scores.details,
     )
-    kept = True
-    try:
-        if json is not None:
-            kept = written(result.write, json)
-    finally:  # what took hours is shown even where it cannot be written
-        for name, value in scores.figures.items():
-            print(f"{name:24}{value:.4f}")
+    kept = json is None or written(result.write, json)
+    for name, value in scores.figures.items():
+        print(f"{name:24}{value:.4f}")
     if reason := scores.details.get("tokenizer_reason"):
         print(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", file=sys.stderr)
     for name, reason in scores.reasons.items():

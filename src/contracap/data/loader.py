@@ -103,6 +103,7 @@ class TrainingBatches:
                 yield self._joined(parts)
 
     def _joined(self, parts: Sequence["_Made"]) -> Batch:
+        """The batch of the workers' parts, behind which the position is then."""
         made = []
         for part in parts:
             self._skips += part.skips
