@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Packages that open_clip's captioning wants and that cannot be beside ours; only a child process of the benchmark sees them.
 PEERS := .venv/peers/transformers-4.49
+INSTALLED := .venv/.installed
 READY := .venv/.ready
 # Keeps every pip command below at the tested torch; with a source of CPU wheels configured this is the CPU build.
 export PIP_CONSTRAINT := constraints/cpu.txt
@@ -16,7 +17,7 @@ help: ## this list
 
 setup: $(READY) ## make .venv with all that tests and evaluation need
 
-quickstart: $(READY) ## train a small model on drawn pictures, then look at quickstart/report.html
+quickstart: $(INSTALLED) ## train a small model on drawn pictures, then look at quickstart/report.html
 	rm -rf quickstart
 	$(BIN)/contracap quickstart --out quickstart
 
@@ -40,10 +41,15 @@ check: $(READY) ## formatter, linter, type checker, import directions
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-# open_clip and its needs, pycocoevalcap and clip_benchmark are oracles of the tests. They come without dependencies of their own, so that nothing replaces torch.
-$(READY): pyproject.toml constraints/cpu.txt Makefile
+# The package and what it needs, for those who use it.
+$(INSTALLED): pyproject.toml constraints/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contracap needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable .
+	@touch $(INSTALLED)
+
+# open_clip and its needs, pycocoevalcap and clip_benchmark are oracles of the tests. They come without dependencies of their own, so that nothing replaces torch.
+$(READY): $(INSTALLED) Makefile
 	$(BIN)/python -m pip install --editable '.[dev]'
 	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm==1.0.31 pycocoevalcap==1.2 clip_benchmark==1.6.2
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(PEERS) transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0

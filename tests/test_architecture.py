@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",
     "bench": "bench bulk plan start recipe evaluation generation training parallel losses pretrained model data "
     "tokenizer image",
-    "bulk": "bulk generation model data tokenizer image processor",
+    "bulk": "bulk evaluation.features generation model data tokenizer image processor",
     "recipe": "evaluation training parallel model losses data tokenizer image",
     "compare": "compare evaluation.published evaluation.result page",
     "report.curves": "page",

@@ -14,6 +14,7 @@ from PIL import Image
 
 import contracap
 from contracap.cli import main
+from contracap.cli.errors import fail
 from contracap.data.shards import write_shard
 from contracap.evaluation.captioning import Captioning
 from contracap.pretrained import read_weights
@@ -92,6 +93,29 @@ def test_each_verb_has_help(run: Run, verb: list[str]) -> None:
 @pytest.mark.parametrize("arguments", [[], ["bogus"], ["evaluate"], ["quickstart", "--out"]])
 def test_a_call_that_cannot_be_parsed_exits_with_2(run: Run, arguments: list[str]) -> None:
     assert run(*arguments)[0] == 2
+
+
+def test_a_verb_that_does_not_exist_is_one_line_with_the_nearest(run: Run) -> None:
+    for arguments, nearest in ((["captoin"], "caption"), (["weights", "convrt"], "convert"), (["bogus"], "quickstart")):
+        status, out, err = run(*arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1) and nearest in err
+
+
+def test_version_is_that_of_the_package(run: Run) -> None:
+    assert run("--version") == (0, f"contracap {contracap.__version__}\n", "")
+
+
+def test_help_shows_no_default_that_says_nothing(run: Run) -> None:
+    verbs = [["caption"], ["evaluate"], ["train"], ["plan"], ["shards", "make"], ["bulk", "caption"], ["score"]]
+    for verb in verbs:
+        _, out, _ = run(*verb, "--help")
+        text = " ".join(out.replace("│", " ").split())
+        assert "(default: )" not in text and "None" not in text and "(default: '')" not in text, verb
+
+
+def test_an_error_keeps_its_white_space_and_shows_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    fail("a  b\tc\nd \x1b[31m")
+    assert capsys.readouterr().err == "contracap: error: a  b\\tc\\nd \\x1b[31m\n"
 
 
 def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: Path, tmp_path: Path) -> None:

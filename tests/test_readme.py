@@ -62,7 +62,7 @@ def test_python_blocks_run(a_finished_quickstart: Path, monkeypatch, capsys) -> 
     assert len(PYTHON) == 3
     for block in PYTHON:
         exec(compile(block, "README.md", "exec"), {})
-    assert "a small red plain circle" in capsys.readouterr().out
+    assert "over a small red plain circle" in capsys.readouterr().out
 
 
 def test_the_caption_command_runs(a_finished_quickstart: Path, capsys) -> None:

@@ -1,8 +1,10 @@
 """The command line. Whatever needs torch is imported inside the verbs, so that `--help` answers at once."""
 
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import TextIOWrapper
 
 try:
@@ -11,10 +13,12 @@ try:
 except ModuleNotFoundError:
     sys.exit("contracap: error: the command line needs the package tyro: pip install tyro")
 
+from contracap import __version__
 from contracap.cli import bulk
 from contracap.cli.caption import caption
 from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
+from contracap.cli.describe import classify, embed
 from contracap.cli.errors import fail, is_for_the_user, message
 from contracap.cli.measure import bench, evaluate
 from contracap.cli.runs import plan, quickstart, study, train
@@ -24,6 +28,46 @@ from contracap.cli.shards import index, make, show
 from contracap.cli.weights import convert, inspect
 
 BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
+CANNOT_PARSE = 2
+
+Verbs = Mapping[str, "Callable[..., int | None] | Group"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Verbs under a common word."""
+
+    help: str
+    verbs: Verbs
+
+
+VERBS: Verbs = {
+    "quickstart": quickstart,
+    "train": train,
+    "study": study,
+    "evaluate": evaluate,
+    "score": score,
+    "compare": compare,
+    "report": report,
+    "caption": caption,
+    "classify": classify,
+    "embed": embed,
+    "demo": demo,
+    "serve": serve,
+    "plan": plan,
+    "bench": bench,
+    "bulk": Group(
+        "Captions and embeddings of many tar shards, on one machine or many.",
+        {"caption": bulk.caption, "embed": bulk.embed},
+    ),
+    "shards": Group(
+        "Make tar shards from any source, index them, and look at them.", {"make": make, "index": index, "show": show}
+    ),
+    "weights": Group(
+        "Look into weights files, and convert them to and from open_clip's layout.",
+        {"inspect": inspect, "convert": convert},
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,25 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    weights = SubcommandApp()
-    weights.command(inspect)
-    weights.command(convert)
-    shards = SubcommandApp()
-    for verb in (make, index, show):
-        shards.command(verb)
-    many = SubcommandApp()
-    many.command(bulk.caption)
-    many.command(bulk.embed)
-    app = SubcommandApp()
-    for verb in (quickstart, train, study, evaluate, score, compare, report, caption, demo, serve, plan, bench):
-        app.command(verb)
-    app.command(many, name="bulk", help="Captions and embeddings of many tar shards, on one machine or many.")
-    app.command(shards, name="shards", help="Make tar shards of any source, index them, and look at them.")
-    app.command(
-        weights, name="weights", help="Look into weights files, and convert them to and from open_clip's layout."
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        print(f"contracap {__version__}")
+        return 0
+    if (problem := _unknown_verb(VERBS, arguments)) is not None:
+        return fail(problem, status=CANNOT_PARSE)
     try:
-        status = app.cli(
+        status = _app(VERBS).cli(
             prog="contracap",
             description="Contrastive captioners: train, caption, classify, retrieve, evaluate.",
             args=arguments,
@@ -75,6 +108,29 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         return fail(message(error), status=getattr(error, "exit_status", 1))
     return status or 0
+
+
+def _app(verbs: Verbs) -> SubcommandApp:
+    app = SubcommandApp()
+    for name, verb in verbs.items():
+        if isinstance(verb, Group):
+            app.command(_app(verb.verbs), name=name, help=verb.help)
+        else:
+            app.command(name=name)(verb)
+    return app
+
+
+def _unknown_verb(verbs: Verbs, arguments: Sequence[str], before: str = "contracap") -> str | None:
+    """What to say of a first word that is not a verb; None if it is one, or an option."""
+    if not arguments or arguments[0].startswith("-"):
+        return None
+    name = arguments[0]
+    if name not in verbs:
+        near = difflib.get_close_matches(name, verbs, n=1)
+        right = f"did you mean {near[0]!r}?" if near else f"{before} has {', '.join(verbs)}"
+        return f"no verb {name!r}: {right}"
+    verb = verbs[name]
+    return _unknown_verb(verb.verbs, arguments[1:], f"{before} {name}") if isinstance(verb, Group) else None
 
 
 def _reader_has_gone() -> bool:

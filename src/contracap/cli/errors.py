@@ -7,8 +7,12 @@ from pathlib import Path
 
 
 def fail(message: str, *, status: int = 1) -> int:
-    """One line on stderr; returns the exit status."""
-    print(f"contracap: error: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line on stderr and return the exit status. Line breaks and control characters are escaped."""
+    line = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in message.strip()
+    )
+    print(f"contracap: error: {line}", file=sys.stderr)
     return status
 
 

@@ -5,9 +5,10 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import FlagCreatePairsOff, arg
+import tyro.conf
+from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.errors import message
 from contracap.files import try_place
@@ -15,6 +16,16 @@ from contracap.files import try_place
 if TYPE_CHECKING:
     from contracap.model.coca import CoCa
     from contracap.processor import Processor
+
+
+def arg(*, help: str, metavar: str | None = None, name: str | None = None) -> Any:
+    """tyro's `arg`, whose help says a default only where there is something to say."""
+    return tyro.conf.arg(help=help, metavar=metavar, name=name, help_behavior_hint=_default)
+
+
+def _default(value: str) -> str:
+    return "" if value in ("", "''", "None", "False") else f"(default: {value})"
+
 
 WeightsName = Annotated[
     str, arg(metavar="WEIGHTS", help="a run's checkpoint, a weights file, a folder or an hf-hub: name")

@@ -1,0 +1,128 @@
+"""The verbs that say what is in an image without writing a text: its class, its embedding."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from contracap.cli.errors import fail, message
+from contracap.cli.options import ResultFile, Size, WeightsName, arg, command_line, load_model
+
+if TYPE_CHECKING:
+    from contracap.bulk.embedding import EmbeddingBatch
+    from contracap.model.coca import CoCa
+    from contracap.processor import Processor
+
+Images = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="PATH [PATH ...]",
+        help="images and their URLs, folders with their subfolders, patterns, .txt lists, tar shards",
+    ),
+]
+BatchSize = Annotated[int, arg(metavar="N", help="images that go through the model together")]
+
+
+def classify(
+    weights: WeightsName,
+    paths: Images,
+    /,
+    *,
+    labels: Annotated[tuple[str, ...], arg(metavar="LABEL [LABEL ...]", help="the classes to choose from")],
+    templates: Annotated[
+        tuple[str, ...],
+        arg(metavar="TEXT", help="prompts with {} where the label goes; their embeddings are averaged"),
+    ] = ("a photo of a {}.",),
+    batch_size: BatchSize = 64,
+    size: Size = None,
+    json: ResultFile = None,
+) -> int:
+    """Choose among labels for each image, without training. Prints a line for each: path, best label, probability."""
+    from contracap.evaluation.result import Result
+    from contracap.evaluation.zeroshot import check_templates, classifier
+
+    _check(paths)
+    if not labels:
+        raise ValueError("there are no labels to choose from: --labels LABEL [LABEL ...]")
+    check_templates(templates)
+    model, processor = load_model(weights, size)
+    scale = model.logit_scale.detach().exp()
+    weight = classifier(model, processor, labels, templates)
+    found, broken = [], list[Exception]()
+    for batch in _batches(model, processor, paths, batch_size):
+        broken += batch.broken
+        probabilities = (scale * batch.embeddings @ weight.T).softmax(dim=1).tolist()
+        for name, row in zip(batch.names, probabilities, strict=True):
+            best = max(range(len(labels)), key=row.__getitem__)
+            print(f"{name}\t{labels[best]}\t{row[best]:.4f}", flush=True)
+            if json is not None:
+                found.append({"path": name, "probabilities": dict(zip(labels, row, strict=True))})
+    if json is not None:
+        figures = {"unreadable": float(len(broken))}
+        result = Result(
+            command=command_line(), seed=None, samples=len(found), figures=figures, details={"images": found}
+        )
+        result.write(json)
+    return _report(broken)
+
+
+def embed(
+    weights: WeightsName,
+    paths: Images,
+    /,
+    *,
+    out: Annotated[
+        Path,
+        arg(
+            metavar="FILE",
+            help=".npz: NumPy arrays `paths` and `embeddings`; .parquet: columns `path` and `embedding`",
+        ),
+    ],
+    batch_size: BatchSize = 64,
+    size: Size = None,
+) -> int:
+    """Write the contrastive embedding of each image, a row of unit length, to one file."""
+    from contracap.bulk.embedding import write_embeddings
+    from contracap.files import try_place
+
+    _check(paths)
+    kind = out.suffix.removeprefix(".")
+    if kind != "npz" and kind != "parquet":
+        raise ValueError(f"--out {str(out)!r} must end in .npz or .parquet")
+    try_place(out)
+    broken = list[Exception]()
+
+    def batches() -> "Iterator[EmbeddingBatch]":
+        for batch in _batches(*load_model(weights, size), paths, batch_size):
+            broken.extend(batch.broken)
+            yield batch
+
+    count = write_embeddings(out, kind, batches())
+    print(f"{count} embeddings: {out}")
+    return _report(broken)
+
+
+def _check(paths: tuple[str, ...]) -> None:
+    """Raises: OSError, ValueError: if a path stands for no image; found before the weights are read."""
+    from contracap.bulk.inputs import first_items
+
+    for _ in first_items(paths):
+        pass
+
+
+def _batches(
+    model: "CoCa", processor: "Processor", paths: tuple[str, ...], batch_size: int
+) -> "Iterator[EmbeddingBatch]":
+    from contracap.bulk.embedding import embed_items
+    from contracap.bulk.inputs import items
+    from contracap.generation.strategy import check_count
+
+    check_count("--batch-size", batch_size, 1, "images at a time")
+    workers = 4 * (os.cpu_count() or 1)
+    yield from embed_items(model, processor, items(paths), batch_size=batch_size, workers=workers)
+
+
+def _report(broken: list[Exception]) -> int:
+    for error in broken:
+        fail(message(error))
+    return 1 if broken else 0
