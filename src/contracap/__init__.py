@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contracap.evaluation.task import evaluate
     from contracap.generation.beam import BeamSearch
     from contracap.generation.captioner import Captioner
     from contracap.generation.legacy import LegacyBeamSearch
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from contracap.generation.rules import Rules
     from contracap.generation.sampling import Greedy, Sampling
     from contracap.pretrained import load
+    from contracap.recipe import load_recipe
+    from contracap.trainer import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,7 +28,10 @@ __all__ = [
     "Rules",
     "Sampling",
     "__version__",
+    "evaluate",
     "load",
+    "load_recipe",
+    "train",
 ]
 
 _HOMES = {
@@ -36,7 +42,10 @@ _HOMES = {
     "LegacyBeamSearch": "contracap.generation.legacy",
     "Rules": "contracap.generation.rules",
     "Sampling": "contracap.generation.sampling",
+    "evaluate": "contracap.evaluation.task",
     "load": "contracap.pretrained",
+    "load_recipe": "contracap.recipe",
+    "train": "contracap.trainer",
 }
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+import contracap
 from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
 from contracap.evaluation.spice import CORENLP_JARS
@@ -77,3 +78,13 @@ def test_results_tell_the_seed(tmp_path: Path) -> None:
     assert measure_task(config, evaluator, model, command="contracap evaluate x").seed == 3
     assert measure_tasks({"a": config}, model, own, command="contracap evaluate x").seed == 3
     assert measure_tasks({"a": config}, model, own, command="contracap study x", seed=5).seed == 5
+
+
+def test_evaluate_in_python_gives_the_figures_of_the_verb(weights: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [record(name, name, captions=[f"a {name} one"]) for name in ("red", "blue")])
+    model, own = load(weights)
+    result = contracap.evaluate(model, own, task="retrieval", data=tmp_path)
+    config = task(task="retrieval", data=str(tmp_path))
+    assert result.figures == measure_task(config, build_evaluator(config, own), model, command="").figures
+    with pytest.raises(ConfigError, match="unknown key 'classe'; did you mean 'classes'"):
+        contracap.evaluate(model, own, task="zeroshot", data=tmp_path, classe="imagenet1k")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
+from contracap.generation.choice import build_strategy
 from contracap.generation.strategy import Prompts
 
 from .logit_tables import END, START, Table, begin, prompts_of, run
@@ -76,3 +77,8 @@ def test_searches_begin_with_one_row_a_picture_and_spread_in_their_first_step():
 def test_no_prompt_is_the_start_token_alone():
     prompts = Prompts.empty(3, START)
     assert prompts.ids.tolist() == [[START]] * 3 and prompts.lengths.tolist() == [1, 1, 1] and prompts.shared == 1
+
+
+def test_one_phrase_in_a_setting_needs_no_list():
+    assert build_strategy("greedy", ["rules.banned=word"]) == Greedy(rules=Rules(banned=("word",)))
+    assert build_strategy("greedy", ["rules.forced=['a b', 'c']"]) == Greedy(rules=Rules(forced=("a b", "c")))

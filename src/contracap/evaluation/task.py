@@ -1,6 +1,8 @@
 """One thing that can be measured of a model, and the evaluator that measures it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from contracap.config import assign, build, to_dict
@@ -197,3 +199,23 @@ def measure_task(config: TaskConfig, evaluator: Evaluator, model: CoCa, *, comma
     """
     result = measure(evaluator, model, command=command, seed=seed_of(config))
     return replace(result, details={"asked": asked(config)} | dict(result.details))
+
+
+def evaluate(
+    model: CoCa, processor: Processor, *, task: Task, data: str | Path | Sequence[str | Path], **options: Any
+) -> Result:
+    """Measure one task of a model, as `contracap evaluate --task` does.
+
+    Args:
+        data: folders of tar shards, or shards, as `TaskConfig` has them.
+        options: other fields of `TaskConfig`, such as `classes="imagenet1k"`.
+
+    Returns: a result whose `figures` go from name to number.
+
+    Raises: FileNotFoundError, ValueError: if the data or an option is wrong.
+    """
+    paths = [data] if isinstance(data, str | Path) else data
+    values = {"task": task, "data": [str(path) for path in paths], **options}
+    config = build(TaskConfig, values)
+    command = f"contracap.evaluate({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+    return measure_task(config, build_evaluator(config, processor), model, command=command)

@@ -2,16 +2,25 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from contracap.generation.phrases import Banned, Forced, Vocabulary, followed
 from contracap.generation.strategy import Prompts, check_count, check_number
 from contracap.generation.texts import Texts
 from contracap.tokenizer import Tokenizer, clean
+
+
+def _as_tuple(phrases: object) -> object:
+    return (phrases,) if isinstance(phrases, str) else tuple(phrases) if isinstance(phrases, list) else phrases
+
+
+Phrases = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""Words or phrases; in a setting, such as `rules.banned=word`, one may stand without a list around it."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,8 @@ class Rules:
 
     repetition_penalty: float = 1.0
     no_repeat_ngram: int | None = None
-    banned: tuple[str, ...] = ()
-    forced: tuple[str, ...] = ()
+    banned: Phrases = ()
+    forced: Phrases = ()
 
     def __post_init__(self) -> None:
         check_number("repetition_penalty", self.repetition_penalty, 0.1, 10.0, "1 changes nothing")
