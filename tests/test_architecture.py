@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "tokenizer": "",
     "image": "",
     "page": "",
-    "processor": "tokenizer image",
+    "processor": "tokenizer image data.download",
     "losses": "",
     "model.cache": "",
     "model.layout": "",

@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +45,7 @@ def test_a_picture_that_cannot_be_used_is_named(processor: Processor, picture, t
     broken.write_bytes(b"\xff\xd8\xff nothing")
     with pytest.raises(ImageError, match=r"broken\.jpg: "):
         processor.images([picture, broken])
-    with pytest.raises(ImageError, match="picture 1: "):
+    with pytest.raises(ImageError, match="image 1: "):
         processor.images([picture, b"not a picture"])
     with pytest.raises(FileNotFoundError, match=r"missing\.jpg: no such picture file"):
         processor.images([tmp_path / "missing.jpg"])
@@ -64,5 +65,41 @@ def test_inference_mode_leaves_no_mark_on_later_pixels(processor: Processor, pic
 
 
 def test_one_picture_instead_of_a_list_is_refused(processor: Processor) -> None:
-    with pytest.raises(TypeError, match="takes a list of pictures"):
+    with pytest.raises(TypeError, match="takes a list of images"):
         processor.images("picture.jpg")
+
+
+def test_arrays_tensors_and_urls_give_the_pixels_of_their_image(processor: Processor, picture, monkeypatch) -> None:
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    monkeypatch.setattr("contracap.processor.download", lambda url: file.getvalue() if url == "https://host/a" else b"")
+    pixels = processor.images([picture, array, tensor, tensor / 255, array.astype(np.float32) / 255, "https://host/a"])
+    assert all(torch.equal(other, pixels[0]) for other in pixels)
+    grey = np.asarray(picture.convert("L"))
+    assert torch.equal(*processor.images([grey, torch.from_numpy(grey.copy())[None]]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((4, 4, 5), np.uint8),
+        np.zeros((2, 4, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4, 3), np.int64),
+        np.full((4, 4, 3), 200.0),
+        np.full((4, 4, 3), np.nan),
+        torch.zeros(4, 4, 3),
+    ],
+)
+def test_other_arrays_are_refused_by_their_number(processor: Processor, picture, wrong) -> None:
+    with pytest.raises(ImageError, match="image 1: "):
+        processor.images([picture, wrong])
+
+
+def test_a_call_gives_what_the_model_is_called_with(processor: Processor, picture) -> None:
+    inputs = processor(images=[picture], texts=["a dog", "a cat"])
+    assert torch.equal(inputs["pixels"], processor.images([picture]))
+    assert torch.equal(inputs["ids"], processor.texts(["a dog", "a cat"]))
+    assert processor(texts="a dog").keys() == {"ids"}

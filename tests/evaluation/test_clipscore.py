@@ -66,5 +66,5 @@ def test_scores_do_not_depend_on_the_batch(judge: ClipScorer, monkeypatch) -> No
 
 
 def test_a_broken_picture_is_an_error(judge: ClipScorer) -> None:
-    with pytest.raises(ImageError, match="picture 1"):
+    with pytest.raises(ImageError, match="image 1"):
         judge.score([PICTURES[0], b"no picture"], ["a", "b"], [["a"], ["b"]])
