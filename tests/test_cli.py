@@ -307,3 +307,29 @@ def test_demo_without_gradio_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "contracap: error: the page needs the package gradio: pip install 'contracap[demo]'\n"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "quickstart --out {}",
+        "train {}",
+        "study {}",
+        "plan {} --gpus 1 --gpu l40s",
+        *("evaluate {} --task retrieval --data x", "evaluate x --task retrieval --data {}"),
+        *("evaluate x --tasks {}", "evaluate x --task zeroshot --data x --classes {}", "evaluate x --predictions {}"),
+        *("score {}", "score x --references {}", "score x --clipscore {}", "score x --images {}", "score x --json {}"),
+        *("compare {} x", "compare x {}", "compare x y --out {}", "report {}"),
+        *("caption {} x", "caption x {}", "caption x y {} --format sidecar --overwrite", "caption x y --out {}"),
+        *("demo {}", "demo x --pictures {}", "serve {}", "bench data --json {}"),
+        *("bulk caption {} x --out y", "bulk caption x {} --out y", "bulk embed x y --out {}"),
+        *("shards make {} --out x", "shards make x --out {}", "shards make x --out y --pictures {}"),
+        *("shards index {}", "shards index x --out {}", "shards show {}", "shards show x --out {}"),
+        *("weights inspect {}", "weights convert {} x", "weights convert x {}"),
+    ],
+)
+def test_an_empty_path_is_refused_by_every_verb(run: Run, call: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*("" if word == "{}" else word for word in call.split()))
+    assert (status, out, err.count("\n")) == (1, "", 1) and "a path is empty" in err
+    assert not os.listdir(tmp_path)

@@ -1,5 +1,10 @@
+import errno
 import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -48,3 +53,61 @@ def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "new"]
     with pytest.raises(FileExistsError):
         try_place(tmp_path / "a.txt" / "b.txt")
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ü" * 125 + ".text"])
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "x")
+    try_place(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+    for write in (try_place, lambda path: write_text(path, "x")):
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / f"a{name}")
+        assert caught.value.errno == errno.ENAMETOOLONG and caught.value.filename == str(tmp_path / f"a{name}")
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    read = list[str]()
+    reader = Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    try_place(pipe)
+    write_text(pipe, "x")
+    reader.join()
+    assert read == ["x"] and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
+    """As the real ones do: a test that fails as root must not cost the machine its /dev/null."""
+    null, full = tmp_path / "null", tmp_path / "full"
+    try:
+        os.mknod(null, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        os.mknod(full, 0o600 | stat.S_IFCHR, os.makedev(1, 7))
+        null.write_text("")
+    except PermissionError:
+        pytest.skip("only root makes devices, and not everywhere")
+    for path in (null, full):
+        try_place(path)
+    write_text(null, "x")
+    with pytest.raises(OSError) as caught:
+        write_text(full, "x")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(full))
+    assert null.is_char_device() and full.is_char_device() and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_stdout_gets_the_content_between_what_else_is_printed(tmp_path: Path, kind: str) -> None:
+    program = "from contracap.files import *; print(1, flush=True); write_text('/dev/stdout', '2\\n'); print(3)"
+    with (tmp_path / "out").open("wb") as file:
+        out = file if kind == "file" else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
+    assert (done.stdout or (tmp_path / "out").read_bytes()) == b"1\n2\n3\n"
+    assert Path("/dev/stdout").is_symlink()
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a").symlink_to("folder/b")
+    for text in ("x", "y"):
+        write_text(tmp_path / "a", text)
+        assert (tmp_path / "folder" / "b").read_text() == text and (tmp_path / "a").is_symlink()

@@ -2,22 +2,33 @@
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """An empty file beside `path` to write to; at the end it takes the name `path`, or vanishes if there was an error.
 
-    The folder is made if need be. Rights are those of any new file.
+    The folder is made if need be. The file gets the default permissions. A link stays, and what it leads to is
+    replaced. A device or a pipe stays, too: the content is written to it at the end.
 
     Raises: OSError: of `path`, if there can be no such file.
     """
     path = Path(path)
-    partial = _beside(path)
+    if is_stream(path):
+        with _scratch(path) as partial:
+            yield partial
+            with _named(path), partial.open("rb") as source, _open_stream(path) as stream:
+                shutil.copyfileobj(source, stream)
+        return
+    with _named(path):
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    partial = _beside(target)
     try:
         yield partial
         umask = os.umask(0)
@@ -26,9 +37,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         with _named(path):
-            os.replace(partial, path)
+            os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether there is something at `path` that is written to and never replaced: a device, a pipe, what stdout is."""
+    path = Path(path)
+    if not path.exists() or path.is_dir():
+        return False
+    return not path.is_file() or (path.is_symlink() and _own_stream(path) is not None)
 
 
 def try_place(path: str | Path) -> None:
@@ -40,14 +59,43 @@ def try_place(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    _beside(path).unlink()
+    if not is_stream(path):
+        _beside(Path(os.path.realpath(path)) if path.is_symlink() else path).unlink()
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _own_stream(path: Path) -> int | None:
+    """The descriptor of stdout or stderr, if `path` leads to the same open file."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _open_stream(path: Path) -> BinaryIO:
+    """`path` to write to; stdout and stderr go on where they are."""
+    descriptor = _own_stream(path)
+    return path.open("wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """An empty file for what goes to the stream `path` at the end."""
+    with tempfile.TemporaryDirectory(prefix="contracap-") as folder:
+        (partial := Path(folder, path.name)).touch()
+        yield partial
 
 
 def _beside(path: Path) -> Path:
-    """A new empty file in the folder of `path`, which is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A new empty file in the folder of `path`, which is made if need be. Its name is short, as that of `path` may be
+    as long as names can be."""
     with _named(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # tells a name that is too long
+        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
     os.close(descriptor)
     return Path(name)
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -19,8 +20,9 @@ from contracap.cli.caption import caption
 from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
 from contracap.cli.describe import classify, embed
-from contracap.cli.errors import fail, is_for_the_user, message
+from contracap.cli.errors import fail, is_for_the_user, message, verbosity
 from contracap.cli.measure import bench, evaluate
+from contracap.cli.options import registry
 from contracap.cli.runs import plan, quickstart, study, train
 from contracap.cli.score import score
 from contracap.cli.serve import serve
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = verbosity.take(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--version"]:
         print(f"contracap {__version__}")
         return 0
@@ -95,17 +97,21 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = _app(VERBS).cli(
             prog="contracap",
-            description="Contrastive captioners: train, caption, classify, retrieve, evaluate.",
+            description="Contrastive captioners: train, caption, classify, retrieve, evaluate. Every verb also takes "
+            "--quiet (results and errors alone) and --verbose (tracebacks, all log lines).",
             args=arguments,
             config=(DisallowNone,),
+            registry=registry,
         )
-    except KeyboardInterrupt:
-        return fail("interrupted", status=130)
+    except KeyboardInterrupt as interrupt:  # a verb may say what is done, and whether the same command goes on
+        return fail(str(interrupt) or "interrupted", status=130)
     except BrokenPipeError:
         raise
     except Exception as error:
         if not is_for_the_user(error):
             raise
+        if verbosity.verbose:
+            traceback.print_exc()
         return fail(message(error), status=getattr(error, "exit_status", 1))
     return status or 0
 

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from contracap.cli.errors import fail
-from contracap.cli.options import Settings, Size, StrategyName, WeightsName
+from contracap.cli.options import PathText, Settings, Size, StrategyName, WeightsName
 
 if TYPE_CHECKING:
     from contracap.bulk.parts import BulkConfig
 
 Shards = Annotated[
-    tuple[str, ...],
+    tuple[PathText, ...],
     arg(metavar="SHARDS [SHARDS ...]", help="a folder of tar shards, or shards; URLs and {000..331} too"),
 ]
-Out = Annotated[str, arg(metavar="FOLDER", help="for a parquet file a shard: a folder, or one of s3:// or gs://")]
+Out = Annotated[PathText, arg(metavar="FOLDER", help="for a parquet file a shard: a folder, or one of s3:// or gs://")]
 Address = Annotated[str | None, arg(help="a Ray cluster's, or auto for this machine's; by default Ray starts here")]
 BulkWorkers = Annotated[
     int | None, arg(metavar="N", help="processes with the model; by default one a GPU, else one for 4 cores")

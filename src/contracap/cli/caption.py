@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, arg
 
 from contracap.cli.errors import fail, message
-from contracap.cli.options import Int8, ResultFile, Settings, Size, StrategyName, WeightsName, command_line, load_model
+from contracap.cli.options import (
+    Int8,
+    PathText,
+    ResultFile,
+    Settings,
+    Size,
+    StrategyName,
+    WeightsName,
+    command_line,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from contracap.bulk.outputs import Existing, Output
@@ -24,7 +34,7 @@ Format = Literal["sidecar", "jsonl", "csv", "parquet", "metadata"]
 def caption(
     weights: WeightsName,
     paths: Annotated[
-        tuple[str, ...],
+        tuple[PathText, ...],
         arg(
             metavar="PATH [PATH ...]",
             help="pictures and their URLs, folders of them with their subfolders, patterns such as 'photos/**/*.png', "

@@ -1,9 +1,43 @@
-"""How a verb that goes wrong says so."""
+"""What verbs say: what went wrong, and on the way as much as `--quiet` and `--verbose` want."""
 
+import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+
+class EmptyPathError(Exception):
+    """An empty text where a path belongs."""
+
+
+class Verbosity:
+    """What every verb takes, wherever it stands among the arguments.
+
+    Attributes:
+        quiet: results and errors alone, without bars, summaries and log lines.
+        verbose: also the traceback of what went wrong, and log lines of every level.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+
+    def take(self, arguments: Sequence[str]) -> list[str]:
+        """The other arguments. Of both the louder one counts."""
+        self.verbose = "--verbose" in arguments
+        self.quiet = "--quiet" in arguments and not self.verbose
+        logging.disable(logging.INFO if self.quiet else logging.NOTSET)
+        logging.getLogger("contracap").setLevel(logging.DEBUG if self.verbose else logging.NOTSET)
+        return [word for word in arguments if word not in ("--quiet", "--verbose")]
+
+
+verbosity = Verbosity()
+
+
+def say(line: str) -> None:
+    """Print what is good to know and no result."""
+    if not verbosity.quiet:
+        print(line)
 
 
 def fail(message: str, *, status: int = 1) -> int:

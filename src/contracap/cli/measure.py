@@ -13,6 +13,7 @@ from tyro.conf import arg
 from contracap.cli.errors import written
 from contracap.cli.options import (
     Int8,
+    PathText,
     ResultFile,
     Settings,
     Size,
@@ -35,18 +36,18 @@ def evaluate(
     *,
     task: Annotated[Literal["retrieval", "captioning", "zeroshot", "vqa"] | None, arg(help="what to measure")] = None,
     data: Annotated[
-        tuple[str, ...],
+        tuple[PathText, ...],
         arg(
             metavar="PATH [PATH ...]",
             help="folders of tar shards, or shards; for zeroshot also a folder of class folders, for vqa VQAv2's file",
         ),
     ] = (),
     classes: Annotated[
-        str | None,
+        PathText | None,
         arg(metavar="NAME|FILE", help="for zeroshot: a published set, such as imagenet1k, or a JSON list of names"),
     ] = None,
     templates: Annotated[
-        str | None, arg(metavar="NAME|FILE", help="for zeroshot: likewise, prompts with {} where the name goes")
+        PathText | None, arg(metavar="NAME|FILE", help="for zeroshot: likewise, prompts with {} where the name goes")
     ] = None,
     metrics: Annotated[
         tuple[MetricName, ...],
@@ -57,18 +58,18 @@ def evaluate(
         arg(help="for captioning: java is the one of the published figures, and taken where it can run"),
     ] = None,
     corenlp_dir: Annotated[
-        str | None,
+        PathText | None,
         arg(metavar="DIR", help="for spice: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR"),
     ] = None,
     spice_memory: Annotated[
         str | None, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g; by default 8g")
     ] = None,
     clipscore: Annotated[
-        str | None,
+        PathText | None,
         arg(metavar="WEIGHTS", help="for captioning: adds CLIPScore and RefCLIPScore by these weights, or by `self`"),
     ] = None,
     answers: Annotated[
-        str | None,
+        PathText | None,
         arg(metavar="FILE", help="for vqa: a JSON list of answers to choose from, or a JSON object with `answers`"),
     ] = None,
     prompt: Annotated[

@@ -3,14 +3,15 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro.conf
 from tyro.conf import FlagCreatePairsOff
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from contracap.cli.errors import message
+from contracap.cli.errors import EmptyPathError, message
 from contracap.files import try_place
 
 if TYPE_CHECKING:
@@ -27,8 +28,36 @@ def _default(value: str) -> str:
     return "" if value in ("", "''", "None", "False") else f"(default: {value})"
 
 
+class PathText(str):
+    """Annotates text that is a path or a URL: `registry` refuses an empty one, as it does for `Path`."""
+
+
+registry = ConstructorRegistry()
+"""How words of the command line become values, for all verbs."""
+
+
+@registry.primitive_rule
+def _path_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | Path] | None:
+    if wanted.type not in (Path, PathText):
+        return None
+    make = Path if wanted.type is Path else str
+
+    def from_words(words: Sequence[str]) -> str | Path:
+        if not words[0].strip():  # `Path("")` is the working folder, which nobody named
+            raise EmptyPathError('a path is empty (""): name a file or a folder; the working folder is .')
+        return make(words[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=from_words,
+        is_instance=lambda value: isinstance(value, make),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 WeightsName = Annotated[
-    str, arg(metavar="WEIGHTS", help="a run's checkpoint, a weights file, a folder or an hf-hub: name")
+    PathText, arg(metavar="WEIGHTS", help="a run's checkpoint, a weights file, a folder or an hf-hub: name")
 ]
 Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from contracap.cli.errors import written
-from contracap.cli.options import ResultFile, Size, check_outputs, command_line, load_model
+from contracap.cli.options import PathText, ResultFile, Size, check_outputs, command_line, load_model
 from contracap.evaluation.scores import MetricName
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName
@@ -41,7 +41,7 @@ def score(
         str, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g")
     ] = MEMORY,
     clipscore: Annotated[
-        str | None, arg(metavar="WEIGHTS", help="adds CLIPScore and RefCLIPScore by this model")
+        PathText | None, arg(metavar="WEIGHTS", help="adds CLIPScore and RefCLIPScore by this model")
     ] = None,
     images: Annotated[
         Path | None,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from contracap.cli.options import Workers, worker_count
+from contracap.cli.options import PathText, Workers, worker_count
 
 
 def make(
@@ -52,7 +52,7 @@ def make(
 
 
 def index(
-    folder: Annotated[str, arg(metavar="DIR", help="a folder of tar shards, or its URL")],
+    folder: Annotated[PathText, arg(metavar="DIR", help="a folder of tar shards, or its URL")],
     /,
     *,
     out: Annotated[Path | None, arg(metavar="DIR", help="another folder for index.json, as a remote DIR needs")] = None,
@@ -67,7 +67,7 @@ def index(
 
 
 def show(
-    paths: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
+    paths: Annotated[tuple[PathText, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
     /,
     *,
     out: Annotated[Path, arg(metavar="FILE.html", help="the page")] = Path("shards.html"),
