@@ -321,6 +321,7 @@ def test_demo_without_gradio_says_what_to_install() -> None:
         *("score {}", "score x --references {}", "score x --clipscore {}", "score x --images {}", "score x --json {}"),
         *("compare {} x", "compare x {}", "compare x y --out {}", "report {}"),
         *("caption {} x", "caption x {}", "caption x y {} --format sidecar --overwrite", "caption x y --out {}"),
+        *("classify x {} --labels a", "embed x {} --out y.npz", "embed x y --out {}"),
         *("demo {}", "demo x --pictures {}", "serve {}", "bench data --json {}"),
         *("bulk caption {} x --out y", "bulk caption x {} --out y", "bulk embed x y --out {}"),
         *("shards make {} --out x", "shards make x --out {}", "shards make x --out y --pictures {}"),

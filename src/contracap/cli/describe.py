@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.errors import fail, message
-from contracap.cli.options import ResultFile, Size, WeightsName, arg, command_line, load_model
+from contracap.cli.options import PathText, ResultFile, Size, WeightsName, arg, command_line, load_model
 
 if TYPE_CHECKING:
     from contracap.bulk.embedding import EmbeddingBatch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from contracap.processor import Processor
 
 Images = Annotated[
-    tuple[str, ...],
+    tuple[PathText, ...],
     arg(
         metavar="PATH [PATH ...]",
         help="images and their URLs, folders with their subfolders, patterns, .txt lists, tar shards",

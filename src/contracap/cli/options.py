@@ -40,7 +40,7 @@ registry = ConstructorRegistry()
 def _path_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | Path] | None:
     if wanted.type not in (Path, PathText):
         return None
-    make = Path if wanted.type is Path else str
+    make = wanted.type
 
     def from_words(words: Sequence[str]) -> str | Path:
         if not words[0].strip():  # `Path("")` is the working folder, which nobody named
