@@ -97,10 +97,20 @@ def load(
     return model.eval().requires_grad_(True), processor_for(found.model, found.image)
 
 
-def load_on_device(name: str | Path, *, size: str | None = None) -> tuple[CoCa, Processor]:
-    """As `load`, the model on the GPU if there is one."""
+def load_on_device(name: str | Path, *, size: str | None = None, device: str | None = None) -> tuple[CoCa, Processor]:
+    """As `load`, the model on a device; None: the GPU if there is one."""
     model, processor = load(name, size=size)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+
+
+def check_device(name: str | None) -> None:
+    """Raises: ValueError: if there is no such device here."""
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"there is no device {name!r} here: {reason} Take cpu, cuda or cuda:1") from None
 
 
 def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:

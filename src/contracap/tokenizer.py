@@ -123,6 +123,23 @@ class Tokenizer:
         return token >= self.start or self._bytes[token].endswith(END_OF_WORD.encode())
 
 
+_LOOSE = re.compile(
+    r"""(?x)
+    \ + (?= [.,!?;:)\]}%] | '(?:s|t|m|d|re|ve|ll)\b )  # what follows a word directly
+    | (?<= [(\[{] ) \ +                               # what stands before one
+    | (?<= \b\d ) \ (?= \d\b )                        # each digit is a token
+    """
+)
+
+
+def join_marks(text: str) -> str:
+    """A decoded text as people write it: without blanks before punctuation and endings, and between digits.
+
+    `a man 's sign ( no . 2 4 ) , red` becomes `a man's sign (no. 24), red`.
+    """
+    return _LOOSE.sub("", text)
+
+
 class _Words:
     """Ids of cleaned texts, word by word. Most words come again and again, so what each gives is remembered."""
 

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 import contracap
+from contracap.bulk.inputs import count_items
+from contracap.cli import main
 from contracap.data.shards import write_shard
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, save
@@ -172,7 +175,10 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
 ) -> None:
     call: list[object] = ["caption", weights, "waiting", "--batch-size", "4", "--out"]
     status, err = stopped([*call, "c.csv"], lambda: committed(here / "c.csv.partial"), ending)
-    assert (status, err) == ((130, "contracap: error: interrupted\n") if ending == signal.SIGINT else (-9, ""))
+    if ending == signal.SIGINT:
+        assert status == 130 and "4 captions" in err and "the same command goes on" in err and err.count("\n") == 1
+    else:
+        assert (status, err) == (-9, "")
     assert (here / "c.csv.partial").exists() and not (here / "c.csv").exists()
     (waiting / "4.jpg").unlink()
     (waiting / "4.jpg").write_bytes(picture(4))
@@ -201,18 +207,18 @@ def test_side_cars_of_a_killed_run_are_whole_and_the_next_one_makes_the_others(
 def test_a_full_disk_is_one_line_and_keeps_what_was_done(
     run: Run, weights: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Path.write_bytes
+    replace = os.replace
 
-    def full(path: Path, content: bytes) -> int:
-        if ".3.txt" in path.name:
+    def full(source: Path, target: Path) -> None:
+        if target.name == "3.txt":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, content)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     call = ["caption", weights, "pictures", "--format", "sidecar", "--batch-size", "2"]
     status, out, err = run(*call)
     assert (status, out, err) == (1, "", "contracap: error: No space left on device: pictures/3.txt\n")
-    assert {name for name in files(here) if not name.endswith(".jpg")} == {"0.txt", "1.txt", "2.txt"}
+    assert sorted(path.name for path in (here / "pictures").glob("*.txt")) == ["0.txt", "1.txt", "2.txt"]
     monkeypatch.undo()
     monkeypatch.chdir(here)
     assert run(*call)[1].startswith("4 captions")
@@ -258,7 +264,7 @@ def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, her
         ([none, "pictures", "--out", "file/c.csv"], "Not a directory: file"),
         ([none, "pictures", "--out", "c.xml"], "cannot tell the format of c.xml"),
         ([none, "pictures", "--format", "csv"], "name it with --out FILE"),
-        ([none, "pictures", "--format", "sidecar", "--out", "c.csv"], "--out is one file"),
+        ([none, "pictures", "--format", "sidecar", "--out", "c.csv"], "--out c.csv is one file"),
         ([none, "pictures", "--format", "metadata", "--out", "new/metadata.jsonl"], "no file in the folder of"),
         ([none, "pictures", "--ext", ".caption"], "--ext is for --format sidecar"),
         ([none, "pictures", "--embed"], "--embed is for captions in files"),
@@ -301,3 +307,95 @@ def test_captions_begin_with_the_prompt_which_must_fit_the_model(run: Run, weigh
         status, out, err = run("caption", weights, "pictures", *where, "--prompt", "a photo of " * 9)
         assert (status, out, err.count("\n")) == (1, "", 1) and "prompt" in err
         assert files(here) == before
+
+
+@pytest.mark.parametrize("where", [["--out", "c.jsonl"], ["--out", "c.csv"], ["--format", "sidecar"]])
+def test_captions_of_other_settings_are_refused_and_the_line_says_what_to_do(
+    run: Run, weights: Path, here: Path, where: list[str]
+) -> None:
+    call = ["caption", weights, "pictures", *where, "--strategy", "greedy"]
+    assert run(*call, "--limit", 2)[0] == 0
+    for change, said in (
+        (["--prompt", "a"], "prompt was '' and is now 'a'"),
+        (["--set", "max_tokens=9"], "max_tokens"),
+    ):
+        status, out, err = run(*call, *change)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert said in err and "--append" in err and "--overwrite" in err
+    assert run(*call, "--limit", 3)[1].startswith("1 captions")
+    assert run(*call, "--prompt", "a", "--append", "--limit", 3)[1].startswith("3 captions")
+    assert run(*call, "--prompt", "b", "--overwrite")[1].startswith("7 captions")
+    assert run(*call, "--prompt", "b")[1].startswith("0 captions")
+
+
+def test_append_says_what_it_added(run: Run, weights: Path, here: Path) -> None:
+    call = ["caption", weights, "pictures", "--out", "c.csv", "--strategy", "greedy"]
+    assert run(*call, "--limit", 3)[0] == 0
+    assert "4 of them added, 3 were there already" in run(*call, "--append")[1]
+
+
+def test_side_cars_may_lie_in_a_folder_of_their_own(run: Run, weights: Path, here: Path) -> None:
+    fill(here / "more", ["0.jpg", "x.jpg"])
+    call = [
+        "caption",
+        weights,
+        "pictures",
+        "more/*.jpg",
+        "--format",
+        "sidecar",
+        "--strategy",
+        "greedy",
+        "--out",
+        "texts",
+    ]
+    status, out, err = run(*call)
+    assert status == 1 and out.startswith("8 captions") and "more/0.jpg: its side-car 0.txt is that of" in err
+    made = {path.relative_to(here / "texts").as_posix() for path in (here / "texts").rglob("*.txt")}
+    assert made == {*(f"{number}.txt" for number in range(5)), "sub/5.txt", "sub/6.txt", "x.txt"}
+    assert not list((here / "pictures").rglob("*.txt"))
+    assert run(*call)[1].startswith("0 captions")
+
+
+def test_a_call_may_take_the_first_pictures_and_no_subfolders_quietly(run: Run, weights: Path, here: Path) -> None:
+    call = ["caption", weights, "pictures", "--strategy", "greedy", "--device", "cpu"]
+    assert len(run(*call, "--limit", 3)[1].splitlines()) == 3
+    assert len(run(*call, "--no-recursive")[1].splitlines()) == 5
+    assert run(*call, "--quiet", "--out", "c.csv") == (0, "", "")
+    for wrong in ("cuda:7", "warp"):
+        status, _, err = run("caption", "none", "pictures", "--device", wrong)
+        assert (status, err.count("\n")) == (1, 1) and f"no device '{wrong}'" in err
+
+
+def test_the_number_of_pictures_is_known_unless_there_are_shards(here: Path) -> None:
+    (here / "list.txt").write_text("pictures/0.jpg\nhttp://127.0.0.1/a.jpg\n")
+    assert count_items(["pictures", "list.txt", "**/6.jpg"]) == 10
+    assert count_items(["pictures"], recursive=False) == 5 and count_items(["pictures"], limit=3) == 3
+    assert count_items(["pictures", "0.tar"]) is None
+
+
+@pytest.mark.parametrize(("device", "minor"), [("null", 3), ("full", 7), ("stdout", 0)])
+def test_an_output_that_is_not_a_file_is_never_read_nor_replaced(
+    weights: Path, here: Path, device: str, minor: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/full gives zeros without end, and was read as if it were captions."""
+    out = here / device if minor else Path("/dev/stdout")
+    if minor:  # as the real ones, which a failure here must not cost the machine
+        try:
+            os.mknod(out, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+            out.open("rb").close()
+        except PermissionError:
+            pytest.skip("only root makes devices, and not everywhere")
+    call = ["caption", weights, "pictures/0.jpg", "--format", "jsonl", "--out", out, "--strategy", "greedy"]
+    assert main(list(map(str, call))) == (1 if device == "full" else 0)
+    told, err = capfd.readouterr()
+    assert err == (f"contracap: error: No space left on device: {out}\n" if device == "full" else "")
+    assert out.is_char_device() if minor else json.loads(told.splitlines()[0])["path"] == "pictures/0.jpg"
+    assert not [name for folder in (here, "/dev") for name in os.listdir(folder) if "partial" in name]
+
+
+def test_an_output_may_not_take_the_place_of_an_input(run: Run, weights: Path, here: Path) -> None:
+    content = (here / "pictures" / "0.jpg").read_bytes()
+    for option in (["--format", "csv", "--overwrite", "--out"], ["--json"]):
+        status, _, err = run("caption", weights, "pictures/0.jpg", *option, "pictures/0.jpg")
+        assert status == 1 and "would take the place" in err
+    assert (here / "pictures" / "0.jpg").read_bytes() == content

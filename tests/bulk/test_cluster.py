@@ -103,7 +103,7 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
         "contracap: error: 1 pictures cannot be read; the column error of their rows says why",
     ]
     more = str(tmp_path / "more" / "000.tar")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, [*shards, more]), "bulk.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, [*shards, more]), "_bulk.json"}
     for shard in shards:
         assert captions(tmp_path / "out", shard) == expected_captions(model, processor, shard)
         pictures = [record.members["jpg"] for record in records(shard)]
@@ -135,7 +135,7 @@ def test_a_worker_that_is_killed_costs_nothing_and_a_shard_that_kills_workers_on
     assert f"{ATTEMPTS} workers died of it" in outcomes.pop(poison).problem
     healthy = [shard for shard in shards if shard != poison]
     assert outcomes == {shard: ShardOutcome(shard=shard, rows=10) for shard in healthy}
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, healthy), "bulk.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, healthy), "_bulk.json"}
     for shard in healthy:
         assert captions(tmp_path / "out", shard) == expected_captions(model, processor, shard)
     begun = Counter(line.partition(" ")[2] for line in log.read_text().splitlines())
@@ -169,7 +169,7 @@ def test_a_run_that_is_killed_goes_on_without_repeating_or_losing_a_shard(start,
     assert len(ast.literal_eval(printed)) == len(log.read_text().splitlines()) == 8 - len(before)
     after = {file.name: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     assert {name: after[name] for name in before} == before
-    assert {file.name for file in out.iterdir()} == {*map(part_name, shards), "bulk.json"}
+    assert {file.name for file in out.iterdir()} == {*map(part_name, shards), "_bulk.json"}
     for shard in shards:
         assert captions(out, shard) == expected_captions(model, processor, shard)
 
@@ -183,22 +183,22 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_part(start, tmp_path: Pat
     _, complaints = run.communicate()
     assert run.returncode == 1
     assert "File too large" in complaints and complaints.startswith("stopped at ") and complaints.count("\n") == 1
-    assert {file.name for file in out.iterdir()} == {"bulk.json"}
+    assert {file.name for file in out.iterdir()} == {"_bulk.json"}
 
 
 def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path: Path, capsys) -> None:
     write_weights(tmp_path / "tiny.safetensors")
     write_shards(tmp_path / "shards", 1, 1)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "bulk.json").write_text(
+    (tmp_path / "out" / "_bulk.json").write_text(
         '{"settings": {"weights_sha256": "0", "strategy": null, "embedding": "float32"}}'
     )
     status = main(
         ["bulk", "embed", str(tmp_path / "tiny.safetensors"), str(tmp_path / "shards"), "--out", str(tmp_path / "out")]
     )
     assert status == 1
-    assert "holds a run with other settings: weights_sha256 was 0 and is now" in capsys.readouterr().err
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"bulk.json"}
+    assert "holds a run with other settings: weights_sha256 was '0' and is now" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"_bulk.json"}
 
 
 @pytest.mark.parametrize(

@@ -54,21 +54,21 @@ def test_a_folder_is_of_one_run(folder: Folder) -> None:
     folder.claim(settings, described={"weights": "tiny"})
     folder.claim(settings, described={"weights": "tiny, moved"})
     with pytest.raises(
-        FolderError, match=r"other settings: embedding was None and is now float16\. Give another --out"
+        FolderError, match=r"other settings: embedding was None and is now 'float16'\. Give another --out"
     ):
         folder.claim(settings | {"embedding": "float16"}, described={"weights": "tiny"})
-    assert folder.names() == {"bulk.json"}
+    assert folder.names() == {"_bulk.json"}
 
 
 def test_a_manifest_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "bulk.json").write_text('{"settings"')
-    with pytest.raises(FolderError, match=r"bulk\.json is no manifest of a run"):
+    (tmp_path / "_bulk.json").write_text('{"settings"')
+    with pytest.raises(FolderError, match=r"_bulk\.json is not a manifest of a run"):
         Folder(str(tmp_path)).claim({}, described={})
 
 
 def test_the_manifest_says_where_the_parts_come_from(tmp_path: Path) -> None:
     Folder(str(tmp_path)).claim({"embedding": "float32"}, described={"weights": "tiny"})
-    assert json.loads((tmp_path / "bulk.json").read_text()) == {
+    assert json.loads((tmp_path / "_bulk.json").read_text()) == {
         "weights": "tiny",
         "settings": {"embedding": "float32"},
     }
@@ -86,3 +86,31 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
 def test_a_place_without_atomic_puts_is_refused(name: str) -> None:
     with pytest.raises(FolderError, match="give a local folder, or one of s3:// or gs://"):
         Folder(name)
+
+
+def test_a_folder_with_a_manifest_of_the_old_name_goes_on_and_gets_the_new_one(tmp_path: Path) -> None:
+    (tmp_path / "bulk.json").write_text('{"settings": {"embedding": "float32"}}')
+    with pytest.raises(FolderError, match="other settings"):
+        Folder(str(tmp_path)).claim({"embedding": "float16"}, described={})
+    Folder(str(tmp_path)).claim({"embedding": "float32"}, described={})
+    assert Folder(str(tmp_path)).names() == {"_bulk.json"}
+
+
+def test_pandas_and_pyarrow_read_the_folder_as_a_data_set(tmp_path: Path) -> None:
+    import pandas as pd
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder = Folder(str(tmp_path))
+    folder.claim({}, described={})
+    for name in ("a.parquet", "b.parquet"):
+        with folder.writing(name) as path:
+            parquet.write_table(pa.table({"key": [name]}), path)
+    assert (
+        list(pd.read_parquet(tmp_path)["key"])
+        == parquet.read_table(tmp_path)["key"].to_pylist()
+        == [
+            "a.parquet",
+            "b.parquet",
+        ]
+    )

@@ -317,3 +317,22 @@ def test_embeddings_of_a_csv_file_take_the_place_of_no_other_file(tmp_path: Path
     assert beside.read_bytes() == b"mine" and not out.exists()
     write(Table(out, "csv", "overwrite", embed=True), rows(tmp_path, "x", embed=True))
     assert len(np.load(beside)) == 1
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_row_with_a_blank_caption_counts_as_none(tmp_path: Path, kind: TableFormat) -> None:
+    out = tmp_path / NAMES[kind]
+    write(Table(out, kind, "skip", embed=False), rows(tmp_path, " ", "y"))
+    made = rows(tmp_path, "x", "y")
+    with Table(out, kind, "skip", embed=False) as table:
+        assert [table.has(item) for item, _ in made] == [False, True]
+        table.write(made[:1])
+        table.finish()
+    assert sorted(captions(out)) == [("0.jpg", "x"), ("1.jpg", "y")]
+
+
+def test_a_file_without_line_ends_is_not_read_whole(tmp_path: Path) -> None:
+    (out := tmp_path / "a.jsonl").touch()
+    os.truncate(out, 2**40)  # a hole
+    with pytest.raises(TableError, match="characters"):
+        write(Table(out, "jsonl", "skip", embed=False))

@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from contracap.generation.strategy import Prompts, Strategy
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
-from contracap.tokenizer import Tokenizer
+from contracap.tokenizer import Tokenizer, join_marks
 
 STRATEGIES = [
     Greedy(14, 3),
@@ -378,3 +379,24 @@ def test_broken_weights_are_an_error_not_a_caption(pictures, strategy):
     torch.nn.init.constant_(model.decoder.vocabulary.weight, math.nan)
     with pytest.raises(ValueError, match="not finite"):
         Captioner(model, processor)(pictures[:1], strategy)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("a star , above it a circle .", "a star, above it a circle."),
+        ("a man 's sign ( no . 2 4 ) : it isn 't red !", "a man's sign (no. 24): it isn't red!"),
+        ("two dogs - one cat & 3 birds", "two dogs - one cat & 3 birds"),
+        ("they 'll say ' hello ' 's", "they'll say ' hello ''s"),
+        ("", ""),
+    ],
+)
+def test_a_text_has_no_blanks_where_people_write_none(raw: str, text: str) -> None:
+    assert join_marks(raw) == text
+
+
+def test_a_caption_has_its_raw_text_too(varied_weights: Path) -> None:
+    model, processor = contracap.load(varied_weights)
+    (caption,) = contracap.Captioner(model, processor)([Image.new("RGB", (32, 32))])
+    assert caption.raw_text == processor.tokenizer.decode(caption.token_ids)
+    assert caption.text == join_marks(caption.raw_text)

@@ -1,17 +1,19 @@
 """Captions for many pictures: read ahead, captioned in batches, written as they come."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from threading import Thread
 
 from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
 from contracap.bulk.inputs import Item
-from contracap.bulk.outputs import Output
+from contracap.bulk.outputs import Output, is_of_one_image
 from contracap.bulk.pictures import picture_batches
 from contracap.bulk.rows import Row
 from contracap.image import ImageConfig
@@ -26,22 +28,31 @@ class Outcome:
 
     Attributes:
         captioned: new captions.
+        added: those of them that the output did not have.
         skipped: pictures that had one.
         broken: why each of the others has none.
         seconds: that it took.
     """
 
     captioned: int = 0
+    added: int = 0
     skipped: int = 0
     broken: list[Exception] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def seen(self) -> int:
+        """Pictures so far."""
+        return self.captioned + self.skipped + len(self.broken)
+
     def summary(self) -> str:
         """In one line."""
+        again = self.captioned - self.added
+        added = f", {self.added} of them added, {again} were there already" if again else ""
         skipped = f", {self.skipped} had one before" if self.skipped else ""
         broken = f", {len(self.broken)} cannot be used" if self.broken else ""
         rate = self.captioned / self.seconds if self.seconds else 0.0
-        return f"{self.captioned} captions in {self.seconds:.1f} s, {rate:.1f} pictures/s{skipped}{broken}"
+        return f"{self.captioned} captions in {self.seconds:.1f} s, {rate:.1f} pictures/s{added}{skipped}{broken}"
 
 
 def caption_pictures(
@@ -54,6 +65,7 @@ def caption_pictures(
     workers: int,
     seen: Callable[[Row], object] = lambda row: None,
     progress: bool | None = None,
+    total: Callable[[], int | None] = lambda: None,
 ) -> Outcome:
     """Describe all pictures and write what is said of them; memory does not depend on how many there are.
 
@@ -63,33 +75,59 @@ def caption_pictures(
         workers: threads that read and decode.
         seen: gets each row as well.
         progress: whether a bar is shown; None: on a terminal.
+        total: counts the items for the bar, in a thread of its own.
 
     Raises:
+        KeyboardInterrupt: that says what is done, if the user ends it.
         OSError: if the output cannot be written; what was written before is kept.
         ValueError: if the model cannot describe a batch.
     """
     begun, outcome = time.monotonic(), Outcome()
     batches = picture_batches(_missing(items, output, outcome), image, batch_size=batch_size, workers=workers)
-    written: Future[None] | None = None  # a batch is written while the next one is described: discs make one wait
+    written: Future[list[Exception]] | None = None  # while the next batch is described: discs make one wait
+
+    def take(errors: list[Exception]) -> None:
+        outcome.broken += errors
+        outcome.captioned -= len(errors)
+        outcome.added = output.added
+
     bar = tqdm(unit=" pictures", disable=None if progress is None else not progress)
-    with closing(batches), bar, ThreadPoolExecutor(1) as writer:
+    if not bar.disable:
+        Thread(target=_set_total, args=(bar, total), daemon=True).start()
+    with _told(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
             outcome.broken += batch.broken.values()
             if not (usable := batch.usable):
+                bar.update(outcome.seen - bar.n)
                 continue
             rows = describe([item.name for item in usable], batch.pixels)
             if written is not None:
-                written.result()
+                take(written.result())
             written = writer.submit(output.write, list(zip(usable, rows, strict=True)))
             for row in rows:
                 seen(row)
             outcome.captioned += len(rows)
-            bar.update(len(rows))
+            bar.update(outcome.seen - bar.n)
         if written is not None:
-            written.result()
+            take(written.result())
+        bar.update(outcome.seen - bar.n)
         output.finish()
     outcome.seconds = time.monotonic() - begun
     return outcome
+
+
+@contextmanager
+def _told(outcome: Outcome, output: Output) -> Iterator[None]:
+    """An interruption says what is done, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = f"{outcome.captioned} captions, {outcome.skipped} were there before"
+        raise KeyboardInterrupt(f"interrupted after {done}; {output.resumption}") from None
+
+
+def _set_total(bar: tqdm, total: Callable[[], int | None]) -> None:
+    bar.total = total()
 
 
 def _missing(items: Generator[Item, None, None], output: Output, outcome: Outcome) -> Generator[Item, None, None]:
@@ -101,6 +139,14 @@ def _missing(items: Generator[Item, None, None], output: Output, outcome: Outcom
                     if output.has(item):
                         outcome.skipped += 1
                         continue
-                except ValueError as error:
+                except (OSError, ValueError) as error:
+                    if not is_of_one_image(error):
+                        raise
                     item = replace(item, source=error)
             yield item
+
+
+def first(items: Generator[Item, None, None], limit: int | None) -> Generator[Item, None, None]:
+    """The first `limit` of some items; None: all."""
+    with closing(items):
+        yield from islice(items, limit)

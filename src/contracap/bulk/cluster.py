@@ -5,13 +5,17 @@ Nothing here imports Ray before the work starts; it reads some of its settings f
 
 import logging
 import os
+import shutil
 import socket
 import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 from contracap.bulk.folder import Folder
-from contracap.bulk.parts import BulkConfig, PartWriter, ShardOutcome, description, located, part_name, settings
+from contracap.bulk.parts import BulkConfig, PartWriter, ShardOutcome, located, part_name, settings
+from contracap.bulk.settings import description
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
@@ -28,11 +33,15 @@ ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them f
 BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
 PATIENCE = 5.0  # seconds for a cluster to answer in; Ray itself would wait for minutes, deaf to signals
 CORES = 4  # of a worker without a GPU, if nobody says how many workers there are
+SESSION_PREFIX = "contracap-ray-"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else Ray tells its makers of each cluster it starts
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of how its Python part starts workers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as it will be in later versions, of which Ray warns otherwise
 }
+
+
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray listens at the machine's address, open to others
 
 
 class BulkError(RuntimeError):
@@ -82,6 +91,7 @@ def run(
     *,
     weights: str,
     cluster: ClusterConfig = ClusterConfig(),
+    progress: bool = True,
 ) -> Summary:
     """Writes the parts of all shards that have none in the folder `out`, which no other run may use meanwhile.
 
@@ -89,6 +99,7 @@ def run(
 
     Args:
         weights: their name, for the readers of the parts.
+        progress: whether a bar is shown on a terminal.
 
     Raises:
         BulkError: if Ray cannot start, or what is wrong with a worker is wrong with all: for one, a full disk.
@@ -120,7 +131,12 @@ def run(
             if cluster.address and cluster.address.startswith("ray://"):
                 outcomes = _outcomes_from_outside(todo, placing, job)
             else:
-                outcomes = _outcomes(todo, placing, job)
+                outcomes = _outcomes(todo, placing, job, progress)
+    except KeyboardInterrupt:
+        done = sum(part_name(shard) in folder.names() for shard in wanted)
+        raise KeyboardInterrupt(
+            f"interrupted: {done} of {len(wanted)} shards are done; the same command goes on"
+        ) from None
     finally:  # what ends a run ends its workers, some of them in the middle of a part
         folder.remove_partial()
     return Summary(before=before, outcomes=outcomes)
@@ -209,7 +225,7 @@ def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) 
         raise
 
 
-def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
+def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: bool = False) -> list[ShardOutcome]:
     """Of every shard, in the order in which they end."""
     import ray.data
 
@@ -226,16 +242,21 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job) -> list[Shard
         num_cpus=placing.cores,
         num_gpus=placing.gpus,
     )
-    outcomes = []
+    outcomes = list[ShardOutcome]()
+    bar = tqdm(desc=f"0 of {len(shards)} shards", unit=" images", disable=None if progress else True)
     try:
-        for row in tqdm(rows.iter_rows(), total=len(shards), unit=" shards", disable=None):
+        for row in rows.iter_rows():
             if failure := row.pop("failure"):
                 raise BulkError(f"stopped at {row['shard']}: {failure}")
             outcomes.append(ShardOutcome(**row))
+            bar.set_description(f"{len(outcomes)} of {len(shards)} shards", refresh=False)
+            bar.update(outcomes[-1].rows)
     except ray.exceptions.RayTaskError:  # a mistake of ours, with the traceback of the worker
         raise
     except ray.exceptions.RayError as error:
         raise BulkError(f"Ray cannot go on: {(str(error).strip() or type(error).__name__).splitlines()[-1]}") from error
+    finally:
+        bar.close()
     return outcomes
 
 
@@ -244,23 +265,26 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
     """Ray, quiet, at the cluster's address or started here; it ends with the run."""
     if cluster.address is not None:
         _require_answer(cluster.address)
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | (LOOPBACK if cluster.address is None else {})).items():
         os.environ.setdefault(name, value)
     import ray
     import ray.data
 
+    ending = ExitStack()
     options: dict[str, Any] = {"address": cluster.address}
     if cluster.address is None:
         cores = max(cluster.workers or 1, os.cpu_count() or 1)
         options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+        options["_temp_dir"] = ending.enter_context(_session_folder())
     try:
-        with _no_stderr():  # on which its C++ part says how much it will say
+        with _no_stderr(), _no_dashboard():  # stderr: its C++ part says there how much it will say
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         where = f"join the cluster at {cluster.address}" if cluster.address else "start Ray"
+        ending.close()
         raise BulkError(f"cannot {where}: {error}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
-    with redirect_stdout(sys.stderr):  # where Ray says that a worker died, at times only as it ends
+    with ending, redirect_stdout(sys.stderr):  # where Ray says that a worker died, at times only as it ends
         try:
             yield ray
         finally:
@@ -275,6 +299,35 @@ def _require_answer(address: str) -> None:
             socket.create_connection((place.hostname, place.port), timeout=PATIENCE).close()
     except (OSError, ValueError) as error:
         raise BulkError(f"cannot join the cluster at {address}: {error}") from None
+
+
+@contextmanager
+def _session_folder() -> Generator[str, None, None]:
+    """A temporary folder for Ray's sockets and logs. Those of runs that were killed are removed, too."""
+    for left in Path(gettempdir()).glob(f"{SESSION_PREFIX}*"):
+        with suppress(OSError), (left / "lock").open("ab") as lock:
+            flock(lock, LOCK_EX | LOCK_NB)  # its run has ended
+            shutil.rmtree(left, ignore_errors=True)
+    with (
+        TemporaryDirectory(prefix=SESSION_PREFIX, ignore_cleanup_errors=True) as folder,
+        Path(folder, "lock").open("ab") as lock,
+    ):
+        flock(lock, LOCK_EX)
+        yield folder
+
+
+@contextmanager
+def _no_dashboard() -> Generator[None, None, None]:
+    """Ray starts without the process of its dashboard. Without any dashboard it would still ask the metadata servers of
+    AWS, Azure and Google where it runs, though its usage statistics are off."""
+    from ray._private import services
+
+    start = services.start_api_server
+    services.start_api_server = lambda *arguments, **named: ("", None)  # pyrefly: ignore[bad-assignment]
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from contracap.bulk.settings import Settings, changes
 from contracap.data.remote import GOOGLE, S3, files_in, opened, upload
 from contracap.files import replacing
 
-MANIFEST_FILE = "bulk.json"
+MANIFEST_FILE = "_bulk.json"  # readers of parquet folders leave out names that begin with an underscore
+OLD_MANIFEST_FILE = "bulk.json"  # of runs before the underscore; what it says still counts
 
 
 class FolderError(ValueError):
@@ -58,21 +60,18 @@ class Folder:
             for file in Path(self.name).glob(".*.partial"):
                 file.unlink(missing_ok=True)
 
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def check(self, settings: Settings) -> None:
         """Raises: FolderError: if the folder belongs to runs with other settings, or its manifest cannot be read."""
-        if MANIFEST_FILE not in self.names():
-            return
-        try:
-            with opened(f"{self.name}/{MANIFEST_FILE}") as file:
-                before = dict(json.loads(file.read())["settings"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FolderError(f"{self.name}/{MANIFEST_FILE} is no manifest of a run: {error}") from None
-        other = [name for name in settings if before.get(name) != settings[name]]
-        if other:
-            changes = "; ".join(f"{name} was {before.get(name)} and is now {settings[name]}" for name in other)
-            raise FolderError(f"{self.name} holds a run with other settings: {changes}. Give another --out")
+        for manifest in {MANIFEST_FILE, OLD_MANIFEST_FILE} & self.names():
+            try:
+                with opened(f"{self.name}/{manifest}") as file:
+                    before = dict(json.loads(file.read())["settings"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise FolderError(f"{self.name}/{manifest} is not a manifest of a run: {error}") from None
+            if different := changes(before, settings):
+                raise FolderError(f"{self.name} holds a run with other settings: {different}. Give another --out")
 
-    def claim(self, settings: Mapping[str, Any], *, described: Mapping[str, Any]) -> None:
+    def claim(self, settings: Settings, *, described: Mapping[str, Any]) -> None:
         """Makes this the folder of runs with these settings, by a manifest, or finds that it is.
 
         Args:
@@ -85,3 +84,5 @@ class Folder:
         if MANIFEST_FILE not in self.names():
             with self.writing(MANIFEST_FILE) as path:
                 path.write_text(json.dumps({**described, "settings": settings}, indent=2) + "\n", encoding="utf-8")
+        if not self._remote:
+            Path(self.name, OLD_MANIFEST_FILE).unlink(missing_ok=True)

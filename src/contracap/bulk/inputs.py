@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import has_magic
+from itertools import islice
 from pathlib import Path
 
 from contracap.data.download import download
@@ -57,7 +58,7 @@ class Item:
                 return path.read_bytes()
 
 
-def items(paths: Sequence[str]) -> Generator[Item, None, None]:
+def items(paths: Sequence[str], *, recursive: bool = True) -> Generator[Item, None, None]:
     """The pictures that paths stand for, in order, read from folders, lists and shards only as they are asked for.
 
     A path is a picture file, or its http(s) URL; a folder, whose pictures come by name and then those of its
@@ -67,12 +68,12 @@ def items(paths: Sequence[str]) -> Generator[Item, None, None]:
     """
     for path in paths:
         try:
-            yield from _items_of(path)
+            yield from _items_of(path, recursive)
         except (OSError, ValueError) as error:
             yield Item(name=path, source=error)
 
 
-def first_items(paths: Sequence[str]) -> Iterator[Item]:
+def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Item]:
     """The first picture of each path: whether there are any is known before a model is loaded.
 
     Raises:
@@ -82,7 +83,7 @@ def first_items(paths: Sequence[str]) -> Iterator[Item]:
     if not paths:
         raise ValueError("nothing to caption: give pictures, folders, patterns, lists (.txt) or tar shards")
     for path in paths:
-        with closing(_items_of(path)) as found:
+        with closing(_items_of(path, recursive)) as found:
             first = next(found, None)
         if first is None:
             raise FileNotFoundError(_nothing_at(path))
@@ -93,7 +94,7 @@ def first_items(paths: Sequence[str]) -> Iterator[Item]:
         yield first
 
 
-def _items_of(path: str) -> Generator[Item, None, None]:
+def _items_of(path: str, recursive: bool) -> Generator[Item, None, None]:
     local = Path(path)
     if "://" in path or path.startswith("pipe:"):
         if path.startswith(WEB) and not path.partition("?")[0].endswith(SHARD_SUFFIXES):
@@ -101,7 +102,10 @@ def _items_of(path: str) -> Generator[Item, None, None]:
         else:
             yield from _of_shards(path)
     elif local.is_dir():
-        yield from (_file(local / picture) for picture in pictures_in(local))
+        for picture in pictures_in(local):
+            if not recursive and picture.name != str(picture):  # those of subfolders come last
+                break
+            yield _file(local / picture)
     elif local.exists():
         if path.endswith(SHARD_SUFFIXES):
             yield from _of_shards(path)
@@ -119,6 +123,33 @@ def _items_of(path: str) -> Generator[Item, None, None]:
         yield from _of_shards(path)
     else:
         raise FileNotFoundError(f"no such picture or folder: {path}")
+
+
+def count_items(paths: Sequence[str], *, recursive: bool = True, limit: int | None = None) -> int | None:
+    """How many pictures there are; None if there are shards, which say so only once they are read."""
+    count = 0
+    try:
+        for path in paths:
+            if path.endswith(SHARD_SUFFIXES):
+                return limit
+            with closing(_items_of(path, recursive)) as found:
+                count += sum(1 for _ in islice(found, limit))
+    except (OSError, ValueError):
+        return None
+    return count if limit is None else min(count, limit)
+
+
+def folders_of(paths: Sequence[str]) -> list[Path]:
+    """The folders that pictures are taken from: those that are named, and those in which patterns begin."""
+    found = list[Path]()
+    for path in paths:
+        parts = Path(path).parts
+        magic = next((place for place, part in enumerate(parts) if has_magic(part)), None)
+        if Path(path).is_dir():
+            found.append(Path(path))
+        elif magic is not None and "://" not in path and not Path(path).exists():
+            found.append(Path(*parts[:magic]))
+    return found
 
 
 def _file(path: Path) -> Item:

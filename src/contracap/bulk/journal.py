@@ -27,12 +27,13 @@ class Journal:
     Raises: OSError: naming the file, if it cannot be written, is none of ours, or another process has it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        """`path`: None is a file that has no name, and is gone at the end."""
         self.path = path
         self._lock = threading.Lock()
         self._committed = -COMMIT_SECONDS
         with self._errors():
-            self._database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            self._database = sqlite3.connect(path or "", timeout=0, isolation_level=None, check_same_thread=False)
             try:
                 self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
                 self._database.execute("BEGIN EXCLUSIVE")
@@ -50,8 +51,10 @@ class Journal:
             return self._database.execute("SELECT count(*) FROM row").fetchone()[0]
 
     def __contains__(self, path: str) -> bool:
+        """Whether a picture has a caption; a blank one is none."""
+        query = "SELECT 1 FROM row WHERE path = ? AND caption != '' LIMIT 1"
         with self._errors():
-            return self._database.execute("SELECT 1 FROM row WHERE path = ? LIMIT 1", (path,)).fetchone() is not None
+            return self._database.execute(query, (path,)).fetchone() is not None
 
     def __iter__(self) -> Iterator[Row]:
         with self._errors():
@@ -65,16 +68,18 @@ class Journal:
             vector = None if embedding is None else np.frombuffer(embedding, dtype=np.float32)
             yield Row(path=path, caption=caption, score=score, embedding=vector)
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Take rows in, but for those that are there."""
-        values = (
-            (row.path, row.caption, row.score, None if row.embedding is None else row.embedding.tobytes())
-            for row in rows
-        )
-        with self._errors():
-            self._database.executemany("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?)", values)
+    def add(self, rows: Iterable[Row]) -> int:
+        """Take rows in, but for those that are there, and in place of those without a caption; return how many."""
+        count = 0
+        for row in rows:
+            caption = row.caption if row.caption.strip() else ""
+            values = (row.path, caption, row.score, None if row.embedding is None else row.embedding.tobytes())
+            with self._errors():
+                self._database.execute("DELETE FROM row WHERE path = ? AND caption = ''", (row.path,))
+                count += self._database.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?)", values).rowcount
         if time.monotonic() > self._committed + COMMIT_SECONDS:
             self.commit()
+        return count
 
     def commit(self) -> None:
         """Have on disk all that was added."""
@@ -90,7 +95,7 @@ class Journal:
     def remove(self) -> None:
         """Close it and delete the file."""
         self.close()
-        for suffix in ("", "-journal"):
+        for suffix in ("", "-journal") if self.path else ():
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     @contextmanager

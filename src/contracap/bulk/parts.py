@@ -16,13 +16,12 @@ from jaxtyping import UInt8
 from pyarrow.parquet import ParquetWriter
 from torch import Tensor
 
-from contracap import __version__
 from contracap.bulk.folder import Folder
 from contracap.bulk.inputs import item_of
 from contracap.bulk.pictures import PictureBatch, picture_batches
 from contracap.bulk.rows import caption_rows
+from contracap.bulk.settings import caption_settings
 from contracap.bulk.tables import ROW_GROUP
-from contracap.config import to_dict
 from contracap.data.remote import WEB
 from contracap.data.shards import PICTURE_SUFFIXES, ShardError, records
 from contracap.generation.captioner import Captioner
@@ -93,28 +92,8 @@ def part_name(shard: str) -> str:
 
 def settings(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
     """What decides the content of a part besides its shard, ready for JSON."""
-    strategy = config.strategy and {"name": type(config.strategy).__name__, **to_dict(config.strategy)}
-    chosen = {"strategy": strategy, "prompt": config.prompt, "embedding": config.embedding}
-    return {"weights_sha256": _digest(model, processor), **chosen}
-
-
-def description(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:
-    """Where the settings come from, for readers of a part or a manifest, ready for JSON."""
-    return {
-        "contracap": __version__,
-        "weights": weights,
-        "model": to_dict(model.config),
-        "image": to_dict(processor.image_config),
-    }
-
-
-def _digest(model: CoCa, processor: Processor) -> str:
-    """Of the configuration and every tensor."""
-    digest = hashlib.sha256(json.dumps([to_dict(model.config), to_dict(processor.image_config)]).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    chosen = caption_settings(config.strategy, config.prompt, model, processor)
+    return {**chosen, "embedding": config.embedding}
 
 
 class PartWriter:

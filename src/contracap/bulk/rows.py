@@ -41,8 +41,9 @@ def caption_rows(
     prefix: str = "",
     suffix: str = "",
     embed: bool = False,
+    raw: bool = False,
 ) -> list[Row]:
-    """A row for each picture of a batch, its caption between `prefix` and `suffix`.
+    """A row for each picture of a batch, its caption between `prefix` and `suffix`; with `raw` its raw text.
 
     Raises:
         ValueError: if a setting or the prompt does not suit the model, or the model gives numbers that are not finite.
@@ -52,7 +53,7 @@ def caption_rows(
     return [
         Row(
             path=name,
-            caption=f"{prefix}{caption.text}{suffix}",
+            caption=f"{prefix}{caption.raw_text if raw else caption.text}{suffix}",
             score=caption.score,
             log_probability=caption.log_probability,
             embedding=caption.embedding.numpy() if embed else None,

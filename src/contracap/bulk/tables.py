@@ -21,6 +21,7 @@ TableFormat = Literal["jsonl", "csv", "parquet", "metadata"]
 
 COLUMNS = ("path", "caption", "score")
 METADATA_COLUMNS = ("file_name", "text")
+MAX_LINE = 2**24  # characters; an embedding of 4,096 numbers has 90,000
 ROW_GROUP = 4096  # rows of a Parquet file that are in memory together
 
 
@@ -135,9 +136,17 @@ def read_table(path: Path, kind: TableFormat) -> Iterator[Row]:
         ) from error
 
 
+def _lines(file: IO[str]) -> Iterator[str]:
+    """Raises: ValueError: if a line is longer than rows are, as in a file without any line ends."""
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"a line has more than {MAX_LINE:,} characters")
+        yield line
+
+
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(_lines(file))
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"its first line is not {','.join(COLUMNS)}")
         yield from reader
@@ -145,7 +154,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
-        for line in file:
+        for line in _lines(file):
             values = json.loads(line)
             if not isinstance(values, dict):
                 raise ValueError(f"{line[:40].strip()} is no row")

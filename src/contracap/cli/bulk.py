@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from contracap.cli.errors import fail
+from contracap.cli.errors import fail, say, verbosity
 from contracap.cli.options import PathText, Settings, Size, StrategyName, WeightsName
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ def _run(
     cluster = ClusterConfig(address=address, workers=workers, gpus_per_worker=gpus_per_worker)
     listed = list_shards(shards)
     model, processor = load(weights, size=size)
-    done = run(listed, out, config, model, processor, weights=weights, cluster=cluster)
+    done = run(listed, out, config, model, processor, weights=weights, cluster=cluster, progress=not verbosity.quiet)
     rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))
     before = f", beside {done.before} that were there" if done.before else ""
-    print(f"{rows - unreadable} pictures of {len(done.outcomes) - len(done.broken)} shards{before}: {out}")
+    say(f"{rows - unreadable} pictures of {len(done.outcomes) - len(done.broken)} shards{before}: {out}")
     for outcome in done.broken:
         fail(outcome.problem)
     if done.broken:

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import FlagCreatePairsOff
 
-from contracap.cli.errors import fail, message
+from contracap.cli.errors import fail, message, say, verbosity
 from contracap.cli.options import (
+    Device,
     Int8,
     PathText,
     ResultFile,
@@ -18,6 +19,8 @@ from contracap.cli.options import (
     Size,
     StrategyName,
     WeightsName,
+    arg,
+    check_outputs,
     command_line,
     load_model,
 )
@@ -51,7 +54,9 @@ def caption(
             "--out lines on stdout: path, tab, text"
         ),
     ] = None,
-    out: Annotated[Path | None, arg(metavar="FILE", help="one file for all captions")] = None,
+    out: Annotated[
+        Path | None, arg(metavar="FILE|DIR", help="one file for all captions; for side-cars their folder")
+    ] = None,
     ext: Annotated[Literal[".txt", ".caption"] | None, arg(help="of side-cars; by default .txt")] = None,
     prefix: Annotated[str, arg(metavar="TEXT", help="written before each caption, as it stands")] = "",
     suffix: Annotated[str, arg(metavar="TEXT", help="written after each caption, as it stands")] = "",
@@ -72,6 +77,12 @@ def caption(
     strategy: StrategyName = "beam",
     settings: Settings = (),
     prompt: Annotated[str, arg(metavar="TEXT", help="how each caption begins")] = "",
+    raw: Annotated[
+        FlagCreatePairsOff[bool],
+        arg(help='words and punctuation apart, as the vocabulary has them: "a star , above it a circle"'),
+    ] = False,
+    limit: Annotated[int | None, arg(metavar="N", help="the first pictures only")] = None,
+    recursive: Annotated[bool, arg(help="whether a folder stands for its subfolders, too")] = True,
     batch_size: Annotated[int, arg(metavar="N", help="pictures at a time; does not change the captions")] = 16,
     workers: Annotated[
         int | None, arg(metavar="N", help="threads that read, fetch and decode; by default four for each core")
@@ -80,15 +91,17 @@ def caption(
     compiled: Annotated[
         FlagCreatePairsOff[bool], arg(help="faster steps after a slow first batch: docs/captioning.md")
     ] = False,
+    device: Device = None,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
     """Write a caption for each picture. The same command goes on where it was stopped; unreadable pictures are listed
     at the end."""
-    from contracap.bulk.caption import caption_pictures
-    from contracap.bulk.inputs import first_items, items
-    from contracap.bulk.outputs import Lines
+    from contracap.bulk.caption import caption_pictures, first
+    from contracap.bulk.inputs import count_items, first_items, items
+    from contracap.bulk.outputs import Lines, SideCars, Table
     from contracap.bulk.rows import Row, caption_rows
+    from contracap.bulk.settings import caption_settings
     from contracap.evaluation.result import Result
     from contracap.generation.captioner import Captioner
     from contracap.generation.choice import build_strategy
@@ -98,26 +111,45 @@ def caption(
     workers = 4 * (os.cpu_count() or 1) if workers is None else workers
     check_count("--batch-size", batch_size, 1, "pictures at a time")
     check_count("--workers", workers, 1, "threads that read and decode")
+    if limit is not None:
+        check_count("--limit", limit, 1, "pictures, from the first one on")
     existing = _existing(skip_existing=skip_existing, overwrite=overwrite, append=append)
     output = _output(paths, format, out, ext, existing, embed=embed)
-    for item in first_items(paths):
+    table = output.path if isinstance(output, Table) else None
+    check_outputs([weights, *paths, table], json=json)
+    if table is not None and os.path.realpath(table) in map(os.path.realpath, [weights, *paths]):
+        raise ValueError(f"--out {table} would take the place of what is read: name another file")
+    for item in first_items(paths, recursive=recursive):
         output.check(item)
     chosen = build_strategy(strategy, settings)
 
-    captioner = Captioner(*load_model(weights, size, int8=int8), compiled=compiled)
+    captioner = Captioner(*load_model(weights, size, int8=int8, device=device), compiled=compiled)
     captioner.check(chosen, prompt)
+    if isinstance(output, SideCars | Table):
+        decided = caption_settings(chosen, prompt, captioner.model, captioner.processor)
+        output.settings = {**decided, "prefix": prefix, "suffix": suffix, "raw": raw}
 
     rows = list[Row]()
     with output:
         outcome = caption_pictures(
-            items(paths),
-            partial(caption_rows, captioner, strategy=chosen, prompt=prompt, prefix=prefix, suffix=suffix, embed=embed),
+            first(items(paths, recursive=recursive), limit),
+            partial(
+                caption_rows,
+                captioner,
+                strategy=chosen,
+                prompt=prompt,
+                prefix=prefix,
+                suffix=suffix,
+                embed=embed,
+                raw=raw,
+            ),
             output,
             image=captioner.processor.image_config,
             batch_size=batch_size,
             workers=workers,
             seen=rows.append if json is not None else lambda row: None,
-            progress=False if isinstance(output, Lines) and sys.stdout.isatty() else None,
+            progress=False if verbosity.quiet or (isinstance(output, Lines) and sys.stdout.isatty()) else None,
+            total=lambda: count_items(paths, recursive=recursive, limit=limit),
         )
     if json is not None:
         made = [{"path": row.path, "caption": row.caption, "score": row.score} for row in rows]
@@ -131,7 +163,7 @@ def caption(
         )
         result.write(json)
     if not isinstance(output, Lines):
-        print(outcome.summary())
+        say(outcome.summary())
     for error in outcome.broken:
         fail(message(error))
     return 1 if outcome.broken else 0
@@ -153,6 +185,7 @@ def _output(
 
     Raises: ValueError: if options do not suit each other. OSError: if nothing can be written there.
     """
+    from contracap.bulk.inputs import folders_of
     from contracap.bulk.outputs import Lines, SideCars, Table
 
     if format is None and out is not None:
@@ -169,11 +202,9 @@ def _output(
             raise ValueError(f"{option} is for captions in files: give --format sidecar, or --out FILE")
         return Lines()
     if format == "sidecar":
-        if out is not None:
-            raise ValueError(
-                "--out is one file for all captions, and side-cars are one for each picture: give one option"
-            )
-        return SideCars(ext or ".txt", existing, embed=embed)
+        if out is not None and out.suffix in FORMATS:
+            raise ValueError(f"--out {out} is one file for all captions, and side-cars need a folder: give one of both")
+        return SideCars(ext or ".txt", existing, embed=embed, roots=folders_of(paths), folder=out)
     if out is None and format == "metadata" and len(paths) == 1 and Path(paths[0]).is_dir():
         out = Path(paths[0]) / METADATA_FILE
     if out is None:

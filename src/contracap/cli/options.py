@@ -72,6 +72,7 @@ Int8 = Annotated[
     FlagCreatePairsOff[bool],
     arg(help="round the weights that each step of a caption reads to 8 bits: docs/captioning.md"),
 ]
+Device = Annotated[str | None, arg(metavar="NAME", help="such as cpu or cuda:1; by default the GPU if there is one")]
 Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one for each core")]
 
 
@@ -107,11 +108,17 @@ def command_line() -> str:
     return shlex.join(["contracap", *sys.argv[1:]])
 
 
-def load_model(weights: str, size: str | None, *, int8: bool = False) -> "tuple[CoCa, Processor]":
-    """Any weights, on the GPU if there is one; with `int8` what captions read is rounded."""
-    from contracap.pretrained import load_on_device
+def load_model(
+    weights: str, size: str | None, *, int8: bool = False, device: str | None = None
+) -> "tuple[CoCa, Processor]":
+    """Any weights, on a device, by default the GPU if there is one; with `int8` what captions read is rounded.
 
-    model, processor = load_on_device(weights, size=size)
+    Raises: ValueError: if there is no such device.
+    """
+    from contracap.pretrained import check_device, load_on_device
+
+    check_device(device)
+    model, processor = load_on_device(weights, size=size, device=device)
     if int8:
         from contracap.model import quantised
 

@@ -150,7 +150,7 @@ class Captioning:
                             f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
                         )
                 numbers = range(len(written), len(written) + len(batch))
-                made = [one.text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
+                made = [one.raw_text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
                 if judge is not None:
                     found = judge.score(judged, made, [sample.captions for sample in batch])
                     clip += found[0]

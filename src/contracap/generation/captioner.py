@@ -15,6 +15,7 @@ from contracap.generation.reranking import ContrastiveReranking, shortened
 from contracap.generation.strategy import Hypothesis, Prompts, Strategy, check_count
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
+from contracap.tokenizer import join_marks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,9 @@ class Caption:
     """One sentence for one picture.
 
     Attributes:
-        text: the sentence, with the prompt that it begins with.
+        text: the sentence, with the prompt that it begins with, written as people do: "a star, above it a circle".
+        raw_text: the same with a blank after every word and mark, as the vocabulary has them and as open_clip prints
+            it: "a star , above it a circle". Figures are of this one.
         token_ids: its ids, between the start and the end token, neither included.
         score: what ranked it, higher is better; each strategy says what that is.
         log_probability: sum over its tokens and the end token, but for those of the prompt, in nats; a text that
@@ -34,6 +37,7 @@ class Caption:
     """
 
     text: str
+    raw_text: str = field(repr=False)
     token_ids: tuple[int, ...]
     score: float
     log_probability: float
@@ -167,16 +171,19 @@ class Captioner:
                 "no text was found: the model's logits are not finite (NaN or infinite), since its weights are broken "
                 "or the pixels are; or the rules and lengths leave no text"
             )
+        decode = self.processor.tokenizer.decode
+        raw = [decode([*prompt, *found.token_ids]) for found in hypotheses]
         return [
             Caption(
-                text=self.processor.tokenizer.decode([*prompt, *found.token_ids]),
+                text=join_marks(text),
+                raw_text=text,
                 token_ids=(*prompt, *found.token_ids),
                 score=found.score,
                 log_probability=found.log_probability,
                 token_log_probabilities=found.token_log_probabilities,
                 embedding=embedding,
             )
-            for found in hypotheses
+            for found, text in zip(hypotheses, raw, strict=True)
         ]
 
     def _reranked(self, texts: list[list[Caption]]) -> list[list[Caption]]:

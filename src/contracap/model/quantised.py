@@ -1,5 +1,9 @@
 """Weights of 8 bits for what a caption's every step reads."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from contracap.model.coca import CoCa
@@ -21,11 +25,24 @@ def int8(model: CoCa) -> None:
     """
     decoder = model.require_decoder()
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        with _silence():
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ImportError("int8 weights need torchao: pip install 'contracap[int8]'") from error
     for part in (model.text.blocks, decoder):
         quantize_(part, Int8WeightOnlyConfig(), filter_fn=_is_read_at_each_step)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No log lines below errors: as torchao is imported it tells of GPU kernels that are not there, though none is
+    needed, and torch of how torchao calls it."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _is_read_at_each_step(module: nn.Module, name: str) -> bool:

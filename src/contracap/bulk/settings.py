@@ -1,0 +1,79 @@
+"""What decides the captions of an output besides the images. It is stored with them, so that no other run adds to
+them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contracap import __version__
+from contracap.config import to_dict
+from contracap.files import write_text
+from contracap.generation.strategy import Strategy
+from contracap.model.coca import CoCa
+from contracap.processor import Processor
+
+Settings = Mapping[str, Any]
+"""Ready for JSON."""
+
+
+class SettingsError(ValueError):
+    """An output that belongs to a run with other settings; the message names it and says what to do."""
+
+
+def caption_settings(strategy: Strategy | None, prompt: str, model: CoCa, processor: Processor) -> dict[str, Any]:
+    """What decides the text of a caption."""
+    named = strategy and {"name": type(strategy).__name__, **to_dict(strategy)}
+    return {"weights_sha256": _digest(model, processor), "strategy": named, "prompt": prompt}
+
+
+def description(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:
+    """Where the settings come from, for those who read an output, ready for JSON."""
+    return {
+        "contracap": __version__,
+        "weights": weights,
+        "model": to_dict(model.config),
+        "image": to_dict(processor.image_config),
+    }
+
+
+def changes(before: Settings, now: Settings) -> str:
+    """What is different, for a message; empty if nothing is."""
+    other = [name for name in now if before.get(name) != now[name]]
+    return "; ".join(f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in other)
+
+
+class Record:
+    """A hidden file with the settings of the output next to it."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
+
+    def check(self, output: str, remedy: str) -> None:
+        """Raises: SettingsError: if the captions of `output` were made with other settings. OSError: if the file cannot
+        be read."""
+        try:
+            before = dict(json.loads(self.path.read_bytes()))
+        except FileNotFoundError:  # captions of other origin may be added to
+            return
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"{self.path} does not hold settings: {error}; delete it") from None
+        if different := changes(before, self.settings):
+            raise SettingsError(f"{output} holds captions of other settings: {different}. {remedy}")
+
+    def write(self) -> None:
+        """Make these settings those of the output."""
+        write_text(self.path, json.dumps(self.settings, indent=2) + "\n")
+
+
+def _digest(model: CoCa, processor: Processor) -> str:
+    """Of the configuration and every tensor."""
+    digest = hashlib.sha256(json.dumps([to_dict(model.config), to_dict(processor.image_config)]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        plain = tensor.detach() if type(tensor.detach()) is torch.Tensor else tensor.dequantize()  # 8 bits by torchao
+        digest.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
