@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and reading that ends."""
 
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,3 +115,36 @@ def write_text(path: str | Path, text: str) -> None:
     is written as JSON and Python spell it: \\udce9."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_regular(path: str | Path, max_bytes: int = 256 * 2**20) -> bytes:
+    """Return the content of a regular file. Pipes, sockets and devices may never end: they are refused unread.
+
+    What is larger than the default is not an image.
+
+    Raises: OSError: if it is not a regular file, cannot be read, or is larger than `max_bytes`.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than the {max_bytes:,} bytes allowed", str(path))
+    return content
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what is there but is not a regular file.
+
+    Raises: OSError: that says what it is.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"a {special_kind(mode)}, not a regular file", str(path))
+
+
+def special_kind(mode: int) -> str:
+    """What a file of this mode is that is neither a regular one nor a folder."""
+    kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+    return kinds.get(stat.S_IFMT(mode), "special file")

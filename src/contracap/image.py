@@ -17,6 +17,9 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from contracap.files import read_regular
+from contracap.formats import FORMATS, HEAD_BYTES, image_format, not_an_image
+
 try:
     import simplejpeg
 except ImportError:
@@ -26,8 +29,6 @@ except ImportError:
 PIXEL_LIMIT = 89_478_485
 # A picture longer than this many times its shorter side loses its far ends, outside every centre crop, before resizing.
 LONGEST_RATIO = 1000
-# Formats that Pillow reads by itself; EPS, for one, would start a foreign program on the file.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO")
 
 
 class ImageError(ValueError):
@@ -98,7 +99,7 @@ def decode(
     if isinstance(source, str | Path):
         name = name or str(source)
         try:
-            data = Path(source).read_bytes()
+            data = read_regular(source)
         except FileNotFoundError:
             raise FileNotFoundError(f"{name}: no such picture file") from None
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
@@ -202,7 +203,7 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
         except Image.DecompressionBombError as error:
             raise ImageSizeError(f"{name}: more than the {PIXEL_LIMIT} pixels allowed; scale it down first") from error
         except Image.UnidentifiedImageError as error:
-            raise ImageError(f"{name}: not a picture, or cut off, or none of {', '.join(_formats())}") from error
+            raise ImageError(f"{name}: {_unidentified(source)}") from error
         except Exception as error:
             raise ImageError(f"{name}: broken picture: {error}") from error
         _check_size(picture.height, picture.width, name)
@@ -211,6 +212,13 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
             return _turn(_rgb(picture), _orientation(picture))
         except Exception as error:
             raise ImageError(f"{name}: broken picture: {error}") from error
+
+
+def _unidentified(source: bytes | Image.Image) -> str:
+    """What a file is that no decoder takes."""
+    head = source[:HEAD_BYTES] if isinstance(source, bytes) else b""
+    format = image_format(head)
+    return f"a {format} file, broken or cut off" if format else not_an_image(head)
 
 
 def _check_size(height: int, width: int, name: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from contracap.data.download import download
 from contracap.data.remote import WEB
 from contracap.data.shards import (
-    MOST_MEMBER_BYTES,
     PICTURE_SUFFIXES,
     SHARD_SUFFIXES,
     Record,
@@ -22,7 +21,8 @@ from contracap.data.shards import (
     parse,
     records,
 )
-from contracap.data.sources import is_picture, pictures_in
+from contracap.data.walk import PassedOver, is_picture, pictures_in
+from contracap.files import check_regular, read_regular
 
 LIST_SUFFIX = ".txt"
 
@@ -53,9 +53,7 @@ class Item:
             case str() as url:
                 return download(url)
             case Path() as path:
-                if path.stat().st_size > MOST_MEMBER_BYTES:
-                    raise ValueError(f"{self.name}: larger than {MOST_MEMBER_BYTES:,} bytes, as no photograph is")
-                return path.read_bytes()
+                return read_regular(path)
 
 
 def items(paths: Sequence[str], *, recursive: bool = True) -> Generator[Item, None, None]:
@@ -64,13 +62,16 @@ def items(paths: Sequence[str], *, recursive: bool = True) -> Generator[Item, No
     A path is a picture file, or its http(s) URL; a folder, whose pictures come by name and then those of its
     subfolders; a pattern with `*`, `?`, `[...]` and `**`, of pictures and shards; a tar shard, anywhere that
     `data/remote` reads, with braces as ranges and lists; or a `.txt` file with a path or URL of a picture on each line.
-    What cannot be read becomes an item that says why, and the rest follows.
+    What cannot be read becomes an item that says why, and the rest follows; what is not a picture is counted, and told
+    in one line at the end.
     """
+    passed = PassedOver()
     for path in paths:
         try:
-            yield from _items_of(path, recursive)
+            yield from _items_of(path, recursive, passed)
         except (OSError, ValueError) as error:
             yield Item(name=path, source=error)
+    passed.report(", ".join(paths))
 
 
 def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Item]:
@@ -83,10 +84,11 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
     if not paths:
         raise ValueError("nothing to caption: give pictures, folders, patterns, lists (.txt) or tar shards")
     for path in paths:
-        with closing(_items_of(path, recursive)) as found:
+        passed = PassedOver()
+        with closing(_items_of(path, recursive, passed)) as found:
             first = next(found, None)
         if first is None:
-            raise FileNotFoundError(_nothing_at(path))
+            raise FileNotFoundError(_nothing_at(path) + (f" (passed over {passed})" if passed.counts else ""))
         if path.endswith(LIST_SUFFIX) and isinstance(first.source, Path) and not first.source.is_file():
             raise FileNotFoundError(
                 f"{path} is no list of pictures, a path or URL on each line: its first line names no file, {first.name}"
@@ -94,7 +96,7 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
         yield first
 
 
-def _items_of(path: str, recursive: bool) -> Generator[Item, None, None]:
+def _items_of(path: str, recursive: bool, passed: PassedOver) -> Generator[Item, None, None]:
     local = Path(path)
     if "://" in path or path.startswith("pipe:"):
         if path.startswith(WEB) and not path.partition("?")[0].endswith(SHARD_SUFFIXES):
@@ -102,11 +104,12 @@ def _items_of(path: str, recursive: bool) -> Generator[Item, None, None]:
         else:
             yield from _of_shards(path)
     elif local.is_dir():
-        for picture in pictures_in(local):
+        for picture in pictures_in(local, passed):
             if not recursive and picture.name != str(picture):  # those of subfolders come last
                 break
             yield _file(local / picture)
     elif local.exists():
+        check_regular(local)
         if path.endswith(SHARD_SUFFIXES):
             yield from _of_shards(path)
         elif local.suffix == LIST_SUFFIX:
@@ -114,11 +117,13 @@ def _items_of(path: str, recursive: bool) -> Generator[Item, None, None]:
         else:
             yield _file(local)
     elif has_magic(path):
-        for match in _matches(Path(local.anchor), local.relative_to(local.anchor).parts):
+        for match in _matches(Path(local.anchor), local.relative_to(local.anchor).parts, passed):
             if match.name.endswith(SHARD_SUFFIXES):
                 yield from _of_shards(str(match))
-            elif is_picture(match) and match.is_file():
+            elif match.is_file() and is_picture(match):
                 yield _file(match)
+            else:
+                passed.add(match)
     elif path.endswith(SHARD_SUFFIXES):
         yield from _of_shards(path)
     else:
@@ -132,7 +137,7 @@ def count_items(paths: Sequence[str], *, recursive: bool = True, limit: int | No
         for path in paths:
             if path.endswith(SHARD_SUFFIXES):
                 return limit
-            with closing(_items_of(path, recursive)) as found:
+            with closing(_items_of(path, recursive, PassedOver())) as found:
                 count += sum(1 for _ in islice(found, limit))
     except (OSError, ValueError):
         return None
@@ -183,7 +188,7 @@ def item_of(record: Record) -> Item:
         return Item(name=name, source=error)
 
 
-def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+def _matches(folder: Path, parts: Sequence[str], passed: PassedOver) -> Iterator[Path]:
     """What a pattern finds in a folder, by name, with the names of one folder at a time in memory; nothing hidden."""
     if not parts:
         yield folder
@@ -191,18 +196,21 @@ def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     part, rest = parts[0], parts[1:]
     if not has_magic(part):
         if (folder / part).exists():
-            yield from _matches(folder / part, rest)
+            yield from _matches(folder / part, rest, passed)
         return
     names = sorted(name for name in (os.listdir(folder) if folder.is_dir() else ()) if not name.startswith("."))
     if part == "**":
-        yield from _matches(folder, rest or ("*",))
+        yield from _matches(folder, rest or ("*",), passed)
         for name in names:
-            if (folder / name).is_dir() and not (folder / name).is_symlink():
-                yield from _matches(folder / name, parts)
+            if (folder / name).is_dir():
+                if (folder / name).is_symlink():
+                    passed.counts["link to a folder"] += 1
+                else:
+                    yield from _matches(folder / name, parts, passed)
     else:
         for name in names:
             if fnmatchcase(name, part):
-                yield from _matches(folder / name, rest)
+                yield from _matches(folder / name, rest, passed)
 
 
 def _nothing_at(path: str) -> str:

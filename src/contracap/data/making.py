@@ -22,7 +22,7 @@ from contracap.data.index import ShardEntry, describe, read_index, write_index
 from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES, write_shard
 from contracap.data.sources import Item, Kind, read_source
 from contracap.data.workers import in_processes
-from contracap.files import write_text
+from contracap.files import read_regular, write_text
 from contracap.image import ImageError, decode
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -239,7 +239,7 @@ def _content(item: Item) -> bytes | Refused:
         path = Path(item.picture)
         if not path.is_file():
             return Refused(source=item.source, kind="missing_file", message=f"no such file: {path}")
-        return path.read_bytes()
+        return read_regular(path)
     except DownloadError as error:
         return Refused(source=item.source, kind=error.kind, message=str(error))
     except OSError as error:

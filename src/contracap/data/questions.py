@@ -8,6 +8,7 @@ from typing import Any
 from contracap.data.annotations import SourceError
 from contracap.data.shards import Sample
 from contracap.data.sources import read_source
+from contracap.files import read_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class QuestionSamples:
         for item in self._items:
             picture = Path(item.picture)
             yield Sample(
-                key=picture.stem, image=picture.read_bytes(), captions=(), fields=item.fields, shard=self._name
+                key=picture.stem, image=read_regular(picture), captions=(), fields=item.fields, shard=self._name
             )
 
 

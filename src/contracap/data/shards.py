@@ -24,7 +24,10 @@ from contracap.files import replacing
 
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
 SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
+PICTURE_SUFFIXES = (  # a sample with several has the first of them
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm"),
+    *("jfif", "jpe", "jp2", "j2k", "heic", "heif", "jxl", "ico", "pgm", "pbm", "pnm"),
+)
 logger = logging.getLogger(__name__)
 SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, "json", "txt", "cls"))  # of the members that `parse` looks at
 MOST_MEMBER_BYTES = 256 * 2**20  # what is larger is no photograph, but may be a few bytes that unfold

@@ -25,7 +25,8 @@ from contracap.data.annotations import (
     read_vqa,
     texts,
 )
-from contracap.data.shards import PICTURE_SUFFIXES
+from contracap.data.walk import PassedOver, files_in, is_picture, pictures_in
+from contracap.files import check_regular
 
 Kind = Literal["folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder"]
 
@@ -83,6 +84,8 @@ def read_source(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such source: {path}")
+    if not path.is_dir():
+        check_regular(path)
     if kind == "auto":
         kind = _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
     for option, given, kinds in (
@@ -140,10 +143,10 @@ def _merged(entries: Iterator[Entry | Refused], kind: Kind, folder: Path) -> Sou
 
 def _kind_of_folder(folder: Path) -> Kind:
     kind = None
-    for file in _files(folder):
+    for file in files_in(folder, PassedOver()):
         if file.name in METADATA_FILES:
             return "imagefolder"
-        if is_picture(file):
+        if kind is None and is_picture(folder / file):
             kind = "folder"
     if kind is None:
         raise SourceError(f"{folder} has neither pictures nor a metadata file ({', '.join(METADATA_FILES)})")
@@ -186,7 +189,7 @@ def _read_folder(folder: Path) -> Iterator[Entry | Refused]:
 
 def _read_imagefolder(folder: Path, caption_columns: Sequence[str]) -> Iterator[Entry | Refused]:
     """The rows of every metadata file; names start where their file lies."""
-    for file in _files(folder):
+    for file in files_in(folder, PassedOver()):
         if file.name in METADATA_FILES:
             for row in read_table(folder / file, picture_columns=("file_name",), caption_columns=caption_columns):
                 beside = file.parent.as_posix()
@@ -206,29 +209,3 @@ def _read_document(path: Path, kind: Kind, folder: Path, splits: Sequence[str]) 
             yield from read_vqa(path, document, (file.as_posix() for file in pictures_in(folder)))
     except (LookupError, TypeError, AttributeError) as error:
         raise other_layout(path, kind, error) from error
-
-
-def pictures_in(folder: Path) -> Iterator[Path]:
-    """The pictures in a folder and its subfolders, relative to it and by name; hidden ones and linked folders left out.
-
-    Raises: OSError: if one of the folders cannot be read.
-    """
-    return filter(is_picture, _files(folder))
-
-
-def is_picture(file: Path) -> bool:
-    """Whether a file's name says so."""
-    return file.suffix.lower().lstrip(".") in PICTURE_SUFFIXES
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and its subfolders, relative to it and by name; hidden ones and linked folders left out."""
-
-    def unreadable(error: OSError) -> None:
-        raise error
-
-    for directory, subfolders, names in os.walk(folder, onerror=unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(directory).relative_to(folder) / name

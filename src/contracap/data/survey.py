@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from contracap.data.index import read_index
 from contracap.data.shards import Record, Sample, SampleError, ShardError, list_shards, parse, records
-from contracap.image import FORMATS, AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
+from contracap.formats import FORMATS
+from contracap.image import AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
 from contracap.tokenizer import Tokenizer
 
 CONTEXT = 76  # tokens of the released models' texts; what is longer is cut

@@ -11,8 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from contracap.data.shards import PICTURE_SUFFIXES
-from contracap.data.sources import pictures_in
+from contracap.data.walk import pictures_in
 from contracap.demo.actions import Actions
 from contracap.demo.overlay import to_pillow
 from contracap.image import ImageError
@@ -120,7 +119,7 @@ class Collection:
 
 
 def pictures_under(folder: Path) -> list[Path]:
-    """The paths of a folder's pictures, as `data.sources.pictures_in` finds them.
+    """The paths of a folder's pictures, as `data.walk.pictures_in` finds them.
 
     Raises:
         ValueError: if there are none, or no such folder.
@@ -130,5 +129,5 @@ def pictures_under(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} is no folder: give one that holds pictures")
     found = [folder / path for path in pictures_in(folder)]
     if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+        raise ValueError(f"{folder} holds no pictures")
     return found

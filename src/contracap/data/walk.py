@@ -1,0 +1,139 @@
+"""Images below a folder, and a word on everything else that lies there."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES
+from contracap.files import special_kind
+from contracap.formats import HEAD_BYTES, image_format
+
+logger = logging.getLogger(__name__)
+
+# Files that lie beside images on purpose: captions, tables, embeddings. They are neither opened nor counted.
+COMPANIONS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy")
+
+
+class PassedOver:
+    """Counts of what was left out of folders, by kind, such as `.mp4` or `named pipe`."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[str]()
+
+    def __str__(self) -> str:
+        """In one line, the most frequent first; empty where nothing was left out."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
+
+    def add(self, file: Path) -> None:
+        """Count what is not an image, a file under its suffix."""
+        if file.is_dir():
+            self.counts["folder"] += 1
+        elif not file.exists():
+            self.counts["broken link"] += 1
+        elif not file.is_file():
+            self.counts[special_kind(file.stat().st_mode)] += 1
+        elif not file.name.lower().endswith(COMPANIONS):
+            self.counts[file.suffix.lower() or "without suffix"] += 1
+
+    def report(self, where: str | Path) -> None:
+        """Log the line, if there is anything to tell."""
+        if self.counts:
+            logger.warning(f"{where}: passed over {self}")
+
+
+def pictures_in(folder: Path, passed: PassedOver | None = None) -> Iterator[Path]:
+    """The images in a folder and its subfolders, relative to it, by name; a folder's own come before its subfolders'.
+
+    Links to folders are followed once, unless they lead to a part of the folder itself or to what holds it. Hidden
+    files and folders are left out, as is all that is not a regular file. `passed` counts them; without it, one line is
+    logged at the end.
+
+    Raises: OSError: if one of the folders cannot be read.
+    """
+    counts = PassedOver() if passed is None else passed
+    for file in files_in(folder, counts):
+        if is_picture(folder / file):
+            yield file
+        else:
+            counts.add(folder / file)
+    if passed is None:
+        counts.report(folder)
+
+
+def has_picture(folder: Path) -> bool:
+    """Whether an image lies below a folder.
+
+    Raises: OSError: if one of the folders cannot be read.
+    """
+    return next(pictures_in(folder, PassedOver()), None) is not None
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file's name says so or, where the name says nothing, its first bytes.
+
+    TIFF's are not enough under a suffix of its own: raw files of cameras begin so, too.
+    """
+    suffix = file.suffix.lower()
+    if suffix[1:] in PICTURE_SUFFIXES:
+        return True
+    if suffix in COMPANIONS or file.name.endswith(SHARD_SUFFIXES) or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as opened:
+            format = image_format(opened.read(HEAD_BYTES))
+    except OSError:
+        return False
+    return format is not None and (format != "TIFF" or not suffix)
+
+
+def files_in(folder: Path, passed: PassedOver) -> Iterator[Path]:
+    """The regular files in a folder and its subfolders, as `pictures_in` orders them."""
+    root = os.path.realpath(folder)
+    seen = {_identity(root)}
+    waiting = [Path()]
+    while waiting:
+        place = waiting.pop()
+        subfolders = []
+        with os.scandir(folder / place) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            kind = _kind(entry, root)
+            if kind == "folder":
+                identity = _identity(entry.path)
+                if identity in seen:
+                    passed.counts["folder met before"] += 1
+                else:
+                    seen.add(identity)
+                    subfolders.append(place / entry.name)
+            elif kind == "file":
+                yield place / entry.name
+            else:
+                passed.counts[kind] += 1
+        waiting += reversed(subfolders)
+
+
+def _kind(entry: os.DirEntry[str], root: str) -> str:
+    """`file`, `folder`, or what it is passed over as."""
+    if entry.name.startswith("."):
+        return "hidden"
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "link back" if entry.is_symlink() and _leads_back(entry.path, root) else "folder"
+        return special_kind(entry.stat().st_mode)
+    except OSError:  # a link in a circle, or to what is gone
+        return "broken link"
+
+
+def _leads_back(link: str, root: str) -> bool:
+    """Whether a link leads to a part of the folder, which is met anyway, or to what holds it."""
+    target = os.path.realpath(link)
+    return os.path.commonpath([root, target]) in (root, target)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
