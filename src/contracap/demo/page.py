@@ -16,7 +16,6 @@ from contracap.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, 
 from contracap.evaluation.zeroshot import TEMPLATE
 from contracap.page import table
 
-CLEAN_UP = 3600  # seconds after which an upload is deleted
 WAITING = 100  # visitors in the queue, beyond whom nobody is let in
 LABELS = "red\ngreen\nblue\nyellow"
 MOST_UPLOADED = 200  # pictures that a visitor searches
@@ -74,7 +73,7 @@ def build_page(actions: Actions, collection: Collection | None) -> gradio.Blocks
     """The page. Without a collection, visitors search what they upload."""
     # One event at a time, whichever button it comes from: they share the model's cores.
     alone = {"concurrency_id": "model", "concurrency_limit": 1}
-    with gradio.Blocks(title="contracap", analytics_enabled=False, delete_cache=(CLEAN_UP, CLEAN_UP)) as page:
+    with gradio.Blocks(title="contracap", analytics_enabled=False) as page:
         gradio.Markdown("# contracap\nCaptions, classes and searches by one model, a contrastive captioner.")
         with gradio.Tab("Caption"):
             _caption_tab(actions, alone)
