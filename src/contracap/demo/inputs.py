@@ -9,7 +9,8 @@ server, or one inside a text's value. So `guard` looks at every value first.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio
@@ -24,6 +25,7 @@ PLAIN: Mapping[str, type | tuple[type, ...]] = {
     "dropdown": str,
     "radio": (str, int),
     "slider": (int, float),
+    "dataset": int,
 }
 Input = TypeVar("Input", bound=Component)
 
@@ -40,6 +42,15 @@ def pictures_input(label: str) -> gradio.File:
     """Several uploaded pictures; passed on as the paths of their files."""
     made = gradio.File(label=label, file_count="multiple", file_types=["image"], height=FILES_HEIGHT)
     return handing_on(made, lambda payload: [file.path for file in payload or []])
+
+
+def examples_input(pictures: Sequence[Path], picture: gradio.Image) -> gradio.Dataset | None:
+    """Pictures to choose from, of which the number is passed on; None if there are none."""
+    if not pictures:
+        return None
+    samples = [[str(path)] for path in pictures]
+    label, classes = "Or one of these", "examples"
+    return gradio.Dataset(components=[picture], samples=samples, type="index", label=label, elem_classes=classes)
 
 
 def number_input(

@@ -13,6 +13,7 @@ import gradio
 
 from contracap.demo.actions import Actions
 from contracap.demo.collection import Collection
+from contracap.demo.examples import find_examples
 from contracap.demo.inputs import guard
 from contracap.demo.limits import LimitVisitors
 from contracap.demo.page import CSS, build_page, theme
@@ -62,7 +63,7 @@ def _filling(collection: Collection) -> Iterator[None]:
 def application(actions: Actions, collection: Collection | None, uploads: Uploads) -> fastapi.FastAPI:
     """The page as a web application."""
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
-    page = build_page(actions, collection)
+    page = build_page(actions, collection, find_examples(actions, collection, uploads))
     guard(page, uploads)
     app = fastapi.FastAPI(openapi_url=None, routes=uploads.routes, lifespan=uploads.tidied)
     app.add_middleware(LimitVisitors)

@@ -40,7 +40,7 @@ class Uploads:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.uploaded = folder, folder / "uploads"
+        self.folder, self.uploaded, self.examples = folder, folder / "uploads", folder / "examples"
         self._coming = 0  # bytes of uploads under way
 
     @property
@@ -53,11 +53,13 @@ class Uploads:
         ]
 
     def find(self, path: Any) -> Path | None:
-        """The upload that has this path; None if there is none."""
+        """The upload, or the example, that has this path; None if there is none."""
         if not isinstance(path, str):
             return None
         found = Path(path)
-        named = found.parent.parent == self.uploaded and re.fullmatch("[0-9a-f]{32}", found.parent.name)
+        named = found.parent.parent in (self.uploaded, self.examples) and re.fullmatch(
+            "[0-9a-f]{32}", found.parent.name
+        )
         return found if named and is_regular(found) else None
 
     async def send(self, request: Request) -> Response:
@@ -113,20 +115,25 @@ class Uploads:
     def _keep(self, files: Sequence[UploadFile]) -> list[str]:
         kept = []
         for file in files:
-            name = re.sub(r"[^\w .,-]", "", Path(file.filename or "").name).strip(". ")[-LONGEST_NAME:]
-            path = self.uploaded / secrets.token_hex(16) / (name or "picture")
-            path.parent.mkdir(parents=True)
+            path = self.new_path(self.uploaded, file.filename or "")
             with path.open("xb") as copy:
                 shutil.copyfileobj(file.file, copy)
             kept.append(str(path))
         self.tidy()
         return kept
 
+    def new_path(self, folder: Path, name: str) -> Path:
+        """A path for a file in `uploaded` or `examples`, with as much of its name as is harmless."""
+        name = re.sub(r"[^\w .,-]", "", Path(name).name).strip(". ")[-LONGEST_NAME:]
+        path = folder / secrets.token_hex(16) / (name or "picture")
+        path.parent.mkdir(parents=True)
+        return path
+
     def tidy(self) -> None:
-        """Delete what is too old, then the oldest of what is too much."""
+        """Delete what is too old, then the oldest of what is too much. Examples stay."""
         files = []
         for path in self.folder.rglob("*"):
-            if is_regular(path):
+            if is_regular(path) and not path.is_relative_to(self.examples):
                 status = path.lstat()
                 files.append((status.st_mtime, status.st_size + FILE_COST, path))
         room, now = MOST_KEPT * MIB, time.time()
