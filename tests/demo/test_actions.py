@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import contracap
+from contracap.data.scenes import COLORS
 from contracap.demo.actions import SHOWN, Actions
 from contracap.demo.collection import Collection, pictures_under
+from contracap.demo.examples import find_examples
 from contracap.demo.overlay import overlay
 from contracap.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Phrases, chosen
+from contracap.demo.uploads import Uploads
 from contracap.evaluation.zeroshot import classifier
 from contracap.generation import BeamSearch, Captioner
 from contracap.generation.choice import STRATEGIES
@@ -123,6 +126,31 @@ def test_a_text_search_ranks_by_the_cosine(actions: Actions, tmp_path: Path) -> 
     matches = collection.search_text("a red circle")
     assert [match.name for match in matches] == [f"{place}.png" for place in order]
     assert [match.score for match in matches] == pytest.approx(cosines[order].tolist(), abs=1e-5)
+
+
+def test_what_is_found_is_shown_whole(actions: Actions, tmp_path: Path) -> None:
+    collection = Collection(actions, [picture(tmp_path / "wide.png")])
+    list(collection.fill())
+    (match,) = collection.search_text("red")
+    assert match.picture.size == (320, 240)
+
+
+def test_examples_are_drawn_for_the_model_of_drawn_scenes_and_otherwise_taken_from_the_folder(
+    actions: Actions, tmp_path: Path
+) -> None:
+    uploads = Uploads(tmp_path / "page")
+    drawn = find_examples(Actions(*contracap.load("scenes", weights="random", seed=0)), None, uploads)
+    assert tuple(drawn.labels) == COLORS and len(drawn.pictures) == 4
+    assert find_examples(actions, None, uploads).pictures == []
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "00.png").write_text("no picture")
+    paths = [folder / "00.png", *(picture(folder / f"{number:02d}.png", seed=number) for number in range(1, 9))]
+    found = find_examples(actions, Collection(actions, paths), uploads)
+    assert [path.name for path in found.pictures] == ["01.png", "02.png", "03.png", "04.png"]
+    assert all(uploads.find(str(path)) == path for path in (*drawn.pictures, *found.pictures))
+    assert actions.classify(str(found.pictures[0]), "\n".join(found.labels), "\n".join(found.templates))
+    assert not set(found.labels) & set(COLORS)
 
 
 def test_a_collection_can_be_searched_before_it_is_full(actions: Actions, tmp_path: Path) -> None:

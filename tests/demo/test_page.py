@@ -157,6 +157,24 @@ def test_a_folder_is_searched_by_text_and_by_picture(visit, server, tmp_path) ->
     playwright.expect(page.locator("#found .thumbnail-item").first).to_contain_text("1.000 07.png")
 
 
+def test_an_example_is_captioned_and_classified_as_an_upload_is(visit, server) -> None:
+    page = visit(server)
+    page.locator(".examples img:visible").first.click()
+    assert caption_of(page)
+    page.get_by_role("tab", name="Classify").click()
+    page.locator(".examples img:visible").first.click()
+    playwright.expect(page.locator(".confidence-set")).to_have_count(10)
+
+
+def test_a_page_that_stays_open_tells_when_all_can_be_searched(visit, start, tmp_path) -> None:
+    first = picture(tmp_path / "000.png")
+    for number in range(1, 400):
+        (tmp_path / f"{number:03d}.png").hardlink_to(first)
+    page = visit(start("--pictures", str(tmp_path)))
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_text("400 pictures to search.").wait_for()
+
+
 def test_uploaded_pictures_are_searched_where_there_is_no_folder(visit, start, tmp_path) -> None:
     page = visit(start())
     page.get_by_role("tab", name="Search").click()

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.data.walk import pictures_in
-from contracap.demo.actions import Actions
-from contracap.demo.overlay import to_pillow
+from contracap.demo.actions import SHOWN, Actions
+from contracap.demo.overlay import to_thumbnail
 from contracap.image import ImageError
 
 BATCH = 16  # pictures embedded at a time
@@ -26,7 +26,7 @@ class Match:
     """A picture that was found.
 
     Attributes:
-        picture: as far as the model sees it.
+        picture: all of it, small.
         score: cosine of its embedding and the query's, -1 to 1.
     """
 
@@ -57,11 +57,16 @@ class Collection:
         return len(self.paths)
 
     @property
+    def unread(self) -> int:
+        """Pictures that are still to be read."""
+        return self.total - self.searchable - len(self.skipped)
+
+    @property
     def state(self) -> str:
         """A sentence on how far it is."""
-        done = self.searchable + len(self.skipped)
+        unread = self.unread
         parts = [f"{self.searchable:,} pictures to search"]
-        parts += [f"{self.total - done:,} still to be read"] if done < self.total else []
+        parts += [f"{unread:,} still to be read"] if unread else []
         parts += [f"{len(self.skipped):,} skipped, for they cannot be read"] if self.skipped else []
         return "; ".join(parts) + "."
 
@@ -114,7 +119,7 @@ class Collection:
         matches = []
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
             path = self._readable[place]
-            matches.append(Match(path.name, to_pillow(self.actions.seen(self.actions.read(path))), score))
+            matches.append(Match(path.name, to_thumbnail(self.actions.read(path), SHOWN), score))
         return matches
 
 

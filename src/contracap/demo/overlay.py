@@ -37,3 +37,10 @@ def colored(heat: Float[Tensor, "height width"]) -> Float[Tensor, "3 height widt
 def to_pillow(picture: UInt8[Tensor, "3 height width"]) -> Image.Image:
     """The picture as Pillow has it."""
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+
+
+def to_thumbnail(picture: UInt8[Tensor, "3 height width"], side: int) -> Image.Image:
+    """The whole picture, at most `side` pixels wide and high."""
+    made = to_pillow(picture)
+    made.thumbnail((side, side))
+    return made

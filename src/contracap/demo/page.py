@@ -11,14 +11,13 @@ import gradio
 
 from contracap.demo.actions import Actions, Captioned
 from contracap.demo.collection import Collection, Match
-from contracap.demo.inputs import number_input, picture_input, pictures_input
+from contracap.demo.examples import Examples
+from contracap.demo.inputs import examples_input, number_input, picture_input, pictures_input
 from contracap.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Setting, chosen
-from contracap.evaluation.zeroshot import TEMPLATE
 from contracap.page import table
 
-CLEAN_UP = 3600  # seconds after which an upload is deleted
 WAITING = 100  # visitors in the queue, beyond whom nobody is let in
-LABELS = "red\ngreen\nblue\nyellow"
+STATE_SECONDS = 2  # from one look at how many pictures can be searched to the next
 MOST_UPLOADED = 200  # pictures that a visitor searches
 CSS = """
 .gradio-container { max-width: 76rem !important; }
@@ -30,6 +29,11 @@ footer { display: none !important; }
 #caption textarea { font-size: 1.35rem; line-height: 1.35; }
 .gallery-of .grid-wrap { max-height: none; height: auto; }
 .gallery-of .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; }
+.gallery-of .thumbnail-lg { aspect-ratio: auto; height: auto; }
+.gallery-of .thumbnail-lg > img { aspect-ratio: 1; height: auto; }
+.gallery-of .thumbnail-lg .caption-label { position: static; max-width: none; border: 0; overflow-wrap: anywhere;
+  white-space: normal; }
+.examples img { aspect-ratio: 1; object-fit: contain !important; }
 .wide { overflow-x: auto; }
 .wide table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .wide table, .wide tr { border-style: none !important; }
@@ -70,26 +74,27 @@ def clearly(action: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-def build_page(actions: Actions, collection: Collection | None) -> gradio.Blocks:
+def build_page(actions: Actions, collection: Collection | None, examples: Examples) -> gradio.Blocks:
     """The page. Without a collection, visitors search what they upload."""
     # One event at a time, whichever button it comes from: they share the model's cores.
     alone = {"concurrency_id": "model", "concurrency_limit": 1}
-    with gradio.Blocks(title="contracap", analytics_enabled=False, delete_cache=(CLEAN_UP, CLEAN_UP)) as page:
+    with gradio.Blocks(title="contracap", analytics_enabled=False) as page:
         gradio.Markdown("# contracap\nCaptions, classes and searches by one model, a contrastive captioner.")
         with gradio.Tab("Caption"):
-            _caption_tab(actions, alone)
+            _caption_tab(actions, examples, alone)
         with gradio.Tab("Classify"):
-            _classify_tab(actions, alone)
+            _classify_tab(actions, examples, alone)
         with gradio.Tab("Search"):
             _search_tab(actions, collection, alone)
     return page.queue(max_size=WAITING)
 
 
-def _caption_tab(actions: Actions, alone: dict[str, Any]) -> None:
+def _caption_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) -> None:
     with gradio.Row(elem_classes="sides"):
         with gradio.Column(elem_classes="given"):
             picture = picture_input("Picture")
             button = gradio.Button("Caption", variant="primary")
+            shown_examples = examples_input(examples.pictures, picture)
         with gradio.Column(elem_classes="set"):
             strategy = gradio.Dropdown([(NAMES[name], name) for name in OWN], value="beam", label="Strategy")
             common, asked_of_all = (*LENGTHS, *RULES), []
@@ -121,7 +126,9 @@ def _caption_tab(actions: Actions, alone: dict[str, Any]) -> None:
         return _shown(actions.caption(path, name, settings, begins or ""))
 
     inputs = [picture, strategy, prompt, *asked_of_all, *(part for parts in own.values() for part in parts)]
-    _on_picture(picture, button, caption, inputs, [text, alternatives, word, maps], "caption", alone)
+    outputs = [text, alternatives, word, maps]
+    _on_picture(picture, button, caption, inputs, outputs, "caption", alone)
+    _on_example(shown_examples, examples, caption, inputs, outputs, alone)
     strategy.change(
         lambda name: [gradio.update(visible=name == other) for other in OWN],
         strategy,
@@ -169,18 +176,23 @@ def _shown(captioned: Captioned) -> tuple[Any, ...]:
     )
 
 
-def _classify_tab(actions: Actions, alone: dict[str, Any]) -> None:
+def _classify_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) -> None:
     with gradio.Row(elem_classes="sides"):
         with gradio.Column(elem_classes="given"):
             picture = picture_input("Picture")
-            labels = gradio.Textbox(LABELS, label="Labels, one a line", lines=5)
+            labels = gradio.Textbox("\n".join(examples.labels), label="Labels, one a line", lines=5)
             template = gradio.Textbox(
-                TEMPLATE, label="Prompt, {} where the label goes; several prompts, one a line, are averaged", lines=1
+                "\n".join(examples.templates),
+                label="Prompt, {} where the label goes; several prompts, one a line, are averaged",
+                lines=len(examples.templates),
             )
             button = gradio.Button("Classify", variant="primary")
+            shown_examples = examples_input(examples.pictures, picture)
         with gradio.Column(elem_classes="shown"):
             probabilities = gradio.Label(label="Probabilities", num_top_classes=20)
-    _on_picture(picture, button, actions.classify, [picture, labels, template], [probabilities], "classify", alone)
+    inputs, outputs = [picture, labels, template], [probabilities]
+    _on_picture(picture, button, actions.classify, inputs, outputs, "classify", alone)
+    _on_example(shown_examples, examples, actions.classify, inputs, outputs, alone)
 
 
 def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str, Any]) -> None:
@@ -195,7 +207,7 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
             picture = picture_input("Or a picture")
             by_picture = gradio.Button("Search by picture")
         with gradio.Column(elem_classes="shown"):
-            state = gradio.Markdown(collection.state if collection is not None else "")
+            state = gradio.Markdown((lambda: collection.state) if collection is not None else "")
             found = _gallery("found", format="jpeg")
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
@@ -217,6 +229,16 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
         return _matches(searched.search_picture(path)), searched.state
 
     own = gradio.State()
+    if collection is not None:
+        timer = gradio.Timer(STATE_SECONDS)
+        timer.tick(
+            lambda: (collection.state, gradio.Timer(active=collection.unread > 0)),
+            None,
+            [state, timer],
+            queue=False,
+            api_visibility="private",
+            show_progress="hidden",
+        )
     if files is not None:
         files.change(clearly(read), files, [own, state], api_name="read", **alone)
     gradio.on(
@@ -252,6 +274,25 @@ def _on_picture(
 
     button.click(clearly(action), inputs, outputs, api_name=name, **alone)
     picture.input(clearly(act_on), inputs, outputs, api_visibility="private", **alone)
+
+
+def _on_example(
+    shown: gradio.Dataset | None,
+    examples: Examples,
+    action: Callable[..., Any],
+    inputs: list[Any],
+    outputs: list[Any],
+    alone: dict[str, Any],
+) -> None:
+    """Put the example that is chosen in place of the picture, the first input, and act on it."""
+    if shown is not None:
+        shown.click(
+            clearly(lambda number: str(examples.pictures[number])),
+            shown,
+            inputs[0],
+            queue=False,
+            api_visibility="private",
+        ).success(clearly(action), inputs, outputs, api_visibility="private", **alone)
 
 
 def _matches(matches: Sequence[Match]) -> list[tuple[Any, str]]:

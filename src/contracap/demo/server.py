@@ -13,8 +13,11 @@ import gradio
 
 from contracap.demo.actions import Actions
 from contracap.demo.collection import Collection
-from contracap.demo.limits import LARGEST_PICTURE, LimitVisitors
+from contracap.demo.examples import find_examples
+from contracap.demo.inputs import guard
+from contracap.demo.limits import LimitVisitors
 from contracap.demo.page import CSS, build_page, theme
+from contracap.demo.uploads import LARGEST_PICTURE, Uploads
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.web import MIB, run, url
@@ -32,9 +35,8 @@ def serve(model: CoCa, processor: Processor, *, address: socket.socket, pictures
     """
     actions = Actions(model, processor)
     collection = Collection(actions, pictures or ())
-    with tempfile.TemporaryDirectory(prefix="contracap-demo-") as uploads, _filling(collection):
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        app = application(actions, collection if pictures is not None else None)
+    with tempfile.TemporaryDirectory(prefix="contracap-demo-") as folder, _filling(collection):
+        app = application(actions, collection if pictures is not None else None, Uploads(Path(folder)))
         greeting = f"the page is at {url(address)}; Ctrl-C ends it"
         run(app, address, greeting=greeting, patience=PATIENCE, log_level="warning")
 
@@ -58,13 +60,16 @@ def _filling(collection: Collection) -> Iterator[None]:
         thread.join()
 
 
-def application(actions: Actions, collection: Collection | None) -> fastapi.FastAPI:
+def application(actions: Actions, collection: Collection | None, uploads: Uploads) -> fastapi.FastAPI:
     """The page as a web application."""
-    app = fastapi.FastAPI(openapi_url=None)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+    page = build_page(actions, collection, find_examples(actions, collection, uploads))
+    guard(page, uploads)
+    app = fastapi.FastAPI(openapi_url=None, routes=uploads.routes, lifespan=uploads.tidied)
     app.add_middleware(LimitVisitors)
     return gradio.mount_gradio_app(
         app,
-        build_page(actions, collection),
+        page,
         path="/",
         max_file_size=LARGEST_PICTURE * MIB,
         theme=theme(),
