@@ -26,6 +26,7 @@ from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
     describe,
+    in_fresh_memory,
     last_checkpoint,
     moving_average,
     restore_checkpoint,
@@ -79,6 +80,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     if checkpoint:
         require_same_run(folder, recipe)
         model, processor = load(checkpoint)
+        in_fresh_memory(model)
         image = processor.image_config
     else:
         model, image = starting_model(recipe)

@@ -1,5 +1,6 @@
 import errno
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -386,3 +387,32 @@ def test_workers_of_the_data_stay_when_all_processes_are_asked_to_end(recipe_val
     at_step(monkeypatch, 2, ask_all)
     with pytest.raises(Interrupted, match="interrupted after step 2 of 8"):
         train(build(Recipe, recipe_values | {"data": recipe_values["data"] | {"workers": 2}}))
+
+
+class Planted:
+    """A pickle of it makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("where", ["metadata", "values", "paths"])
+def test_a_planted_checkpoint_runs_no_code(tmp_path: Path, monkeypatch, where: str) -> None:
+    state, ran = new_state(), tmp_path / "ran"
+    advance(state)
+    with CheckpointWriter(tmp_path, CheckpointConfig(), image=CONFIG.image, ranks=Ranks()) as writer:
+        if where == "values":
+            state.optimizer.param_groups[0]["eps"] = Planted(ran)
+        writer.save(state, {"data": 1})
+    checkpoint = tmp_path / "step-00000001"
+    metadata = checkpoint / "optimizer" / ".metadata"
+    if where == "metadata":
+        metadata.write_bytes(pickle.dumps(Planted(ran)))
+    if where == "paths":
+        metadata.write_bytes(metadata.read_bytes().replace(b"__0_0.distcp", b"/dev/urandom"))
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be resumed from: [^\n]*$"):
+        restore_checkpoint(checkpoint, new_state())
+    assert not ran.exists()
