@@ -32,9 +32,11 @@ def train(
     """Train as a recipe says; its key `out` is the run folder."""
     from contracap.recipe import load_recipe
     from contracap.trainer import train as run
+    from contracap.training.interruption import interrupts_end_at_once
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(run(load_recipe(recipe, overrides)))
+    with interrupts_end_at_once():
+        print(run(load_recipe(recipe, overrides)))
 
 
 def study(
@@ -48,10 +50,12 @@ def study(
     from contracap.config import load_toml
     from contracap.study import StudyConfig
     from contracap.study import study as run
+    from contracap.training.interruption import interrupts_end_at_once
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for comparison in run(load_toml(study, StudyConfig, overrides), command=command_line()):
-        print(markdown(comparison))
+    with interrupts_end_at_once():
+        for comparison in run(load_toml(study, StudyConfig, overrides), command=command_line()):
+            print(markdown(comparison))
 
 
 def plan(
