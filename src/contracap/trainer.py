@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from contracap.config import to_dict, to_toml
+from contracap.config import ConfigError, to_dict, to_toml
 from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import OrderError
 from contracap.evaluation.suite import Suite
@@ -48,13 +48,16 @@ Found = TypeVar("Found")
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
     """Train to the recipe's last step and return the newest checkpoint. Under `torchrun` the ranks share each batch.
+
+    `allow_commands`: whether the recipe's `pipe:` sources may run; a recipe of strangers could name any command.
 
     Writes to the run folder: `recipe.toml` (resolved), `metrics.jsonl`, `tensorboard/`, `checkpoints/` with `last`; and
     as there is need `skipped.jsonl`, `spikes.jsonl`, `captions.jsonl`, `profile/`.
 
     Raises:
+        ConfigError: if the recipe reads from commands that are not allowed.
         CheckpointError: if the folder holds a run and `resume` is false, or one of another model; if it can no longer
             be written to.
         TrainingError: at a NaN or infinite loss, unless the recipe skips such steps.
@@ -62,6 +65,11 @@ def train(recipe: Recipe) -> Path:
         ParallelError: if the ranks cannot be started, or cannot share the batch.
         Interrupted: after a checkpoint, if any of the ranks got SIGTERM or SIGUSR1, or by Ctrl-C.
     """
+    if recipe.commands and not allow_commands:
+        raise ConfigError(
+            f"the recipe runs a shell command, {recipe.commands[0]!r}: if that is what you want, say --allow-commands "
+            "(in Python: allow_commands=True)"
+        )
     with requests_to_end() as requests, started(device_of(recipe)) as ranks, ExitStack() as stack:
         # One process ends at once where it has nothing to finish. Of several, each waits for the next step of all.
         alone = ranks.count == 1

@@ -4,9 +4,13 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from contracap.cli.options import ResultFile, command_line
+
+AllowCommands = Annotated[
+    FlagCreatePairsOff[bool], arg(help="run the commands of sources that begin with pipe:, with all your permissions")
+]
 
 
 def quickstart(
@@ -28,6 +32,8 @@ def train(
         ),
     ] = (),
     /,
+    *,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Train as a recipe says; its key `out` is the run folder."""
     from contracap.recipe import load_recipe
@@ -36,13 +42,15 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with interrupts_end_at_once():
-        print(run(load_recipe(recipe, overrides)))
+        print(run(load_recipe(recipe, overrides), allow_commands=allow_commands))
 
 
 def study(
     study: Annotated[Path, arg(metavar="STUDY.toml", help="what is trained in which arms, and what is measured")],
     overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),
     /,
+    *,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Train one recipe in several arms with several seeds, measure and compare them; the same call goes on with what
     is not done."""
@@ -54,7 +62,8 @@ def study(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with interrupts_end_at_once():
-        for comparison in run(load_toml(study, StudyConfig, overrides), command=command_line()):
+        config = load_toml(study, StudyConfig, overrides)
+        for comparison in run(config, command=command_line(), allow_commands=allow_commands):
             print(markdown(comparison))
 
 
