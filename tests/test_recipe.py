@@ -4,6 +4,7 @@ import pytest
 
 from contracap.config import ConfigError, build, load_toml, to_toml
 from contracap.recipe import Recipe, load_recipe
+from contracap.trainer import train
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 LEAST = {"size": "tiny", "steps": 200, "out": "runs/x", "data": {"train": "shards", "batch_size": 8}}
@@ -63,3 +64,30 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
 def test_a_wrong_recipe_says_what_is_wrong(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(Recipe, LEAST | change)
+
+
+@pytest.mark.parametrize(
+    "shards", ["pipe:touch ran", "{pipe:touch ran,b}", "{pi,x}pe:touch ran", ["a.tar", "pipe:touch ran"]]
+)
+@pytest.mark.parametrize("where", ["train", "validation", "task", "captions"])
+def test_commands_of_a_recipe_run_with_consent_only(shards: str | list[str], where: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = LEAST | {"out": str(tmp_path / "run")}
+    data = LEAST["data"] | ({where: shards} if where in ("train", "validation") else {})
+    tasks = {"x": {"task": "retrieval", "data": shards}} if where == "task" else {}
+    captions = {"captions": {"data": shards}} if where == "captions" else {}
+    values |= {"data": data, "evaluation": {"tasks": tasks} | captions}
+    with pytest.raises(ConfigError, match=r"runs a shell command, 'pipe:touch ran.*--allow-commands"):
+        train(build(Recipe, values))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_of_a_run_folder_means_that_folder(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "copy"'
+    folder.mkdir()
+    path = folder / "recipe.toml"
+    path.write_text(to_toml(build(Recipe, LEAST)))
+    assert load_recipe(path).out == "runs/x"  # somebody's recipe of that name
+    (folder / "metrics.jsonl").touch()
+    assert load_recipe(path).out == str(folder)
+    assert load_recipe(path, ["out=elsewhere"]).out == "elsewhere"

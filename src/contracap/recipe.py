@@ -1,5 +1,6 @@
 """A recipe: one run, whole. Model, data, losses, optimizer and what happens when, as a TOML file says it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,15 +8,19 @@ from typing import Any, Literal
 
 from contracap.config import build, load_toml, to_dict
 from contracap.data.config import DataConfig
+from contracap.data.remote import commands_in
 from contracap.evaluation.suite import EvaluationConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig, KernelConfig
 from contracap.model.sizes import find_size
 from contracap.parallel import ParallelConfig
-from contracap.training.checkpoint import CheckpointConfig
+from contracap.training.boards import TENSORBOARD_FOLDER
+from contracap.training.checkpoint import CHECKPOINTS, CheckpointConfig
+from contracap.training.metrics import METRICS_FILE
 from contracap.training.optimizer import OptimizerConfig
 
 RECIPE_FILE = "recipe.toml"  # in a run's folder
+RUN_PARTS = (CHECKPOINTS, METRICS_FILE, TENSORBOARD_FOLDER)  # one of which a run's folder has
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -112,16 +117,28 @@ class Recipe:
             raise ValueError(f"{self.size} has no decoder: set loss.captioning = 0, or take a coca size")
 
     @property
+    def commands(self) -> list[str]:
+        """Shell commands (`pipe:`) whose output the run reads."""
+        shards = [source.shards for source in self.data.sources.values()] + [self.data.validation or ()]
+        shards += [task.data for task in self.evaluation.tasks.values()]
+        shards += [self.evaluation.captions.data] if self.evaluation.captions is not None else []
+        return [command for paths in shards for command in commands_in(paths)]
+
+    @property
     def model_config(self) -> CoCaConfig:
         """The size, with the recipe's changes."""
         return build(CoCaConfig, merged(to_dict(find_size(self.size)), self.model))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file, with `key.path=value` overrides.
+    """A recipe file, with `key.path=value` overrides. In the recipe of a run folder `out` is that folder, wherever it
+    was copied or moved to.
 
     Raises: ConfigError: naming the key, the value and what would do.
     """
+    folder = Path(path).absolute().parent
+    if Path(path).name == RECIPE_FILE and any((folder / name).exists() for name in RUN_PARTS):
+        overrides = [f"out={json.dumps(str(folder))}", *overrides]
     return load_toml(path, Recipe, overrides)
 
 

@@ -10,6 +10,7 @@ from contracap.compare.figure import require_matplotlib
 from contracap.compare.results import load_result
 from contracap.compare.writing import write
 from contracap.config import ConfigError, build, to_dict
+from contracap.data.remote import commands_in
 from contracap.data.shards import list_shards
 from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.suite import Suite, build_evaluators, measure_tasks
@@ -87,7 +88,7 @@ class StudyConfig:
         return {name: task for name, task in self.tasks.items() if taught[task.writes]}
 
 
-def study(config: StudyConfig, *, command: str) -> list[Comparison]:
+def study(config: StudyConfig, *, command: str, allow_commands: bool = False) -> list[Comparison]:
     """Trains and measures every run that is not done yet, seed by seed, then compares the first arm with each other.
 
     Writes to the folder `out`: a run folder with `results.json` for each arm and seed, and for each comparison a folder
@@ -99,6 +100,12 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
         Interrupted: after a checkpoint, if the process is asked to end; the same call goes on.
     """
     require_matplotlib()  # hours before it is used
+    commands = [command for task in config.tasks.values() for command in commands_in(task.data)]
+    commands += [command for arm in config.arms for command in config.run(arm, config.seeds[0]).commands]
+    if commands and not allow_commands:
+        raise ConfigError(
+            f"the study runs a shell command, {commands[0]!r}: if that is what you want, say --allow-commands"
+        )
     results: dict[str, list[Result]] = {arm: [] for arm in config.arms}
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
     # What is wrong is said now, not after hours.
@@ -118,7 +125,8 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
     for number, (arm, seed) in enumerate(runs, start=1):
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
         recipe = config.run(arm, seed)
-        results[arm].append(measured(recipe, config.tasks_of(recipe), command=command))
+        tasks = config.tasks_of(recipe)
+        results[arm].append(measured(recipe, tasks, command=command, allow_commands=allow_commands))
     first, *others = config.arms
     made = []
     for other in others:
@@ -127,7 +135,7 @@ def study(config: StudyConfig, *, command: str) -> list[Comparison]:
     return made
 
 
-def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> Result:
+def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allow_commands: bool = False) -> Result:
     """The figures of a run, from its `results.json`; it is trained to its end and measured first, as far as that is
     not done.
 
@@ -140,7 +148,7 @@ def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str) -> R
     trained = (folder / CHECKPOINTS).exists()  # else nobody has looked at which recipe it was that was measured
     if trained and (found := _found(folder / RESULTS_FILE)) and found.details.get("study") == done:
         return found
-    model, processor = load_on_device(train(recipe))
+    model, processor = load_on_device(train(recipe, allow_commands=allow_commands))
     result = measure_tasks(tasks, model, processor, command=command, seed=recipe.seed)
     if failed := [name for name in tasks if name in result.reasons]:
         raise ValueError(f"{folder}: task {failed[0]}: {result.reasons[failed[0]]}")

@@ -3,14 +3,15 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
-from contracap.config import to_dict, to_toml
+from contracap.config import ConfigError, to_dict, to_toml
 from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import OrderError
 from contracap.evaluation.suite import Suite
@@ -26,11 +27,13 @@ from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
     describe,
+    in_fresh_memory,
     last_checkpoint,
     moving_average,
     restore_checkpoint,
 )
-from contracap.training.interruption import Interrupted, Requests, requests_to_end
+from contracap.training.folder import locked
+from contracap.training.interruption import Asked, Interrupted, Requests, requests_to_end
 from contracap.training.loop import Event, TrainingError, repeat_steps
 from contracap.training.metrics import Recorder, Silent
 from contracap.training.monitor import Monitor
@@ -41,31 +44,48 @@ from contracap.training.validation import Validation
 from contracap.training.watchdog import CHECKPOINT, EVALUATION, RECORD, Watchdog
 from contracap.training.writer import CheckpointWriter
 
+Found = TypeVar("Found")
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
     """Train to the recipe's last step and return the newest checkpoint. Under `torchrun` the ranks share each batch.
+
+    `allow_commands`: whether the recipe's `pipe:` sources may run; a recipe of strangers could name any command.
 
     Writes to the run folder: `recipe.toml` (resolved), `metrics.jsonl`, `tensorboard/`, `checkpoints/` with `last`; and
     as there is need `skipped.jsonl`, `spikes.jsonl`, `captions.jsonl`, `profile/`.
 
     Raises:
+        ConfigError: if the recipe reads from commands that are not allowed.
         CheckpointError: if the folder holds a run and `resume` is false, or one of another model; if it can no longer
             be written to.
         TrainingError: at a NaN or infinite loss, unless the recipe skips such steps.
         OrderError: if too much of the data is bad.
         ParallelError: if the ranks cannot be started, or cannot share the batch.
-        Interrupted: after a checkpoint, if any of the ranks got SIGTERM or SIGUSR1.
+        Interrupted: after a checkpoint, if any of the ranks got SIGTERM or SIGUSR1, or by Ctrl-C.
     """
-    with requests_to_end() as requests, started(device_of(recipe)) as ranks:
-        return _train(recipe, ranks, requests)
+    if recipe.commands and not allow_commands:
+        raise ConfigError(
+            f"the recipe runs a shell command, {recipe.commands[0]!r}: if that is what you want, say --allow-commands "
+            "(in Python: allow_commands=True)"
+        )
+    with requests_to_end() as requests, started(device_of(recipe)) as ranks, ExitStack() as stack:
+        # One process ends at once where it has nothing to finish. Of several, each waits for the next step of all.
+        alone = ranks.count == 1
+        try:
+            with requests.at_once(alone):
+                _from_rank_0(ranks, lambda: stack.enter_context(locked(Path(recipe.out))))
+                return _train(recipe, ranks, requests)
+        except Asked:
+            last = last_checkpoint(Path(recipe.out) / CHECKPOINTS)
+            raise Interrupted(f"interrupted before a step was done: {_go_on(recipe, last)}") from None
 
 
 def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     folder = Path(recipe.out)
     checkpoints = folder / CHECKPOINTS
-    checkpoint = _newest(checkpoints, ranks)
+    checkpoint = _from_rank_0(ranks, lambda: last_checkpoint(checkpoints))
     if checkpoint and not recipe.resume:
         raise CheckpointError(
             f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
@@ -79,6 +99,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     if checkpoint:
         require_same_run(folder, recipe)
         model, processor = load(checkpoint)
+        in_fresh_memory(model)
         image = processor.image_config
     else:
         model, image = starting_model(recipe)
@@ -112,6 +133,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
         seed=recipe.seed,
         rank=ranks.rank,
         ranks=ranks.count,
+        waiting=requests.at_once if ranks.count == 1 else nullcontext,
     )
     # Wrong paths are found now, not hours later.
     require_wandb(recipe.wandb)
@@ -129,6 +151,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     steps = {"start": state.step, "total_steps": recipe.steps}
     ranks.wait()  # all have looked at what the folder held before it changes
     with (
+        requests.at_once(False),
         CheckpointWriter(checkpoints, recipe.checkpoint, image=image, ranks=ranks) as writer,
         _recorder(recipe, state) as recorder,
         Watchdog(recipe.stall_seconds, ranks, start=state.step) as watchdog,
@@ -159,18 +182,28 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     return checkpoints / checkpoint_name(recipe.steps)
 
 
-def _newest(checkpoints: Path, ranks: Ranks) -> Path | None:
-    """The checkpoint to go on from, as rank 0 sees the folder: what others see of a network's may be older."""
-    found: Path | CheckpointError | None = None
+def _from_rank_0(ranks: Ranks, action: Callable[[], Found]) -> Found:
+    """What the action gives on rank 0, which alone does it: what others see of a network's folder may be older.
+
+    Raises: CheckpointError: on every rank, if it does there.
+    """
+    found, problem = None, None
     if ranks.rank == 0:
         try:
-            found = last_checkpoint(checkpoints)
+            found = action()
         except CheckpointError as error:
-            found = error
-    found = ranks.broadcast(found)
-    if isinstance(found, CheckpointError):
-        raise found
-    return found
+            problem = error
+    found, problem = ranks.broadcast((found, problem))
+    if problem is not None:
+        raise problem
+    return cast(Found, found)
+
+
+def _go_on(recipe: Recipe, last: Path | None) -> str:
+    """How to continue an interrupted run."""
+    if last is None:
+        return "the same command begins again"
+    return f"the same command{'' if recipe.resume else ' with resume=true'} goes on from {last}"
 
 
 def _recorder(recipe: Recipe, state: TrainingState) -> Recorder:
@@ -217,6 +250,7 @@ class _Run:
         if suite:
             events.append(Event(recipe.evaluation.every, partial(self.evaluating, suite, bf16=config.bf16)))
         events.append(Event(1, self.agreeing))
+        start = state.step
         try:
             repeat_steps(state, self.batches, config, monitor=self.monitor, events=events, nonfinite=recipe.nonfinite)
         except TrainingError as error:
@@ -227,6 +261,10 @@ class _Run:
             raise TrainingError(
                 f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. {remedy}"
             ) from None
+        except Asked:  # while it waited for data
+            if state.step == start:
+                raise
+            self.end_early()
         except OrderError:  # on this rank alone: the others are not asked
             self.recorder.skips(state.step, self.batches.take_skips())
             counts = {f"skipped/{kind}": float(count) for kind, count in self.batches.skipped.items()}
@@ -322,12 +360,15 @@ class _Run:
             reason = ranks.broadcast(describe(self.trouble[0]) if self.trouble else "")
             raise _stopped(Path(recipe.out), reason)
         if asked and self.state.step < recipe.steps:
-            self.save()
-            self.writer.wait()
-            raise Interrupted(
-                f"interrupted after step {self.state.step} of {recipe.steps}: resume=true goes on from "
-                f"{last_checkpoint(Path(recipe.out) / CHECKPOINTS)}"
-            )
+            self.end_early()
+
+    def end_early(self) -> None:
+        """Raises: Interrupted: after a checkpoint."""
+        self.save()
+        self.writer.wait()
+        last = last_checkpoint(Path(self.recipe.out) / CHECKPOINTS)
+        done = f"interrupted after step {self.state.step} of {self.recipe.steps}"
+        raise Interrupted(f"{done}: {_go_on(self.recipe, last)}")
 
 
 def _stopped(folder: Path, reason: str) -> CheckpointError:

@@ -145,6 +145,29 @@ def asleep(worker: int, workers: int) -> Iterator[int]:
     yield 2
 
 
+def test_a_worker_that_is_at_work_ends_with_a_killed_parent() -> None:
+    if not Path("/proc/self/stat").is_file():
+        pytest.skip("no /proc")
+    told, tells = os.pipe()
+    if (parent := os.fork()) == 0:
+        made = rounds(asleep, 1)
+        started = new_children(lambda: next(made))
+        os.write(tells, str(started[0].pid).encode())
+        time.sleep(60)
+    worker = int(os.read(told, 100))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    until = time.monotonic() + QUICKLY
+    while is_alive(worker):
+        assert time.monotonic() < until, "it outlives its parent"
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(") ")[2][0] not in "ZX"
+
+
 def test_closing_waits_for_no_item() -> None:
     with closing(rounds(asleep, 2)) as made:
         workers = new_children(lambda: next(made))

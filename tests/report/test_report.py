@@ -245,3 +245,15 @@ def test_a_model_that_went_astray_costs_its_figures_and_not_the_curves(run: Path
     page = write_report(extended(run, '[evaluation.tasks.pairs]\ntask = "retrieval"\ndata = "{data}"\n', data=shards))
     assert headings(page) == ["The run", "Figures"]
     assert "pairs was not measured: the model&#x27;s features" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("where", ["task", "validation"])
+def test_a_report_runs_no_command_of_its_run(run: Path, tmp_path: Path, where: str) -> None:
+    command = f"pipe:touch {tmp_path / 'ran'}"
+    tables = {"task": '[evaluation.tasks.x]\ntask = "retrieval"\ndata = "{}"\n', "validation": 'validation = "{}"\n'}
+    text = (run / "recipe.toml").read_text()
+    added = tables[where].format(command)
+    text = text.replace("[data]\n", f"[data]\n{added}") if where == "validation" else text + added
+    (run / "recipe.toml").write_text(text)
+    assert "which no report runs" in write_report(run).read_text()
+    assert not (tmp_path / "ran").exists()

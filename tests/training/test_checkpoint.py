@@ -1,5 +1,6 @@
 import errno
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from contracap import cli
 from contracap.config import build, to_toml
+from contracap.data import loader
 from contracap.image import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.parallel import Ranks
@@ -29,6 +31,7 @@ from contracap.training.checkpoint import (
     moving_average,
     restore_checkpoint,
 )
+from contracap.training.folder import locked
 from contracap.training.interruption import Interrupted
 from contracap.training.metrics import Recorder, read_metrics
 from contracap.training.optimizer import build_optimizer
@@ -346,7 +349,8 @@ def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of
     checkpoints = Path(values["out"]) / "checkpoints"
     *_, error = capsys.readouterr().err.splitlines()
     assert error == (
-        f"contracap: error: interrupted after step 3 of 8: resume=true goes on from {checkpoints / 'step-00000003'}"
+        "contracap: error: interrupted after step 3 of 8: the same command goes on from "
+        f"{checkpoints / 'step-00000003'}"
     )
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
     resumed = train(build(Recipe, values))
@@ -354,6 +358,71 @@ def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of
         ours, theirs = read_weights(resumed / file).state, read_weights(whole / file).state
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [record["step"] for record in read_metrics(Path(values["out"]))] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the_next_sample(
+    recipe_values: dict, tmp_path: Path, monkeypatch, workers: int
+) -> None:
+    values = recipe_values | {"data": recipe_values["data"] | {"workers": workers}, "steps": 6}
+    train(build(Recipe, values | {"out": str(tmp_path / "whole")}))
+    decode, calls = loader.decode, iter(range(1000))
+
+    def stands_still(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 8 * 3 + 2:
+            time.sleep(60)
+        return decode(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "decode", stands_still)
+        at_step(patch, 3, lambda: threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start())
+        with pytest.raises(Interrupted, match=r"after step 3 of 6: the same command with resume=true goes on from"):
+            train(build(Recipe, values))
+    train(build(Recipe, values | {"resume": True}))
+    ours, theirs = (
+        [(record["step"], record["loss"]) for record in read_metrics(folder)]
+        for folder in (Path(values["out"]), tmp_path / "whole")
+    )
+    assert ours == theirs
+
+
+def test_a_run_that_has_not_begun_ends_at_once_and_leaves_nothing(recipe_values: dict, monkeypatch) -> None:
+    monkeypatch.setattr("contracap.trainer.starting_model", lambda *args: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match="before a step was done: the same command begins again"):
+        train(build(Recipe, recipe_values))
+    assert not Path(recipe_values["out"]).exists()
+
+
+def test_the_first_ctrl_c_ends_a_run_behind_a_checkpoint_and_the_second_one_at_once(
+    recipe_values: dict, monkeypatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match="interrupted after step 3 of 8"):
+            train(build(Recipe, recipe_values))
+    assert "Ctrl-C again ends at once" in capfd.readouterr().err
+    twice = [signal.SIGINT, signal.SIGINT]
+    at_step(monkeypatch, 5, lambda: [signal.raise_signal(number) for number in twice])
+    with pytest.raises(KeyboardInterrupt):
+        train(build(Recipe, recipe_values | {"resume": True}))
+
+
+def test_two_runs_at_once_in_a_folder_are_refused(recipe_values: dict) -> None:
+    folder = Path(recipe_values["out"])
+    held, told = os.pipe()
+    if (other := os.fork()) == 0:
+        with locked(folder):
+            os.write(told, b"!")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(held, 1)
+        with pytest.raises(CheckpointError, match=f"another run is at work there .process {other} "):
+            train(build(Recipe, recipe_values))
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    assert train(build(Recipe, recipe_values)).name == "step-00000008"  # the lock goes with the process
 
 
 def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict, monkeypatch) -> None:
@@ -386,3 +455,32 @@ def test_workers_of_the_data_stay_when_all_processes_are_asked_to_end(recipe_val
     at_step(monkeypatch, 2, ask_all)
     with pytest.raises(Interrupted, match="interrupted after step 2 of 8"):
         train(build(Recipe, recipe_values | {"data": recipe_values["data"] | {"workers": 2}}))
+
+
+class Planted:
+    """A pickle of it makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("where", ["metadata", "values", "paths"])
+def test_a_planted_checkpoint_runs_no_code(tmp_path: Path, monkeypatch, where: str) -> None:
+    state, ran = new_state(), tmp_path / "ran"
+    advance(state)
+    with CheckpointWriter(tmp_path, CheckpointConfig(), image=CONFIG.image, ranks=Ranks()) as writer:
+        if where == "values":
+            state.optimizer.param_groups[0]["eps"] = Planted(ran)
+        writer.save(state, {"data": 1})
+    checkpoint = tmp_path / "step-00000001"
+    metadata = checkpoint / "optimizer" / ".metadata"
+    if where == "metadata":
+        metadata.write_bytes(pickle.dumps(Planted(ran)))
+    if where == "paths":
+        metadata.write_bytes(metadata.read_bytes().replace(b"__0_0.distcp", b"/dev/urandom"))
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be resumed from: [^\n]*$"):
+        restore_checkpoint(checkpoint, new_state())
+    assert not ran.exists()

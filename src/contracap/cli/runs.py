@@ -4,9 +4,13 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from contracap.cli.options import ResultFile, command_line
+
+AllowCommands = Annotated[
+    FlagCreatePairsOff[bool], arg(help="run the commands of sources that begin with pipe:, with all your permissions")
+]
 
 
 def quickstart(
@@ -28,19 +32,25 @@ def train(
         ),
     ] = (),
     /,
+    *,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Train as a recipe says; its key `out` is the run folder."""
     from contracap.recipe import load_recipe
     from contracap.trainer import train as run
+    from contracap.training.interruption import interrupts_end_at_once
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(run(load_recipe(recipe, overrides)))
+    with interrupts_end_at_once():
+        print(run(load_recipe(recipe, overrides), allow_commands=allow_commands))
 
 
 def study(
     study: Annotated[Path, arg(metavar="STUDY.toml", help="what is trained in which arms, and what is measured")],
     overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),
     /,
+    *,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Train one recipe in several arms with several seeds, measure and compare them; the same call goes on with what
     is not done."""
@@ -48,10 +58,13 @@ def study(
     from contracap.config import load_toml
     from contracap.study import StudyConfig
     from contracap.study import study as run
+    from contracap.training.interruption import interrupts_end_at_once
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for comparison in run(load_toml(study, StudyConfig, overrides), command=command_line()):
-        print(markdown(comparison))
+    with interrupts_end_at_once():
+        config = load_toml(study, StudyConfig, overrides)
+        for comparison in run(config, command=command_line(), allow_commands=allow_commands):
+            print(markdown(comparison))
 
 
 def plan(

@@ -4,8 +4,8 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,8 +48,12 @@ class TrainingBatches:
         seed: int,
         rank: int = 0,
         ranks: int = 1,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """The batches from the beginning. Where no index tells how many samples a shard holds, its headers are read.
+
+        `waiting` is entered while a batch is waited for. What it raises ends the iteration; the position is still that
+        after the last batch.
 
         Raises:
             FileNotFoundError: if `config.train` names no shards.
@@ -72,7 +76,7 @@ class TrainingBatches:
         self._maker = _BatchMaker(config, self._order, image=image, tokenizer=tokenizer)
         each = streams // ranks
         self._streams = range(rank * each, (rank + 1) * each)
-        self._batches = 0
+        self._batches, self._waiting = 0, waiting
         start = SampleStream(self._order).state_dict()
         self._states = {stream: start for stream in self._streams}
         self._skips: list[Skip] = []
@@ -94,7 +98,8 @@ class TrainingBatches:
         with closing(rounds(self._maker.make, workers)) as parts_of_batches:
             while True:
                 try:
-                    parts = next(parts_of_batches)
+                    with self._waiting():
+                        parts = next(parts_of_batches)
                 except WorkerError as error:
                     raise OrderError(
                         f"a worker process of the data died ({error}). Often that is for lack of memory, with "

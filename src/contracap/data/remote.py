@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from itertools import product
 from multiprocessing.connection import wait
@@ -59,6 +59,21 @@ def expand(pattern: str) -> list[str]:
         raise ValueError(f"{pattern!r}: every {{ needs its }}, and none may hold another")
     choices = [_choices(part, pattern) if number % 2 else [part] for number, part in enumerate(parts)]
     return ["".join(chosen) for chosen in product(*choices)]
+
+
+def commands_in(paths: str | Iterable[str]) -> list[str]:
+    """Those of the paths, or of the names that their braces stand for, that are shell commands: `pipe:` and a command.
+
+    Whoever takes paths from a file that others may have written looks at this before anything is opened.
+    """
+    found = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        try:
+            names = [path] if path.startswith("pipe:") else expand(path)
+        except ValueError:  # not a path that is opened
+            names = []
+        found += [name for name in names if name.startswith("pipe:")]
+    return found
 
 
 def _choices(inside: str, pattern: str) -> list[str]:

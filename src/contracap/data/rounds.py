@@ -26,6 +26,7 @@ from contracap.data.workers import WorkerError
 
 AHEAD = 2  # items that a worker makes before they are taken
 GRACE = 0.1  # seconds that workers get to end in by themselves
+PAUSE = 0.5  # seconds between looks whether the parent lives
 PATIENCE = 5.0  # seconds until the system has ended a process whose pipe has ended, or that was killed
 
 _starting = threading.Lock()  # a process that is started meanwhile would have the ends of another's pipe
@@ -141,10 +142,18 @@ def _work(
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     items = _items(make, number, workers)
     with suppress(EOFError, ConnectionError):  # the process that asks is dead
         while pipe.recv():
             pipe.send_bytes(_next(items))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has: at work on an item, it would notice only later, if ever."""
+    while os.getppid() == parent:
+        time.sleep(PAUSE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _items(make: Callable[[int, int], Iterator[Item]], number: int, workers: int) -> Iterator[Item]:

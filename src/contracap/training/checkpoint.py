@@ -1,15 +1,19 @@
 """Checkpoints of a run: what their folder holds, and how a run goes on from one."""
 
+import io
 import json
 import os
+import pickle
 import re
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from contracap.parallel import share_like
@@ -59,25 +63,91 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
     needed to repeat what a run without a break does: the learning rate and what is random in a step depend on the seed,
     the step and the rank alone, and what is random in the data on the seed and the position.
 
-    Raises: CheckpointError: if the checkpoint lacks a part. WeightsError: if its average is broken.
+    Raises: CheckpointError: if the checkpoint lacks a part, or a part is not what a run writes. WeightsError: if its
+        average is broken.
     """
     try:
         position = json.loads((checkpoint / POSITION_FILE).read_text())
+        step, data = int(position["step"]), dict(position["data"])
         optimizer = {"optimizer": optimizer_state(state)}
         expect_one_process()
-        dcp.load(optimizer, checkpoint_id=checkpoint / OPTIMIZER_FOLDER, no_dist=state.ranks.count == 1)
-    except (OSError, json.JSONDecodeError, dcp.api.CheckpointException, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise CheckpointError(f"{checkpoint} cannot be resumed from: {reason}") from None
-    set_optimizer_state_dict(state.model, state.optimizer, optimizer["optimizer"])
+        dcp.load(
+            optimizer,
+            storage_reader=_Reader(checkpoint / OPTIMIZER_FOLDER),
+            planner=_Planner(),
+            no_dist=state.ranks.count == 1,
+        )
+        set_optimizer_state_dict(state.model, state.optimizer, optimizer["optimizer"])
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file raises nearly anything
+        raise CheckpointError(f"{checkpoint} cannot be resumed from: {describe(error)}") from None
     if state.average is not None:
         if not (checkpoint / AVERAGE_FILE).is_file():
             raise CheckpointError(f"{checkpoint} holds no moving average; set ema_decay = 0")
         average = read_weights(checkpoint / AVERAGE_FILE).state
         for name, tensor in state.average.items():
             tensor.copy_(share_like(average[name], tensor))
-    state.step = position["step"]
-    return position["data"]
+    state.step = step
+    return data
+
+
+def in_fresh_memory(model: torch.nn.Module) -> None:
+    """Move the parameters to memory that torch allocates. Those of a file may lie anywhere in it, and kernels round by
+    where a tensor lies: a resumed run would differ from an uninterrupted one."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the optimizer's files, trusting none: torch's own reader runs code that its pickles name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: CheckpointError: if the metadata are not torch's, or name files elsewhere."""
+        super().__init__(folder)
+        with (folder / ".metadata").open("rb") as file:
+            found = _Unpickler(file).load()
+        if not isinstance(found, metadata.Metadata):
+            raise CheckpointError(".metadata holds something else")
+        for info in found.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path or not (folder / info.relative_path).is_file():
+                raise CheckpointError(f".metadata names {info.relative_path!r}, which is not a file next to it")
+        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        self._metadata = found
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        return self._metadata
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Takes plain values only where torch's own planner unpickles anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = torch.load(value, weights_only=True)
+        safe = io.BytesIO()
+        torch.save(plain, safe)
+        safe.seek(0)
+        super().load_bytes(read_item, safe)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes of which torch's metadata consist, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("pathlib"):
+            return PurePosixPath
+        if module == "torch.serialization" and name == "_get_layout":
+            return super().find_class(module, name)
+        known = {each.__name__: each for each in (torch, metadata, filesystem)}
+        found = getattr(known.get(module), name, None)
+        if isinstance(found, torch.dtype) or found in _METADATA_CLASSES:
+            return found
+        raise CheckpointError(f".metadata names {module}.{name}, which no checkpoint has: it may be an attack")
+
+
+_METADATA_CLASSES = (
+    torch.Size,
+    filesystem._StorageInfo,
+    *(value for value in vars(metadata).values() if isinstance(value, type) and value.__module__ == metadata.__name__),
+)
 
 
 def checkpoint_name(step: int) -> str:

@@ -1,16 +1,17 @@
-"""A run that is asked to end: what a scheduler says before it takes the machine away."""
+"""A run that is asked to end: by a scheduler before it takes the machine away, or by Ctrl-C."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
 
 class Interrupted(Exception):
-    """A run that ended because it was asked to, behind a checkpoint from which it can go on.
+    """A run that ended because it was asked to, after a checkpoint from which it can go on.
 
     Attributes:
         exit_status: the sysexits.h code of a failure that another try gets over; a scheduler can requeue on it.
@@ -19,23 +20,58 @@ class Interrupted(Exception):
     exit_status = 75
 
 
+class Asked(BaseException):
+    """Raised where a run waits that is asked to end; no `except Exception` on the way may take it for a failure."""
+
+
 class Requests:
-    """Whether this process was asked to end."""
+    """Whether this process was asked to end, and whether it does so at once or when it has finished its step."""
 
     def __init__(self) -> None:
         self.received = False
+        self._at_once = False
+
+    @contextmanager
+    def at_once(self, holds: bool = True) -> Iterator[None]:
+        """Within it, a request ends what is being done; with `holds` false, it waits again.
+
+        Raises: Asked: if there is a request, also one that came before.
+        """
+        before, self._at_once = self._at_once, holds
+        try:
+            self._check()
+            yield
+        finally:
+            self._at_once = before
+
+    def note(self) -> None:
+        """There is a request."""
+        self.received = True
+        self._check()
+
+    def _check(self) -> None:
+        if self.received and self._at_once:
+            raise Asked
 
 
 @contextmanager
 def requests_to_end() -> Iterator[Requests]:
-    """Within it, SIGTERM and SIGUSR1 do nothing but leave a note, so that a step and a checkpoint are finished.
+    """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C leave a note, so that a step and a checkpoint are finished. The
+    next Ctrl-C does what it did before.
 
     Signals go to the main thread; in another one nobody is asked.
     """
     requests = Requests()
 
     def note(number: int, frame: FrameType | None) -> None:
-        requests.received = True
+        if number == signal.SIGINT:
+            earlier = before[number]
+            if requests.received and callable(earlier):
+                earlier(number, frame)
+                return
+            # Not print: the signal may have come within another write to the same stream.
+            os.write(2, b"\nending after a checkpoint; Ctrl-C again ends at once\n")
+        requests.note()
 
     if threading.current_thread() is not threading.main_thread():
         yield requests
@@ -46,3 +82,22 @@ def requests_to_end() -> Iterator[Requests]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def interrupts_end_at_once() -> Iterator[None]:
+    """Within it, a Ctrl-C that nobody notes ends the process without a traceback, whatever it is doing: what is on the
+    disk is whole at any moment."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"\ncontracap: error: interrupted; resume=true goes on from the last checkpoint\n")
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
