@@ -1,9 +1,16 @@
 """What the servers share: addresses, and bodies counted as they come."""
 
 import asyncio
+import signal
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import httpx
 import pytest
 
 from contracap.web import BodyTooLargeError, EndQuietly, bound, limited, url
@@ -82,3 +89,86 @@ def test_an_answer_that_the_end_of_the_server_cuts_short_is_completed_once(alrea
     asyncio.run(cut_short())
     assert sent[0]["status"] == (200 if already_sent else 503) and not sent[-1].get("more_body", False)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+
+PROGRAM = """
+import contracap.web as web
+web.HEAD_SECONDS = 0.5
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": bytes(10_000_000 if scope["path"] == "/large" else 9)})
+with web.bound("127.0.0.1", 0) as listener:
+    web.run(app, listener, greeting=web.url(listener), patience=1, request_seconds=1.5, log_level="warning")
+"""
+
+
+@contextmanager
+def serving(files: int = 256) -> Iterator[tuple[tuple[str, int], subprocess.Popen[str]]]:
+    """The address of a server that may open so many files, and its process."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); {PROGRAM.strip()}"
+    command = [sys.executable, "-c", limited.replace("; import", "\nimport")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            host, _, port = server.stdout.readline().strip().removeprefix("http://").partition(":")
+            yield (host, int(port)), server
+        finally:
+            server.kill()
+
+
+def closed_within(connection: socket.socket, seconds: float) -> bool:
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(2**20):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_a_head_that_does_not_end_is_closed_in_time_and_a_connection_in_use_is_not() -> None:
+    with serving() as (address, _), ExitStack() as stack:
+        half = [stack.enter_context(socket.create_connection(address)) for _ in range(40)]
+        client = stack.enter_context(httpx.Client(base_url="http://{}:{}".format(*address)))
+        for number, connection in enumerate(half):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX: "[: 5 * number])
+        begin = time.monotonic()
+        while time.monotonic() - begin < 1:
+            assert client.get("/").status_code == 200
+            for connection in half[::2]:  # however slowly they go on
+                with suppress(ConnectionError):
+                    connection.send(b"a")
+            time.sleep(0.05)
+        assert all(closed_within(connection, 0.5) for connection in half)
+        assert client.get("/").status_code == 200
+
+
+def test_more_connections_than_descriptors_make_room_and_leave_the_log_short() -> None:
+    with serving(files=64) as (address, server), ExitStack() as stack:
+        for number in range(300):
+            stack.enter_context(socket.create_connection(address)).sendall(b"GET /")
+            if number % 50 == 0:
+                assert httpx.get("http://{}:{}".format(*address)).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(5) == 0
+        assert server.stderr is not None
+        assert len(server.stderr.read()) < 10_000
+
+
+def test_clients_that_read_no_answers_are_closed_in_time_and_do_not_hold_up_the_end() -> None:
+    with serving() as (address, server), ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(3)]
+        for client in clients:
+            client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20)
+        time.sleep(2)
+        for client in clients[:2]:
+            assert closed_within(client, 1)
+        last = stack.enter_context(socket.create_connection(address))
+        last.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20)
+        time.sleep(0.1)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(4) == 0

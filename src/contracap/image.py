@@ -116,6 +116,15 @@ def decode(
     return _to_tensor(pixels)
 
 
+def pixel_count(data: bytes) -> int:
+    """The pixels that a file says it has, before anything is decoded; 0 where it cannot tell."""
+    with _silent_pillow():
+        try:
+            return math.prod(Image.open(io.BytesIO(data), formats=_formats()).size)
+        except Exception:  # as above: what is wrong is said by `decode`
+            return 0
+
+
 def resize_and_crop(
     picture: UInt8[Tensor, "3 height width"], config: ImageConfig
 ) -> UInt8[Tensor, "3 {config.size} {config.size}"]:

@@ -1,14 +1,26 @@
 """What the server of answers and that of the page share: an address, running until a signal, the bytes of a body."""
 
 import asyncio
+import math
 import signal
 import socket
+from functools import cache
 
+import h11
 import uvicorn
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 MIB = 2**20
+HEAD_SECONDS = 10  # that the head of a request may take to come, and that a connection may stay idle
+MOST_CONNECTIONS = 1000
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -37,15 +49,32 @@ def _url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def run(app: ASGIApp, listener: socket.socket, *, greeting: str, patience: int, log_level: str = "info") -> None:
+def run(
+    app: ASGIApp,
+    listener: socket.socket,
+    *,
+    greeting: str,
+    patience: int,
+    request_seconds: float = math.inf,
+    log_level: str = "info",
+) -> None:
     """Serve until SIGINT or SIGTERM, and return then: whoever called can clean up.
 
     Args:
         greeting: printed as soon as clients are let in.
         patience: seconds that requests under way have to be answered once the signal has come.
+        request_seconds: that a connection may take for one request, reading the answer included; it is closed then.
     """
-    config = uvicorn.Config(EndQuietly(app), log_level=log_level, timeout_graceful_shutdown=patience)
-    server = _Server(config, greeting)
+    config = uvicorn.Config(
+        EndQuietly(app),
+        http=_Connection,
+        ws="none",
+        loop="asyncio",
+        backlog=_connections()[1],
+        log_level=log_level,
+        timeout_graceful_shutdown=patience,
+    )
+    server = _Server(config, greeting, request_seconds)
     # Uvicorn raises the signal again after it has ended, for whoever listened before: that is made itself, not a
     # default that ends the process there and then.
     before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -56,14 +85,78 @@ def run(app: ASGIApp, listener: socket.socket, *, greeting: str, patience: int, 
             signal.signal(number, handler)
 
 
+@cache
+def _connections() -> tuple[int, int]:
+    """Connections at once, and how many are accepted in one go: fewer than there are file descriptors for, since
+    asyncio logs a traceback for each that it cannot accept."""
+    most, backlog = MOST_CONNECTIONS, 128
+    if resource is not None and (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+        backlog = max(1, min(backlog, files // 8))
+        most = max(1, min(most, files // 2 - backlog))
+    return most, backlog
+
+
+class _Connection(H11Protocol):
+    """Uvicorn's connection, for which it has no limit of time before a head is complete, and none of their number.
+
+    Attributes:
+        since: when it was made, or its last answer was sent, on the event loop's clock.
+    """
+
+    aborted = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        others = _open(self.server_state)
+        if len(others) > _connections()[0]:  # whoever has waited longest without a request makes room
+            idle = [other for other in others if other.is_idle] or [self]
+            min(idle, key=lambda other: other.since).abort()
+
+    def abort(self) -> None:
+        """Close it at once, whatever is still to be sent."""
+        self.aborted = True
+        self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.since = self.loop.time()
+        super().on_response_complete()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has not sent a whole head, and has read what it was answered."""
+        return self.conn.their_state is h11.IDLE and not self.transport.get_write_buffer_size()
+
+
+def _open(state: ServerState) -> list[_Connection]:
+    """The connections that are not being closed for good."""
+    made = [connection for connection in state.connections if isinstance(connection, _Connection)]
+    return [connection for connection in made if not connection.aborted]
+
+
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, greeting: str):
+    def __init__(self, config: uvicorn.Config, greeting: str, request_seconds: float):
         super().__init__(config)
-        self._greeting = greeting
+        self._greeting, self._request_seconds = greeting, request_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(socket.SOMAXCONN)  # the system lets many wait, though few are accepted in one go
         print(self._greeting, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        for connection in _open(self.server_state):
+            if now - connection.since > (HEAD_SECONDS if connection.is_idle else self._request_seconds):
+                connection.abort()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in _open(self.server_state):  # those that do not read what they were answered
+            connection.abort()
+        await asyncio.sleep(0)
 
 
 class EndQuietly:

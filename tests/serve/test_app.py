@@ -25,11 +25,12 @@ from contracap.model.pooler import PoolerConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 from contracap.processor import Processor
-from contracap.serve.app import DefaultStrategy, build_app
+from contracap.serve.app import AccessConfig, DefaultStrategy, build_app
 from contracap.serve.batching import BatchingConfig
 from contracap.serve.limits import LimitsConfig
+from contracap.serve.model import ServedModel
 
-from .pictures import BAD, COLOURS, picture
+from .pictures import BAD, COLOURS, picture, png
 
 Client = httpx.AsyncClient
 
@@ -47,9 +48,19 @@ def pair() -> tuple[CoCa, Processor]:
     return model, processor
 
 
-def application(pair: tuple[CoCa, Processor], *, wait: float = 5.0, batch: int = 16, **limits: Any) -> FastAPI:
+def application(
+    pair: tuple[CoCa, Processor],
+    *,
+    wait: float = 5.0,
+    batch: int = 16,
+    access: AccessConfig | None = None,
+    **limits: Any,
+) -> FastAPI:
     batching = BatchingConfig(max_batch=batch, max_wait_ms=wait)
-    return build_app(*pair, default=DefaultStrategy(), batching=batching, limits=LimitsConfig(**limits))
+    limited = LimitsConfig(**limits)
+    return build_app(
+        *pair, default=DefaultStrategy(), batching=batching, limits=limited, access=access or AccessConfig()
+    )
 
 
 def asked(app: FastAPI, test: Callable[[Client], Awaitable[None]]) -> None:
@@ -207,7 +218,9 @@ def test_a_wrong_strategy_or_setting_gets_one_line_that_says_what_would_do(pair,
 
 def test_other_wrong_requests_get_the_same_shape_of_error(pair):
     async def test(client: Client) -> None:
-        one_line(await client.post("/v1/caption", files={"file": picture("red")}), 415, "curl --data-binary")
+        one_line(await client.post("/v1/caption", data={"strategy": "beam"}, files={"a": b""}), 400, "-F image=@a.jpg")
+        many = [("image", picture("red"))] * 17
+        one_line(await client.post("/v1/caption", files=many), 400, "16")
         one_line(await client.post("/v1/classify", content=picture("red")), 400, "label")
         one_line(await client.post("/v1/classify?label=a&template=b", content=picture("red")), 400, "{}")
         one_line(await client.post("/v1/classify", params={"label": ["a"] * 101}, content=picture("red")), 400, "100")
@@ -220,7 +233,6 @@ def test_other_wrong_requests_get_the_same_shape_of_error(pair):
                 answer = await client.post("/v1/embed/text", content=content, headers={"Content-Type": kind})
                 one_line(answer, 400)
         one_line(await client.get("/v1/caption"), 405)
-        one_line(await client.get("/docs"), 404)
 
     asked(application(pair), test)
 
@@ -319,6 +331,8 @@ def test_a_request_whose_client_goes_leaves_the_queue(pair, slow_model):
             sent.append(message)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/caption", "query_string": b"", "headers": []}
+        while figures(await client.get("/metrics"))["contracap_batch_size_count"] < 1:
+            await asyncio.sleep(0.01)
         call = asyncio.create_task(app(scope, receive, send))
         while figures(await client.get("/metrics"))["contracap_queue_length"] < 1:
             await asyncio.sleep(0.01)
@@ -478,3 +492,136 @@ def test_time_that_a_request_takes_is_measured(pair):
         asked(application(pair), test)
     finally:
         hook.remove()
+
+
+def test_a_form_of_several_pictures_gets_the_answer_of_each_in_their_order(pair):
+    files = [picture("red"), BAD["truncated PNG"], picture("blue", "JPEG")]
+
+    async def test(client: Client) -> None:
+        for route in ("/v1/caption?strategy=greedy&embedding=true", "/v1/classify?label=a&label=b", "/v1/embed/image"):
+            form = [("image", (f"{number}.png", file)) for number, file in enumerate(files)]
+            answers = (await client.post(route, files=form)).json()["answers"]
+            alone = [await client.post(route, content=file) for file in files]
+            assert answers[1] == alone[1].json() and list(answers[1]) == ["error"]
+            for made, expected in ((answers[0], alone[0].json()), (answers[2], alone[2].json())):
+                assert made.keys() == expected.keys()
+                assert made.get("caption") == expected.get("caption")
+                if "embedding" in made:
+                    assert made["embedding"] == pytest.approx(expected["embedding"], abs=1e-5)
+
+    asked(application(pair, wait=20.0), test)
+
+
+def test_what_a_small_request_would_grow_to_is_counted_before_it_is_made(pair):
+    async def test(client: Client) -> None:
+        labels = [f"{number} " + "a" * 100 for number in range(100)]
+        for template in ("{}" * 1000, "{}" + "a" * 1000):
+            answer = await client.post("/v1/classify", params={"label": labels, "template": template}, content=b"")
+            one_line(answer, 400, "characters", "65536")
+        one_line(await client.post("/v1/embed/text", json={"texts": ["a" * 4000] * 20}), 400, "65536")
+        words = {"strategy": "greedy", "rules.banned": str(["a"] * 1000)}
+        one_line(await client.post("/v1/caption", params=words, content=picture("red")), 400, "4096")
+        for body in (b'{"texts": ["' + b"a" * 19_000_000 + b'"]}', b"[3," * 6_000_000):
+            answer = await client.post("/v1/embed/text", content=body, headers={"Content-Type": "application/json"})
+            one_line(answer, 413, "1 MiB")
+
+    asked(application(pair), test)
+
+
+def test_bodies_under_way_have_a_limit_together(pair):
+    async def test(client: Client) -> None:
+        read: list[int] = []
+        slow = [
+            asyncio.create_task(client.post("/v1/caption", content=pieces(10_000, 2, read, seconds=0.3)))
+            for _ in range(30)
+        ]
+        answers = await asyncio.gather(*slow)
+        assert {answer.status_code for answer in answers} == {400, 503}
+        assert (await client.post("/v1/caption", content=picture("red"))).status_code == 200
+
+    asked(application(pair, max_body_mib=20_000 / 2**20), test)
+
+
+def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_small_ones(pair, monkeypatch):
+    now, most, go_on = [], [], threading.Event()
+    plain = ServedModel.picture
+
+    def noted(self: ServedModel, data: bytes) -> Any:
+        if data != small:
+            now.append(data)
+            most.append(len(now))
+            assert go_on.wait(10)
+            now.remove(data)
+        return plain(self, data)
+
+    monkeypatch.setattr(ServedModel, "picture", noted)
+    small, large = picture("red"), png(4100, rows=bytes(4100 * 514))
+
+    async def test(client: Client) -> None:
+        first = [asyncio.create_task(client.post("/v1/embed/image", content=large)) for _ in range(5)]
+        while not now:
+            await asyncio.sleep(0.01)
+        assert (await client.post("/v1/embed/image", content=small)).status_code == 200
+        go_on.set()
+        assert {answer.status_code for answer in await asyncio.gather(*first)} == {200}
+        assert max(most) == 1
+
+    asked(application(pair), test)
+
+
+def test_an_honest_request_is_answered_before_a_heavy_one_and_an_abandoned_one_ends(pair):
+    decoder = pair[0].decoder
+    hook = decoder.register_forward_hook(lambda *_: time.sleep(0.05))
+    heavy = "/v1/caption?width=32&min_tokens=15"
+
+    async def test(client: Client) -> None:
+        first = [asyncio.create_task(client.post(heavy, content=picture("red"))) for _ in range(3)]
+        while figures(await client.get("/metrics"))["contracap_batch_size_count"] < 1:
+            await asyncio.sleep(0.01)
+        assert (await client.post("/v1/embed/image", content=picture("red"))).status_code == 200
+        assert not any(task.done() for task in first)
+        for task in first[1:]:
+            task.cancel()
+        assert (await first[0]).status_code == 200
+
+    try:
+        asked(application(pair), test)
+    finally:
+        hook.remove()
+
+
+def test_a_key_is_wanted_before_a_body_is_read(pair):
+    async def test(client: Client) -> None:
+        read: list[int] = []
+        for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "s3cret"}):
+            answer = await client.post("/v1/caption", content=pieces(9, 9, read), headers=header)
+            one_line(answer, 401, "Authorization: Bearer")
+        assert not read
+        key = {"Authorization": "Bearer s3cret"}
+        assert (await client.post("/v1/embed/image", content=picture("red"), headers=key)).status_code == 200
+        assert (await client.get("/health")).status_code == 200
+        assert "security" in (await client.get("/openapi.json")).json()["paths"]["/v1/caption"]["post"]
+
+    asked(application(pair, access=AccessConfig(api_key="s3cret")), test)
+
+
+def test_scripts_of_named_pages_alone_may_read_answers(pair):
+    async def test(client: Client) -> None:
+        for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+            asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            before = await client.options("/v1/caption", headers=asks)
+            answers = [before, await client.get("/health", headers={"Origin": origin})]
+            answers.append(await client.post("/v1/caption", content=b"", headers={"Origin": origin}))
+            assert [answer.headers.get("access-control-allow-origin") for answer in answers] == [allowed] * 3
+
+    asked(application(pair, access=AccessConfig(cors_origins=("https://a.example",), api_key="s3cret")), test)
+
+
+def test_the_swagger_page_asks_this_server_alone(pair):
+    async def test(client: Client) -> None:
+        page = (await client.get("/docs")).text
+        assert "swagger" in page and "://" not in page
+        for path in re.findall(r"""(?:src|href)=["']([^"']+)""", page):
+            assert (await client.get(path)).status_code == 200, path
+
+    asked(application(pair), test)

@@ -1,12 +1,13 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from contracap.serve.batching import Batcher, BatchError, BatchingConfig
+from contracap.serve.batching import Batcher, BatchError, BatchingConfig, Turns
 
 
 class Work:
@@ -17,7 +18,7 @@ class Work:
         self.started, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
-    def double(self, settings: str, items: list[int]) -> list[int]:
+    def double(self, settings: str, items: list[int], go_on: Callable[[], None]) -> list[int]:
         self.batches.append((settings, items))
         self.started.set()
         assert self.go_on.wait(10)
@@ -129,7 +130,7 @@ def test_work_that_loses_an_answer_fails(caplog):
     async def test() -> None:
         async with Batcher(BatchingConfig(max_wait_ms=0.0)) as batcher:
             with pytest.raises(BatchError):
-                await batcher.submit(lambda settings, items: [], "a", 1)
+                await batcher.submit(lambda settings, items, go_on: [], "a", 1)
 
     run(test())
     assert "a batch of 1 requests failed" in caplog.text
@@ -169,6 +170,72 @@ def test_a_request_that_is_cancelled_while_its_batch_runs_does_not_disturb_the_o
             assert leaves.cancelled() and await stays == 4
 
     run(test())
+
+
+def test_work_that_nobody_waits_for_any_more_ends_at_its_next_step():
+    started, ended = threading.Event(), threading.Event()
+
+    def endless(settings: str, items: list[int], go_on: Callable[[], None]) -> list[int]:
+        try:
+            while True:
+                go_on()
+                started.set()
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    async def test() -> None:
+        async with Batcher(BatchingConfig(max_wait_ms=0.0)) as batcher:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(batcher.submit(endless, "a", 1), 0.2)
+            assert started.is_set() and await asyncio.to_thread(ended.wait, 5)
+            assert await batcher.submit(Work().double, "a", 2) == 4
+
+    run(test())
+
+
+def test_heavy_work_gives_way_to_light_work_between_its_steps():
+    turns, order = Turns(), []
+    light_waits = threading.Event()
+
+    def heavy_work(settings: str, items: list[int], go_on: Callable[[], None]) -> list[int]:
+        order.append("heavy begins")
+        assert light_waits.wait(5)
+        while "light" not in order:
+            time.sleep(0.001)
+            go_on()
+        order.append("heavy ends")
+        return items
+
+    def light_work(settings: str, items: list[int], go_on: Callable[[], None]) -> list[int]:
+        order.append("light")
+        return items
+
+    async def test() -> None:
+        config = BatchingConfig(max_wait_ms=0.0)
+        async with Batcher(config, turns=turns) as light, Batcher(config, turns=turns, heavy=True) as heavy:
+            first = asyncio.create_task(heavy.submit(heavy_work, "a", 1))
+            while not order:
+                await asyncio.sleep(0.001)
+            second = asyncio.create_task(light.submit(light_work, "a", 2))
+            await asyncio.sleep(0.01)
+            assert order == ["heavy begins"]
+            light_waits.set()
+            assert await asyncio.gather(first, second) == [1, 2]
+
+    run(test())
+    assert order == ["heavy begins", "light", "heavy ends"]
+
+
+def test_items_that_cost_more_share_smaller_batches():
+    work = Work()
+
+    async def test() -> None:
+        async with Batcher(BatchingConfig(max_wait_ms=20.0)) as batcher:
+            await asyncio.gather(*(batcher.submit(work.double, "a", item, most=2) for item in range(5)))
+
+    run(test())
+    assert [items for _, items in work.batches] == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_wait_ms": -1.0}, {"max_wait_ms": float("nan")}])

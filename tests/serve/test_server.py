@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,7 +16,7 @@ import pytest
 import contracap
 from contracap.generation import Captioner, Greedy
 
-from .pictures import BAD, COLOURS, picture
+from .pictures import BAD, COLOURS, picture, png
 
 pytestmark = pytest.mark.slow
 MIB = 2**20
@@ -151,6 +151,21 @@ def wait_for(address: str, *lines: str) -> None:
     while not all(line in (text := httpx.get(f"{address}/metrics").text) for line in lines):
         assert time.monotonic() < end, text
         time.sleep(0.05)
+
+
+def test_a_signal_ends_the_server_in_the_stated_time_whatever_goes_on(weights):
+    """Heavy strategies, large pictures, half heads and half bodies are under way."""
+    with ThreadPoolExecutor(8) as clients, ExitStack() as stack, serving(weights, "--timeout-s", "3") as running:
+        address, server = running
+        large, heavy = png(9400, rows=bytes(9400 * 1176)), "width=32&min_tokens=15"
+        for number in range(8):
+            query, file = ("", large) if number % 2 else (heavy, picture("red"))
+            clients.submit(httpx.post, f"{address}/v1/caption?{query}", content=file, timeout=60)
+        for head in (b"GET / HT", b"POST /v1/caption HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc"):
+            stack.enter_context(connected(address)).sendall(head)
+        wait_for(address, "contracap_requests_under_way 9")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(3 + 3) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

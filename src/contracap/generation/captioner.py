@@ -1,7 +1,7 @@
 """Pictures to sentences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,11 +102,13 @@ class Captioner:
         strategy: Strategy = BeamSearch(),
         prompts: str | Sequence[str] = "",
         numbers: Sequence[int] | None = None,
+        go_on: Callable[[], object] = lambda: None,
     ) -> list[Caption]:
         """A caption for each picture of one batch, as `processor.images` gives it.
 
         Args:
             numbers: of the pictures; what is sampled depends on the seed and on these alone. By default their places.
+            go_on: called before each token; what it raises ends the work.
 
         Raises: ValueError: as a call does.
         """
@@ -116,7 +118,7 @@ class Captioner:
         if len(numbers) != len(pixels):
             raise ValueError(f"{len(numbers)} numbers for {len(pixels)} pictures: give one for each")
         strategy, begun = self._checked(strategy), self._begun(prompts, len(pixels))
-        return self._write(pixels, strategy, begun, numbers) if len(pixels) else []
+        return self._write(pixels, strategy, begun, numbers, go_on) if len(pixels) else []
 
     def check(self, strategy: Strategy, prompt: str = "") -> None:
         """Raises: ValueError: if this model cannot write so, whatever the picture."""
@@ -131,12 +133,13 @@ class Captioner:
         strategy: Strategy,
         begun: Sequence[Sequence[int]],
         numbers: Sequence[int],
+        go_on: Callable[[], object] = lambda: None,
     ) -> list[Caption]:
         model, tokenizer = self.model, self.processor.tokenizer
         prompts = _prompts(begun, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
             embeddings, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
-            found = self.engine.write(caption_tokens, strategy, prompts, tokenizer)
+            found = self.engine.write(caption_tokens, strategy, prompts, tokenizer, go_on)
             texts = [
                 self._texts(hypotheses, prompt, embedding)
                 for hypotheses, prompt, embedding in zip(found, begun, embeddings.float().cpu(), strict=True)

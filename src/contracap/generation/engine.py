@@ -49,14 +49,18 @@ class Engine:
         strategy: Strategy,
         prompts: Prompts,
         tokenizer: Tokenizer,
+        go_on: Callable[[], object] = lambda: None,
     ) -> list[list[Hypothesis]]:
         """The texts that the strategy finds for each picture, best first.
+
+        Args:
+            go_on: called before each step; what it raises ends the work.
 
         Raises: ValueError: if a prompt leaves no room, or the strategy cannot follow what was asked.
         """
         search = strategy.begin(prompts, tokenizer)
         with self._packed.used(), self._alone:
-            return self._searched(search, caption_tokens, strategy, prompts)
+            return self._searched(search, caption_tokens, strategy, prompts, go_on)
 
     def _searched(
         self,
@@ -64,6 +68,7 @@ class Engine:
         caption_tokens: Float[Tensor, "images memory embed"],
         strategy: Strategy,
         prompts: Prompts,
+        go_on: Callable[[], object],
     ) -> list[list[Hypothesis]]:
         cache = self._open(caption_tokens, strategy, prompts)
         look_every = LOOK_EVERY.get(caption_tokens.device.type, 1)
@@ -71,6 +76,7 @@ class Engine:
         pictures = list(range(len(found)))  # those in the batch
         logits = self.model.decode(prompts.ids[:, : prompts.shared], cache)
         while True:
+            go_on()
             continued = search.advance(logits)
             if cache.length + 1 == strategy.max_tokens or cache.length % look_every == 0:
                 finished = search.finished.tolist()

@@ -1,11 +1,14 @@
 """What is answered, as OpenAPI describes it, and the one thing that is asked in JSON."""
 
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 from pydantic import BaseModel, Field
 
 MOST_TEXTS = 256
 LONGEST_TEXT = 4096  # characters; a context is 77 tokens
+MOST_CHARACTERS = 65_536  # of all texts of a request
+
+Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class Problem(BaseModel):
@@ -35,6 +38,12 @@ class PictureEmbedding(BaseModel):
     """A unit vector in the space that pictures and texts share."""
 
     embedding: list[float]
+
+
+class Answers(BaseModel, Generic[Answer]):
+    """The answer for each picture of a form, in their order, or what is wrong with it."""
+
+    answers: list[Answer | Problem]
 
 
 class Texts(BaseModel):

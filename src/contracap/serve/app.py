@@ -1,18 +1,23 @@
 """The routes: what is asked over HTTP, and by whom it is answered."""
 
 import asyncio
+import ctypes
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 import contracap
@@ -20,13 +25,16 @@ from contracap.config import ConfigError
 from contracap.evaluation.zeroshot import TEMPLATE, check_templates
 from contracap.generation.choice import build_strategy
 from contracap.generation.strategy import Strategy
-from contracap.image import ImageError
+from contracap.image import ImageError, pixel_count
 from contracap.model.coca import CoCa
 from contracap.page import page, paragraph, table
 from contracap.processor import Processor
 from contracap.serve.answers import (
     LONGEST_TEXT,
+    MOST_CHARACTERS,
     Alternative,
+    Answer,
+    Answers,
     CaptionAnswer,
     Classification,
     LabelAnswer,
@@ -36,21 +44,33 @@ from contracap.serve.answers import (
     TextEmbeddings,
     Texts,
 )
-from contracap.serve.batching import Batcher, BatchError, BatchingConfig
-from contracap.serve.limits import LimitRequests, LimitsConfig, UnderWay, problem
+from contracap.serve.batching import Batcher, BatchError, BatchingConfig, Turns
+from contracap.serve.limits import LimitRequests, LimitsConfig, RequireKey, UnderWay, problem
 from contracap.serve.metrics import CountRequests, Metrics
 from contracap.serve.model import Picture, ServedModel
 
+Made = TypeVar("Made")
+
 MOST_BEAMS = 32  # rows that one picture may take in a batch
 MOST_LABELS = 100
-DECODERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes 270 MB while it is decoded
+MOST_PICTURES = 16  # of a form
+DECODERS = min(4, os.cpu_count() or 1)
+LARGE = 16_000_000  # pixels of pictures that are decoded one at a time: several would take gigabytes
+TRIM_SECONDS = 2
 
+BYTES = {"type": "string", "format": "binary"}
 PICTURE = {
     "requestBody": {
         "required": True,
-        "description": "the bytes of a picture file: JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF",
-        "content": {
-            kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/*", "application/octet-stream")
+        "description": "the bytes of a picture file: JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF; or a form with several",
+        "content": {kind: {"schema": BYTES} for kind in ("image/*", "application/octet-stream")}
+        | {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "array", "items": BYTES, "maxItems": MOST_PICTURES}},
+                }
+            }
         },
     }
 }
@@ -72,6 +92,23 @@ SETTINGS = {
         },
     ]
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessConfig:
+    """Who may ask.
+
+    Attributes:
+        api_key: what requests to `/v1/...` must bring; None: nothing.
+        cors_origins: of the pages in whose scripts a browser lets these answers be read; `*` is all.
+    """
+
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise ValueError("api_key must be at least one visible ASCII character")
 
 
 @dataclass(frozen=True)
@@ -99,6 +136,11 @@ class DefaultStrategy:
         return strategy
 
 
+def _tokens(strategy: Strategy) -> int:
+    """What a strategy may write for a picture: the measure of its cost."""
+    return strategy.rows * strategy.max_tokens
+
+
 def build_app(
     model: CoCa,
     processor: Processor,
@@ -106,89 +148,127 @@ def build_app(
     default: DefaultStrategy,
     batching: BatchingConfig,
     limits: LimitsConfig,
+    access: AccessConfig = AccessConfig(),
 ) -> FastAPI:
     """The application, for any ASGI server.
 
     Raises: ValueError: if the default strategy is wrong, or the model cannot follow it.
     """
-    served, metrics, under_way = ServedModel(model, processor), Metrics(), UnderWay(limits.max_requests)
+    served, metrics, under_way = ServedModel(model, processor), Metrics(), UnderWay(limits)
     if served.captioner is not None:
         served.captioner.check(default.strategy({}))
-    batcher = Batcher(batching, observe=metrics.batch_sizes.observe)
+    usual, turns = _tokens(default.strategy({})), Turns()
+    batcher = Batcher(batching, turns=turns, observe=metrics.batch_sizes.observe)
+    heavy = Batcher(batching, turns=turns, heavy=True, observe=metrics.batch_sizes.observe)
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+    large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with batcher:
+        async with batcher, heavy:
+            trimming = asyncio.create_task(_trim(large))
             yield
-        decoders.shutdown(wait=False)
+            trimming.cancel()
+        for pool in (decoders, large):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(
+    app = FastAPIOffline(  # the docs of FastAPI itself load their scripts from elsewhere
+        redoc_url=None,
         title="contracap",
         version=contracap.__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
-        redoc_url=None,
         responses={"default": {"model": Problem, "description": "what went wrong"}},
     )
+    if access.api_key is not None:  # RequireKey looks at it; this is for the description
+        app.router.dependencies.append(Security(HTTPBearer(auto_error=False)))
 
-    async def picture_of(request: Request) -> Picture:
-        if request.headers.get("content-type", "").startswith("multipart/"):
-            raise HTTPException(415, "send the picture itself as the body, not a form: curl --data-binary @photo.jpg")
-        return await asyncio.get_running_loop().run_in_executor(decoders, served.picture, await request.body())
+    async def picture(data: bytes) -> Picture:
+        loop = asyncio.get_running_loop()
+        pixels = await loop.run_in_executor(decoders, pixel_count, data)
+        return await loop.run_in_executor(large if pixels > LARGE else decoders, served.picture, data)
+
+    async def answer_each(request: Request, answer: Callable[[Picture], Awaitable[Answer]]) -> Answer | Answers[Answer]:
+        """One answer if the body is a picture, a list of them if it is a form."""
+        if not request.headers.get("content-type", "").startswith("multipart/"):
+            return await answer(await picture(await request.body()))
+
+        async def one(data: bytes) -> Answer | Problem:
+            try:
+                return await answer(await picture(data))
+            except ImageError as error:
+                return Problem(error=str(error))
+
+        return Answers(answers=await _all(one(data) for data in await _files(request)))
 
     @app.post("/v1/caption", openapi_extra=PICTURE | SETTINGS)
     async def caption(
         request: Request,
         prompt: Annotated[str, Query(max_length=LONGEST_TEXT, description="what the caption begins with")] = "",
         embedding: Annotated[bool, Query(description="whether the picture's embedding is given too")] = False,
-    ) -> CaptionAnswer:
+    ) -> CaptionAnswer | Answers[CaptionAnswer]:
         """Write a caption for a picture."""
         if served.captioner is None:
             raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
         settings = {key: value for key, value in request.query_params.items() if key not in ("prompt", "embedding")}
+        if sum(len(key) + len(value) for key, value in settings.items()) > LONGEST_TEXT:
+            raise HTTPException(400, f"the settings have more than the {LONGEST_TEXT} characters allowed")
         try:
             strategy = default.strategy(settings)
-            served.captioner.check(strategy, prompt)
+            await asyncio.get_running_loop().run_in_executor(decoders, served.captioner.check, strategy, prompt)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        best = await batcher.submit(served.captions, strategy, (await picture_of(request), prompt))
-        texts = [
-            Alternative(caption=text.text, score=text.score, log_probability=text.log_probability)
-            for text in best.alternatives
-        ]
-        vector = best.embedding.tolist() if embedding else None
-        return CaptionAnswer(**texts[0].model_dump(), alternatives=texts, embedding=vector)
+        share = batching.max_batch * usual / _tokens(strategy)  # pictures that cost as much as a batch of the default's
+        queue = batcher if share >= batching.max_batch else heavy
+
+        async def answer(picture: Picture) -> CaptionAnswer:
+            best = await queue.submit(served.captions, strategy, (picture, prompt), most=max(1, int(share)))
+            texts = [
+                Alternative(caption=text.text, score=text.score, log_probability=text.log_probability)
+                for text in best.alternatives
+            ]
+            vector = best.embedding.tolist() if embedding else None
+            return CaptionAnswer(**texts[0].model_dump(), alternatives=texts, embedding=vector)
+
+        return await answer_each(request, answer)
 
     @app.post("/v1/classify", openapi_extra=PICTURE)
     async def classify(
         request: Request,
         label: Annotated[list[str], Query(min_length=1, max_length=MOST_LABELS, description="once for each label")],
         template: Annotated[str, Query(description="a text with {} where the label goes")] = TEMPLATE,
-    ) -> Classification:
+    ) -> Classification | Answers[Classification]:
         """Say which of some labels fits a picture, without any training on them."""
+        labels = tuple(dict.fromkeys(label))  # what is asked twice would have its probability halved
         try:
             templates = check_templates([template])
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        labels = tuple(dict.fromkeys(label))  # what is asked twice would have its probability halved
-        classes = (labels, templates)
-        similarities = await batcher.submit(served.similarities, classes, await picture_of(request))
-        probabilities = torch.softmax(similarities * served.logit_scale, dim=0)
-        rows = zip(labels, probabilities.tolist(), similarities.tolist(), strict=True)
-        answers = [LabelAnswer(label=name, probability=share, similarity=cosine) for name, share, cosine in rows]
-        return Classification(labels=sorted(answers, key=lambda answer: -answer.similarity))
+        _check_characters(len(labels) * len(template) + template.count("{}") * sum(map(len, labels)))
+
+        async def answer(picture: Picture) -> Classification:
+            similarities = await batcher.submit(served.similarities, (labels, templates), picture)
+            probabilities = torch.softmax(similarities * served.logit_scale, dim=0)
+            rows = zip(labels, probabilities.tolist(), similarities.tolist(), strict=True)
+            answers = [LabelAnswer(label=name, probability=share, similarity=cosine) for name, share, cosine in rows]
+            return Classification(labels=sorted(answers, key=lambda answer: -answer.similarity))
+
+        return await answer_each(request, answer)
 
     @app.post("/v1/embed/image", openapi_extra=PICTURE)
-    async def embed_image(request: Request) -> PictureEmbedding:
+    async def embed_image(request: Request) -> PictureEmbedding | Answers[PictureEmbedding]:
         """Put a picture into the space of pictures and texts."""
-        embedding = await batcher.submit(served.picture_embeddings, None, await picture_of(request))
-        return PictureEmbedding(embedding=embedding.tolist())
+
+        async def answer(picture: Picture) -> PictureEmbedding:
+            embedding = await batcher.submit(served.picture_embeddings, None, picture)
+            return PictureEmbedding(embedding=embedding.tolist())
+
+        return await answer_each(request, answer)
 
     @app.post("/v1/embed/text")
     async def embed_text(texts: Texts) -> TextEmbeddings:
         """Put texts into the space of pictures and texts."""
-        made = await asyncio.gather(*(batcher.submit(served.text_embeddings, None, text) for text in texts.texts))
+        _check_characters(sum(map(len, texts.texts)))
+        made = await _all(batcher.submit(served.text_embeddings, None, text) for text in texts.texts)
         return TextEmbeddings(embeddings=[embedding.tolist() for embedding in made])
 
     @app.get("/health")
@@ -206,7 +286,7 @@ def build_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> PlainTextResponse:
         """Give counts and times for Prometheus."""
-        text = metrics.exposition(waiting=batcher.waiting, under_way=under_way.count)
+        text = metrics.exposition(waiting=batcher.waiting + heavy.waiting, under_way=len(under_way.bodies))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
@@ -219,16 +299,56 @@ def build_app(
         parts = [
             paragraph("curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://HOST:PORT/v1/caption"),
             table(["", "route", "what it does"], rows),
-            paragraph("/openapi.json describes them all for programs."),
+            paragraph("/docs tries them out in a browser; /openapi.json describes them for programs."),
         ]
         return HTMLResponse(page("contracap", {"": parts}))
 
-    app.add_middleware(LimitRequests, limits=limits, under_way=under_way)
+    pictures = frozenset({"/v1/caption", "/v1/classify", "/v1/embed/image"})
+    app.add_middleware(LimitRequests, limits=limits, under_way=under_way, pictures=pictures)
+    if access.api_key is not None:
+        app.add_middleware(RequireKey, key=access.api_key)
     paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(CountRequests, metrics=metrics, routes=paths)
+    if access.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=access.cors_origins, allow_headers=["*"])
     for error, answer in ANSWERS.items():
         app.add_exception_handler(error, answer)
     return app
+
+
+async def _trim(pool: ThreadPoolExecutor) -> None:
+    """Hand memory that is free back to the system every few seconds: glibc keeps what the threads have freed."""
+    trim = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", None)
+    while trim is not None:
+        await asyncio.sleep(TRIM_SECONDS)
+        await asyncio.get_running_loop().run_in_executor(pool, trim, 0)
+
+
+def _check_characters(characters: int) -> None:
+    """Raises: HTTPException: if the texts of a request are too long together."""
+    if characters > MOST_CHARACTERS:
+        error = f"the texts have {characters} characters together, more than the {MOST_CHARACTERS} allowed"
+        raise HTTPException(400, error)
+
+
+async def _files(request: Request) -> list[bytes]:
+    """The files of a form."""
+    async with request.form(max_files=MOST_PICTURES) as form:
+        files = [file for _, file in form.multi_items()]
+        if not files or not all(isinstance(file, UploadFile) for file in files):
+            error = "a form holds picture files alone, as of curl -F image=@a.jpg; settings are part of the address"
+            raise HTTPException(400, error)
+        return [await file.read() for file in files if isinstance(file, UploadFile)]
+
+
+async def _all(calls: Iterable[Awaitable[Made]]) -> list[Made]:
+    """What the calls return, together; if one raises, the others are cancelled."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _unreadable(_: Request, error: Exception) -> JSONResponse:

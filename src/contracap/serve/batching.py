@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,17 +39,59 @@ class BatchError(RuntimeError):
     """The work on a batch failed; what went wrong is in the log."""
 
 
+class AbandonedError(Exception):
+    """Nobody waits for the batch any more."""
+
+
+class Turns:
+    """One batch at a time has the model. A heavy batch gives way to light ones, also between its own steps."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = False
+        self._light = 0  # batches that wait
+
+    @contextmanager
+    def taken(self, *, heavy: bool) -> Iterator[None]:
+        """Within the block the model is this batch's alone."""
+        self._take(heavy)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def give_way(self) -> None:
+        """Let the light batches that wait go first; called by a heavy one."""
+        if self._light:
+            self._leave()
+            self._take(True)
+
+    def _take(self, heavy: bool) -> None:
+        with self._changed:
+            self._light += not heavy
+            self._changed.wait_for(lambda: not self._taken and not (heavy and self._light))
+            self._light -= not heavy
+            self._taken = True
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._taken = False
+            self._changed.notify_all()
+
+
 @dataclass(eq=False)
 class _Request:
     """One item that waits for its answer.
 
     Attributes:
         group: the work and its settings; only requests of one group share a batch.
+        most: items that a batch of the group may have.
         deadline: when it goes, however few it goes with, on the event loop's clock in seconds.
     """
 
     group: tuple[Callable[..., list[Any]], Hashable]
     item: Any
+    most: int
     deadline: float
     answer: asyncio.Future[Any]
 
@@ -61,11 +104,20 @@ class Batcher:
     batch alone. Use it as `async with Batcher(...) as batcher`.
 
     Attributes:
+        turns: shared with other batchers whose work uses the same model.
+        heavy: whether its batches give way to those of the other batchers.
         observe: is told the size of each batch.
     """
 
-    def __init__(self, config: BatchingConfig, *, observe: Callable[[int], None] = lambda size: None):
-        self.config, self.observe = config, observe
+    def __init__(
+        self,
+        config: BatchingConfig,
+        *,
+        turns: Turns | None = None,
+        heavy: bool = False,
+        observe: Callable[[int], None] = lambda size: None,
+    ):
+        self.config, self.turns, self.heavy, self.observe = config, turns or Turns(), heavy, observe
         self._waiting: dict[_Request, None] = {}  # in the order of arrival
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
@@ -82,17 +134,29 @@ class Batcher:
     async def __aexit__(self, *_: object) -> None:
         self._running.cancel()
         await asyncio.wait([self._running])
-        self._thread.shutdown(wait=False)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def submit(
-        self, work: Callable[[Settings, list[Item]], list[Answer]], settings: Settings, item: Item
+        self,
+        work: Callable[[Settings, list[Item], Callable[[], None]], list[Answer]],
+        settings: Settings,
+        item: Item,
+        *,
+        most: int | None = None,
     ) -> Answer:
-        """The answer to `item` in a batch, `work(settings, items)`. Who is cancelled leaves the queue.
+        """The answer to `item` in a batch, `work(settings, items, go_on)`. Who is cancelled leaves the queue.
+
+        Work that takes long calls `go_on()` between its steps, which raises AbandonedError if nobody waits any more.
+
+        Args:
+            most: items that may share the batch; `max_batch` at most.
 
         Raises: BatchError: if the work failed.
         """
         loop = asyncio.get_running_loop()
-        request = _Request((work, settings), item, loop.time() + self.config.max_wait_ms / 1000, loop.create_future())
+        most = min(most or self.config.max_batch, self.config.max_batch)
+        deadline = loop.time() + self.config.max_wait_ms / 1000
+        request = _Request((work, settings), item, most, deadline, loop.create_future())
         self._waiting[request] = None
         self._arrived.set()
         try:
@@ -104,11 +168,12 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._next()
-            work, settings = batch[0].group
             self.observe(len(batch))
             try:
-                answers = await loop.run_in_executor(self._thread, work, settings, [request.item for request in batch])
+                answers = await loop.run_in_executor(self._thread, self._work, batch)
                 done = list(zip(batch, answers, strict=True))
+            except AbandonedError:
+                pass
             except Exception:
                 log.exception("a batch of %d requests failed", len(batch))
                 for request in batch:
@@ -119,6 +184,20 @@ class Batcher:
                     if not request.answer.done():  # else its client has gone, or has waited for too long
                         request.answer.set_result(answer)
 
+    def _work(self, batch: list[_Request]) -> list[Any]:
+        """What the thread does."""
+
+        def go_on() -> None:
+            if all(request.answer.done() for request in batch):
+                raise AbandonedError
+            if self.heavy:
+                self.turns.give_way()
+
+        work, settings = batch[0].group
+        with self.turns.taken(heavy=self.heavy):
+            go_on()
+            return work(settings, [request.item for request in batch], go_on)
+
     async def _next(self) -> list[_Request]:
         """The next batch, once it is full or its oldest request has waited long enough."""
         while True:
@@ -127,9 +206,9 @@ class Batcher:
                 await self._arrived.wait()
                 continue
             oldest = next(iter(self._waiting))
-            batch = [request for request in self._waiting if request.group == oldest.group][: self.config.max_batch]
+            batch = [request for request in self._waiting if request.group == oldest.group][: oldest.most]
             left = oldest.deadline - asyncio.get_running_loop().time()
-            if len(batch) == self.config.max_batch or left <= 0:
+            if len(batch) == oldest.most or left <= 0:
                 for request in batch:
                     del self._waiting[request]
                 return batch

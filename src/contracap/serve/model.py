@@ -1,5 +1,6 @@
-"""What the batcher's thread does with the model: each method takes one batch and gives an answer for each item."""
+"""What the batcher's threads do with the model: each method takes one batch and gives an answer for each item."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -37,7 +38,9 @@ class ServedModel:
         """
         return resize_and_crop(decode(data), self.processor.image_config)
 
-    def captions(self, strategy: Strategy, asked: list[tuple[Picture, str]]) -> list[Caption]:
+    def captions(
+        self, strategy: Strategy, asked: list[tuple[Picture, str]], go_on: Callable[[], object]
+    ) -> list[Caption]:
         """A caption for each picture, which begins with its prompt.
 
         Raises: ValueError: if the model gives numbers that are not finite.
@@ -45,26 +48,26 @@ class ServedModel:
         assert self.captioner is not None  # who has none does not ask
         pictures, prompts = zip(*asked, strict=True)
         # One number for all, so that what is sampled does not depend on the company.
-        return self.captioner.generate(self._pixels(list(pictures)), strategy, prompts, numbers=[0] * len(asked))
+        return self.captioner.generate(self._pixels(list(pictures)), strategy, prompts, [0] * len(asked), go_on)
 
     @torch.inference_mode()
-    def picture_embeddings(self, _: None, pictures: list[Picture]) -> list[Float32[Tensor, "embed"]]:
+    def picture_embeddings(self, _: None, pictures: list[Picture], go_on: object) -> list[Float32[Tensor, "embed"]]:
         """A unit vector for each picture."""
         with evaluating(self.model):
             return list(finite(self.model.encode_image(self._pixels(pictures)), "pictures").cpu())
 
     @torch.inference_mode()
-    def text_embeddings(self, _: None, texts: list[str]) -> list[Float32[Tensor, "embed"]]:
+    def text_embeddings(self, _: None, texts: list[str], go_on: object) -> list[Float32[Tensor, "embed"]]:
         """A unit vector for each text; what does not fit the context is cut off."""
         with evaluating(self.model):
             return list(embed_texts(self.model, self.processor, texts, batch_size=len(texts)).cpu())
 
     def similarities(
-        self, classes: tuple[tuple[str, ...], tuple[str, ...]], pictures: list[Picture]
+        self, classes: tuple[tuple[str, ...], tuple[str, ...]], pictures: list[Picture], go_on: object
     ) -> list[Float32[Tensor, "label"]]:
         """For each picture its cosine with each label; `classes` are the labels and the templates they stand in."""
         weights = self._classifier(*classes)
-        return list(torch.stack(self.picture_embeddings(None, pictures)) @ weights.T)
+        return list(torch.stack(self.picture_embeddings(None, pictures, go_on)) @ weights.T)
 
     def _new_classifier(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Float32[Tensor, "label embed"]:
         return classifier(self.model, self.processor, labels, templates).cpu()
