@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,11 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracap.data import shards
+from contracap.data.captions import require_captions
 from contracap.data.shards import (
     SAMPLE_SUFFIXES,
     Record,
     SampleError,
     ShardError,
+    count_samples,
     list_shards,
     parse,
     records,
@@ -170,7 +174,6 @@ def test_label_comes_from_json_or_cls() -> None:
     [
         {"json": b"{broken"},
         {"json": b"[1]"},
-        {"json": b'{"captions": "one string"}'},
         {"json": b'{"captions": [1]}'},
         {"json": b'{"caption": 5}'},
         {"json": b"[" * 100_000},
@@ -178,9 +181,37 @@ def test_label_comes_from_json_or_cls() -> None:
         {"cls": b"cat"},
     ],
 )
-def test_unreadable_member_is_an_error_that_names_sample_and_shard(members: dict[str, bytes]) -> None:
-    with pytest.raises(SampleError, match=r"sample k of s\.tar"):
-        parsed(**members)
+def test_unreadable_member_is_told_to_who_misses_it_with_sample_and_shard(members: dict[str, bytes]) -> None:
+    sample = parse(Record(key="k", members={"jpg": b"picture", **members}, shard="s.tar"))
+    with pytest.raises(SampleError, match=r"sample k of s\.tar .*(json|txt|cls|caption)") as error:
+        require_captions(sample)
+    assert error.value.kind == "broken_text"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"json": b'{"captions": "one"}'},
+        {"json": b'{"caption": ["one", ""]}'},
+        {"json": b'{"captions": [], "caption": "one"}'},
+        {"json": b'{"captions": [7], "caption": "one"}'},
+        {"json": b'{"caption": ""}', "txt": b"one"},
+        {"json": b'{"caption": NaN}', "txt": b"one"},
+        {"json": b"{broken", "txt": b"\xef\xbb\xbfone"},
+        {"json": b'{"caption": "one"}', "txt": b"\xff"},
+        {"json": b'{"caption": "one"}', "txt": b" \n"},
+        {"txt": b"one", "cls": b"n01440764"},
+    ],
+)
+def test_first_of_the_members_that_has_a_caption_counts(members: dict[str, bytes]) -> None:
+    assert parsed(**members) == ("one",)
+
+
+@pytest.mark.parametrize("text", [b"one\ntwo\n", b"one\r\n\r\n two", b"\none\rtwo"])
+def test_each_line_of_a_text_is_a_caption(text: bytes) -> None:
+    assert parsed(txt=text) == ("one", "two")
+    record = Record(key="k", members={"jpg": b"p", "txt": text}, shard="s.tar")
+    assert parse(record, lines=False).captions == (text.decode().strip(),)
 
 
 def test_sample_without_picture_is_an_error_that_lists_the_members() -> None:
@@ -251,6 +282,64 @@ def test_members_that_unfold_to_more_than_any_picture_are_not_read(tmp_path: Pat
     record = Record(key="bomb", members={"jpg": b""}, shard="0.tar", too_large=["jpg"])
     with pytest.raises(SampleError, match=r"bomb of 0\.tar: jpg has more than 268,435,456 bytes"):
         parse(record)
+
+
+def zeros(path: Path, members: list[tuple[str, int]], *, samples: int = 1) -> str:
+    """A gzipped shard with a good sample, members of zeros, and more good samples."""
+    good = [[(f"{number}.jpg", 1), (f"{number}.txt", 1)] for number in range(samples)]
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, size in [*good[0], *members, *(member for sample in good[1:] for member in sample)]:
+            header = tarfile.TarInfo(name)
+            header.size = size
+            with open("/dev/zero", "rb") as file:
+                archive.addfile(header, file)
+    return str(path)
+
+
+def test_members_of_one_sample_are_not_read_beyond_the_limit_of_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "MOST_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr(shards, "MAX_TEXT_BYTES", 1000)
+    shard = zeros(tmp_path / "0.tgz", [("b.json", 2000), ("b.txt", 20), ("b.gif", 6000), ("b.jpg", 6000)], samples=2)
+    found = list(records(shard))
+    assert [record.key for record in found] == ["0", "b", "1"]
+    assert found[1].too_large == ["json", "jpg"]
+    assert sum(map(len, found[1].members.values())) == 6020
+    with pytest.raises(SampleError, match="jpg has more than"):
+        parse(found[1])
+    parse(replace(found[1], too_large=["json"]))  # a text that nobody needs spoils nothing
+
+
+@pytest.mark.parametrize(
+    ("limit", "members"),
+    [
+        ("MAX_UNFOLDED_BYTES", [("bomb.jpg", 200_000)]),
+        ("MAX_UNFOLDED_BYTES", [(f"bomb.{number}", 30_000) for number in range(4)]),
+        ("MAX_HEADER_BYTES", [(f"bomb.{number}", 0) for number in range(500)]),
+        ("MAX_HEADER_BYTES", [(f"no-sample-{number}", 0) for number in range(500)]),
+        ("MAX_HEADER_BYTES", [("bomb." + "n" * 150_000, 0)]),
+        ("MAX_HEADER_BYTES", [("bomb." + "é" * 150_000, 0)]),
+    ],
+)
+def test_a_sample_that_costs_more_than_one_may_ends_its_shard(tmp_path, monkeypatch, limit: str, members) -> None:
+    shard = zeros(tmp_path / "0.tgz", members, samples=3)
+    assert len(list(records(shard))) >= 3
+    monkeypatch.setattr(shards, limit, 100_000)
+    for read in (lambda: list(records(shard)), lambda: count_samples(shard)):
+        with pytest.raises(ShardError, match=r"0\.tgz .* more than 100,000 bytes") as error:
+            read()
+        assert error.value.whole <= 1
+
+
+def test_many_samples_may_take_more_together_than_one(tmp_path: Path, monkeypatch) -> None:
+    for limit in ("MAX_HEADER_BYTES", "MAX_UNFOLDED_BYTES"):
+        monkeypatch.setattr(shards, limit, 30_000)
+    assert count_samples(zeros(tmp_path / "0.tgz", [("b.jpg", 25_000)], samples=100)) == 101
+
+
+def test_groups_without_a_picture_are_passed_over_and_counted(tmp_path: Path, caplog) -> None:
+    write_shard(tmp_path / "0.tar", [("notes", {"json": b"{}"}), ("a", {"jpg": b"p"}), ("more", {"txt": b"t"})])
+    assert [sample.key for sample in samples(str(tmp_path / "0.tar"))] == ["a"]
+    assert "2 groups without a picture" in caplog.text
 
 
 def test_members_of_other_suffixes_are_left_empty_when_asked_for(tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def show(
     /,
     *,
     out: Annotated[Path, arg(metavar="FILE.html", help="the page")] = Path("shards.html"),
-    recipe: Annotated[Path | None, arg(metavar="RECIPE.toml", help="crop the samples as this run would")] = None,
+    recipe: Annotated[
+        Path | None, arg(metavar="RECIPE.toml", help="read and crop the samples as this run would")
+    ] = None,
     limit: Annotated[int | None, arg(help="samples to read, the first ones; by default all")] = None,
     samples: Annotated[int, arg(help="samples on the page")] = 48,
     seed: Annotated[int, arg(help="of the samples and their crops")] = 0,
@@ -82,10 +84,13 @@ def show(
     from contracap.image import AugmentationConfig, ImageConfig
     from contracap.recipe import load_recipe
 
-    image, augmentation = ImageConfig(), AugmentationConfig()
+    image, augmentation, lines = ImageConfig(), AugmentationConfig(), True
     if recipe is not None:
         run = load_recipe(recipe)
         image, augmentation = ImageConfig(size=run.model_config.vision.image_size), run.data.augmentation
-    found = survey(paths, limit=limit, sample_count=samples, seed=seed, image=image, augmentation=augmentation)
+        lines = run.data.captions.lines
+    found = survey(
+        paths, limit=limit, sample_count=samples, seed=seed, image=image, augmentation=augmentation, lines=lines
+    )
     write_page(found, out)
     print(*survey_lines(found), f"the page: {out}", sep="\n")

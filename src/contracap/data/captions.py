@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from contracap.data.shards import Sample, SampleError
+from contracap.data.shards import Sample, SampleError, texts_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +16,14 @@ class CaptionConfig:
         use: a `random` caption of the picture each time it comes, its `first`, or `all`, one after the other.
         weights: fields of the `.json` and how often the caption is taken from each, such as
             `{ caption = 0.3, recaption = 0.7 }`: of those that a sample has, in proportion. Empty: its captions.
+        lines: each line of a `.txt` is a caption; else the whole is one.
         max_tokens: captions are cut to so many tokens in training, start and end included; by default to the model's
             context. Short texts first make a long run cheaper (CLIPA, arXiv 2305.07017).
     """
 
     use: Literal["random", "first", "all"] = "random"
     weights: dict[str, float] = field(default_factory=dict)
+    lines: bool = True
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,24 +58,28 @@ def all_captions(sample: Sample, config: CaptionConfig) -> list[str]:
     return [caption for captions in _texts(sample, config).values() for caption in captions]
 
 
+def require_captions(sample: Sample) -> tuple[str, ...]:
+    """The captions of a sample that must have one.
+
+    Raises:
+        SampleError: if there is none; says what could not be read.
+    """
+    if not sample.captions:
+        raise _no_caption(sample)
+    return sample.captions
+
+
 def _texts(sample: Sample, config: CaptionConfig) -> dict[str, tuple[str, ...]]:
     """The captions by field, without empty fields."""
     if not config.weights:
-        found = {"captions": sample.captions}
-    else:
-        found = {name: _field(sample, name) for name in config.weights}
+        return {"captions": require_captions(sample)}
+    found = {name: texts_in(sample.fields.get(name)) for name in config.weights}
     found = {name: captions for name, captions in found.items() if captions}
     if not found:
-        wanted = f" in {', '.join(config.weights)}" if config.weights else ""
-        raise SampleError(f"sample {sample.key} of {sample.shard} has no caption{wanted}", kind="no_caption")
+        raise _no_caption(sample, f" in {', '.join(config.weights)}")
     return found
 
 
-def _field(sample: Sample, name: str) -> tuple[str, ...]:
-    value = sample.fields.get(name, [])
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise SampleError(
-            f"sample {sample.key} of {sample.shard}: {name} must be a string or a list of strings", kind="broken_text"
-        )
-    return tuple(caption for caption in (caption.strip() for caption in captions) if caption)
+def _no_caption(sample: Sample, where: str = "") -> SampleError:
+    why = f" ({sample.problem})" if sample.problem else ""
+    return SampleError(f"{sample.name} has no caption{where}{why}", kind="broken_text" if why else "no_caption")

@@ -220,7 +220,7 @@ def _description(order: Order) -> dict[str, Any]:
         "seed": order.seed,
         "streams": order.streams,
         "shuffle_buffer": order.buffer,
-        "captions": [order.captions.use, order.captions.weights],
+        "captions": [order.captions.use, order.captions.weights, *([] if order.captions.lines else ["whole texts"])],
         "length_buckets": order.bucket is not None,
         "samples_an_epoch": order.quota,
         "mixture": [[source.weight, source.replacement] for source in order.sources],
@@ -232,9 +232,12 @@ def _description(order: Order) -> dict[str, Any]:
     }
 
 
-def evaluation_samples(path: str | Path | Sequence[str | Path]) -> Iterator[Sample]:
+def evaluation_samples(path: str | Path | Sequence[str | Path], *, lines: bool = True) -> Iterator[Sample]:
     """Every sample of the shards once, in their order; or every picture of a folder that has a subfolder for each
     class, as `ClassFolders` has them.
+
+    Args:
+        lines: each line of a `.txt` is a caption; else the whole is one.
 
     Raises:
         FileNotFoundError: if there are no shards.
@@ -244,7 +247,7 @@ def evaluation_samples(path: str | Path | Sequence[str | Path]) -> Iterator[Samp
         yield from folders
         return
     for shard in list_shards(path):
-        yield from samples(shard)
+        yield from samples(shard, lines=lines)
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ def _skips(streams: Iterable[SampleStream]) -> list[Skip]:
 
 
 def validation_batches(
-    path: str | Sequence[str], *, batch_size: int, image: ImageConfig, tokenizer: Tokenizer
+    path: str | Sequence[str], *, batch_size: int, image: ImageConfig, tokenizer: Tokenizer, lines: bool = True
 ) -> Iterator[Batch]:
     """Every sample once, in order, not augmented, with its first caption; a last batch that is not full is left out.
 
@@ -312,7 +315,7 @@ def validation_batches(
     """
 
     def prepared_rows() -> Iterator[tuple[UInt8[Tensor, "3 size size"], str, str]]:
-        for sample in evaluation_samples(path):
+        for sample in evaluation_samples(path, lines=lines):
             if sample.captions:
                 picture = decode(sample.image, name=f"{sample.key} of {sample.shard}")
                 yield resize_and_crop(picture, image), sample.captions[0], sample.key

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from contracap.data.captions import CaptionConfig, all_captions, choose_caption
-from contracap.data.shards import SAMPLE_SUFFIXES, Record, Sample, SampleError, ShardError, parse, records
+from contracap.data.shards import SAMPLE_SUFFIXES, Record, Sample, SampleError, ShardError, layout_fault, parse, records
 from contracap.image import ImageError
 
 T = TypeVar("T")
@@ -135,6 +135,7 @@ class SampleStream:
         weights = np.array([source.weight for source in order.sources])
         self._bounds = np.cumsum(weights / weights.sum())[:-1]
         self._draws = self._rows = self._tried = self._bad = 0
+        self._in_vain = 0  # groups without a picture since the last sample
         self._skipped = Counter[str]()
         self._skips: list[Skip] = []
 
@@ -156,15 +157,15 @@ class SampleStream:
                 continue
             self._tried += 1
             try:
-                sample = parse(slot)
+                sample = parse(slot, lines=self._order.captions.lines)
                 if caption is None:
                     caption = choose_caption(sample, self._order.captions, generator)
                 prepared = prepare(sample, caption, generator)
             except (SampleError, ImageError) as error:
                 self._skip(Skip(shard=slot.shard, key=slot.key, kind=error.kind, reason=str(error)))
-                self._bad += 1
-                self._require_few_bad(str(error))
+                self._count_bad(error, slot.shard)
                 continue
+            self._in_vain = 0
             if self._tried >= WINDOW:  # what came before fades
                 self._tried, self._bad = self._tried // 2, self._bad // 2
             self._rows += 1
@@ -208,13 +209,20 @@ class SampleStream:
             skip = replace(skip, samples=self._skips.pop().samples + skip.samples)  # one line for all of a shard
         self._skips.append(skip)
 
-    def _require_few_bad(self, last: str) -> None:
+    def _count_bad(self, error: SampleError | ImageError, shard: str) -> None:
+        if error.kind == "no_picture":  # notes among the samples, say: not a bad one, unless there is nothing else
+            self._tried -= 1
+            self._in_vain += 1
+            if self._in_vain >= WINDOW:
+                raise OrderError(f"{WINDOW} groups in a row have no picture; the last: {error}")
+            return
+        self._bad += 1
         if self._bad > self._order.max_bad_share * WINDOW:
             counts = ", ".join(f"{kind} {number}" for kind, number in self._skipped.most_common())
             raise OrderError(
                 f"{self._bad} of the last {self._tried} samples of a stream cannot be used, more than max_bad_share = "
-                f"{self._order.max_bad_share} of {WINDOW} (so far: {counts}); the last: {last}. "
-                "Mend the data, or raise data.max_bad_share"
+                f"{self._order.max_bad_share} of {WINDOW} (so far: {counts}); the last: {error}."
+                f"{layout_fault(shard)} Mend the data, or raise data.max_bad_share"
             )
 
 
@@ -281,7 +289,8 @@ class _SlotStream:
         """One for each caption that is to stand for the picture. A bad record is one: drawing it tells why."""
         if self._order.captions.use == "all" and isinstance(slot, Record):
             try:
-                return [(slot, caption) for caption in all_captions(parse(slot), self._order.captions)]
+                sample = parse(slot, lines=self._order.captions.lines)
+                return [(slot, caption) for caption in all_captions(sample, self._order.captions)]
             except SampleError:
                 pass
         return [(slot, None)]
@@ -295,7 +304,8 @@ class _SlotStream:
         for slot, caption in entries:
             try:
                 if caption is None and isinstance(slot, Record):
-                    caption = choose_caption(parse(slot), self._order.captions, generator)
+                    sample = parse(slot, lines=self._order.captions.lines)
+                    caption = choose_caption(sample, self._order.captions, generator)
             except SampleError:
                 pass  # drawing it tells why
             chosen.append((slot, caption))

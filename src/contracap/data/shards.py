@@ -12,9 +12,9 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -29,8 +29,14 @@ PICTURE_SUFFIXES = (  # a sample with several has the first of them
     *("jfif", "jpe", "jp2", "j2k", "heic", "heif", "jxl", "ico", "pgm", "pbm", "pnm"),
 )
 logger = logging.getLogger(__name__)
-SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, "json", "txt", "cls"))  # of the members that `parse` looks at
-MOST_MEMBER_BYTES = 256 * 2**20  # what is larger is no photograph, but may be a few bytes that unfold
+TEXT_SUFFIXES = ("json", "txt", "cls")
+SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, *TEXT_SUFFIXES))  # of the members that `parse` looks at
+# What one sample may cost. A gzipped shard, or one with holes, can claim anything in a few bytes.
+MOST_MEMBER_BYTES = 256 * 2**20  # of a member, and of all that are read together
+MAX_TEXT_BYTES = 4 * 2**20  # of a `.json`, `.txt`, `.cls` or `.npy` member
+MAX_HEADER_BYTES = 4 * 2**20  # about 8,000 members
+MAX_UNFOLDED_BYTES = 2**30  # of all members, in a gzipped shard, which has to be decompressed to get past them
+SORT = "write the tar anew with `tar --sort=name`"
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
 
 
@@ -56,6 +62,7 @@ class Record:
 
     Attributes:
         repeated: an earlier group of the shard has the same key.
+        scattered: and none of these suffixes, as where members of one sample do not lie side by side.
         too_large: suffixes of members that were not read, because they are larger than any picture or text.
     """
 
@@ -63,6 +70,7 @@ class Record:
     members: dict[str, bytes]
     shard: str
     repeated: bool = False
+    scattered: bool = False
     too_large: list[str] = field(default_factory=list)
 
 
@@ -70,10 +78,11 @@ class Record:
 class Sample:
     """One picture, still encoded, with its captions (possibly none) and the fields of its `.json` member.
 
-    A `.cls` member, the label of webdataset's classification shards, becomes the field `label`.
+    A `.cls` member with a number, the label of webdataset's classification shards, becomes the field `label`.
 
     Attributes:
         npy: the `.npy` member as it lies there, whatever it holds; empty where there is none, or it was not read.
+        problem: what could not be read of the texts, for who misses it; empty where all could.
     """
 
     key: str
@@ -82,6 +91,12 @@ class Sample:
     fields: dict[str, Any]
     shard: str
     npy: bytes = b""
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"sample {self.key} of {self.shard}"
 
 
 def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -147,25 +162,39 @@ def _file_part(url: str) -> str:
     return re.split(r"[?#]", url, maxsplit=1)[0] if url.startswith(WEB) else url
 
 
-def samples(shard: str, start: int = 0) -> Iterator[Sample]:
-    """The samples of one shard in their order, without the first `start`.
+def samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sample]:
+    """The samples of one shard in their order, without the first `start`. Groups without a picture are passed over, and
+    counted in one warning.
+
+    Args:
+        lines: as in `parse`.
 
     Raises:
         ShardError: after the last whole sample, if the shard is missing, cut or broken.
-        SampleError: at a group without a picture or with an unreadable caption.
+        SampleError: at a sample that cannot be used.
     """
-    return map(parse, records(shard, start))
+    passed_over = list[str]()
+    for record in records(shard, start, suffixes=SAMPLE_SUFFIXES | {"npy"}):
+        try:
+            yield parse(record, lines=lines)
+        except SampleError as error:
+            if error.kind != "no_picture":
+                raise
+            passed_over.append(str(error))
+    if passed_over:
+        logger.warning("passed over %d groups without a picture; the first: %s", len(passed_over), passed_over[0])
 
 
 def records(shard: str, start: int = 0, *, suffixes: Container[str] | None = None) -> Iterator[Record]:
     """The groups of one shard as they lie there, without the first `start`, which are passed over unread.
 
-    The key is the name up to the first dot behind the last slash. As in webdataset, a new key starts a new group;
+    The key is the name up to the first dot after the last slash. As in webdataset, a new key starts a new group;
     beyond it, so does a suffix that the group already has. Members of other `suffixes` than those given are left empty,
-    and so are those of more than `MOST_MEMBER_BYTES`.
+    and so are those that are too large.
 
     Raises:
-        ShardError: after the last whole group, if the shard is missing, cut or broken.
+        ShardError: after the last whole group, if the shard is missing, cut or broken, or a group costs more than one
+            sample may.
     """
     return islice(_groups(shard, start, suffixes), start, None)
 
@@ -179,41 +208,110 @@ def count_samples(shard: str) -> int:
     return sum(1 for _ in _groups(shard, sys.maxsize, None))
 
 
-def parse(record: Record) -> Sample:
-    """The sample that a group of members holds. Captions: `captions` of the `.json`, else the `.txt`, else `caption`.
+def layout_fault(shard: str) -> str:
+    """What is wrong with the order of a local shard's members, a sentence that begins with a blank; "" if nothing is,
+    or that cannot be told."""
+    try:
+        scattered = os.path.isfile(shard) and any(record.scattered for record in _groups(shard, sys.maxsize, None))
+    except ShardError:
+        return ""
+    return f" In {shard} the members of one sample do not lie side by side: {SORT}." if scattered else ""
+
+
+def parse(record: Record, *, lines: bool = True) -> Sample:
+    """The sample that a group of members holds.
+
+    Of `captions` in the `.json`, the `.txt` and `caption` in the `.json`, the first with a caption counts; each may be
+    a text, or in JSON a list of texts. A text that cannot be read is a `problem` of the sample, for who misses it.
+
+    Args:
+        lines: each line of the `.txt` is a caption; else the whole is one.
 
     Raises:
-        SampleError: if there is no picture, or the `.json`, `.txt` or `.cls` member is not what it should be.
+        SampleError: if there is no picture, it is too large, or the key is not one of this sample alone.
     """
-    members = record.members
+    members, name = record.members, f"sample {record.key} of {record.shard}"
     if record.key.startswith("/") or ".." in record.key.split("/"):
-        raise SampleError(f"{_name(record)}: its name points out of the folder", kind="unsafe_path")
+        raise SampleError(f"{name}: its name points out of the folder", kind="unsafe_path")
+    if record.scattered:
+        reason = f"some of its members ({', '.join(sorted(members))}) do not lie beside the others: {SORT}"
+        raise SampleError(f"{name}: {reason}", kind="unsorted")
     if record.repeated:
-        raise SampleError(f"{_name(record)}: an earlier sample of the shard has this key", kind="duplicate_key")
-    if record.too_large:
-        names = ", ".join(record.too_large)
-        raise SampleError(f"{_name(record)}: {names} has more than {MOST_MEMBER_BYTES:,} bytes", kind="too_large")
-    picture = next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), None)
-    if picture is None:
-        listed = ", ".join(sorted(members))
-        raise SampleError(f"{_name(record)} has no picture (members: {listed})", kind="no_picture")
-    try:
-        fields = json.loads(members["json"]) if "json" in members else {}
-        if not isinstance(fields, dict):
-            raise ValueError("the .json member is no object")
-        if "cls" in members:
-            fields["label"] = int(members["cls"])
-        captions = _captions(fields, members.get("txt"))
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f"{_name(record)}: {error}", kind="broken_text") from error
+        raise SampleError(f"{name}: an earlier sample of the shard has this key", kind="duplicate_key")
+    suffix = next((suffix for suffix in PICTURE_SUFFIXES if suffix in members), None)
+    if suffix is None:
+        raise _without_picture(name, record)
+    if suffix in record.too_large:
+        reason = f"{suffix} has more than {MOST_MEMBER_BYTES:,} bytes, or all that is read of the sample has"
+        raise SampleError(f"{name}: {reason}", kind="too_large")
+    problems = [f".{text} has more than {MAX_TEXT_BYTES:,} bytes" for text in record.too_large if text in TEXT_SUFFIXES]
+
+    def read(suffix: str, reader: Callable[[bytes], Any]) -> Any:
+        """What a member says; None if there is none, or it cannot be read."""
+        if suffix not in members or suffix in record.too_large:
+            return None
+        try:
+            return reader(members[suffix])
+        except (ValueError, RecursionError) as error:
+            problems.append(f".{suffix}: {error}")
+            return None
+
+    fields = read("json", _object) or {}
+    label = read("cls", int)
+    text = read("txt", lambda content: content.decode("utf-8-sig"))
+    if label is not None:
+        fields["label"] = label
+    written = text_lines(text or "") if lines else [text]
+    captions = next(filter(None, map(texts_in, (fields.get("captions"), written, fields.get("caption")))), ())
+    if not captions:
+        wrong = [name for name in ("captions", "caption") if not _may_be_texts(fields.get(name))]
+        problems += [f"{name} must be a text or a list of texts" for name in wrong]
     return Sample(
         key=record.key,
-        image=picture,
+        image=members[suffix],
         captions=captions,
         fields=fields,
         shard=record.shard,
         npy=members.get("npy", b""),
+        problem="; ".join(problems),
     )
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text file, whose ends are those of any system."""
+    return re.split("\r\n?|\n", text)
+
+
+def texts_in(value: Any) -> tuple[str, ...]:
+    """The captions that a value holds, a text or a list of texts, without empty ones and what is no text."""
+    found = value if isinstance(value, list) else [value]
+    stripped = (text.strip() for text in found if isinstance(text, str))
+    return tuple(text for text in stripped if text)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("it is not an object")
+    return found
+
+
+def _may_be_texts(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(x, str) for x in value))
+    )
+
+
+def _without_picture(name: str, record: Record) -> SampleError:
+    dotted = [suffix for suffix in record.members if suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
+    if dotted:
+        base = record.key.rpartition("/")[2]
+        reason = (
+            f"has a picture that is called {base}.{dotted[0]}: a key ends at the first dot of a name, and what follows "
+            f"must be the suffix alone. Rename the members, such as {base}.{dotted[0].rpartition('.')[2]}"
+        )
+        return SampleError(f"{name} {reason}", kind="dotted_name")
+    return SampleError(f"{name} has no picture (members: {', '.join(sorted(record.members))})", kind="no_picture")
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
@@ -247,15 +345,44 @@ def _write(stream: io.BufferedIOBase, records: Iterable[tuple[str, Mapping[str, 
                 archive.addfile(member, io.BytesIO(content))
 
 
+class _Metered:
+    """The bytes of a tar file, and how many of them one sample may still take."""
+
+    def __init__(self, stream: io.BufferedIOBase, *, seeking: bool, gzipped: bool) -> None:
+        self._stream, self._seeking, self._gzipped = stream, seeking, gzipped
+        self.seek, self.tell = stream.seek, stream.tell
+        self.begin_sample()
+
+    def begin_sample(self) -> None:
+        self._left, self._unfolded = MAX_HEADER_BYTES, 0
+
+    def read(self, size: int) -> bytes:
+        """For `tarfile`."""
+        self._left -= size
+        if self._left < 0:
+            reason = f"the headers of one sample take more than {MAX_HEADER_BYTES:,} bytes"
+            raise tarfile.ReadError(f"{reason} (a key ends at the first dot of a name)")
+        return self._stream.read(size)
+
+    def charge(self, member: tarfile.TarInfo, *, wanted: bool) -> None:
+        """Count the content of a member, whether it will be read or passed over."""
+        self._unfolded += member.size
+        if self._gzipped and self._unfolded > MAX_UNFOLDED_BYTES:
+            raise tarfile.ReadError(f"one sample unfolds to more than {MAX_UNFOLDED_BYTES:,} bytes")
+        if wanted or not self._seeking:  # a stream is read where it is passed over, too
+            self._left += member.size
+
+
 @contextmanager
-def _opened(shard: str) -> Generator[tarfile.TarFile, None, None]:
+def _opened(shard: str) -> Generator[tuple[tarfile.TarFile, _Metered], None, None]:
     gzipped = _file_part(shard).endswith(GZIP_SUFFIXES) and not shard.startswith("pipe:")
     with opened(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
         seeking = file.seekable() and not gzipped  # passes over members without reading them, and reads faster
+        metered = _Metered(cast(io.BufferedIOBase, stream), seeking=seeking, gzipped=gzipped)
         with tarfile.open(
-            fileobj=cast(IO[bytes], stream), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
+            fileobj=cast(IO[bytes], metered), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
         ) as archive:
-            yield archive
+            yield archive, metered
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -275,32 +402,42 @@ class _StrictHeader(tarfile.TarInfo):
 
 def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterator[Record]:
     """Every group; the members of the first `unread` are empty."""
-    record, begun, keys = None, 0, set[str]()
+    record, begun, size = None, 0, 0
+    seen = dict[str, frozenset[str]]()  # the suffixes of each key
+    kinds = dict[frozenset[str], frozenset[str]]()  # few, so each is kept once
+
+    def whole(record: Record) -> Record:
+        found, earlier = frozenset(record.members), seen.get(record.key)
+        seen[record.key] = kinds.setdefault(found, found)
+        return record if earlier is None else replace(record, repeated=True, scattered=earlier.isdisjoint(found))
+
     try:
-        with _opened(shard) as archive:
+        with _opened(shard) as (archive, metered):
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
-                name = _key_and_suffix(member)
-                if name is None:
-                    continue
-                key, suffix = name
-                if record is None or key != record.key or suffix in record.members:
+                key, suffix = _key_and_suffix(member) or (None, "")
+                if key is not None and (record is None or key != record.key or suffix in record.members):
                     if record is not None:
-                        yield record
-                    record = Record(key=key, members={}, shard=shard, repeated=key in keys)
-                    keys.add(key)
+                        yield whole(record)
+                    metered.begin_sample()
+                    record, size = Record(key=key, members={}, shard=shard), 0
                     begun += 1
-                wanted = begun > unread and (suffixes is None or suffix in suffixes)
-                if wanted and (member.size > MOST_MEMBER_BYTES or member.issparse()):
-                    record.too_large.append(suffix)
-                    wanted = False
-                record.members[suffix] = cast(IO[bytes], archive.extractfile(member)).read() if wanted else b""
+                wanted = key is not None and begun > unread and (suffixes is None or suffix in suffixes)
+                if record is not None and wanted:
+                    limit = MAX_TEXT_BYTES if suffix in (*TEXT_SUFFIXES, "npy") else MOST_MEMBER_BYTES - size
+                    if member.size > limit or member.issparse():
+                        record.too_large.append(suffix)
+                        wanted = False
+                metered.charge(member, wanted=wanted)
+                if record is not None and key is not None:
+                    record.members[suffix] = cast(IO[bytes], archive.extractfile(member)).read() if wanted else b""
+                    size += len(record.members[suffix])
     except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
-        whole = max(0, begun - 1)  # the last group begun may lack members
-        message = f"cannot read shard {shard} beyond its first {whole} samples: {_reason(error)}"
-        raise ShardError(message, whole=whole) from error
+        complete = max(0, begun - 1)  # the last group begun may lack members
+        message = f"cannot read shard {shard} beyond its first {complete} samples: {_reason(error)}"
+        raise ShardError(message, whole=complete) from error
     if record is not None:
-        yield record
+        yield whole(record)
 
 
 def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str] | None:
@@ -310,22 +447,6 @@ def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str] | None:
     folder, slash, base = member.name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     return (folder + slash + stem, suffix.lower()) if stem and dot else None
-
-
-def _captions(fields: dict[str, Any], text: bytes | None) -> tuple[str, ...]:
-    if fields.get("captions") is not None:
-        captions = fields["captions"]
-    elif text is not None:
-        captions = [text.decode("utf-8")]
-    else:
-        captions = [fields["caption"]] if fields.get("caption") is not None else []
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError("captions must be a list of strings")
-    return tuple(caption for caption in (caption.strip() for caption in captions) if caption)
-
-
-def _name(record: Record) -> str:
-    return f"sample {record.key} of {record.shard}"
 
 
 def _reason(error: Exception) -> str:

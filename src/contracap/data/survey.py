@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
+from contracap.data.captions import require_captions
 from contracap.data.index import read_index
 from contracap.data.shards import Record, Sample, SampleError, ShardError, list_shards, parse, records
 from contracap.formats import FORMATS
@@ -90,6 +91,7 @@ class Survey:
         aspect_ratios: pictures by the nearest of `ASPECT_RATIOS`, width to height.
         repeated_pictures: pictures whose file came before, byte for byte.
         repeated_captions: captions that came before, word for word.
+        captions_of_lines: captions with line breaks in them, each of which may be several captions.
         skipped: by kind, what a trainer passes over.
         shown: samples drawn at random, in the order of the shards.
         image: what the crops were made for.
@@ -107,6 +109,7 @@ class Survey:
     aspect_ratios: dict[str, int]
     repeated_pictures: int
     repeated_captions: int
+    captions_of_lines: int
     skipped: dict[str, Skipped]
     shown: tuple[ShownSample, ...]
     image: ImageConfig
@@ -136,6 +139,7 @@ def survey(
     seed: int = 0,
     image: ImageConfig = ImageConfig(),
     augmentation: AugmentationConfig = AugmentationConfig(),
+    lines: bool = True,
 ) -> Survey:
     """Reads shards and counts what is in them.
 
@@ -149,6 +153,7 @@ def survey(
         seed: of the draw and the crops.
         image: what the trainer makes pictures ready for.
         augmentation: how it crops and mirrors them.
+        lines: each line of a `.txt` is a caption; else the whole is one.
 
     Raises:
         FileNotFoundError: if there are no shards.
@@ -160,7 +165,7 @@ def survey(
         raise ValueError(f"sample_count ({sample_count}) and seed ({seed}) must not be negative")
     shards = list_shards(paths)
     indexed = _indexed(shards)
-    tally = _Tally(sample_count, seed)
+    tally = _Tally(sample_count, seed, lines)
     complete = True
     known = [limit] if limit else []
     if indexed:
@@ -185,6 +190,7 @@ def survey(
         aspect_ratios={ratio: tally.aspect_ratios[ratio] for ratio in ASPECT_RATIOS if tally.aspect_ratios[ratio]},
         repeated_pictures=_repeated(tally.pictures),
         repeated_captions=_repeated(tally.captions),
+        captions_of_lines=tally.captions_of_lines,
         skipped=dict(sorted(tally.skipped.items())),
         shown=shown,
         image=image,
@@ -203,6 +209,7 @@ class _Tally:
 
     sample_count: int
     seed: int
+    lines: bool
     shards_read: int = 0
     samples: int = 0
     captions_per_picture: Counter[int] = field(default_factory=Counter)
@@ -210,6 +217,7 @@ class _Tally:
     formats: Counter[str] = field(default_factory=Counter)
     shorter_sides: Counter[int] = field(default_factory=Counter)
     aspect_ratios: Counter[str] = field(default_factory=Counter)
+    captions_of_lines: int = 0
     pictures: "array[int]" = field(default_factory=lambda: array("Q"))  # hashes, as those of the captions
     captions: "array[int]" = field(default_factory=lambda: array("Q"))
     skipped: dict[str, Skipped] = field(default_factory=dict)
@@ -232,8 +240,8 @@ class _Tally:
         self.samples += 1
         name = f"sample {record.key} of {record.shard}"
         try:
-            sample = parse(record)
-            self._add_captions(sample.captions, name)
+            sample = parse(record, lines=self.lines)
+            self._add_captions(sample)
             width, height, kind = _measure(sample.image, name)
         except (SampleError, ImageError) as error:
             self._skip(error.kind, str(error))
@@ -263,11 +271,14 @@ class _Tally:
                 crop=_jpeg(crop),
             )
 
-    def _add_captions(self, captions: Sequence[str], name: str) -> None:
-        self.captions_per_picture[len(captions)] += 1
-        if not captions:  # the picture is measured, and may be shown, all the same
-            self._skip("no_caption", f"{name} has no caption")
-        for caption in captions:
+    def _add_captions(self, sample: Sample) -> None:
+        self.captions_per_picture[len(sample.captions)] += 1
+        try:
+            require_captions(sample)
+        except SampleError as error:  # the picture is measured, and may be shown, all the same
+            self._skip(error.kind, str(error))
+        for caption in sample.captions:
+            self.captions_of_lines += len(caption.splitlines()) > 1
             self.caption_lengths[len(self._tokenizer.encode(caption)) + 2] += 1
             self.captions.append(_hash(caption.encode("utf-8", "surrogatepass")))
 

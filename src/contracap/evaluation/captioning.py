@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxtyping import Float32
 from torch import Tensor
 
+from contracap.data.captions import require_captions
 from contracap.data.shards import Sample
 from contracap.data.workers import prepared
 from contracap.evaluation.clipscore import ClipScorer
@@ -145,7 +146,7 @@ class Captioning:
         with prepared(pixels_of, sample_batches(self.source, self.batch_size)) as batches:
             for batch, (pixels, judged) in batches:
                 for sample in batch:
-                    if not has_word(sample.captions):
+                    if not has_word(require_captions(sample)):
                         raise ValueError(
                             f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
                         )

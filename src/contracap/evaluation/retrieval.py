@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from contracap.data.captions import require_captions
 from contracap.data.shards import Sample
 from contracap.evaluation.features import Source, finite, picture_pixels, sample_batches
 from contracap.evaluation.processes import ALONE, Processes, in_shares, together
@@ -120,9 +121,7 @@ def embed(
     def batches() -> Iterator[list[Sample]]:
         for batch in sample_batches(source, batch_size):
             for sample in batch:
-                if not sample.captions:
-                    raise ValueError(f"sample {sample.key} of {sample.shard} has no caption: nothing can retrieve it")
-                captions.extend(sample.captions)
+                captions.extend(require_captions(sample))
                 image_of_text.extend([len(keys)] * len(sample.captions))
                 keys.append(sample.key)
             yield batch

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contracap.config import assign, build, to_dict
+from contracap.data.captions import require_captions
 from contracap.data.questions import questions
+from contracap.data.shards import SampleError, layout_fault
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import opened, sample_batches
@@ -153,8 +155,11 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
     """
     data = opened(config.data)
     first = next(sample_batches(data, 1))[0]
-    if config.task in ("retrieval", "captioning") and not first.captions:
-        raise ValueError(f"sample {first.key} of {first.shard} has no caption, which {config.task} compares with")
+    if config.task in ("retrieval", "captioning"):
+        try:
+            require_captions(first)
+        except SampleError as error:
+            raise ValueError(f"{error}, which {config.task} compares with.{layout_fault(first.shard)}") from None
     if config.task == "zeroshot":
         classes = load_classes(config.classes) if config.classes else None
         templates = load_templates(config.templates) if config.templates else templates_of(config.classes)

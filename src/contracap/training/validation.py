@@ -35,6 +35,7 @@ class Validation:
             batch_size=self.data.batch_size,
             image=self.config.image,
             tokenizer=tokenizer,
+            lines=self.data.captions.lines,
         ):
             part = batch.split(self.ranks.count)[self.ranks.rank].to(model.device)
             batches += 1
