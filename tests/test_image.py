@@ -1,6 +1,10 @@
 import io
+import os
 import struct
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -277,6 +281,146 @@ def test_decompression_bombs_raise_an_error_with_their_name(decoder: str, make, 
     assert size[0] * size[1] > PIXEL_LIMIT
     with pytest.raises(ImageError, match=rf"^bomb: .*{PIXEL_LIMIT}\D*; scale it down first$"):
         decode(make(*size), name="bomb")
+
+
+def scanned(scans: int, width: int = 64) -> bytes:
+    """A progressive JPEG whose last scan is there so many times."""
+    data = packed(scene(width, 48), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scans * last + data[-2:]
+
+
+def test_a_jpeg_that_repeats_its_scans_is_refused_before_it_is_decoded(decoder: str) -> None:
+    assert decode(scanned(50)).shape == (3, 48, 64)
+    with pytest.raises(ImageError, match=r"repeated: 51\d scans .* 100 allowed"):
+        decode(scanned(500), name="repeated")
+    large = bytearray(scanned(50))
+    place = large.index(b"\xff\xc2") + 5
+    large[place : place + 4] = struct.pack(">HH", 9000, 9000)  # fewer scans for more pixels
+    with pytest.raises(ImageError, match="26 allowed for its size"):
+        decode(bytes(large))
+
+
+def test_bytes_that_look_like_scans_after_the_end_of_a_jpeg_do_not_count(decoder: str) -> None:
+    data = packed(scene(), "JPEG")
+    assert torch.equal(decode(data + b"\xff\xda" * 1000), decode(data))
+
+
+def overlapping(entries: int, size: int) -> bytes:
+    """EXIF whose entries all mean the same bytes, so that reading them takes entries times size."""
+    head = b"II*\0" + struct.pack("<LH", 8, entries)
+    return head + b"".join(struct.pack("<HHLL", 40000 + i, 7, size, 0) for i in range(entries)) + bytes(4) + bytes(size)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_exif_that_unfolds_to_more_than_the_file_is_not_read(kind: str) -> None:
+    data = packed(scene(), kind, exif=overlapping(20_000, 500_000))
+    tracemalloc.start()
+    try:
+        assert decode(data).shape == (3, 40, 60)
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tiff_whose_directory_unfolds_is_refused() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match="metadata"):
+            decode(overlapping(20_000, 500_000))
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("I;16", "PNG")])
+def test_one_image_takes_no_more_memory_than_stated(mode: str, kind: str) -> None:
+    program = (
+        "import io, sys, torch; from contracap.image import decode; from PIL import Image; Image.init()\n"
+        "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
+        "data, before = sys.stdin.buffer.read(), peak()\n"
+        "assert decode(data).shape == (3, 4000, 4000)\n"
+        "print((peak() - before) * 1024)"
+    )
+    picture = Image.new(mode, (4000, 4000))
+    data = packed(picture, kind)
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, check=True)
+    assert int(done.stdout) < 9 * 4000 * 4000 + 30e6
+
+
+def test_formats_that_take_more_memory_have_a_lower_limit() -> None:
+    image = bytearray(packed(scene(), "JPEG2000"))
+    place = image.index(b"ihdr") + 4
+    image[place : place + 8] = struct.pack(">LL", 5000, 5000)
+    with pytest.raises(ImageError, match="5000 x 5000 pixels are more than"):
+        decode(bytes(image))
+
+
+def with_chunk(data: bytes, kind: bytes, content: bytes, crc: int | None = None) -> bytes:
+    """A PNG with one more chunk after its header."""
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    return data[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc) + data[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "crc"),
+    [
+        (b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000)), None),
+        (b"iCCP", b"a\0\0" + zlib.compress(bytes(3_000_000)), None),
+        (b"tEXt", b"a\0b", 7),
+        (b"eXIf", b"II*\0", 7),
+        (b"gAMA", b"", None),
+        (b"acTL", b"", None),
+        (b"pHYs", b"\0", None),
+    ],
+)
+def test_a_png_is_read_whatever_its_metadata(kind: bytes, content: bytes, crc: int | None) -> None:
+    picture = scene()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = with_chunk(packed(picture, "PNG", exif=exif), kind, content, crc)
+    assert torch.equal(decode(data), rows(picture.transpose(Transpose.ROTATE_180)))
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
+        (b"<?xml version='1.0'?>\n<!-- x --><svg></svg>", "SVG"),
+        (b'{"error": "not found"}', "JSON"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\0\0\0 ftypisom", "video"),
+        (b"PK\3\4", "archive"),
+        (b"\xff\x0a123", "JPEG XL"),
+        (bytes(100), "zero"),
+        (b"404: Not Found", "404: Not Found"),
+        (b"\x1b[31mred\x1b[0m", r"none of JPEG|text"),
+    ],
+)
+def test_what_lies_in_an_image_s_place_is_said(data: bytes, word: str) -> None:
+    with pytest.raises(ImageError, match=word) as caught:
+        decode(data)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), "red")).save(file, format="HEIF")
+    assert decode(file.getvalue()).shape == (3, 48, 64)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"HEIC.*contracap\[heic\]"):
+        decode(file.getvalue())
+
+
+def test_a_pipe_and_a_device_are_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="named pipe"):
+        decode(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="device"):
+        decode("/dev/zero")
 
 
 def test_a_large_pillow_picture_is_refused_before_it_is_loaded() -> None:

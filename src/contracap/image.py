@@ -1,6 +1,5 @@
 """Pictures to pixels: decoding of any picture file, then sizes, crops and normalisation as the released weights saw."""
 
-import io
 import math
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from contracap.files import read_regular
-from contracap.formats import FORMATS, HEAD_BYTES, image_format, not_an_image
+from contracap.formats import (
+    HEAD_BYTES,
+    MAX_METADATA_BYTES,
+    bare_png,
+    directory_bytes,
+    image_format,
+    jpeg_scans,
+    not_an_image,
+    open_image,
+)
 
 try:
     import simplejpeg
@@ -27,6 +35,13 @@ except ImportError:
 
 # Pictures of more pixels are refused before they are decoded: 2^30 / 12, the number above which Pillow warns.
 PIXEL_LIMIT = 89_478_485
+# One picture takes at most so much memory while it is decoded. What the pixels of a format take at their peak, the
+# RGB that is returned included, lowers its limit of pixels; 9 bytes are those of a progressive JPEG.
+MAX_DECODING_BYTES = 9 * PIXEL_LIMIT
+DECODING_BYTES = {"WEBP": 18, "AVIF": 18, "JPEG2000": 36, "HEIF": 18}
+MAX_SCANS = 100  # of a progressive JPEG; encoders make 10
+MAX_SCANNED_PIXELS = 24 * PIXEL_LIMIT  # pixels times scans
+STRIP_PIXELS = 2**20  # that are converted to RGB at a time
 # A picture longer than this many times its shorter side loses its far ends, outside every centre crop, before resizing.
 LONGEST_RATIO = 1000
 
@@ -188,6 +203,7 @@ def _jpeg_pixels(data: bytes, name: str, shorter_side: int | None) -> np.ndarray
         _check_size(height, width, name)
         if colours not in ("YCbCr", "Gray", "RGB"):
             return None
+        _check_scans(data, height * width, name)
         share = min(1.0, (shorter_side or math.inf) / min(height, width))
         least = [math.ceil(share * side) for side in (height, width)]
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
@@ -195,11 +211,10 @@ def _jpeg_pixels(data: bytes, name: str, shorter_side: int | None) -> np.ndarray
         raise
     except ValueError:
         return None
-    if (
-        b"Exif\0" in data or b"tiff:Orientation" in data
-    ):  # else nothing to parse, which takes as long as a small picture
+    header = data[: data.find(b"\xff\xda")]  # what comes before the first scan, be it that of a thumbnail inside EXIF
+    if b"Exif\0" in header or b"tiff:Orientation" in header:  # else nothing to parse, which takes as long as decoding
         with _silent_pillow():
-            pixels = _turn(pixels, _orientation(data))
+            pixels = np.ascontiguousarray(_turned(pixels, _orientation(data)))
     return pixels
 
 
@@ -208,39 +223,65 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
     # Damaged files make Pillow raise almost anything; whatever it is, the file cannot be used.
     with _silent_pillow():
         try:
-            picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=_formats())
+            picture = source if isinstance(source, Image.Image) else open_image(source)
+            _check_size(picture.height, picture.width, name, DECODING_BYTES.get(picture.format or picture.mode, 8))
+            if isinstance(source, bytes):
+                _check_scans(source, picture.height * picture.width, name)
+            picture.load()
+            return _upright_rgb(picture)
+        except ImageError:
+            raise
+        except ImportError as error:
+            raise ImageError(f"{name}: {error}") from error
         except Image.DecompressionBombError as error:
             raise ImageSizeError(f"{name}: more than the {PIXEL_LIMIT} pixels allowed; scale it down first") from error
-        except Image.UnidentifiedImageError as error:
-            raise ImageError(f"{name}: {_unidentified(source)}") from error
         except Exception as error:
-            raise ImageError(f"{name}: broken picture: {error}") from error
-        _check_size(picture.height, picture.width, name)
-        try:
-            picture.load()
-            return _turn(_rgb(picture), _orientation(picture))
-        except Exception as error:
-            raise ImageError(f"{name}: broken picture: {error}") from error
+            if isinstance(source, bytes) and len(bare := bare_png(source)) < len(source):
+                return _pillow_pixels(bare, name)  # its metadata may be what is too large, or damaged
+            if isinstance(error, Image.UnidentifiedImageError):
+                raise ImageError(f"{name}: {_unidentified(source)}") from error
+            raise ImageError(f"{name}: broken or cut off: {error}") from error
 
 
 def _unidentified(source: bytes | Image.Image) -> str:
     """What a file is that no decoder takes."""
     head = source[:HEAD_BYTES] if isinstance(source, bytes) else b""
     format = image_format(head)
-    return f"a {format} file, broken or cut off" if format else not_an_image(head)
+    return f"a {format} file, broken or cut off" if format else f"not a picture: {not_an_image(head)}"
 
 
-def _check_size(height: int, width: int, name: str) -> None:
-    if height * width > PIXEL_LIMIT:
+def _check_size(height: int, width: int, name: str, bytes_per_pixel: int = 9) -> None:
+    limit = min(PIXEL_LIMIT, MAX_DECODING_BYTES // bytes_per_pixel)
+    if height * width > limit:
         raise ImageSizeError(
-            f"{name}: {width} x {height} pixels are more than the {PIXEL_LIMIT} allowed; scale it down first"
+            f"{name}: {width} x {height} pixels are more than the {limit} allowed; scale it down first"
         )
     if height * width == 0:
         raise ImageSizeError(f"{name}: {width} x {height}: a picture without pixels")
 
 
+def _check_scans(data: bytes, pixels: int, name: str) -> None:
+    """Refuse a JPEG that decodes its pixels over and over, which a file of a few hundred kB does for minutes."""
+    most = min(MAX_SCANS, MAX_SCANNED_PIXELS // pixels)
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > most and (scans := jpeg_scans(data)) > most:
+        raise ImageSizeError(f"{name}: {scans} scans are more than the {most} allowed for its size; save it again")
+
+
+def _upright_rgb(picture: Image.Image) -> np.ndarray:
+    """8-bit RGB of a loaded picture, strip by strip: conversions of the whole would take several times its memory."""
+    orientation = _orientation(picture)
+    width, height = picture.size
+    pixels = np.empty((width, height, 3) if orientation in (5, 6, 7, 8) else (height, width, 3), np.uint8)
+    stored = _turned(pixels, {6: 8, 8: 6}.get(orientation, orientation))  # a view; the turns of 6 and 8 undo each other
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = picture if rows >= height else picture.crop((0, top, width, min(top + rows, height)))
+        stored[top : top + rows] = _rgb(strip)
+    return pixels
+
+
 def _rgb(picture: Image.Image) -> np.ndarray:
-    """8-bit RGB of a loaded picture of any mode, row by row."""
+    """8-bit RGB of a loaded picture of any mode."""
     if picture.mode == "I" or picture.mode.startswith("I;16"):  # Pillow keeps 16-bit grey in both; its convert() clips
         values = np.asarray(picture).astype(np.int64).clip(0, 65535)
         grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
@@ -251,27 +292,31 @@ def _rgb(picture: Image.Image) -> np.ndarray:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    return np.array(picture.convert("RGB"))
+    return np.asarray(picture.convert("RGB"))
 
 
 def _orientation(source: bytes | Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
     try:
-        picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=_formats())
+        picture = source if isinstance(source, Image.Image) else open_image(source)
+        raw = picture.info.get("Raw profile type exif")  # as ImageMagick writes it
+        tags = picture.info.get("exif") or (bytes.fromhex("".join(raw.split("\n")[3:])) if raw else b"")
+        if directory_bytes(tags.removeprefix(b"Exif\0\0")) > 2 * len(tags) + MAX_METADATA_BYTES:
+            return 1
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF data makes Pillow raise almost anything, and the pixels are good without it
         return 1
 
 
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Upright pixels [height, width, 3] of a picture stored in this EXIF orientation; unknown ones change nothing."""
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Upright view [height, width, 3] of a picture stored in this EXIF orientation; unknown ones change nothing."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    return pixels
 
 
 def _to_tensor(pixels: np.ndarray) -> UInt8[Tensor, "3 height width"]:
@@ -328,13 +373,6 @@ def _random_crop(
     elif width / height > high:
         crop_width = min(width, max(1, round(height * high)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-@lru_cache(maxsize=1)
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow has."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @contextmanager

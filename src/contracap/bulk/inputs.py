@@ -89,7 +89,11 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
             first = next(found, None)
         if first is None:
             raise FileNotFoundError(_nothing_at(path) + (f" (passed over {passed})" if passed.counts else ""))
-        if path.endswith(LIST_SUFFIX) and isinstance(first.source, Path) and not first.source.is_file():
+        if (
+            path.endswith(LIST_SUFFIX)
+            and isinstance(first.source, Path)
+            and (first.source.is_dir() or not first.source.exists())
+        ):
             raise FileNotFoundError(
                 f"{path} is no list of pictures, a path or URL on each line: its first line names no file, {first.name}"
             )

@@ -26,7 +26,7 @@ GZIP_SUFFIXES = (".tar.gz", ".tgz")
 SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
 PICTURE_SUFFIXES = (  # a sample with several has the first of them
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm"),
-    *("jfif", "jpe", "jp2", "j2k", "heic", "heif", "jxl", "ico", "pgm", "pbm", "pnm"),
+    *("jfif", "jpe", "jp2", "j2k", "heic", "heif", "ico", "pgm", "pbm", "pnm"),
 )
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = ("json", "txt", "cls")

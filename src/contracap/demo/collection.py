@@ -17,7 +17,7 @@ from contracap.demo.overlay import to_thumbnail
 from contracap.image import ImageError
 
 BATCH = 16  # pictures embedded at a time
-READERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes 270 MB while it is decoded
+READERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes up to 805 MB while it is decoded
 MOST_SHOWN = 12
 
 
