@@ -96,6 +96,11 @@ def test_captioning_stays_on_this_machine(traced, weights, tmp_path) -> None:
     assert not traced("caption", weights, pictures(tmp_path / "pictures"))
 
 
+def test_captioning_shards_stays_on_this_machine(traced, weights, tmp_path) -> None:
+    shards = pictures(tmp_path / "pictures") / "shards"
+    assert not traced("bulk", "caption", weights, shards, "--out", tmp_path / "out", "--workers", 1)
+
+
 def test_training_stays_on_this_machine(traced, tmp_path) -> None:
     shards, recipe = pictures(tmp_path / "pictures") / "shards", tmp_path / "recipe.toml"
     recipe.write_text(f"""
