@@ -3,6 +3,7 @@
 Names are imported when they are first used: `import contracap` alone does not import torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from contracap.pretrained import load
     from contracap.recipe import load_recipe
     from contracap.trainer import train
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub reads it as it is imported
 
 __version__ = "0.1.0"
 __all__ = [
