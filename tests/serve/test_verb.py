@@ -28,6 +28,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--max-body-mib", "0"), "max_body_mib"),
         (("--timeout-s", "0"), "timeout_s"),
         (("--max-requests", "0"), "max_requests"),
+        (("--max-requests", "100000"), "max_requests"),
+        (("--api-key", "two\nlines"), "api_key"),
         (("--port", "65536"), "65536"),
         (("--host", "nowhere.invalid"), "cannot listen at nowhere.invalid"),
     ],
