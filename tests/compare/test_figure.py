@@ -69,3 +69,14 @@ def test_an_interval_is_named_where_one_is_drawn_only() -> None:
     assert figure().axes[1].get_xlabel() == "gap x 100; 95 % interval"
     alone = compare([result({}, {"Bleu_4": 0.3})], [result({}, {"Bleu_4": 0.2})])
     assert make_figure(alone).axes[1].get_xlabel() == "gap x 100"
+
+
+def test_bars_are_coloured_by_the_corrected_test_as_the_table_is() -> None:
+    values = {f"task{number}/acc1": [1.0] * 8 + [0.0] * 12 for number in range(20)}
+    fewer = dict.fromkeys(values, [1.0] * 2 + [0.0] * 18)
+    one = compare([result({"task0/acc1": values["task0/acc1"]})], [result({"task0/acc1": fewer["task0/acc1"]})])
+    many = compare([result(values)], [result(fewer)])
+    colours = [make_figure(comparison).axes[1].patches[0].get_facecolor() for comparison in (one, many)]
+    assert one.rows[0].p_holm < 0.05 < many.rows[0].p_holm
+    assert many.rows[0].low > 0
+    assert colours[0] != colours[1]

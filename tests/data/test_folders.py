@@ -78,3 +78,48 @@ def test_other_files_beside_the_folders_are_named_in_one_line(tmp_path, caplog) 
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: passed over what is in no class folder: LICENSE, labels.csv"
     ]
+
+
+def matched(folder: Path, *classes: str) -> list[tuple[str, int]]:
+    folders = class_folders(folder)
+    assert folders is not None
+    folders.match(classes)
+    return [(sample.key.partition("/")[0], sample.fields["label"]) for sample in folders]
+
+
+def test_folders_called_by_numbers_are_in_the_order_of_the_numbers(tmp_path) -> None:
+    make(tmp_path, *(f"{number}/a.jpg" for number in range(12)))
+    expected = [(str(number), number) for number in range(12)]
+    assert [(sample.key[:-6], sample.fields["label"]) for sample in evaluation_samples(tmp_path)] == expected
+    assert matched(tmp_path, *(f"class {number}" for number in range(12))) == expected
+
+
+def test_numbers_are_the_places_of_the_classes_also_where_some_are_missing(tmp_path) -> None:
+    make(tmp_path, "2/a.jpg", "10/a.jpg")
+    assert matched(tmp_path, *(f"class {number}" for number in range(12))) == [("2", 2), ("10", 10)]
+
+
+def test_folders_called_as_the_classes_are_matched_by_name_in_any_order(tmp_path) -> None:
+    make(tmp_path, "cat/a.jpg", "Sea_lion/a.jpg", "dog/a.jpg")
+    assert matched(tmp_path, "dog", "sea lion", "cat", "bird") == [("Sea_lion", 1), ("cat", 2), ("dog", 0)]
+
+
+def test_folders_with_other_names_are_matched_by_order_which_is_stated(tmp_path, caplog) -> None:
+    make(tmp_path, "n01/a.jpg", "n02/a.jpg")
+    assert matched(tmp_path, "tench", "goldfish") == [("n01", 0), ("n02", 1)]
+    assert "n02 is 'goldfish'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes"),
+    [
+        ("cat puppy", ("puppy", "puma")),  # one is called as a class at another place
+        ("cat puppy", ("cat",)),
+        ("cat puppy", ("cat", "dog", "bird")),
+        ("cat dog puppy", ("dog", "dog", "wolf")),
+    ],
+)
+def test_folders_that_fit_neither_by_name_nor_by_order_are_refused(tmp_path, folders: str, classes) -> None:
+    make(tmp_path, *(f"{name}/a.jpg" for name in folders.split()))
+    with pytest.raises(ValueError, match="name the classes as the folders"):
+        matched(tmp_path, *classes)

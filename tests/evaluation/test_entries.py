@@ -91,9 +91,9 @@ def test_a_malformed_list_is_refused_with_the_entry(tmp_path: Path, content: obj
     [
         (
             [{"image_id": 0, "caption": "dog"}, {"image_id": 7, "caption": "dog"}],
-            "entry 1 .*: picture 7 has no reference",
+            "entry 1 .*: the image_id 7 is not among the references",
         ),
-        ([{"image_id": 2, "caption": "dog"}], "entry 0 .*: picture 2 has no reference"),
+        ([{"image_id": 2, "caption": "dog"}], "entry 0 .*: the image_id 2 is not .* one of theirs is"),
         ([{"image_id": 0, "caption": "dog"}] * 2, "entry 1 .*: is the second one of picture 0"),
         ([{"image_id": 0}], "entry 0 .*: needs a text under `caption`"),
         ([GOOD], "entry 0 .*: needs an `image_id`"),

@@ -81,7 +81,8 @@ def test_a_metric_that_was_named_and_failed_is_told_by_the_exit_status(
     name = "coco/METEOR" if several else "METEOR"
     assert f"no figures of {name}: METEOR could not be run" in capsys.readouterr().err.splitlines()[-1]
     figures = json.loads((tmp_path / "result.json").read_text())["figures"]
-    assert {figure for figure, value in figures.items() if value is None} == {name} < set(figures)
+    missing = {figure for figure, value in figures.items() if value is None}
+    assert {figure for figure in missing if "CIDEr_" not in figure} == {name} < set(figures)  # of domains of one image
     folder_later(monkeypatch, tmp_path / "lost.json")
     assert main(list(map(str, ["evaluate", weights, *task, "--json", tmp_path / "lost.json"]))) == 1
     out, err = capsys.readouterr()

@@ -7,7 +7,7 @@ import pytest
 
 from contracap.evaluation.java import JavaError, UnavailableError, find_jar
 from contracap.evaluation.overlap import cider, mean
-from contracap.evaluation.scores import CaptionScorer, domain_name
+from contracap.evaluation.scores import CaptionScorer, domain_name, metric_names
 from contracap.evaluation.spice import CORENLP_JARS
 
 from .programs import needs_java, refusing, stand_in, without_java
@@ -203,3 +203,19 @@ def test_each_domain_is_scored_as_if_it_were_the_whole_set(monkeypatch, corenlp:
 def test_a_metric_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no metric 'clip'; the metrics are bleu, rouge_l, cider"):
         CaptionScorer(metrics=("clip",))
+
+
+@pytest.mark.parametrize(
+    ("names", "metrics"),
+    [(["CIDEr"], ("cider",)), (["Bleu_4", "BLEU"], ("bleu",)), (["rouge-l,METEOR"], ("rouge_l", "meteor"))],
+)
+def test_metrics_are_named_as_figures_are_and_in_any_case(names: list[str], metrics: tuple[str, ...]) -> None:
+    assert metric_names(names) == metrics
+
+
+def test_cider_of_a_domain_with_one_image_is_none_with_a_reason() -> None:
+    scores = CaptionScorer(metrics=["cider"], tokenizer="python").score(
+        [["a dog"], ["a cat"], ["a red car"]], ["a dog", "a cat", "a car"], domains=["in", "near", "near"]
+    )
+    assert {"CIDEr", "CIDEr_near"} == set(scores.figures)
+    assert "at least 2" in scores.reasons["CIDEr_in"]

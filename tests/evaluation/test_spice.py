@@ -123,16 +123,11 @@ def test_what_is_missing_is_said_with_where_to_get_it(monkeypatch, tmp_path: Pat
             Spice(corenlp)
     stand_in(monkeypatch, tmp_path, MODULES, jar=package)
     monkeypatch.delenv("CONTRACAP_CORENLP_DIR", raising=False)
-    lib = package.parent / "lib"
-    for given, looked in ((tmp_path / "bin", f"{tmp_path / 'bin'}, {lib}"), (None, str(lib))):
-        with pytest.raises(UnavailableError) as found:
+    for given, looked in ((tmp_path / "bin", tmp_path / "bin"), (None, package.parent / "lib")):
+        with pytest.raises(UnavailableError, match=r"CoreNLP 3\.6\.0.*--corenlp-dir") as found:
             Spice(given)
-        assert str(found.value) == (
-            "SPICE needs stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar; looked in "
-            f"{looked}. Get stanford-corenlp-full-2015-12-09.zip from nlp.stanford.edu, or "
-            'edu.stanford.nlp:stanford-corenlp:3.6.0 with classifier "models" from Maven Central, and set '
-            "--corenlp-dir or CONTRACAP_CORENLP_DIR. Nothing is downloaded automatically."
-        )
+        assert str(looked) in str(found.value)
+        assert len(str(found.value)) < 120 + len(str(looked))
     monkeypatch.setenv("CONTRACAP_CORENLP_DIR", str(corenlp))
     Spice()
     with pytest.raises(ValueError, match="memory for SPICE is '8 gigabytes'"):

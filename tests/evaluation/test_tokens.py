@@ -138,3 +138,15 @@ def test_a_java_that_only_says_that_there_is_none_is_none(monkeypatch, tmp_path:
     java.chmod(0o755)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     assert find_java() is None
+
+
+ODD = [
+    *("नमस्ते दुनिया, एक कुत्ता", "தமிழ் மொழி", "cafe\u0301 n\u0303ame"),
+    *("5 o’clock", "the man’s dog can’t", "rock ’n’ roll of the ’90s", "y’all d’oeuvre O’Connor’s"),  # noqa: RUF001
+    *("m² of 20km²", "x³ ½ ①②", "a\u200bb", "a\u200db \ufeffc", "soft\xadhyphen", "nul\x00char \x01 \x7f", "a ‒ b ― c"),  # noqa: RUF001
+]
+
+
+@needs_java
+def test_both_tokenizers_agree_on_signs_beyond_english() -> None:
+    assert tokenize(ODD, "python") == tokenize(ODD, "java")

@@ -307,9 +307,16 @@ def test_a_path_is_never_a_published_name(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("template", ["a photo of a {}.", "a {}", "{}.png"])
-def test_a_template_in_place_of_a_file_of_templates_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match=r"neither a published name nor a file; give templates as a list in a JSON"):
-        load_templates(template)
+def test_a_single_template_stands_for_a_file_of_one(template: str) -> None:
+    assert load_templates(template) == (template,)
+
+
+def test_names_and_templates_may_be_a_line_each_with_a_named_place(tmp_path) -> None:
+    (tmp_path / "names.txt").write_text("a cat\r\ntwo dogs\n")
+    assert load_classes(tmp_path / "names.txt") == ("a cat", "two dogs")
+    for place in ("{c}", "{class_name}", "{}"):
+        (tmp_path / "templates.txt").write_text(f"a photo of {place}.\n{place}!\n")
+        assert load_templates(tmp_path / "templates.txt") == ("a photo of {}.", "{}!")
 
 
 def test_a_missing_file_is_no_name() -> None:

@@ -23,7 +23,7 @@ from contracap.cli.options import (
     command_line,
     load_model,
 )
-from contracap.evaluation.scores import MetricName
+from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
 from contracap.evaluation.tokens import TokenizerName
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def evaluate(
         PathText | None, arg(metavar="NAME|FILE", help="for zeroshot: likewise, prompts with {} where the name goes")
     ] = None,
     metrics: Annotated[
-        tuple[MetricName, ...],
-        arg(metavar="NAME", help="for captioning: by default all but cider_plain, as far as they can run"),
+        tuple[str, ...],
+        arg(metavar="NAME", help=f"for captioning: {', '.join(METRICS)}; by default all but the last that can run"),
     ] = (),
     tokenizer: Annotated[
         TokenizerName | None,
@@ -100,7 +100,7 @@ def evaluate(
         "data": data,
         "classes": classes,
         "templates": templates,
-        "metrics": metrics,
+        "metrics": metric_names(metrics),
         "tokenizer": tokenizer,
         "corenlp_dir": corenlp_dir,
         "spice_memory": spice_memory,
@@ -143,12 +143,17 @@ def evaluate(
         if json is not None:
             kept.append(written(result.write, json))
         width = max(24, *map(len, result.figures))
+        counted = {"images": result.samples} | {name: result.details.get(name) for name in ("captions", "questions")}
+        for name, count in counted.items():
+            if count is not None:
+                print(f"{name:{width}}  {count:,}")
         for name, value in result.figures.items():
             print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
     missed = [  # tasks that failed, and figures that were asked for by name
         figure
         for name, each in wanted.items()
-        for figure in result.reasons
+        for figure, reason in result.reasons.items()
+        if reason != ONE_IMAGE  # which no other call would change
         if figure == name or (each.metrics and (tasks is None or figure.startswith(f"{name}/")))
     ]
     if missed:

@@ -8,7 +8,7 @@ from tyro.conf import arg
 
 from contracap.cli.errors import written
 from contracap.cli.options import PathText, ResultFile, Size, check_outputs, command_line, load_model
-from contracap.evaluation.scores import MetricName
+from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName
 
@@ -27,8 +27,8 @@ def score(
         arg(metavar="FILE", help='annotations as of COCO, for results as of COCO: a list of {"image_id", "caption"}'),
     ] = None,
     metrics: Annotated[
-        tuple[MetricName, ...],
-        arg(metavar="NAME", help="which to compute; by default all but cider_plain, as far as they can run"),
+        tuple[str, ...],
+        arg(metavar="NAME", help=f"some of {', '.join(METRICS)}; by default all but the last that can run"),
     ] = (),
     tokenizer: Annotated[
         TokenizerName | None, arg(help="java is the one of the published figures, and taken where it can run")
@@ -58,7 +58,9 @@ def score(
     if clipscore is None and (images is not None or size is not None):
         raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
     check_outputs([file, references, clipscore], json=json)
-    scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory)
+    scorer = CaptionScorer(
+        metrics=metric_names(metrics), tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory
+    )
     known = None if references is None else read_references(references)
     entries = read_entries(file, known)
     if known is not None and len(entries) < len(known):
@@ -95,7 +97,7 @@ def score(
         print(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", file=sys.stderr)
     for name, reason in scores.reasons.items():
         print(f"contracap: {name} left out: {' '.join(reason.split())}", file=sys.stderr)
-    return 1 if not kept or (metrics and scores.reasons) else 0
+    return 1 if not kept or (metrics and set(scores.reasons.values()) - {ONE_IMAGE}) else 0
 
 
 def _pictures(entries: "list[Entry]", folder: Path | None) -> list[Path]:

@@ -69,6 +69,14 @@ class Row:
         """The figure's name without the task's."""
         return self.figure.rpartition("/")[2]
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether one system is ahead by more than chance: by the corrected test, else, of several runs, which have
+        none, by the interval."""
+        if self.p_holm is not None:
+            return self.p_holm < 1 - CONFIDENCE
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:

@@ -91,8 +91,8 @@ def _draw_scores(axes: Any, rows: tuple[Row, ...]) -> None:
 
 
 def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None:
-    """The gap of each task, of several runs also each one's, and the interval where there is one; grey where that
-    holds zero."""
+    """The gap of each task, of several runs also each one's, and the interval where there is one; grey where the gap
+    may be chance."""
     for place, row in enumerate(rows):
         gap = row.gap or 0.0
         color = _color(row)
@@ -127,7 +127,7 @@ def shown(name: str) -> str:
 
 
 def _color(row: Row) -> str:
-    """Of the system that is ahead for sure; of neither where the interval holds zero."""
-    if row.low is None or row.high is None:
+    """Of the system that is ahead for sure; of neither where that may be chance."""
+    if not row.is_sure:
         return NEITHER
-    return FIRST if row.low > 0 else SECOND if row.high < 0 else NEITHER
+    return FIRST if (row.gap or 0.0) > 0 else SECOND

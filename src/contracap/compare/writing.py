@@ -59,9 +59,11 @@ def compare_page(comparison: Comparison, drawn: Drawing | None) -> str:
 
 def _legend(comparison: Comparison) -> str:
     a, b = comparison.names
-    dots = " Dots: the pairs of runs." if comparison.runs > 1 else ""
+    several = comparison.runs > 1
+    rule = "its interval leaves out zero" if several else "p (Holm), which is corrected for all figures, is below 0.05"
+    dots = " Dots: the pairs of runs." if several else ""
     return (
-        f"Blue: {a} is ahead and the interval says so; orange: {b}; grey: the interval holds zero, or there is none. "
+        f"Blue: {a} is ahead and {rule}; orange: {b}; grey: neither is. "
         f"Each interval is for its figure alone, not corrected for how many there are.{dots} "
         "The figure shows what each kind of task is known by; the table holds everything."
     )

@@ -129,24 +129,21 @@ def read_karpathy(path: Path, document: dict[str, Any], splits: Sequence[str] = 
 
 def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> Iterator[Entry]:
     """The pictures that the questions of a VQA file are about, with the field `qa`: a list of objects with `question`,
-    `answer` (the most common one), `answers`, `question_id`, and the types of both where they are known.
+    `answer` (the most common one), `answers`, `question_id`, and the types of both where they are known. Ids match by
+    number, also where one file has them as texts.
 
     Args:
-        path: the questions, such as `v2_OpenEnded_mscoco_train2014_questions.json`; the answers lie beside them, as
-            `v2_mscoco_train2014_annotations.json`.
+        path: the questions, such as `v2_OpenEnded_mscoco_train2014_questions.json`; the answers lie next to them, as
+            `v2_mscoco_train2014_annotations.json`. Without that file, as in a test set, they have none.
         document: what `path` holds.
         pictures: names of picture files. The id of a picture is the number at the end of its name, or its name.
 
     Raises:
-        SourceError: if there are no answers, none to a question, two pictures with one id, or the file of answers is
-            not what it should be.
+        SourceError: if a question has no answer where others have, there are two pictures with one id, or the file of
+            answers is not what it should be.
     """
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    if beside == path or not beside.is_file():
-        raise SourceError(
-            f"no answers to {path.name}: they must lie beside it, in {path.parent}, as *_annotations.json"
-        )
-    answers = _answers(beside)
+    answers = _answers(beside) if beside != path and beside.is_file() else None
     named = defaultdict[Any, list[str]](list)
     for name in pictures:
         stem = PurePosixPath(name).stem
@@ -156,10 +153,10 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
     asked = defaultdict[Any, list[dict[str, Any]]](list)
     for question in document["questions"]:
         identity = question["question_id"]
-        if identity not in answers:
+        if answers is not None and _number(identity) not in answers:
             raise SourceError(f"question {identity} of {path.name} has no answer in {beside.name}")
-        asked[question["image_id"]].append(
-            {"question_id": identity, "question": question["question"], **answers[identity]}
+        asked[_number(question["image_id"])].append(
+            {"question_id": identity, "question": question["question"], **(answers or {}).get(_number(identity), {})}
         )
     for identity, questions in asked.items():
         names = named.get(identity, [str(identity)])
@@ -209,16 +206,25 @@ def other_layout(path: Path, layout: str, error: Exception) -> SourceError:
 
 
 def read_list(path: Path, name: str) -> tuple[str, ...]:
-    """The texts of a JSON file, which holds a list of them, or an object with such a list under a name.
+    """The texts of a `.txt` file, one a line, or of a JSON file, which holds a list of them, or an object with such a
+    list under a name.
 
     Raises:
         SourceError: if the file holds no such list, or one of its texts is empty.
     """
-    content = read_json(path)
+    content = read_text(path).strip().split("\n") if path.suffix.lower() == ".txt" else read_json(path)
     found = content.get(name) if isinstance(content, dict) else content
     if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
-        raise SourceError(f"{path} holds no {name}; give a JSON list of texts, or an object with a list `{name}`")
-    return tuple(found)
+        raise SourceError(
+            f"{path} holds no {name}; give a JSON list of texts, an object with a list `{name}`, or a .txt with one a "
+            "line"
+        )
+    return tuple(text.strip() if path.suffix.lower() == ".txt" else text for text in found)
+
+
+def _number(identity: Any) -> Any:
+    """An id that is a number written as a text, as that number."""
+    return int(identity) if isinstance(identity, str) and re.fullmatch("[0-9]{1,18}", identity) else identity
 
 
 def _answers(path: Path) -> dict[Any, dict[str, Any]]:
@@ -229,7 +235,7 @@ def _answers(path: Path) -> dict[Any, dict[str, Any]]:
             answers = [intern(answer["answer"]) for answer in annotation["answers"]]  # few differ: each is kept once
             kept = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
             usual = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
-            found[annotation["question_id"]] = {"answer": usual, "answers": answers, **kept}
+            found[_number(annotation["question_id"])] = {"answer": usual, "answers": answers, **kept}
     except (LookupError, TypeError, AttributeError) as error:
         raise other_layout(path, "answers of vqa", error) from error
     return found

@@ -1,6 +1,7 @@
 """Pictures in a folder for each class."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,14 +13,16 @@ logger = logging.getLogger(__name__)
 
 
 class ClassFolders:
-    """A folder whose subfolders are the classes, in the order of their names, with all pictures below each.
+    """A folder whose subfolders are the classes, in the order of their names, with all pictures below each. Names that
+    are all numbers are in the order of the numbers.
 
-    Classes and pictures are those of torchvision's ImageFolder, but for what is hidden, which is left out, and
-    suffixes: `data.walk` says what is a picture.
+    Classes and pictures are otherwise those of torchvision's ImageFolder, but for what is hidden, which is left out,
+    and suffixes: `data.walk` says what is a picture.
 
     Attributes:
         path: of the folder.
         names: of the subfolders.
+        labels: the class of each subfolder; at first its place.
         strays: names of files beside them, which belong to no class.
     """
 
@@ -28,6 +31,9 @@ class ClassFolders:
         self.path = path
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
         self.names = [entry.name for entry in entries if entry.is_dir()]
+        if all(map(_is_number, self.names)):
+            self.names.sort(key=int)
+        self.labels = list(range(len(self.names)))
         self.strays = [entry.name for entry in entries if not entry.is_dir()]
         if pictures := [name for name in self.strays if is_picture(path / name)]:
             raise ValueError(
@@ -38,11 +44,11 @@ class ClassFolders:
                 raise ValueError(f"{path / name} holds no picture; fill or remove the folder of this class")
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every picture once, class by class, with the class's number as its `label`."""
+        """Every picture once, folder by folder, with the class as its `label`."""
         if self.strays:
             logger.warning(f"{self.path}: passed over what is in no class folder: {', '.join(self.strays)}")
         passed = PassedOver()
-        for label, name in enumerate(self.names):
+        for label, name in zip(self.labels, self.names, strict=True):
             for file in pictures_in(self.path / name, passed):
                 yield Sample(
                     key=f"{name}/{file.as_posix()}",
@@ -52,6 +58,48 @@ class ClassFolders:
                     shard=str(self.path),
                 )
         passed.report(self.path)
+
+    def match(self, classes: Sequence[str]) -> None:
+        """Set the labels to places in `classes`: by name, where all folders are called as classes; by number, where
+        they are numbers below the number of classes; else one by one in their order, which a warning states.
+
+        Raises: ValueError: if none of these can be.
+        """
+        places = dict[str, int]()
+        for place, name in enumerate(classes):
+            places.setdefault(_folded(name), place)
+        known = [name for name in self.names if _folded(name) in places]
+        if len(known) == len(self.names) and len(places) == len(classes):
+            self.labels = [places[_folded(name)] for name in self.names]
+        elif all(map(_is_number, self.names)) and len(classes) > int(self.names[-1]):
+            self.labels = [int(name) for name in self.names]
+        elif len(self.names) != len(classes):
+            missing = next(name for name in self.names if name not in known) if len(known) < len(self.names) else ""
+            raise ValueError(
+                f"{self.path} has {len(self.names)} subfolders, but there are {len(classes)} class names"
+                + (f", and none is {missing!r}" if missing else "")
+                + "; name the classes as the folders, or give one for each, in the order of their names"
+            )
+        elif moved := [name for place, name in enumerate(self.names) if places.get(_folded(name), place) != place]:
+            missing = [name for name in self.names if name not in known]
+            raise ValueError(
+                f"{self.path}: {moved[0]!r} stands at another place among the class names, and none is "
+                f"{missing[0] if missing else 'unique'!r}; name the classes as the folders, or in their order"
+            )
+        else:
+            logger.warning(
+                f"{self.path}: classes are matched by order: {self.names[0]} is {classes[0]!r}, ..., "
+                f"{self.names[-1]} is {classes[-1]!r}"
+            )
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
+
+
+def _folded(name: str) -> str:
+    """The same for names that differ in case, or in blanks, hyphens and underscores."""
+    return " ".join(re.split(r"[\s_-]+", name.casefold())).strip()
 
 
 def class_folders(source: str | Path | Sequence[str | Path] | Sequence[Sample]) -> ClassFolders | None:

@@ -16,7 +16,7 @@ class Question:
     """A question about a picture, and what people answered.
 
     Attributes:
-        answers: one of each person, at least one.
+        answers: one of each person; none in a test set.
         question_type, answer_type: as the data set has them; empty where it has none.
         identity: its `question_id` in the data set; None where it has none.
     """
@@ -29,7 +29,7 @@ class Question:
 
 
 def questions(sample: Sample) -> tuple[Question, ...]:
-    """The questions in the field `qa` of a sample: a list of objects with `question`, and `answers` or `answer`.
+    """The questions in the field `qa` of a sample: a list of objects with `question`, and maybe `answers` or `answer`.
 
     Raises:
         ValueError: if there is none, or one is not as it should be; names the sample.
@@ -46,8 +46,9 @@ class QuestionSamples:
     """The pictures that a file of VQAv2 or OK-VQA asks about, in the order in which it comes to them. The file is read
     once, a picture whenever its turn comes.
 
-    The answers lie beside it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
-    `v2_mscoco_val2014_annotations.json`. Of OK-VQA's two forms of an answer, `answer` counts, as in its own evaluation.
+    The answers lie next to it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
+    `v2_mscoco_val2014_annotations.json`; a test set has none. Of OK-VQA's two forms of an answer, `answer` counts, as
+    in its own evaluation.
     """
 
     def __init__(self, path: str | Path, *, pictures: str | Path | None = None):
@@ -59,7 +60,8 @@ class QuestionSamples:
 
         Raises:
             FileNotFoundError: if the file or the folder does not exist.
-            SourceError: if the file is not what it should be, or a question lacks its answers or its picture.
+            SourceError: if the file is not what it should be, or a question lacks its picture, or
+                its answers where others have them.
         """
         source = read_source(path, kind="vqa", pictures=pictures)
         for refused in source.refused:
@@ -73,6 +75,9 @@ class QuestionSamples:
             )
         self._items, self._name = source.items, Path(path).name
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def __iter__(self) -> Iterator[Sample]:
         """Every picture once, with its questions in the field `qa`."""
         for item in self._items:
@@ -85,9 +90,9 @@ class QuestionSamples:
 def _question(entry: Any, name: str) -> Question:
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is not an object with question and answer: {entry!r:.60}")
-    answers = entry.get("answers") or [entry.get("answer")]
+    answers = entry.get("answers") or [entry[one] for one in ("answer",) if entry.get(one) is not None]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{name} has no answer: answers must be a list of texts, or answer a text")
+        raise ValueError(f"{name} has answers that are no texts: answers must be a list of texts, or answer a text")
     text = entry.get("question")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{name} has no text: question must be one")

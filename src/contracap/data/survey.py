@@ -164,12 +164,12 @@ def survey(
     if sample_count < 0 or seed < 0:
         raise ValueError(f"sample_count ({sample_count}) and seed ({seed}) must not be negative")
     shards = list_shards(paths)
-    indexed = _indexed(shards)
+    told = indexed(shards)
     tally = _Tally(sample_count, seed, lines)
     complete = True
     known = [limit] if limit else []
-    if indexed:
-        known.append(indexed.samples)
+    if told:
+        known.append(told.samples)
     with tqdm(total=min(known, default=None), desc="reading", unit=" samples", disable=None) as progress:
         for record in tally.records(shards):
             if tally.samples == limit:
@@ -183,7 +183,7 @@ def survey(
         shards_read=tally.shards_read,
         complete=complete,
         read=Counts(samples=tally.samples, caption_lengths=_sorted(tally.caption_lengths)),
-        indexed=None if complete else indexed,
+        indexed=None if complete else told,
         captions_per_picture=_sorted(tally.captions_per_picture),
         formats=dict(tally.formats.most_common()),
         shorter_sides=_sorted(tally.shorter_sides),
@@ -295,7 +295,7 @@ class _Tally:
         self.skipped[kind] = Skipped(count=known.count + 1, examples=(*known.examples, message)[:EXAMPLES])
 
 
-def _indexed(shards: Sequence[str]) -> Counts | None:
+def indexed(shards: Sequence[str]) -> Counts | None:
     """Counts of local shards from the indexes beside them; None if one lacks a shard, or the shard has changed."""
     paths = [Path(shard) for shard in shards]
     if not all(path.is_file() for path in paths):

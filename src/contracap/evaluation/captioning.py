@@ -8,11 +8,10 @@ from typing import Any, Literal
 from jaxtyping import Float32
 from torch import Tensor
 
-from contracap.data.captions import require_captions
 from contracap.data.shards import Sample
 from contracap.data.workers import prepared
 from contracap.evaluation.clipscore import ClipScorer
-from contracap.evaluation.features import Source, picture_pixels, sample_batches
+from contracap.evaluation.features import Source, picture_pixels, sample_batches, with_progress
 from contracap.evaluation.processes import ALONE, Processes, by_the_first, together
 from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
 from contracap.evaluation.spice import MEMORY
@@ -124,7 +123,8 @@ class Captioning:
 
         scores = by_the_first(self.processes, score)
         self.samples, self.keys = len(self.predictions), [one.key for one in self.predictions]
-        self.per_sample, self.reasons, self.details = scores.per_sample, scores.reasons, scores.details
+        self.per_sample, self.reasons = scores.per_sample, scores.reasons
+        self.details = {"captions": sum(len(one.captions) for one in self.predictions)} | scores.details
         if ciders := scores.per_sample.get("CIDEr"):
             self.predictions = [replace(one, cider=cider) for one, cider in zip(self.predictions, ciders, strict=True)]
         yield from scores.figures.items()
@@ -144,12 +144,11 @@ class Captioning:
             return pixels, picture_pixels(samples, judge.processor)
 
         with prepared(pixels_of, sample_batches(self.source, self.batch_size)) as batches:
-            for batch, (pixels, judged) in batches:
+            for batch, (pixels, judged) in with_progress(batches, self.source):
                 for sample in batch:
-                    if not has_word(require_captions(sample)):
-                        raise ValueError(
-                            f"sample {sample.key} of {sample.shard} has no caption with a word in it to compare with"
-                        )
+                    if not has_word(sample.captions):
+                        why = f" ({sample.problem})" if sample.problem else ""
+                        raise ValueError(f"{sample.name} has no caption with a word in it to compare with{why}")
                 numbers = range(len(written), len(written) + len(batch))
                 made = [one.raw_text for one in captioner.generate(pixels, self.strategy, numbers=numbers)]
                 if judge is not None:

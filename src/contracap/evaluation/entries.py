@@ -114,7 +114,10 @@ def _coco(value: dict[str, Any], known: Mapping[str, Entry]) -> Entry:
     if "image_id" not in value:
         raise ValueError("needs an `image_id`, whose references are in the other file")
     picture = known.get(str(value["image_id"]))
-    if picture is None or not has_word(picture.captions):
+    if picture is None:
+        one = f"; one of theirs is {next(iter(known))}" if known else ""
+        raise ValueError(f"the image_id {value['image_id']!r} is not among the references{one}")
+    if not has_word(picture.captions):
         raise ValueError(f"picture {value['image_id']} has no reference with a word in it")
     return replace(picture, prediction=_text(value, "caption"))
 

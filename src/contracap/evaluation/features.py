@@ -1,25 +1,31 @@
 """Samples, pictures and texts into features, batch by batch: what the evaluators have in common."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
+from tqdm import tqdm
 
+from contracap.data.folders import ClassFolders
 from contracap.data.loader import evaluation_samples
 from contracap.data.questions import QuestionSamples
-from contracap.data.shards import Sample
+from contracap.data.shards import Sample, list_shards
+from contracap.data.survey import indexed
 from contracap.data.workers import prepared
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
+T = TypeVar("T")
+
 # Shards or folders of them, a file of questions of VQAv2 or OK-VQA and the folder of its pictures, or samples at hand.
-Source = str | Path | Sequence[str | Path] | Sequence[Sample] | QuestionSamples
+Source = str | Path | Sequence[str | Path] | Sequence[Sample] | QuestionSamples | ClassFolders
 
 
 def opened(source: Source) -> Source:
@@ -27,7 +33,7 @@ def opened(source: Source) -> Source:
 
     Raises: FileNotFoundError, ValueError: at such a file, as `QuestionSamples` does, or if two folders come behind it.
     """
-    if isinstance(source, QuestionSamples):
+    if isinstance(source, QuestionSamples | ClassFolders):
         return source
     items = [source] if isinstance(source, str | Path) else source
     paths = [item for item in items if not isinstance(item, Sample)]
@@ -66,7 +72,25 @@ def picture_batches(
     Raises: ValueError: as `sample_batches` and `picture_pixels` do, where they would.
     """
     with prepared(partial(picture_pixels, processor=processor), sample_batches(source, size)) as batches:
-        yield batches
+        yield with_progress(batches, source)
+
+
+def with_progress(batches: Iterable[tuple[list[Sample], T]], source: Source) -> Iterator[tuple[list[Sample], T]]:
+    """The batches, and on a terminal a bar that counts their images."""
+    with progress(source) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch[0]))
+
+
+def progress(source: Source) -> tqdm:
+    """A bar that counts images on a terminal; it knows how many there are where the source or an index tells."""
+    total = len(source) if isinstance(source, Sized) and not isinstance(source, str) else None
+    if isinstance(source, str | Path) or (isinstance(source, Sequence) and not isinstance(source[0], Sample)):
+        with suppress(OSError, ValueError):  # who reads it will say what is wrong
+            counts = indexed(list_shards(source))
+            total = counts.samples if counts else None
+    return tqdm(total=total, desc="evaluate", unit=" images", leave=False, disable=None)
 
 
 def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Tensor, "batch 3 height width"]:
@@ -126,7 +150,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def _samples(source: Source) -> Iterable[Sample]:
     source = opened(source)
-    if isinstance(source, QuestionSamples):
+    if isinstance(source, QuestionSamples | ClassFolders):
         return source
     items = [source] if isinstance(source, str | Path) else source
     if at_hand := [item for item in items if isinstance(item, Sample)]:

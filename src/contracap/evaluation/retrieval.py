@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contracap.data.captions import require_captions
 from contracap.data.shards import Sample
-from contracap.evaluation.features import Source, finite, picture_pixels, sample_batches
+from contracap.evaluation.features import Source, finite, picture_pixels, progress, sample_batches
 from contracap.evaluation.processes import ALONE, Processes, in_shares, together
 from contracap.evaluation.ranking import ranks, share
 from contracap.model.coca import CoCa, evaluating
@@ -127,12 +127,17 @@ def embed(
             yield batch
 
     like = next(model.parameters())
-    with evaluating(model):
+
+    def encode(pixels: Tensor) -> Tensor:
+        bar.update(len(pixels))
+        return model.encode_image(pixels.to(like))
+
+    with evaluating(model), progress(source) as bar:
         images = in_shares(
             processes,
             batches(),
             lambda batch: picture_pixels(batch, processor),
-            lambda pixels: model.encode_image(pixels.to(like)),
+            encode,
         )
         texts = in_shares(
             processes,

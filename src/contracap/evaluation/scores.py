@@ -1,8 +1,9 @@
 """Every caption metric of a set of captions, of those that can run."""
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +19,21 @@ from contracap.evaluation.tokens import TokenizerName, choose_tokenizer, tokeniz
 MetricName = Literal["bleu", "rouge_l", "cider", "meteor", "spice", "cider_plain"]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 USUAL = METRICS[:5]
+ONE_IMAGE = "CIDEr weighs words by how rare they are among the images: it needs at least 2"
+
+
+def metric_names(names: Iterable[str]) -> tuple[MetricName, ...]:
+    """The metrics that names mean: those of `METRICS` or of figures, such as `CIDEr` and `Bleu_4`, in any case.
+
+    Raises: ValueError: for a metric that there is not.
+    """
+    found = dict[MetricName, None]()
+    for name in (part.strip() for text in names for part in text.split(",")):
+        metric = re.sub("^bleu_?[1-4]$", "bleu", name.lower().replace("-", "_"))
+        if metric not in METRICS:
+            raise ValueError(f"no metric {name!r}; the metrics are {', '.join(METRICS)}")
+        found[metric] = None
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +87,7 @@ class CaptionScorer:
             UnavailableError, JavaError: if a metric or the tokenizer is named and cannot run.
             ValueError: for a metric that there is not.
         """
-        if unknown := [name for name in metrics if name not in METRICS]:
-            raise ValueError(f"no metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}")
+        metrics = metric_names(metrics)
         self.tokenizer = choose_tokenizer(tokenizer)
         self._tokenizer_named = tokenizer is not None
         self.reasons: dict[str, str] = {}
@@ -144,10 +159,13 @@ class CaptionScorer:
                 }
             if "rouge_l" in self._metrics:
                 scores.per_sample["ROUGE_L"] = rouge_l(written, hypotheses)
-            if "cider" in self._metrics:
-                scores.per_sample["CIDEr"] = cider(written, hypotheses)
-            if "cider_plain" in self._metrics:
-                scores.per_sample["CIDEr_plain"] = cider(written, hypotheses, plain=True)
+            for name in ("CIDEr", "CIDEr_plain"):
+                if name.lower() not in self._metrics:
+                    continue
+                if len(hypotheses) < 2:
+                    scores.reasons[name] = ONE_IMAGE
+                else:
+                    scores.per_sample[name] = cider(written, hypotheses, plain=name == "CIDEr_plain")
             if later:
                 try:
                     scores.figures["METEOR"] = later.result().corpus
@@ -207,8 +225,11 @@ class CaptionScorer:
                 places[domain].append(i)
         for domain, own in places.items():
             if "cider" in self._metrics:
-                found = cider([written[i] for i in own], [hypotheses[i] for i in own])
-                scores.figures[f"CIDEr_{domain}"] = mean(found)
+                if len(own) < 2:
+                    scores.reasons[f"CIDEr_{domain}"] = ONE_IMAGE
+                else:
+                    found = cider([written[i] for i in own], [hypotheses[i] for i in own])
+                    scores.figures[f"CIDEr_{domain}"] = mean(found)
             if "SPICE" in scores.per_sample:
                 scores.figures[f"SPICE_{domain}"] = mean(scores.per_sample["SPICE"][i] for i in own)
         scores.details["domains"] = {

@@ -75,10 +75,8 @@ class Spice:
         parser = [path for path in found if path is not None]
         if len(parser) < len(CORENLP_JARS):
             raise UnavailableError(
-                f"SPICE needs {' and '.join(CORENLP_JARS)}; looked in {', '.join(map(str, folders))}. "
-                "Get stanford-corenlp-full-2015-12-09.zip from nlp.stanford.edu, or "
-                'edu.stanford.nlp:stanford-corenlp:3.6.0 with classifier "models" from Maven Central, and set '
-                f"--corenlp-dir or {CORENLP_VARIABLE}. Nothing is downloaded automatically."
+                f"SPICE needs CoreNLP 3.6.0, which is not in {folders[0]}: --corenlp-dir DIR "
+                "(docs/evaluation.md says where to get it)"
             )
         with running("SPICE"):
             modules = subprocess.run([java, "--list-modules"], capture_output=True, check=False).stdout

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from contracap.config import assign, build, to_dict
 from contracap.data.captions import require_captions
@@ -15,7 +17,7 @@ from contracap.evaluation.features import opened, sample_batches
 from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.scores import MetricName
+from contracap.evaluation.scores import MetricName, metric_names
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName
 from contracap.evaluation.vqa import PROMPT, VQA, load_answers
@@ -75,7 +77,7 @@ class TaskConfig:
     data: Shards
     classes: str | None = None
     templates: str | None = None
-    metrics: tuple[MetricName, ...] = ()
+    metrics: tuple[Annotated[MetricName, BeforeValidator(lambda name: metric_names([name])[0])], ...] = ()
     tokenizer: TokenizerName | None = None
     corenlp_dir: str | None = None
     spice_memory: str | None = None

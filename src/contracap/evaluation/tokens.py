@@ -3,13 +3,15 @@
 Two tokenizers give the same kind of string (lower case, tokens joined by one blank, punctuation dropped): the Java
 `PTBTokenizer` that the published figures rest on, run from the jar of `pycocoevalcap`, and a pure-Python one for
 machines without Java. They agree on all but about one in 20,000 captions of COCO train2014, which was not looked at
-while writing the second. A result says which one was used: scores may differ a little.
+while writing the second; hyphens outside Latin scripts, and rare signs, differ. A result says which one was used:
+scores may differ a little.
 
 Source: coco-caption (tylin/coco-caption, commit 3a9afb26), the list of dropped tokens; Stanford CoreNLP 3.4.1.
 """
 
 import re
 import subprocess
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -133,7 +135,7 @@ REPLACED = {
     "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": "",
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "½": "1/2", "¼": "1/4", "¾": "3/4", "£": "#", "€": "$", "¢": "cents", "…": "...",
-    **dict.fromkeys('"“”„«»', "''"), **dict.fromkeys("‘’‚‹›", "'"), **dict.fromkeys("–—―", "--"),  # noqa: RUF001
+    **dict.fromkeys('"“”„«»', "''"), **dict.fromkeys("‘’‚‹›", "'"), **dict.fromkeys("‒–—―", "--"),  # noqa: RUF001
 }  # fmt: skip
 
 
@@ -148,9 +150,23 @@ def joined(pair: str) -> str:
     return rf"(?i:{first}(?={second}\b))"
 
 
-LETTERS = r"[^\W\d_]"
-WORD = r"[^\W_]+(?:_[^\W_]+)*"
+def characters(*categories: str) -> str:
+    """The characters of these Unicode categories, as a character class of a pattern has them."""
+    found = (chr(code) for code in range(0x80, 0x10000))
+    return "".join(character for character in found if unicodedata.category(character) in categories)
+
+
+MARKS = characters("Mn", "Mc")  # vowel signs of Devanagari, for one: parts of words, though not for `\w`
+NUMBERS = characters("No")  # such as ²: tokens of their own, though part of words for `\w`
+SEPARATORS = {ord(character): " " for character in characters("Cc", "Cf") + "\x7f"} | {
+    code: " " for code in range(0x20) if not chr(code).isspace()
+}
+SEPARATORS[0xAD] = ""  # a soft hyphen
+
+LETTERS = rf"[^\W\d_{NUMBERS}]"
+WORD = rf"(?:[^\W_{NUMBERS}]|[{MARKS}])+(?:_[^\W_{NUMBERS}]+)*"
 NEGATION = rf"(?i:n't)(?!{LETTERS})"
+CLITIC = re.compile(r"(?i:n't|'(?:s|m|d|re|ve|ll)|''|')")
 FACE = re.compile(r"[<>]?[:;=][-']?(?:[()]|[DPp](?!\w))|\^_\^")
 TOKEN = re.compile(
     "|".join(
@@ -194,9 +210,11 @@ TOKEN = re.compile(
 
 def python_tokens(line: str) -> list[str]:
     """The tokens of one line in lower case, punctuation included."""
-    tokens = []
+    tokens, line = [], line.translate(SEPARATORS)
     for match in TOKEN.finditer(line.replace("\u2019", "'")):
         token = match.group()
+        if len(token) > 1 and "'" in token and not CLITIC.fullmatch(token):
+            token = line[match.start() : match.end()]  # in other words the mark stays as it is
         if len(token) > 1 and token.startswith("--"):
             token = "--"
         elif FACE.fullmatch(token):

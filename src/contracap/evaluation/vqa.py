@@ -28,7 +28,7 @@ STRATEGY = Greedy(max_tokens=76, min_tokens=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A question, the model's answer, and the accuracy of it, from 0 to 1.
+    """A question, the model's answer, and the accuracy of it, from 0 to 1, where there are answers to compare with.
 
     Attributes:
         key: of the picture.
@@ -37,7 +37,7 @@ class Answered:
     key: str
     question: Question
     prediction: str
-    accuracy: float
+    accuracy: float | None
 
 
 class VQA:
@@ -90,13 +90,14 @@ class VQA:
         self.predictions: list[Answered] = []
 
     def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
-        """The accuracy.
+        """The accuracy, if every question has answers to compare with.
 
         Raises:
             ValueError: if the model cannot write, a sample has no questions or cannot be read, or a question leaves no
                 room for an answer.
         """
         keys, sums, predictions = list[str](), list[float](), list[Answered]()
+        self.reasons = {}
         with picture_batches(self.source, self.processor, self.batch_size) as batches:
             for batch, pixels in batches:
                 asked = [questions(sample) for sample in batch]
@@ -104,17 +105,24 @@ class VQA:
                 for sample, about in zip(batch, asked, strict=True):
                     answered = [self._answered(sample, question, next(made)) for question in about]
                     keys.append(sample.key)
-                    sums.append(sum(answer.accuracy for answer in answered))
+                    sums.append(sum(answer.accuracy or 0.0 for answer in answered))
                     predictions += answered
         self.samples, self.keys, self.predictions = len(keys), keys, predictions
-        self.per_sample = {"accuracy": [total * len(keys) / len(predictions) for total in sums]}
+        self.per_sample = {}
         self.details = {"questions": len(predictions)}
         if isinstance(self.answer, Chosen):
             self.details["answers"] = len(self.answer.answers)
+        known = [answer.accuracy for answer in predictions if answer.accuracy is not None]
+        if len(known) < len(predictions):
+            self.reasons["accuracy"] = (
+                f"{len(predictions) - len(known):,} of the questions have no answers to compare with"
+            )
+            return
         for kind in ("question_type", "answer_type"):
             if found := self._by_type(kind):
                 self.details[f"accuracy_by_{kind}"] = found
-        yield "accuracy", mean([answer.accuracy for answer in predictions])
+        self.per_sample = {"accuracy": [total * len(keys) / len(predictions) for total in sums]}
+        yield "accuracy", mean(known)
 
     def _answers(
         self,
@@ -147,13 +155,13 @@ class VQA:
         return prompt
 
     def _answered(self, sample: Sample, question: Question, prediction: str) -> Answered:
-        right = accuracy(prediction, question.answers, strict=self.strict)
+        right = accuracy(prediction, question.answers, strict=self.strict) if question.answers else None
         return Answered(key=sample.key, question=question, prediction=prediction, accuracy=right)
 
     def _by_type(self, kind: str) -> dict[str, float]:
         found = defaultdict[str, list[float]](list)
         for answer in self.predictions:
-            found[getattr(answer.question, kind)].append(answer.accuracy)
+            found[getattr(answer.question, kind)].append(answer.accuracy or 0.0)
         return {name: mean(values) for name, values in sorted(found.items()) if name}
 
 

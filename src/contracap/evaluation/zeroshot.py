@@ -4,6 +4,7 @@ Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; its la
 """
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contracap.data.annotations import read_list
-from contracap.data.folders import class_folders
+from contracap.data.folders import ClassFolders, class_folders
 from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample
 from contracap.evaluation.classification import accuracy_parts, mean_average_precision
@@ -36,6 +37,7 @@ TEMPLATES = (
     "a picture of one {}.",
     "there is a {} in the photo.",
 )
+PLACE = re.compile(r"\{\w*\}")
 PROMPTS = 256  # at a time: see docs/performance.md
 
 
@@ -79,8 +81,9 @@ class ZeroShot:
             ValueError: if there is no class, their number is not that of the subfolders, or a template has no {} for
                 the class name.
         """
-        self.source, self.processor, self.batch_size = source, processor, batch_size
-        self.classes, self.templates = _names(source, classes), check_templates(templates)
+        folders = None if isinstance(source, QuestionSamples | ClassFolders) else class_folders(source)
+        self.source, self.processor, self.batch_size = folders or source, processor, batch_size
+        self.classes, self.templates = _names(self.source, classes), check_templates(templates)
         self.samples = 0
         self.keys: list[str] = []
         self.per_sample: dict[str, list[float]] = {}
@@ -189,8 +192,8 @@ def logits(
 
 
 def load_classes(source: str | Path) -> tuple[str, ...]:
-    """Class names, in the order of the labels: those published under a name such as `imagenet1k`, or of a JSON file,
-    which holds a list, or an object with a list `classes`.
+    """Class names, in the order of the labels: those published under a name such as `imagenet1k`, or of a text file
+    with a name a line, or of a JSON file, which holds a list, or an object with a list `classes`.
 
     Raises:
         ValueError: if there is no such name, or the file holds no such list.
@@ -204,16 +207,19 @@ def load_classes(source: str | Path) -> tuple[str, ...]:
 
 
 def load_templates(source: str | Path) -> tuple[str, ...]:
-    """Prompt templates, each with {} where the class name goes: those published under a name such as `imagenet1k` or
-    `imagenet-simple`, or of a JSON file, which holds a list, or an object with a list `templates`.
+    """Prompt templates, each with {} where the class name goes: a single one, those published under a name such as
+    `imagenet1k` or `imagenet-simple`, or of a text file with one a line, or of a JSON file, which holds a list, or an
+    object with a list `templates`. In files the place may have a name, as `{c}` in those of CLIP_benchmark.
 
     Raises:
         ValueError: if there is no such name, or the file holds no such list.
         FileNotFoundError: if there is no such file.
     """
+    if "{" in str(source) and not Path(source).exists():
+        return check_templates((str(source),))
     if (found := _published(source)) is not None:
         return found.templates
-    templates = read_list(Path(source), "templates")
+    templates = [PLACE.sub("{}", template) for template in read_list(Path(source), "templates")]
     try:
         return check_templates(templates)
     except ValueError as error:
@@ -247,7 +253,7 @@ def check_templates(templates: Any) -> tuple[str, ...]:
 
 
 def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
-    folders = None if isinstance(source, QuestionSamples) else class_folders(source)
+    folders = source if isinstance(source, ClassFolders) else None
     if classes is None:
         if folders is None:
             raise ValueError(
@@ -255,11 +261,8 @@ def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
                 "folder with a subfolder for each class says them itself"
             )
         return tuple(name.replace("_", " ") for name in folders.names)
-    if folders is not None and len(folders.names) != len(classes):
-        raise ValueError(
-            f"{folders.path} has {len(folders.names)} subfolders, but there are {len(classes)} class names; give one "
-            "for each subfolder, in the order of their names"
-        )
+    if folders is not None:
+        folders.match(check_classes(classes))
     return check_classes(classes)
 
 
