@@ -1,9 +1,12 @@
 import ast
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from contracap.bulk.cluster import ATTEMPTS, ClusterConfig, _Ledger, cores_each
+from contracap.bulk.cluster import ATTEMPTS, SESSION_PREFIX, ClusterConfig, _Ledger, cores_each
 from contracap.bulk.parts import ShardOutcome, part_name
 from contracap.cli import main
 from contracap.data.shards import records, write_shard
@@ -118,6 +121,28 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
     out, complaints = again.communicate()
     assert (again.returncode, out) == (1, f"0 pictures of 0 shards, beside 4 that were there: {tmp_path / 'out'}\n")
     assert "1 of 5 shards cannot be read" in complaints
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+def test_a_run_on_this_machine_reaches_no_other_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_weights(tmp_path / "tiny.safetensors")
+    write_shards(tmp_path / "shards", 1, 2)
+    (scratch := Path(tempfile.mkdtemp())).joinpath(
+        f"{SESSION_PREFIX}killed"
+    ).mkdir()  # short, as sockets' names must be
+    (scratch / f"{SESSION_PREFIX}killed" / "lock").touch()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    call = [sys.executable, "-m", "contracap", "bulk", "embed", tmp_path / "tiny.safetensors", tmp_path / "shards"]
+    trace = ["strace", "-f", "-qq", "-e", "trace=connect", "-o", tmp_path / "trace"]
+    done = subprocess.run([*trace, *call, "--out", tmp_path / "out"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reached = set(re.findall(r'(?:inet_addr\(|AF_INET6, )"([^"]+)"', (tmp_path / "trace").read_text()))
+    assert reached and {address.removeprefix("::ffff:") for address in reached} <= {"127.0.0.1", "::1"}
+    assert os.listdir(scratch) == []
+    scratch.rmdir()
 
 
 @pytest.mark.slow

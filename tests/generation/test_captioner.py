@@ -307,7 +307,7 @@ def test_a_caption_is_the_first_of_its_alternatives(pair, pictures):
             first.log_probability,
         )
         assert caption.score == max(text.score for text in caption.alternatives)
-        assert caption.text == processor.tokenizer.decode(caption.token_ids)
+        assert caption.raw_text == processor.tokenizer.decode(caption.token_ids)
         assert not {processor.tokenizer.start, processor.tokenizer.end} & set(caption.token_ids)
         assert 2 <= len(caption.token_ids) <= 11
 
