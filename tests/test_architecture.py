@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model.attention": "model.cache model.layout model.linear",
     "model.transformer": "model.cache model.layout model.linear model.attention",
     "model": "model tokenizer",
-    "pretrained": "model tokenizer image processor",
+    "pretrained": "pretrained model tokenizer image processor",
     "data": "data tokenizer image formats page",
     "generation.strategy": "tokenizer",
     "generation.texts": "generation.strategy",

@@ -88,6 +88,13 @@ def assign(values: dict[str, Any], override: str) -> None:
     table[path[-1]] = _toml_value(text.strip())
 
 
+def require_positive(config: Any, *fields: str) -> None:
+    """Raises: ValueError: if one of these numbers of a dataclass is not above 0."""
+    for field in fields:
+        if not getattr(config, field) > 0:
+            raise ValueError(f"{field} is {getattr(config, field)}; it must be above 0")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain values of a dataclass, None left out: `build(type(config), to_dict(config)) == config`.
 

@@ -5,16 +5,14 @@ import torch
 
 from contracap.model.weights import (
     WeightsError,
-    config_from_open_clip,
-    config_to_open_clip,
     from_open_clip,
     interpolate_positions,
     match_size,
-    not_for_open_clip,
     shapes_of,
     to_open_clip,
 )
 from contracap.pretrained import random_model
+from contracap.pretrained.open_clip import config_from_open_clip, config_to_open_clip, not_for_open_clip
 
 from .tiny_models import TINY, tiny_clip, with_pooler
 

@@ -3,14 +3,11 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from contracap.cli.options import Size, WeightsName
-
-if TYPE_CHECKING:
-    from contracap.model.coca import CoCaConfig
 
 
 def inspect(
@@ -18,23 +15,20 @@ def inspect(
 ) -> None:
     """Print what a weights file holds, and how it differs from a size."""
     from contracap.model.sizes import SIZES, find_size
-    from contracap.model.weights import key_differences, meta_state, shapes_of, to_open_clip
+    from contracap.model.weights import at_own_grid, differences, match_size, printable, shapes_of
     from contracap.pretrained import METADATA_KEY, find_weights, read_tensors
 
     path = find_weights(file)
     tensors, metadata = read_tensors(path)
-    ours = METADATA_KEY in metadata
-
-    def differences(config: "CoCaConfig") -> list[str]:
-        expected = meta_state(config)
-        return key_differences(shapes_of(tensors), shapes_of(expected if ours else to_open_clip(expected, config)))
-
-    if size is None:
-        size = next((name for name, config in SIZES.items() if not differences(config)), None)
+    ours, shapes = METADATA_KEY in metadata, shapes_of(tensors)
+    size = size or match_size(shapes, ours=ours)
     if size is None:
         fit = f"none fits exactly; --size NAME compares with one of {', '.join(SIZES)}"
     else:
-        fit = f"{size}: {'; '.join(differences(find_size(size))) or 'every name and shape fits'}"
+        config = at_own_grid(find_size(size), shapes, ours=ours)
+        fit = f"{size}: {'; '.join(differences(config, shapes, ours=ours)) or 'every name and shape fits'}"
+        if config != find_size(size):
+            fit += f", but for the grid of the image positions, which is for {config.vision.image_size} pixels"
     parts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts[name.split(".")[0]] += tensor.numel()
@@ -43,10 +37,10 @@ def inspect(
     print(f"tensors        {len(tensors)}, {', '.join(sorted({str(tensor.dtype) for tensor in tensors.values()}))}")
     print(f"parameters     {parts.total() / 1e6:.2f} million")
     for part, count in parts.most_common():
-        print(f"  {part:12} {count / 1e6:.2f}")
+        print(f"  {printable(part):12} {count / 1e6:.2f}")
     if ours:
-        print(f"configuration  {metadata[METADATA_KEY]}")
-    print(f"size           {fit}")
+        print(f"configuration  {printable(metadata[METADATA_KEY])}")
+    print(f"size           {printable(fit)}")
 
 
 def convert(
@@ -60,9 +54,16 @@ def convert(
     ] = None,
     size: Size = None,
 ) -> None:
-    """Write weights in the other layout, bit-equal."""
-    from contracap.model.weights import not_for_open_clip
-    from contracap.pretrained import PICKLES, read_weights, save, save_open_clip
+    """Write weights in the other layout, bit-equal.
+
+    open_clip 3.3.0 computes the same as contracap with models that were trained with text.cls_mask = "legacy", the
+    full vocabulary of 49,408 tokens, and a shared pooler without positions, as the sizes coca_ViT-B-32 and
+    coca_ViT-L-14 are. Of other models the weights are written too, and what open_clip makes of them is printed.
+    """
+    from contracap.pretrained import read_weights, save, save_open_clip
+    from contracap.pretrained.fidelity import changes_in_open_clip
+    from contracap.pretrained.find import ENDINGS
+    from contracap.pretrained.open_clip import not_for_open_clip
 
     found = read_weights(file, size=size)
     to = to or ("open_clip" if found.layout == "contracap" else "contracap")
@@ -71,9 +72,12 @@ def convert(
             raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
         save(out, model=found.model, image=found.image, state=found.state)
     else:
-        if out.suffix in (".safetensors", *PICKLES) or out.is_file():
+        if out.suffix in ENDINGS or out.is_file():
             raise ValueError(f"open_clip's layout is a folder of two files, and {out} names a file: give a folder")
         save_open_clip(out, model=found.model, image=found.image, state=found.state)
         for problem in not_for_open_clip(found.model):
             print(f"contracap: warning: open_clip 3.3.0 cannot follow this model: {problem}", file=sys.stderr)
+        for what, change in changes_in_open_clip(found.model, found.state).items():
+            moved = f"{what} moves by {change.mean:.4f} on average, {change.largest:.4f} at most"
+            print(f"contracap: warning: read without that key, on sample inputs, the {moved}", file=sys.stderr)
     print(f"{found.path} ({found.layout}) -> {out} ({to})")

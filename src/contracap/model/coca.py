@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
+from contracap.config import require_positive
 from contracap.model.attention import CrossAttention, CrossKernel
 from contracap.model.cache import DecodingCache, Projected, Step
 from contracap.model.layout import Packed
@@ -37,6 +38,7 @@ class CoCaConfig:
     decoder: DecoderConfig | None = None
 
     def __post_init__(self) -> None:
+        require_positive(self, "embed_dim")
         if self.pooler.kind != "class_token" and self.embed_dim % self.pooler.heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of the pooler's {self.pooler.heads} heads")
         if self.pooler.adds_positions and self.vision.patch_dropout:

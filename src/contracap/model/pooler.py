@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from contracap.config import require_positive
 from contracap.model.attention import CrossAttention
 from contracap.model.cache import Unprojected
 from contracap.model.linear import Linear
@@ -36,6 +37,7 @@ class PoolerConfig:
     adds_positions: bool = False
 
     def __post_init__(self) -> None:
+        require_positive(self, "heads")
         least = {"shared": 2, "cascade": 1, "parallel": 1, "class_token": 0}[self.kind]
         if self.queries < least:
             raise ValueError(f"pooler.queries is {self.queries}; a {self.kind} pooler needs at least {least}")

@@ -14,11 +14,19 @@ _TEXT_L = TextConfig(width=768, layers=12, heads=12)
 _CLASS_TOKEN = PoolerConfig(kind="class_token", queries=0)
 
 SIZES: dict[str, CoCaConfig] = {
+    # The mask and the vocabulary of the release, so that open_clip can read what is trained at these sizes:
+    # docs/decisions/0006-released-sizes-convert.md.
     "coca_ViT-B-32": CoCaConfig(
-        embed_dim=512, vision=_VISION_B_32, text=_TEXT_B, decoder=DecoderConfig(layers=12, heads=8)
+        embed_dim=512,
+        vision=_VISION_B_32,
+        text=replace(_TEXT_B, cls_mask="legacy"),
+        decoder=DecoderConfig(layers=12, heads=8),
     ),
     "coca_ViT-L-14": CoCaConfig(
-        embed_dim=768, vision=_VISION_L_14, text=_TEXT_L, decoder=DecoderConfig(layers=12, heads=12)
+        embed_dim=768,
+        vision=_VISION_L_14,
+        text=replace(_TEXT_L, cls_mask="legacy"),
+        decoder=DecoderConfig(layers=12, heads=12),
     ),
     # CLIP of the same sizes, as open_clip names them: no decoder, text read at the end token, 77 tokens.
     "ViT-B-32": CoCaConfig(

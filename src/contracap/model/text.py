@@ -10,11 +10,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, pad
 
+from contracap.config import require_positive
 from contracap.model.cache import Memory, Projected, Step, Unprojected
 from contracap.model.layout import GRID, Grid, Packed, pack, share, unpacked
 from contracap.model.linear import Linear
 from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import lengths
+
+ClsMask = Literal["legacy", "correct"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,10 @@ class TextConfig:
     heads: int
     mlp_ratio: float = 4.0
     pool: Literal["class_token", "end_token"] = "class_token"
-    cls_mask: Literal["legacy", "correct"] = "correct"
+    cls_mask: ClsMask = "correct"
 
     def __post_init__(self) -> None:
+        require_positive(self, "context", "vocab_size", "width", "layers", "heads", "mlp_ratio")
         if self.width % self.heads:
             raise ValueError(f"text width {self.width} is not a multiple of its {self.heads} heads")
 
@@ -55,6 +59,9 @@ class DecoderConfig:
     layers: int
     heads: int
     mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "layers", "heads", "mlp_ratio")
 
 
 class TextEncoder(nn.Module):

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from contracap.config import require_positive
 from contracap.model.linear import Linear
 from contracap.model.transformer import SelfBlock, Stack
 
@@ -32,7 +33,8 @@ class VisionConfig:
     """Share of the patches left out of each training step (FLIP, arXiv 2212.00794); none in evaluation."""
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1 or self.image_size % self.patch_size:
+        require_positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")
+        if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"vision width {self.width} is not a multiple of its {self.heads} heads")

@@ -3,24 +3,38 @@ every load."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from contracap.model.coca import CoCa, CoCaConfig
-from contracap.model.pooler import PoolerConfig
 from contracap.model.sizes import SIZES
-from contracap.model.text import DecoderConfig, TextConfig
-from contracap.model.vision import VisionConfig
 
-IMAGE_POSITIONS = ("vision.position", "pooler.pool.position", "pooler.caption_pool.position")  # a row for each patch
+POOLER_POSITIONS = ("pooler.pool.position", "pooler.caption_pool.position")
+IMAGE_POSITIONS = ("vision.position", *POOLER_POSITIONS)  # a row for each patch
+OPEN_CLIP_POSITIONS = "visual.positional_embedding"
+
+
+Shapes = Mapping[str, torch.Size]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_MESSAGE = 2_000  # characters; names in a file may be of any length
 
 
 class WeightsError(ValueError):
-    """Weights that do not fit the model they were meant for."""
+    """Weights that do not fit the model they were meant for. The message is one printable line, whatever the file says
+    in it."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """What a file says, without what would act on a terminal, and not without end."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[:MAX_MESSAGE])
+    return shown if len(text) <= MAX_MESSAGE else f"{shown} ..."
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ def open_clip_rows(config: CoCaConfig) -> list[Row]:
     rows = [
         _same("logit_scale", "logit_scale"),
         _same("visual.class_embedding", "vision.class_token"),
-        _same("visual.positional_embedding", "vision.position"),
+        _same(OPEN_CLIP_POSITIONS, "vision.position"),
         Row(
             ("visual.conv1.weight",),
             ("vision.patch_embedding.weight",),
@@ -89,9 +103,8 @@ def from_open_clip(tensors: Mapping[str, Tensor], config: CoCaConfig) -> dict[st
     theirs = dict(tensors)
     if "logit_scale" in theirs and theirs["logit_scale"].shape == (1,):
         theirs["logit_scale"] = theirs["logit_scale"].reshape(())
-    empty = meta_state(config)
-    require_same_keys(shapes_of(theirs), shapes_of(to_open_clip(empty, config)))
-    state = {}
+    require_fit(theirs, config, ours=False)
+    empty, state = meta_state(config), {}
     for row in open_clip_rows(config):
         if row.transposed:
             state[row.ours[0]] = theirs[row.theirs[0]].T.contiguous()
@@ -118,13 +131,42 @@ def to_open_clip(state: Mapping[str, Tensor], config: CoCaConfig) -> dict[str, T
     return converted
 
 
-def require_same_keys(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+def require_fit(tensors: Mapping[str, Tensor], config: CoCaConfig, *, ours: bool) -> None:
+    """Check the names, shapes and types of the tensors of a file, in our layout or in open_clip's.
+
+    Raises: WeightsError: naming what does not fit.
+    """
+    if problems := differences(config, shapes_of(tensors), ours=ours):
+        raise WeightsError("the weights do not fit: " + "; ".join(problems))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise WeightsError(f"{name} is {tensor.dtype}: weights are float16, bfloat16, float32 or float64")
+
+
+def differences(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> list[str]:
+    """How tensors of these shapes differ from those of a model; empty when all agree.
+
+    Raises: WeightsError: if the model cannot be built.
+    """
+    layers = config.vision.layers + config.text.layers + (config.decoder.layers if config.decoder else 0)
+    if layers > len(found):  # of each there are several; nothing is built for what a file cannot hold
+        return [f"the configuration has {layers} layers, and there are {len(found)} tensors"]
+    return key_differences(found, _shapes(config, ours))
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: CoCaConfig, ours: bool) -> Shapes:
+    state = meta_state(config)
+    return shapes_of(state if ours else to_open_clip(state, config))
+
+
+def require_same_keys(found: Shapes, expected: Shapes) -> None:
     """Raises: WeightsError: naming the keys (five of each kind) that are missing, extra or misshapen."""
     if problems := key_differences(found, expected):
         raise WeightsError("the weights do not fit: " + "; ".join(problems))
 
 
-def key_differences(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], shown: int = 5) -> list[str]:
+def key_differences(found: Shapes, expected: Shapes, shown: int = 5) -> list[str]:
     """One text per kind of difference, with the first `shown` keys; empty when all agree."""
     kinds = {
         "missing": [name for name in expected if name not in found],
@@ -144,9 +186,15 @@ def key_differences(found: Mapping[str, torch.Size], expected: Mapping[str, torc
 
 
 def meta_state(config: CoCaConfig) -> dict[str, Tensor]:
-    """The model's tensors without memory behind them: names and shapes."""
-    with torch.device("meta"):
-        return CoCa(config).state_dict()
+    """The model's tensors without memory behind them: names and shapes.
+
+    Raises: WeightsError: if there can be no tensors of these sizes.
+    """
+    try:
+        with torch.device("meta"):
+            return CoCa(config).state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's words on numbers beyond 64 bits
+        raise WeightsError(f"its configuration has sizes that no model can have: {error}") from None
 
 
 def interpolate_positions(state: Mapping[str, Tensor], *, patches: int) -> dict[str, Tensor]:
@@ -174,138 +222,21 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def match_size(found: Mapping[str, torch.Size]) -> str | None:
-    """The size of the table whose open_clip names and shapes are exactly these."""
+def match_size(found: Shapes, *, ours: bool = False) -> str | None:
+    """The size of the table whose names and shapes, at some image size, are exactly these."""
     for name, config in SIZES.items():
-        if not key_differences(found, shapes_of(to_open_clip(meta_state(config), config))):
+        if not differences(at_own_grid(config, found, ours=ours), found, ours=ours):
             return name
     return None
 
 
-def config_from_open_clip(model: Mapping) -> CoCaConfig:
-    """Sizes from the `model_cfg` of an `open_clip_config.json`. Its files mean the legacy CLS mask unless they say
-    otherwise.
-
-    Raises: WeightsError: if it describes a model of another kind.
-    """
-    try:
-        vision, text, decoder = model["vision_cfg"], model["text_cfg"], model.get("multimodal_cfg")
-        for section, name, plain in (
-            (model, "quick_gelu", (False,)),
-            (model, "custom_text", (True, False)),
-            (vision, "timm_model_name", (None,)),
-            (vision, "ls_init_value", (None,)),
-            (vision, "pool_type", ("tok",)),
-            (vision, "final_ln_after_pool", (False,)),
-            (vision, "no_ln_pre", (False,)),
-            (vision, "pos_embed_type", ("learnable",)),
-            (vision, "act_kwargs", (None, {})),
-            (vision, "norm_kwargs", (None, {})),
-            (text, "hf_model_name", (None,)),
-            (text, "ls_init_value", (None,)),
-            (text, "pool_type", ("argmax",)),
-            (text, "no_causal_mask", (False,)),
-            (text, "act_kwargs", (None, {})),
-            (text, "norm_kwargs", (None, {})),
-        ):
-            if section.get(name, plain[0]) not in plain:
-                raise WeightsError(
-                    f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read"
-                )
-        kinds: dict[bool | str, Literal["shared", "cascade", "parallel", "class_token"]] = {
-            True: "shared",
-            False: "class_token",
-            "cascade": "cascade",
-            "parallel": "parallel",
-        }
-        has_class_token = bool(text.get("embed_cls", False))
-        return CoCaConfig(
-            embed_dim=model["embed_dim"],
-            vision=VisionConfig(
-                image_size=vision["image_size"],
-                patch_size=vision["patch_size"],
-                width=vision["width"],
-                layers=vision["layers"],
-                heads=vision["width"] // vision.get("head_width", 64),
-                mlp_ratio=vision.get("mlp_ratio", 4.0),
-            ),
-            pooler=PoolerConfig(
-                kind=kinds[vision.get("attentional_pool", False)],
-                queries=vision.get("attn_pooler_queries", 256) if vision.get("attentional_pool") else 0,
-                heads=vision.get("attn_pooler_heads", 8),
-                adds_positions=vision.get("attn_pooler_positions", False),
-            ),
-            text=TextConfig(
-                context=text["context_length"],
-                vocab_size=text["vocab_size"],
-                width=text["width"],
-                layers=text["layers"],
-                heads=text["heads"],
-                mlp_ratio=text.get("mlp_ratio", 4.0),
-                pool="class_token" if has_class_token else "end_token",
-                cls_mask="correct" if text.get("correct_cls_mask") or not has_class_token else "legacy",
-            ),
-            decoder=DecoderConfig(
-                layers=decoder["layers"], heads=decoder["heads"], mlp_ratio=decoder.get("mlp_ratio", 4.0)
-            )
-            if decoder
-            else None,
-        )
-    except KeyError as missing:
-        raise WeightsError(f"its configuration lacks or misnames {missing}: not a CoCa or CLIP of open_clip") from None
-    except (TypeError, AttributeError) as error:
-        raise WeightsError(f"its configuration is of another kind of model than a CoCa or CLIP: {error}") from None
-
-
-def not_for_open_clip(config: CoCaConfig) -> list[str]:
-    """What open_clip 3.3.0 cannot follow in a model of this configuration; one text each."""
-    problems = {
-        "it refuses correct_cls_mask, the class token's correct mask": config.text.pool == "class_token"
-        and config.text.cls_mask == "correct",
-        f"its {config.pooler.kind} pooler is another one": config.pooler.kind in ("cascade", "parallel"),
-        "its pooler adds no positions": config.pooler.adds_positions,
-        "its tokenizer has 49408 ids only": config.text.vocab_size != TextConfig.vocab_size,
-    }
-    return [problem for problem, holds in problems.items() if holds]
-
-
-def config_to_open_clip(config: CoCaConfig) -> dict:
-    """The `model_cfg` that says these sizes to open_clip."""
-    vision, text, pooler = asdict(config.vision), asdict(config.text), config.pooler
-    if config.vision.width % config.vision.heads or config.text.width % config.text.heads:
-        raise WeightsError("open_clip needs widths that its heads divide")
-    model: dict = {
-        "embed_dim": config.embed_dim,
-        "vision_cfg": {name: vision[name] for name in ("image_size", "layers", "width", "patch_size", "mlp_ratio")}
-        | {"head_width": config.vision.width // config.vision.heads},
-        "text_cfg": {"context_length": config.text.context}
-        | {name: text[name] for name in ("vocab_size", "width", "heads", "layers", "mlp_ratio")},
-    }
-    if pooler.kind != "class_token":
-        model["vision_cfg"] |= {
-            "attentional_pool": True if pooler.kind == "shared" else pooler.kind,
-            "attn_pooler_queries": pooler.queries,
-            "attn_pooler_heads": pooler.heads,
-            "output_tokens": True,
-        }
-        if pooler.adds_positions:
-            model["vision_cfg"]["attn_pooler_positions"] = True
-    if config.text.pool == "class_token":
-        model["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
-        if config.text.cls_mask == "correct":
-            model["text_cfg"]["correct_cls_mask"] = True
-        model["custom_text"] = True
-    if config.decoder:
-        model["multimodal_cfg"] = {
-            "context_length": config.text.context,
-            "vocab_size": config.text.vocab_size,
-            "width": config.text.width,
-            "heads": config.decoder.heads,
-            "layers": config.decoder.layers,
-            "mlp_ratio": config.decoder.mlp_ratio,
-            "attn_pooler_heads": pooler.heads,
-        }
-    return model
+def at_own_grid(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> CoCaConfig:
+    """The configuration at the image size that the positions of a file are for, if they are of a square of patches."""
+    shape = found.get(IMAGE_POSITIONS[0] if ours else OPEN_CLIP_POSITIONS) or (0,)
+    side = math.isqrt(max(0, shape[0] - 1))
+    if not side or side**2 + 1 != shape[0]:
+        return config
+    return replace(config, vision=replace(config.vision, image_size=side * config.vision.patch_size))
 
 
 def _restacked(

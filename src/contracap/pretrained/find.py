@@ -1,0 +1,124 @@
+"""The weights file that a name means: a file, a folder, a run, a repository of the hub, or a release."""
+
+import logging
+import re
+from pathlib import Path
+
+from contracap.model.sizes import SIZES
+from contracap.model.weights import WeightsError
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+WEIGHT_FILES = (
+    OPEN_CLIP_WEIGHTS,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# Newest first, in the folder of a run, in its checkpoints, or in the quickstart's folder: our runs, and open_clip's.
+CHECKPOINTS = ("last", "step-*", "epoch_latest.pt", "epoch_*.pt")
+COMPLETE = r"last|step-\d+|epoch_(latest|\d+)\.pt"
+RUN_FOLDERS = (".", "checkpoints", "run/checkpoints")
+HUB = "hf-hub:"
+RELEASED = {
+    "coca_ViT-B-32/laion2b": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k",
+    "coca_ViT-B-32/mscoco": "laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k",
+    "coca_ViT-L-14/laion2b": "laion/CoCa-ViT-L-14-laion2B-s13B-b90k",
+    "coca_ViT-L-14/mscoco": "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def find_weights(name: str | Path) -> Path:
+    """The weights file that a name means. A file or folder of that name comes before a release.
+
+    Raises: WeightsError: if there is none.
+    """
+    path = Path(name)
+    if str(name).startswith(HUB):
+        return _from_hub(str(name).removeprefix(HUB))
+    if path.is_file() and str(name):
+        return path
+    if path.is_dir() and str(name):
+        return _in_folder(path)
+    if str(name) in RELEASED:
+        return _from_hub(RELEASED[str(name)])
+    raise WeightsError(
+        f"no weights at {str(name)!r}: neither a file, a folder, '{HUB}organisation/name', a release "
+        f"({', '.join(RELEASED)}) nor a size ({', '.join(SIZES)})"
+    )
+
+
+def _in_folder(folder: Path) -> Path:
+    for candidate in WEIGHT_FILES:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    if checkpoint := _newest_checkpoint(folder):
+        logger.warning("%s is the folder of a run: its last checkpoint is %s", folder, checkpoint)
+        return checkpoint if checkpoint.is_file() else _in_folder(checkpoint)
+    others = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise WeightsError(
+            f"{folder} holds {len(others)} files that may be meant: name one, such as {others[0]} or {others[1]}"
+        )
+    raise WeightsError(f"{folder} holds no weights; looked for {', '.join(WEIGHT_FILES)}, and the checkpoints of a run")
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of the run whose folder this is, if it is one's."""
+    for place in RUN_FOLDERS:
+        for pattern in CHECKPOINTS:
+            found = [path for path in (folder / place).glob(pattern) if re.fullmatch(COMPLETE, path.name)]
+            if found:
+                return max(found, key=lambda path: int("0" + re.sub(r"\D", "", path.name)))
+    return None
+
+
+def _from_hub(repository: str) -> Path:
+    """The weights of a hub repository, in the hub's own cache, its configuration next to them.
+
+    Without a connection, what is in the cache is taken.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = repository.partition("@")
+    name, online, unknown = f"{HUB}{repository}", True, False
+
+    def find(file: str) -> Path | None:
+        """The file, or None if the repository has none of that name, or nothing is known of one."""
+        nonlocal online, unknown
+        if online:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
+            except errors.LocalEntryNotFoundError:  # no connection, and not in the cache
+                online = False
+            except errors.EntryNotFoundError:
+                return None
+            except errors.GatedRepoError:
+                raise WeightsError(f"{name} is gated: ask for access on its page, then run `hf auth login`") from None
+            except errors.RepositoryNotFoundError:
+                raise WeightsError(f"{name}: no such repository; if it is private, run `hf auth login`") from None
+            except errors.RevisionNotFoundError:
+                raise WeightsError(f"{name} has no revision {revision!r}") from None
+            except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+                raise WeightsError(f"{name}: {' '.join(str(error).split())}") from None
+        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        unknown |= cached is None
+        return Path(cached) if isinstance(cached, str) else None
+
+    find(OPEN_CLIP_CONFIG)  # next to the weights; our own files carry their configuration inside
+    for candidate in WEIGHT_FILES:
+        if path := find(candidate):
+            return path
+    if unknown:
+        raise WeightsError(f"{name} is not in the cache, and the hub does not answer")
+    raise WeightsError(f"{name} holds no weights; looked for {', '.join(WEIGHT_FILES)}")

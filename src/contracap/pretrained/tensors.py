@@ -1,0 +1,173 @@
+"""Named tensors out of a weights file, whatever program wrote it; no code of the file runs."""
+
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from contracap.model.weights import WeightsError
+
+METADATA_KEY = "contracap"  # of safetensors files in our own layout
+# Where training programs put the weights, best first: a moving average is taken where nothing else is there.
+STATE_DICTS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema",
+)
+WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}  # DDP, compile, FSDP, recompute
+SCALE = "logit_scale"  # every layout has it at the top
+MAX_UNPACKED = 4  # bytes that tensors may take for each byte of their file, which stores them as they are
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a file, in memory of their own, and the metadata of safetensors. Of a training checkpoint, its
+    weights. Prefixes that wrappers and training programs add to names are taken off.
+
+    Raises: WeightsError: saying what the file is, if it is not a readable weights file.
+    """
+    if _is_safetensors(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path} is not a readable safetensors file, it may be cut off: get it again ({error})"
+            ) from None
+    else:
+        tensors, metadata = _state_dict(path, _unpickled(path)), {}
+    if METADATA_KEY not in metadata:
+        tensors = _plain_names(path, tensors)
+    size, found = path.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if found > MAX_UNPACKED * size:
+        raise WeightsError(f"{path} has {size} bytes, but its tensors would take {found}: it is not a weights file")
+    # Tensors of a file are views of it, at whatever address they have there; kernels round differently on those.
+    return {name: tensors.pop(name).detach().clone(memory_format=torch.contiguous_format) for name in list(tensors)}, (
+        metadata
+    )
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, by its first bytes; if not, it is a pickle.
+
+    Raises: WeightsError: if it is neither.
+    """
+    with path.open("rb") as file:
+        head = file.read(256)
+    if head[8:9] == b"{":
+        return True
+    if head.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip archive, and what it wrote before
+        return False
+    if not head:
+        what = "it is empty"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "it is a pointer of Git LFS to the real file: get that by `git lfs pull`"
+    elif re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        what = "it is a web page, such as a server sends in place of a file: get the file again"
+    else:
+        what = f"neither safetensors nor a file of torch; it begins with {head[:24]!r}"
+    raise WeightsError(f"{path} is not a weights file: {what}")
+
+
+class _Ignored:
+    """Takes the place of numpy's objects in the optimizer's part of a checkpoint. Nobody reads them."""
+
+    def __new__(cls, *_: Any) -> "_Ignored":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_OF_NUMPY: list[Callable | tuple[Callable, str]] = [
+    (_Ignored, f"numpy.{name}")
+    for name in (
+        "dtype",
+        "ndarray",
+        "core.multiarray.scalar",
+        "_core.multiarray.scalar",
+        "core.multiarray._reconstruct",
+        "_core.multiarray._reconstruct",
+    )
+]
+
+
+def _unpickled(path: Path) -> Any:
+    damaged = f"{path} is not a file of plain tensors: it is cut off or damaged, or not a file of torch: get it again"
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                raise WeightsError(f"{path} is a TorchScript program: save its state_dict() instead")
+            if sum(entry.file_size for entry in entries) > MAX_UNPACKED * path.stat().st_size:
+                raise WeightsError(f"{path} is a compressed archive; torch stores weights as they are")
+        with torch.serialization.safe_globals(_OF_NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:  # torch raises many kinds, pickle's own among them
+        if found := re.search(r"(?:GLOBAL|Unsupported class|global) ([\w.]+\.[\w.]+)", str(error)):
+            raise WeightsError(
+                f"{path} is not a file of plain tensors: it also holds {found[1]}, which only code could rebuild. "
+                "Where you trust it, write its state_dict alone to another file"
+            ) from None
+        raise WeightsError(damaged) from None
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    """The named tensors of a pickle."""
+    for _ in range(len(STATE_DICTS)):  # a dict may hold itself
+        if not isinstance(content, Mapping):
+            break
+        inside = [content[name] for name in STATE_DICTS if isinstance(content.get(name), Mapping)]
+        if not inside:
+            break
+        content = inside[0]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not named tensors: it is not a weights file")
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise WeightsError(f"{path} is not a weights file: it holds {', '.join(map(str, content)) or 'nothing'}")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise WeightsError(f"{path}: {name} is a sparse, quantised or empty tensor; weights are plain numbers")
+    return tensors
+
+
+def _plain_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without wrappers' parts, and without the prefix that `logit_scale` has; of several copies of a model under
+    different prefixes, such as a moving average, one that is not named so."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if plain.setdefault(short, tensor) is not tensor:
+            raise WeightsError(f"{path} holds two tensors that are {short} but for their prefixes")
+    prefixes = [name.removesuffix(SCALE) for name in plain if f".{name}".endswith(f".{SCALE}")]
+    if not prefixes:
+        return plain
+    chosen = min(prefixes, key=lambda prefix: "ema" in prefix)
+    others = tuple(prefix for prefix in prefixes if prefix != chosen and not chosen.startswith(prefix))
+    return {
+        name.removeprefix(chosen): tensor
+        for name, tensor in plain.items()
+        if name != "n_averaged" and not (others and name.startswith(others))
+    }
