@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 import contracap
 from contracap.image import ImageConfig
 from contracap.model.sizes import SIZES
-from contracap.model.weights import WeightsError, to_open_clip
+from contracap.model.weights import WeightsError, meta_state, shapes_of, to_open_clip
 from contracap.pretrained import load, random_model, read_weights, save, save_open_clip
+from contracap.pretrained.find import WEIGHT_FILES
 
 TINY = SIZES["tiny"]
 LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))
@@ -86,6 +87,9 @@ def test_open_clip_reads_what_we_wrote(tmp_path: Path, open_clip) -> None:
     torch.testing.assert_close(output.image_features, theirs["image_features"])
     torch.testing.assert_close(output.text_features, theirs["text_features"])
     torch.testing.assert_close(output.logits[:, :3], theirs["logits"][:, :3])
+    ids[0, :6] = torch.tensor([1022, 7, 0, 8, 9, 1023])  # id 0 inside: docs/decisions/0003-cls-mask.md
+    with torch.no_grad():
+        assert (peer.encode_text(ids, normalize=True) - ours.encode_text(ids)).norm() > 0.01
 
 
 def test_a_hub_name_is_downloaded_by_the_hubs_library(tmp_path: Path, state, monkeypatch) -> None:
@@ -115,6 +119,89 @@ def test_a_hub_name_is_downloaded_by_the_hubs_library(tmp_path: Path, state, mon
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(WeightsError, match="hf-hub:someone/coca holds no weights"):
         load("hf-hub:someone/coca")
+
+
+def fill_cache(repository: str, folder: Path, files: dict[str, Path], absent: tuple[str, ...] = ()) -> None:
+    cached = folder / f"models--{repository.replace('/', '--')}"
+    for name in ("refs", "snapshots/abc", ".no_exist/abc"):
+        (cached / name).mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    for name, source in files.items():
+        (cached / "snapshots" / "abc" / name).write_bytes(source.read_bytes())
+    for name in absent:
+        (cached / ".no_exist" / "abc" / name).touch()
+
+
+def test_what_the_hubs_cache_holds_is_loaded_offline(tmp_path: Path, state, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    save(tmp_path / "ours.safetensors", model=TINY, image=IMAGE, state=state)
+    save_open_clip(tmp_path / "theirs", model=LEGACY, image=IMAGE, state=state)
+    torch.save(to_open_clip(state, TINY), tmp_path / "pickle.bin")
+    configuration = {"open_clip_config.json": tmp_path / "theirs" / "open_clip_config.json"}
+    for name, files, absent in (
+        ("a/pickle", configuration | {"open_clip_pytorch_model.bin": tmp_path / "pickle.bin"}, ()),
+        ("a/ours", {"model.safetensors": tmp_path / "ours.safetensors"}, ("open_clip_config.json",)),
+        ("a/unmarked", {"model.safetensors": tmp_path / "ours.safetensors"}, ()),
+        ("laion/CoCa-ViT-B-32-laion2B-s13B-b90k", {"open_clip_pytorch_model.bin": tmp_path / "pickle.bin"}, ()),
+    ):
+        fill_cache(name, tmp_path / "cache", files, absent)
+        assert_holds(load(f"hf-hub:{name}")[0], state)
+    assert_holds(load("coca_ViT-B-32/laion2b")[0], state)
+    with pytest.raises(WeightsError, match="the hub does not answer"):
+        load("hf-hub:a/nothing")
+    fill_cache("a/data", tmp_path / "cache", {}, ("open_clip_config.json", *WEIGHT_FILES))
+    with pytest.raises(WeightsError, match="hf-hub:a/data holds no weights"):
+        load("hf-hub:a/data")
+
+
+def test_a_run_stands_for_its_last_checkpoint(tmp_path: Path, state, caplog) -> None:
+    checkpoints = tmp_path / "quickstart" / "run" / "checkpoints"
+    for step in (9, 10):
+        filled = {name: torch.full_like(tensor, step) for name, tensor in state.items()}
+        save(checkpoints / f"step-{step}" / "model.safetensors", model=TINY, image=IMAGE, state=filled)
+    (checkpoints / "step-11.partial").mkdir()
+    folders = (checkpoints, checkpoints.parent, tmp_path / "quickstart")
+    for folder in folders:
+        assert (load(folder)[0].logit_scale).item() == 10
+        assert str(checkpoints / "step-10") in caplog.messages[-1]
+    (checkpoints / "last").symlink_to("step-9")
+    for folder in folders:
+        assert (load(folder)[0].logit_scale).item() == 9
+
+
+def test_a_folder_of_one_file_means_it_and_of_several_asks(tmp_path: Path, state) -> None:
+    save(tmp_path / "mine.safetensors", model=TINY, image=IMAGE, state=state)
+    assert_holds(load(tmp_path)[0], state)
+    save(tmp_path / "other.safetensors", model=TINY, image=IMAGE, state=state)
+    with pytest.raises(WeightsError, match=r"mine\.safetensors or .*other\.safetensors"):
+        load(tmp_path)
+
+
+def test_an_average_with_the_weights_is_left_out(tmp_path: Path, state) -> None:
+    theirs = to_open_clip(state, TINY)
+    average = {f"ema_model.{name}": tensor + 1 for name, tensor in theirs.items()}
+    torch.save(average | {f"model.{name}": tensor for name, tensor in theirs.items()}, tmp_path / "both.pt")
+    torch.save({"state_dict_ema": {"n_averaged": torch.tensor(3), **average}}, tmp_path / "average.pt")
+    assert_holds(load(tmp_path / "both.pt")[0], state)
+    assert load(tmp_path / "average.pt")[0].logit_scale == state["logit_scale"] + 1
+
+
+def test_a_vocabulary_that_no_tokenizer_has_is_said_with_the_files_name(tmp_path: Path) -> None:
+    config = replace(TINY, text=replace(TINY.text, vocab_size=50000))
+    state = {name: torch.zeros(shape) for name, shape in shapes_of(meta_state(config)).items()}
+    save(tmp_path / "large.safetensors", model=config, image=IMAGE, state=state)
+    with pytest.raises(WeightsError, match=r"large\.safetensors: .*50000"):
+        load(tmp_path / "large.safetensors")
+
+
+def test_a_checkpoint_of_a_released_size_keeps_the_mask_it_was_trained_with(tmp_path: Path, monkeypatch, state) -> None:
+    monkeypatch.setitem(SIZES, "tiny", LEGACY)
+    save(tmp_path / "model.safetensors", model=TINY, image=IMAGE, state=state)
+    for model, _ in (load(tmp_path), load("tiny", weights=tmp_path)):
+        assert model.config == TINY
 
 
 class Malice:
