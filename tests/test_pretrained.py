@@ -1,8 +1,10 @@
 import json
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -202,6 +204,17 @@ def test_a_checkpoint_of_a_released_size_keeps_the_mask_it_was_trained_with(tmp_
     save(tmp_path / "model.safetensors", model=TINY, image=IMAGE, state=state)
     for model, _ in (load(tmp_path), load("tiny", weights=tmp_path)):
         assert model.config == TINY
+
+
+def test_numbers_of_numpy_1_in_a_checkpoint_are_passed_over(tmp_path: Path, state) -> None:
+    newer, older = tmp_path / "newer.pt", tmp_path / "older.pt"
+    rates = {"lr": np.float64(0.1), "seeds": np.arange(3), "best": np.float32(1)}
+    torch.save({"state_dict": to_open_clip(state, TINY), "optimizer": rates}, newer)
+    with zipfile.ZipFile(newer) as source, zipfile.ZipFile(older, "w") as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry).replace(b"cnumpy._core.", b"cnumpy.core."))
+    for path in (newer, older):
+        assert_holds(load(path)[0], state)
 
 
 class Malice:

@@ -7,9 +7,13 @@ import torch
 
 from contracap import load
 from contracap.cli import main
+from contracap.data.config import DataConfig
 from contracap.model.weights import WeightsError, to_open_clip
 from contracap.pretrained import read_weights
 from contracap.pretrained.tensors import read_tensors
+from contracap.recipe import Recipe
+from contracap.start import starting_model
+from contracap.training.optimizer import OptimizerConfig
 
 
 def assert_same_weights(path: Path, plain: Path) -> None:
@@ -73,6 +77,19 @@ def test_a_file_for_larger_images_is_read_at_their_size(trial) -> None:
     assert model.config.vision.image_size == processor.image_config.size == 64
     features = model.encode_image(torch.zeros(1, 3, 64, 64))
     assert features.isfinite().all()
+
+
+def test_a_run_that_starts_from_it_interpolates_the_positions_to_its_own_image_size(trial) -> None:
+    recipe = Recipe(
+        size="tiny",
+        steps=1,
+        out="none",
+        initialise_from=str(trial("weights") / "larger_pictures.pt"),
+        data=DataConfig(train="none", batch_size=2),
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
+    model, image = starting_model(recipe)
+    assert model.vision.position.shape == (1 + 16, 48) and image.size == 32
 
 
 def test_a_configuration_for_another_grid_says_so(trial, tmp_path: Path) -> None:

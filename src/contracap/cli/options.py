@@ -57,7 +57,8 @@ def _path_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | Path
 
 
 WeightsName = Annotated[
-    PathText, arg(metavar="WEIGHTS", help="a run's checkpoint, a weights file, a folder or an hf-hub: name")
+    PathText,
+    arg(metavar="WEIGHTS", help="a run or its checkpoint, a file, a folder, an hf-hub: name, or coca_ViT-L-14/mscoco"),
 ]
 Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]

@@ -109,8 +109,8 @@ def _from_hub(repository: str) -> Path:
                 raise WeightsError(f"{name}: no such repository; if it is private, run `hf auth login`") from None
             except errors.RevisionNotFoundError:
                 raise WeightsError(f"{name} has no revision {revision!r}") from None
-            except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-                raise WeightsError(f"{name}: {' '.join(str(error).split())}") from None
+            except Exception as error:  # of the hub's library, of its network library, of the disk
+                raise WeightsError(f"{name}: cannot fetch {file}: {' '.join(str(error).split())}") from None
         cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
         unknown |= cached is None
         return Path(cached) if isinstance(cached, str) else None
