@@ -24,7 +24,7 @@ from contracap.pretrained import load, random_model, save, save_open_clip, with_
 from contracap.pretrained.tensors import read_tensors
 
 TINY = SIZES["tiny"]
-SECONDS = 10  # for one file, on a busy machine
+SECONDS = 20  # for one file, on a busy machine
 SPARE = 2**30  # bytes of address space beyond what the process has
 VALUES: list[object] = [
     0, -1, -2, 1, 3, 10**6, 2**31, 2**63, 10**30, 10**400, 0.5, -4.0, 1e308, float("nan"), float("inf"), True, None,
@@ -182,7 +182,9 @@ def test_a_small_file_cannot_hold_large_tensors(tmp_path: Path) -> None:
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry))
     (tmp_path / "bomb.pt").write_bytes(packed.getvalue())
-    for name in ("stride", "meta", "sparse", "bomb"):
+    with zipfile.ZipFile(tmp_path / "names.pt", "w") as target:
+        target.writestr("archive/data.pkl", b"\x80\x02" + b"(" * 2**24)
+    for name in ("stride", "meta", "sparse", "bomb", "names"):
         assert not is_read(tmp_path / f"{name}.pt")
 
 
@@ -226,7 +228,7 @@ def test_names_and_structures_that_mean_harm(tmp_path: Path, state) -> None:
     header = b'{"a":{"dtype":"F32","shape":[9999999999],"data_offsets":[0,4]}}'
     for raw in (
         b"\x80\x02" + b"]" * 9_000 + b"a" * 8_999 + b".",
-        b"\x80\x02" + b"(" * 10**6,
+        b"\x80\x02" + b"(" * 10**4,
         pickle.dumps(range),
         struct.pack("<Q", len(header)) + header + bytes(4),
         struct.pack("<Q", 2**62) + b"{}",

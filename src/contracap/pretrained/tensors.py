@@ -1,6 +1,7 @@
 """Named tensors out of a weights file, whatever program wrote it; no code of the file runs."""
 
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ WRAPPERS = {
     "_checkpoint_wrapped_module",
 }  # DDP, compile, FSDP, recompute
 SCALE = "logit_scale"  # every layout has it at the top
+MAX_STRUCTURE = 2**24  # bytes of a pickle without its tensors; torch reads it at about 1 MB in 2 s
 MAX_UNPACKED = 4  # bytes that tensors may take for each byte of their file, which stores them as they are
 
 
@@ -120,7 +122,12 @@ def _unpickled(path: Path) -> Any:
                 raise WeightsError(f"{path} is a TorchScript program: save its state_dict() instead")
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED * path.stat().st_size:
                 raise WeightsError(f"{path} is a compressed archive; torch stores weights as they are")
-        with torch.serialization.safe_globals(_OF_NUMPY):
+            if any(entry.filename.endswith(".pkl") and entry.file_size > MAX_STRUCTURE for entry in entries):
+                raise WeightsError(
+                    f"{path} is not a weights file: names and shapes take more than {MAX_STRUCTURE} bytes"
+                )
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_OF_NUMPY):
+            warnings.simplefilter("ignore")  # torch asks users to file issues
             return torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
