@@ -152,7 +152,7 @@ def test_what_the_annotations_of_a_data_set_say_is_evaluated(
     evaluator = Captioning(
         tmp_path / "shards", processor, strategy=Greedy(10, 4), metrics=("cider",), tokenizer="python"
     )
-    assert set(dict(evaluator.run(model))) == figures
+    assert set(dict(evaluator.run(model))) | set(evaluator.reasons) == figures  # null for a domain of one image
     assert evaluator.samples == samples
 
 
