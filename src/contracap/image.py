@@ -135,7 +135,7 @@ def pixel_count(data: bytes) -> int:
     """The pixels that a file says it has, before anything is decoded; 0 where it cannot tell."""
     with _silent_pillow():
         try:
-            return math.prod(Image.open(io.BytesIO(data), formats=_formats()).size)
+            return math.prod(open_image(data).size)
         except Exception:  # as above: what is wrong is said by `decode`
             return 0
 
