@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contracap.cli import main
 from contracap.data.index import describe, read_index
 from contracap.data.making import Making, MakingError, make_shards
 from contracap.data.shards import Sample, list_shards, samples, write_shard
@@ -254,6 +255,25 @@ def test_interrupted_making_leaves_whole_shards_only(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         make_shards(make_folder(tmp_path / "source", 9), tmp_path / "out", samples_per_shard=3)
     assert sorted(contents(tmp_path / "out")) == [".making/00000.json", "00000.tar", "making.json"]
+
+
+def test_interrupted_verb_says_what_is_done_and_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(content: bytes, name: str) -> Any:
+        if name == "005.jpg":
+            raise KeyboardInterrupt
+        return decode(content, name)
+
+    folder, out = make_folder(tmp_path / "source", 9), tmp_path / "out"
+    call = ["shards", "make", str(folder), "--out", str(out), "--samples-per-shard", "3", "--workers", "0"]
+    with monkeypatch.context() as patched:
+        patched.setattr("contracap.data.making.decode", interrupted)
+        assert main(call) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert "1 of 3 shards" in said[-1] and "the same command" in said[-1]
+    assert main(call) == 0
+    assert len(read(out)) == 9
 
 
 def failing(*arguments: Any) -> Any:

@@ -14,15 +14,18 @@ def make(
     *,
     out: Annotated[Path, arg(metavar="DIR", help="folder for the shards, index.json and skipped.jsonl")],
     kind: Annotated[
-        Literal["auto", "folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder"],
+        Literal["auto", "folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder", "bulk"],
         arg(help="what the source is; auto finds out"),
     ] = "auto",
     pictures: Annotated[
         Path | None, arg(metavar="DIR", help="where the names of pictures start, if not beside the source")
     ] = None,
-    split: Annotated[tuple[str, ...], arg(help="of Karpathy's JSON, those to take; by default all")] = (),
+    split: Annotated[
+        tuple[str, ...], arg(help="of Karpathy's JSON or a folder of Parquet files, those to take; by default all")
+    ] = (),
     image_column: Annotated[str | None, arg(metavar="NAME", help="of a table, if it is not called as usual")] = None,
     caption_column: Annotated[str | None, arg(metavar="NAME", help="likewise")] = None,
+    caption_lines: Annotated[bool, arg(help="each line of a .txt is a caption; else the whole text is one")] = True,
     shorter_side: Annotated[
         int | None, arg(metavar="PIXELS", help="make larger pictures smaller, as JPEG; by default all stay as they are")
     ] = None,
@@ -40,6 +43,7 @@ def make(
         splits=split,
         image_column=image_column,
         caption_column=caption_column,
+        caption_lines=caption_lines,
         shorter_side=shorter_side,
         samples_per_shard=samples_per_shard,
         workers=worker_count(workers),

@@ -32,6 +32,7 @@ def download(url: str) -> bytes:
         DownloadError: if it is another URL, or all attempts fail, of kind "http_404" and the like or "no_answer"; or
             if the answer is larger than `LARGEST`.
     """
+    url = url.strip()
     if not url.lower().startswith(("http://", "https://")):
         raise DownloadError(f"{url}: only http and https are fetched", "bad_url")
     for pause in (*PAUSES, None):

@@ -1,14 +1,18 @@
 """Sources into tar shards: in parallel, resumable, the same bytes every time, with a report of what was left out."""
 
+import base64
 import hashlib
 import io
 import json
+import math
 import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import date, datetime, time
+from decimal import Decimal
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +21,17 @@ from tqdm import tqdm
 
 from contracap.config import build
 from contracap.data.annotations import Refused
-from contracap.data.download import DownloadError, download
+from contracap.data.contents import contents
 from contracap.data.index import ShardEntry, describe, read_index, write_index
 from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES, write_shard
 from contracap.data.sources import Item, Kind, read_source
 from contracap.data.workers import in_processes
-from contracap.files import read_regular, write_text
+from contracap.files import write_text
 from contracap.image import ImageError, decode
 
 SKIPPED_FILE = "skipped.jsonl"
 PLAN_FILE = "making.json"
 NOTES_FOLDER = ".making"  # a note for each finished shard; gone at the end
-DOWNLOADS = 16  # at a time, in each worker
 JPEG_QUALITY = 95  # of pictures that are made smaller
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of formats that have another name
 
@@ -55,6 +58,7 @@ def make_shards(
     splits: Sequence[str] = (),
     image_column: str | None = None,
     caption_column: str | None = None,
+    caption_lines: bool = True,
     shorter_side: int | None = None,
     samples_per_shard: int = 1000,
     workers: int = 0,
@@ -66,7 +70,8 @@ def make_shards(
     where an interrupted one stopped, with the shards that are whole; on a finished folder it does nothing.
 
     Args:
-        source: what `data.sources.read_source` reads, with `kind`, `pictures`, `splits` and the columns.
+        source: what `data.sources.read_source` reads, with `kind`, `pictures`, `splits`, the columns and
+            `caption_lines`.
         out: a local folder, made if need be.
         shorter_side: pixels; larger pictures are scaled down to it and stored upright, as JPEG. None: all as they are.
         samples_per_shard: of which those that are skipped are missing.
@@ -77,6 +82,7 @@ def make_shards(
         ValueError: if a number is too small.
         MakingError: if the folder holds other shards, or shards of another source or other settings; if nothing in the
             source can be used.
+        KeyboardInterrupt: that says how many shards are done.
     """
     for name, value in (("samples_per_shard", samples_per_shard), ("shorter_side", shorter_side)):
         if value is not None and value < 1:
@@ -90,6 +96,7 @@ def make_shards(
         splits=splits,
         image_column=image_column,
         caption_column=caption_column,
+        caption_lines=caption_lines,
     )
     out, items = Path(out), read.items
     plan = {
@@ -97,21 +104,35 @@ def make_shards(
         "shorter_side": shorter_side,
         "kind": read.kind,
         "pictures": len(items),
-        "source_sha256": _fingerprint(items),
+        "source_sha256": _fingerprint(items, lines=caption_lines or read.kind != "bulk"),
     }
     finished = _begin(out, plan)
     if finished is not None:
         return finished
-    tasks = [
-        _Task(number=number, first=first, items=items[first : first + samples_per_shard], side=shorter_side, out=out)
-        for number, first in enumerate(range(0, len(items), samples_per_shard))
-    ]
+    tasks, first = list[_Task](), 0
+    for number, part in enumerate(_parts(items, samples_per_shard)):
+        tasks.append(_Task(number=number, first=first, items=part, side=shorter_side, lines=caption_lines, out=out))
+        first += len(part)
     to_do = [task for task in tasks if not task.is_done()]
     done = len(items) - sum(len(task.items) for task in to_do)
     with tqdm(total=len(items), initial=done, unit=" pictures", disable=None) as progress:
-        for made in in_processes(_make, to_do, workers):
-            progress.update(made)
+        try:
+            for made in in_processes(_make, to_do, workers):
+                progress.update(made)
+        except KeyboardInterrupt:
+            done = sum(task.is_done() for task in tasks)
+            words = f"interrupted: {done} of {len(tasks)} shards are in {out}; the same command goes on from there"
+            raise KeyboardInterrupt(words) from None
     return _finish(out, plan, [task.read_note() for task in tasks], read.refused)
+
+
+def _parts(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The items of each shard: so many, or, if they are samples of other shards, those of one."""
+    if items and items[0].inside is not None and items[0].inside.row is None:
+        for _, part in groupby(sorted(items, key=lambda item: item.picture), lambda item: item.picture):
+            yield list(part)
+    else:
+        yield from (list(items[first : first + size]) for first in range(0, len(items), size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +151,7 @@ class _Task:
     first: int
     items: list[Item]
     side: int | None
+    lines: bool
     out: Path
 
     @property
@@ -186,7 +208,7 @@ def _finish(out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Se
         samples=sum(entry.samples for entry in entries),
         skipped=dict(sorted(Counter(one.kind for one in skipped).items())),
     )
-    write_text(out / SKIPPED_FILE, "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
+    write_text(out / SKIPPED_FILE, "".join(json.dumps(_plain(asdict(one))) + "\n" for one in skipped))
     if entries:
         write_index(out, entries)
         write_text(out / PLAN_FILE, json.dumps({**plan, "outcome": asdict(making)}) + "\n")
@@ -206,7 +228,7 @@ def _make(task: _Task) -> int:
     refused: list[Refused] = []
 
     def records() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for position, (item, content) in enumerate(zip(task.items, _contents(task.items), strict=True)):
+        for position, (item, content) in enumerate(contents(task.items, lines=task.lines)):
             members = content if isinstance(content, Refused) else _members(item, content, task.side)
             if isinstance(members, Refused):
                 refused.append(members)
@@ -219,31 +241,8 @@ def _make(task: _Task) -> int:
         entry = describe(task.shard)
     else:
         task.shard.unlink()
-    write_text(task.note, json.dumps(asdict(_Note(entry=entry, refused=refused))))
+    write_text(task.note, json.dumps(_plain(asdict(_Note(entry=entry, refused=refused)))))
     return len(task.items)
-
-
-def _contents(items: Sequence[Item]) -> Iterator[bytes | Refused]:
-    """The encoded pictures, in order. Those from the web are fetched side by side, ahead of their use."""
-    if not any("://" in item.picture for item in items):
-        yield from map(_content, items)
-        return
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        yield from pool.map(_content, items)
-
-
-def _content(item: Item) -> bytes | Refused:
-    try:
-        if "://" in item.picture:
-            return download(item.picture)
-        path = Path(item.picture)
-        if not path.is_file():
-            return Refused(source=item.source, kind="missing_file", message=f"no such file: {path}")
-        return read_regular(path)
-    except DownloadError as error:
-        return Refused(source=item.source, kind=error.kind, message=str(error))
-    except OSError as error:
-        return Refused(source=item.source, kind="unreadable_file", message=str(error))
 
 
 def _members(item: Item, content: bytes, side: int | None) -> dict[str, bytes] | Refused:
@@ -264,9 +263,34 @@ def _members(item: Item, content: bytes, side: int | None) -> dict[str, bytes] |
     if suffix not in PICTURE_SUFFIXES:
         message = f"pictures of this format ({suffix}) are not read from shards: convert it"
         return Refused(source=item.source, kind="unsupported_format", message=message)
-    captions = {"captions": item.captions} if item.captions else {}
-    fields = {**item.fields, **captions, "source": item.source}
-    return {suffix: content, "json": json.dumps(fields, default=str).encode()}
+    captions: dict[str, Any] = {"captions": item.captions} if item.captions else {}
+    if captions and "captions" in item.fields:
+        captions["other_captions"] = item.fields["captions"]
+    named = "source" if "source" not in item.fields else "image_name"  # a table may have a column `source`
+    fields = {**item.fields, **captions, named: item.source}
+    return {suffix: content, "json": json.dumps(_plain(fields), allow_nan=False).encode()}
+
+
+def _plain(value: Any) -> Any:
+    """The value as strict JSON has it: no NaN, no infinity, text for what it does not know."""
+    match value:
+        case dict():
+            return {_plain(str(key)): _plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+        case str():
+            return value.encode(errors="backslashreplace").decode()  # of a name with bytes that are not text
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes():
+            return base64.b64encode(value).decode()
+        case datetime() | date() | time():
+            return value.isoformat()
+        case Decimal():
+            return _plain(float(value))
+        case None | bool() | int():
+            return value
+    return str(value)
 
 
 def _suffix(content: bytes) -> str:
@@ -280,8 +304,8 @@ def _suffix(content: bytes) -> str:
     return SUFFIXES.get(name, name.lower())
 
 
-def _fingerprint(items: Iterable[Item]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(items: Iterable[Item], *, lines: bool) -> str:
+    digest = hashlib.sha256(b"" if lines else b"texts of shards are not split")
     for item in items:
         digest.update(json.dumps([item.source, item.picture, item.captions, item.fields], default=str).encode())
     return digest.hexdigest()

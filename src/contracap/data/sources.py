@@ -1,48 +1,62 @@
 """Sources of pictures with captions or questions, each read into items that are ready to become samples."""
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 from contracap.data.annotations import (
-    BARS_HEAD,
-    CAPTION_COLUMNS,
-    PICTURE_COLUMNS,
-    TABLE_HEAD,
-    TOKEN,
     Entry,
+    Inside,
     Refused,
     SourceError,
     other_layout,
-    read_coco,
-    read_flickr,
     read_json,
-    read_karpathy,
-    read_table,
     read_text,
-    read_vqa,
     texts,
 )
+from contracap.data.datasets.bulk import is_bulk, read_bulk
+from contracap.data.datasets.coco import read_coco, read_karpathy
+from contracap.data.datasets.flickr import is_flickr, read_flickr
+from contracap.data.datasets.tables import (
+    CAPTION_COLUMNS,
+    PICTURE_COLUMNS,
+    cell_captions,
+    is_lines,
+    is_table,
+    read_table,
+)
+from contracap.data.datasets.vqa import read_vqa
+from contracap.data.shards import PICTURE_SUFFIXES, text_lines
 from contracap.data.walk import PassedOver, files_in, is_picture, pictures_in
 from contracap.files import check_regular
 
-Kind = Literal["folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder"]
+Kind = Literal["folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder", "bulk"]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+METADATA_COLUMNS = ("file_name", *PICTURE_COLUMNS)
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SIDE_CAR_SUFFIXES = (".txt", ".caption")
+SIDE_CAR_SUFFIXES = (".txt", ".caption", ".json")
+NAMES_TRIED = 100  # of a table's images, to find out where its names start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """What becomes one sample: the picture's name in the source, where it lies (a path or a URL), and what is said."""
+    """What becomes one sample: the image's name in the source, where it lies (a path or a URL), and what is said.
+
+    Attributes:
+        inside: where the image is within the file `picture`, if that is not an image.
+    """
 
     source: str
     picture: str
     captions: tuple[str, ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
+    inside: Inside | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +76,7 @@ def read_source(
     splits: Sequence[str] = (),
     image_column: str | None = None,
     caption_column: str | None = None,
+    caption_lines: bool = True,
 ) -> Source:
     """All that a source says, but for the pictures themselves; it takes about 1 kB of memory for each of them.
 
@@ -72,10 +87,12 @@ def read_source(
     Args:
         path: a folder or a file.
         kind: what it is; "auto" finds out.
-        pictures: the folder where names start, if not the file's own.
-        splits: those to take of Karpathy's JSON; none: all.
+        pictures: the folder where names start, if not the file's own, or, of a table, the working folder; of captions
+            by `bulk`, the folder of the shards, if they have moved.
+        splits: those to take of Karpathy's JSON, or of a folder of Parquet files; none: all.
         image_column: of a table, the column with paths or URLs, if it is not called as usual.
         caption_column: of a table or of metadata, the column with captions, if it is not called as usual.
+        caption_lines: of text files next to images, each line is a caption; else the whole text is.
 
     Raises:
         FileNotFoundError: if the source or the folder of pictures does not exist.
@@ -88,11 +105,13 @@ def read_source(
         check_regular(path)
     if kind == "auto":
         kind = _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
+    of_folder = ("table",) if path.is_dir() else ()
     for option, given, kinds in (
-        ("--pictures", pictures, ("table", "coco", "karpathy", "flickr", "vqa")),
-        ("--split", splits, ("karpathy",)),
-        ("--image-column", image_column, ("table",)),
+        ("--pictures", pictures, ("table", "coco", "karpathy", "flickr", "vqa", "bulk")),
+        ("--split", splits, ("karpathy", *of_folder)),
+        ("--image-column", image_column, ("table", "imagefolder")),
         ("--caption-column", caption_column, ("table", "imagefolder")),
+        ("--no-caption-lines", not caption_lines, ("folder", "bulk")),
     ):
         if given and kind not in kinds:
             raise SourceError(f"{option} is for {', '.join(kinds)}; {path} is read as {kind}")
@@ -103,106 +122,205 @@ def read_source(
     caption_columns = (caption_column,) if caption_column else CAPTION_COLUMNS
     match kind:
         case "folder":
-            entries = _read_folder(path)
+            entries = _read_folder(path, caption_lines)
         case "imagefolder":
-            entries = _read_imagefolder(path, caption_columns)
+            entries = _read_imagefolder(path, (image_column,) if image_column else METADATA_COLUMNS, caption_columns)
         case "table":
-            entries = read_table(path, picture_columns=picture_columns, caption_columns=caption_columns)
+            tables = _tables(path, splits)
+            entries = (
+                entry
+                for table in tables
+                for entry in read_table(table, picture_columns=picture_columns, caption_columns=caption_columns)
+            )
+        case "bulk":
+            entries = (entry for table in _tables(path) for entry in read_bulk(table, folder if pictures else None))
         case "flickr":
             entries = read_flickr(path)
         case _:
             entries = _read_document(path, kind, folder, splits)
-    source = _merged(entries, kind, folder)
+    source = _merged(entries, kind, folder, may_be_elsewhere=kind == "table" and not pictures)
     if not source.items and not source.refused:
         raise SourceError(f"{path}, read as {kind}, holds nothing")
     return source
 
 
-def _merged(entries: Iterator[Entry | Refused], kind: Kind, folder: Path) -> Source:
-    refused, merged = [], dict[str, tuple[list[str], dict[str, Any]]]()
+def find_image(item: Item) -> Path | None:
+    """The file of an item that is neither a URL nor inside a file; None if there is no such file.
+
+    A name is tried as it stands, composed and decomposed (é as one letter or two), with slashes in place of
+    backslashes, and, if it has no suffix, with every suffix of images.
+    """
+    name = item.picture
+    spellings = [name, normalize("NFC", name), normalize("NFD", name), name.replace("\\", "/")]
+    if not is_picture(Path(name)):
+        spellings += [f"{name}.{suffix}" for suffix in PICTURE_SUFFIXES]
+    return next((Path(spelling) for spelling in spellings if os.path.isfile(spelling)), None)
+
+
+def _merged(entries: Iterable[Entry | Refused], kind: Kind, folder: Path, *, may_be_elsewhere: bool) -> Source:
+    refused, merged = list[Refused](), dict[str | Inside, tuple[str, list[str], dict[str, Any]]]()
     for entry in entries:
         if isinstance(entry, Refused):
             refused.append(entry)
-        elif entry.picture in merged:
-            merged[entry.picture][0].extend(entry.captions)
+            continue
+        key = entry.inside or entry.picture
+        if key in merged:
+            merged[key][1].extend(entry.captions)
         else:
-            merged[entry.picture] = list(entry.captions), entry.fields
+            merged[key] = entry.picture, list(entry.captions), entry.fields
+    names = [key for key in islice(merged, NAMES_TRIED) if isinstance(key, str)]
+    if (
+        may_be_elsewhere
+        and any(map(os.path.isfile, names))
+        and not any(os.path.isfile(folder / name) for name in names)
+    ):
+        folder = Path()  # where `caption` ran that wrote the table, say
     items = []
-    for name, (captions, fields) in merged.items():
-        remote = kind == "table" and "://" in name
-        if kind != "table" and (os.path.isabs(name) or ".." in Path(name).parts):
+    for key, (name, captions, fields) in merged.items():
+        if kind not in ("table", "bulk") and (os.path.isabs(name) or ".." in re.split(r"[/\\]", name)):
             message = f"the name leads out of the folder of pictures, {folder}"
             refused.append(Refused(source=name, kind="unsafe_path", message=message))
         elif not captions and kind != "vqa":
             refused.append(Refused(source=name, kind="no_caption", message="no caption, or only empty ones"))
         else:
-            picture = name if remote else str(folder / name)
-            items.append(Item(source=name, picture=picture, captions=tuple(captions), fields=fields))
+            inside = key if isinstance(key, Inside) else None
+            picture = inside.file if inside else name if kind == "table" and "://" in name else str(folder / name)
+            items.append(Item(source=name, picture=picture, captions=tuple(captions), fields=fields, inside=inside))
     return Source(kind=kind, items=items, refused=refused)
 
 
+def _tables(path: Path, splits: Sequence[str] = ()) -> list[Path]:
+    """The table, or the Parquet files in a folder, of these splits: with one of them in their names."""
+    if not path.is_dir():
+        return [path]
+    found = [file for file in files_in(path, PassedOver()) if file.suffix.lower() == ".parquet"]
+    for split in splits:
+        if not any(split in _words(file) for file in found):
+            raise SourceError(f"{path} has no Parquet file of the split {split}, but {', '.join(map(str, found[:20]))}")
+    return [path / file for file in found if not splits or set(splits) & set(_words(file))]
+
+
+def _words(file: Path) -> list[str]:
+    return re.split(r"[^A-Za-z0-9]+", file.as_posix())
+
+
 def _kind_of_folder(folder: Path) -> Kind:
-    kind = None
+    kind = table = None
     for file in files_in(folder, PassedOver()):
         if file.name in METADATA_FILES:
             return "imagefolder"
         if kind is None and is_picture(folder / file):
             kind = "folder"
+        elif table is None and file.suffix.lower() == ".parquet":
+            table = folder / file
+    if kind is None and table is not None:
+        kind = _kind_of_file(table)
     if kind is None:
-        raise SourceError(f"{folder} has neither pictures nor a metadata file ({', '.join(METADATA_FILES)})")
+        metadata = ", ".join(METADATA_FILES)
+        raise SourceError(f"{folder} has neither pictures nor a metadata file ({metadata}), nor Parquet files")
     return kind
 
 
 def _kind_of_file(path: Path) -> Kind:
     suffix = path.suffix.lower()
-    if suffix == ".json":
+    if suffix == ".json" and not is_lines(path):
         document = read_json(path)
         if isinstance(document, dict) and "questions" in document:
             return "vqa"
         if isinstance(document, dict) and "images" in document:
-            return "coco" if "annotations" in document else "karpathy"
+            images = document["images"]
+            first = images[0] if isinstance(images, list) and images else None
+            named = isinstance(first, dict) and "file_name" in first  # COCO's test images, without captions
+            return "coco" if "annotations" in document or named else "karpathy"
+        if is_table(document):
+            return "table"
+    elif suffix == ".parquet":
+        return "bulk" if is_bulk(path) else "table"
     else:
         with path.open("rb") as file:
             head = file.readline(2**16).decode("utf-8-sig", errors="replace").rstrip("\r\n")
-        if head.startswith(BARS_HEAD) or TOKEN.fullmatch(head) or (suffix == ".txt" and head.startswith(TABLE_HEAD)):
+        if is_flickr(path, head):
             return "flickr"
-        if suffix in TABLE_SUFFIXES:
+        if suffix in (*TABLE_SUFFIXES, ".json"):
             return "table"
     raise SourceError(
-        f"cannot tell what {path} is; looked for a table ({', '.join(TABLE_SUFFIXES)}), the JSON of COCO captions, "
-        "of Karpathy's splits or of VQA questions, and a Flickr token file: name it with --kind"
+        f"cannot tell what {path} is; looked for a table ({', '.join(TABLE_SUFFIXES)}), the JSON of COCO captions, of "
+        "Karpathy's splits, of VQA questions or of a list of objects, and a Flickr token file: name it with --kind"
     )
 
 
-def _read_folder(folder: Path) -> Iterator[Entry | Refused]:
-    """Pictures with the lines of the text file beside each."""
-    for file in pictures_in(folder):
-        side_cars = [(folder / file).with_suffix(suffix) for suffix in SIDE_CAR_SUFFIXES]
-        side_car = next((path for path in side_cars if path.is_file()), None)
-        try:
-            captions = texts(read_text(side_car).split("\n")) if side_car else ()
-        except SourceError as error:
-            yield Refused(source=file.as_posix(), kind="broken_text", message=str(error))
+def _read_folder(folder: Path, lines: bool) -> Iterator[Entry | Refused]:
+    """Images with the captions of the first file next to each that has one, named as the image with another suffix, or
+    with one more."""
+    passed = PassedOver()
+    files = list(files_in(folder, passed))
+    side_cars = {
+        (file.with_suffix("").as_posix(), file.suffix.lower()): file
+        for file in files
+        if file.suffix.lower() in SIDE_CAR_SUFFIXES
+    }
+    used = set[Path]()
+    for file in files:
+        if not is_picture(folder / file):
+            passed.add(folder / file)
+            continue
+        names = (file.with_suffix("").as_posix(), file.as_posix())
+        beside = [side_cars[key] for key in product(names, SIDE_CAR_SUFFIXES) if key in side_cars]
+        used.update(beside)
+        captions, problem = (), None
+        for side_car in beside:
+            try:
+                captions = captions or _captions_in(folder / side_car, lines)
+            except SourceError as error:
+                problem = problem or str(error)
+        if problem and not captions:
+            yield Refused(source=file.as_posix(), kind="broken_text", message=problem)
         else:
             yield Entry(picture=file.as_posix(), captions=captions)
+    passed.report(folder)
+    for file in side_cars.values():
+        if file not in used and file.suffix.lower() != ".json":
+            yield Refused(source=file.as_posix(), kind="text_without_image", message="no image has this name")
 
 
-def _read_imagefolder(folder: Path, caption_columns: Sequence[str]) -> Iterator[Entry | Refused]:
-    """The rows of every metadata file; names start where their file lies."""
-    for file in files_in(folder, PassedOver()):
-        if file.name in METADATA_FILES:
-            for row in read_table(folder / file, picture_columns=("file_name",), caption_columns=caption_columns):
-                beside = file.parent.as_posix()
-                if isinstance(row, Entry) and beside != "." and not os.path.isabs(row.picture):
-                    row = replace(row, picture=f"{beside}/{row.picture}")
+def _captions_in(side_car: Path, lines: bool) -> tuple[str, ...]:
+    if side_car.suffix.lower() != ".json":
+        text = read_text(side_car)
+        return texts(text_lines(text) if lines else text)
+    found = read_json(side_car)
+    values = [found.get("captions"), found.get("caption")] if isinstance(found, dict) else [found]
+    return next(filter(None, map(cell_captions, values)), ())
+
+
+def _read_imagefolder(
+    folder: Path, picture_columns: Sequence[str], caption_columns: Sequence[str]
+) -> Iterator[Entry | Refused]:
+    """The rows of every metadata file, whose names start where it lies; then the images that no row names."""
+    named, images, passed = set[str](), list[str](), PassedOver()
+    for file in files_in(folder, passed):
+        if is_picture(folder / file):
+            images.append(file.as_posix())
+        elif file.name in METADATA_FILES:
+            beside = file.parent.as_posix()
+            for row in read_table(folder / file, picture_columns=picture_columns, caption_columns=caption_columns):
+                if isinstance(row, Entry) and row.inside is None:
+                    if beside != "." and not os.path.isabs(row.picture):
+                        row = replace(row, picture=f"{beside}/{row.picture}")
+                    named.add(normalize("NFC", os.path.normpath(row.picture.replace("\\", "/"))))
                 yield row
+        else:
+            passed.add(folder / file)
+    passed.report(folder)
+    for name in images:
+        if normalize("NFC", name) not in named:
+            yield Refused(source=name, kind="image_without_row", message="no row of the metadata names it")
 
 
-def _read_document(path: Path, kind: Kind, folder: Path, splits: Sequence[str]) -> Iterator[Entry]:
+def _read_document(path: Path, kind: Kind, folder: Path, splits: Sequence[str]) -> Iterator[Entry | Refused]:
     document = read_json(path)
     try:
         if kind == "coco":
-            yield from read_coco(document)
+            yield from read_coco(path, document)
         elif kind == "karpathy":
             yield from read_karpathy(path, document, splits)
         else:

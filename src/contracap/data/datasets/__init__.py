@@ -1,0 +1,1 @@
+"""The formats in which data sets say what is in their pictures, a module for each."""

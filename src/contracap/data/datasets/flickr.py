@@ -1,0 +1,44 @@
+"""The caption files of Flickr8k and Flickr30k."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from contracap.data.annotations import Entry, Refused, read_lines, texts
+from contracap.data.datasets.tables import read_table
+
+TABLE_HEAD = "image,caption"  # of Kaggle's captions.txt, which is a CSV file
+BARS_HEAD = "image_name|"  # of Kaggle's results.csv, in one line of which the second bar is missing
+BARS = re.compile(r"(?P<picture>[^|]+)\| *\d+ *\|?(?P<caption>.*)")
+TOKEN = re.compile(r"(?P<picture>.+)#\d+\t(?P<caption>.*)")
+
+
+def is_flickr(path: Path, head: str) -> bool:
+    """Whether the first line of a file says so."""
+    table = path.suffix.lower() == ".txt" and head.startswith(TABLE_HEAD)
+    return table or head.startswith(BARS_HEAD) or TOKEN.fullmatch(head) is not None
+
+
+def read_flickr(path: Path) -> Iterator[Entry | Refused]:
+    """The captions of a Flickr8k or Flickr30k file, a line each.
+
+    Three layouts: `name.jpg#0`, a tab, the caption; Kaggle's `captions.txt` with the head `image,caption`; Kaggle's
+    `results.csv` with the head `image_name| comment_number| comment`.
+
+    Raises:
+        SourceError: if the file is no text.
+    """
+    pattern = TOKEN
+    for number, line in read_lines(path):
+        if isinstance(line, Refused):
+            yield line
+        elif number == 1 and line.startswith(TABLE_HEAD):
+            yield from read_table(path)
+            return
+        elif number == 1 and line.startswith(BARS_HEAD):
+            pattern = BARS
+        elif found := pattern.fullmatch(line):
+            yield Entry(picture=found["picture"].strip(), captions=texts(found["caption"]))
+        elif line:
+            message = "not a picture, a number and a caption"
+            yield Refused(source=f"{path.name}, line {number}", kind="bad_row", message=message)

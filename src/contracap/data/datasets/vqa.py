@@ -1,0 +1,78 @@
+"""Questions and answers about images, in the layout of VQAv2."""
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from sys import intern
+from typing import Any
+
+from contracap.data.annotations import Entry, Refused, SourceError, each, number_or_text, other_layout, read_json
+
+logger = logging.getLogger(__name__)
+
+
+def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> Iterator[Entry | Refused]:
+    """The images that the questions of a VQA file are about, with the field `qa`: a list of objects with `question`,
+    `answer` (the most common one), `answers`, `question_id`, and the types of both where they are known.
+
+    Args:
+        path: the questions, such as `v2_OpenEnded_mscoco_train2014_questions.json`; the answers lie beside them, as
+            `v2_mscoco_train2014_annotations.json`. Of a test set there are none.
+        document: what `path` holds.
+        pictures: names of image files. The id of an image is the number at the end of its name, or its name.
+
+    Raises:
+        SourceError: if two images have one id, or a file is not what it should be.
+    """
+    beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    answers = _answers(beside) if beside != path and beside.is_file() else None
+    if answers is None:
+        logger.warning(f"{path.name} is read without answers: there is no *_annotations.json next to it")
+    named = defaultdict[Any, list[str]](list)
+    for name in pictures:
+        stem = PurePosixPath(name).stem
+        number = re.search(r"\d+$", stem)
+        for identity in {stem, int(number[0])} if number else {stem}:
+            named[identity].append(name)
+    asked = defaultdict[Any, list[dict[str, Any]]](list)
+
+    def ask(question: Any) -> Refused | None:
+        identity, image = (number_or_text(question[name]) for name in ("question_id", "image_id"))
+        answer = {} if answers is None else answers.get(identity)
+        if answer is None:
+            message = f"it has no answer in {beside.name}"
+            return Refused(source=f"question {identity} of {path.name}", kind="no_answer", message=message)
+        asked[image].append({"question_id": question["question_id"], "question": question["question"], **answer})
+        return None
+
+    for refused in each(path, document["questions"], ask, layout="vqa", name="question"):
+        if refused is not None:
+            yield refused
+    for identity, questions in asked.items():
+        names = named.get(identity, [str(identity)])
+        if len(names) > 1:
+            raise SourceError(
+                f"picture {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder, with --pictures, "
+                "or after the file where there is no such option"
+            )
+        yield Entry(picture=names[0], fields={"image_id": identity, "qa": questions})
+
+
+def _answers(path: Path) -> dict[Any, dict[str, Any]]:
+    """What a VQA file of answers says about each question, by its id."""
+    found = dict[Any, dict[str, Any]]()
+
+    def keep(annotation: Any) -> None:
+        answers = [intern(answer["answer"]) for answer in annotation["answers"]]  # few differ: each is kept once
+        kept = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+        usual = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
+        found[number_or_text(annotation["question_id"])] = {"answer": usual, "answers": answers, **kept}
+
+    try:  # a question whose answers cannot be read is refused as one that has none
+        for _ in each(path, read_json(path)["annotations"], keep, layout="answers of vqa", name="answer"):
+            pass
+    except (LookupError, TypeError, AttributeError) as error:
+        raise other_layout(path, "answers of vqa", error) from error
+    return found
