@@ -55,6 +55,7 @@ _TAG_BYTES = {
     16: 8,
 }  # of TIFF's types
 MAX_METADATA_BYTES = 2**20  # of directories, beyond twice what the file holds
+MAX_METADATA_STARTS = 16  # of four bytes that chance gives once in two thousand million places
 _FLAGS = re.DOTALL | re.IGNORECASE
 
 
@@ -83,7 +84,10 @@ def open_image(data: bytes) -> Image.Image:
     """
     format = image_format(data[:HEAD_BYTES])
     if format in ("AVIF", "HEIF"):  # somewhere inside; Pillow reads it as it opens the file
-        tags = [data[found.start() :] for found in islice(re.finditer(rb"II\*\0|MM\0\*", data), 4)]
+        places = list(islice(re.finditer(rb"II\*\0|MM\0\*", data), MAX_METADATA_STARTS + 1))
+        if len(places) > MAX_METADATA_STARTS:
+            raise ValueError("bytes that look like metadata begin in too many places")
+        tags = [data[found.start() :] for found in places]
     else:
         tags = [data] if format == "TIFF" else [b"".join(_jpeg_exif(data))] if format == "JPEG" else []
     if any(directory_bytes(part) > 2 * len(part) + MAX_METADATA_BYTES for part in tags):

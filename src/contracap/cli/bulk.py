@@ -3,10 +3,8 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
-
 from contracap.cli.errors import fail, say, verbosity
-from contracap.cli.options import PathText, Settings, Size, StrategyName, WeightsName
+from contracap.cli.options import PathText, Settings, Size, StrategyName, WeightsName, arg
 
 if TYPE_CHECKING:
     from contracap.bulk.parts import BulkConfig

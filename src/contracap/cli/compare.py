@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
-
-from contracap.cli.options import command_line
+from contracap.cli.options import arg, command_line
 
 Results = Annotated[Path, arg(metavar="RESULTS.json", help="what contracap evaluate or score wrote with --json")]
 

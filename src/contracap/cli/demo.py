@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
-
-from contracap.cli.options import Size, WeightsName, load_model
+from contracap.cli.options import Size, WeightsName, arg, load_model
 
 
 def demo(

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
-
 from contracap.cli.errors import written
 from contracap.cli.options import (
     Int8,
@@ -19,6 +17,7 @@ from contracap.cli.options import (
     Size,
     StrategyName,
     WeightsName,
+    arg,
     check_outputs,
     command_line,
     load_model,

@@ -4,9 +4,9 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import FlagCreatePairsOff
 
-from contracap.cli.options import ResultFile, command_line
+from contracap.cli.options import ResultFile, arg, command_line
 
 AllowCommands = Annotated[
     FlagCreatePairsOff[bool], arg(help="run the commands of sources that begin with pipe:, with all your permissions")

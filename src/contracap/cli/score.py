@@ -4,10 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
-
 from contracap.cli.errors import written
-from contracap.cli.options import PathText, ResultFile, Size, check_outputs, command_line, load_model
+from contracap.cli.options import PathText, ResultFile, Size, arg, check_outputs, command_line, load_model
 from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName

@@ -5,9 +5,7 @@ import os
 import sys
 from typing import Annotated
 
-from tyro.conf import arg
-
-from contracap.cli.options import Settings, Size, StrategyName, WeightsName, load_model
+from contracap.cli.options import Settings, Size, StrategyName, WeightsName, arg, load_model
 
 API_KEY = "CONTRACAP_API_KEY"
 PACKAGES = ("fastapi", "fastapi_offline", "python_multipart", "starlette", "uvicorn")

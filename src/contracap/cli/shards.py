@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
-from contracap.cli.options import PathText, Workers, worker_count
+from contracap.cli.options import PathText, Workers, arg, worker_count
 
 
 def make(

@@ -5,9 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
-from contracap.cli.options import Size, WeightsName
+from contracap.cli.options import Size, WeightsName, arg
 
 
 def inspect(
