@@ -2,8 +2,11 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
+import re
+import textwrap
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +37,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     unknown = list(_unknown_keys(cls, values, ()))
     if unknown:
         raise ConfigError("; ".join(unknown))
-    endless = [f"'{key}' must be a finite number, not {number}" for key, number in _not_finite(values, ())]
+    endless = [f"'{key}' must be {wanted}, not {number}" for key, wanted, number in _endless(values, ())]
     if endless:
         raise ConfigError("; ".join(endless))
     try:
@@ -60,7 +63,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
     for override in overrides:
         assign(values, override)
@@ -93,6 +96,40 @@ def require_positive(config: Any, *fields: str) -> None:
     for field in fields:
         if not getattr(config, field) > 0:
             raise ValueError(f"{field} is {getattr(config, field)}; it must be above 0")
+
+
+def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+    """Dotted key, what it must be with its default, and what it means, of every field of a dataclass and of those in
+    it; what it means stands under `Attributes:` in its docstring."""
+    hints, told = get_type_hints(cls), _told(cls)
+    for field in dataclasses.fields(cls):
+        inside, key = _dataclass_of(hints[field.name]), ".".join((*path, field.name))
+        if inside is not None and field.default is not None:
+            yield from keys(inside, (*path, field.name))
+            continue
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "needed" if needed else "none by default"
+        if field.default not in (dataclasses.MISSING, None):
+            default = f"default {_toml_text(_plain(field.default))}"
+        yield key, f"{_words(hints[field.name])}; {default}", told.get(field.name, "")
+        held = [each for _, each, _ in _items(hints[field.name], {"NAME": None})]
+        for each in (inside, *map(_dataclass_of, held)):
+            if each is not None:
+                yield from keys(each, (*path, field.name) if each is inside else (*path, field.name, "NAME"))
+
+
+def keys_text(cls: type) -> str:
+    """Every key with what it takes and means, for a terminal and for the docs."""
+    return "\n\n".join(
+        "\n    ".join([key, *textwrap.wrap(takes, 76), *textwrap.wrap(means, 76)]) for key, takes, means in keys(cls)
+    )
+
+
+def _told(cls: type) -> dict[str, str]:
+    """The text of each attribute in a docstring."""
+    text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    ([a-z_0-9, ]+): (.*(?:\n(?:        .*|$))*)", text, re.MULTILINE)
+    return {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -149,17 +186,19 @@ def _items(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
             yield from ((str(key), arguments[1], item) for key, item in value.items())
 
 
-def _not_finite(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-    """Key and value of each number that is NaN or infinite: these pass every comparison that checks a range, or half
-    of them."""
+def _endless(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, float]]:
+    """Key, what would do, and value of each number that is NaN or infinite, as these pass every comparison that checks
+    a range, or half of them; and of each whole number that others cannot hold."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _not_finite(item, (*path, str(key)))
+            yield from _endless(item, (*path, str(key)))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _not_finite(item, (*path, str(index)))
+            yield from _endless(item, (*path, str(index)))
     elif isinstance(value, float) and not math.isfinite(value):
-        yield ".".join(path), value
+        yield ".".join(path), "a finite number", value
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield ".".join(path), "below 2**63", value
 
 
 def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]:
@@ -220,7 +259,7 @@ def _words(hint: Any) -> str:
         items = [_words(argument) for argument in get_args(hint) if argument is not ...]
         alike = ... in get_args(hint) or len(items) == 1
         return f"a list, each {items[0]}" if alike else f"a list ({', '.join(items)})"
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or hint is dict or get_origin(hint) is dict:
         return "a table"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     return plain.get(hint, getattr(hint, "__name__", str(hint)))
@@ -232,7 +271,7 @@ def _words(hint: Any) -> str:
 def _toml_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):  # the latter of thousands of brackets
+    except (ValueError, RecursionError):  # no TOML; thousands of digits, or of brackets
         return text
     return parsed["value"] if len(parsed) == 1 else text
 

@@ -75,7 +75,10 @@ class StudyConfig:
     def run(self, arm: str, seed: int) -> Recipe:
         """The recipe of one run."""
         given = {"out": str(Path(self.out) / f"{arm}-{seed}"), "seed": seed, "resume": True}
-        return build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
+        recipe = build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
+        if recipe.epochs is not None:
+            raise ConfigError(f"arm {arm}: give steps; a study takes no epochs")
+        return recipe
 
     def common_tasks(self, arm: str) -> set[str]:
         """The tasks that an arm and the first one are both measured by."""
@@ -117,7 +120,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
             list_shards(source.shards)
         if recipe.initialise_from is not None:
             find_weights(recipe.initialise_from)
-        if recipe.data.validation is not None:
+        if recipe.validate_every and recipe.data.validation is not None:
             list_shards(recipe.data.validation)
         processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))
         Suite(recipe.evaluation, processor)

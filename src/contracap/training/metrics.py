@@ -4,6 +4,7 @@ terminal; and a line for each skipped sample, spike and sample caption in a file
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,8 @@ class Recorder:
             _forget_after(folder / name, start)
         self._warnings = 0
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        now = time.monotonic()  # tqdm's own clock may be set back, and its rates become negative
+        vars(self._bar).update(_time=time.monotonic, start_t=now, last_print_t=now)
         self._total = total_steps
 
     def __enter__(self) -> "Recorder":
@@ -59,7 +62,8 @@ class Recorder:
             left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
             logger.info("step %d of %d%s: %s", step, self._total, left, text)
         else:
-            self._bar.set_postfix_str(text)
+            shown = {"loss": "loss {:.4g}", "samples_per_second": "{:.4g} samples/s"}  # what a line has room for
+            self._bar.set_postfix_str(", ".join(shown[name].format(numbers[name]) for name in shown if name in numbers))
 
     def skips(self, step: int, skips: Iterable[Skip]) -> None:
         """Write down samples that the data left out since the last step. The first ones are warned of, too."""
