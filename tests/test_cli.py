@@ -199,6 +199,22 @@ def test_strategy_and_its_settings_reach_the_decoding(
         assert (status, out, err.count("\n")) == (1, "", 1) and "'beem'" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        (["caption", "W", "x.jpg"], "length_penalty"),
+        (["caption", "W", "x.jpg", "--strategy", "sample"], "top_p"),
+        (["caption", "W", "x.jpg", "--strategy", "rerank"], "of.temperature"),
+        (["evaluate", "W", "--task", "vqa", "--data", "x"], "rules.banned"),
+        (["evaluate", "W", "--task", "captioning", "--data", "x", "--strategy", "greedy"], "max_tokens"),
+        (["serve", "W"], "width"),
+    ],
+)
+def test_set_help_lists_the_settings_of_the_strategy(run: Run, arguments: list[str], setting: str) -> None:
+    status, out, err = run(*arguments, "--set", "help")
+    assert (status, err) == (0, "") and setting in out.splitlines()
+
+
 def test_a_caption_that_holds_line_breaks_stays_on_its_line(
     run: Run, weights: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

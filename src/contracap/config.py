@@ -19,6 +19,10 @@ import pydantic
 T = TypeVar("T")
 
 
+class SettingsHelp(Exception):
+    """Asked for: every key with what it takes and means, as text."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what would do."""
 
@@ -104,6 +108,8 @@ def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]
     hints, told = get_type_hints(cls), _told(cls)
     for field in dataclasses.fields(cls):
         inside, key = _dataclass_of(hints[field.name]), ".".join((*path, field.name))
+        if dataclasses.is_dataclass(field.default):  # one of several, as a strategy that another contains
+            inside = type(field.default)
         if inside is not None and field.default is not None:
             yield from keys(inside, (*path, field.name))
             continue

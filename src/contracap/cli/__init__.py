@@ -28,6 +28,7 @@ from contracap.cli.score import score
 from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show
 from contracap.cli.weights import convert, inspect
+from contracap.config import SettingsHelp
 
 BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 CANNOT_PARSE = 2
@@ -103,6 +104,9 @@ def _run(arguments: Sequence[str] | None) -> int:
             config=(DisallowNone,),
             registry=registry,
         )
+    except SettingsHelp as asked:
+        print(asked)
+        return 0
     except KeyboardInterrupt as interrupt:  # a verb may say what is done, and whether the same command goes on
         return fail(str(interrupt) or "interrupted", status=130)
     except BrokenPipeError:

@@ -108,6 +108,7 @@ def caption(
     from contracap.generation.strategy import check_count
 
     # All that can be wrong is found before the weights are read
+    chosen = build_strategy(strategy, settings)
     workers = 4 * (os.cpu_count() or 1) if workers is None else workers
     check_count("--batch-size", batch_size, 1, "pictures at a time")
     check_count("--workers", workers, 1, "threads that read and decode")
@@ -121,7 +122,6 @@ def caption(
         raise ValueError(f"--out {table} would take the place of what is read: name another file")
     for item in first_items(paths, recursive=recursive):
         output.check(item)
-    chosen = build_strategy(strategy, settings)
 
     if compiled:
         from contracap.model.compiling import require_compiler

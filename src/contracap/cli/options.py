@@ -67,7 +67,11 @@ StrategyName = Annotated[
 ]
 Settings = Annotated[
     tuple[str, ...],
-    arg(name="set", metavar="[KEY=VALUE ...]", help="the strategy's settings, such as width=3 length_penalty=0"),
+    arg(
+        name="set",
+        metavar="[KEY=VALUE ...]",
+        help="the strategy's settings, such as width=3 length_penalty=0; `--set help` lists them",
+    ),
 ]
 Int8 = Annotated[
     FlagCreatePairsOff[bool],

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from contracap.config import assign, build, to_dict
+from contracap.config import SettingsHelp, assign, build, keys_text, to_dict
 from contracap.data.captions import require_captions
 from contracap.data.questions import questions
 from contracap.data.shards import SampleError, layout_fault
@@ -126,6 +126,8 @@ class TaskConfig:
             of = "of." if self.strategy == "rerank" else ""
             lengths = (f"{of}{name}={to_dict(usual)[name]}" for name in ("max_tokens", "min_tokens"))
             return build_strategy(self.strategy, (*lengths, *self.settings))
+        if "help" in self.settings:
+            raise SettingsHelp(keys_text(type(usual)))
         values = to_dict(usual)
         for setting in self.settings:
             assign(values, setting)

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contracap.config import ConfigError, assign, build, to_dict
+from contracap.config import ConfigError, SettingsHelp, assign, build, keys_text, to_dict
 from contracap.generation.beam import BeamSearch
 from contracap.generation.legacy import LegacyBeamSearch
 from contracap.generation.reranking import ContrastiveReranking
@@ -30,12 +30,16 @@ def build_strategy(name: str, settings: Mapping[str, Any] | Sequence[str] = ()) 
             "rules.no_repeat_ngram=3" or "rules.banned=['red']". What "rerank" ranks takes settings such as
             "of.samples=4", and is a beam search where they are those of one: "of.width=4".
 
-    Raises: ConfigError: for an unknown name or key, with the nearest right one, or a wrong value.
+    Raises:
+        ConfigError: for an unknown name or key, with the nearest right one, or a wrong value.
+        SettingsHelp: for "help" as one of the settings.
     """
     if name not in STRATEGIES:
         near = difflib.get_close_matches(str(name), STRATEGIES, n=1)
         right = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(STRATEGIES)}"
         raise ConfigError(f"unknown strategy '{name}'; {right}")
+    if "help" in settings and not isinstance(settings, Mapping):
+        raise SettingsHelp(keys_text(STRATEGIES[name]))
     try:
         values: dict[str, Any] = dict(settings) if isinstance(settings, Mapping) else {}
         for setting in () if isinstance(settings, Mapping) else settings:
