@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "evaluation": "evaluation model data generation tokenizer image processor",
     "parallel": "parallel losses model",
     "training": "training parallel model pretrained losses data tokenizer image processor",
-    "start": "training parallel recipe model pretrained image",
+    "start": "training parallel recipe model pretrained data.remote data.shards image",
     "trainer": "start plan evaluation training parallel recipe model pretrained data",
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",
     "bench": "bench bulk plan start recipe evaluation generation training parallel losses pretrained model data "

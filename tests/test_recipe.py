@@ -50,6 +50,11 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
             {"evaluation": {"tasks": {"x": {"dta": "shards"}}}},
             "unknown key 'evaluation.tasks.x.dta'; did you mean 'data'",
         ),
+        ({"steps": 10**19}, "'steps' must be below 2"),
+        ({"steps": 10**18}, "steps is 1,000,.*; it must be at most"),
+        ({"data": {"train": "x", "batch_size": 10**11}}, "batch_size must be at most 1,048,576, is 100,000,000,000"),
+        ({"data": {"train": "x", "batch_size": 8, "workers": 100_000}}, "workers must be at most 1,024"),
+        ({"data": {"train": "x", "batch_size": 8, "shuffle_buffer": 10**15}}, "shuffle_buffer must be at most"),
         ({"size": "huge"}, "unknown size 'huge'; the sizes are coca_ViT-B-32"),
         ({"size": "ViT-B-32"}, "has no decoder: set loss.captioning = 0"),
         ({"model": {"vision": {"depth": 3}}}, "depth"),
@@ -64,6 +69,15 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
 def test_a_wrong_recipe_says_what_is_wrong(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(Recipe, LEAST | change)
+
+
+def test_numbers_with_thousands_of_digits_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, LEAST)))
+    with pytest.raises(ConfigError, match="'steps' must be a whole number"):
+        load_recipe(tmp_path / "recipe.toml", ["steps=" + "9" * 10_000])
+    (tmp_path / "recipe.toml").write_text("steps = " + "9" * 10_000)
+    with pytest.raises(ConfigError, match="is not a TOML file"):
+        load_recipe(tmp_path / "recipe.toml")
 
 
 @pytest.mark.parametrize(

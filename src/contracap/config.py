@@ -34,7 +34,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     unknown = list(_unknown_keys(cls, values, ()))
     if unknown:
         raise ConfigError("; ".join(unknown))
-    endless = [f"'{key}' must be a finite number, not {number}" for key, number in _not_finite(values, ())]
+    endless = [f"'{key}' must be {wanted}, not {number}" for key, wanted, number in _endless(values, ())]
     if endless:
         raise ConfigError("; ".join(endless))
     try:
@@ -60,7 +60,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
     for override in overrides:
         assign(values, override)
@@ -149,17 +149,19 @@ def _items(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
             yield from ((str(key), arguments[1], item) for key, item in value.items())
 
 
-def _not_finite(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-    """Key and value of each number that is NaN or infinite: these pass every comparison that checks a range, or half
-    of them."""
+def _endless(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, float]]:
+    """Key, what would do, and value of each number that is NaN or infinite, as these pass every comparison that checks
+    a range, or half of them; and of each whole number that others cannot hold."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _not_finite(item, (*path, str(key)))
+            yield from _endless(item, (*path, str(key)))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _not_finite(item, (*path, str(index)))
+            yield from _endless(item, (*path, str(index)))
     elif isinstance(value, float) and not math.isfinite(value):
-        yield ".".join(path), value
+        yield ".".join(path), "a finite number", value
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield ".".join(path), "below 2**63", value
 
 
 def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]:
@@ -232,7 +234,7 @@ def _words(hint: Any) -> str:
 def _toml_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):  # the latter of thousands of brackets
+    except (ValueError, RecursionError):  # no TOML; thousands of digits, or of brackets
         return text
     return parsed["value"] if len(parsed) == 1 else text
 

@@ -21,6 +21,7 @@ from contracap.training.optimizer import OptimizerConfig
 
 RECIPE_FILE = "recipe.toml"  # in a run's folder
 RUN_PARTS = (CHECKPOINTS, METRICS_FILE, TENSORBOARD_FOLDER)  # one of which a run's folder has
+MAX_STEPS = 10**12
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -85,6 +86,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"steps is {self.steps:,}; it must be at most {MAX_STEPS:,}")
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
         if self.validate_every < 0:

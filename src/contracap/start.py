@@ -1,5 +1,6 @@
 """What a run starts from: its recipe's weights and device, or what its folder says of its first part."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any, Literal
 import torch
 
 from contracap.config import to_dict
+from contracap.data.remote import commands_in
+from contracap.data.shards import list_shards
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa
+from contracap.model.compiling import require_compiler
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.parallel import ParallelError
-from contracap.pretrained import random_model, read_weights
+from contracap.pretrained import find_weights, random_model, read_weights
 from contracap.recipe import RECIPE_FILE, Precision, Recipe, load_recipe
 from contracap.training.checkpoint import CheckpointError
 
@@ -41,6 +45,37 @@ FREE = (
     "data.max_bad_share",
     "data.train",
 )
+
+
+def require_means(recipe: Recipe, ranks: int) -> None:
+    """Look for what a run needs of this machine, before anything is read from afar, built or counted.
+
+    Raises:
+        FileNotFoundError, WeightsError: if data or weights of a local path are not there.
+        CompilerError: if blocks are to be compiled, and nothing can.
+        ParallelError: if the pixels of a batch do not fit into the memory.
+    """
+    used = [source.shards for source in recipe.data.sources.values()]
+    used += [recipe.data.validation] if recipe.validate_every and recipe.data.validation else []
+    used += [recipe.evaluation.captions.data] if recipe.evaluation.captions else []
+    for paths in used:
+        for path in [paths] if isinstance(paths, str) else paths:
+            if "://" not in path and not commands_in(path):
+                list_shards(path)
+    for name, task in recipe.evaluation.tasks.items():
+        for path in [task.data] if isinstance(task.data, str) else task.data:
+            if not any(sign in path for sign in ("://", "pipe:", "{")) and not os.path.exists(path):
+                raise FileNotFoundError(f"task {name}: no such file or folder: {path}")
+    if recipe.initialise_from is not None and not recipe.initialise_from.startswith("hf-hub:"):
+        find_weights(recipe.initialise_from)
+    if recipe.parallel.compile:
+        require_compiler()
+    pixels = 3 * recipe.model_config.vision.image_size**2 * recipe.data.batch_size // ranks
+    if hasattr(os, "sysconf") and pixels > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise ParallelError(
+            f"data.batch_size is {recipe.data.batch_size:,}, whose pixels take {pixels / 2**30:,.0f} GiB on each of "
+            f"{ranks} ranks; this machine has {memory / 2**30:,.0f} GiB: lower it, or take more ranks"
+        )
 
 
 def require_same_run(folder: Path, recipe: Recipe) -> None:

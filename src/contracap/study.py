@@ -117,7 +117,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
             list_shards(source.shards)
         if recipe.initialise_from is not None:
             find_weights(recipe.initialise_from)
-        if recipe.data.validation is not None:
+        if recipe.validate_every and recipe.data.validation is not None:
             list_shards(recipe.data.validation)
         processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))
         Suite(recipe.evaluation, processor)

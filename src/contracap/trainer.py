@@ -20,7 +20,7 @@ from contracap.parallel import ParallelError, Ranks, started, wrapped
 from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
 from contracap.recipe import RECIPE_FILE, Recipe
-from contracap.start import device_of, precision_on, require_same_run, starting_model
+from contracap.start import device_of, precision_on, require_means, require_same_run, starting_model
 from contracap.training.boards import open_boards, require_wandb
 from contracap.training.checkpoint import (
     CHECKPOINTS,
@@ -95,6 +95,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
             f"data.batch_size {recipe.data.batch_size} cannot be shared by {ranks.count} ranks in parts of "
             f"accumulation {recipe.accumulation}: make it a multiple of {ranks.count * recipe.accumulation}"
         )
+    require_means(recipe, ranks.count)
     recipe = replace(recipe, precision=precision_on(ranks.device, recipe.precision))
     if checkpoint:
         require_same_run(folder, recipe)
@@ -137,7 +138,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     )
     # Wrong paths are found now, not hours later.
     require_wandb(recipe.wandb)
-    validation = Validation(recipe.data, config, ranks, shared) if recipe.data.validation is not None else None
+    validation = Validation(recipe.data, config, ranks, shared) if recipe.validate_every else None
     suite = Suite(recipe.evaluation, processor, ranks)
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
@@ -245,7 +246,7 @@ class _Run:
             Event(recipe.log_every, self.log),
             Event(recipe.checkpoint.every, self.checkpointing),
         ]
-        if validation and recipe.validate_every:
+        if validation:
             events.append(Event(recipe.validate_every, partial(self.validating, validation)))
         if suite:
             events.append(Event(recipe.evaluation.every, partial(self.evaluating, suite, bf16=config.bf16)))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -177,3 +178,24 @@ def test_damaged_shard_neither_hangs_nor_crashes_nor_loses_anything_untold(
     told = sum(skip.samples for skip in stream.take_skips())
     lost = {f"{number:03}" for number in range(8)} - keys
     assert told >= (len(lost) if counted_before else bool(lost))
+
+
+def test_a_shard_that_was_damaged_since_loses_its_samples_and_the_order_stays(folder: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(folder, shards)
+    whole = batches_of(shards, streams=1, max_bad_share=0.9)
+    stream = iter(whole)
+    next(stream)
+    state = json.loads(json.dumps(whole.state_dict()))
+    expected = [key for batch in islice(stream, 16) for key in batch.keys]
+    content = (shards / "2.tar").read_bytes()
+    (shards / "2.tar").write_bytes(content[: len(content) // 2])
+    resumed = batches_of(shards, streams=1, max_bad_share=0.9)
+    resumed.load_state_dict(state)
+    found = [key for batch in islice(resumed, 8) for key in batch.keys]
+    assert resumed.skipped["broken_shard"]
+    left = {f"{number:03}" for number in range(95 + 53)}
+    assert found == [key for key in expected if key in left][: len(found)]
+    (shards / "2.tar").write_bytes((shards / "0.tar").read_bytes())  # not damaged: other data
+    with pytest.raises(ValueError, match="cannot resume the data: samples was 200"):
+        batches_of(shards, streams=1).load_state_dict(state)

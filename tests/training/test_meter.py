@@ -56,6 +56,11 @@ def test_speeds_are_of_all_ranks_and_the_rest_of_the_worst() -> None:
     }
 
 
+@pytest.mark.parametrize("jump", [{"seconds": -3600.0}, {"seconds": 0.0}, {"waited": -2.0}, {"waited": 9.0}])
+def test_a_clock_that_jumps_gives_no_rates(jump: dict[str, float]) -> None:
+    assert figures([measured(), measured(**jump)], lambda *_: 1.0).keys() == {"memory_gib"}
+
+
 def test_utilisation_is_told_the_speed_of_one_device_and_the_mean_text() -> None:
     found = figures([measured(), measured()], lambda samples_per_second, tokens: samples_per_second * 1000 + tokens)
     assert found["mfu"] == 2 * 1000 + 5

@@ -388,3 +388,34 @@ def test_a_run_over_too_much_bad_data_stops_and_says_so(recipe_values: dict, tmp
         train(build(Recipe, recipe_values | {"data": data, "steps": 60}))
     lines = (Path(recipe_values["out"]) / "skipped.jsonl").read_text().splitlines()
     assert len(lines) == 51
+
+
+def test_what_a_run_lacks_is_found_before_anything_is_built(recipe_values: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("contracap.trainer.starting_model", lambda *args: pytest.fail("builds"))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    data, gone = recipe_values["data"], str(tmp_path / "gone")
+    task = {"task": "retrieval", "data": gone}
+    for change, message in (
+        ({"data": data | {"train": gone}}, "no such shard or folder of shards: .*gone"),
+        ({"data": data | {"validation": gone}, "validate_every": 4}, "no such shard or folder of shards: .*gone"),
+        ({"evaluation": {"tasks": {"x": task}}}, "task x: no such file or folder: .*gone"),
+        ({"initialise_from": gone}, "no weights at .*gone"),
+        ({"parallel": {"compile": True}}, "needs a C.. compiler, and there is no .*no-compiler"),
+        ({"data": data | {"batch_size": 2**20}, "model": {"vision": {"image_size": 512}}}, "lower it"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(build(Recipe, recipe_values | change))
+    assert not Path(recipe_values["out"]).exists()
+
+
+def test_validation_shards_are_looked_at_before_the_first_step_and_only_if_they_are_used(recipe_values: dict) -> None:
+    data = recipe_values["data"]
+    train(build(Recipe, recipe_values | {"data": data | {"validation": "gone"}, "steps": 3}))
+    wanted = data | {"batch_size": 64, "train": [data["train"], data["train"]]}
+    with pytest.raises(ValueError, match="holds 48 samples with captions, fewer than one batch of 64"):
+        train(
+            build(
+                Recipe,
+                recipe_values | {"data": wanted, "validate_every": 4, "resume": False, "out": data["train"] + "-run"},
+            )
+        )

@@ -123,6 +123,10 @@ def caption(
         output.check(item)
     chosen = build_strategy(strategy, settings)
 
+    if compiled:
+        from contracap.model.compiling import require_compiler
+
+        require_compiler()
     captioner = Captioner(*load_model(weights, size, int8=int8, device=device), compiled=compiled)
     captioner.check(chosen, prompt)
     if isinstance(output, SideCars | Table):

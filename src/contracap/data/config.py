@@ -8,6 +8,9 @@ from contracap.data.captions import CaptionConfig
 from contracap.image import AugmentationConfig
 
 MOST_STREAMS = 16  # unless the recipe says how many
+MAX_BATCH = 2**20
+MAX_BUFFER = 10**8  # samples
+MAX_WORKERS = 1024  # of one rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +80,16 @@ class DataConfig:
     max_bad_share: float = 0.05
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("shuffle_buffer", 1), ("workers", 0), ("smallest_side", 1)):
+        for name, least, most in (
+            ("batch_size", 1, MAX_BATCH),
+            ("shuffle_buffer", 1, MAX_BUFFER),
+            ("workers", 0, MAX_WORKERS),
+            ("smallest_side", 1, None),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, is {getattr(self, name)}")
+            if most is not None and getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most:,}, is {getattr(self, name):,}")
         if self.streams is not None and (self.streams < 1 or self.batch_size % self.streams):
             raise ValueError(f"streams is {self.streams}; it must divide batch_size {self.batch_size}")
         if not 0 <= self.max_bad_share < 1:

@@ -148,6 +148,15 @@ def _counted(shard: str) -> int:
         return error.whole + 1
 
 
+def is_damaged(shard: str) -> bool:
+    """Whether a local shard cannot be read to its end."""
+    try:
+        count_samples(shard)
+    except ShardError:
+        return Path(shard).is_file()
+    return False
+
+
 def _told(shard: str, index: Mapping[str, ShardEntry]) -> int | None:
     folder, name = _folder(shard), shard.rpartition("/")[2]
     local = "://" not in shard and Path(shard).is_file()

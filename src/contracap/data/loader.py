@@ -19,7 +19,7 @@ from torch import Tensor
 from contracap.data.batch import Batch
 from contracap.data.config import DataConfig
 from contracap.data.folders import class_folders
-from contracap.data.index import samples_in
+from contracap.data.index import is_damaged, samples_in
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, Skip, Source
 from contracap.data.rounds import rounds
 from contracap.data.shards import Sample, list_shards, samples
@@ -71,7 +71,7 @@ class TrainingBatches:
         if config.captions.max_tokens is not None:
             shorter = min(config.captions.max_tokens, tokenizer.context)
             tokenizer = Tokenizer(context=shorter, vocab_size=tokenizer.vocab_size)
-        self._config = config
+        self._config, self._seed = config, seed
         self._order = _order(config, seed)
         self._maker = _BatchMaker(config, self._order, image=image, tokenizer=tokenizer)
         each = streams // ranks
@@ -147,7 +147,8 @@ class TrainingBatches:
         Of several ranks, each has the streams it reads: `joined_states` puts them together.
         """
         streams = {str(stream): state for stream, state in self._states.items()}
-        return {"order": _description(self._order), "batches": self._batches, "streams": streams}
+        counts = [source.counts for source in self._order.sources]
+        return {"order": _description(self._order), "counts": counts, "batches": self._batches, "streams": streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken, by any number of ranks and workers.
@@ -156,6 +157,8 @@ class TrainingBatches:
             ValueError: if that was with another seed, other shards (their names and numbers of samples count, not
                 their folder) or other settings of the order, or lacks streams of this rank.
         """
+        if state["order"] != _description(self._order) and "counts" in state:
+            self._count_damaged_as(state["counts"])
         for name, now in _description(self._order).items():
             if state["order"].get(name) != now:
                 raise ValueError(
@@ -171,6 +174,21 @@ class TrainingBatches:
         self._batches = state["batches"]
         self._states = {stream: state["streams"][str(stream)] for stream in self._streams}
 
+    def _count_damaged_as(self, counts: Sequence[Sequence[int]]) -> None:
+        """Let shards that were damaged since hold what they held then, by source and shard, so that the order stays:
+        what cannot be read any more is lost, and told of."""
+        now = [source.counts for source in self._order.sources]
+        if [len(each) for each in counts] != [len(each) for each in now]:
+            return
+        kept = [
+            tuple(
+                before if before != count and is_damaged(shard) else count
+                for shard, before, count in zip(source.shards, befores, source.counts, strict=True)
+            )
+            for source, befores in zip(self._order.sources, counts, strict=True)
+        ]
+        self._order = self._maker.order = _order(self._config, self._seed, counts=kept)
+
 
 def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The positions of all ranks after the same batch, as one that any number of ranks can take up."""
@@ -178,13 +196,14 @@ def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**states[0], "streams": streams}
 
 
-def _order(config: DataConfig, seed: int) -> Order:
+def _order(config: DataConfig, seed: int, *, counts: Sequence[tuple[int, ...]] | None = None) -> Order:
+    """`counts`: samples of each shard by source; by default they are counted."""
+    listed = [tuple(list_shards(source.shards)) for source in config.sources.values()]
+    counted = counts or [tuple(samples_in(shards)) for shards in listed]
     sources = []
-    for source in config.sources.values():
-        shards = tuple(list_shards(source.shards))
-        counts = tuple(samples_in(shards))
-        weight = source.weight * (sum(counts) if config.weighting == "samples" else 1)
-        sources.append(Source(shards=shards, counts=counts, weight=weight, replacement=source.replacement))
+    for source, shards, held in zip(config.sources.values(), listed, counted, strict=True):
+        weight = source.weight * (sum(held) if config.weighting == "samples" else 1)
+        sources.append(Source(shards=shards, counts=held, weight=weight, replacement=source.replacement))
     streams = config.stream_count
     rows = config.batch_size // streams
     buffer = -(-config.shuffle_buffer // streams)
@@ -263,7 +282,7 @@ class _BatchMaker:
     """What a worker does: worker w of W owns a W-th of the streams, and makes their part of every batch."""
 
     def __init__(self, config: DataConfig, order: Order, *, image: ImageConfig, tokenizer: Tokenizer) -> None:
-        self._config, self._order, self._image, self._tokenizer = config, order, image, tokenizer
+        self._config, self.order, self._image, self._tokenizer = config, order, image, tokenizer
         shorter = 2 * image.size / math.sqrt(config.augmentation.crop_scale[0])  # a crop is twice the model's size then
         self._shorter_side = math.ceil(shorter) if config.scaled_decoding else None
         self._states: dict[int, dict[str, Any]] = {}
@@ -275,8 +294,8 @@ class _BatchMaker:
     def make(self, worker: int, workers: int) -> Iterator[_Made]:
         """The parts of one of the workers."""
         numbers = np.array_split(list(self._states), workers)[worker]
-        streams = {int(number): SampleStream(self._order, int(number)) for number in numbers}
-        rows = self._config.batch_size // self._order.streams
+        streams = {int(number): SampleStream(self.order, int(number)) for number in numbers}
+        rows = self._config.batch_size // self.order.streams
         try:
             for number, stream in streams.items():
                 stream.load_state_dict(self._states[number])

@@ -11,6 +11,7 @@ from torch import Tensor
 from contracap.generation.strategy import Hypothesis, Prompts, Search, Strategy
 from contracap.model.cache import DecodingCache
 from contracap.model.coca import CoCa
+from contracap.model.compiling import require_compiler
 from contracap.model.linear import Linear, PackedWeights
 from contracap.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ class Engine:
         self._kept: tuple[tuple[object, ...], DecodingCache] | None = None  # graphs write where they first did
         self._alone = Lock() if compiled else nullcontext()  # calls share what is kept
         if compiled:
+            require_compiler()
             mode = "reduce-overhead" if model.device.type == "cuda" else None
             self._score = torch.compile(model.score, dynamic=False, mode=mode)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)

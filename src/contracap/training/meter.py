@@ -96,16 +96,19 @@ class Meter:
 
 def figures(ranks: Sequence[Measured], utilisation: Utilisation | None) -> dict[str, float]:
     """What all ranks did together: `samples_per_second`, `tokens_per_second` and, with `utilisation`, `mfu`; of the
-    rank with the most, `data_wait_share` and `memory_gib`; `gpu_utilisation` in the mean, if all know theirs."""
+    rank with the most, `data_wait_share` and `memory_gib`; `gpu_utilisation` in the mean, if all know theirs. There are
+    no rates where a clock has jumped."""
     seconds = max(rank.seconds for rank in ranks)
     samples, tokens = sum(rank.samples for rank in ranks), sum(rank.tokens for rank in ranks)
-    found = {
-        "samples_per_second": samples / seconds,
-        "tokens_per_second": tokens / seconds,
-        "data_wait_share": max(rank.waited / rank.seconds for rank in ranks),
-        "memory_gib": max(rank.memory for rank in ranks) / GIB,
-    }
-    if utilisation is not None:
+    found = {"memory_gib": max(rank.memory for rank in ranks) / GIB}
+    trusted = all(0 <= rank.waited <= rank.seconds and rank.seconds > 0 for rank in ranks)
+    if trusted:  # else a clock has jumped, as that of a machine that was moved
+        found |= {
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": tokens / seconds,
+            "data_wait_share": max(rank.waited / rank.seconds for rank in ranks),
+        }
+    if trusted and utilisation is not None:
         found["mfu"] = utilisation(samples / seconds / len(ranks), tokens / samples)
     shares = [rank.gpu_utilisation for rank in ranks if rank.gpu_utilisation is not None]
     if len(shares) == len(ranks):

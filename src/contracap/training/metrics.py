@@ -4,6 +4,7 @@ terminal; and a line for each skipped sample, spike and sample caption in a file
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,8 @@ class Recorder:
             _forget_after(folder / name, start)
         self._warnings = 0
         self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        now = time.monotonic()  # tqdm's own clock may be set back, and its rates become negative
+        vars(self._bar).update(_time=time.monotonic, start_t=now, last_print_t=now)
         self._total = total_steps
 
     def __enter__(self) -> "Recorder":

@@ -130,7 +130,7 @@ class Monitor:
         self._write([spikes for _, spikes in reports])
         skipped = {"skipped_steps": float(self._skipped)} if self._skipped else {}
         self._skipped = 0
-        left = measured[0].seconds / measured[0].steps * (self._total - self._done)
+        left = max(0.0, measured[0].seconds) / measured[0].steps * (self._total - self._done)
         self._recorder.record(
             self._done, {**self._numbers, **skipped, **counts, **figures(measured, self._utilisation)}, left
         )

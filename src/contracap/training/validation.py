@@ -1,11 +1,12 @@
 """The losses on pairs that are not trained on."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
 from contracap.data.config import DataConfig
-from contracap.data.loader import validation_batches
+from contracap.data.loader import evaluation_samples, validation_batches
 from contracap.data.shards import list_shards
 from contracap.model.coca import CoCa, evaluating
 from contracap.parallel import Ranks, Wrapped
@@ -20,8 +21,14 @@ class Validation:
     """
 
     def __init__(self, data: DataConfig, config: StepConfig, ranks: Ranks, shared: Wrapped):
-        """Raises: FileNotFoundError: if there are no such shards."""
-        list_shards(data.validation or ())
+        """Raises: FileNotFoundError: if there are no such shards. ValueError: if they do not fill a batch."""
+        shards = list_shards(data.validation or ())
+        captioned = (sample for sample in evaluation_samples(shards) if sample.captions)
+        if (found := sum(1 for _ in islice(captioned, data.batch_size))) < data.batch_size:
+            raise ValueError(
+                f"data.validation {data.validation} holds {found} samples with captions, fewer than one batch of "
+                f"{data.batch_size}: bring more, lower data.batch_size, or set validate_every = 0"
+            )
         self.data, self.config, self.ranks, self.shared = data, config, ranks, shared
 
     @torch.no_grad()
