@@ -5,6 +5,7 @@ perhaps with a lock in its hands; and its workers share a pipe and locks, which 
 has a pipe of its own, which ends when it dies.
 """
 
+import io
 import os
 import pickle
 import signal
@@ -15,12 +16,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
-from multiprocessing.util import Finalize, get_temp_dir
-from typing import Any, Generic, TypeVar
+from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
+from multiprocessing.util import Finalize
+from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch import multiprocessing  # pickles tensors as shared memory
+from torch import Tensor, multiprocessing
 
 from contracap.data.workers import WorkerError
 
@@ -71,7 +72,6 @@ class _Worker(Generic[Item]):
     def __init__(
         self, make: Callable[[int, int], Iterator[Item]], number: int, workers: int, others: Sequence[Connection]
     ) -> None:
-        get_temp_dir()  # one for all, which outlives those that are killed
         with _starting:
             self.pipe, its_own = multiprocessing.Pipe()
             with its_own:  # which no other process may have, or it would not end with the worker
@@ -87,7 +87,7 @@ class _Worker(Generic[Item]):
     def take(self) -> Item:
         """Its next item."""
         try:
-            found = self.pipe.recv()
+            found = _Unpickler(self.pipe).load()
         except (EOFError, OSError) as error:
             self._process.join(PATIENCE)
             if self._process.exitcode is None and not isinstance(error, EOFError | ConnectionError):
@@ -146,7 +146,7 @@ def _work(
     items = _items(make, number, workers)
     with suppress(EOFError, ConnectionError):  # the process that asks is dead
         while pipe.recv():
-            pipe.send_bytes(_next(items))
+            _next(items).send(pipe)
 
 
 def _end_with(parent: int) -> None:
@@ -161,14 +161,70 @@ def _items(make: Callable[[int, int], Iterator[Item]], number: int, workers: int
     yield from make(number, workers)
 
 
-def _next(items: Iterator[Any]) -> bytes | memoryview:
+class _Pickler(ForkingPickler):
+    """Leaves tensors out, which are handed over as shared memory."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors = list[Tensor]()
+
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        if (
+            not isinstance(value, Tensor)
+            or not value.numel()
+            or multiprocessing.get_sharing_strategy() != "file_descriptor"
+        ):
+            return None
+        size = value.numel() * value.element_size()
+        alone = value.is_contiguous() and value.untyped_storage().nbytes() == size
+        self.tensors.append(value if alone else value.clone(memory_format=torch.contiguous_format))
+        return value.dtype, tuple(value.shape), size
+
+
+class _Message:
+    """An item, pickled, and the tensors in it.
+
+    Torch would hand these over through a socket with a name, which a worker that is killed leaves on the disk.
+    """
+
+    def __init__(self, item: Any) -> None:
+        self._content = io.BytesIO()
+        pickler = _Pickler(self._content)
+        pickler.dump(item)
+        self._tensors = pickler.tensors
+
+    def send(self, pipe: Connection) -> None:
+        pipe.send_bytes(self._content.getbuffer())
+        for tensor in self._tensors:
+            descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()
+            send_handle(pipe, descriptor, None)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the next message of a pipe."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(io.BytesIO(pipe.recv_bytes()))
+        self._pipe = pipe
+
+    def persistent_load(self, left_out: Any) -> Tensor:
+        dtype, shape, size = left_out
+        descriptor, storages = recv_handle(self._pipe), cast(Any, torch.UntypedStorage)
+        try:
+            storage = storages._new_shared_fd_cpu(descriptor, size)
+        finally:
+            os.close(descriptor)
+        return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+
+
+def _next(items: Iterator[Any]) -> _Message:
     """The next item, or why there is none, pickled."""
     try:
-        return ForkingPickler.dumps(next(items))
+        return _Message(next(items))
     except Exception as error:
         error.add_note(f"In a worker process:\n{traceback.format_exc()}")
         try:
-            pickle.loads(ForkingPickler.dumps(_Failure(error)))
+            pickle.loads(pickle.dumps(_Failure(error)))
         except Exception:  # of an exception whose class takes other arguments
             error = RuntimeError("".join(traceback.format_exception(error)))
-        return ForkingPickler.dumps(_Failure(error))  # anew: what it shares is handed over once
+        return _Message(_Failure(error))
