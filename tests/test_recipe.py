@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from contracap import cli
 from contracap.config import ConfigError, build, load_toml, to_toml
-from contracap.recipe import Recipe, load_recipe
+from contracap.data.shards import write_shard
+from contracap.recipe import Recipe, in_steps, load_recipe
 from contracap.trainer import train
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -52,7 +54,10 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
         ),
         ({"steps": 10**19}, "'steps' must be below 2"),
         ({"steps": 10**18}, "steps is 1,000,.*; it must be at most"),
-        ({"data": {"train": "x", "batch_size": 10**11}}, "batch_size must be at most 1,048,576, is 100,000,000,000"),
+        (
+            {"data": {"train": "x", "batch_size": 10**11}},
+            "batch_size must be at most 1,073,741,824, is 100,000,000,000",
+        ),
         ({"data": {"train": "x", "batch_size": 8, "workers": 100_000}}, "workers must be at most 1,024"),
         ({"data": {"train": "x", "batch_size": 8, "shuffle_buffer": 10**15}}, "shuffle_buffer must be at most"),
         ({"size": "huge"}, "unknown size 'huge'; the sizes are coca_ViT-B-32"),
@@ -105,3 +110,26 @@ def test_the_recipe_of_a_run_folder_means_that_folder(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").touch()
     assert load_recipe(path).out == str(folder)
     assert load_recipe(path, ["out=elsewhere"]).out == "elsewhere"
+
+
+def test_every_key_is_listed_by_the_command_and_on_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--keys"]) == 0
+    listed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in listed.splitlines())
+    for key in ("data.train.NAME.weight", "evaluation.tasks.NAME.metrics", "optimizer.peak_rate", "epochs"):
+        assert f"\n{key}\n" in listed
+    page = Path(__file__).parent.parent / "docs" / "recipe-keys.md"
+    assert listed in page.read_text(), "write it anew: contracap train --keys"
+
+
+def test_epochs_stand_for_steps(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [(f"{number}", {"txt": b"a"}) for number in range(20)])
+    values = {key: value for key, value in LEAST.items() if key != "steps"} | {"optimizer": {"warmup_steps": 3}}
+    data = {"train": str(tmp_path), "batch_size": 8}
+    recipe = in_steps(build(Recipe, values | {"data": data, "epochs": 2.0}))
+    assert (recipe.steps, recipe.epochs) == (5, None)
+    for wrong in ({"epochs": 2.0, "steps": 10}, {"epochs": 0.0}, {}):
+        with pytest.raises(ConfigError, match="epochs"):
+            build(Recipe, values | {"data": data} | wrong)
+    with pytest.raises(ConfigError, match=r"1 epochs of 20 samples are 3 steps: optimizer\.warmup_steps 3 must be"):
+        in_steps(build(Recipe, values | {"data": data, "epochs": 1.0}))

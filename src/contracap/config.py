@@ -2,8 +2,11 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
+import re
+import textwrap
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,6 +96,40 @@ def require_positive(config: Any, *fields: str) -> None:
     for field in fields:
         if not getattr(config, field) > 0:
             raise ValueError(f"{field} is {getattr(config, field)}; it must be above 0")
+
+
+def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+    """Dotted key, what it must be with its default, and what it means, of every field of a dataclass and of those in
+    it; what it means stands under `Attributes:` in its docstring."""
+    hints, told = get_type_hints(cls), _told(cls)
+    for field in dataclasses.fields(cls):
+        inside, key = _dataclass_of(hints[field.name]), ".".join((*path, field.name))
+        if inside is not None and field.default is not None:
+            yield from keys(inside, (*path, field.name))
+            continue
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "needed" if needed else "none by default"
+        if field.default not in (dataclasses.MISSING, None):
+            default = f"default {_toml_text(_plain(field.default))}"
+        yield key, f"{_words(hints[field.name])}; {default}", told.get(field.name, "")
+        held = [each for _, each, _ in _items(hints[field.name], {"NAME": None})]
+        for each in (inside, *map(_dataclass_of, held)):
+            if each is not None:
+                yield from keys(each, (*path, field.name) if each is inside else (*path, field.name, "NAME"))
+
+
+def keys_text(cls: type) -> str:
+    """Every key with what it takes and means, for a terminal and for the docs."""
+    return "\n\n".join(
+        "\n    ".join([key, *textwrap.wrap(takes, 76), *textwrap.wrap(means, 76)]) for key, takes, means in keys(cls)
+    )
+
+
+def _told(cls: type) -> dict[str, str]:
+    """The text of each attribute in a docstring."""
+    text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    ([a-z_0-9, ]+): (.*(?:\n(?:        .*|$))*)", text, re.MULTILINE)
+    return {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -222,7 +259,7 @@ def _words(hint: Any) -> str:
         items = [_words(argument) for argument in get_args(hint) if argument is not ...]
         alike = ... in get_args(hint) or len(items) == 1
         return f"a list, each {items[0]}" if alike else f"a list ({', '.join(items)})"
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or hint is dict or get_origin(hint) is dict:
         return "a table"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     return plain.get(hint, getattr(hint, "__name__", str(hint)))

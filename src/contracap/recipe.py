@@ -1,14 +1,17 @@
 """A recipe: one run, whole. Model, data, losses, optimizer and what happens when, as a TOML file says it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from contracap.config import build, load_toml, to_dict
+from contracap.config import ConfigError, build, load_toml, to_dict
 from contracap.data.config import DataConfig
+from contracap.data.index import samples_in
 from contracap.data.remote import commands_in
+from contracap.data.shards import list_shards
 from contracap.evaluation.suite import EvaluationConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig, KernelConfig
@@ -32,7 +35,8 @@ class Recipe:
     Attributes:
         size: a row of the size table.
         model: fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`.
-        steps: updates of the weights.
+        steps: updates of the weights; this, or `epochs`.
+        epochs: passes over the samples of all sources, in place of `steps`; they are counted when the run starts.
         out: the run folder.
         seed: of initial weights, data order, augmentation and patch dropout.
         resume: go on from the run folder's last checkpoint, or start if there is none.
@@ -58,7 +62,8 @@ class Recipe:
 
     size: str
     model: dict[str, Any] = field(default_factory=dict)
-    steps: int
+    steps: int = 0
+    epochs: float | None = None
     out: str
     seed: int = 0
     resume: bool = False
@@ -84,8 +89,10 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if self.epochs is not None and (self.steps or self.epochs <= 0):
+            raise ValueError(f"epochs is {self.epochs}; it must be above 0, and without steps")
+        if self.steps < 1 and self.epochs is None:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1; or give epochs")
         if self.steps > MAX_STEPS:
             raise ValueError(f"steps is {self.steps:,}; it must be at most {MAX_STEPS:,}")
         if self.log_every < 1:
@@ -114,7 +121,7 @@ class Recipe:
             raise ValueError(
                 f"{self.size} has no decoder and writes no captions: leave evaluation.captions and tasks that write out"
             )
-        if self.optimizer.warmup_steps >= self.steps:
+        if self.optimizer.warmup_steps >= self.steps and self.epochs is None:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
         if self.loss.captioning and self.model_config.decoder is None:
             raise ValueError(f"{self.size} has no decoder: set loss.captioning = 0, or take a coca size")
@@ -143,6 +150,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if Path(path).name == RECIPE_FILE and any((folder / name).exists() for name in RUN_PARTS):
         overrides = [f"out={json.dumps(str(folder))}", *overrides]
     return load_toml(path, Recipe, overrides)
+
+
+def in_steps(recipe: Recipe) -> Recipe:
+    """The recipe with the steps that its epochs are, if it says these; where no index tells, samples are counted."""
+    if recipe.epochs is None:
+        return recipe
+    shards = [list_shards(source.shards) for source in recipe.data.sources.values()]
+    samples = sum(sum(samples_in(each)) for each in shards)
+    steps = math.ceil(recipe.epochs * samples / recipe.data.batch_size)
+    try:
+        return replace(recipe, epochs=None, steps=steps)
+    except ValueError as error:
+        raise ConfigError(f"{recipe.epochs:g} epochs of {samples:,} samples are {steps:,} steps: {error}") from None
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

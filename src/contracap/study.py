@@ -75,7 +75,10 @@ class StudyConfig:
     def run(self, arm: str, seed: int) -> Recipe:
         """The recipe of one run."""
         given = {"out": str(Path(self.out) / f"{arm}-{seed}"), "seed": seed, "resume": True}
-        return build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
+        recipe = build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
+        if recipe.epochs is not None:
+            raise ConfigError(f"arm {arm}: give steps; a study takes no epochs")
+        return recipe
 
     def common_tasks(self, arm: str) -> set[str]:
         """The tasks that an arm and the first one are both measured by."""

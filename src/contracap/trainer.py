@@ -19,7 +19,7 @@ from contracap.files import write_text
 from contracap.parallel import ParallelError, Ranks, started, wrapped
 from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
-from contracap.recipe import RECIPE_FILE, Recipe
+from contracap.recipe import RECIPE_FILE, Recipe, in_steps
 from contracap.start import device_of, precision_on, require_means, require_same_run, starting_model
 from contracap.training.boards import open_boards, require_wandb
 from contracap.training.checkpoint import (
@@ -70,6 +70,10 @@ def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
             f"the recipe runs a shell command, {recipe.commands[0]!r}: if that is what you want, say --allow-commands "
             "(in Python: allow_commands=True)"
         )
+    package = logging.getLogger("contracap")
+    if not package.hasHandlers():  # in a notebook or a script nobody would hear of the run
+        package.addHandler(logging.StreamHandler())
+        package.setLevel(logging.INFO)
     with requests_to_end() as requests, started(device_of(recipe)) as ranks, ExitStack() as stack:
         # One process ends at once where it has nothing to finish. Of several, each waits for the next step of all.
         alone = ranks.count == 1
@@ -96,6 +100,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
             f"accumulation {recipe.accumulation}: make it a multiple of {ranks.count * recipe.accumulation}"
         )
     require_means(recipe, ranks.count)
+    recipe = in_steps(recipe)
     recipe = replace(recipe, precision=precision_on(ranks.device, recipe.precision))
     if checkpoint:
         require_same_run(folder, recipe)
@@ -147,6 +152,8 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
                 f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps"
             )
         logger.info("going on from %s", checkpoint)
+    if ranks.rank == 0:
+        logger.info("%s", _described(recipe, model, batches.samples, ranks))
     peak = find_peak(ranks.device, bf16=config.bf16, stated=recipe.peak_tflops)
     utilisation = ModelUtilisation(model, recipe.loss, peak) if peak else None
     steps = {"start": state.step, "total_steps": recipe.steps}
@@ -198,6 +205,21 @@ def _from_rank_0(ranks: Ranks, action: Callable[[], Found]) -> Found:
     if problem is not None:
         raise problem
     return cast(Found, found)
+
+
+def _described(recipe: Recipe, model: torch.nn.Module, samples: int, ranks: Ranks) -> str:
+    """What is trained, on what and where."""
+    parameters = list(model.parameters())
+    total, trained = (
+        sum(each.numel() for each in parameters if each.requires_grad or frozen) / 1e6 for frozen in (True, False)
+    )
+    batch = recipe.data.batch_size
+    return (
+        f"{recipe.size}: {total:,.1f} million parameters{f' ({trained:,.1f} trained)' if trained < total else ''}\n"
+        f"data: {samples:,} samples, batch {batch:,}, {samples / batch:,.1f} steps an epoch\n"
+        f"run: {recipe.steps:,} steps, {recipe.steps * batch / samples:,.1f} epochs, in {recipe.out}\n"
+        f"device: {ranks.device}{f', {ranks.count} ranks' if ranks.count > 1 else ''}, precision {recipe.precision}"
+    )
 
 
 def _go_on(recipe: Recipe, last: Path | None) -> str:

@@ -24,7 +24,9 @@ def quickstart(
 
 
 def train(
-    recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="what to train, on what, how long, and where it goes")],
+    recipe: Annotated[
+        Path | None, arg(metavar="RECIPE.toml", help="what to train, on what, how long, and where it goes")
+    ] = None,
     overrides: Annotated[
         tuple[str, ...],
         arg(
@@ -34,9 +36,19 @@ def train(
     /,
     *,
     allow_commands: AllowCommands = False,
+    keys: Annotated[
+        FlagCreatePairsOff[bool], arg(help="list every key that a recipe may have, and train nothing")
+    ] = False,
 ) -> None:
     """Train as a recipe says; its key `out` is the run folder."""
-    from contracap.recipe import load_recipe
+    from contracap.config import keys_text
+    from contracap.recipe import Recipe, load_recipe
+
+    if keys:
+        print(keys_text(Recipe))
+        return
+    if recipe is None:
+        raise ValueError("name a recipe: contracap train RECIPE.toml; --keys lists what it may say")
     from contracap.trainer import train as run
     from contracap.training.interruption import interrupts_end_at_once
 

@@ -8,7 +8,7 @@ from contracap.data.captions import CaptionConfig
 from contracap.image import AugmentationConfig
 
 MOST_STREAMS = 16  # unless the recipe says how many
-MAX_BATCH = 2**20
+MAX_BATCH = 2**30
 MAX_BUFFER = 10**8  # samples
 MAX_WORKERS = 1024  # of one rank
 

@@ -83,6 +83,11 @@ class TrainingBatches:
         self._read = self._lost = 0  # samples, since about an epoch
 
     @property
+    def samples(self) -> int:
+        """Samples of all sources together, of which an epoch has each once where nothing else is said."""
+        return sum(source.samples for source in self._order.sources)
+
+    @property
     def skipped(self) -> dict[str, int]:
         """Samples of this rank's streams that could not be used, by kind, from the very start."""
         return dict(sum((Counter(state["skipped"]) for state in self._states.values()), Counter[str]()))

@@ -43,6 +43,14 @@ class Plan:
     collectives: Sequence[Collective]
     figures: Mapping[str, float]
 
+    @property
+    def summary(self) -> str:
+        """What most want to know, in a line."""
+        used, usable = (self.figures[f"{name}_gib_per_gpu"] for name in ("memory", "usable"))
+        fits = "" if used <= usable else ", too much"
+        seconds = 3600 * self.figures["hours"]
+        return f"about {_duration(seconds)}; {used:,.3g} of {usable:,.3g} GiB on each GPU{fits}"
+
     def table(self) -> str:
         """The plan for a terminal."""
         columns = (self.flops, self.training_flops, self.padded_flops, self.padded_training_flops)
@@ -52,6 +60,8 @@ class Plan:
             f"{each.kind}, {each.purpose}, {each.ranks} GPUs": [each.payload, each.sent] for each in self.collectives
         }
         lines = [
+            self.summary,
+            "",
             self.title,
             *_section("parameters", ["million"], _columns(self.parameters), unit=1e6),
             *_section("GFLOP of a sample", heads, flops, unit=1e9),
@@ -75,6 +85,13 @@ class Plan:
         return Result(command=command, seed=None, samples=samples, figures=figures, details={"plan": parts})
 
 
+def _duration(seconds: float) -> str:
+    for unit, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:,.3g} {name}"
+    return f"{seconds:,.3g} seconds"
+
+
 def _columns(numbers: Mapping[str, float] | Mapping[str, int]) -> dict[str, list[float]]:
     return {name: [float(number)] for name, number in numbers.items()}
 
@@ -95,4 +112,6 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.2f}" if abs(value) >= 1 or not value else f"{value:.2g}"
+    if not value:
+        return "0"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.0e}"

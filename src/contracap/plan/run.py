@@ -26,7 +26,7 @@ from contracap.plan.parameters import (
 from contracap.plan.report import GIB, Plan
 from contracap.plan.speed import COPYING, WRITING, Failures, step_seconds
 from contracap.plan.traffic import KINDS, bytes_by_kind, collectives_of
-from contracap.recipe import Recipe
+from contracap.recipe import Recipe, in_steps
 
 USABLE = 0.92  # share of a GPU's memory; CUDA, buffers between GPUs and gaps between tensors take the rest: estimated
 MOST_ROWS = 2**20
@@ -55,6 +55,7 @@ def plan_run(
 
     Raises: ValueError: if an argument is out of range, or there is no such GPU.
     """
+    recipe = in_steps(recipe)
     machine, config = find_gpu(gpu), recipe.model_config
     for name, number in {"gpus": gpus, "gpus_per_machine": gpus_per_machine}.items():
         if number < 1:

@@ -62,7 +62,8 @@ class Recorder:
             left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
             logger.info("step %d of %d%s: %s", step, self._total, left, text)
         else:
-            self._bar.set_postfix_str(text)
+            shown = {"loss": "loss {:.4g}", "samples_per_second": "{:.4g} samples/s"}  # what a line has room for
+            self._bar.set_postfix_str(", ".join(shown[name].format(numbers[name]) for name in shown if name in numbers))
 
     def skips(self, step: int, skips: Iterable[Skip]) -> None:
         """Write down samples that the data left out since the last step. The first ones are warned of, too."""
