@@ -152,7 +152,7 @@ class TrainingBatches:
         Of several ranks, each has the streams it reads: `joined_states` puts them together.
         """
         streams = {str(stream): state for stream, state in self._states.items()}
-        counts = [source.counts for source in self._order.sources]
+        counts = [list(source.counts) for source in self._order.sources]
         return {"order": _description(self._order), "counts": counts, "batches": self._batches, "streams": streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
