@@ -128,6 +128,7 @@ _LOOSE = re.compile(
     \ + (?= [.,!?;:)\]}%] | '(?:s|t|m|d|re|ve|ll)\b )  # what follows a word directly
     | (?<= [(\[{] ) \ +                               # what stands before one
     | (?<= \b\d ) \ (?= \d\b )                        # each digit is a token
+    | (?<= \d\ [.:/] ) \ (?= \d ) | (?<= \d ) \ (?= /\ \d )  # 3.5, 10:30, 1/2
     """
 )
 

@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -102,6 +103,12 @@ def test_numbers_are_the_places_of_the_classes_also_where_some_are_missing(tmp_p
 def test_folders_called_as_the_classes_are_matched_by_name_in_any_order(tmp_path) -> None:
     make(tmp_path, "cat/a.jpg", "Sea_lion/a.jpg", "dog/a.jpg")
     assert matched(tmp_path, "dog", "sea lion", "cat", "bird") == [("Sea_lion", 1), ("cat", 2), ("dog", 0)]
+
+
+def test_accents_match_however_they_are_composed(tmp_path) -> None:
+    make(tmp_path, f"{normalize('NFD', 'café')}/1.jpg", "bar/1.jpg")
+    found = dict(matched(tmp_path, normalize("NFC", "café"), "bar"))
+    assert found == {"bar": 1, normalize("NFD", "café"): 0}
 
 
 def test_folders_with_other_names_are_matched_by_order_which_is_stated(tmp_path, caplog) -> None:

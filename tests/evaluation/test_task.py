@@ -32,6 +32,14 @@ def test_texts_are_as_long_as_the_task_has_them_whatever_the_strategy() -> None:
     )
 
 
+def test_metrics_are_named_in_any_case_one_or_several() -> None:
+    for names, metrics in ((["CIDEr"], ("cider",)), (["Bleu_4,METEOR"], ("bleu", "meteor")), ("ROUGE-L", ("rouge_l",))):
+        assert build(TaskConfig, {"task": "captioning", "data": "x", "metrics": names}).metrics == metrics
+    for wrong in (["cidr"], [3], 3):
+        with pytest.raises(ConfigError, match="metric"):
+            build(TaskConfig, {"task": "captioning", "data": "x", "metrics": wrong})
+
+
 def test_an_answer_is_not_reranked(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [record("0", "red", qa=[{"question": "is it?", "answer": "yes"}])])
     with pytest.raises(ValueError, match="another strategy than rerank"):

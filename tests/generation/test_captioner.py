@@ -388,6 +388,7 @@ def test_broken_weights_are_an_error_not_a_caption(pictures, strategy):
         ("a man 's sign ( no . 2 4 ) : it isn 't red !", "a man's sign (no. 24): it isn't red!"),
         ("two dogs - one cat & 3 birds", "two dogs - one cat & 3 birds"),
         ("they 'll say ' hello ' 's", "they'll say ' hello ''s"),
+        ("3 . 5 m at 1 0 : 3 0 , 1 / 2 of it", "3.5 m at 10:30, 1/2 of it"),
         ("", ""),
     ],
 )

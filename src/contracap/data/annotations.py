@@ -51,13 +51,6 @@ class Refused:
     message: str
 
 
-def texts(value: Any) -> tuple[str, ...]:
-    """The captions that a cell holds, a text or a list of them, without those that are empty or no text."""
-    found = value if isinstance(value, list) else [value]
-    stripped = (text.strip() for text in found if isinstance(text, str))
-    return tuple(text for text in stripped if text)
-
-
 def number_or_text(identity: Any) -> Any:
     """An id by which things are matched: data sets write the same one as a number and as a text."""
     if isinstance(identity, float) and identity.is_integer():

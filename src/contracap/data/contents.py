@@ -6,10 +6,10 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from contracap.data.annotations import Refused, SourceError, texts
+from contracap.data.annotations import Refused, SourceError
 from contracap.data.datasets.parquet import parquet_images
 from contracap.data.download import DownloadError, download
-from contracap.data.shards import SAMPLE_SUFFIXES, SampleError, ShardError, parse, records
+from contracap.data.shards import SAMPLE_SUFFIXES, SampleError, ShardError, parse, records, texts_in
 from contracap.data.sources import Item, find_image
 from contracap.files import read_regular
 
@@ -68,7 +68,7 @@ def _in_shard(items: Sequence[Item], lines: bool) -> Iterator[tuple[Item, bytes 
                 yield item, Refused(source=item.source, kind=error.kind, message=str(error))
                 continue
             before = sample.fields.get(RECAPTION)
-            recaptions = [*texts(before), *item.captions]
+            recaptions = [*texts_in(before), *item.captions]
             fields = {**sample.fields, **item.fields, RECAPTION: recaptions}
             yield replace(item, captions=sample.captions or item.captions, fields=fields), sample.image
     except ShardError as error:

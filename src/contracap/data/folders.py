@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from contracap.data.shards import SHARD_SUFFIXES, Sample
 from contracap.data.walk import PassedOver, has_picture, is_picture, pictures_in
@@ -98,8 +99,8 @@ def _is_number(name: str) -> bool:
 
 
 def _folded(name: str) -> str:
-    """The same for names that differ in case, or in blanks, hyphens and underscores."""
-    return " ".join(re.split(r"[\s_-]+", name.casefold())).strip()
+    """The same for names that differ in case, in blanks, hyphens and underscores, or in how accents are composed."""
+    return " ".join(re.split(r"[\s_-]+", normalize("NFC", name).casefold())).strip()
 
 
 def class_folders(source: str | Path | Sequence[str | Path] | Sequence[Sample]) -> ClassFolders | None:

@@ -17,7 +17,6 @@ from contracap.data.annotations import (
     other_layout,
     read_json,
     read_text,
-    texts,
 )
 from contracap.data.datasets.bulk import is_bulk, read_bulk
 from contracap.data.datasets.coco import read_coco, read_karpathy
@@ -31,7 +30,7 @@ from contracap.data.datasets.tables import (
     read_table,
 )
 from contracap.data.datasets.vqa import read_vqa
-from contracap.data.shards import PICTURE_SUFFIXES, text_lines
+from contracap.data.shards import PICTURE_SUFFIXES, text_lines, texts_in
 from contracap.data.walk import PassedOver, files_in, is_picture, pictures_in
 from contracap.files import check_regular
 
@@ -286,7 +285,7 @@ def _read_folder(folder: Path, lines: bool) -> Iterator[Entry | Refused]:
 def _captions_in(side_car: Path, lines: bool) -> tuple[str, ...]:
     if side_car.suffix.lower() != ".json":
         text = read_text(side_car)
-        return texts(text_lines(text) if lines else text)
+        return texts_in(text_lines(text) if lines else text)
     found = read_json(side_car)
     values = [found.get("captions"), found.get("caption")] if isinstance(found, dict) else [found]
     return next(filter(None, map(cell_captions, values)), ())

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contracap.data.annotations import read_json, texts
+from contracap.data.annotations import read_json
+from contracap.data.shards import texts_in
 from contracap.evaluation.scores import domain_name
 from contracap.evaluation.tokens import has_word
 
@@ -73,7 +74,7 @@ def read_references(path: Path) -> dict[str, Entry]:
     try:
         images = {str(image["id"]): image for image in document.get("images", ())}
         for annotation in document["annotations"]:
-            captions[str(annotation["image_id"])].extend(texts(annotation["caption"]))
+            captions[str(annotation["image_id"])].extend(texts_in(annotation["caption"]))
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not have the layout of COCO's annotations, an object with `annotations`, each of them with "
@@ -99,7 +100,7 @@ def _own(value: dict[str, Any]) -> Entry:
         raise ValueError("needs a list of texts under `captions`")
     if not has_word(captions):
         raise ValueError("has no reference in `captions` with a word in it")
-    written, picture = texts(captions), value.get("image_name")
+    written, picture = texts_in(captions), value.get("image_name")
     named = isinstance(picture, str) and picture
     return Entry(
         key=picture if named else hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16],

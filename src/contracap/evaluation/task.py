@@ -45,6 +45,12 @@ TAKES: dict[Task, tuple[str, ...]] = {
 STRATEGIES: dict[Task, Strategy] = {"captioning": BeamSearch(), "vqa": ANSWERING}
 
 
+def _named_metrics(value: object) -> object:
+    names = [value] if isinstance(value, str) else value
+    is_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return metric_names(names) if is_texts else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """A task: of the command line, of a recipe, or of a file of tasks.
@@ -77,7 +83,7 @@ class TaskConfig:
     data: Shards
     classes: str | None = None
     templates: str | None = None
-    metrics: tuple[Annotated[MetricName, BeforeValidator(lambda name: metric_names([name])[0])], ...] = ()
+    metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_named_metrics)] = ()
     tokenizer: TokenizerName | None = None
     corenlp_dir: str | None = None
     spice_memory: str | None = None

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from contracap.data.annotations import Entry, Inside, Refused, SourceError, texts
+from contracap.data.annotations import Entry, Inside, Refused, SourceError
 from contracap.data.datasets.parquet import column_names, parquet_rows
+from contracap.data.shards import texts_in
 
 COLUMNS = ("shard", "key", "caption")
 
@@ -41,4 +42,4 @@ def read_bulk(path: Path, folder: Path | None = None) -> Iterator[Entry | Refuse
             yield Refused(source=f"{shard}/{key}", kind="no_caption", message=str(row["error"]))
         else:
             file = shard if folder is None else str(folder / shard.rpartition("/")[2])
-            yield Entry(picture=f"{shard}/{key}", captions=texts(row["caption"]), inside=Inside(file, key))
+            yield Entry(picture=f"{shard}/{key}", captions=texts_in(row["caption"]), inside=Inside(file, key))

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from contracap.data.annotations import Entry, Refused, SourceError, each, number_or_text, texts
+from contracap.data.annotations import Entry, Refused, SourceError, each, number_or_text
+from contracap.data.shards import texts_in
 
 
 def read_coco(path: Path, document: dict[str, Any]) -> Iterator[Entry | Refused]:
@@ -28,7 +29,7 @@ def read_coco(path: Path, document: dict[str, Any]) -> Iterator[Entry | Refused]
             return Refused(
                 source=f"annotation {annotation.get('id')}", kind="annotation_without_image", message=message
             )
-        captions[identity].extend(texts(annotation["caption"]))
+        captions[identity].extend(texts_in(annotation["caption"]))
         return None
 
     images = list(each(path, document["images"], image_of, layout="coco", name="image"))
@@ -63,7 +64,7 @@ def read_karpathy(path: Path, document: dict[str, Any], splits: Sequence[str] = 
         used = ("filepath", "filename", "sentences", "sentids")
         return Entry(
             picture=f"{folder}/{name}" if folder else name,
-            captions=texts([sentence["raw"] for sentence in image["sentences"]]),
+            captions=texts_in([sentence["raw"] for sentence in image["sentences"]]),
             fields={name: value for name, value in image.items() if name not in used},
         )
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from contracap.data.annotations import Entry, Refused, read_lines, texts
+from contracap.data.annotations import Entry, Refused, read_lines
 from contracap.data.datasets.tables import read_table
+from contracap.data.shards import texts_in
 
 TABLE_HEAD = "image,caption"  # of Kaggle's captions.txt, which is a CSV file
 BARS_HEAD = "image_name|"  # of Kaggle's results.csv, in one line of which the second bar is missing
@@ -38,7 +39,7 @@ def read_flickr(path: Path) -> Iterator[Entry | Refused]:
         elif number == 1 and line.startswith(BARS_HEAD):
             pattern = BARS
         elif found := pattern.fullmatch(line):
-            yield Entry(picture=found["picture"].strip(), captions=texts(found["caption"]))
+            yield Entry(picture=found["picture"].strip(), captions=texts_in(found["caption"]))
         elif line:
             message = "not a picture, a number and a caption"
             yield Refused(source=f"{path.name}, line {number}", kind="bad_row", message=message)

@@ -18,10 +18,9 @@ from contracap.data.annotations import (
     read_json,
     read_lines,
     refused_text,
-    texts,
 )
 from contracap.data.datasets.parquet import Embedded, column_names, parquet_rows
-from contracap.data.shards import PICTURE_SUFFIXES
+from contracap.data.shards import PICTURE_SUFFIXES, texts_in
 
 # Usual names of columns, in the order of preference; upper and lower case are the same.
 PICTURE_COLUMNS = (
@@ -85,7 +84,7 @@ def read_table(
 def cell_captions(value: Any) -> tuple[str, ...]:
     """The captions in a cell: a text, a list of texts, or a list that was written as a text, `["a", "b"]`."""
     if not isinstance(value, str) or not (value.strip()[:1] == "[" and value.strip()[-1:] == "]"):
-        return texts(value)
+        return texts_in(value)
     written = value.strip()
     try:
         found = json.loads(written)
@@ -97,8 +96,8 @@ def cell_captions(value: Any) -> tuple[str, ...]:
         except (ValueError, SyntaxError):  # of an escape that Python does not know
             found = None
     if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
-        return texts(found)
-    return texts(value)
+        return texts_in(found)
+    return texts_in(value)
 
 
 def column(names: Any, wanted: Sequence[str]) -> str | None:
