@@ -12,7 +12,7 @@ from contracap.bench.steps import Pair, Setting, make_batch
 from contracap.bench.timing import peer_module
 from contracap.bench.train import checked_passes
 from contracap.model.sizes import SIZES
-from contracap.model.weights import config_to_open_clip
+from contracap.pretrained.open_clip import config_to_open_clip
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from contracap.bench.timing import NoPeerError
 from contracap.model import sizes
 from contracap.model.pooler import PoolerConfig
 from contracap.model.sizes import SIZES
-from contracap.model.weights import config_to_open_clip
+from contracap.pretrained.open_clip import config_to_open_clip
 
 TINY = SIZES["tiny"]
 TINY_CLIP = replace(

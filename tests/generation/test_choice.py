@@ -40,7 +40,7 @@ def test_settings_are_nested_values_or_assignments(name, settings, expected):
          "whole sequence, start and end token included), not 1"),
         ("beam", ["width=wide"], "strategy 'beam': 'width' must be a whole number, not 'wide'"),
         ("greedy", ["banned=3"], "strategy 'greedy': unknown key 'banned'; did you mean 'rules.banned'?"),
-        ("greedy", ["rules.banned=red"], "strategy 'greedy': 'rules.banned' must be a list, each a string, not 'red'"),
+        ("greedy", ["rules.banned=3"], "strategy 'greedy': 'rules.banned' must be a list, each a string, not 3"),
         ("legacy", (), "strategy 'legacy': key 'year' is missing"),
         ("legacy", ["year=2020"], "strategy 'legacy': year must be 2023 or 2024, not 2020"),
         ("rerank", ["of.sampels=4"], "strategy 'rerank': in 'of': unknown key 'sampels'; did you mean 'samples'?"),

@@ -10,6 +10,7 @@ from contracap.losses import captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.model.weights import from_open_clip, to_open_clip
+from contracap.pretrained import with_cls_mask
 from contracap.pretrained.open_clip import config_from_open_clip
 from contracap.training.step import count_labels
 
@@ -30,7 +31,7 @@ def peer_and_ours(open_clip, name: str, *, correct: bool = False) -> tuple[nn.Mo
     config = released(name)
     if correct:
         peer.text.correct_cls_mask = True
-        config = SIZES[name]
+        config = with_cls_mask(SIZES[name], "correct")
     model = CoCa(config).eval()
     model.load_state_dict(from_open_clip(peer.state_dict(), config))
     return peer, model
