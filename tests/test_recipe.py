@@ -133,3 +133,14 @@ def test_epochs_stand_for_steps(tmp_path: Path) -> None:
             build(Recipe, values | {"data": data} | wrong)
     with pytest.raises(ConfigError, match=r"1 epochs of 20 samples are 3 steps: optimizer\.warmup_steps 3 must be"):
         in_steps(build(Recipe, values | {"data": data, "epochs": 1.0}))
+
+
+def test_epochs_on_the_command_line_replace_the_steps_of_the_file() -> None:
+    recipe = load_recipe(RECIPES[0], ["epochs=2"])
+    assert (recipe.epochs, recipe.steps) == (2.0, 0)
+
+
+def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, LEAST)))
+    assert load_recipe(tmp_path) == load_recipe(tmp_path / "recipe.toml")

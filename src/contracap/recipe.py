@@ -90,7 +90,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.epochs is not None and (self.steps or self.epochs <= 0):
-            raise ValueError(f"epochs is {self.epochs}; it must be above 0, and without steps")
+            raise ValueError(f"epochs is {self.epochs} and steps {self.steps}: give one of them, above 0")
         if self.steps < 1 and self.epochs is None:
             raise ValueError(f"steps is {self.steps}; it must be at least 1; or give epochs")
         if self.steps > MAX_STEPS:
@@ -141,13 +141,17 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file, with `key.path=value` overrides. In the recipe of a run folder `out` is that folder, wherever it
-    was copied or moved to.
+    """A recipe file or the folder of a run, with `key.path=value` overrides; `epochs=N` there replaces the file's steps.
+    In the recipe of a run folder `out` is that folder, wherever it was copied or moved to.
 
     Raises: ConfigError: naming the key, the value and what would do.
     """
-    folder = Path(path).absolute().parent
-    if Path(path).name == RECIPE_FILE and any((folder / name).exists() for name in RUN_PARTS):
+    path = Path(path) / RECIPE_FILE if Path(path).is_dir() else Path(path)
+    changed = {override.partition("=")[0].strip() for override in overrides}
+    if "epochs" in changed and "steps" not in changed:
+        overrides = [*overrides, "steps=0"]
+    folder = path.absolute().parent
+    if path.name == RECIPE_FILE and any((folder / name).exists() for name in RUN_PARTS):
         overrides = [f"out={json.dumps(str(folder))}", *overrides]
     return load_toml(path, Recipe, overrides)
 
