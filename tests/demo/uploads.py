@@ -39,7 +39,7 @@ def bad_uploads(folder: Path) -> dict[str, tuple[Path, str]]:
     whole = io.BytesIO()
     Image.open(picture(folder / "whole.png")).save(whole, "jpeg")
     contents = {
-        "truncated.jpg": (whole.getvalue()[: len(whole.getvalue()) // 2], "truncated.jpg: broken picture"),
+        "truncated.jpg": (whole.getvalue()[: len(whole.getvalue()) // 2], "truncated.jpg: broken or cut off"),
         "drawing.svg": (SVG.encode(), "drawing.svg: not a picture"),
         "letter.png": (b"Dear reader, this is no picture.", "letter.png: not a picture"),
         "empty.png": (b"", "empty.png: the file is empty"),

@@ -608,8 +608,13 @@ def test_a_key_is_wanted_before_a_body_is_read(pair):
 def test_scripts_of_named_pages_alone_may_read_answers(pair):
     async def test(client: Client) -> None:
         for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
-            asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            headers = {"Access-Control-Request-Headers": "authorization, content-type"}
+            asks = {"Origin": origin, "Access-Control-Request-Method": "POST", **headers}
             before = await client.options("/v1/caption", headers=asks)
+            assert before.status_code == (200 if allowed else 400), before.text
+            if allowed:
+                assert "POST" in before.headers["access-control-allow-methods"]
+                assert "authorization" in before.headers["access-control-allow-headers"].lower()
             answers = [before, await client.get("/health", headers={"Origin": origin})]
             answers.append(await client.post("/v1/caption", content=b"", headers={"Origin": origin}))
             assert [answer.headers.get("access-control-allow-origin") for answer in answers] == [allowed] * 3

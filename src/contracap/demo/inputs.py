@@ -112,4 +112,4 @@ def upload(value: Any, uploads: Uploads) -> dict[str, Any]:
 
 def refuse(component: Component) -> Any:
     """Raises: gradio.Error: a line that names the input."""
-    raise gradio.Error(f"This is no value for “{component.label}”.", print_exception=False)
+    raise gradio.Error(f"This is not a valid value for “{component.label}”.", print_exception=False)

@@ -310,7 +310,12 @@ def build_app(
     paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(CountRequests, metrics=metrics, routes=paths)
     if access.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=access.cors_origins, allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
     for error, answer in ANSWERS.items():
         app.add_exception_handler(error, answer)
     return app
@@ -336,7 +341,7 @@ async def _files(request: Request) -> list[bytes]:
     async with request.form(max_files=MOST_PICTURES) as form:
         files = [file for _, file in form.multi_items()]
         if not files or not all(isinstance(file, UploadFile) for file in files):
-            error = "a form holds picture files alone, as of curl -F image=@a.jpg; settings are part of the address"
+            error = "a form may hold image files only, as in curl -F image=@a.jpg; put settings into the query"
             raise HTTPException(400, error)
         return [await file.read() for file in files if isinstance(file, UploadFile)]
 

@@ -144,7 +144,7 @@ class Batcher:
         *,
         most: int | None = None,
     ) -> Answer:
-        """The answer to `item` in a batch, `work(settings, items, go_on)`. Who is cancelled leaves the queue.
+        """The answer to `item` in a batch, `work(settings, items, go_on)`. A cancelled call leaves the queue.
 
         Work that takes long calls `go_on()` between its steps, which raises AbandonedError if nobody waits any more.
 

@@ -81,7 +81,7 @@ class RequireKey:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self.expected):
-                error = "this server wants its key, as a header: Authorization: Bearer KEY"
+                error = "missing or wrong API key: send the header Authorization: Bearer KEY"
                 return await problem(401, error, **{"WWW-Authenticate": "Bearer"})(scope, receive, send)
         return await self.app(scope, receive, send)
 
