@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 MIB = 2**20
 HEAD_SECONDS = 10  # that the head of a request may take to come, and that a connection may stay idle
-MOST_CONNECTIONS = 1000
+MAX_CONNECTIONS = 1000
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -89,7 +89,7 @@ def run(
 def _connections() -> tuple[int, int]:
     """Connections at once, and how many are accepted in one go: fewer than there are file descriptors for, since
     asyncio logs a traceback for each that it cannot accept."""
-    most, backlog = MOST_CONNECTIONS, 128
+    most, backlog = MAX_CONNECTIONS, 128
     if resource is not None and (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
         backlog = max(1, min(backlog, files // 8))
         most = max(1, min(most, files // 2 - backlog))

@@ -211,7 +211,7 @@ def test_an_honest_visitor_is_answered_and_sigterm_ends_the_server_during_an_att
 
 
 def test_the_folder_stays_within_its_bounds(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("contracap.demo.uploads.MOST_KEPT", 1)
+    monkeypatch.setattr("contracap.demo.uploads.MAX_KEPT_MIB", 1)
     for age in range(5):
         path = tmp_path / str(age) / "a.png"
         path.parent.mkdir()

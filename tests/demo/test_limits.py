@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from contracap.demo.uploads import LARGEST_UPLOAD
+from contracap.demo.uploads import MAX_UPLOAD_MIB
 from contracap.web import MIB
 from tests.demo.conftest import SECONDS, Server
 from tests.demo.uploads import picture
@@ -50,7 +50,7 @@ def test_files_that_are_too_large_together_are_refused_and_nothing_of_them_stays
     file = b'--x\r\nContent-Disposition: form-data; name="files"; filename="%d.png"\r\n\r\n'
 
     def form() -> Iterator[bytes]:
-        for number in range(LARGEST_UPLOAD // 10 + 1):
+        for number in range(MAX_UPLOAD_MIB // 10 + 1):
             yield file % number
             for _ in range(10):
                 yield bytes(MIB)

@@ -22,7 +22,7 @@ from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
 SHOWN = 384  # side of the pictures that the page gets, in pixels
-MOST_LABELS = 1000
+MAX_LABELS = 1000
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Actions:
         names = list(dict.fromkeys(lines(labels)))
         if not names:
             raise ValueError("there are no labels: write at least one, each on a line of its own")
-        if len(names) > MOST_LABELS:
-            raise ValueError(f"there are {len(names)} labels; the page takes {MOST_LABELS}")
+        if len(names) > MAX_LABELS:
+            raise ValueError(f"there are {len(names)} labels; the page takes {MAX_LABELS}")
         templates = check_templates(lines(template))
         embedding = self.embed(self.pixels(self.read(path)))[0]
         with self._one_at_a_time:

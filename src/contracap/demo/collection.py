@@ -18,7 +18,7 @@ from contracap.image import ImageError
 
 BATCH = 16  # pictures embedded at a time
 READERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes up to 805 MB while it is decoded
-MOST_SHOWN = 12
+MAX_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Collection:
         count = self.searchable
         if not count:
             raise ValueError(f"there is nothing to search in: {self.state}")
-        scores, places = (self._embeddings[:count] @ query).topk(min(MOST_SHOWN, count))
+        scores, places = (self._embeddings[:count] @ query).topk(min(MAX_SHOWN, count))
         matches = []
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
             path = self._readable[place]

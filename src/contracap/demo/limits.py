@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contracap.web import MIB, BodyTooLargeError, limited
 
-LARGEST_QUESTION = 1  # MiB, whatever is asked but uploads: texts and numbers
+MAX_QUESTION_MIB = 1  # whatever is asked but uploads: texts and numbers
 UPLOAD = "/gradio_api/upload"
 # Gradio has more: routes that ask other servers, write files, or call functions of its components.
 READ = re.compile(
@@ -36,7 +36,7 @@ class LimitVisitors:
             await self._limited(scope, receive, send)
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        counted = limited(scope, receive, LARGEST_QUESTION * MIB)
+        counted = limited(scope, receive, MAX_QUESTION_MIB * MIB)
         refused = False
 
         async def checked() -> Message:
@@ -57,6 +57,6 @@ class LimitVisitors:
             if not refused:
                 raise
         if refused:
-            await PlainTextResponse(f"a request may have {LARGEST_QUESTION} MiB, the maximum here", 413)(
+            await PlainTextResponse(f"a request may have {MAX_QUESTION_MIB} MiB, the maximum here", 413)(
                 scope, receive, send
             )

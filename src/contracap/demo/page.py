@@ -18,7 +18,7 @@ from contracap.page import table
 
 WAITING = 100  # visitors in the queue, beyond whom nobody is let in
 STATE_SECONDS = 2  # from one look at how many pictures can be searched to the next
-MOST_UPLOADED = 200  # pictures that a visitor searches
+MAX_SEARCHED = 200  # pictures that a visitor searches
 CSS = """
 .gradio-container { max-width: 76rem !important; }
 footer { display: none !important; }
@@ -211,9 +211,9 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
             found = _gallery("found", format="jpeg")
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
-        if len(paths) > MOST_UPLOADED:
+        if len(paths) > MAX_SEARCHED:
             raise ValueError(
-                f"these are {len(paths):,} pictures; the page searches at most {MOST_UPLOADED} uploaded ones"
+                f"these are {len(paths):,} pictures; the page searches at most {MAX_SEARCHED} uploaded ones"
             )
         uploaded = Collection(actions, paths)
         for done in uploaded.fill():

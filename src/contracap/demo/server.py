@@ -17,7 +17,7 @@ from contracap.demo.examples import find_examples
 from contracap.demo.inputs import guard
 from contracap.demo.limits import LimitVisitors
 from contracap.demo.page import CSS, build_page, theme
-from contracap.demo.uploads import LARGEST_PICTURE, Uploads
+from contracap.demo.uploads import MAX_PICTURE_MIB, Uploads
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.web import MIB, run, url
@@ -71,7 +71,7 @@ def application(actions: Actions, collection: Collection | None, uploads: Upload
         app,
         page,
         path="/",
-        max_file_size=LARGEST_PICTURE * MIB,
+        max_file_size=MAX_PICTURE_MIB * MIB,
         theme=theme(),
         css=CSS,
         footer_links=[],

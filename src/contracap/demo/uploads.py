@@ -2,10 +2,10 @@
 
 import asyncio
 import mimetypes
+import os
 import re
 import secrets
 import shutil
-import stat
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,15 +22,15 @@ from starlette.types import Message
 
 from contracap.web import MIB, BodyTooLargeError, limited
 
-LARGEST_PICTURE = 20  # MiB
-LARGEST_UPLOAD = 100  # MiB, all pictures that are uploaded together
-MOST_COMING = 400  # MiB, all uploads that are under way
-MOST_KEPT = 1024  # MiB in the folder, beyond which the oldest files are deleted
+MAX_PICTURE_MIB = 20
+MAX_UPLOAD_MIB = 100  # all pictures that are uploaded together
+MAX_COMING_MIB = 400  # all uploads that are under way
+MAX_KEPT_MIB = 1024  # in the folder, beyond which the oldest files are deleted
 KEPT_FOR = 3600  # seconds after which a file is deleted in any case
 UPLOAD_SECONDS = 300  # that an upload may take to come
 TIDY_SECONDS = 10  # from one look at the folder to the next
 FILE_COST = 4096  # bytes that a file takes beyond its content
-LONGEST_NAME = 100  # characters kept of the name that a visitor's file has
+MAX_NAME_LENGTH = 100  # characters kept of the name that a visitor's file has
 
 
 class Uploads:
@@ -79,7 +79,7 @@ class Uploads:
 
     async def receive(self, request: Request) -> Response:
         """Keep the files of a form's field `files`; answers their paths as JSON. Of what is refused nothing stays."""
-        within, come = limited(request.scope, request.receive, LARGEST_UPLOAD * MIB), 0
+        within, come = limited(request.scope, request.receive, MAX_UPLOAD_MIB * MIB), 0
 
         async def counted() -> Message:
             nonlocal come
@@ -87,7 +87,7 @@ class Uploads:
             size = len(message.get("body", b""))
             come += size
             self._coming += size
-            if self._coming > MOST_COMING * MIB:
+            if self._coming > MAX_COMING_MIB * MIB:
                 raise BlockingIOError
             return message
 
@@ -97,13 +97,13 @@ class Uploads:
             form = Request(request.scope, counted).form(max_fields=0)
             async with asyncio.timeout(UPLOAD_SECONDS), form as parts:
                 files = [file for file in parts.getlist("files") if isinstance(file, UploadFile)]
-                if any((file.size or 0) > LARGEST_PICTURE * MIB for file in files):
-                    return PlainTextResponse(f"a picture may have {LARGEST_PICTURE} MiB, the maximum here", 413)
+                if any((file.size or 0) > MAX_PICTURE_MIB * MIB for file in files):
+                    return PlainTextResponse(f"a picture may have {MAX_PICTURE_MIB} MiB, the maximum here", 413)
                 return JSONResponse(await to_thread.run_sync(self._keep, files))
         except HTTPException:
             return PlainTextResponse("only files can be uploaded, in a form's field `files`", 400)
         except BodyTooLargeError:
-            error = f"pictures that are uploaded together may have {LARGEST_UPLOAD} MiB, the maximum here"
+            error = f"pictures that are uploaded together may have {MAX_UPLOAD_MIB} MiB, the maximum here"
             return PlainTextResponse(error, 413)
         except (TimeoutError, ClientDisconnect):
             return PlainTextResponse(f"the upload did not come within {UPLOAD_SECONDS} seconds", 408)
@@ -124,7 +124,7 @@ class Uploads:
 
     def new_path(self, folder: Path, name: str) -> Path:
         """A path for a file in `uploaded` or `examples`, with as much of its name as is harmless."""
-        name = re.sub(r"[^\w .,-]", "", Path(name).name).strip(". ")[-LONGEST_NAME:]
+        name = re.sub(r"[^\w .,-]", "", Path(name).name).strip(". ")[-MAX_NAME_LENGTH:]
         path = folder / secrets.token_hex(16) / (name or "picture")
         path.parent.mkdir(parents=True)
         return path
@@ -136,7 +136,7 @@ class Uploads:
             if is_regular(path) and not path.is_relative_to(self.examples):
                 status = path.lstat()
                 files.append((status.st_mtime, status.st_size + FILE_COST, path))
-        room, now = MOST_KEPT * MIB, time.time()
+        room, now = MAX_KEPT_MIB * MIB, time.time()
         for changed, size, path in sorted(files, reverse=True):
             room -= size
             if room < 0 or now - changed > KEPT_FOR:
@@ -159,8 +159,5 @@ class Uploads:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a file of this name: no folder, link, pipe or device."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except (OSError, ValueError):
-        return False
+    """Whether this is a file: not a folder, link, pipe or device."""
+    return os.path.isfile(path) and not os.path.islink(path)

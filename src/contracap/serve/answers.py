@@ -4,9 +4,9 @@ from typing import Annotated, Generic, TypeVar
 
 from pydantic import BaseModel, Field
 
-MOST_TEXTS = 256
-LONGEST_TEXT = 4096  # characters; a context is 77 tokens
-MOST_CHARACTERS = 65_536  # of all texts of a request
+MAX_TEXTS = 256
+MAX_TEXT_LENGTH = 4096  # characters; a context is 77 tokens
+MAX_CHARACTERS = 65_536  # of all texts of a request
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -49,7 +49,7 @@ class Answers(BaseModel, Generic[Answer]):
 class Texts(BaseModel):
     """Texts to embed."""
 
-    texts: list[Annotated[str, Field(max_length=LONGEST_TEXT)]] = Field(min_length=1, max_length=MOST_TEXTS)
+    texts: list[Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]] = Field(min_length=1, max_length=MAX_TEXTS)
 
 
 class TextEmbeddings(BaseModel):

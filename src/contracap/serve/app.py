@@ -30,8 +30,8 @@ from contracap.model.coca import CoCa
 from contracap.page import page, paragraph, table
 from contracap.processor import Processor
 from contracap.serve.answers import (
-    LONGEST_TEXT,
-    MOST_CHARACTERS,
+    MAX_CHARACTERS,
+    MAX_TEXT_LENGTH,
     Alternative,
     Answer,
     Answers,
@@ -51,9 +51,9 @@ from contracap.serve.model import Picture, ServedModel
 
 Made = TypeVar("Made")
 
-MOST_BEAMS = 32  # rows that one picture may take in a batch
-MOST_LABELS = 100
-MOST_PICTURES = 16  # of a form
+MAX_BEAMS = 32  # rows that one picture may take in a batch
+MAX_LABELS = 100
+MAX_PICTURES = 16  # of a form
 DECODERS = min(4, os.cpu_count() or 1)
 LARGE = 16_000_000  # pixels of pictures that are decoded one at a time: several would take gigabytes
 TRIM_SECONDS = 2
@@ -68,7 +68,7 @@ PICTURE = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "properties": {"image": {"type": "array", "items": BYTES, "maxItems": MOST_PICTURES}},
+                    "properties": {"image": {"type": "array", "items": BYTES, "maxItems": MAX_PICTURES}},
                 }
             }
         },
@@ -131,8 +131,8 @@ class DefaultStrategy:
         name = asked.pop("strategy", None)
         settings = [f"{key}={value}" for key, value in asked.items()]
         strategy = build_strategy(name or self.name, settings if name else [*self.settings, *settings])
-        if strategy.rows > MOST_BEAMS:
-            raise ConfigError(f"{strategy.rows} beams or samples of a picture are more than the {MOST_BEAMS} allowed")
+        if strategy.rows > MAX_BEAMS:
+            raise ConfigError(f"{strategy.rows} beams or samples of a picture are more than the {MAX_BEAMS} allowed")
         return strategy
 
 
@@ -203,15 +203,15 @@ def build_app(
     @app.post("/v1/caption", openapi_extra=PICTURE | SETTINGS)
     async def caption(
         request: Request,
-        prompt: Annotated[str, Query(max_length=LONGEST_TEXT, description="what the caption begins with")] = "",
+        prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="what the caption begins with")] = "",
         embedding: Annotated[bool, Query(description="whether the picture's embedding is given too")] = False,
     ) -> CaptionAnswer | Answers[CaptionAnswer]:
         """Write a caption for a picture."""
         if served.captioner is None:
             raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
         settings = {key: value for key, value in request.query_params.items() if key not in ("prompt", "embedding")}
-        if sum(len(key) + len(value) for key, value in settings.items()) > LONGEST_TEXT:
-            raise HTTPException(400, f"the settings have more than the {LONGEST_TEXT} characters allowed")
+        if sum(len(key) + len(value) for key, value in settings.items()) > MAX_TEXT_LENGTH:
+            raise HTTPException(400, f"the settings have more than the {MAX_TEXT_LENGTH} characters allowed")
         try:
             strategy = default.strategy(settings)
             await asyncio.get_running_loop().run_in_executor(decoders, served.captioner.check, strategy, prompt)
@@ -234,7 +234,7 @@ def build_app(
     @app.post("/v1/classify", openapi_extra=PICTURE)
     async def classify(
         request: Request,
-        label: Annotated[list[str], Query(min_length=1, max_length=MOST_LABELS, description="once for each label")],
+        label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="once for each label")],
         template: Annotated[str, Query(description="a text with {} where the label goes")] = TEMPLATE,
     ) -> Classification | Answers[Classification]:
         """Say which of some labels fits a picture, without any training on them."""
@@ -331,14 +331,14 @@ async def _trim(pool: ThreadPoolExecutor) -> None:
 
 def _check_characters(characters: int) -> None:
     """Raises: HTTPException: if the texts of a request are too long together."""
-    if characters > MOST_CHARACTERS:
-        error = f"the texts have {characters} characters together, more than the {MOST_CHARACTERS} allowed"
+    if characters > MAX_CHARACTERS:
+        error = f"the texts have {characters} characters together, more than the {MAX_CHARACTERS} allowed"
         raise HTTPException(400, error)
 
 
 async def _files(request: Request) -> list[bytes]:
     """The files of a form."""
-    async with request.form(max_files=MOST_PICTURES) as form:
+    async with request.form(max_files=MAX_PICTURES) as form:
         files = [file for _, file in form.multi_items()]
         if not files or not all(isinstance(file, UploadFile) for file in files):
             error = "a form may hold image files only, as in curl -F image=@a.jpg; put settings into the query"

@@ -8,7 +8,7 @@ from textwrap import shorten
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from contracap.web import MIB, MOST_CONNECTIONS, BodyTooLargeError, limited
+from contracap.web import MAX_CONNECTIONS, MIB, BodyTooLargeError, limited
 
 SMALL_BODY = 1  # MiB, of what is not a picture: it is parsed between other requests
 BODIES = 16  # times `max_body_mib` that all bodies under way may take together
@@ -33,9 +33,9 @@ class LimitsConfig:
             raise ValueError(f"max_body_mib must be above 0 and at most 4096 MiB, not {self.max_body_mib}")
         if not 0 < self.timeout_s <= 86400:
             raise ValueError(f"timeout_s must be above 0 and at most 86400 seconds, not {self.timeout_s}")
-        if not 1 <= self.max_requests <= MOST_CONNECTIONS:
+        if not 1 <= self.max_requests <= MAX_CONNECTIONS:
             raise ValueError(
-                f"max_requests must be at least 1 request and at most {MOST_CONNECTIONS}, not {self.max_requests}"
+                f"max_requests must be at least 1 request and at most {MAX_CONNECTIONS}, not {self.max_requests}"
             )
 
 
