@@ -224,7 +224,7 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
     with _silent_pillow():
         try:
             picture = source if isinstance(source, Image.Image) else open_image(source)
-            _check_size(picture.height, picture.width, name, DECODING_BYTES.get(picture.format or picture.mode, 8))
+            _check_size(picture.height, picture.width, name, _decoding_bytes(picture))
             if isinstance(source, bytes):
                 _check_scans(source, picture.height * picture.width, name)
             picture.load()
@@ -248,6 +248,13 @@ def _unidentified(source: bytes | Image.Image) -> str:
     head = source[:HEAD_BYTES] if isinstance(source, bytes) else b""
     format = image_format(head)
     return f"a {format} file, broken or cut off" if format else f"not a picture: {not_an_image(head)}"
+
+
+def _decoding_bytes(picture: Image.Image) -> int:
+    """Bytes a pixel that Pillow takes at its peak, the RGB that is returned included."""
+    if picture.mode == "CMYK":  # of a progressive JPEG: 8 of coefficients and 4 of pixels
+        return 13
+    return DECODING_BYTES.get(picture.format or picture.mode, 10 if "progressive" in picture.info else 8)
 
 
 def _check_size(height: int, width: int, name: str, bytes_per_pixel: int = 9) -> None:
