@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -91,6 +92,7 @@ def test_an_answer_that_the_end_of_the_server_cuts_short_is_completed_once(alrea
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
 
 
+SECONDS = 20  # for what takes 1 or 2, on a busy machine
 PROGRAM = """
 import contracap.web as web
 web.HEAD_SECONDS = 0.5
@@ -118,8 +120,8 @@ def serving(files: int = 256) -> Iterator[tuple[tuple[str, int], subprocess.Pope
             server.kill()
 
 
-def closed_within(connection: socket.socket, seconds: float) -> bool:
-    connection.settimeout(seconds)
+def closed(connection: socket.socket) -> bool:
+    connection.settimeout(0.001)
     try:
         while connection.recv(2**20):
             pass
@@ -130,20 +132,25 @@ def closed_within(connection: socket.socket, seconds: float) -> bool:
     return True
 
 
+def descriptors(server: subprocess.Popen[str]) -> int:
+    """Open files of a process, connections included."""
+    return len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+
+
 def test_a_head_that_does_not_end_is_closed_in_time_and_a_connection_in_use_is_not() -> None:
     with serving() as (address, _), ExitStack() as stack:
         half = [stack.enter_context(socket.create_connection(address)) for _ in range(40)]
         client = stack.enter_context(httpx.Client(base_url="http://{}:{}".format(*address)))
         for number, connection in enumerate(half):
             connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX: "[: 5 * number])
-        begin = time.monotonic()
-        while time.monotonic() - begin < 1:
+        end = time.monotonic() + SECONDS
+        while half:
+            assert time.monotonic() < end
             assert client.get("/").status_code == 200
             for connection in half[::2]:  # however slowly they go on
                 with suppress(ConnectionError):
                     connection.send(b"a")
-            time.sleep(0.05)
-        assert all(closed_within(connection, 0.5) for connection in half)
+            half = [connection for connection in half if not closed(connection)]
         assert client.get("/").status_code == 200
 
 
@@ -154,21 +161,22 @@ def test_more_connections_than_descriptors_make_room_and_leave_the_log_short() -
             if number % 50 == 0:
                 assert httpx.get("http://{}:{}".format(*address)).status_code == 200
         server.send_signal(signal.SIGTERM)
-        assert server.wait(5) == 0
+        assert server.wait(SECONDS) == 0
         assert server.stderr is not None
         assert len(server.stderr.read()) < 10_000
 
 
 def test_clients_that_read_no_answers_are_closed_in_time_and_do_not_hold_up_the_end() -> None:
     with serving() as (address, server), ExitStack() as stack:
-        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(3)]
-        for client in clients:
-            client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20)
-        time.sleep(2)
-        for client in clients[:2]:
-            assert closed_within(client, 1)
-        last = stack.enter_context(socket.create_connection(address))
-        last.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20)
-        time.sleep(0.1)
+        before = descriptors(server)
+        for count in (3, 1):
+            for _ in range(count):
+                client = stack.enter_context(socket.create_connection(address))
+                client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" * 20)
+                assert client.recv(1)
+            end = time.monotonic() + SECONDS
+            while count == 3 and descriptors(server) > before:
+                assert time.monotonic() < end
+                time.sleep(0.05)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(4) == 0
+        assert server.wait(SECONDS) == 0
