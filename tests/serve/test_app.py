@@ -197,7 +197,7 @@ def test_a_bad_picture_gets_one_line_and_leaves_the_others_of_its_batch_alone(pa
         ("width=0", ("width", "at least 1")),
         ("width=many", ("width", "whole number")),
         ("width=33", ("33", "32 allowed")),
-        ("width=1000000000000000000000", ("32 allowed",)),
+        ("width=1000000000000000000000", ("width",)),
         ("min_tokens=20&max_tokens=10", ("min_tokens", "20", "10")),
         ("min_tokens=20&max_tokens=25", ("min_tokens", "20", "16")),
         ("width=" + "[" * 5000, ()),
