@@ -326,6 +326,38 @@ def test_captions_of_other_settings_are_refused_and_the_line_says_what_to_do(
     assert run(*call, "--prompt", "b")[1].startswith("0 captions")
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (["pictures/0.jpg", "pictures/1.jpg"], ["pictures"]),
+        (["list.txt"], ["pictures/*.jpg"]),
+        (["pictures"], ["pictures/sub"]),
+        (["pictures/sub"], ["pictures"]),
+    ],
+)
+@pytest.mark.parametrize("out", [[], ["--out", "texts"]])
+def test_side_cars_of_other_settings_are_refused_however_the_images_are_named(
+    run: Run, weights: Path, here: Path, first: list[str], then: list[str], out: list[str]
+) -> None:
+    (here / "list.txt").write_text("pictures/0.jpg\npictures/1.jpg\n")
+    call = ["--format", "sidecar", "--strategy", "greedy", *out]
+    assert run("caption", weights, *first, *call)[0] == 0
+    if not (out and "pictures/sub" in first + then):  # which --out takes for a root: other side-cars
+        status, _, err = run("caption", weights, *then, *call, "--prompt", "a")
+        assert (status, err.count("\n")) == (1, 1) and "prompt was '' and is now 'a'" in err
+    assert run("caption", weights, *then, *call)[0] == 0
+
+
+@pytest.mark.parametrize("length", [239, 240, 247, 252, 255])
+def test_an_output_may_be_called_as_long_as_names_may_be(run: Run, weights: Path, here: Path, length: int) -> None:
+    out = "é" + "c" * (length - 6) + ".csv"
+    call = ["caption", weights, "pictures", "--out", out, "--strategy", "greedy"]
+    assert run(*call, "--limit", 2)[0] == 0
+    status, _, err = run(*call, "--prompt", "a")
+    assert status == 1 and "prompt was" in err
+    assert run(*call)[1].startswith("5 captions") and len(rows_of(here / out)) == 7
+
+
 def test_append_says_what_it_added(run: Run, weights: Path, here: Path) -> None:
     call = ["caption", weights, "pictures", "--out", "c.csv", "--strategy", "greedy"]
     assert run(*call, "--limit", 3)[0] == 0

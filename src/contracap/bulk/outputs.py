@@ -1,6 +1,7 @@
 """Where captions go: lines on stdout, a text file beside each picture, or one file for all."""
 
 import errno
+import hashlib
 import io
 import os
 import sqlite3
@@ -17,13 +18,15 @@ import numpy as np
 from contracap.bulk.inputs import Item
 from contracap.bulk.journal import Journal
 from contracap.bulk.rows import Row
-from contracap.bulk.settings import Record, Settings
+from contracap.bulk.settings import Record, Settings, SettingsError
 from contracap.bulk.tables import TableError, TableFormat, read_table, require_pyarrow, vectors_beside, write_table
 from contracap.files import is_stream, replacing
 
 Existing = Literal["skip", "overwrite", "append"]
 """What becomes of a picture that has a caption: nothing; a new one in its place; one more, if it is another."""
 
+
+MAX_NAME_BYTES = 255 - len(".partial-journal")  # of an output with files of ours next to it; SQLite makes the journal
 
 OF_ONE_IMAGE = {
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
@@ -33,7 +36,9 @@ OF_ONE_IMAGE = {
 
 def is_of_one_image(error: OSError | ValueError) -> bool:
     """Whether an error is one of a name or of its folder. Any other, as of a full disk, will be the next one's, too."""
-    return isinstance(error, ValueError) or error.errno in OF_ONE_IMAGE
+    if isinstance(error, ValueError):
+        return not isinstance(error, SettingsError)
+    return error.errno in OF_ONE_IMAGE
 
 
 class Output(ABC):
@@ -102,9 +107,10 @@ class SideCars(Output):
 
     Args:
         suffix: of the text file, such as ".txt".
-        roots: the folders that pictures are taken from. Each keeps the settings of its side-cars in a hidden file.
+        roots: the folders that pictures are taken from.
         folder: where the side-cars lie, if not beside the pictures; below it as the pictures below their root.
-        settings: what decides the captions; None: side-cars of any may lie together.
+        settings: what decides the captions, kept in a hidden file of each folder with side-cars; None: those of any
+            may lie together.
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class SideCars(Output):
     ) -> None:
         self.suffix, self.existing, self.embed = suffix, existing, embed
         self._roots, self._folder = [Path(os.path.abspath(root)) for root in roots], folder
-        self.settings, self._records = settings, list[Record]()
+        self.settings, self._records = settings, dict[Path, Record | None]()  # None: they are written
         if existing == "overwrite":
             self.resumption = "the same command begins anew"
         if folder is not None:
@@ -128,15 +134,6 @@ class SideCars(Output):
             require_folder(folder)
 
     def __enter__(self) -> "SideCars":
-        if self.settings is not None:
-            folders = self._roots if self._folder is None else [self._folder]
-            self._records = [Record(at / f".contracap{self.suffix}.json", self.settings) for at in folders]
-        if self.existing == "skip":
-            for record in self._records:
-                record.check(
-                    f"{record.path.parent}",
-                    "Give --append for one more caption each, --overwrite to begin anew, or another --ext or --out",
-                )
         # A file of SQLite's own that is gone at the end: memory does not grow with the pictures, come as they may.
         self._pictures = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._pictures.execute("CREATE TABLE picture (side_car TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID")
@@ -152,6 +149,7 @@ class SideCars(Output):
     def has(self, item: Item) -> bool:
         place = self._place(item)
         self._take(place, self._source(item))
+        self._require_settings(place.parent)
         vector = place.with_suffix(".npy")
         has_vector = not self.embed or (vector.is_file() and vector.stat().st_size > 0)
         return bool(_captions(place.with_suffix(self.suffix))) and self.existing == "skip" and has_vector
@@ -160,15 +158,16 @@ class SideCars(Output):
         broken = list[Exception]()
         for item, row in rows:
             try:
-                self._write_one(self._place(item), row)
+                place = self._place(item)
+                self._write_one(place, row)
             except (OSError, ValueError) as error:
                 if not is_of_one_image(error):
                     raise
                 broken.append(error)
                 continue
-            while self._records:  # what lies there is of these settings from now on
-                with suppress(PermissionError):  # of a folder in which only the subfolders can be written
-                    self._records.pop().write()
+            if (record := self._records.get(place.parent)) is not None:
+                record.write()  # what lies there is of these settings from now on
+                self._records[place.parent] = None
         return broken
 
     def _write_one(self, place: Path, row: Row) -> None:
@@ -186,6 +185,16 @@ class SideCars(Output):
         else:
             return
         self.added += 1
+
+    def _require_settings(self, folder: Path) -> None:
+        """Raises: SettingsError: if the side-cars of a folder are of other settings, and would be added to."""
+        if self.settings is None or folder in self._records:
+            return
+        record = Record(folder / f".contracap{self.suffix}.json", self.settings)
+        if self.existing == "skip":
+            remedy = "Give --append for one more caption each, --overwrite to begin anew, or another --ext or --out"
+            record.check(str(folder), remedy)
+        self._records[folder] = record
 
     def _take(self, place: Path, picture: Path) -> None:
         """Raises: ValueError: if the side-car of a picture is that of another one."""
@@ -273,7 +282,7 @@ class Table(Output):
             self._grown = False
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        place = self.path.with_name(f"{self.path.name}.partial")
+        place = _beside(self.path, ".partial")
         self._journal = Journal(place)
         if self.existing == "overwrite" and not self._journal.is_new:
             self._journal.remove()
@@ -281,14 +290,14 @@ class Table(Output):
         self._grown = not self._journal.is_new  # whether it has rows that the file lacks
         try:
             if self.settings is not None:
-                self._record = Record(self.path.with_name(f".{self.path.name}.settings.json"), self.settings)
+                self._record = Record(_beside(self.path, ".settings.json", hidden=True), self.settings)
                 if self.existing == "skip" and (self.path.exists() or not self._journal.is_new):
                     remedy = "Give another --out, --append for one more caption each, or --overwrite to begin anew"
                     self._record.check(str(self.path), remedy)
             if self._journal.is_new and self.existing != "overwrite":
                 if self.path.exists():
                     self._journal.add(read_table(self.path, self.kind))
-                elif self.kind == "csv" and (beside := vectors_beside(self.path)).exists():
+                elif self.kind == "csv" and os.path.exists(beside := vectors_beside(self.path)):
                     raise TableError(f"{beside} is there without {self.path.name}: give another --out, or --overwrite")
             first = next(iter(self._journal), None)
             if first is not None and (first.embedding is not None) != self.embed:
@@ -340,6 +349,14 @@ class Table(Output):
             if name.parts[0] != os.pardir:
                 return name.as_posix()
         raise ValueError(f"{item.name}: no file in the folder of {self.path}, where the names of its pictures start")
+
+
+def _beside(path: Path, suffix: str, *, hidden: bool = False) -> Path:
+    """A file of ours next to an output, called after it; where that name would be too long, after its digest."""
+    name = os.fsencode(path.name)
+    if len(name) > MAX_NAME_BYTES:
+        return path.with_name(f".contracap-{hashlib.sha256(name).hexdigest()[:16]}{suffix}")
+    return path.with_name(f"{'.' * hidden}{path.name}{suffix}")
 
 
 def require_folder(folder: Path) -> None:

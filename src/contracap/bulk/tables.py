@@ -7,6 +7,7 @@ file of float32 with a row for each of its rows.
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ def write_table(path: Path, kind: TableFormat, rows: Iterable[Row], *, count: in
     """
     if kind == "csv" and dimensions is not None:
         rows = _with_vectors_beside(path, rows, count, dimensions)
-    elif kind == "csv":
+    elif kind == "csv" and os.path.exists(vectors_beside(path)):
         vectors_beside(path).unlink(missing_ok=True)  # of the rows that are overwritten
     with replacing(path) as partial:
         if kind == "parquet":
@@ -108,7 +109,7 @@ def read_table(path: Path, kind: TableFormat) -> Iterator[Row]:
     columns = METADATA_COLUMNS if kind == "metadata" else COLUMNS
     vectors = vectors_beside(path)
     try:
-        embeddings = iter(np.load(vectors, mmap_mode="r")) if kind == "csv" and vectors.exists() else None
+        embeddings = iter(np.load(vectors, mmap_mode="r")) if kind == "csv" and os.path.exists(vectors) else None
         for values in _READERS[kind](path):
             if embeddings is not None:
                 values["embedding"] = next(embeddings)
