@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from contracap import cli
 from contracap.config import ConfigError, build, load_toml, to_toml
 from contracap.data.shards import write_shard
+from contracap.plan.run import plan_run
 from contracap.recipe import Recipe, in_steps, load_recipe
 from contracap.trainer import train
 
@@ -99,6 +101,29 @@ def test_commands_of_a_recipe_run_with_consent_only(shards: str | list[str], whe
     with pytest.raises(ConfigError, match=r"runs a shell command, 'pipe:touch ran.*--allow-commands"):
         train(build(Recipe, values))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_counts_the_output_of_commands_with_consent_only(tmp_path: Path) -> None:
+    values = {key: value for key, value in LEAST.items() if key != "steps"} | {"epochs": 2.0}
+    shard = tmp_path / "a.tar"
+    write_shard(shard, [(str(number), {"jpg": b"x", "txt": b"a"}) for number in range(40 * 8)])
+    recipe = build(Recipe, values | {"data": {"train": f"pipe:cat {shard}; touch {tmp_path}/ran", "batch_size": 8}})
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, warmup_steps=1))
+    with pytest.raises(ConfigError, match=r"runs a shell command.*--allow-commands"):
+        plan_run(recipe, gpus=1, gpu="l40s")
+    assert not (tmp_path / "ran").exists()
+    assert plan_run(recipe, gpus=1, gpu="l40s", allow_commands=True).samples == 2 * 40 * 8
+
+
+def test_commands_of_a_file_of_tasks_run_with_consent_only(tmp_path: Path, weights: Path, capsys) -> None:
+    tasks = tmp_path / "tasks.toml"
+    tasks.write_text(f'[tasks.x]\ntask = "retrieval"\ndata = ["x.tar", "pipe:touch {tmp_path}/ran"]\n')
+    assert cli.main(["evaluate", str(weights), "--tasks", str(tasks)])
+    assert "--allow-commands" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    tasks.write_text(f'[tasks.x]\ntask = "retrieval"\ndata = "pipe:touch {tmp_path}/ran"\n')
+    assert cli.main(["evaluate", str(weights), "--tasks", str(tasks), "--allow-commands"])  # its output is no shard
+    assert (tmp_path / "ran").exists()
 
 
 def test_the_recipe_of_a_run_folder_means_that_folder(tmp_path: Path) -> None:

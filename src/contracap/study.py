@@ -10,7 +10,7 @@ from contracap.compare.figure import require_matplotlib
 from contracap.compare.results import load_result
 from contracap.compare.writing import write
 from contracap.config import ConfigError, build, to_dict
-from contracap.data.remote import commands_in
+from contracap.data.remote import require_consent
 from contracap.data.shards import list_shards
 from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.suite import Suite, build_evaluators, measure_tasks
@@ -103,12 +103,10 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
         Interrupted: after a checkpoint, if the process is asked to end; the same call goes on.
     """
     require_matplotlib()  # hours before it is used
-    commands = [command for task in config.tasks.values() for command in commands_in(task.data)]
-    commands += [command for arm in config.arms for command in config.run(arm, config.seeds[0]).commands]
-    if commands and not allow_commands:
-        raise ConfigError(
-            f"the study runs a shell command, {commands[0]!r}: if that is what you want, say --allow-commands"
-        )
+    for task in config.tasks.values():
+        require_consent(task.data, allow_commands)
+    for arm in config.arms:
+        require_consent(config.run(arm, config.seeds[0]).commands, allow_commands)
     results: dict[str, list[Result]] = {arm: [] for arm in config.arms}
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
     # What is wrong is said now, not after hours.

@@ -11,9 +11,10 @@ from typing import TypeVar, cast
 
 import torch
 
-from contracap.config import ConfigError, to_dict, to_toml
+from contracap.config import to_dict, to_toml
 from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import OrderError
+from contracap.data.remote import require_consent
 from contracap.evaluation.suite import Suite
 from contracap.files import write_text
 from contracap.parallel import ParallelError, Ranks, started, wrapped
@@ -65,11 +66,7 @@ def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
         ParallelError: if the ranks cannot be started, or cannot share the batch.
         Interrupted: after a checkpoint, if any of the ranks got SIGTERM or SIGUSR1, or by Ctrl-C.
     """
-    if recipe.commands and not allow_commands:
-        raise ConfigError(
-            f"the recipe runs a shell command, {recipe.commands[0]!r}: if that is what you want, say --allow-commands "
-            "(in Python: allow_commands=True)"
-        )
+    require_consent(recipe.commands, allow_commands)
     package = logging.getLogger("contracap")
     if not package.hasHandlers():  # in a notebook or a script nobody would hear of the run
         package.addHandler(logging.StreamHandler())

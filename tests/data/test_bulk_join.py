@@ -90,3 +90,21 @@ def test_embeddings_without_captions_are_told_from_captions(tmp_path: Path) -> N
     part = write_part(tmp_path / "made" / "part.parquet", [{"key": "0", "shard": "0.tar", "embedding": [0.1]}])
     with pytest.raises(ValueError, match=r"no column caption.*bulk caption"):
         read_source(part)
+
+
+@pytest.mark.parametrize(("shard", "pictures"), [("pipe:touch ran", None), ("x/pipe:touch ran", Path())])
+def test_a_row_names_no_command(
+    shard: str, pictures: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    part = write_part(tmp_path / "made" / "x.parquet", [{"key": "0", "shard": shard, "caption": "x", "error": None}])
+    found = read_source(part, pictures=pictures)
+    assert not found.items and [each.kind for each in found.refused] == ["unsafe_path"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_name_of_a_file_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "pipe:touch ran;.tar", [("a", {"jpg": picture(0)})])
+    assert [sample.key for shard in list_shards(".") for sample in samples(shard)] == ["a"]
+    assert not (tmp_path / "ran").exists()

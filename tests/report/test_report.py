@@ -255,5 +255,5 @@ def test_a_report_runs_no_command_of_its_run(run: Path, tmp_path: Path, where: s
     added = tables[where].format(command)
     text = text.replace("[data]\n", f"[data]\n{added}") if where == "validation" else text + added
     (run / "recipe.toml").write_text(text)
-    assert "which no report runs" in write_report(run).read_text()
+    assert "no report runs one" in write_report(run).read_text()
     assert not (tmp_path / "ran").exists()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from contracap.cli.errors import written
 from contracap.cli.options import (
+    AllowCommands,
     Int8,
     PathText,
     ResultFile,
@@ -85,12 +86,14 @@ def evaluate(
         Path | None,
         arg(metavar="OUT.json", help="for one task, captioning or vqa: file for what the model writes"),
     ] = None,
+    allow_commands: AllowCommands = False,
     int8: Int8 = False,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
     """Measure a model: zero-shot classification, retrieval, captioning, questions about pictures."""
     from contracap.config import load_toml
+    from contracap.data.remote import require_consent
     from contracap.evaluation.predictions import write_predictions
     from contracap.evaluation.suite import TasksConfig, measure_tasks
     from contracap.evaluation.task import TaskConfig, build_evaluator, measure_task
@@ -117,6 +120,8 @@ def evaluate(
             named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)
             raise ValueError(f"--tasks {tasks} says what to measure, and so does {named}: one of them")
         wanted = load_toml(tasks, TasksConfig).tasks
+        for each in wanted.values():
+            require_consent(each.data, allow_commands)
     elif task is None:
         raise ValueError(
             "say what to measure: --task retrieval, captioning, zeroshot or vqa, or a file of tasks, --tasks FILE"

@@ -60,6 +60,9 @@ WeightsName = Annotated[
     PathText,
     arg(metavar="WEIGHTS", help="a run or its checkpoint, a file, a folder, an hf-hub: name, or coca_ViT-L-14/mscoco"),
 ]
+AllowCommands = Annotated[
+    FlagCreatePairsOff[bool], arg(help="run the commands of sources that begin with pipe:, with all your permissions")
+]
 Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]
 StrategyName = Annotated[

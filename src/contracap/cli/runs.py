@@ -6,11 +6,7 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff
 
-from contracap.cli.options import ResultFile, arg, command_line
-
-AllowCommands = Annotated[
-    FlagCreatePairsOff[bool], arg(help="run the commands of sources that begin with pipe:, with all your permissions")
-]
+from contracap.cli.options import AllowCommands, ResultFile, arg, command_line
 
 
 def quickstart(
@@ -92,6 +88,7 @@ def plan(
         float | None, arg(help="mean length of the captions; by default that of index.json, else the whole context")
     ] = None,
     hours_between_failures: Annotated[float, arg(help="of one GPU")] = 50_000.0,
+    allow_commands: AllowCommands = False,
     json: ResultFile = None,
 ) -> None:
     """Say what a run costs before it is paid for: memory, time and traffic, on paper."""
@@ -106,6 +103,7 @@ def plan(
         efficiency=efficiency,
         text_tokens=text_tokens,
         hours_between_failures=hours_between_failures,
+        allow_commands=allow_commands,
     )
     if json is not None:
         made.result(command_line()).write(json)

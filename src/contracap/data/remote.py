@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import random
 import re
@@ -19,7 +20,10 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec import AbstractFileSystem
 
+from contracap.config import ConfigError
+
 BUFFER_BYTES = 4 * 2**20  # without it every header of a remote shard costs a round trip
+MAX_NAMES = 10**7  # that one pattern may stand for
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between one attempt and the next
 CONNECT_SECONDS = 15.0
 READ_SECONDS = 30.0  # without a byte
@@ -50,7 +54,8 @@ def expand(pattern: str) -> list[str]:
         pattern: any number of ranges `{00000..00331}`, whose zeros in front are kept, and lists `{train,val}`.
 
     Raises:
-        ValueError: if a brace holds neither, holds another, or has no partner; or if names are joined by `::`.
+        ValueError: if a brace holds neither, holds another, or has no partner; if names are joined by `::`; if they
+            are more than `MAX_NAMES`.
     """
     if re.search(r"\.(tar|tar\.gz|tgz)::", pattern):
         raise ValueError(f"{pattern!r}: names of shards cannot be joined by '::'; give a list of names")
@@ -58,13 +63,15 @@ def expand(pattern: str) -> list[str]:
     if any(brace in literal for literal in parts[::2] for brace in "{}"):
         raise ValueError(f"{pattern!r}: every {{ needs its }}, and none may hold another")
     choices = [_choices(part, pattern) if number % 2 else [part] for number, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > MAX_NAMES:
+        raise _too_many(pattern)
     return ["".join(chosen) for chosen in product(*choices)]
 
 
 def commands_in(paths: str | Iterable[str]) -> list[str]:
     """Those of the paths, or of the names that their braces stand for, that are shell commands: `pipe:` and a command.
 
-    Whoever takes paths from a file that others may have written looks at this before anything is opened.
+    A pattern that is no path, as it stands for too many names or for none, is not opened either.
     """
     found = []
     for path in [paths] if isinstance(paths, str) else paths:
@@ -76,11 +83,31 @@ def commands_in(paths: str | Iterable[str]) -> list[str]:
     return found
 
 
+CONSENT = "if that is what you want, say --allow-commands (in Python: allow_commands=True)"
+
+
+def require_consent(paths: str | Iterable[str], allow: bool, advice: str = CONSENT) -> None:
+    """Called with the paths that a file names, which others may have written, before any of them is opened.
+
+    Raises: ConfigError: if one is a shell command, and commands are not allowed.
+    """
+    if not allow and (commands := commands_in(paths)):
+        raise ConfigError(f"a path runs a shell command, {commands[0]!r}: {advice}")
+
+
+def _too_many(pattern: str) -> ValueError:
+    return ValueError(f"{pattern!r} stands for more than {MAX_NAMES:,} names: give a folder, or fewer")
+
+
 def _choices(inside: str, pattern: str) -> list[str]:
     if bounds := RANGE.fullmatch(inside):
         padded = any(bound.startswith("0") and len(bound) > 1 for bound in bounds.groups())
         width = max(map(len, bounds.groups())) if padded else 0
+        if max(map(len, bounds.groups())) > 18:  # int() refuses thousands of digits
+            raise _too_many(pattern)
         first, last = map(int, bounds.groups())
+        if abs(last - first) >= MAX_NAMES:
+            raise _too_many(pattern)
         step = 1 if first <= last else -1
         return [str(number).zfill(width) for number in range(first, last + step, step)]
     items = inside.split(",")
@@ -126,13 +153,13 @@ def opened(name: str) -> Generator[IO[bytes], None, None]:
     """A file as a buffered stream of bytes, to be read from its start to its end.
 
     Where reading a remote file fails, it is opened anew at the position reached, after a pause (`PAUSES`; the count
-    begins again with every byte). What will not change, such as a missing file or right, fails at once. http(s), s3
-    and gs have time-outs for each step; whether other protocols notice a silent peer depends on their libraries.
+    begins again with every byte). What will not change, such as a missing file or permission, fails at once. http(s),
+    s3 and gs have time-outs for each step; whether other protocols notice a silent peer depends on their libraries.
 
     Args:
         name: a path, a URL of any protocol of fsspec, or `pipe:` and a shell command whose output is the file. The
-            command runs with all rights of the process: take such names from a recipe or the command line, never from
-            data. The shell tells the exit status of a pipeline's last command only.
+            command runs with all permissions of the process: take such names from the command line, from a file with
+            consent (`require_consent`), never from data. The shell tells the exit status of a pipeline's last command.
 
     Raises:
         OSError: if a local file cannot be read.
@@ -253,7 +280,7 @@ def _persistently(attempt: Callable[[], T], url: str, failure: str) -> T:
         try:
             return attempt()
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"no such file or folder, or no right to see it: {url}") from error
+            raise FileNotFoundError(f"no such file or folder, or no permission to see it: {url}") from error
         except ImportError as error:
             raise RemoteError(f"{url}: {error} (for http, s3 and gs: pip install 'contracap[data]')") from error
         except Exception as error:  # the libraries behind fsspec raise nearly anything

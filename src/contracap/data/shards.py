@@ -147,6 +147,7 @@ def _shards_at(name: str) -> list[str]:
         files = files_in(name)
     elif Path(name).is_dir():
         files = sorted(str(file) for file in Path(name).iterdir())
+        files = [f"./{file}" if file.startswith("pipe:") else file for file in files]  # a name is no command
     elif Path(name).exists():
         return [name]
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from contracap.data.config import DataConfig
 from contracap.data.index import read_index
+from contracap.data.remote import require_consent
 from contracap.data.shards import list_shards
 from contracap.losses import LossConfig
 from contracap.plan.flops import BACKWARD, Texts, block_flops, forward_flops, tokens_of, training_flops
@@ -42,6 +43,7 @@ def plan_run(
     efficiency: float = 0.5,
     text_tokens: float | None = None,
     hours_between_failures: float = 50_000.0,
+    allow_commands: bool = False,
 ) -> Plan:
     """The plan of a run in which every GPU has an equal part of each batch, and of the model what `parallel.kind` says.
 
@@ -52,9 +54,12 @@ def plan_run(
         text_tokens: mean length of the captions, start and end included; by default that of the index beside local
             shards, else the whole context.
         hours_between_failures: of one GPU. Source: arXiv 2407.21783: 419 stops in 54 days on 16,384 GPUs.
+        allow_commands: whether the recipe's `pipe:` sources may run, to count the samples of its epochs.
 
     Raises: ValueError: if an argument is out of range, or there is no such GPU.
     """
+    if recipe.epochs is not None:
+        require_consent(recipe.commands, allow_commands)
     recipe = in_steps(recipe)
     machine, config = find_gpu(gpu), recipe.model_config
     for name, number in {"gpus": gpus, "gpus_per_machine": gpus_per_machine}.items():

@@ -12,7 +12,7 @@ from typing import Any
 from contracap.config import build
 from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
-from contracap.data.remote import commands_in
+from contracap.data.remote import require_consent
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected
 from contracap.evaluation.retrieval import Retrieval
@@ -30,6 +30,7 @@ from contracap.training.metrics import CAPTIONS_FILE, METRICS_FILE, read_metrics
 PAGE = "report.html"
 MOST_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
 MOST_CAPTIONS = 16  # pictures whose captions on the way are shown
+NO_COMMANDS = "no report runs one"
 logger = logging.getLogger(__name__)
 
 
@@ -97,14 +98,13 @@ def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[s
     """What makes each evaluator, and on what it measures, in words; if nothing, why."""
     for tasks, what in ((recipe.evaluation.tasks, "recipe"), (_asked(run / RESULTS_FILE), "study")):
         if tasks:
-            if commands := [command for task in tasks.values() for command in commands_in(task.data)]:
-                return {}, f"the tasks of the {what} read from a shell command, {commands[0]!r}, which no report runs"
+            for task in tasks.values():
+                require_consent(task.data, False, NO_COMMANDS)
             made = {name: partial(build_evaluator, task, processor) for name, task in tasks.items()}
             return made, f"the tasks of the {what}"
     if recipe.data.validation is None:
         return {}, "the recipe has neither evaluation.tasks nor data.validation"
-    if commands := commands_in(recipe.data.validation):
-        return {}, f"data.validation is a shell command, {commands[0]!r}, which no report runs"
+    require_consent(recipe.data.validation, False, NO_COMMANDS)
     samples = list(islice(evaluation_samples(recipe.data.validation), MOST_VALIDATION))
     if not all(sample.captions for sample in samples):
         return {}, "the recipe has no evaluation.tasks, and its validation shards have no captions"

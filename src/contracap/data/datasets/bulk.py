@@ -42,4 +42,8 @@ def read_bulk(path: Path, folder: Path | None = None) -> Iterator[Entry | Refuse
             yield Refused(source=f"{shard}/{key}", kind="no_caption", message=str(row["error"]))
         else:
             file = shard if folder is None else str(folder / shard.rpartition("/")[2])
-            yield Entry(picture=f"{shard}/{key}", captions=texts_in(row["caption"]), inside=Inside(file, key))
+            if file.startswith("pipe:"):  # also of a folder `.`
+                message = f"{shard!r} is a shell command, which no row may name"
+                yield Refused(source=f"{path.name}, row {number}", kind="unsafe_path", message=message)
+            else:
+                yield Entry(picture=f"{shard}/{key}", captions=texts_in(row["caption"]), inside=Inside(file, key))
