@@ -80,7 +80,7 @@ def not_an_image(head: bytes) -> str:
 def open_image(data: bytes) -> Image.Image:
     """Pillow's picture of a file, not decoded yet.
 
-    Raises: Exception: almost any, as Pillow does; ImportError where the format needs the extra `formats`.
+    Raises: Exception: almost any, as Pillow does; ImportError where the format needs the extra `heic`.
     """
     format = image_format(data[:HEAD_BYTES])
     if format in ("AVIF", "HEIF"):  # somewhere inside; Pillow reads it as it opens the file

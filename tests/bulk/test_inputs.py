@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contracap.bulk.inputs import first_items, items
+from contracap.bulk.inputs import count_items, first_items, items
 from contracap.data.download import DownloadError
 from contracap.data.shards import MOST_MEMBER_BYTES, SampleError, ShardError, write_shard
 from tests.bulk.conftest import fill, picture
@@ -69,14 +69,42 @@ def test_a_shard_gives_its_pictures_whatever_its_texts_are(here: Path) -> None:
 
 
 def test_what_is_no_picture_or_breaks_off_is_an_item_that_says_so(here: Path) -> None:
-    write_shard(here / "0.tar", [("a", {"jpg": picture(0)}), ("b", {"txt": b"no picture"}), ("c", {"jpg": picture(1)})])
+    write_shard(here / "0.tar", [("a", {"jpg": picture(0)}), ("../b", {"jpg": b""}), ("c", {"jpg": picture(1)})])
     whole = (here / "0.tar").read_bytes()
     (here / "0.tar").write_bytes(whole[: whole.index(b"c.jpg") + 600])
     fill(here, ["z.jpg"])
     found = list(items(["0.tar", "none.jpg", "z.jpg"]))
     assert [type(item.source) for item in found] == [bytes, SampleError, ShardError, FileNotFoundError, type(Path())]
-    with pytest.raises(SampleError, match=r"sample b of 0\.tar has no picture"):
+    with pytest.raises(SampleError, match="points out of the folder"):
         found[1].content()
+
+
+def test_groups_of_a_shard_without_an_image_are_counted_and_texts_may_lie_anywhere(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text, image = {"txt": b"a"}, {"jpg": picture(0)}
+    write_shard(here / "0.tar", [("a", text), ("b", image), ("c", text), ("a", image), ("b", text)])
+    found = list(items(["0.tar"]))
+    assert [item.name for item in found] == ["0.tar/b", "0.tar/a"] and found[1].content() == picture(0)
+    (line,) = caplog.messages
+    assert "2 group without an image" in line and "1 group apart from its image" in line and "--sort=name" in line
+    write_shard(here / "1.tar", [("a", text)])
+    with pytest.raises(FileNotFoundError, match="1 group without an image"):
+        list(first_items(["1.tar"]))
+
+
+def test_a_pattern_follows_links_as_a_folder_does(here: Path) -> None:
+    fill(here, ["a/1.jpg", "x/2.jpg"])
+    (here / "a" / "linked").symlink_to("../x")
+    (here / "a" / "back").symlink_to("..")
+    assert names("a") == names("a/**") == names("a/**/*.jpg") == ["a/1.jpg", "a/linked/2.jpg"]
+
+
+def test_counting_opens_no_shard(here: Path) -> None:
+    (here / "shards").mkdir()
+    os.mkfifo(here / "shards" / "0.tar")
+    fill(here, ["shards/1.jpg"])
+    assert count_items(["shards/*"]) is None and count_items(["shards"]) == 1
 
 
 def test_a_file_too_large_for_a_photograph_is_not_read(here: Path) -> None:
@@ -108,7 +136,7 @@ def test_paths_that_stand_for_nothing_are_told_before_anything_is_read(here: Pat
         ("shards", "write shards/*.tar"),
         ("a/*.png", "no pictures at a/*.png"),
         ("empty.txt", "no pictures at empty.txt"),
-        ("caption.txt", "caption.txt is no list of pictures"),
+        ("caption.txt", "caption.txt is not a list of images"),
         ("broken.tar", "cannot read shard broken.tar"),
     ):
         with pytest.raises((OSError, ValueError)) as caught:

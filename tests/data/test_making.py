@@ -129,16 +129,22 @@ def test_questions_are_kept_beside_a_picture_without_captions(tmp_path: Path) ->
 
 
 def test_members_are_named_by_the_true_format(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "source", 5)
-    for number, (format, options) in enumerate(
-        [("PNG", {}), ("GIF", {}), ("TIFF", {}), ("BMP", {}), ("MPO", {"save_all": True})]
-    ):
+    formats = {"PNG": "png", "GIF": "gif", "TIFF": "tif", "BMP": "bmp", "MPO": "jpg", "JPEG2000": "jp2"}
+    formats |= {"WEBP": "webp", "PPM": "ppm", "ICO": "ico", "AVIF": "avif", "HEIF": "heif"}
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    Image.init()
+    formats = {format: suffix for format, suffix in formats.items() if format in Image.SAVE}
+    folder = make_folder(tmp_path / "source", len(formats))
+    for number, format in enumerate(formats):
+        options: dict[str, Any] = {"MPO": {"save_all": True}, "ICO": {"sizes": [(7, 9)]}}.get(format, {})
         (folder / f"{number:03}.jpg").write_bytes(picture(number, format=format, **options))
     make_shards(folder, tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
         names = [name.partition(".")[2] for name in archive.getnames()]
-    assert names[::2] == ["png", "gif", "tif", "bmp", "jpg"]
-    assert names[1::2] == ["json"] * 5
+    assert names[::2] == list(formats.values())
+    assert names[1::2] == ["json"] * len(formats)
+    assert len(read(tmp_path / "out")) == len(formats)  # all are read back
 
 
 def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path: Path) -> None:

@@ -77,3 +77,27 @@ def test_what_is_passed_over_is_told_in_one_line(tmp_path: Path, caplog: pytest.
     (line,) = caplog.messages
     assert "2 .mp4, 1 .zip" in line and str(tmp_path) in line and "txt" not in line
     assert not has_picture(fill(tmp_path / "empty", **{"a.mp4": b""}))
+
+
+def test_files_of_our_own_are_neither_images_nor_counted(tmp_path: Path) -> None:
+    ours = (".contracap.txt.json", ".c.csv.settings.json", ".k2j.partial", "c.csv.partial", "c.csv.partial-journal")
+    fill(tmp_path, **dict.fromkeys(ours, b""), **{"a.jpg": picture(), ".hidden": b""})
+    assert walked(tmp_path) == (["a.jpg"], {"hidden": 1})
+
+
+def test_a_subfolder_that_cannot_be_read_is_counted_and_the_rest_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "lost+found")
+    fill(tmp_path / "z", **{"b.jpg": picture()})
+    scandir = os.scandir
+
+    def refusing(path: Path) -> object:  # as for a user, which root never meets
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert walked(tmp_path) == (["z/b.jpg"], {"unreadable folder": 1})
+    with pytest.raises(PermissionError):
+        walked(tmp_path / "lost+found")

@@ -14,6 +14,7 @@ from contracap.data.remote import WEB
 from contracap.data.shards import (
     PICTURE_SUFFIXES,
     SHARD_SUFFIXES,
+    SORT,
     Record,
     SampleError,
     ShardError,
@@ -21,10 +22,14 @@ from contracap.data.shards import (
     parse,
     records,
 )
-from contracap.data.walk import PassedOver, is_picture, pictures_in
+from contracap.data.walk import PassedOver, folders_in, is_picture, pictures_in
 from contracap.files import check_regular, read_regular
 
 LIST_SUFFIX = ".txt"
+WITHOUT_IMAGE = {  # groups of a shard, by the kind of their error: as they are counted
+    "no_picture": "group without an image",
+    "unsorted": f"group apart from its image ({SORT})",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,18 +100,29 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
             and (first.source.is_dir() or not first.source.exists())
         ):
             raise FileNotFoundError(
-                f"{path} is no list of pictures, a path or URL on each line: its first line names no file, {first.name}"
+                f"{path} is not a list of images, a path or URL on each line: its first line names no file, "
+                f"{first.name}"
             )
         yield first
 
 
 def _items_of(path: str, recursive: bool, passed: PassedOver) -> Generator[Item, None, None]:
+    with closing(_found_at(path, recursive, passed)) as found:
+        for each in found:
+            if isinstance(each, Item):
+                yield each
+            else:
+                yield from _of_shards(each, passed)
+
+
+def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item | str, None, None]:
+    """The images that a path stands for, and the names of shards, which are not opened."""
     local = Path(path)
     if "://" in path or path.startswith("pipe:"):
         if path.startswith(WEB) and not path.partition("?")[0].endswith(SHARD_SUFFIXES):
             yield Item(name=path, source=path)
         else:
-            yield from _of_shards(path)
+            yield path
     elif local.is_dir():
         for picture in pictures_in(local, passed):
             if not recursive and picture.name != str(picture):  # those of subfolders come last
@@ -115,7 +131,7 @@ def _items_of(path: str, recursive: bool, passed: PassedOver) -> Generator[Item,
     elif local.exists():
         check_regular(local)
         if path.endswith(SHARD_SUFFIXES):
-            yield from _of_shards(path)
+            yield path
         elif local.suffix == LIST_SUFFIX:
             yield from _of_list(local)
         else:
@@ -123,13 +139,13 @@ def _items_of(path: str, recursive: bool, passed: PassedOver) -> Generator[Item,
     elif has_magic(path):
         for match in _matches(Path(local.anchor), local.relative_to(local.anchor).parts, passed):
             if match.name.endswith(SHARD_SUFFIXES):
-                yield from _of_shards(str(match))
-            elif match.is_file() and is_picture(match):
+                yield str(match)
+            elif os.path.isfile(match) and is_picture(match):
                 yield _file(match)
             else:
                 passed.add(match)
     elif path.endswith(SHARD_SUFFIXES):
-        yield from _of_shards(path)
+        yield path
     else:
         raise FileNotFoundError(f"no such picture or folder: {path}")
 
@@ -139,10 +155,11 @@ def count_items(paths: Sequence[str], *, recursive: bool = True, limit: int | No
     count = 0
     try:
         for path in paths:
-            if path.endswith(SHARD_SUFFIXES):
-                return limit
-            with closing(_items_of(path, recursive, PassedOver())) as found:
-                count += sum(1 for _ in islice(found, limit))
+            with closing(_found_at(path, recursive, PassedOver())) as found:
+                for each in islice(found, limit):
+                    if not isinstance(each, Item):
+                        return limit
+                    count += 1
     except (OSError, ValueError):
         return None
     return count if limit is None else min(count, limit)
@@ -171,11 +188,15 @@ def _of_list(path: Path) -> Iterator[Item]:
             yield Item(name=line, source=line) if line.startswith(WEB) else _file(Path(line))
 
 
-def _of_shards(path: str) -> Iterator[Item]:
+def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
     for shard in list_shards(path):
         try:
             for record in records(shard, suffixes=PICTURE_SUFFIXES):
-                yield item_of(record)
+                item = item_of(record)
+                if isinstance(item.source, SampleError) and item.source.kind in WITHOUT_IMAGE:
+                    passed.counts[WITHOUT_IMAGE[item.source.kind]] += 1
+                else:
+                    yield item
         except ShardError as error:
             if error.whole == 0:
                 raise
@@ -183,11 +204,13 @@ def _of_shards(path: str) -> Iterator[Item]:
 
 
 def item_of(record: Record) -> Item:
-    """The picture of a sample; the item says why if it has none that can be used."""
+    """The image of a sample; the item says why if it has none that can be used. Its texts may lie anywhere."""
     name = f"{record.shard}/{record.key}"
-    pictures = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
+    images = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
+    if record.scattered and images:
+        record = replace(record, scattered=False, repeated=False)
     try:
-        return Item(name=name, source=parse(replace(record, members=pictures)).image)
+        return Item(name=name, source=parse(replace(record, members=images)).image)
     except SampleError as error:
         return Item(name=name, source=error)
 
@@ -199,21 +222,20 @@ def _matches(folder: Path, parts: Sequence[str], passed: PassedOver) -> Iterator
         return
     part, rest = parts[0], parts[1:]
     if not has_magic(part):
-        if (folder / part).exists():
+        if os.path.exists(folder / part):
             yield from _matches(folder / part, rest, passed)
-        return
-    names = sorted(name for name in (os.listdir(folder) if folder.is_dir() else ()) if not name.startswith("."))
-    if part == "**":
-        yield from _matches(folder, rest or ("*",), passed)
+    elif part == "**":
+        if os.path.isdir(folder):
+            for place, _ in folders_in(folder, passed):
+                yield from _matches(folder / place, rest or ("*",), passed)
+    elif os.path.isdir(folder):
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError:
+            passed.counts["unreadable folder"] += 1
+            return
         for name in names:
-            if (folder / name).is_dir():
-                if (folder / name).is_symlink():
-                    passed.counts["link to a folder"] += 1
-                else:
-                    yield from _matches(folder / name, parts, passed)
-    else:
-        for name in names:
-            if fnmatchcase(name, part):
+            if fnmatchcase(name, part) and not name.startswith("."):
                 yield from _matches(folder / name, rest, passed)
 
 

@@ -23,7 +23,7 @@ class Verbosity:
     verbose: bool = False
 
     def take(self, arguments: Sequence[str]) -> list[str]:
-        """The other arguments. Of both the louder one counts."""
+        """The other arguments. If both are given, --verbose wins."""
         self.verbose = "--verbose" in arguments
         self.quiet = "--quiet" in arguments and not self.verbose
         logging.disable(logging.INFO if self.quiet else logging.NOTSET)
@@ -35,7 +35,7 @@ verbosity = Verbosity()
 
 
 def say(line: str) -> None:
-    """Print what is good to know and no result."""
+    """Print a line unless --quiet was given."""
     if not verbosity.quiet:
         print(line)
 

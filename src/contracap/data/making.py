@@ -33,7 +33,7 @@ SKIPPED_FILE = "skipped.jsonl"
 PLAN_FILE = "making.json"
 NOTES_FOLDER = ".making"  # a note for each finished shard; gone at the end
 JPEG_QUALITY = 95  # of pictures that are made smaller
-SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of formats that have another name
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of formats that have another name
 
 
 class MakingError(ValueError):

@@ -1,7 +1,8 @@
-"""Images below a folder, and a word on everything else that lies there."""
+"""Find the images below a folder, and count what else lies there."""
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # Files that lie beside images on purpose: captions, tables, embeddings. They are neither opened nor counted.
 COMPANIONS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy")
+# Files that this package keeps next to what it writes. They are not counted either.
+OURS = re.compile(r"\.contracap|.*\.partial(-journal)?$|\..*\.settings\.json$", re.DOTALL)
 
 
 class PassedOver:
@@ -28,13 +31,13 @@ class PassedOver:
 
     def add(self, file: Path) -> None:
         """Count what is not an image, a file under its suffix."""
-        if file.is_dir():
+        if os.path.isdir(file):
             self.counts["folder"] += 1
-        elif not file.exists():
+        elif not os.path.exists(file):
             self.counts["broken link"] += 1
-        elif not file.is_file():
+        elif not os.path.isfile(file):
             self.counts[special_kind(file.stat().st_mode)] += 1
-        elif not file.name.lower().endswith(COMPANIONS):
+        elif not file.name.lower().endswith(COMPANIONS) and not OURS.match(file.name):
             self.counts[file.suffix.lower() or "without suffix"] += 1
 
     def report(self, where: str | Path) -> None:
@@ -47,10 +50,10 @@ def pictures_in(folder: Path, passed: PassedOver | None = None) -> Iterator[Path
     """The images in a folder and its subfolders, relative to it, by name; a folder's own come before its subfolders'.
 
     Links to folders are followed once, unless they lead to a part of the folder itself or to what holds it. Hidden
-    files and folders are left out, as is all that is not a regular file. `passed` counts them; without it, one line is
-    logged at the end.
+    files and folders are left out, as are subfolders that cannot be read and all that is not a regular file. `passed`
+    counts them; without it, one line is logged at the end.
 
-    Raises: OSError: if one of the folders cannot be read.
+    Raises: OSError: if the folder cannot be read.
     """
     counts = PassedOver() if passed is None else passed
     for file in files_in(folder, counts):
@@ -65,7 +68,7 @@ def pictures_in(folder: Path, passed: PassedOver | None = None) -> Iterator[Path
 def has_picture(folder: Path) -> bool:
     """Whether an image lies below a folder.
 
-    Raises: OSError: if one of the folders cannot be read.
+    Raises: OSError: if the folder cannot be read.
     """
     return next(pictures_in(folder, PassedOver()), None) is not None
 
@@ -78,7 +81,7 @@ def is_picture(file: Path) -> bool:
     suffix = file.suffix.lower()
     if suffix[1:] in PICTURE_SUFFIXES:
         return True
-    if suffix in COMPANIONS or file.name.endswith(SHARD_SUFFIXES) or not file.is_file():
+    if suffix in COMPANIONS or file.name.endswith(SHARD_SUFFIXES) or not os.path.isfile(file):
         return False
     try:
         with file.open("rb") as opened:
@@ -90,42 +93,57 @@ def is_picture(file: Path) -> bool:
 
 def files_in(folder: Path, passed: PassedOver) -> Iterator[Path]:
     """The regular files in a folder and its subfolders, as `pictures_in` orders them."""
+    for place, others in folders_in(folder, passed):
+        for name, kind in others:
+            if kind == "file":
+                yield place / name
+            elif not OURS.match(name):
+                passed.counts[kind] += 1
+
+
+def folders_in(folder: Path, passed: PassedOver) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
+    """A folder and its subfolders, relative to it, each with the names and kinds of what else it holds. `passed` counts
+    the subfolders that are left out."""
     root = os.path.realpath(folder)
     seen = {_identity(root)}
     waiting = [Path()]
     while waiting:
         place = waiting.pop()
-        subfolders = []
-        with os.scandir(folder / place) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        subfolders, others = list[Path](), list[tuple[str, str]]()
+        try:
+            with os.scandir(folder / place) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            if not place.parts:
+                raise
+            passed.counts["unreadable folder"] += 1
+            continue
         for entry in entries:
-            kind = _kind(entry, root)
-            if kind == "folder":
-                identity = _identity(entry.path)
-                if identity in seen:
-                    passed.counts["folder met before"] += 1
-                else:
-                    seen.add(identity)
-                    subfolders.append(place / entry.name)
-            elif kind == "file":
-                yield place / entry.name
+            kind, identity = _kind(entry, root)
+            if identity is None:
+                others.append((entry.name, kind))
+            elif kind != "folder" or identity in seen:
+                passed.counts["folder met before" if kind == "folder" else kind] += 1
             else:
-                passed.counts[kind] += 1
+                seen.add(identity)
+                subfolders.append(place / entry.name)
+        yield place, others
         waiting += reversed(subfolders)
 
 
-def _kind(entry: os.DirEntry[str], root: str) -> str:
-    """`file`, `folder`, or what it is passed over as."""
+def _kind(entry: os.DirEntry[str], root: str) -> tuple[str, tuple[int, int] | None]:
+    """`file`, `folder`, or what it is passed over as; with the identity of a folder."""
     if entry.name.startswith("."):
-        return "hidden"
+        return "hidden", None
     try:
         if entry.is_file():
-            return "file"
+            return "file", None
         if entry.is_dir():
-            return "link back" if entry.is_symlink() and _leads_back(entry.path, root) else "folder"
-        return special_kind(entry.stat().st_mode)
+            back = entry.is_symlink() and _leads_back(entry.path, root)
+            return "link back" if back else "folder", _identity(entry.path)
+        return special_kind(entry.stat().st_mode), None
     except OSError:  # a link in a circle, or to what is gone
-        return "broken link"
+        return "broken link", None
 
 
 def _leads_back(link: str, root: str) -> bool:
