@@ -132,7 +132,7 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
         (["train", recipe], "unknown key 'step'; did you mean 'steps'?"),
         (["caption", tmp_path / "none.safetensors", empty], "no pictures in the folder"),
         (["caption", tmp_path / "none.safetensors", tmp_path / "none.jpg"], "no such picture or folder"),
-        (["caption", weights], "nothing to caption"),
+        (["caption", weights], "nothing to read"),
         (["weights", "inspect", tmp_path / "none"], "no weights at"),
         (["weights", "inspect", broken], "is not a weights file"),
         (["weights", "inspect", tmp_path / "other.pt"], "it holds epoch"),

@@ -139,9 +139,10 @@ def test_paths_that_stand_for_nothing_are_told_before_anything_is_read(here: Pat
         ("caption.txt", "caption.txt is not a list of images"),
         ("broken.tar", "cannot read shard broken.tar"),
     ):
-        with pytest.raises((OSError, ValueError)) as caught:
-            list(first_items(["a", path]))
-        assert message in str(caught.value)
+        for paths in ([path],) if path == "broken.tar" else ([path], ["a", path]):
+            with pytest.raises((OSError, ValueError)) as caught:
+                list(first_items(paths))
+            assert message in str(caught.value)
     assert [item.name for item in first_items(["a", "shards/*.tar"])] == ["a/1.jpg", "shards/0.tar/x"]
 
 
@@ -168,3 +169,21 @@ def test_pictures_and_shards_come_over_http(here: Path, address: str) -> None:
     assert [item.content() for item in found[:3]] == [picture(0)] * 3
     with pytest.raises(DownloadError, match="HTTP status 404"):
         found[3].content()
+
+
+def test_an_image_that_is_an_output_too_is_refused(here: Path) -> None:
+    fill(here, ["a/1.jpg", "a/2.jpg"])
+    (here / "link").symlink_to("a/2.jpg")
+    for outputs in ([Path("a/2.jpg")], [None, here / "a" / "2.jpg"], [Path("link")]):
+        with pytest.raises(ValueError, match=r"a/2\.jpg is one of the images to read"):
+            list(items(["a"], outputs=outputs))
+
+
+def test_a_shard_without_an_image_is_told_and_the_rest_is_read(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(here, ["a/1.jpg"])
+    write_shard(here / "empty.tar", [])
+    (here / "junk.tar").write_bytes(b"junk" * 1000)
+    assert [item.name for item in first_items(["a", "empty.tar", "junk.tar"])] == ["a/1.jpg"]
+    assert all(name in caplog.text for name in ("empty.tar", "junk.tar"))
+    with pytest.raises(FileNotFoundError, match=r"empty\.tar"):
+        list(first_items(["empty.tar", "junk.tar"]))

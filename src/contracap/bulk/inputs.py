@@ -1,5 +1,6 @@
 """What a user means by pictures: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
 
+import logging
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -25,6 +26,7 @@ from contracap.data.shards import (
 from contracap.data.walk import PassedOver, folders_in, is_picture, pictures_in
 from contracap.files import check_regular, read_regular
 
+logger = logging.getLogger(__name__)
 LIST_SUFFIX = ".txt"
 WITHOUT_IMAGE = {  # groups of a shard, by the kind of their error: as they are counted
     "no_picture": "group without an image",
@@ -61,7 +63,9 @@ class Item:
                 return read_regular(path)
 
 
-def items(paths: Sequence[str], *, recursive: bool = True) -> Generator[Item, None, None]:
+def items(
+    paths: Sequence[str], *, recursive: bool = True, outputs: Sequence[Path | None] = ()
+) -> Generator[Item, None, None]:
     """The pictures that paths stand for, in order, read from folders, lists and shards only as they are asked for.
 
     A path is a picture file, or its http(s) URL; a folder, whose pictures come by name and then those of its
@@ -69,13 +73,24 @@ def items(paths: Sequence[str], *, recursive: bool = True) -> Generator[Item, No
     `data/remote` reads, with braces as ranges and lists; or a `.txt` file with a path or URL of a picture on each line.
     What cannot be read becomes an item that says why, and the rest follows; what is not a picture is counted, and told
     in one line at the end.
+
+    Raises: ValueError: at an image that is also one of the `outputs`, which would be lost.
     """
     passed = PassedOver()
+    written = {os.path.realpath(output) for output in outputs if output is not None}
     for path in paths:
-        try:
-            yield from _items_of(path, recursive, passed)
-        except (OSError, ValueError) as error:
-            yield Item(name=path, source=error)
+        found = _items_of(path, recursive, passed)
+        while True:
+            try:
+                item = next(found)
+            except StopIteration:
+                break
+            except (OSError, ValueError) as error:
+                yield Item(name=path, source=error)
+                break
+            if written and isinstance(item.source, Path) and os.path.realpath(item.source) in written:
+                raise ValueError(f"{item.name} is one of the images to read, and an output too: name another file")
+            yield item
     passed.report(", ".join(paths))
 
 
@@ -83,17 +98,29 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
     """The first picture of each path: whether there are any is known before a model is loaded.
 
     Raises:
-        FileNotFoundError: if a path does not exist or stands for no picture.
+        FileNotFoundError: if a path does not exist or stands for no picture; a shard that holds none, or is broken, is
+            told in a warning where there are other paths.
         OSError, ValueError: if one cannot be read.
     """
     if not paths:
-        raise ValueError("nothing to caption: give pictures, folders, patterns, lists (.txt) or tar shards")
+        raise ValueError("nothing to read: give images, folders, patterns, lists (.txt) or tar shards")
+    empty = list[str]()
     for path in paths:
         passed = PassedOver()
         with closing(_items_of(path, recursive, passed)) as found:
-            first = next(found, None)
+            try:
+                first = next(found, None)
+            except ShardError as error:
+                if not Path(path).exists():
+                    raise
+                empty.append(str(error))
+                continue
         if first is None:
-            raise FileNotFoundError(_nothing_at(path) + (f" (passed over {passed})" if passed.counts else ""))
+            problem = _nothing_at(path) + (f" (passed over {passed})" if passed.counts else "")
+            if not path.endswith(SHARD_SUFFIXES):
+                raise FileNotFoundError(problem)
+            empty.append(problem)
+            continue
         if (
             path.endswith(LIST_SUFFIX)
             and isinstance(first.source, Path)
@@ -104,6 +131,10 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
                 f"{first.name}"
             )
         yield first
+    if len(empty) == len(paths):
+        raise FileNotFoundError(empty[0])
+    for problem in empty:
+        logger.warning(problem)
 
 
 def _items_of(path: str, recursive: bool, passed: PassedOver) -> Generator[Item, None, None]:
