@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "contracap"
 MAY_IMPORT = {
     "config": "",
     "files": "",
+    "progress": "",
     "tokenizer": "",
     "formats": "",
     "image": "formats",
@@ -60,7 +61,7 @@ MAY_IMPORT = {
     "cli": "*",
     "__main__": "cli",
 }
-OPEN = {"config", "files"}
+OPEN = {"config", "files", "progress"}
 LAST = {"quickstart", "study", "compare", "report", "cli"}  # only those above import these
 ABOVE = {"study", "cli", "__main__"}
 FOREIGN = {  # and where they are at home, if anywhere

@@ -152,6 +152,54 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
         assert err.startswith("contracap: error: ") and err.count("\n") == 1 and message in err, err
 
 
+def test_quiet_leaves_results_and_errors_alone(
+    run: Run, weights: Path, pictures: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a terminal, where there are bars, and with something passed over."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture(9))
+    (folder / "a.mp4").touch()
+    (folder / "a.txt").write_text("a")
+    monkeypatch.setattr("tqdm.std.DisableOnWriteError.isatty", lambda self: True, raising=False)
+    silent: list[list[object]] = [
+        ["caption", weights, folder, "--out", tmp_path / "c.csv", "--strategy", "greedy"],
+        ["embed", weights, folder, "--out", tmp_path / "e.npz"],
+        ["shards", "make", folder, "--out", tmp_path / "made"],
+        ["shards", "index", shards, "--out", tmp_path],
+        ["shards", "show", shards, "--out", tmp_path / "page.html"],
+        ["weights", "convert", weights, tmp_path / "open_clip"],
+    ]
+    for verb in silent:
+        assert run(*verb, "--quiet") == (0, "", ""), verb
+    status, out, err = run("classify", weights, folder, "--labels", "a", "b", "--quiet")
+    assert (status, out.count("\n"), err) == (0, 1, "")
+    status, out, err = run("evaluate", weights, "--task", "retrieval", "--data", shards, "--quiet")
+    assert (status, err) == (0, "") and "recall" in out
+    assert "images/s" in run("embed", weights, folder, "--out", tmp_path / "e.npz")[2]  # --quiet is of its call alone
+
+
+@pytest.mark.parametrize("verb", ["classify", "embed", "evaluate", "shards show", "shards index"])
+def test_an_interrupted_verb_says_what_the_same_command_does(
+    run: Run, weights: Path, pictures: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("bulk.embedding.finite", "evaluation.task.measure_task", "data.survey.parse", "data.index.describe"):
+        monkeypatch.setattr(f"contracap.{place}", interrupted)
+    arguments: list[object] = {
+        "classify": [weights, pictures, "--labels", "a", "b"],
+        "embed": [weights, pictures, "--out", tmp_path / "e.npz"],
+        "evaluate": [weights, "--task", "retrieval", "--data", shards],
+        "shards show": [shards, "--out", tmp_path / "page.html"],
+        "shards index": [shards, "--out", tmp_path, "--workers", 0],
+    }[verb]
+    status, out, err = run(*verb.split(), *arguments)
+    assert (status, out, err.count("\n")) == (130, "", 1)
+    assert "the same command" in err and "interrupted" in err
+
+
 def test_an_error_of_our_own_making_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> Path:
         return Path({}[name])

@@ -173,7 +173,9 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
         partial.write_bytes(measured.captioning.source[0].image)
     result.write(out / "results.json")
     print(figures_as_text(figures))
-    print(f"\nthe page: {out / 'report.html'}\nthe model: contracap caption {run / 'checkpoints' / 'last'} PICTURE...")
+    logger.info(
+        "\nthe page: %s\nthe model: contracap caption %s IMAGE...", out / "report.html", run / "checkpoints" / "last"
+    )
     return result
 
 

@@ -6,17 +6,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from threading import Thread
 
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from contracap.bulk.inputs import Item
 from contracap.bulk.outputs import Output, is_of_one_image
 from contracap.bulk.pictures import picture_batches
 from contracap.bulk.rows import Row
 from contracap.image import ImageConfig
+from contracap.progress import progress_bar
 
 Describe = Callable[[Sequence[str], UInt8[Tensor, "batch 3 height width"]], list[Row]]
 """Names and pixels of a batch to a row for each; `caption_rows` with its other arguments filled in."""
@@ -64,7 +63,7 @@ def caption_pictures(
     batch_size: int,
     workers: int,
     seen: Callable[[Row], object] = lambda row: None,
-    progress: bool | None = None,
+    progress: bool = True,
     total: Callable[[], int | None] = lambda: None,
 ) -> Outcome:
     """Describe all pictures and write what is said of them; memory does not depend on how many there are.
@@ -74,7 +73,7 @@ def caption_pictures(
         image: how the model wants its pictures.
         workers: threads that read and decode.
         seen: gets each row as well.
-        progress: whether a bar is shown; None: on a terminal.
+        progress: whether a bar is shown on a terminal.
         total: counts the items for the bar, in a thread of its own.
 
     Raises:
@@ -91,9 +90,7 @@ def caption_pictures(
         outcome.captioned -= len(errors)
         outcome.added = output.added
 
-    bar = tqdm(unit=" pictures", disable=None if progress is None else not progress)
-    if not bar.disable:
-        Thread(target=_set_total, args=(bar, total), daemon=True).start()
+    bar = progress_bar(total=total, unit=" images", disable=not progress)
     with _told(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
             outcome.broken += batch.broken.values()
@@ -124,10 +121,6 @@ def _told(outcome: Outcome, output: Output) -> Iterator[None]:
     except KeyboardInterrupt:
         done = f"{outcome.captioned} captions, {outcome.skipped} were there before"
         raise KeyboardInterrupt(f"interrupted after {done}; {output.resumption}") from None
-
-
-def _set_total(bar: tqdm, total: Callable[[], int | None]) -> None:
-    bar.total = total()
 
 
 def _missing(items: Generator[Item, None, None], output: Output, outcome: Outcome) -> Generator[Item, None, None]:

@@ -21,13 +21,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from tqdm import tqdm
 
 from contracap.bulk.folder import Folder
 from contracap.bulk.parts import BulkConfig, PartWriter, ShardOutcome, located, part_name, settings
 from contracap.bulk.settings import description
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
+from contracap.progress import progress_bar
 
 ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them for ever
 BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
@@ -243,7 +243,7 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: boo
         num_gpus=placing.gpus,
     )
     outcomes = list[ShardOutcome]()
-    bar = tqdm(desc=f"0 of {len(shards)} shards", unit=" images", disable=None if progress else True)
+    bar = progress_bar(desc=f"0 of {len(shards)} shards", unit=" images", disable=not progress)
     try:
         for row in rows.iter_rows():
             if failure := row.pop("failure"):

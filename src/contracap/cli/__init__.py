@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
+            verbosity.take([])
             sys.stdout.flush()  # else a reader that has gone is found as the interpreter ends
     except BrokenPipeError as error:
         return BROKEN_PIPE if _reader_has_gone() else fail(message(error))

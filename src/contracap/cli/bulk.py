@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from contracap.cli.errors import fail, say, verbosity
+from contracap.cli.errors import fail, say
 from contracap.cli.options import PathText, Settings, Size, StrategyName, WeightsName, arg
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _run(
     cluster = ClusterConfig(address=address, workers=workers, gpus_per_worker=gpus_per_worker)
     listed = list_shards(shards)
     model, processor = load(weights, size=size)
-    done = run(listed, out, config, model, processor, weights=weights, cluster=cluster, progress=not verbosity.quiet)
+    done = run(listed, out, config, model, processor, weights=weights, cluster=cluster)
     rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))
     before = f", beside {done.before} that were there" if done.before else ""
     say(f"{rows - unreadable} pictures of {len(done.outcomes) - len(done.broken)} shards{before}: {out}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from contracap.cli.errors import fail, message, say, verbosity
+from contracap.cli.errors import fail, message, say
 from contracap.cli.options import (
     Device,
     Int8,
@@ -117,9 +117,7 @@ def caption(
     existing = _existing(skip_existing=skip_existing, overwrite=overwrite, append=append)
     output = _output(paths, format, out, ext, existing, embed=embed)
     table = output.path if isinstance(output, Table) else None
-    check_outputs([weights, *paths, table], json=json)
-    if table is not None and os.path.realpath(table) in map(os.path.realpath, [weights, *paths]):
-        raise ValueError(f"--out {table} would take the place of what is read: name another file")
+    check_outputs([weights, *paths], out=table, json=json)
     for item in first_items(paths, recursive=recursive):
         output.check(item)
 
@@ -152,7 +150,7 @@ def caption(
             batch_size=batch_size,
             workers=workers,
             seen=rows.append if json is not None else lambda row: None,
-            progress=False if verbosity.quiet or (isinstance(output, Lines) and sys.stdout.isatty()) else None,
+            progress=not (isinstance(output, Lines) and sys.stdout.isatty()),
             total=lambda: count_items(paths, recursive=recursive, limit=limit),
         )
     if json is not None:

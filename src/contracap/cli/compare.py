@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+from contracap.cli.errors import say
 from contracap.cli.options import arg, command_line
 
 Results = Annotated[Path, arg(metavar="RESULTS.json", help="what contracap evaluate or score wrote with --json")]
@@ -33,8 +34,8 @@ def compare(
     comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))
     write(comparison, out, command=command_line())
     print(markdown(comparison))
-    print(f"the figure: {out / 'compare.svg'}" if comparison.headlines else "no figure: no score has a value in both")
-    print(f"the page: {out / 'compare.html'}")
+    say(f"the figure: {out / 'compare.svg'}" if comparison.headlines else "no figure: no score has a value in both")
+    say(f"the page: {out / 'compare.html'}")
 
 
 def report(run: Annotated[Path, arg(metavar="RUN", help="a run folder, the `out` of contracap train")], /) -> None:

@@ -1,12 +1,13 @@
 """The verbs that say what is in an image without writing a text: its class, its embedding."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from contracap.cli.errors import fail, message
-from contracap.cli.options import PathText, ResultFile, Size, WeightsName, arg, command_line, load_model
+from contracap.cli.errors import fail, interruption, message, say
+from contracap.cli.options import Device, PathText, ResultFile, Size, WeightsName, arg, command_line, load_model
 
 if TYPE_CHECKING:
     from contracap.bulk.embedding import EmbeddingBatch
@@ -23,6 +24,7 @@ Images = Annotated[
 BatchSize = Annotated[int, arg(metavar="N", help="images that go through the model together")]
 
 
+@interruption("interrupted: the lines above are all; the same command begins anew")
 def classify(
     weights: WeightsName,
     paths: Images,
@@ -34,6 +36,7 @@ def classify(
         arg(metavar="TEXT", help="prompts with {} where the label goes; their embeddings are averaged"),
     ] = ("a photo of a {}.",),
     batch_size: BatchSize = 64,
+    device: Device = None,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
@@ -45,11 +48,11 @@ def classify(
     if not labels:
         raise ValueError("there are no labels to choose from: --labels LABEL [LABEL ...]")
     check_templates(templates)
-    model, processor = load_model(weights, size)
+    model, processor = load_model(weights, size, device=device)
     scale = model.logit_scale.detach().exp()
     weight = classifier(model, processor, labels, templates)
     found, broken = [], list[Exception]()
-    for batch in _batches(model, processor, paths, batch_size):
+    for batch in _batches(model, processor, paths, batch_size, progress=not sys.stdout.isatty()):
         broken += batch.broken
         probabilities = (scale * batch.embeddings @ weight.T).softmax(dim=1).tolist()
         for name, row in zip(batch.names, probabilities, strict=True):
@@ -66,6 +69,7 @@ def classify(
     return _report(broken)
 
 
+@interruption()
 def embed(
     weights: WeightsName,
     paths: Images,
@@ -79,6 +83,7 @@ def embed(
         ),
     ],
     batch_size: BatchSize = 64,
+    device: Device = None,
     size: Size = None,
 ) -> int:
     """Write the contrastive embedding of each image, a row of unit length, to one file."""
@@ -93,12 +98,12 @@ def embed(
     broken = list[Exception]()
 
     def batches() -> "Iterator[EmbeddingBatch]":
-        for batch in _batches(*load_model(weights, size), paths, batch_size):
+        for batch in _batches(*load_model(weights, size, device=device), paths, batch_size):
             broken.extend(batch.broken)
             yield batch
 
     count = write_embeddings(out, kind, batches())
-    print(f"{count} embeddings: {out}")
+    say(f"{count} embeddings: {out}")
     return _report(broken)
 
 
@@ -111,15 +116,19 @@ def _check(paths: tuple[str, ...]) -> None:
 
 
 def _batches(
-    model: "CoCa", processor: "Processor", paths: tuple[str, ...], batch_size: int
+    model: "CoCa", processor: "Processor", paths: tuple[str, ...], batch_size: int, *, progress: bool = True
 ) -> "Iterator[EmbeddingBatch]":
     from contracap.bulk.embedding import embed_items
-    from contracap.bulk.inputs import items
+    from contracap.bulk.inputs import count_items, items
     from contracap.generation.strategy import check_count
+    from contracap.progress import progress_bar
 
     check_count("--batch-size", batch_size, 1, "images at a time")
     workers = 4 * (os.cpu_count() or 1)
-    yield from embed_items(model, processor, items(paths), batch_size=batch_size, workers=workers)
+    with progress_bar(total=lambda: count_items(paths), unit=" images", disable=not progress) as bar:
+        for batch in embed_items(model, processor, items(paths), batch_size=batch_size, workers=workers):
+            yield batch
+            bar.update(len(batch.names) + len(batch.broken))
 
 
 def _report(broken: list[Exception]) -> int:

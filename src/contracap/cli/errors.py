@@ -3,7 +3,8 @@
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,7 +27,7 @@ class Verbosity:
         """The other arguments. If both are given, --verbose wins."""
         self.verbose = "--verbose" in arguments
         self.quiet = "--quiet" in arguments and not self.verbose
-        logging.disable(logging.INFO if self.quiet else logging.NOTSET)
+        logging.disable(logging.WARNING if self.quiet else logging.NOTSET)  # progress bars go by this, too
         logging.getLogger("contracap").setLevel(logging.DEBUG if self.verbose else logging.NOTSET)
         return [word for word in arguments if word not in ("--quiet", "--verbose")]
 
@@ -34,10 +35,19 @@ class Verbosity:
 verbosity = Verbosity()
 
 
-def say(line: str) -> None:
+def say(line: str, *, to_stderr: bool = False) -> None:
     """Print a line unless --quiet was given."""
     if not verbosity.quiet:
-        print(line)
+        print(line, file=sys.stderr if to_stderr else sys.stdout, flush=to_stderr)
+
+
+@contextmanager
+def interruption(words: str = "interrupted: nothing was written; the same command begins anew") -> Iterator[None]:
+    """What Ctrl-C says in the block, where that does not say it itself."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(str(interrupt) or words) from None
 
 
 def fail(message: str, *, status: int = 1) -> int:

@@ -2,13 +2,12 @@
 closed must not cost what took hours."""
 
 import logging
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from contracap.cli.errors import written
+from contracap.cli.errors import interruption, say, written
 from contracap.cli.options import (
     AllowCommands,
     Int8,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from contracap.bench.timing import Row
 
 
+@interruption("interrupted: no figure was written; the same command begins anew")
 def evaluate(
     weights: WeightsName,
     /,
@@ -211,4 +211,4 @@ def _report(row: "Row") -> None:
     """A row as soon as it is done: a later one may fail, hours on."""
     from contracap.bench.timing import Benchmark
 
-    print(Benchmark(rows=[row], samples=0, seed=0, machine={}).table(), file=sys.stderr, flush=True)
+    say(Benchmark(rows=[row], samples=0, seed=0, machine={}).table(), to_stderr=True)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from contracap.cli.errors import written
+from contracap.cli.errors import say, written
 from contracap.cli.options import PathText, ResultFile, Size, arg, check_outputs, command_line, load_model
 from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
 from contracap.evaluation.spice import MEMORY
@@ -62,10 +62,10 @@ def score(
     known = None if references is None else read_references(references)
     entries = read_entries(file, known)
     if known is not None and len(entries) < len(known):
-        print(
-            f"contracap: {len(known) - len(entries):,} of {len(known):,} pictures of {references} are not in {file}: "
+        say(
+            f"contracap: {len(known) - len(entries):,} of {len(known):,} images of {references} are not in {file}: "
             f"they do not count",
-            file=sys.stderr,
+            to_stderr=True,
         )
     judge, pictures = None, list[Path]()
     if clipscore is not None:
@@ -92,9 +92,10 @@ def score(
     for name, value in scores.figures.items():
         print(f"{name:24}{value:.4f}")
     if reason := scores.details.get("tokenizer_reason"):
-        print(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", file=sys.stderr)
+        say(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", to_stderr=True)
     for name, reason in scores.reasons.items():
-        print(f"contracap: {name} left out: {' '.join(reason.split())}", file=sys.stderr)
+        line = f"contracap: {name} left out: {' '.join(reason.split())}"
+        print(line, file=sys.stderr) if metrics else say(line, to_stderr=True)
     return 1 if not kept or (metrics and set(scores.reasons.values()) - {ONE_IMAGE}) else 0
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+from contracap.cli.errors import interruption, say
 from contracap.cli.options import PathText, Workers, arg, worker_count
 
 
@@ -46,11 +47,11 @@ def make(
         samples_per_shard=samples_per_shard,
         workers=worker_count(workers),
     )
-    print(f"{made.samples} samples in {made.shards} shards: {out}")
+    say(f"{made.samples} samples in {made.shards} shards: {out}")
     for reason, number in made.skipped.items():
-        print(f"skipped {number}: {reason}")
+        say(f"skipped {number}: {reason}")
     if made.skipped:
-        print(f"each is named in {out / SKIPPED_FILE}")
+        say(f"each is named in {out / SKIPPED_FILE}")
 
 
 def index(
@@ -65,9 +66,10 @@ def index(
 
     entries = index_folder(folder, workers=worker_count(workers), out=out)
     samples, captions = (sum(getattr(entry, name) for entry in entries) for name in ("samples", "captions"))
-    print(f"{samples} samples with {captions} captions in {len(entries)} shards: {(out or Path(folder)) / INDEX_FILE}")
+    say(f"{samples} samples with {captions} captions in {len(entries)} shards: {(out or Path(folder)) / INDEX_FILE}")
 
 
+@interruption()
 def show(
     paths: Annotated[tuple[PathText, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
     /,
@@ -95,4 +97,5 @@ def show(
         paths, limit=limit, sample_count=samples, seed=seed, image=image, augmentation=augmentation, lines=lines
     )
     write_page(found, out)
-    print(*survey_lines(found), f"the page: {out}", sep="\n")
+    for line in (*survey_lines(found), f"the page: {out}"):
+        say(line)

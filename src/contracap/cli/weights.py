@@ -1,10 +1,10 @@
 """The verbs of weights files."""
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
+from contracap.cli.errors import say
 from contracap.cli.options import Size, WeightsName, arg
 
 
@@ -74,8 +74,8 @@ def convert(
             raise ValueError(f"open_clip's layout is a folder of two files, and {out} names a file: give a folder")
         save_open_clip(out, model=found.model, image=found.image, state=found.state)
         for problem in not_for_open_clip(found.model):
-            print(f"contracap: warning: open_clip 3.3.0 cannot follow this model: {problem}", file=sys.stderr)
+            say(f"contracap: warning: open_clip 3.3.0 cannot follow this model: {problem}", to_stderr=True)
         for what, change in changes_in_open_clip(found.model, found.state).items():
             moved = f"{what} moves by {change.mean:.4f} on average, {change.largest:.4f} at most"
-            print(f"contracap: warning: read without that key, on sample inputs, the {moved}", file=sys.stderr)
-    print(f"{found.path} ({found.layout}) -> {out} ({to})")
+            say(f"contracap: warning: read without that key, on sample inputs, the {moved}", to_stderr=True)
+    say(f"{found.path} ({found.layout}) -> {out} ({to})")

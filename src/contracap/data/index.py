@@ -12,12 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tqdm import tqdm
-
 from contracap.data.remote import BUFFER_BYTES, opened
 from contracap.data.shards import SampleError, ShardError, count_samples, list_shards, parse, records
 from contracap.data.workers import in_processes
 from contracap.files import write_text
+from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 
 INDEX_FILE = "index.json"
@@ -133,7 +132,7 @@ def samples_in(shards: Sequence[str]) -> list[int]:
     unknown = [shard for shard, samples in found.items() if samples is None]
     if unknown:
         told = "counting samples; `contracap shards index FOLDER` keeps the numbers"
-        found |= {shard: _counted(shard) for shard in tqdm(unknown, told, unit=" shards", disable=None, delay=2)}
+        found |= {shard: _counted(shard) for shard in progress_bar(unknown, desc=told, unit=" shards", delay=2)}
     return [found[shard] or 0 for shard in shards]
 
 
@@ -202,6 +201,7 @@ def index_folder(folder: str | Path, workers: int = 0, *, out: str | Path | None
         IndexFileError: if there is an index that cannot be read.
         RemoteError: likewise, of a remote shard.
         ShardError: if a shard cannot be read; the others are in the index.
+        KeyboardInterrupt: that says how many shards are in the index.
     """
     remote = "://" in str(folder)
     if remote and out is None:
@@ -221,11 +221,14 @@ def index_folder(folder: str | Path, workers: int = 0, *, out: str | Path | None
             unknown.append(shard)
     described = in_processes(_described, unknown, workers)
     try:
-        for made in tqdm(described, "index", len(unknown), unit=" shards", disable=None):
+        for made in progress_bar(described, desc="index", total=len(unknown), unit=" shards"):
             if isinstance(made, ShardEntry):
                 entries.append(made)
             else:
                 broken.append(made)
+    except KeyboardInterrupt:
+        words = f"interrupted: {len(entries)} of {len(shards)} shards are in the index; the same command goes on"
+        raise KeyboardInterrupt(words) from None
     finally:
         write_index(out, entries)
     if broken:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from tqdm import tqdm
 
 from contracap.config import build
 from contracap.data.annotations import Refused
@@ -28,6 +27,7 @@ from contracap.data.sources import Item, Kind, read_source
 from contracap.data.workers import in_processes
 from contracap.files import write_text
 from contracap.image import ImageError, decode
+from contracap.progress import progress_bar
 
 SKIPPED_FILE = "skipped.jsonl"
 PLAN_FILE = "making.json"
@@ -115,7 +115,7 @@ def make_shards(
         first += len(part)
     to_do = [task for task in tasks if not task.is_done()]
     done = len(items) - sum(len(task.items) for task in to_do)
-    with tqdm(total=len(items), initial=done, unit=" pictures", disable=None) as progress:
+    with progress_bar(total=len(items), initial=done, unit=" images") as progress:
         try:
             for made in in_processes(_make, to_do, workers):
                 progress.update(made)

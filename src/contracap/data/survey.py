@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 from torch import Tensor
-from tqdm import tqdm
 
 from contracap.data.captions import require_captions
 from contracap.data.index import read_index
 from contracap.data.shards import Record, Sample, SampleError, ShardError, list_shards, parse, records
 from contracap.formats import FORMATS
 from contracap.image import AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
+from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 
 CONTEXT = 76  # tokens of the released models' texts; what is longer is cut
@@ -170,7 +170,7 @@ def survey(
     known = [limit] if limit else []
     if told:
         known.append(told.samples)
-    with tqdm(total=min(known, default=None), desc="reading", unit=" samples", disable=None) as progress:
+    with progress_bar(total=min(known, default=None), desc="reading", unit=" samples") as progress:
         for record in tally.records(shards):
             if tally.samples == limit:
                 complete = False

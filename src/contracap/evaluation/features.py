@@ -21,6 +21,7 @@ from contracap.data.workers import prepared
 from contracap.image import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
+from contracap.progress import progress_bar
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ def progress(source: Source) -> tqdm:
         with suppress(OSError, ValueError):  # who reads it will say what is wrong
             counts = indexed(list_shards(source))
             total = counts.samples if counts else None
-    return tqdm(total=total, desc="evaluate", unit=" images", leave=False, disable=None)
+    return progress_bar(total=total, desc="evaluate", unit=" images", leave=False)
 
 
 def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Tensor, "batch 3 height width"]:

@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from contracap.data.order import Skip
 from contracap.files import write_text
+from contracap.progress import progress_bar
 from contracap.training.boards import Board
 
 METRICS_FILE = "metrics.jsonl"
@@ -33,7 +32,7 @@ class Recorder:
         for name in (METRICS_FILE, SKIPPED_FILE, SPIKES_FILE, CAPTIONS_FILE):
             _forget_after(folder / name, start)
         self._warnings = 0
-        self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = progress_bar(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
         now = time.monotonic()  # tqdm's own clock may be set back, and its rates become negative
         vars(self._bar).update(_time=time.monotonic, start_t=now, last_print_t=now)
         self._total = total_steps
