@@ -11,6 +11,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.errors import fail, message, say, verbosity
 from contracap.cli.options import (
+    MAX_WORKERS,
     Device,
     Int8,
     PathText,
@@ -20,10 +21,12 @@ from contracap.cli.options import (
     StrategyName,
     WeightsName,
     arg,
+    check_batch_size,
     check_outputs,
     command_line,
     load_model,
 )
+from contracap.config import require_count
 
 if TYPE_CHECKING:
     from contracap.bulk.outputs import Existing, Output
@@ -105,15 +108,14 @@ def caption(
     from contracap.evaluation.result import Result
     from contracap.generation.captioner import Captioner
     from contracap.generation.choice import build_strategy
-    from contracap.generation.strategy import check_count
 
     # All that can be wrong is found before the weights are read
     chosen = build_strategy(strategy, settings)
     workers = 4 * (os.cpu_count() or 1) if workers is None else workers
-    check_count("--batch-size", batch_size, 1, "pictures at a time")
-    check_count("--workers", workers, 1, "threads that read and decode")
+    check_batch_size(batch_size)
+    require_count("--workers", workers, 1, "threads that read and decode", most=MAX_WORKERS)
     if limit is not None:
-        check_count("--limit", limit, 1, "pictures, from the first one on")
+        require_count("--limit", limit, 1, "pictures, from the first one on", most=10**12)
     existing = _existing(skip_existing=skip_existing, overwrite=overwrite, append=append)
     output = _output(paths, format, out, ext, existing, embed=embed)
     table = output.path if isinstance(output, Table) else None

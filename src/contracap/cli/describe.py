@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.errors import fail, message
-from contracap.cli.options import PathText, ResultFile, Size, WeightsName, arg, command_line, load_model
+from contracap.cli.options import (
+    PathText,
+    ResultFile,
+    Size,
+    WeightsName,
+    arg,
+    check_batch_size,
+    command_line,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from contracap.bulk.embedding import EmbeddingBatch
@@ -41,6 +50,7 @@ def classify(
     from contracap.evaluation.result import Result
     from contracap.evaluation.zeroshot import check_templates, classifier
 
+    check_batch_size(batch_size)
     _check(paths)
     if not labels:
         raise ValueError("there are no labels to choose from: --labels LABEL [LABEL ...]")
@@ -85,6 +95,7 @@ def embed(
     from contracap.bulk.embedding import write_embeddings
     from contracap.files import try_place
 
+    check_batch_size(batch_size)
     _check(paths)
     kind = out.suffix.removeprefix(".")
     if kind != "npz" and kind != "parquet":
@@ -115,9 +126,7 @@ def _batches(
 ) -> "Iterator[EmbeddingBatch]":
     from contracap.bulk.embedding import embed_items
     from contracap.bulk.inputs import items
-    from contracap.generation.strategy import check_count
 
-    check_count("--batch-size", batch_size, 1, "images at a time")
     workers = 4 * (os.cpu_count() or 1)
     yield from embed_items(model, processor, items(paths), batch_size=batch_size, workers=workers)
 
