@@ -398,3 +398,34 @@ def test_an_empty_path_is_refused_by_every_verb(run: Run, call: str, tmp_path: P
     status, out, err = run(*("" if word == "{}" else word for word in call.split()))
     assert (status, out, err.count("\n")) == (1, "", 1) and "a path is empty" in err
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("caption W x --strategy beam --set width=1000000000", "width must be at most"),
+        ("caption W x --strategy sample --set samples=1000000000", "samples must be at most"),
+        ("caption W x --strategy greedy --set max_tokens=1000000000", "max_tokens must be at most"),
+        ("caption W x --batch-size 1000000000", "--batch-size must be at most"),
+        ("caption W x --workers 1000000000", "--workers must be at most"),
+        ("caption W x --limit 10000000000000000000", "--limit must be at most"),
+        ("classify W x --labels a --batch-size 1000000000", "--batch-size must be at most"),
+        ("embed W x --out e.npz --batch-size 1000000000", "--batch-size must be at most"),
+        ("bulk caption W x --out o --batch-size 1000000000", "batch_size must be at most"),
+        ("bulk embed W x --out o --workers 1000000000", "workers must be at most"),
+        ("shards make x --out o --workers 1000000000", "--workers must be at most"),
+        ("shards index x --workers 1000000000", "--workers must be at most"),
+        ("shards show x --samples 1000000000", "samples must be at most"),
+        ("evaluate W --task retrieval --data {0..999999999}.tar", "stands for more than 10,000,000 names"),
+        ("evaluate W --task retrieval --data {0..9999}{0..9999}.tar", "stands for more than 10,000,000 names"),
+        ("serve W --max-batch 1000000000", "max_batch must be at most"),
+        ("bench score --rounds 1000000000", "rounds must be at most"),
+    ],
+)
+def test_numbers_beyond_any_use_are_refused(
+    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*(str(weights) if word == "W" else word for word in arguments.split()))
+    assert status == 1 and words in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -83,3 +83,23 @@ def test_a_wrong_call_is_one_line_and_writes_nothing(
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["caption", "W", "images", "--format", "jsonl", "--overwrite", "--out", "images/a.png"],
+        ["caption", "W", "list.txt", "--format", "jsonl", "--overwrite", "--out", "images/b.png"],
+        ["caption", "W", "images", "--json", "images/b.png"],
+        ["classify", "W", "images", "--labels", "a", "b", "--json", "images/inside/c.png"],
+    ],
+)
+def test_no_output_takes_the_place_of_an_image_that_is_read(
+    arguments: list[str], weights: Path, images: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("images/a.png\nimages/b.png\n")
+    before = {path: path.read_bytes() for path in images.rglob("*.png")}
+    assert main([str(weights) if argument == "W" else argument for argument in arguments]) == 1
+    assert "one of the images to read" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in images.rglob("*.png")} == before

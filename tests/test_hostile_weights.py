@@ -240,3 +240,17 @@ def test_names_and_structures_that_mean_harm(tmp_path: Path, state) -> None:
     ):
         path.write_bytes(raw)
         assert not is_read(path)
+
+
+def test_a_long_pickle_of_the_old_format_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "old.pt"
+    state = {"logit_scale": torch.ones(()), "weight": torch.arange(6.0)}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(read_tensors(path)[0]["weight"], state["weight"])
+    monkeypatch.setattr("contracap.pretrained.tensors.MAX_STRUCTURE", 10_000)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("reads it"))
+    torch.save(state | {str(number): number for number in range(1000)}, path, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(path, "a") as archive:  # at its end, where zipfile looks for it, and torch does not
+        archive.writestr("x", b"")
+    with pytest.raises(WeightsError, match="names and shapes take more than 10000 bytes"):
+        read_tensors(path)

@@ -1,13 +1,17 @@
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from contracap import cli
 from contracap.config import ConfigError, build, load_toml, to_toml
 from contracap.data.shards import write_shard
 from contracap.plan.run import plan_run
 from contracap.recipe import Recipe, in_steps, load_recipe
+from contracap.start import require_means
 from contracap.trainer import train
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -38,6 +42,13 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
         ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
         ({"optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'peak_rate'"),
         ({"steps": 0}, "at least 1"),
+        ({"out": ""}, "out is empty"),
+        ({"initialise_from": " "}, "initialise_from is empty"),
+        ({"data": {"train": "", "batch_size": 8}}, "train is empty"),
+        ({"data": {"train": {"a": {"shards": ["x", ""]}}, "batch_size": 8}}, "shards is empty"),
+        ({"data": {"train": "x", "validation": [""], "batch_size": 8}}, "validation is empty"),
+        ({"evaluation": {"tasks": {"x": {"task": "retrieval", "data": ["a", ""]}}}}, "data is empty"),
+        ({"evaluation": {"captions": {"data": ""}}}, "data is empty"),
         ({"steps": 50}, "warmup_steps 100 must be below steps 50"),
         ({"accumulation": 3}, "must divide data.batch_size 8"),
         ({"validate_every": 10}, "needs data.validation"),
@@ -126,14 +137,16 @@ def test_commands_of_a_file_of_tasks_run_with_consent_only(tmp_path: Path, weigh
     assert (tmp_path / "ran").exists()
 
 
-def test_the_recipe_of_a_run_folder_means_that_folder(tmp_path: Path) -> None:
+def test_the_recipe_of_a_run_folder_means_that_folder(tmp_path: Path, caplog) -> None:
     folder = tmp_path / 'a "copy"'
     folder.mkdir()
     path = folder / "recipe.toml"
     path.write_text(to_toml(build(Recipe, LEAST)))
     assert load_recipe(path).out == "runs/x"  # somebody's recipe of that name
     (folder / "metrics.jsonl").touch()
-    assert load_recipe(path).out == str(folder)
+    with caplog.at_level("INFO"):
+        assert load_recipe(path).out == str(folder)
+    assert "out is that folder, not runs/x" in caplog.text
     assert load_recipe(path, ["out=elsewhere"]).out == "elsewhere"
 
 
@@ -145,6 +158,24 @@ def test_every_key_is_listed_by_the_command_and_on_its_page(capsys: pytest.Captu
         assert f"\n{key}\n" in listed
     page = Path(__file__).parent.parent / "docs" / "recipe-keys.md"
     assert listed in page.read_text(), "write it anew: contracap train --keys"
+
+
+def test_the_text_of_a_sample_is_one_caption_on_request(tmp_path: Path, weights: Path, capsys) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(image, "png")
+    write_shard(tmp_path / "a.tar", [(key, {"png": image.getvalue(), "txt": b"one\ntwo"}) for key in "xy"])
+    call = ["evaluate", str(weights), "--task", "retrieval", "--data", str(tmp_path / "a.tar")]
+    for more, captions in ([], 4), (["--no-caption-lines"], 2):
+        assert cli.main([*call, *more]) == 0
+        assert re.search(rf"^captions +{captions}$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:nobody/nothing", "coca_ViT-L-14/mscoco"])
+def test_weights_of_the_hub_are_not_looked_for_before_the_start(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("contracap.pretrained.find._from_hub", lambda *_: pytest.fail("asks the hub"))
+    write_shard(tmp_path / "a.tar", [("x", {"jpg": b"x"})])
+    data = {"train": str(tmp_path / "a.tar"), "batch_size": 8}
+    require_means(build(Recipe, LEAST | {"initialise_from": name, "data": data}), 1)
 
 
 def test_epochs_stand_for_steps(tmp_path: Path) -> None:

@@ -182,11 +182,20 @@ def test_runs_on_other_data_are_not_mixed(values: dict, tmp_path: Path) -> None:
         ),
         ({"arms": {"coca": BOTH, "clip": CLIP, "other": CLIP}}, "arm other is the same as another one before it"),
         ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'"),
+        ({"out": ""}, "out is empty"),
     ],
 )
 def test_a_wrong_study_says_what_is_wrong(values: dict, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(StudyConfig, values | change)
+
+
+def test_a_study_takes_epochs(values: dict) -> None:
+    recipe = {key: value for key, value in values["recipe"].items() if key != "steps"} | {"epochs": 0.5}
+    changed = values | {"recipe": recipe, "seeds": [3], "tasks": {"pairs": values["tasks"]["pairs"]}}
+    for _ in range(2):  # the second time, nothing is left to do
+        study(build(StudyConfig, changed), command="contracap study x")
+    assert (Path(values["out"]) / "coca-3" / "checkpoints" / "step-00000002").is_dir()  # half of twelve, in fours
 
 
 def test_an_arm_that_no_task_measures_is_refused(values: dict) -> None:

@@ -102,6 +102,23 @@ def require_positive(config: Any, *fields: str) -> None:
             raise ValueError(f"{field} is {getattr(config, field)}; it must be above 0")
 
 
+def require_paths(config: Any, *fields: str) -> None:
+    """Raises: ValueError: if one of these paths of a dataclass is empty, which would mean the working folder."""
+    for field in fields:
+        value = getattr(config, field)
+        paths = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(path, str) and not path.strip() for path in paths):
+            raise ValueError(f'{field} is empty (""): name a file or a folder; the working folder is .')
+
+
+def require_count(name: str, value: Any, least: int, why: str, *, most: int = 10**6) -> None:
+    """Raises: ValueError: unless `value` is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least} ({why}), not {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,} ({why}), not {value:,}")
+
+
 def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
     """Dotted key, what it must be with its default, and what it means, of every field of a dataclass and of those in
     it; what it means stands under `Attributes:` in its docstring."""

@@ -52,6 +52,7 @@ from contracap.recipe import Recipe, load_recipe
 from contracap.report.curves import curves
 from contracap.report.grids import best_pictures, picture_grid
 from contracap.trainer import train
+from contracap.training.interruption import Interrupted
 from contracap.training.metrics import read_metrics
 
 TRAINING_SCENES = 30_000
@@ -82,6 +83,7 @@ CHANCE = {
     "text_to_image_recall@1": 1 / TWIN_SCENES,
     "image_to_text_recall@1": 1 / TWIN_SCENES,
 }
+GO_ON = "remove {}, then the same command begins again"
 logger = logging.getLogger(__name__)
 
 
@@ -157,7 +159,10 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     logger.info("drawing %d scenes; of %d colour-shape pairs %d are held out", count, len(PAIRS), len(HELD_OUT))
     draw_scenes(scenes, recipe, count)
     logger.info("training for %d steps of %d scenes", recipe.steps, recipe.data.batch_size)
-    model, processor = load(train(recipe))
+    try:
+        model, processor = load(train(recipe))
+    except Interrupted:
+        raise Interrupted(f"interrupted: {GO_ON.format(out)}") from None
     logger.info("measuring on held-out pairs")
     measured = measure(model, processor, scenes)
     figures = measured.figures | {"seconds": time.monotonic() - started}

@@ -1,13 +1,13 @@
 """A recipe: one run, whole. Model, data, losses, optimizer and what happens when, as a TOML file says it."""
 
-import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from contracap.config import ConfigError, build, load_toml, to_dict
+from contracap.config import ConfigError, build, load_toml, require_paths, to_dict
 from contracap.data.config import DataConfig
 from contracap.data.index import samples_in
 from contracap.data.remote import commands_in
@@ -25,6 +25,7 @@ from contracap.training.optimizer import OptimizerConfig
 RECIPE_FILE = "recipe.toml"  # in a run's folder
 RUN_PARTS = (CHECKPOINTS, METRICS_FILE, TENSORBOARD_FOLDER)  # one of which a run's folder has
 MAX_STEPS = 10**12
+logger = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -89,10 +90,11 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        require_paths(self, "out", "initialise_from")
         if self.epochs is not None and (self.steps or self.epochs <= 0):
             raise ValueError(f"epochs is {self.epochs} and steps {self.steps}: give one of them, above 0")
         if self.steps < 1 and self.epochs is None:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1; or give epochs")
+            raise ValueError("give steps (at least 1) or epochs")
         if self.steps > MAX_STEPS:
             raise ValueError(f"steps is {self.steps:,}; it must be at most {MAX_STEPS:,}")
         if self.log_every < 1:
@@ -150,10 +152,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     changed = {override.partition("=")[0].strip() for override in overrides}
     if "epochs" in changed and "steps" not in changed:
         overrides = [*overrides, "steps=0"]
-    folder = path.absolute().parent
-    if path.name == RECIPE_FILE and any((folder / name).exists() for name in RUN_PARTS):
-        overrides = [f"out={json.dumps(str(folder))}", *overrides]
-    return load_toml(path, Recipe, overrides)
+    folder, recipe = path.absolute().parent, load_toml(path, Recipe, overrides)
+    in_run = path.name == RECIPE_FILE and any((folder / name).exists() for name in RUN_PARTS)
+    if not in_run or "out" in changed:
+        return recipe
+    if Path(recipe.out).absolute() != folder:
+        logger.info("%s lies in the folder of a run: out is that folder, not %s", path, recipe.out)
+    return replace(recipe, out=str(folder))
 
 
 def in_steps(recipe: Recipe) -> Recipe:

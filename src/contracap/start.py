@@ -17,6 +17,7 @@ from contracap.model.compiling import require_compiler
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.parallel import ParallelError
 from contracap.pretrained import find_weights, random_model, read_weights
+from contracap.pretrained.find import is_of_hub
 from contracap.recipe import RECIPE_FILE, Precision, Recipe, load_recipe
 from contracap.training.checkpoint import CheckpointError
 
@@ -66,7 +67,7 @@ def require_means(recipe: Recipe, ranks: int) -> None:
         for path in [task.data] if isinstance(task.data, str) else task.data:
             if not any(sign in path for sign in ("://", "pipe:", "{")) and not os.path.exists(path):
                 raise FileNotFoundError(f"task {name}: no such file or folder: {path}")
-    if recipe.initialise_from is not None and not recipe.initialise_from.startswith("hf-hub:"):
+    if recipe.initialise_from is not None and not is_of_hub(recipe.initialise_from):
         find_weights(recipe.initialise_from)
     if recipe.parallel.compile:
         require_compiler()

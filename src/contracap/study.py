@@ -9,7 +9,7 @@ from contracap.compare.comparison import Comparison, compare
 from contracap.compare.figure import require_matplotlib
 from contracap.compare.results import load_result
 from contracap.compare.writing import write
-from contracap.config import ConfigError, build, to_dict
+from contracap.config import ConfigError, build, require_paths, to_dict
 from contracap.data.remote import require_consent
 from contracap.data.shards import list_shards
 from contracap.evaluation.result import RESULTS_FILE, Result
@@ -17,7 +17,7 @@ from contracap.evaluation.suite import Suite, build_evaluators, measure_tasks
 from contracap.evaluation.task import TaskConfig
 from contracap.image import ImageConfig
 from contracap.pretrained import find_weights, load_on_device, processor_for
-from contracap.recipe import RECIPE_FILE, Recipe, load_recipe, merged
+from contracap.recipe import RECIPE_FILE, Recipe, in_steps, load_recipe, merged
 from contracap.start import device_of, precision_on, require_same_run
 from contracap.trainer import train
 from contracap.training.checkpoint import CHECKPOINTS, checkpoint_name
@@ -45,6 +45,7 @@ class StudyConfig:
     tasks: dict[str, TaskConfig]
 
     def __post_init__(self) -> None:
+        require_paths(self, "out")
         if len(self.arms) < 2:
             raise ValueError("a study needs at least two arms, each a table [arms.NAME], to compare")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -63,7 +64,7 @@ class StudyConfig:
             if Path(arm).name != arm:
                 raise ValueError(f"arm {arm!r} names a folder: leave out slashes")
             try:
-                recipe = replace(self.run(arm, self.seeds[0]), out="")
+                recipe = replace(self.run(arm, self.seeds[0]), out=self.out)
             except ConfigError as error:
                 raise ValueError(f"arm {arm}: {error}") from None
             if recipe in recipes:
@@ -75,10 +76,7 @@ class StudyConfig:
     def run(self, arm: str, seed: int) -> Recipe:
         """The recipe of one run."""
         given = {"out": str(Path(self.out) / f"{arm}-{seed}"), "seed": seed, "resume": True}
-        recipe = build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
-        if recipe.epochs is not None:
-            raise ConfigError(f"arm {arm}: give steps; a study takes no epochs")
-        return recipe
+        return build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
 
     def common_tasks(self, arm: str) -> set[str]:
         """The tasks that an arm and the first one are both measured by."""
@@ -110,10 +108,10 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
     results: dict[str, list[Result]] = {arm: [] for arm in config.arms}
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
     # What is wrong is said now, not after hours.
+    recipes = {arm: in_steps(config.run(arm, config.seeds[0])) for arm in config.arms}  # samples are counted once
     for arm, seed in runs:
-        _require_same_run(config.run(arm, seed))
-    for arm in config.arms:
-        recipe = config.run(arm, config.seeds[0])
+        _require_same_run(replace(config.run(arm, seed), steps=recipes[arm].steps, epochs=None))
+    for recipe in recipes.values():
         for source in recipe.data.sources.values():
             list_shards(source.shards)
         if recipe.initialise_from is not None:
@@ -125,7 +123,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
         build_evaluators(config.tasks_of(recipe), processor)
     for number, (arm, seed) in enumerate(runs, start=1):
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
-        recipe = config.run(arm, seed)
+        recipe = replace(config.run(arm, seed), steps=recipes[arm].steps, epochs=None)
         tasks = config.tasks_of(recipe)
         results[arm].append(measured(recipe, tasks, command=command, allow_commands=allow_commands))
     first, *others = config.arms

@@ -28,7 +28,6 @@ from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
     describe,
-    in_fresh_memory,
     last_checkpoint,
     moving_average,
     restore_checkpoint,
@@ -102,7 +101,6 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     if checkpoint:
         require_same_run(folder, recipe)
         model, processor = load(checkpoint)
-        in_fresh_memory(model)
         image = processor.image_config
     else:
         model, image = starting_model(recipe)

@@ -83,7 +83,7 @@ def test_the_rate_of_a_product_is_its_operations_by_its_median_time(monkeypatch:
 
 
 def test_few_rounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="rounds is 6; it must be at least 7"):
+    with pytest.raises(ValueError, match="rounds must be a whole number of at least 7"):
         ratios(rounds=6)
 
 

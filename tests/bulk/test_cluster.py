@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from contracap.bulk.cluster import ATTEMPTS, SESSION_PREFIX, ClusterConfig, _Ledger, cores_each
+from contracap.bulk.cluster import ATTEMPTS, SESSION_PREFIX, ClusterConfig, _Ledger, _session_folder, cores_each
 from contracap.bulk.parts import ShardOutcome, part_name
 from contracap.cli import main
 from contracap.data.shards import records, write_shard
@@ -123,6 +123,17 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
     assert "1 of 5 shards cannot be read" in complaints
 
 
+def test_folders_of_other_runs_stay_while_they_may_be_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = {name: tmp_path / f"{SESSION_PREFIX}{name}" for name in ("left", "begun")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "lock").touch()
+    os.utime(folders["left"], (0, 0))
+    with _session_folder() as own:
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted((Path(own).name, folders["begun"].name))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
 def test_a_run_on_this_machine_reaches_no_other_and_leaves_no_folder(
@@ -134,6 +145,7 @@ def test_a_run_on_this_machine_reaches_no_other_and_leaves_no_folder(
         f"{SESSION_PREFIX}killed"
     ).mkdir()  # short, as sockets' names must be
     (scratch / f"{SESSION_PREFIX}killed" / "lock").touch()
+    os.utime(scratch / f"{SESSION_PREFIX}killed", (0, 0))
     monkeypatch.setenv("TMPDIR", str(scratch))
     call = [sys.executable, "-m", "contracap", "bulk", "embed", tmp_path / "tiny.safetensors", tmp_path / "shards"]
     trace = ["strace", "-f", "-qq", "-e", "trace=connect", "-o", tmp_path / "trace"]
@@ -232,8 +244,8 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
         (["--strategy", "bogus"], "unknown strategy"),
         (["--set", "width=0"], "width"),
         (["--set", "widht=3"], "widht"),
-        (["--batch-size", "0"], "batch_size is 0"),
-        (["--workers", "0"], "workers is 0"),
+        (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
+        (["--workers", "0"], "workers must be a whole number of at least 1"),
         (["--gpus-per-worker", "1.5"], "gpus_per_worker is 1.5"),
         (["--precision", "float16"], "give --embed too"),
         (["--prompt", "a photo of " * 9], "prompt"),

@@ -176,7 +176,11 @@ def test_settings_tell_other_weights_and_other_strategies(tiny) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"batch_size": 0}, "batch_size is 0"), ({"embedding": None}, "nothing"), ({"prompt": "a"}, "no captions")],
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"embedding": None}, "nothing"),
+        ({"prompt": "a"}, "no captions"),
+    ],
 )
 def test_a_run_that_makes_nothing_is_refused(change: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -2,6 +2,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -371,12 +372,16 @@ def test_batches_can_be_sent_to_a_spawned_worker(folder: Path, uninterrupted: li
     assert_equal(list(islice(pickle.loads(pickle.dumps(training(folder))), 2)), uninterrupted[:2])
 
 
-def test_evaluation_reads_every_sample_once_in_order_and_stops_at_damage(tmp_path: Path) -> None:
+def test_evaluation_reads_every_sample_once_in_order_and_stops_at_damage(tmp_path: Path, caplog) -> None:
     make_shard(tmp_path / "0.tar", range(3))
     make_shard(tmp_path / "1.tar", range(3, 5))
     assert [sample.key for sample in evaluation_samples(tmp_path)] == ["0000", "0001", "0002", "0003", "0004"]
-    write_shard(tmp_path / "1.tar", [("a", {"txt": b"no picture"})])
-    with pytest.raises(SampleError, match=r"sample a of .*1\.tar has no picture"):
+    whole = [("b", {"jpg": jpeg(0), "txt": b"b"})]
+    write_shard(tmp_path / "1.tar", [("a", {"txt": b"no picture"}), *whole])
+    assert [sample.key for sample in evaluation_samples(tmp_path)] == ["0000", "0001", "0002", "b"]
+    assert re.search(r"passed over 1 .*sample a of .*1\.tar", caplog.text)
+    write_shard(tmp_path / "1.tar", [("../a", {"jpg": jpeg(0)}), *whole])
+    with pytest.raises(SampleError, match=r"\.\./a.*out of the folder"):
         exhaust(evaluation_samples(tmp_path))
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:1500])
     with pytest.raises(ShardError, match=r"0\.tar"):

@@ -150,10 +150,13 @@ def test_a_worker_that_is_at_work_ends_with_a_killed_parent() -> None:
         pytest.skip("no /proc")
     told, tells = os.pipe()
     if (parent := os.fork()) == 0:
-        made = rounds(asleep, 1)
-        started = new_children(lambda: next(made))
-        os.write(tells, str(started[0].pid).encode())
-        time.sleep(60)
+        try:  # an error must not go on as a second test run
+            made = rounds(asleep, 1)
+            started = new_children(lambda: next(made))
+            os.write(tells, str(started[0].pid).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
     worker = int(os.read(told, 100))
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)

@@ -32,7 +32,7 @@ from contracap.training.checkpoint import (
     restore_checkpoint,
 )
 from contracap.training.folder import locked
-from contracap.training.interruption import Interrupted
+from contracap.training.interruption import Asked, Interrupted, requests_to_end
 from contracap.training.metrics import Recorder, read_metrics
 from contracap.training.optimizer import build_optimizer
 from contracap.training.step import TrainingState, train_step
@@ -411,10 +411,12 @@ def test_two_runs_at_once_in_a_folder_are_refused(recipe_values: dict) -> None:
     folder = Path(recipe_values["out"])
     held, told = os.pipe()
     if (other := os.fork()) == 0:
-        with locked(folder):
-            os.write(told, b"!")
-            time.sleep(60)
-        os._exit(0)
+        try:  # an error must not go on as a second test run
+            with locked(folder):
+                os.write(told, b"!")
+                time.sleep(60)
+        finally:
+            os._exit(1)
     try:
         os.read(held, 1)
         with pytest.raises(CheckpointError, match=f"another run is at work there .process {other} "):
@@ -423,6 +425,29 @@ def test_two_runs_at_once_in_a_folder_are_refused(recipe_values: dict) -> None:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
     assert train(build(Recipe, recipe_values)).name == "step-00000008"  # the lock goes with the process
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_run_that_fails_early_removes_only_a_folder_of_its_own(recipe_values: dict, existed: bool) -> None:
+    folder = Path(recipe_values["out"])
+    if existed:
+        folder.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError):
+        train(build(Recipe, recipe_values | {"data": {"train": "none", "batch_size": 8}}))
+    assert folder.exists() == existed
+
+
+def test_a_request_that_ends_at_once_promises_no_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
+    with requests_to_end() as requests, pytest.raises(Asked), requests.at_once():
+        signal.raise_signal(signal.SIGINT)
+    assert "checkpoint" not in capfd.readouterr().err
+
+
+def test_of_several_ranks_one_tells_of_the_end(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with requests_to_end():
+        signal.raise_signal(signal.SIGINT)
+    assert not capfd.readouterr().err
 
 
 def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict, monkeypatch) -> None:

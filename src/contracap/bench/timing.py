@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contracap.config import require_count
 from contracap.evaluation.result import Result
 
 Work = Callable[[], object]
@@ -146,9 +147,8 @@ def timed_row(
 
 
 def require_rounds(rounds: int) -> None:
-    """Raises: ValueError: if there are too few rounds."""
-    if rounds < LEAST_ROUNDS:
-        raise ValueError(f"rounds is {rounds}; it must be at least {LEAST_ROUNDS}")
+    """Raises: ValueError: if there are too few rounds, or too many."""
+    require_count("rounds", rounds, LEAST_ROUNDS, "timed runs of each side", most=10_000)
 
 
 def in_turns(*works: Work, rounds: int, clock: Callable[[], float]) -> list[list[float]]:

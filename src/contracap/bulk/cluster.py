@@ -8,11 +8,11 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
-from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -25,15 +25,22 @@ import torch
 from contracap.bulk.folder import Folder
 from contracap.bulk.parts import BulkConfig, PartWriter, ShardOutcome, located, part_name, settings
 from contracap.bulk.settings import description
+from contracap.config import require_count
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.progress import progress_bar
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where folders of runs that were killed stay
+    fcntl = None
 
 ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them for ever
 BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
 PATIENCE = 5.0  # seconds for a cluster to answer in; Ray itself would wait for minutes, deaf to signals
 CORES = 4  # of a worker without a GPU, if nobody says how many workers there are
 SESSION_PREFIX = "contracap-ray-"
+SETTLED = 60.0  # seconds after which a folder without a lock has lost its run: a younger one may be about to take it
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else Ray tells its makers of each cluster it starts
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ part warns of how its Python part starts workers
@@ -63,8 +70,8 @@ class ClusterConfig:
     gpus_per_worker: float | None = None
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers is {self.workers}; it must be at least 1")
+        if self.workers is not None:
+            require_count("workers", self.workers, 1, "processes that each hold the model", most=100_000)
         if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker <= 1:
             raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}; it must be from 0 to 1")
 
@@ -304,15 +311,19 @@ def _require_answer(address: str) -> None:
 @contextmanager
 def _session_folder() -> Generator[str, None, None]:
     """A temporary folder for Ray's sockets and logs. Those of runs that were killed are removed, too."""
-    for left in Path(gettempdir()).glob(f"{SESSION_PREFIX}*"):
-        with suppress(OSError), (left / "lock").open("ab") as lock:
-            flock(lock, LOCK_EX | LOCK_NB)  # its run has ended
-            shutil.rmtree(left, ignore_errors=True)
+    if fcntl is not None:
+        for left in Path(gettempdir()).glob(f"{SESSION_PREFIX}*"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > SETTLED:
+                    with (left / "lock").open("ab") as lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its run has ended
+                        shutil.rmtree(left, ignore_errors=True)
     with (
         TemporaryDirectory(prefix=SESSION_PREFIX, ignore_cleanup_errors=True) as folder,
         Path(folder, "lock").open("ab") as lock,
     ):
-        flock(lock, LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
 
 

@@ -86,6 +86,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def path_in_one_line(path: str) -> str:
+    """The path without tabs and line breaks; two blanks in a name stay two."""
+    return " ".join(path.replace("\t", " ").splitlines())
+
+
 class Lines(Output):
     """A line on stdout for each picture: its path, a tab, the text."""
 
@@ -93,8 +98,7 @@ class Lines(Output):
 
     def write(self, rows: Sequence[tuple[Item, Row]]) -> list[Exception]:
         for _, row in rows:
-            path = " ".join(row.path.replace("\t", " ").splitlines())  # two blanks in a name stay two
-            print(f"{path}\t{one_line(row.caption)}", flush=True)
+            print(f"{path_in_one_line(row.path)}\t{one_line(row.caption)}", flush=True)
         return []
 
 

@@ -22,6 +22,7 @@ from contracap.bulk.pictures import PictureBatch, picture_batches
 from contracap.bulk.rows import caption_rows
 from contracap.bulk.settings import caption_settings
 from contracap.bulk.tables import ROW_GROUP
+from contracap.config import require_count
 from contracap.data.remote import WEB
 from contracap.data.shards import PICTURE_SUFFIXES, ShardError, records
 from contracap.generation.captioner import Captioner
@@ -52,8 +53,7 @@ class BulkConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1 picture")
+        require_count("batch_size", self.batch_size, 1, "pictures at a time", most=2**16)
         if self.strategy is None and self.embedding is None:
             raise ValueError("nothing to do: neither captions nor embeddings are wanted")
         if self.strategy is None and self.prompt:

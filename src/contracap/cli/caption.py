@@ -11,6 +11,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.errors import fail, message, say
 from contracap.cli.options import (
+    MAX_WORKERS,
     Device,
     Int8,
     PathText,
@@ -20,10 +21,12 @@ from contracap.cli.options import (
     StrategyName,
     WeightsName,
     arg,
+    check_batch_size,
     check_outputs,
     command_line,
     load_model,
 )
+from contracap.config import require_count
 
 if TYPE_CHECKING:
     from contracap.bulk.outputs import Existing, Output
@@ -103,17 +106,17 @@ def caption(
     from contracap.bulk.rows import Row, caption_rows
     from contracap.bulk.settings import caption_settings
     from contracap.evaluation.result import Result
+    from contracap.files import is_stream
     from contracap.generation.captioner import Captioner
     from contracap.generation.choice import build_strategy
-    from contracap.generation.strategy import check_count
 
     # All that can be wrong is found before the weights are read
     chosen = build_strategy(strategy, settings)
     workers = 4 * (os.cpu_count() or 1) if workers is None else workers
-    check_count("--batch-size", batch_size, 1, "pictures at a time")
-    check_count("--workers", workers, 1, "threads that read and decode")
+    check_batch_size(batch_size)
+    require_count("--workers", workers, 1, "threads that read and decode", most=MAX_WORKERS)
     if limit is not None:
-        check_count("--limit", limit, 1, "pictures, from the first one on")
+        require_count("--limit", limit, 1, "pictures, from the first one on", most=10**12)
     existing = _existing(skip_existing=skip_existing, overwrite=overwrite, append=append)
     output = _output(paths, format, out, ext, existing, embed=embed)
     table = output.path if isinstance(output, Table) else None
@@ -134,7 +137,7 @@ def caption(
     rows = list[Row]()
     with output:
         outcome = caption_pictures(
-            first(items(paths, recursive=recursive), limit),
+            first(items(paths, recursive=recursive, outputs=[table, json]), limit),
             partial(
                 caption_rows,
                 captioner,
@@ -165,7 +168,7 @@ def caption(
         )
         result.write(json)
     if not isinstance(output, Lines):
-        say(outcome.summary())
+        say(outcome.summary(), to_stderr=table is not None and is_stream(table))
     for error in outcome.broken:
         fail(message(error))
     return 1 if outcome.broken else 0

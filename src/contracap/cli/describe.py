@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.errors import fail, interruption, message, say
-from contracap.cli.options import Device, PathText, ResultFile, Size, WeightsName, arg, command_line, load_model
+from contracap.cli.options import (
+    Device,
+    PathText,
+    ResultFile,
+    Size,
+    WeightsName,
+    arg,
+    check_batch_size,
+    check_outputs,
+    command_line,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from contracap.bulk.embedding import EmbeddingBatch
@@ -41,23 +52,26 @@ def classify(
     json: ResultFile = None,
 ) -> int:
     """Choose among labels for each image, without training. Prints a line for each: path, best label, probability."""
+    from contracap.bulk.outputs import path_in_one_line
     from contracap.evaluation.result import Result
     from contracap.evaluation.zeroshot import check_templates, classifier
 
+    check_batch_size(batch_size)
     _check(paths)
-    if not labels:
-        raise ValueError("there are no labels to choose from: --labels LABEL [LABEL ...]")
+    check_outputs([weights, *paths], json=json)
+    if not labels or not all(label.strip() for label in labels) or len(set(labels)) < len(labels):
+        raise ValueError("--labels wants one or more labels, each once and none empty: --labels LABEL [LABEL ...]")
     check_templates(templates)
     model, processor = load_model(weights, size, device=device)
     scale = model.logit_scale.detach().exp()
     weight = classifier(model, processor, labels, templates)
     found, broken = [], list[Exception]()
-    for batch in _batches(model, processor, paths, batch_size, progress=not sys.stdout.isatty()):
+    for batch in _batches(model, processor, paths, batch_size, output=json, progress=not sys.stdout.isatty()):
         broken += batch.broken
         probabilities = (scale * batch.embeddings @ weight.T).softmax(dim=1).tolist()
         for name, row in zip(batch.names, probabilities, strict=True):
             best = max(range(len(labels)), key=row.__getitem__)
-            print(f"{name}\t{labels[best]}\t{row[best]:.4f}", flush=True)
+            print(f"{path_in_one_line(name)}\t{labels[best]}\t{row[best]:.4f}", flush=True)
             if json is not None:
                 found.append({"path": name, "probabilities": dict(zip(labels, row, strict=True))})
     if json is not None:
@@ -88,22 +102,23 @@ def embed(
 ) -> int:
     """Write the contrastive embedding of each image, a row of unit length, to one file."""
     from contracap.bulk.embedding import write_embeddings
-    from contracap.files import try_place
+    from contracap.files import is_stream
 
+    check_batch_size(batch_size)
     _check(paths)
     kind = out.suffix.removeprefix(".")
     if kind != "npz" and kind != "parquet":
         raise ValueError(f"--out {str(out)!r} must end in .npz or .parquet")
-    try_place(out)
+    check_outputs([weights, *paths], out=out)
     broken = list[Exception]()
 
     def batches() -> "Iterator[EmbeddingBatch]":
-        for batch in _batches(*load_model(weights, size, device=device), paths, batch_size):
+        for batch in _batches(*load_model(weights, size, device=device), paths, batch_size, output=out):
             broken.extend(batch.broken)
             yield batch
 
     count = write_embeddings(out, kind, batches())
-    say(f"{count} embeddings: {out}")
+    say(f"{count} embeddings: {out}", to_stderr=is_stream(out))
     return _report(broken)
 
 
@@ -116,17 +131,22 @@ def _check(paths: tuple[str, ...]) -> None:
 
 
 def _batches(
-    model: "CoCa", processor: "Processor", paths: tuple[str, ...], batch_size: int, *, progress: bool = True
+    model: "CoCa",
+    processor: "Processor",
+    paths: tuple[str, ...],
+    batch_size: int,
+    *,
+    output: Path | None,
+    progress: bool = True,
 ) -> "Iterator[EmbeddingBatch]":
     from contracap.bulk.embedding import embed_items
     from contracap.bulk.inputs import count_items, items
-    from contracap.generation.strategy import check_count
     from contracap.progress import progress_bar
 
-    check_count("--batch-size", batch_size, 1, "images at a time")
     workers = 4 * (os.cpu_count() or 1)
+    found = items(paths, outputs=[output])
     with progress_bar(total=lambda: count_items(paths), unit=" images", disable=not progress) as bar:
-        for batch in embed_items(model, processor, items(paths), batch_size=batch_size, workers=workers):
+        for batch in embed_items(model, processor, found, batch_size=batch_size, workers=workers):
             yield batch
             bar.update(len(batch.names) + len(batch.broken))
 

@@ -49,6 +49,9 @@ def evaluate(
     templates: Annotated[
         PathText | None, arg(metavar="NAME|FILE", help="for zeroshot: likewise, prompts with {} where the name goes")
     ] = None,
+    caption_lines: Annotated[
+        bool, arg(help="for retrieval and captioning: each line of a .txt is a caption; else the whole text is one")
+    ] = True,
     metrics: Annotated[
         tuple[str, ...],
         arg(metavar="NAME", help=f"for captioning: {', '.join(METRICS)}; by default all but the last that can run"),
@@ -111,13 +114,16 @@ def evaluate(
         "prompt": prompt,
         "strategy": strategy,
         "settings": settings,
+        "caption_lines": caption_lines,
     }
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
     if predictions is not None and task not in ("captioning", "vqa"):
         raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
     if tasks is not None:
-        if given := [name for name, value in {"task": task, **flags}.items() if value]:
-            named = ", ".join("--" + ("set" if name == "settings" else name.replace("_", "-")) for name in given)
+        asked = {"task": task, **flags, "set": settings, "no-caption-lines": not caption_lines}
+        given = [name for name, value in asked.items() if value and name not in ("settings", "caption_lines")]
+        if given:
+            named = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"--tasks {tasks} says what to measure, and so does {named}: one of them")
         wanted = load_toml(tasks, TasksConfig).tasks
         for each in wanted.values():

@@ -12,11 +12,16 @@ from tyro.conf import FlagCreatePairsOff
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from contracap.cli.errors import EmptyPathError, message
+from contracap.config import require_count
 from contracap.files import try_place
 
 if TYPE_CHECKING:
     from contracap.model.coca import CoCa
     from contracap.processor import Processor
+
+
+MAX_BATCH = 2**16
+MAX_WORKERS = 1024
 
 
 def arg(*, help: str, metavar: str | None = None, name: str | None = None) -> Any:
@@ -85,8 +90,19 @@ Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one
 
 
 def worker_count(wanted: int | None) -> int:
-    """Processes, by default one for each core."""
-    return (os.cpu_count() or 1) if wanted is None else wanted
+    """Processes, by default one for each core.
+
+    Raises: ValueError: if there are too many.
+    """
+    if wanted is None:
+        return os.cpu_count() or 1
+    require_count("--workers", wanted, 0, "processes", most=MAX_WORKERS)
+    return wanted
+
+
+def check_batch_size(wanted: int) -> None:
+    """Raises: ValueError: if it is too small, or beyond any memory."""
+    require_count("--batch-size", wanted, 1, "images at a time", most=MAX_BATCH)
 
 
 def check_outputs(inputs: Iterable[str | Path | None], **outputs: Path | None) -> None:

@@ -13,10 +13,13 @@ def quickstart(
     *, out: Annotated[Path, arg(metavar="DIR", help="folder for results.json, report.html and the run")]
 ) -> None:
     """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download."""
+    from contracap.quickstart import GO_ON
     from contracap.quickstart import quickstart as run
+    from contracap.training.interruption import interrupts_end_at_once
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(out)
+    with interrupts_end_at_once(GO_ON.format(out)):
+        run(out)
 
 
 def train(

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from contracap.config import require_paths
 from contracap.data.captions import CaptionConfig
 from contracap.image import AugmentationConfig
 
@@ -28,6 +29,7 @@ class SourceConfig:
     replacement: bool = False
 
     def __post_init__(self) -> None:
+        require_paths(self, "shards")
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight is {self.weight}; it must be above 0")
 
@@ -80,6 +82,7 @@ class DataConfig:
     max_bad_share: float = 0.05
 
     def __post_init__(self) -> None:
+        require_paths(self, "train", "validation")
         for name, least, most in (
             ("batch_size", 1, MAX_BATCH),
             ("shuffle_buffer", 1, MAX_BUFFER),

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from contracap.config import build
+from contracap.config import build, require_count
 from contracap.data.annotations import Refused
+from contracap.data.config import MAX_WORKERS
 from contracap.data.contents import contents
 from contracap.data.index import ShardEntry, describe, read_index, write_index
 from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES, write_shard
@@ -84,11 +85,10 @@ def make_shards(
             source can be used.
         KeyboardInterrupt: that says how many shards are done.
     """
-    for name, value in (("samples_per_shard", samples_per_shard), ("shorter_side", shorter_side)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, is {value}")
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, is {workers}")
+    require_count("samples_per_shard", samples_per_shard, 1, "pictures for each shard", most=10**9)
+    if shorter_side is not None:
+        require_count("shorter_side", shorter_side, 1, "pixels")
+    require_count("workers", workers, 0, "processes", most=MAX_WORKERS)
     read = read_source(
         source,
         kind=kind,

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from contracap.config import require_count
 from contracap.data.captions import require_captions
 from contracap.data.index import read_index
 from contracap.data.shards import Record, Sample, SampleError, ShardError, list_shards, parse, records
@@ -159,10 +160,10 @@ def survey(
         FileNotFoundError: if there are no shards.
         ValueError: if a number is too small, or an index beside the shards is broken.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1 sample")
-    if sample_count < 0 or seed < 0:
-        raise ValueError(f"sample_count ({sample_count}) and seed ({seed}) must not be negative")
+    if limit is not None:
+        require_count("limit", limit, 1, "samples, from the first one on", most=10**12)
+    require_count("samples", sample_count, 0, "samples on the page", most=10_000)
+    require_count("seed", seed, 0, "of the samples and their crops", most=2**63 - 1)
     shards = list_shards(paths)
     told = indexed(shards)
     tally = _Tally(sample_count, seed, lines)

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,21 +26,36 @@ from contracap.progress import progress_bar
 
 T = TypeVar("T")
 
+
+@dataclass(frozen=True)
+class WholeTexts:
+    """Shards in which a `.txt` is one caption, whatever its lines."""
+
+    paths: Sequence[str | Path]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return evaluation_samples(self.paths, lines=False)
+
+
 # Shards or folders of them, a file of questions of VQAv2 or OK-VQA and the folder of its pictures, or samples at hand.
-Source = str | Path | Sequence[str | Path] | Sequence[Sample] | QuestionSamples | ClassFolders
+Source = str | Path | Sequence[str | Path] | Sequence[Sample] | QuestionSamples | ClassFolders | WholeTexts
+READY = QuestionSamples | ClassFolders | WholeTexts
 
 
-def opened(source: Source) -> Source:
+def opened(source: Source, *, lines: bool = True) -> Source:
     """The source; of a file of questions its samples, so that who goes through them again need not read it again.
+
+    Args:
+        lines: of shards, each line of a `.txt` is a caption; else the whole is one.
 
     Raises: FileNotFoundError, ValueError: at such a file, as `QuestionSamples` does, or if two folders come behind it.
     """
-    if isinstance(source, QuestionSamples | ClassFolders):
+    if isinstance(source, READY):
         return source
     items = [source] if isinstance(source, str | Path) else source
     paths = [item for item in items if not isinstance(item, Sample)]
     if not paths or not str(paths[0]).endswith(".json"):
-        return source
+        return source if lines or not paths else WholeTexts(paths)
     file, *folders = paths
     if len(folders) > 1:
         raise ValueError(f"behind the questions {file} comes one folder, of pictures, not {len(folders)}")
@@ -151,7 +167,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def _samples(source: Source) -> Iterable[Sample]:
     source = opened(source)
-    if isinstance(source, QuestionSamples | ClassFolders):
+    if isinstance(source, READY):
         return source
     items = [source] if isinstance(source, str | Path) else source
     if at_hand := [item for item in items if isinstance(item, Sample)]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+from contracap.config import require_paths
 from contracap.data.shards import list_shards
 from contracap.evaluation.features import picture_pixels, sample_batches
 from contracap.evaluation.processes import ALONE, Processes, together
@@ -32,6 +33,7 @@ class SampleCaptionsConfig:
     samples: int = 16
 
     def __post_init__(self) -> None:
+        require_paths(self, "data")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}; it must be at least 1")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from contracap.config import SettingsHelp, assign, build, keys_text, to_dict
+from contracap.config import SettingsHelp, assign, build, keys_text, require_paths, to_dict
 from contracap.data.captions import require_captions
 from contracap.data.questions import questions
 from contracap.data.shards import SampleError, layout_fault
@@ -37,8 +37,17 @@ Shards = str | tuple[str, ...]
 
 COMMON = ("task", "data")
 TAKES: dict[Task, tuple[str, ...]] = {
-    "retrieval": (),
-    "captioning": ("metrics", "tokenizer", "corenlp_dir", "spice_memory", "clipscore", "strategy", "settings"),
+    "retrieval": ("caption_lines",),
+    "captioning": (
+        "caption_lines",
+        "metrics",
+        "tokenizer",
+        "corenlp_dir",
+        "spice_memory",
+        "clipscore",
+        "strategy",
+        "settings",
+    ),
     "zeroshot": ("classes", "templates"),
     "vqa": ("answers", "prompt", "strategy", "settings"),
 }
@@ -64,6 +73,7 @@ class TaskConfig:
             labels, or a JSON object with such a list `classes`; by default the names of the subfolders.
         templates: for `zeroshot`: likewise, {} where the name goes; by default those of the published set, or eight of
             photographs.
+        caption_lines: for `retrieval` and `captioning`: each line of a `.txt` is a caption; else the whole is one.
         metrics: for `captioning`: which to compute; by default all but `cider_plain`, as far as they can run.
         tokenizer: for `captioning`: `java` is the one of the published figures, and taken where it can run.
         corenlp_dir: for SPICE: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR.
@@ -83,6 +93,7 @@ class TaskConfig:
     data: Shards
     classes: str | None = None
     templates: str | None = None
+    caption_lines: bool = True
     metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_named_metrics)] = ()
     tokenizer: TokenizerName | None = None
     corenlp_dir: str | None = None
@@ -96,6 +107,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("there is nothing to measure on: --data PATH, a folder of tar shards, or shards")
+        require_paths(self, "data", "classes", "templates", "corenlp_dir", "clipscore", "answers")
         first = self.data if isinstance(self.data, str) else self.data[0]
         if first.endswith(".json") and self.task != "vqa":
             raise ValueError(
@@ -163,7 +175,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
-    data = opened(config.data)
+    data = opened(config.data, lines=config.caption_lines)
     first = next(sample_batches(data, 1))[0]
     if config.task in ("retrieval", "captioning"):
         try:
@@ -177,7 +189,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         evaluator.label(first)
         return evaluator
     if config.task == "retrieval":
-        return Retrieval(config.data, processor, processes=processes)
+        return Retrieval(data, processor, processes=processes)
     if config.task == "vqa":
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
@@ -189,7 +201,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
             strategy=config.build_strategy(),
         )
     return Captioning(
-        config.data,
+        data,
         processor,
         strategy=config.build_strategy(),
         metrics=config.metrics,

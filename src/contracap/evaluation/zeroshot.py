@@ -18,10 +18,9 @@ from torch.nn.functional import normalize
 
 from contracap.data.annotations import read_list
 from contracap.data.folders import ClassFolders, class_folders
-from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample
 from contracap.evaluation.classification import accuracy_parts, mean_average_precision
-from contracap.evaluation.features import Source, embed_pictures, embed_texts, full_precision, picture_batches
+from contracap.evaluation.features import READY, Source, embed_pictures, embed_texts, full_precision, picture_batches
 from contracap.evaluation.published import IMAGENET, Published, is_published, published
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -81,7 +80,7 @@ class ZeroShot:
             ValueError: if there is no class, their number is not that of the subfolders, or a template has no {} for
                 the class name.
         """
-        folders = None if isinstance(source, QuestionSamples | ClassFolders) else class_folders(source)
+        folders = None if isinstance(source, READY) else class_folders(source)
         self.source, self.processor, self.batch_size = folders or source, processor, batch_size
         self.classes, self.templates = _names(self.source, classes), check_templates(templates)
         self.samples = 0

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from contracap.config import require_count
 from contracap.generation.phrases import Forced
 from contracap.generation.rules import Next, NextTokens, Rules
-from contracap.generation.strategy import Hypothesis, Prompts, check_count, check_lengths, check_number
+from contracap.generation.strategy import MAX_ROWS, Hypothesis, Prompts, check_lengths, check_number
 from contracap.generation.texts import Finished, Texts, best
 from contracap.tokenizer import Tokenizer
 
@@ -61,11 +62,11 @@ class BeamSearch:
     rules: Rules = Rules()
 
     def __post_init__(self) -> None:
-        check_count("width", self.width, 1, "beams of a picture")
+        require_count("width", self.width, 1, "beams of a picture", most=MAX_ROWS)
         check_lengths(self.max_tokens, self.min_tokens)
         check_number("length_penalty", self.length_penalty, -10.0, 10.0, "1 is usual")
         object.__setattr__(self, "length_penalty", float(self.length_penalty))  # whole powers cannot be negative
-        check_count("groups", self.groups, 1, "searches that the width is divided into")
+        require_count("groups", self.groups, 1, "searches that the width is divided into")
         check_number("diversity", self.diversity, 0.0, 100.0, "nats; 0.5 is usual, with groups above 1")
         if self.width % self.groups:
             raise ValueError(f"width is {self.width} and groups {self.groups}; the groups must divide the width")

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from contracap.config import require_count
 from contracap.generation.beam import BeamSearch
 from contracap.generation.engine import Engine
 from contracap.generation.reranking import ContrastiveReranking, shortened
-from contracap.generation.strategy import Hypothesis, Prompts, Strategy, check_count
+from contracap.generation.strategy import Hypothesis, Prompts, Strategy
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 from contracap.tokenizer import join_marks
@@ -87,7 +88,7 @@ class Captioner:
         """
         if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
             raise ValueError(f"give a list of pictures, such as [picture], not {type(sources).__name__}")
-        check_count("batch_size", batch_size, 1, "pictures at a time")
+        require_count("batch_size", batch_size, 1, "pictures at a time")
         strategy, begun = self._checked(strategy), self._begun(prompts, len(sources))
         captions: list[Caption] = []
         for first in range(0, len(sources), batch_size):

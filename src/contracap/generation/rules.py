@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import BeforeValidator
 from torch import Tensor
 
+from contracap.config import require_count
 from contracap.generation.phrases import Banned, Forced, Vocabulary, followed
-from contracap.generation.strategy import Prompts, check_count, check_number
+from contracap.generation.strategy import Prompts, check_number
 from contracap.generation.texts import Texts
 from contracap.tokenizer import Tokenizer, clean
 
@@ -51,7 +52,7 @@ class Rules:
     def __post_init__(self) -> None:
         check_number("repetition_penalty", self.repetition_penalty, 0.1, 10.0, "1 changes nothing")
         if self.no_repeat_ngram is not None:
-            check_count("no_repeat_ngram", self.no_repeat_ngram, 1, "tokens that must not come twice in a row")
+            require_count("no_repeat_ngram", self.no_repeat_ngram, 1, "tokens that must not come twice in a row")
         for name in ("banned", "forced"):
             phrases = getattr(self, name)
             if not isinstance(phrases, list | tuple) or not all(isinstance(phrase, str) for phrase in phrases):

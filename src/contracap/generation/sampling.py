@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from contracap.config import require_count
 from contracap.generation.rules import NextTokens, Rules
-from contracap.generation.strategy import Hypothesis, Prompts, check_count, check_lengths, check_number
+from contracap.generation.strategy import MAX_ROWS, Hypothesis, Prompts, check_lengths, check_number
 from contracap.generation.texts import Texts, best, hypothesis
 from contracap.tokenizer import Tokenizer
 
@@ -85,13 +86,13 @@ class Sampling:
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0.01, 100.0, "1 samples from the model as it is")
         if self.top_k is not None:
-            check_count("top_k", self.top_k, 1, "tokens kept")
+            require_count("top_k", self.top_k, 1, "tokens kept")
         if self.top_p is not None:
             check_number("top_p", self.top_p, 1e-6, 1.0, "probability kept")
         if self.min_p is not None:
             check_number("min_p", self.min_p, 0.0, 1.0, "probability relative to the likeliest token's")
-        check_count("seed", self.seed, 0, "the same seed gives the same texts")
-        check_count("samples", self.samples, 1, "texts a picture")
+        require_count("seed", self.seed, 0, "the same seed gives the same texts", most=2**63 - 1)
+        require_count("samples", self.samples, 1, "texts a picture", most=MAX_ROWS)
         check_lengths(self.max_tokens, self.min_tokens)
 
     @property

@@ -11,7 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from contracap.config import require_count
 from contracap.tokenizer import Tokenizer
+
+MAX_TOKENS = 10_000
+MAX_ROWS = 1000  # texts of one image that are searched together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,18 +133,13 @@ class Strategy(Protocol):
 
 def check_lengths(max_tokens: int, min_tokens: int) -> None:
     """Raises: ValueError: unless `max_tokens` leaves room for a token, and `min_tokens` is from 0 to `max_tokens`."""
-    check_count("max_tokens", max_tokens, 2, "it counts the whole sequence, start and end token included")
-    check_count("min_tokens", min_tokens, 0, "0 allows the end token from the first step")
+    why = "it counts the whole sequence, start and end token included"
+    require_count("max_tokens", max_tokens, 2, why, most=MAX_TOKENS)
+    require_count("min_tokens", min_tokens, 0, "0 allows the end token from the first step")
     if min_tokens > max_tokens:
         raise ValueError(
             f"min_tokens is {min_tokens}, above max_tokens, {max_tokens}; lower the one or raise the other"
         )
-
-
-def check_count(name: str, value: int, least: int, why: str) -> None:
-    """Raises: ValueError: unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least} ({why}), not {value!r}")
 
 
 def check_number(name: str, value: Any, least: float, most: float, why: str) -> None:

@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """What most want to know, in a line."""
+        """Time and memory in one line."""
         used, usable = (self.figures[f"{name}_gib_per_gpu"] for name in ("memory", "usable"))
         fits = "" if used <= usable else ", too much"
         seconds = 3600 * self.figures["hours"]

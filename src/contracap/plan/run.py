@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from contracap.config import require_count
 from contracap.data.config import DataConfig
 from contracap.data.index import read_index
 from contracap.data.remote import require_consent
@@ -31,6 +32,7 @@ from contracap.recipe import Recipe, in_steps
 
 USABLE = 0.92  # share of a GPU's memory; CUDA, buffers between GPUs and gaps between tensors take the rest: estimated
 MOST_ROWS = 2**20
+MAX_GPUS = 10**6
 Fits = Callable[[Recipe, int], bool]  # whether a step of the recipe on so many GPUs has the memory it takes
 
 
@@ -63,8 +65,7 @@ def plan_run(
     recipe = in_steps(recipe)
     machine, config = find_gpu(gpu), recipe.model_config
     for name, number in {"gpus": gpus, "gpus_per_machine": gpus_per_machine}.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
+        require_count(name, number, 1, "which share each batch", most=MAX_GPUS)
     if not 0 < hours_between_failures < math.inf:
         raise ValueError(f"hours_between_failures is {hours_between_failures}; it must be a finite number above 0")
     if not 0 < efficiency <= 1:
@@ -243,7 +244,7 @@ def _ways_to_fit(recipe: Recipe, fits: Fits, *, gpus: int, per_machine: int) -> 
     again = replace(recipe, parallel=replace(recipe.parallel, recompute="blocks"))
     if again != recipe and fits(again, gpus):
         yield 'set parallel.recompute = "blocks"'
-    numbers = [number for number in range(gpus + 1, batch // parts + 1) if not batch % (number * parts)]
+    numbers = [number for number in range(gpus + 1, min(batch // parts, MAX_GPUS) + 1) if not batch % (number * parts)]
     if recipe.parallel.kind == "hsdp":
         numbers = [number for number in numbers if not number % min(number, per_machine)]
     numbers.sort(key=lambda number: streams % number > 0)

@@ -207,7 +207,9 @@ def _bare_configuration(path: Path, shapes: Shapes, size: str | None) -> tuple[C
     """Of a file that says none: a size of the table, at the image size that the file's positions are for."""
     size = size or match_size(shapes)
     if size is None:
-        raise WeightsError(f"{path} says no configuration and fits no size exactly; name one: {', '.join(SIZES)}")
+        raise WeightsError(
+            f"{path} has no configuration and fits no known size: name one with --size: {', '.join(SIZES)}"
+        )
     model = at_own_grid(find_size(size), shapes)
     # A file of open_clip without a word on its CLS mask means the legacy one.
     if model.text.pool == "class_token":

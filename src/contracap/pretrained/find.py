@@ -55,6 +55,11 @@ def find_weights(name: str | Path) -> Path:
     )
 
 
+def is_of_hub(name: str) -> bool:
+    """Whether a name means weights of the hub, which are looked for there."""
+    return name.startswith(HUB) or (name in RELEASED and not Path(name).exists())
+
+
 def _in_folder(folder: Path) -> Path:
     for candidate in WEIGHT_FILES:
         if (folder / candidate).is_file():

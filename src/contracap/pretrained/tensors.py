@@ -1,5 +1,7 @@
 """Named tensors out of a weights file, whatever program wrote it; no code of the file runs."""
 
+import io
+import pickletools
 import re
 import warnings
 import zipfile
@@ -115,7 +117,9 @@ _OF_NUMPY: list[Callable | tuple[Callable, str]] = [
 def _unpickled(path: Path) -> Any:
     damaged = f"{path} is not a file of plain tensors: it is cut off or damaged, or not a file of torch: get it again"
     try:
-        if zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"  # as torch decides
+        if is_archive:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):
@@ -123,9 +127,9 @@ def _unpickled(path: Path) -> Any:
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED * path.stat().st_size:
                 raise WeightsError(f"{path} is a compressed archive; torch stores weights as they are")
             if any(entry.filename.endswith(".pkl") and entry.file_size > MAX_STRUCTURE for entry in entries):
-                raise WeightsError(
-                    f"{path} is not a weights file: names and shapes take more than {MAX_STRUCTURE} bytes"
-                )
+                raise _too_long(path)
+        else:
+            _require_small_structure(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_OF_NUMPY):
             warnings.simplefilter("ignore")  # torch asks users to file issues
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -138,6 +142,28 @@ def _unpickled(path: Path) -> Any:
                 "Where you trust it, write its state_dict alone to another file"
             ) from None
         raise WeightsError(damaged) from None
+
+
+def _too_long(path: Path) -> WeightsError:
+    return WeightsError(f"{path} is not a weights file: names and shapes take more than {MAX_STRUCTURE} bytes")
+
+
+def _require_small_structure(path: Path) -> None:
+    """Looks through the pickles at the start of a file that is no archive: three of its format, what it holds, the
+    names of its tensors' memory.
+
+    Raises: WeightsError: if they are longer than those of weights. ValueError: if there are no such pickles.
+    """
+    with path.open("rb") as file:
+        start = io.BytesIO(file.read(MAX_STRUCTURE))
+    try:
+        for _ in range(5):
+            for _ in pickletools.genops(start):
+                pass
+    except ValueError:
+        if start.tell() == MAX_STRUCTURE:
+            raise _too_long(path) from None
+        raise
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:

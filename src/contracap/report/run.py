@@ -105,7 +105,8 @@ def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[s
     if recipe.data.validation is None:
         return {}, "the recipe has neither evaluation.tasks nor data.validation"
     require_consent(recipe.data.validation, False, NO_COMMANDS)
-    samples = list(islice(evaluation_samples(recipe.data.validation), MOST_VALIDATION))
+    lines = recipe.data.captions.lines
+    samples = list(islice(evaluation_samples(recipe.data.validation, lines=lines), MOST_VALIDATION))
     if not all(sample.captions for sample in samples):
         return {}, "the recipe has no evaluation.tasks, and its validation shards have no captions"
     evaluators: dict[str, Callable[[], Evaluator]] = {}

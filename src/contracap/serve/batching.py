@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from contracap.config import require_count
+
 Settings = TypeVar("Settings", bound=Hashable)
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -29,8 +31,7 @@ class BatchingConfig:
     max_wait_ms: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1 picture, not {self.max_batch}")
+        require_count("max_batch", self.max_batch, 1, "pictures that go through the model together", most=4096)
         if not 0 <= self.max_wait_ms <= 60_000:
             raise ValueError(f"max_wait_ms must be from 0 to 60000 milliseconds, not {self.max_wait_ms}")
 

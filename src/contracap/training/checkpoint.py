@@ -90,13 +90,6 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
     return data
 
 
-def in_fresh_memory(model: torch.nn.Module) -> None:
-    """Move the parameters to memory that torch allocates. Those of a file may lie anywhere in it, and kernels round by
-    where a tensor lies: a resumed run would differ from an uninterrupted one."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-
-
 class _Reader(dcp.FileSystemReader):
     """Reads the optimizer's files, trusting none: torch's own reader runs code that its pickles name."""
 

@@ -19,13 +19,13 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within it, no other process trains in the folder, which is made if need be; one where nothing came to be vanishes
-    again. The system lets go of the lock when the process ends, however it does.
+    """Within it, no other process trains in the folder. It is made if need be, and removed if nothing is in it then.
+    The system lets go of the lock when the process ends, however it does.
 
     Raises: CheckpointError: if another process does, or there can be no such folder.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made = _make(folder)
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder}: the run cannot be written there: {describe(error)}") from None
@@ -37,7 +37,19 @@ def locked(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 if os.listdir(folder) == [LOCK_FILE]:
                     (folder / LOCK_FILE).unlink()
-                    folder.rmdir()
+                    if made:
+                        folder.rmdir()
+
+
+def _make(folder: Path) -> bool:
+    """Whether there was no such folder."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
 
 
 def _lock(file: TextIO, folder: Path) -> None:

@@ -44,6 +44,11 @@ class Requests:
         finally:
             self._at_once = before
 
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether a request would end what is being done."""
+        return self._at_once
+
     def note(self) -> None:
         """There is a request."""
         self.received = True
@@ -69,8 +74,9 @@ def requests_to_end() -> Iterator[Requests]:
             if requests.received and callable(earlier):
                 earlier(number, frame)
                 return
-            # Not print: the signal may have come within another write to the same stream.
-            os.write(2, b"\nending after a checkpoint; Ctrl-C again ends at once\n")
+            if not requests.ends_at_once and os.environ.get("RANK", "0") == "0":  # of the ranks of torchrun, one
+                # Not print: the signal may have come within another write to the same stream.
+                os.write(2, b"\nending after a checkpoint; Ctrl-C again ends at once\n")
         requests.note()
 
     if threading.current_thread() is not threading.main_thread():
@@ -85,12 +91,13 @@ def requests_to_end() -> Iterator[Requests]:
 
 
 @contextmanager
-def interrupts_end_at_once() -> Iterator[None]:
+def interrupts_end_at_once(advice: str = "resume=true goes on from the last checkpoint") -> Iterator[None]:
     """Within it, a Ctrl-C that nobody notes ends the process without a traceback, whatever it is doing: what is on the
-    disk is whole at any moment."""
+    disk is whole at any moment. `advice`: how to go on.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"\ncontracap: error: interrupted; resume=true goes on from the last checkpoint\n")
+        os.write(2, f"\ncontracap: error: interrupted; {advice}\n".encode())
         os._exit(130)
 
     if threading.current_thread() is not threading.main_thread():
