@@ -1,3 +1,4 @@
+import os
 import string
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,3 +170,16 @@ def test_a_none_that_cannot_be_written_is_refused() -> None:
 def test_text_that_toml_cannot_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"is no text that a TOML file can hold"):
         to_toml({"data": {"train": "caf\udce9"}})
+
+
+def test_a_value_of_any_length_is_shown_in_short() -> None:
+    for value in (10**3000, "x" * 3000, [1] * 3000):
+        with pytest.raises(ConfigError) as refused:
+            build(Optimizer, {"peak_rate": value})
+        assert len(str(refused.value)) < 200
+
+
+def test_a_file_that_may_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.toml")
+    with pytest.raises(OSError, match="named pipe"):
+        load_toml(tmp_path / "recipe.toml", Optimizer)

@@ -3,6 +3,7 @@ import json
 import pickle
 import random
 import tarfile
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -108,6 +109,19 @@ def test_a_long_text_keeps_its_end_token(words: int) -> None:
     assert row[length - 1] == tokenizer.end
     assert (row[1 : length - 1] == tokenizer.encode("dog")[0]).all()
     assert (row[length:] == 0).all()
+
+
+@pytest.mark.parametrize("bomb", ["&" + "amp;" * 400, "&" + "#xff06;" * 400, "\u00c3" + "\u0192" * 2000])
+def test_the_time_of_a_text_grows_as_its_length(bomb: str) -> None:
+    """Each is damaged as many times over as it has characters; a repair of all takes minutes."""
+    tokenizer, begun = Tokenizer(), time.process_time()
+    tokenizer([bomb * 500] * 3)
+    tokenizer.encode(bomb * 8)
+    assert time.process_time() - begun < 5
+
+
+def test_blanks_before_a_text_do_not_count() -> None:
+    assert torch.equal(Tokenizer()(" " * 100_000 + "a dog"), Tokenizer()("a dog"))
 
 
 def test_a_list_gives_a_row_per_text() -> None:

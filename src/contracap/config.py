@@ -16,7 +16,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import pydantic
 
+from contracap.files import read_regular
+
 T = TypeVar("T")
+MAX_FILE = 2**24  # bytes of a TOML file
+MAX_SHOWN = 80  # characters of a value in a message
 
 
 class SettingsHelp(Exception):
@@ -41,7 +45,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     unknown = list(_unknown_keys(cls, values, ()))
     if unknown:
         raise ConfigError("; ".join(unknown))
-    endless = [f"'{key}' must be {wanted}, not {number}" for key, wanted, number in _endless(values, ())]
+    endless = [f"'{key}' must be {wanted}, not {_short(number)}" for key, wanted, number in _endless(values, ())]
     if endless:
         raise ConfigError("; ".join(endless))
     try:
@@ -64,7 +68,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         FileNotFoundError: if there is no such file.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(read_regular(path, MAX_FILE).decode("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
@@ -86,12 +90,12 @@ def assign(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     path = [name.strip() for name in key.split(".")]
     if not equals or not all(path):
-        raise ConfigError(f"override '{override}' is not of the form key.path=value")
+        raise ConfigError(f"override {_short(override)} is not of the form key.path=value")
     table = values
     for depth, name in enumerate(path[:-1], start=1):
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"override '{override}': '{'.'.join(path[:depth])}' is a value, not a table")
+            raise ConfigError(f"override {_short(override)}: '{'.'.join(path[:depth])}' is a value, not a table")
     table[path[-1]] = _toml_value(text.strip())
 
 
@@ -233,9 +237,9 @@ def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]
             if key in names:
                 yield from _unknown_keys(hints[key], item, (*path, key))
             else:
-                near = list(_leaves(cls, str(key), path)) or difflib.get_close_matches(str(key), names, n=1)
+                near = list(_leaves(cls, str(key), path)) or difflib.get_close_matches(str(key)[:MAX_SHOWN], names, n=1)
                 right = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(names)}"
-                yield f"unknown key '{'.'.join((*path, str(key)))}'; {right}"
+                yield f"unknown key {_short('.'.join((*path, str(key))))}; {right}"
     else:
         for name, item_hint, item in _items(hint, value):
             yield from _unknown_keys(item_hint, item, (*path, name))
@@ -270,7 +274,13 @@ def _problem(cls: type, details: Any) -> str:
     if details["type"] == "value_error":
         message = str(details["ctx"]["error"])
         return f"'{key}': {message}" if key else message
-    return f"'{key}' must be {_words(hint)}, not {details['input']!r}"
+    return f"'{key}' must be {_words(hint)}, not {_short(details['input'])}"
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
 
 
 def _words(hint: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,35 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as Steps
 from torch import Tensor
 
+MAX_REPAIRS = 32  # of a line: an ordinary one takes six, of which the last ones change nothing
+
 try:
     import ftfy
 except ImportError:
     ftfy = None
+else:
+    # Bytes that go on a character of UTF-8, in any encoding that ftfy knows. Of mojibake at most three follow each
+    # other; of a longer run ftfy takes one a pass.
+    _GOING_ON = {
+        letter
+        for encoding in ftfy.chardata.CHARMAP_ENCODINGS
+        for letter in bytes(range(0x80, 0xC0)).decode(encoding, errors="ignore")
+    }
+    _BOMB = re.compile(f"[{re.escape(''.join(sorted(_GOING_ON)))}]{{64}}")
+
+    class _FewRepairs(ftfy.TextFixerConfig):
+        """Settings of ftfy for one line. Some repairs undo one level of damage a pass, of which a text such as
+        &amp;amp;amp; ... has as many as it has characters: after MAX_REPAIRS they are off."""
+
+        left = MAX_REPAIRS
+
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("unescape_html", "decode_inconsistent_utf8"):
+                self.left -= 1
+                if self.left < 0:
+                    return False
+            return super().__getattribute__(name)
+
 
 FILL = 0  # what follows the end token in a row; inside a text the same id is the token "!"
 CLIP_VOCAB_SIZE = 49408
@@ -30,6 +56,8 @@ SPECIAL_STRINGS = ("<start_of_text>", "<end_of_text>")
 
 # Visible ASCII and white space: ftfy changes no such text unless it holds an HTML entity.
 _PLAIN = re.compile(r"[\t\n\f\r -~]*")
+
+_LINE = re.compile(r"[^\n]{0,4096}\n|[^\n]{1,4096}")  # or a piece of a long one, as ftfy's time grows with the square
 
 # Letters and numbers of the newest Unicode versions, first and last of each range: the tables inside the tokenizers
 # library do not hold them yet, those of the regex library (2026.11), on which CLIP's own pattern runs, do.
@@ -44,6 +72,9 @@ _NEW_NUMBERS = "11de0-11de9 1246f-1246f 12475-1247f 12550-12686 16ff4-16ff6"
 
 # CLIP's words, in cleaned texts of ASCII alone: the same as the tokenizers library finds with `_pattern`, sooner.
 _ASCII_WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")
+MAX_CHARACTERS = 2**16  # of a text that `encode` looks at
+MAX_ROW_CHARACTERS = 4096  # that are looked at to fill a row, or with a long context so many for each of its tokens:
+MAX_TOKEN_CHARACTERS = 64
 MOST_WORDS, LONGEST_WORD = 2**16, 64  # whose ids are remembered: some tens of megabytes at most
 
 
@@ -84,7 +115,8 @@ class Tokenizer:
         """
         texts = [texts] if isinstance(texts, str) else texts
         room = self.context - 2
-        rows = [self._words.ids(clean(text))[:room] for text in texts]
+        most = max(MAX_ROW_CHARACTERS, MAX_TOKEN_CHARACTERS * self.context)
+        rows = [self._words.ids(clean(text, most))[:room] for text in texts]
         counts = np.array([len(row) for row in rows], dtype=np.int64)
         table = np.full((len(rows), self.context), FILL, dtype=np.int64)
         table[:, 0] = self.start
@@ -99,8 +131,8 @@ class Tokenizer:
         return self._bytes
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the whole text, without start and end."""
-        return self._words.ids(clean(text))
+        """Ids of the whole text, without start and end; of a text with more than MAX_CHARACTERS, of so many."""
+        return self._words.ids(clean(text, MAX_CHARACTERS))
 
     def decode(self, ids: Iterable[int] | Int64[Tensor, " tokens"]) -> str:
         """Text of `ids` up to the first end token, without the start token; bytes that are not UTF-8 become U+FFFD.
@@ -179,20 +211,36 @@ def lengths(ids: Int64[Tensor, "batch context"], end: int) -> Int64[Tensor, " ba
     return (before_end.sum(dim=1) + 1).clamp(max=ids.shape[1])
 
 
-def clean(text: str) -> str:
+def clean(text: str, most: int | None = None) -> str:
     """Repair mojibake, resolve HTML entities twice, collapse white space, lower the case: what CLIP saw in training.
+
+    Args:
+        most: characters of the text that are cleaned; what follows them is dropped.
 
     Raises: TypeError: if `text` is not a string. ValueError: if the text is not plain ASCII and ftfy is not installed.
     """
     if not isinstance(text, str):
         raise TypeError(f"a text must be a string, not {type(text).__name__}: {text!r:.60}")
+    if most is not None and len(text) > most:
+        text = text.lstrip()[:most]
     plain = _PLAIN.fullmatch(text) is not None
     if ftfy is None and not plain:
         raise ValueError(f"text {text!r:.60} is not plain ASCII; install ftfy, which repairs such texts as CLIP does")
     if ftfy is not None and not (plain and "&" not in text):
-        text = ftfy.fix_text(text)
+        text = _repair(text)
     text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
+
+
+def _repair(text: str) -> str:
+    """What `ftfy.fix_text` makes of it, in a time that grows as its length."""
+    lines, unescape = [], "auto"
+    for line in _LINE.findall(text):
+        if "<" in line:
+            unescape = False  # here and in what follows, as ftfy does
+        sound = _BOMB.search(html.unescape(html.unescape(line))) is None
+        lines.append(ftfy.fix_text(line, _FewRepairs(unescape_html=unescape, fix_encoding=sound, explain=False)))
+    return "".join(lines)
 
 
 @lru_cache(maxsize=4)

@@ -79,7 +79,13 @@ def test_probabilities_follow_the_models_own_temperature(actions: Actions, tmp_p
 
 @pytest.mark.parametrize(
     ("labels", "template", "said"),
-    [("\n ", "a {}", "no labels"), ("red", "a photo", "no {}"), ("red", "", "templates"), ("x\n" * 2, "{}", None)],
+    [
+        ("\n ", "a {}", "no labels"),
+        ("red", "a photo", "no {}"),
+        ("red", "", "templates"),
+        ("x" * 70_000, "{}", "characters"),
+        ("x\n" * 2, "{}", None),
+    ],
 )
 def test_labels_and_prompts_that_cannot_be_used_are_refused(actions, tmp_path, labels, template, said) -> None:
     path = str(picture(tmp_path / "a.png"))

@@ -75,3 +75,8 @@ def test_a_large_question_is_refused_whether_or_not_its_length_is_told(server, p
 def test_no_other_server_is_asked(server, monkeypatch, path, method) -> None:
     answer = asked(server, method, f"{path}contracap.invalid/a.png")
     assert answer.status_code == 403 and (method == "HEAD" or "\n" not in answer.text)
+
+
+def test_a_name_that_the_page_does_not_publish_is_refused(server) -> None:
+    answer = asked(server, "POST", "call/v2/nothing", json={})
+    assert answer.status_code == 403 and "\n" not in answer.text

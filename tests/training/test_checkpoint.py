@@ -509,3 +509,26 @@ def test_a_planted_checkpoint_runs_no_code(tmp_path: Path, monkeypatch, where: s
     with pytest.raises(CheckpointError, match=r"step-00000001 cannot be resumed from: [^\n]*$"):
         restore_checkpoint(checkpoint, new_state())
     assert not ran.exists()
+
+
+def test_a_part_that_is_no_regular_file_or_damaged_is_refused_in_words_of_our_own(tmp_path: Path) -> None:
+    state = new_state()
+    advance(state)
+    with CheckpointWriter(tmp_path, CheckpointConfig(), image=CONFIG.image, ranks=Ranks()) as writer:
+        writer.save(state, {"data": 1})
+    checkpoint = tmp_path / "step-00000001"
+    (tensors,) = checkpoint.glob("optimizer/*.distcp")
+    for path, said in ((tensors, "damaged"), (checkpoint / "optimizer" / ".metadata", "damaged")):
+        path.write_bytes(b"\x80\x04nothing" + bytes(path.stat().st_size))
+        with pytest.raises(CheckpointError, match=said) as refused:
+            restore_checkpoint(checkpoint, new_state())
+        assert "Pytorch" not in str(refused.value) and "Unpickling" not in str(refused.value)
+    for name, plant in (("optimizer/.metadata", os.mkfifo), ("position.json", os.mkfifo)):
+        (checkpoint / name).unlink()
+        plant(checkpoint / name)
+        with pytest.raises(CheckpointError, match="named pipe"):
+            restore_checkpoint(checkpoint, new_state())
+    (checkpoint / "position.json").unlink()
+    (checkpoint / "position.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="device"):
+        restore_checkpoint(checkpoint, new_state())

@@ -8,6 +8,7 @@ from typing import Any
 
 from contracap.compare.comparison import COUNTED
 from contracap.evaluation.result import OWN_KEYS, PerSample, Result
+from contracap.files import read_regular
 
 LARGEST = 1e100  # no figure; sums and pictures of larger numbers overflow
 
@@ -19,7 +20,7 @@ def load_result(path: str | Path) -> Result:
         ValueError: naming the file and what is wrong, if it is no result, or a figure is not the mean of its values.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON that can be read: {error}") from None
     try:

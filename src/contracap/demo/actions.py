@@ -23,6 +23,7 @@ from contracap.processor import Processor
 
 SHOWN = 384  # side of the pictures that the page gets, in pixels
 MAX_LABELS = 1000
+MAX_CHARACTERS = 65_536  # of the texts of all labels and templates
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Actions:
         if len(names) > MAX_LABELS:
             raise ValueError(f"there are {len(names)} labels; the page takes {MAX_LABELS}")
         templates = check_templates(lines(template))
+        characters = sum(len(each) * len(names) + each.count("{}") * sum(map(len, names)) for each in templates)
+        if characters > MAX_CHARACTERS:
+            raise ValueError(
+                f"the labels have {characters:,} characters in all prompts; the page takes {MAX_CHARACTERS:,}"
+            )
         embedding = self.embed(self.pixels(self.read(path)))[0]
         with self._one_at_a_time:
             weights = classifier(self.model, self.processor, names, templates)

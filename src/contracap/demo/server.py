@@ -66,7 +66,8 @@ def application(actions: Actions, collection: Collection | None, uploads: Upload
     page = build_page(actions, collection, find_examples(actions, collection, uploads))
     guard(page, uploads)
     app = fastapi.FastAPI(openapi_url=None, routes=uploads.routes, lifespan=uploads.tidied)
-    app.add_middleware(LimitVisitors)
+    published = {str(fn.api_name) for fn in page.fns.values() if fn.api_visibility == "public"}
+    app.add_middleware(LimitVisitors, published=published)
     return gradio.mount_gradio_app(
         app,
         page,

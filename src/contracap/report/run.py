@@ -17,7 +17,7 @@ from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.task import TaskConfig, build_evaluator
-from contracap.files import write_text
+from contracap.files import read_regular, write_text
 from contracap.page import Html, page, paragraph, table
 from contracap.pretrained import load_on_device
 from contracap.processor import Processor
@@ -135,7 +135,7 @@ def _asked(file: Path) -> dict[str, TaskConfig]:
 def captions_on_the_way(path: Path) -> Html:
     """What was written for the first pictures at the first, the middle and the last step of captions.jsonl."""
     written: dict[int, dict[str, Mapping[str, Any]]] = {}
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a line may be half written
+    whole, _, _ = read_regular(path).decode("utf-8").rpartition("\n")  # a line may be half written
     for line in whole.splitlines():
         caption = json.loads(line)
         written.setdefault(caption["step"], {})[caption["key"]] = caption

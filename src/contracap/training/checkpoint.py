@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from contracap.files import read_regular
 from contracap.parallel import share_like
 from contracap.pretrained import read_weights
 from contracap.training.step import TrainingState
@@ -66,9 +67,11 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
     Raises: CheckpointError: if the checkpoint lacks a part, or a part is not what a run writes. WeightsError: if its
         average is broken.
     """
+    part = POSITION_FILE
     try:
-        position = json.loads((checkpoint / POSITION_FILE).read_text())
+        position = json.loads(read_regular(checkpoint / POSITION_FILE))
         step, data = int(position["step"]), dict(position["data"])
+        part = OPTIMIZER_FOLDER
         optimizer = {"optimizer": optimizer_state(state)}
         expect_one_process()
         dcp.load(
@@ -79,7 +82,7 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
         )
         set_optimizer_state_dict(state.model, state.optimizer, optimizer["optimizer"])
     except (Exception, dcp.api.CheckpointException) as error:  # a damaged file raises nearly anything
-        raise CheckpointError(f"{checkpoint} cannot be resumed from: {describe(error)}") from None
+        raise CheckpointError(f"{checkpoint} cannot be resumed from: {_trouble(part, error)}") from None
     if state.average is not None:
         if not (checkpoint / AVERAGE_FILE).is_file():
             raise CheckpointError(f"{checkpoint} holds no moving average; set ema_decay = 0")
@@ -96,8 +99,7 @@ class _Reader(dcp.FileSystemReader):
     def __init__(self, folder: Path) -> None:
         """Raises: CheckpointError: if the metadata are not torch's, or name files elsewhere."""
         super().__init__(folder)
-        with (folder / ".metadata").open("rb") as file:
-            found = _Unpickler(file).load()
+        found = _Unpickler(io.BytesIO(read_regular(folder / ".metadata"))).load()
         if not isinstance(found, metadata.Metadata):
             raise CheckpointError(".metadata holds something else")
         for info in found.storage_data.values():
@@ -183,6 +185,15 @@ def optimizer_state(state: TrainingState) -> dict[str, Any]:
 def moving_average(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the parameters to average into."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _trouble(part: str, error: BaseException) -> str:
+    """Why a part of a checkpoint cannot be used: of torch's words only those on what does not match."""
+    words = describe(error)
+    known = isinstance(error, CheckpointError | OSError) or isinstance(error.__context__, OSError)
+    if known or re.search(r"mismatch|Missing key|CheckpointError", words):
+        return words
+    return f"{part} is damaged, or not what a run writes: choose an older checkpoint"
 
 
 def describe(error: BaseException) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from contracap.data.order import Skip
-from contracap.files import write_text
+from contracap.files import read_regular, write_text
 from contracap.progress import progress_bar
 from contracap.training.boards import Board
 
 METRICS_FILE = "metrics.jsonl"
+MAX_METRICS = 2**31  # bytes
 SKIPPED_FILE = "skipped.jsonl"
 SPIKES_FILE = "spikes.jsonl"
 CAPTIONS_FILE = "captions.jsonl"
@@ -119,7 +120,8 @@ class Silent(Recorder):
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, which may be going on, in order; a number that was NaN or infinite is None."""
-    whole, _, _ = (folder / METRICS_FILE).read_text(encoding="utf-8").rpartition("\n")  # a line may be half written
+    text = read_regular(folder / METRICS_FILE, MAX_METRICS).decode("utf-8")
+    whole, _, _ = text.rpartition("\n")  # a line may be half written
     return [json.loads(line) for line in whole.splitlines()]
 
 
@@ -137,7 +139,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_regular(path, MAX_METRICS).decode("utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
