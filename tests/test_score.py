@@ -108,7 +108,7 @@ def test_pictures_that_were_not_predicted_are_counted(run, tmp_path: Path) -> No
     arguments = (tmp_path / "results.json", "--references", tmp_path / "references.json", "--metrics", "bleu")
     status, _, err = run(*arguments, "--tokenizer", "python")
     assert status == 0
-    assert err.startswith("contracap: 2 of 3 pictures of ") and err.endswith("results.json: they do not count\n")
+    assert err.startswith("contracap: 2 of 3 images of ") and err.endswith("results.json: they do not count\n")
 
 
 def test_results_on_other_pictures_do_not_pair_up_and_on_the_same_do(run, tmp_path: Path) -> None:
