@@ -143,8 +143,8 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file or the folder of a run, with `key.path=value` overrides; `epochs=N` there replaces the steps of the
-    file. In the recipe of a run folder `out` is that folder, wherever it was copied or moved to.
+    """A recipe file or a run's folder, with `key.path=value` overrides; `epochs=N` there replaces the file's steps.
+    In the recipe of a run folder `out` is that folder, wherever it was copied or moved to.
 
     Raises: ConfigError: naming the key, the value and what would do.
     """

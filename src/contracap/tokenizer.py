@@ -234,6 +234,7 @@ def clean(text: str, most: int | None = None) -> str:
 
 def _repair(text: str) -> str:
     """What `ftfy.fix_text` makes of it, in a time that grows as its length."""
+    assert ftfy is not None
     lines, unescape = [], "auto"
     for line in _LINE.findall(text):
         if "<" in line:
