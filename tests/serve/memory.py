@@ -59,9 +59,9 @@ class Requests:
 
     def mixed(self, count: int) -> Iterator[dict[str, Any]]:
         for number in range(count):
-            weights = (4, 1, 1, 3, 3, 3, 1, 1, 0)
+            weights = (6, 1, 1, 4, 4, 1, 1, 1, 0)
             each = self.one_of_each()
-            yield each[-1] if number % 100 == 50 else self.chance.choices(each, weights)[0]
+            yield each[-1] if number % 400 == 50 else self.chance.choices(each, weights)[0]
 
 
 def send(address: str, asks: Iterable[dict[str, Any]], at_once: int = 8) -> Counter[int]:

@@ -16,6 +16,7 @@ import pytest
 import contracap
 from contracap.generation import Captioner, Greedy
 
+from .memory import SETTLE_SECONDS, resident, send
 from .pictures import BAD, COLOURS, picture, png
 
 pytestmark = pytest.mark.slow
@@ -151,6 +152,18 @@ def wait_for(address: str, *lines: str) -> None:
     while not all(line in (text := httpx.get(f"{address}/metrics").text) for line in lines):
         assert time.monotonic() < end, text
         time.sleep(0.05)
+
+
+def test_memory_does_not_grow_with_the_shapes_that_requests_have(weights):
+    with serving(weights) as (address, server):
+        one = {"url": "/v1/caption?width=8", "content": picture("red")}
+        send(address, [one, {"url": "/v1/embed/text", "json": {"texts": ["a"]}}], at_once=1)
+        before = resident(server.pid)
+        texts = ({"url": "/v1/embed/text", "json": {"texts": ["a" * number] * number}} for number in range(1, 100, 2))
+        captions = ({"url": f"/v1/caption?width={width}", "content": picture("red")} for width in range(1, 17, 2))
+        assert set(send(address, [*texts, *captions], at_once=1)) == {200}
+        time.sleep(SETTLE_SECONDS)
+        assert resident(server.pid) < 1.12 * before
 
 
 def test_a_signal_ends_the_server_in_the_stated_time_whatever_goes_on(weights):

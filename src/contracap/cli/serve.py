@@ -8,6 +8,7 @@ from typing import Annotated
 from contracap.cli.options import Settings, Size, StrategyName, WeightsName, arg, load_model
 
 API_KEY = "CONTRACAP_API_KEY"
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # 1024 by default: batches of all sizes leave hundreds of megabytes
 PACKAGES = ("fastapi", "fastapi_offline", "python_multipart", "starlette", "uvicorn")
 
 
@@ -37,6 +38,7 @@ def serve(
     size: Size = None,
 ) -> None:
     """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
+    os.environ.setdefault(KERNELS, "64")
     try:
         from contracap.serve.app import AccessConfig, DefaultStrategy, build_app
         from contracap.web import HEAD_SECONDS, bound, run, url
