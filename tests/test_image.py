@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -13,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.Image import Resampling, Transpose
 
 from contracap.image import (
@@ -26,6 +27,7 @@ from contracap.image import (
     augment,
     decode,
     normalise,
+    pixel_count,
     resize_and_crop,
 )
 
@@ -306,6 +308,14 @@ def test_bytes_that_look_like_scans_after_the_end_of_a_jpeg_do_not_count(decoder
     assert torch.equal(decode(data + b"\xff\xda" * 1000), decode(data))
 
 
+def test_scans_behind_a_marker_that_decoders_drop_count(decoder: str) -> None:
+    data = packed(scene(), "JPEG", progressive=True, restart_marker_blocks=1)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    dropped = last.replace(b"\xff\xd0", b"\xff\x02\xff\xff\xff\xd0", 1)
+    with pytest.raises(ImageError, match="100 allowed"):
+        decode(data[:-2] + dropped + last * 200 + data[-2:])
+
+
 def overlapping(entries: int, size: int) -> bytes:
     """EXIF whose entries all mean the same bytes, so that reading them takes entries times size."""
     head = b"II*\0" + struct.pack("<LH", 8, entries)
@@ -323,10 +333,12 @@ def test_exif_that_unfolds_to_more_than_the_file_is_not_read(kind: str) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "AVIF", "AVIF behind others"])
+@pytest.mark.parametrize("kind", ["TIFF", "TIFF of odd order", "AVIF", "AVIF behind others"])
 def test_a_file_whose_directory_unfolds_is_refused(kind: str) -> None:
     bomb = overlapping(20_000, 500_000)
-    if kind != "TIFF":
+    if kind == "TIFF of odd order":
+        bomb = b"II\0*" + bomb[4:]
+    elif kind != "TIFF":
         harmless = b"II*\0" + struct.pack("<LH", 8, 0) + b"?" * (len(bomb) - 10)  # Pillow reads what it writes
         bomb = packed(scene(), "AVIF", exif=harmless).replace(harmless, bomb)
         bomb += b"II*\0" * 100 if kind == "AVIF behind others" else b""
@@ -337,6 +349,70 @@ def test_a_file_whose_directory_unfolds_is_refused(kind: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:
         tracemalloc.stop()
+
+
+def test_exif_headers_inside_one_another_are_read_once(decoder: str) -> None:
+    data = packed(scene(), "JPEG")
+    headers = b"\xff\xe1\xff\xffExif\0\0" * 2000 + bytes(65535 - 20_000)
+    tracemalloc.start()
+    try:
+        assert torch.equal(decode(data[:2] + headers + data[2:]), decode(data))
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_jpeg_with_much_ordinary_metadata_is_turned_upright(decoder: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    plain = decode(packed(scene(), "JPEG", exif=exif))
+    assert torch.equal(decode(packed(scene(), "JPEG", exif=exif, icc_profile=bytes(4_000_000))), plain)
+
+
+def repeated_in_a_gif(part: bytes, times: int) -> bytes:
+    return b"GIF89a\1\0\1\0\0\0\0!\xfe" + part * times + b"\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: b"II*\0" + struct.pack("<LH", 8, 4000) + b"".join(
+            struct.pack("<HHLL", 34665, 4, 1, 10 + 12 * i) for i in range(4000)
+        ),
+        lambda: repeated_in_a_gif(b"\xff" + bytes(255), 16_000),
+        lambda: b"P6 1000 400 254\n" + bytes(1_200_000),
+        lambda: b"P3 1000 700 255\n" + b"1 " * 2_100_000,
+        lambda: b"P2 1000 1000 255\n" + b"#\n" * 200_000,
+        lambda: jpeg_of_size(16, 16)[:-2].replace(b"\xff\xdb", b"\xff\xfe\0\2" * 2_000_000 + b"\xff\xdb", 1),
+        lambda: b"".join([png_header(9, 9)[:33], with_chunk(b"", b"teSt", b"") * 400_000, png_header(9, 9)[33:]]),
+    ],
+    ids=["TIFF directories", "GIF comment", "PPM of odd depth", "PPM in words", "PPM comments", "JPEG", "PNG"],
+)  # fmt: skip
+def test_a_file_of_many_small_parts_is_refused_in_time(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("contracap.image.simplejpeg", None)
+    data, before = make(), time.process_time()
+    with pytest.raises(ImageError):
+        decode(data)
+    assert time.process_time() - before < 1
+
+
+def icon(inner: bytes) -> bytes:
+    """An icon that announces 64 x 64 pixels."""
+    return struct.pack("<HHHBBBBHHLL", 0, 1, 1, 64, 64, 0, 0, 1, 32, len(inner), 22) + inner
+
+
+def test_the_size_of_an_icon_is_that_of_the_image_inside() -> None:
+    assert pixel_count(icon(png_header(13_000, 13_000))) == 13_000**2
+    with pytest.raises(ImageError, match="13000 x 13000"):
+        decode(icon(png_header(13_000, 13_000)))
+    with pytest.raises(ImageError, match="13000 x 13000"):
+        decode(icon(struct.pack("<LLLHHLLLLLL", 40, 13_000, 26_000, 1, 32, 0, 0, 0, 0, 0, 0)))
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_an_icon_is_read(kind: str) -> None:
+    picture = scene(64, 64, "RGBA")
+    assert torch.equal(decode(packed(picture, "ICO", bitmap_format=kind, sizes=[(64, 64), (16, 16)])), rows(picture))
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("I;16", "PNG")])

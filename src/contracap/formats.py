@@ -4,10 +4,11 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 
-from PIL import Image
+from PIL import BmpImagePlugin, IcoImagePlugin, Image
 
 # Formats that Pillow reads by itself; EPS, for one, would start a foreign program on the file.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO")
@@ -22,7 +23,7 @@ _HEADS = {
     "HEIF": rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)",
     "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
     "BMP": rb"BM.{4}\0{4}.{4}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "TIFF": rb"II(?:[*+]\0|\0\*)|MM(?:\0[*+]|\*\0)",
 }
 _NOT_IMAGES = {
     "a Git LFS pointer, not the image itself: run git lfs pull": rb"version https://git-lfs",
@@ -37,7 +38,8 @@ _NOT_IMAGES = {
     "a video": rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI ",
     "an archive: unpack it": rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf",
 }
-_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a byte of data, a restart, or padding
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe]")  # the end, and all that have a length
+_EXIF, _MPF = b"Exif\0\0", b"MPF\0"
 _TAG_BYTES = {
     1: 1,
     2: 1,
@@ -54,9 +56,37 @@ _TAG_BYTES = {
     13: 4,
     16: 8,
 }  # of TIFF's types
-MAX_METADATA_BYTES = 2**20  # of directories, beyond twice what the file holds
+MAX_METADATA_BYTES = 2**20  # of a JPEG's EXIF; of directories, beyond twice what the file holds
 MAX_METADATA_STARTS = 16  # of four bytes that chance gives once in two thousand million places
+MAX_DIRECTORIES = 16  # of TIFF or EXIF, one inside another; files have up to 4
+MAX_ENTRIES = 2**16  # in these directories
+MAX_HEADER_SEGMENTS = 1000  # of a JPEG before its first scan; an ICC profile and previews take up to 300
+MAX_SEGMENTS = 10_000  # of a JPEG
+# Pillow parses files in Python, a read or more for each chunk, block or pixel: these take it up to half a second.
+MAX_READS = 30_000  # and one for each KiB
+MAX_GIF_READS = 8000  # where the parts of a comment are joined one by one
+MAX_PLAIN_BYTES = 2**20  # of a PPM whose pixels are written as text
+MAX_PLAIN_COMMENTS = 100
+MAX_ICON_PIXELS = 2**20
 _FLAGS = re.DOTALL | re.IGNORECASE
+
+
+class CostlyError(ValueError):
+    """A file that would take far more time or memory than its size suggests."""
+
+
+class _Reader(io.BytesIO):
+    """A file that is read a limited number of times."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.left = MAX_GIF_READS if image_format(data[:HEAD_BYTES]) == "GIF" else MAX_READS + len(data) // 1024
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise CostlyError("it is made of too many small parts; save it again, as PNG or JPEG")
+        return super().read(size)
 
 
 def image_format(head: bytes) -> str | None:
@@ -80,32 +110,60 @@ def not_an_image(head: bytes) -> str:
 def open_image(data: bytes) -> Image.Image:
     """Pillow's picture of a file, not decoded yet.
 
-    Raises: Exception: almost any, as Pillow does; ImportError where the format needs the extra `heic`.
+    Raises: CostlyError: if that could take seconds or gigabytes. Exception: almost any, as Pillow does; ImportError
+    where the format needs the extra `heic`.
     """
     format = image_format(data[:HEAD_BYTES])
     if format in ("AVIF", "HEIF"):  # somewhere inside; Pillow reads it as it opens the file
-        places = list(islice(re.finditer(rb"II\*\0|MM\0\*", data), MAX_METADATA_STARTS + 1))
+        places = list(islice(re.finditer(_HEADS["TIFF"], data), MAX_METADATA_STARTS + 1))
         if len(places) > MAX_METADATA_STARTS:
-            raise ValueError("bytes that look like metadata begin in too many places")
-        tags = [data[found.start() :] for found in places]
+            raise CostlyError("bytes that look like metadata begin in too many places")
+        tags = [memoryview(data)[found.start() :] for found in places]
     else:
-        tags = [data] if format == "TIFF" else [b"".join(_jpeg_exif(data))] if format == "JPEG" else []
-    if any(directory_bytes(part) > 2 * len(part) + MAX_METADATA_BYTES for part in tags):
-        raise ValueError("its metadata unfold to more than the file holds")
+        tags = [data] if format == "TIFF" else _jpeg_metadata(data) if format == "JPEG" else []
+    if any(map(unfolds, tags)):
+        raise CostlyError("its metadata unfold to more than the file holds")
     if format == "HEIF":
         _register_heif()
-    return Image.open(io.BytesIO(data), formats=_formats())
+    if data.startswith(b"\0\0\1\0"):
+        inner = data[IcoImagePlugin.IcoFile(_Reader(data)).entry[0].offset :]
+        if image_format(inner[:HEAD_BYTES]) == "PNG":
+            return open_image(inner)  # the icon that Pillow would take, but not before its size is known
+        width, height = BmpImagePlugin.DibImageFile(_Reader(inner)).size  # the height is that of colours and mask
+        if width * height > 2 * MAX_ICON_PIXELS:
+            raise CostlyError(f"an icon of {width} x {height // 2} pixels; scale it down first")
+    picture = Image.open(_Reader(data), formats=_formats())
+    plain = picture.format == "PPM" and data[1:2] in b"123"
+    if plain and (len(data) > MAX_PLAIN_BYTES or data.count(b"#") > MAX_PLAIN_COMMENTS):
+        raise CostlyError("a large PPM with its pixels as text; convert it to PNG")
+    return picture
 
 
 def jpeg_scans(data: bytes) -> int:
-    """The scans of a JPEG; each of a progressive one decodes all pixels once more."""
-    scans, place = 0, 2
-    while (found := _JPEG_MARKER.search(data, place)) and data[found.end() - 1] != 0xD9:  # its end
-        place, marker = found.end(), data[found.end() - 1]
-        scans += marker == 0xDA
-        if marker not in (0x01, 0xD8):  # the two without a length
-            place += int.from_bytes(data[place : place + 2])
-    return scans
+    """The scans of a JPEG; each of a progressive one decodes all pixels once more.
+
+    Raises: CostlyError: if it has more than `MAX_SEGMENTS` segments.
+    """
+    markers = [marker for marker, _ in islice(_jpeg_segments(data), MAX_SEGMENTS)]
+    if len(markers) == MAX_SEGMENTS:
+        raise CostlyError(f"{MAX_SEGMENTS} segments or more; save it again")
+    return markers.count(0xDA)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and content of a JPEG's segments up to its end, with their lengths as Pillow and libjpeg skip them: where
+    decoding goes on after another marker, it goes on right there, whatever length seems to follow."""
+    place, scanned = 2, False
+    while found := _JPEG_MARKER.search(data, place):
+        start, marker = found.end(), data[found.end() - 1]
+        if marker == 0xD9:
+            if scanned:
+                return
+            place = start  # Pillow passes over an end before the first scan
+            continue
+        scanned = scanned or marker == 0xDA
+        place = start + max(2, int.from_bytes(data[start : start + 2]))
+        yield marker, data[start + 2 : place]
 
 
 def bare_png(data: bytes) -> bytes:
@@ -123,37 +181,47 @@ def bare_png(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def directory_bytes(tiff: bytes) -> int:
-    """Bytes of values that a reader of a TIFF's or EXIF's first directory, and of those inside it, takes up. Values may
-    overlap in the file, so that a small one unfolds to any size."""
-    order, large = ("<" if tiff[:2] == b"II" else ">"), 43 in tiff[2:4]
+def unfolds(tiff: bytes | memoryview) -> bool:
+    """Whether the values of a TIFF's or EXIF's first directory, and of those inside it, take a reader far more than the
+    file: values may overlap, so that a small one unfolds to any size."""
+    order, large = ("<" if tiff[:2] == b"II" else ">"), tiff[2:3] == b"+"  # as Pillow decides
     entry = struct.Struct(order + ("HHQQ" if large else "HHLL"))
-    total, seen = 0, set[int]()
+    limit, entries, seen = 2 * len(tiff) + MAX_METADATA_BYTES, 0, set[int]()
     try:
-        waiting = list(struct.unpack_from(order + ("Q" if large else "L"), tiff, 8 if large else 4))
+        waiting = set(struct.unpack_from(order + ("Q" if large else "L"), tiff, 8 if large else 4))
         while waiting:
             place = waiting.pop()
-            if place in seen:
-                continue
             seen.add(place)
             (count,) = struct.unpack_from(order + ("Q" if large else "H"), tiff, place)
             place += 8 if large else 2
-            count = min(count, (len(tiff) - place) // entry.size)
+            count = min(count, max(0, len(tiff) - place) // entry.size)
+            entries += count
+            if entries > MAX_ENTRIES:
+                return True
             for tag, kind, values, value in entry.iter_unpack(tiff[place : place + count * entry.size]):
-                total += values * _TAG_BYTES.get(kind, 0)
-                if tag in (34665, 34853, 40965):  # EXIF, GPS, interoperability
-                    waiting.append(value)
+                limit -= values * _TAG_BYTES.get(kind, 0)
+                if tag in (34665, 34853, 40965) and value not in seen:  # EXIF, GPS, interoperability
+                    waiting.add(value)
+            if limit < 0 or len(seen) + len(waiting) > MAX_DIRECTORIES:
+                return True
     except struct.error:  # damaged: whoever reads it says so
-        pass
-    return total
+        return limit < 0
+    return False
 
 
-def _jpeg_exif(data: bytes) -> list[bytes]:
-    """The parts of a JPEG's EXIF, which readers put together."""
-    return [
-        data[found.end() : found.start() + 2 + int.from_bytes(found[1])]
-        for found in re.finditer(rb"\xff\xe1(..)Exif\0\0", data, re.DOTALL)
-    ]
+def _jpeg_metadata(data: bytes) -> list[bytes]:
+    """A JPEG's EXIF, whose parts readers put together, and its directories of several pictures."""
+    exif, found = [], []
+    for count, (marker, content) in enumerate(_jpeg_segments(data)):
+        if marker == 0xDA:
+            break
+        if marker == 0xE1 and content.startswith(_EXIF):
+            exif.append(content[len(_EXIF) :])
+        elif marker == 0xE2 and content.startswith(_MPF):
+            found.append(content[len(_MPF) :])
+        if count > MAX_HEADER_SEGMENTS or sum(map(len, exif)) > MAX_METADATA_BYTES:
+            raise CostlyError("too much metadata; save it again")
+    return [b"".join(exif), *found]
 
 
 def _register_heif() -> None:

@@ -19,13 +19,13 @@ from torch.nn.functional import interpolate
 from contracap.files import read_regular
 from contracap.formats import (
     HEAD_BYTES,
-    MAX_METADATA_BYTES,
+    CostlyError,
     bare_png,
-    directory_bytes,
     image_format,
     jpeg_scans,
     not_an_image,
     open_image,
+    unfolds,
 )
 
 try:
@@ -231,7 +231,7 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
             return _upright_rgb(picture)
         except ImageError:
             raise
-        except ImportError as error:
+        except (ImportError, CostlyError) as error:
             raise ImageError(f"{name}: {error}") from error
         except Image.DecompressionBombError as error:
             raise ImageSizeError(f"{name}: more than the {PIXEL_LIMIT} pixels allowed; scale it down first") from error
@@ -308,7 +308,7 @@ def _orientation(source: bytes | Image.Image) -> int:
         picture = source if isinstance(source, Image.Image) else open_image(source)
         raw = picture.info.get("Raw profile type exif")  # as ImageMagick writes it
         tags = picture.info.get("exif") or (bytes.fromhex("".join(raw.split("\n")[3:])) if raw else b"")
-        if directory_bytes(tags.removeprefix(b"Exif\0\0")) > 2 * len(tags) + MAX_METADATA_BYTES:
+        if unfolds(tags.removeprefix(b"Exif\0\0")):
             return 1
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF data makes Pillow raise almost anything, and the pixels are good without it
