@@ -10,7 +10,7 @@ import torch
 
 from contracap.evaluation import meteor
 from contracap.model.sizes import SIZES
-from contracap.pretrained import random_model, save
+from contracap.pretrained import random_model, write_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ def write_tiny(folder: Path, attention: float = 1) -> Path:
         for name, weight in model.state_dict().items()
     }
     path = folder / "tiny.safetensors"
-    save(path, model=model.config, image=processor.image_config, state=state)
+    write_weights(path, model=model.config, image=processor.image_config, state=state)
     return path
 
 

@@ -9,7 +9,7 @@ import torch
 from contracap.cli import main
 from contracap.image import ImageConfig
 from contracap.model.sizes import SIZES
-from contracap.pretrained import random_model, save, with_cls_mask
+from contracap.pretrained import random_model, with_cls_mask, write_weights
 from contracap.pretrained.fidelity import TEXTS, changes_in_open_clip
 from contracap.pretrained.open_clip import not_for_open_clip
 
@@ -38,7 +38,7 @@ def test_the_loss_of_fidelity_is_what_both_masks_give(tmp_path: Path, capsys) ->
     assert 0 < attention.mean <= attention.largest <= 1
     assert "image embedding" not in changes
 
-    save(tmp_path / "model.safetensors", model=TINY, image=ImageConfig(size=32), state=state)
+    write_weights(tmp_path / "model.safetensors", model=TINY, image=ImageConfig(size=32), state=state)
     assert main(["weights", "convert", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
     error = capsys.readouterr().err
     assert f"{changes['text embedding'].largest:.4f}" in error and f"{attention.mean:.4f}" in error

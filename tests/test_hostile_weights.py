@@ -20,7 +20,7 @@ from contracap.config import to_dict
 from contracap.image import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.model.weights import WeightsError, to_open_clip
-from contracap.pretrained import load, random_model, save, save_open_clip, with_cls_mask
+from contracap.pretrained import load, random_model, save_open_clip, with_cls_mask, write_weights
 from contracap.pretrained.tensors import read_tensors
 
 TINY = SIZES["tiny"]
@@ -168,7 +168,7 @@ def test_tensors_of_another_kind(tmp_path: Path, state, tensor: torch.Tensor, en
     save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
     assert not is_read(path)
     if ending == "safetensors":
-        save(path, model=TINY, image=ImageConfig(size=32), state={**state, "text.projection.weight": tensor})
+        write_weights(path, model=TINY, image=ImageConfig(size=32), state={**state, "text.projection.weight": tensor})
         assert not is_read(path)
 
 
@@ -190,7 +190,7 @@ def test_a_small_file_cannot_hold_large_tensors(tmp_path: Path) -> None:
 
 def test_damaged_files(tmp_path: Path, state) -> None:
     sources = {"model.safetensors": tmp_path / "a.safetensors", "model.pt": tmp_path / "a.pt"}
-    save(sources["model.safetensors"], model=TINY, image=ImageConfig(size=32), state=state)
+    write_weights(sources["model.safetensors"], model=TINY, image=ImageConfig(size=32), state=state)
     torch.save(to_open_clip(state, TINY), sources["model.pt"])
     draw = random.Random(0)
     for name, source in sources.items():

@@ -13,7 +13,7 @@ import contracap
 from contracap.image import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.model.weights import WeightsError, meta_state, shapes_of, to_open_clip
-from contracap.pretrained import load, random_model, read_weights, save, save_open_clip
+from contracap.pretrained import load, random_model, read_weights, save_open_clip, write_weights
 from contracap.pretrained.find import WEIGHT_FILES
 
 TINY = SIZES["tiny"]
@@ -45,7 +45,7 @@ def test_random_weights_come_only_when_asked_for_and_repeat_with_their_seed() ->
 
 
 def test_our_own_file_says_everything_itself(tmp_path: Path, state) -> None:
-    save(tmp_path / "model.safetensors", model=TINY, image=IMAGE, state=state)
+    write_weights(tmp_path / "model.safetensors", model=TINY, image=IMAGE, state=state)
     for name in (tmp_path / "model.safetensors", tmp_path, str(tmp_path)):
         model, processor = load(name)
         assert model.config == TINY
@@ -139,7 +139,7 @@ def test_what_the_hubs_cache_holds_is_loaded_offline(tmp_path: Path, state, monk
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    save(tmp_path / "ours.safetensors", model=TINY, image=IMAGE, state=state)
+    write_weights(tmp_path / "ours.safetensors", model=TINY, image=IMAGE, state=state)
     save_open_clip(tmp_path / "theirs", model=LEGACY, image=IMAGE, state=state)
     torch.save(to_open_clip(state, TINY), tmp_path / "pickle.bin")
     configuration = {"open_clip_config.json": tmp_path / "theirs" / "open_clip_config.json"}
@@ -163,7 +163,7 @@ def test_a_run_stands_for_its_last_checkpoint(tmp_path: Path, state, caplog) -> 
     checkpoints = tmp_path / "quickstart" / "run" / "checkpoints"
     for step in (9, 10):
         filled = {name: torch.full_like(tensor, step) for name, tensor in state.items()}
-        save(checkpoints / f"step-{step}" / "model.safetensors", model=TINY, image=IMAGE, state=filled)
+        write_weights(checkpoints / f"step-{step}" / "model.safetensors", model=TINY, image=IMAGE, state=filled)
     (checkpoints / "step-11.partial").mkdir()
     folders = (checkpoints, checkpoints.parent, tmp_path / "quickstart")
     for folder in folders:
@@ -175,9 +175,9 @@ def test_a_run_stands_for_its_last_checkpoint(tmp_path: Path, state, caplog) -> 
 
 
 def test_a_folder_of_one_file_means_it_and_of_several_asks(tmp_path: Path, state) -> None:
-    save(tmp_path / "mine.safetensors", model=TINY, image=IMAGE, state=state)
+    write_weights(tmp_path / "mine.safetensors", model=TINY, image=IMAGE, state=state)
     assert_holds(load(tmp_path)[0], state)
-    save(tmp_path / "other.safetensors", model=TINY, image=IMAGE, state=state)
+    write_weights(tmp_path / "other.safetensors", model=TINY, image=IMAGE, state=state)
     with pytest.raises(WeightsError, match=r"mine\.safetensors or .*other\.safetensors"):
         load(tmp_path)
 
@@ -194,14 +194,14 @@ def test_an_average_with_the_weights_is_left_out(tmp_path: Path, state) -> None:
 def test_a_vocabulary_that_no_tokenizer_has_is_said_with_the_files_name(tmp_path: Path) -> None:
     config = replace(TINY, text=replace(TINY.text, vocab_size=50000))
     state = {name: torch.zeros(shape) for name, shape in shapes_of(meta_state(config)).items()}
-    save(tmp_path / "large.safetensors", model=config, image=IMAGE, state=state)
+    write_weights(tmp_path / "large.safetensors", model=config, image=IMAGE, state=state)
     with pytest.raises(WeightsError, match=r"large\.safetensors: .*50000"):
         load(tmp_path / "large.safetensors")
 
 
 def test_a_checkpoint_of_a_released_size_keeps_the_mask_it_was_trained_with(tmp_path: Path, monkeypatch, state) -> None:
     monkeypatch.setitem(SIZES, "tiny", LEGACY)
-    save(tmp_path / "model.safetensors", model=TINY, image=IMAGE, state=state)
+    write_weights(tmp_path / "model.safetensors", model=TINY, image=IMAGE, state=state)
     for model, _ in (load(tmp_path), load("tiny", weights=tmp_path)):
         assert model.config == TINY
 
@@ -233,7 +233,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch) 
 def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path, state) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     del state["logit_scale"]
-    save(tmp_path / "lacking.safetensors", model=TINY, image=IMAGE, state=state)
+    write_weights(tmp_path / "lacking.safetensors", model=TINY, image=IMAGE, state=state)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.txt").write_text("weights")
     (tmp_path / "empty").mkdir()
@@ -251,7 +251,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path, state) 
 
 
 def test_a_size_and_weights_that_contradict_each_other_are_refused(tmp_path: Path, state) -> None:
-    save(tmp_path / "tiny.safetensors", model=TINY, image=IMAGE, state=state)
+    write_weights(tmp_path / "tiny.safetensors", model=TINY, image=IMAGE, state=state)
     with pytest.raises(WeightsError, match="holds another model than scenes"):
         load("scenes", weights=tmp_path / "tiny.safetensors")
     save_file(to_open_clip(state, TINY), tmp_path / "foreign.safetensors")
@@ -269,3 +269,13 @@ def test_preparation_that_is_not_ours_is_refused(tmp_path: Path, state) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(WeightsError, match="interpolation 'nearest' is not supported"):
         read_weights(tmp_path)
+
+
+def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
+    model, processor = contracap.load("tiny", weights="random", seed=3)
+    contracap.save(tmp_path / "mine.safetensors", model, processor)
+    again, its_processor = contracap.load(tmp_path / "mine.safetensors")
+    assert again.config == model.config and its_processor.image_config == processor.image_config
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(WeightsError, match=r"must end in \.safetensors"):
+        contracap.save(tmp_path / "mine.bin", model, processor)

@@ -46,7 +46,7 @@ def a_finished_quickstart(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     model, processor = load("tiny", weights="random", seed=0)
     checkpoint = Path("quickstart/run/checkpoints/last/model.safetensors")
-    save(checkpoint, model=model.config, image=processor.image_config, state=model.state_dict())
+    save(checkpoint, model, processor)
     for name in ("quickstart/sample.png", "photograph.jpg"):
         Image.new("RGB", (60, 50), "orange").save(name)
     save_open_clip(Path("hub"), model=model.config, image=processor.image_config, state=model.state_dict())

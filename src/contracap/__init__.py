@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from contracap.generation.reranking import ContrastiveReranking
     from contracap.generation.rules import Rules
     from contracap.generation.sampling import Greedy, Sampling
-    from contracap.pretrained import load
+    from contracap.pretrained import load, save
     from contracap.recipe import load_recipe
     from contracap.trainer import train
 
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_recipe",
+    "save",
     "train",
 ]
 
@@ -48,6 +49,7 @@ _HOMES = {
     "evaluate": "contracap.evaluation.task",
     "load": "contracap.pretrained",
     "load_recipe": "contracap.recipe",
+    "save": "contracap.pretrained",
     "train": "contracap.trainer",
 }
 

@@ -251,7 +251,7 @@ def address(here: Path) -> Iterator[str]:
 def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, here: Path) -> None:
     clip = here / "clip.safetensors"
     model, processor = random_model(SIZES["ViT-B-32"].__class__(**clip_fields()), seed=0)
-    save(clip, model=model.config, image=processor.image_config, state=model.state_dict())
+    save(clip, model, processor)
     (here / "file").write_text("")
     write_shard(here / "0.tar", [("a", {"jpg": picture(0)})])
     before = files(here)

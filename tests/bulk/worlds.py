@@ -31,7 +31,7 @@ def write_shards(folder: Path, shards: int, samples: int) -> list[str]:
 
 def write_weights(path: Path) -> tuple[CoCa, Processor]:
     model, processor = random_model(SIZES["tiny"], seed=0)
-    save(path, model=model.config, image=processor.image_config, state=model.state_dict())
+    save(path, model, processor)
     return model, processor
 
 

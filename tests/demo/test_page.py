@@ -276,7 +276,7 @@ def refused(*arguments: str) -> str:
 def test_what_cannot_be_served_is_refused_in_one_line_before_the_page_starts(weights, tmp_path) -> None:
     model, processor = random_model(tiny_clip(), seed=0)
     clip = tmp_path / "clip.safetensors"
-    save(clip, model=model.config, image=processor.image_config, state=model.state_dict())
+    save(clip, model, processor)
     assert "this model has no text decoder" in refused(str(clip), "--port", "0")
     assert "holds no pictures" in refused(str(weights), "--pictures", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:

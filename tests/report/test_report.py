@@ -16,7 +16,7 @@ from contracap.data.shards import write_shard
 from contracap.evaluation.suite import measure_tasks
 from contracap.evaluation.task import TaskConfig
 from contracap.model.sizes import SIZES
-from contracap.pretrained import load, save
+from contracap.pretrained import load, write_weights
 from contracap.recipe import load_recipe
 from contracap.report.run import write_report
 from tests.evaluation.worlds import COLOURS, record
@@ -65,7 +65,7 @@ def run(tmp_path: Path, shards: Path) -> Path:
     lines = [{"step": step, "contrastive_loss": 2.0 / step, "learning_rate": 1e-3} for step in range(1, 21)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model, processor = load("tiny", weights="random", seed=0)
-    save(
+    write_weights(
         folder / "checkpoints" / "step-00000020" / "model.safetensors",
         model=SIZES["tiny"],
         image=processor.image_config,
@@ -241,7 +241,7 @@ def test_a_model_that_went_astray_costs_its_figures_and_not_the_curves(run: Path
     path = run / "checkpoints/last/model.safetensors"
     model, processor = load(path)
     state = {name: torch.full_like(tensor, torch.nan) for name, tensor in model.state_dict().items()}
-    save(path, model=model.config, image=processor.image_config, state=state)
+    write_weights(path, model=model.config, image=processor.image_config, state=state)
     page = write_report(extended(run, '[evaluation.tasks.pairs]\ntask = "retrieval"\ndata = "{data}"\n', data=shards))
     assert headings(page) == ["The run", "Figures"]
     assert "pairs was not measured: the model&#x27;s features" in page.read_text(encoding="utf-8")

@@ -338,7 +338,7 @@ def test_a_run_starts_from_other_weights_at_another_picture_size(recipe_values: 
 
 def test_weights_of_another_size_are_refused(recipe_values: dict, tmp_path: Path) -> None:
     model, processor = load("tiny", weights="random", seed=0)
-    save(tmp_path / "tiny.safetensors", model=model.config, image=processor.image_config, state=model.state_dict())
+    save(tmp_path / "tiny.safetensors", model, processor)
     with pytest.raises(WeightsError, match=r"is not of size scenes: the weights do not fit: .*missing"):
         train(build(Recipe, recipe_values | {"size": "scenes", "initialise_from": str(tmp_path / "tiny.safetensors")}))
 

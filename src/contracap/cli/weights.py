@@ -58,7 +58,7 @@ def convert(
     full vocabulary of 49,408 tokens, and a shared pooler without positions, as the sizes coca_ViT-B-32 and
     coca_ViT-L-14 are. Of other models the weights are written too, and what open_clip makes of them is printed.
     """
-    from contracap.pretrained import read_weights, save, save_open_clip
+    from contracap.pretrained import read_weights, save_open_clip, write_weights
     from contracap.pretrained.fidelity import changes_in_open_clip
     from contracap.pretrained.find import ENDINGS
     from contracap.pretrained.open_clip import not_for_open_clip
@@ -68,7 +68,7 @@ def convert(
     if to == "contracap":
         if out.suffix != ".safetensors":
             raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
-        save(out, model=found.model, image=found.image, state=found.state)
+        write_weights(out, model=found.model, image=found.image, state=found.state)
     else:
         if out.suffix in ENDINGS or out.is_file():
             raise ValueError(f"open_clip's layout is a folder of two files, and {out} names a file: give a folder")

@@ -148,7 +148,18 @@ def with_cls_mask(model: CoCaConfig, mask: ClsMask) -> CoCaConfig:
     return replace(model, text=replace(model.text, cls_mask=mask))
 
 
-def save(path: Path, *, model: CoCaConfig, image: ImageConfig, state: Mapping[str, Tensor]) -> None:
+def save(path: str | Path, model: CoCa, processor: Processor) -> None:
+    """Write a model to a `.safetensors` file that `load` reads back, its configuration inside. The file appears whole
+    or not at all.
+
+    Raises: WeightsError: if the name ends otherwise. OSError: if the file cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise WeightsError(f"{path} must end in .safetensors")
+    write_weights(Path(path), model=model.config, image=processor.image_config, state=model.state_dict())
+
+
+def write_weights(path: Path, *, model: CoCaConfig, image: ImageConfig, state: Mapping[str, Tensor]) -> None:
     """Write weights under our names, the configuration in the metadata; the file appears whole or not at all."""
     configuration = json.dumps({"model": to_dict(model), "image": to_dict(image)})
     _write_safetensors(path, state, {METADATA_KEY: configuration})

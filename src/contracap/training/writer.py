@@ -18,7 +18,7 @@ from torch import Tensor
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCaConfig
 from contracap.parallel import TIMEOUT, Ranks, whole
-from contracap.pretrained import save
+from contracap.pretrained import write_weights
 from contracap.training.checkpoint import (
     AVERAGE_FILE,
     LAST,
@@ -183,7 +183,7 @@ class CheckpointWriter:
     def _finish(self, snapshot: Snapshot, partial: Path, final: Path) -> None:
         for file, tensors in ((WEIGHTS_FILE, snapshot.weights), (AVERAGE_FILE, snapshot.average)):
             if tensors is not None:
-                save(partial / file, model=snapshot.model, image=self._image, state=tensors)
+                write_weights(partial / file, model=snapshot.model, image=self._image, state=tensors)
         (partial / POSITION_FILE).write_text(json.dumps({"step": snapshot.step, "data": snapshot.data}))
         for path in [*partial.rglob("*"), partial]:
             _to_disk(path)
