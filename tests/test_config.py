@@ -59,11 +59,14 @@ def test_a_whole_number_stands_for_a_float() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": 1, "optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'peak_rate'?"),
-        ({"steps": 1, "teacher": {"beta": 1}}, "unknown key 'teacher.beta'; did you mean 'betas'?"),
+        (
+            {"steps": 1, "optimizer": {"peak_rte": 1e-3}},
+            "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.peak_rate'?",
+        ),
+        ({"steps": 1, "teacher": {"beta": 1}}, "unknown key 'teacher.beta'; did you mean 'teacher.betas'?"),
         (
             {"steps": 1, "evaluators": [{"name": "a"}, {"nam": "b"}]},
-            "unknown key 'evaluators.1.nam'; did you mean 'name'?",
+            "unknown key 'evaluators.1.nam'; did you mean 'evaluators.1.name'?",
         ),
         (
             {"steps": 1, "optimizer": {"xyz": 1}},

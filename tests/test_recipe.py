@@ -40,7 +40,7 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
     ("change", "message"),
     [
         ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
-        ({"optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'peak_rate'"),
+        ({"optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.peak_rate'"),
         ({"steps": 0}, "at least 1"),
         ({"out": ""}, "out is empty"),
         ({"initialise_from": " "}, "initialise_from is empty"),
@@ -63,7 +63,7 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
         ),
         (
             {"evaluation": {"tasks": {"x": {"dta": "shards"}}}},
-            "unknown key 'evaluation.tasks.x.dta'; did you mean 'data'",
+            "unknown key 'evaluation.tasks.x.dta'; did you mean 'evaluation.tasks.x.data'",
         ),
         ({"steps": 10**19}, "'steps' must be below 2"),
         ({"steps": 10**18}, "steps is 1,000,.*; it must be at most"),

@@ -1,5 +1,6 @@
 """Frozen dataclasses from TOML files and back: read, check, override, write. Knows no field of CoCa."""
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -28,7 +29,11 @@ class SettingsHelp(Exception):
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and what would do."""
+    """A configuration that cannot be used; the message names the key and what would do, for each of `problems`."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -44,15 +49,15 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     unknown = list(_unknown_keys(cls, values, ()))
     if unknown:
-        raise ConfigError("; ".join(unknown))
+        raise ConfigError(*unknown)
     endless = [f"'{key}' must be {wanted}, not {_short(number)}" for key, wanted, number in _endless(values, ())]
     if endless:
-        raise ConfigError("; ".join(endless))
+        raise ConfigError(*endless)
     try:
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(values, default=_plain), strict=True)
     except pydantic.ValidationError as error:
         problems = [_problem(cls, details) for details in error.errors(include_url=False)]
-        raise ConfigError("; ".join(dict.fromkeys(problems))) from None
+        raise ConfigError(*dict.fromkeys(problems)) from None
 
 
 def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
@@ -73,12 +78,23 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         raise FileNotFoundError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
+    changed = copy.deepcopy(values)
     for override in overrides:
-        assign(values, override)
+        assign(changed, override)
     try:
-        return build(cls, values)
+        return build(cls, changed)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        in_file = _problems_of(cls, values) if overrides else error.problems
+        told = [(f"{path}: " if each in in_file else "command line: ") + each for each in error.problems]
+        raise ConfigError(*told) from None
+
+
+def _problems_of(cls: type, values: Mapping[str, Any]) -> Sequence[str]:
+    try:
+        build(cls, values)
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def assign(values: dict[str, Any], override: str) -> None:
@@ -237,7 +253,8 @@ def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]
             if key in names:
                 yield from _unknown_keys(hints[key], item, (*path, key))
             else:
-                near = list(_leaves(cls, str(key), path)) or difflib.get_close_matches(str(key)[:MAX_SHOWN], names, n=1)
+                close = difflib.get_close_matches(str(key)[:MAX_SHOWN], names, n=1)
+                near = [*_leaves(cls, str(key), path), *(".".join((*path, name)) for name in close)]
                 right = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(names)}"
                 yield f"unknown key {_short('.'.join((*path, str(key))))}; {right}"
     else:

@@ -165,7 +165,7 @@ def in_steps(recipe: Recipe) -> Recipe:
     """The recipe with the steps that its epochs are, if it says these; where no index tells, samples are counted."""
     if recipe.epochs is None:
         return recipe
-    shards = [list_shards(source.shards) for source in recipe.data.sources.values()]
+    shards = [list_shards(paths, key=key) for key, paths in recipe.data.training_paths.items()]
     samples = sum(sum(samples_in(each)) for each in shards)
     steps = math.ceil(recipe.epochs * samples / recipe.data.batch_size)
     try:

@@ -56,13 +56,16 @@ def require_means(recipe: Recipe, ranks: int) -> None:
         CompilerError: if blocks are to be compiled, and nothing can.
         ParallelError: if the pixels of a batch do not fit into the memory.
     """
-    used = [source.shards for source in recipe.data.sources.values()]
-    used += [recipe.data.validation] if recipe.validate_every and recipe.data.validation else []
-    used += [recipe.evaluation.captions.data] if recipe.evaluation.captions else []
-    for paths in used:
-        for path in [paths] if isinstance(paths, str) else paths:
-            if "://" not in path and not commands_in(path):
-                list_shards(path)
+    used = dict(recipe.data.training_paths)
+    if recipe.validate_every and recipe.data.validation is not None:
+        used["data.validation"] = recipe.data.validation
+    if recipe.evaluation.captions:
+        used["evaluation.captions.data"] = recipe.evaluation.captions.data
+    for key, paths in used.items():
+        local = [path for path in ([paths] if isinstance(paths, str) else paths) if "://" not in path]
+        local = [path for path in local if not commands_in(path)]
+        if local or not paths:
+            list_shards(local, key=key)
     for name, task in recipe.evaluation.tasks.items():
         for path in [task.data] if isinstance(task.data, str) else task.data:
             if not any(sign in path for sign in ("://", "pipe:", "{")) and not os.path.exists(path):
@@ -79,12 +82,15 @@ def require_means(recipe: Recipe, ranks: int) -> None:
         )
 
 
-def require_same_run(folder: Path, recipe: Recipe) -> None:
-    """Raises: CheckpointError: if the run in `folder` was started with other settings, naming them."""
+def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
+    """The recipe that the run in `folder` was started with; None if it has none.
+
+    Raises: CheckpointError: if the run in `folder` was started with other settings, naming them."""
     stored = folder / RECIPE_FILE
     if not stored.is_file():
-        return
-    before, now = (dict(_flat(to_dict(each))) for each in (load_recipe(stored), recipe))
+        return None
+    earlier = load_recipe(stored)
+    before, now = (dict(_flat(to_dict(each))) for each in (earlier, recipe))
     changed = [
         f"{key} was {before.get(key)} and is now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
@@ -94,6 +100,7 @@ def require_same_run(folder: Path, recipe: Recipe) -> None:
         raise CheckpointError(
             f"{folder} was run with another recipe: {'; '.join(changed)}. Resume with its own {stored}"
         )
+    return earlier
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -112,12 +112,12 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
     for arm, seed in runs:
         _require_same_run(replace(config.run(arm, seed), steps=recipes[arm].steps, epochs=None))
     for recipe in recipes.values():
-        for source in recipe.data.sources.values():
-            list_shards(source.shards)
+        for key, paths in recipe.data.training_paths.items():
+            list_shards(paths, key=key)
         if recipe.initialise_from is not None:
             find_weights(recipe.initialise_from)
         if recipe.validate_every and recipe.data.validation is not None:
-            list_shards(recipe.data.validation)
+            list_shards(recipe.data.validation, key="data.validation")
         processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))
         Suite(recipe.evaluation, processor)
         build_evaluators(config.tasks_of(recipe), processor)

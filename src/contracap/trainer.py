@@ -99,7 +99,9 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     recipe = in_steps(recipe)
     recipe = replace(recipe, precision=precision_on(ranks.device, recipe.precision))
     if checkpoint:
-        require_same_run(folder, recipe)
+        before = require_same_run(folder, recipe)
+        if before is not None and before.steps != recipe.steps:
+            logger.info("steps was %s and is now %s: the schedule is stretched", before.steps, recipe.steps)
         model, processor = load(checkpoint)
         image = processor.image_config
     else:
@@ -208,9 +210,9 @@ def _described(recipe: Recipe, model: torch.nn.Module, samples: int, ranks: Rank
     total, trained = (
         sum(each.numel() for each in parameters if each.requires_grad or frozen) / 1e6 for frozen in (True, False)
     )
-    batch = recipe.data.batch_size
+    batch, total, trained = recipe.data.batch_size, f"{total:,.1f}", f"{trained:,.1f}"
     return (
-        f"{recipe.size}: {total:,.1f} million parameters{f' ({trained:,.1f} trained)' if trained < total else ''}\n"
+        f"{recipe.size}: {total} million parameters{f' ({trained} trained)' if trained != total else ''}\n"
         f"data: {samples:,} samples, batch {batch:,}, {samples / batch:,.1f} steps an epoch\n"
         f"run: {recipe.steps:,} steps, {recipe.steps * batch / samples:,.1f} epochs, in {recipe.out}\n"
         f"device: {ranks.device}{f', {ranks.count} ranks' if ranks.count > 1 else ''}, precision {recipe.precision}"

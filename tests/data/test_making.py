@@ -108,7 +108,7 @@ def test_every_kind_of_source_is_read_back_with_untouched_pictures(
     for name, content in PICTURES.items():
         (root / name).write_bytes(content)
     made = make_shards(kind(root), tmp_path / "out", samples_per_shard=2)
-    assert made == Making(shards=2, samples=3, skipped={})
+    assert made == Making(shards=2, samples=3, captions=4, skipped={})
     found = read(tmp_path / "out")
     assert {sample.fields["source"]: (sample.image, sample.captions) for sample in found} == {
         name: (PICTURES[name], CAPTIONS[name]) for name in CAPTIONS
@@ -308,7 +308,7 @@ def test_finished_folder_is_left_alone_by_the_same_command(tmp_path: Path, monke
     made = make_shards(folder, out)
     before = contents(out)
     monkeypatch.delattr("contracap.data.making.decode")
-    assert make_shards(folder, out) == made == Making(shards=1, samples=3, skipped={"broken_picture": 1})
+    assert make_shards(folder, out) == made == Making(shards=1, samples=3, captions=6, skipped={"broken_picture": 1})
     assert contents(out) == before
 
 
@@ -379,7 +379,7 @@ def test_pictures_from_the_web_are_fetched_and_failures_counted_by_status(
     table = tmp_path / "t.tsv"
     table.write_text("URL\tTEXT\n" + "".join(f"{url}\tcaption {number}\n" for number, url in enumerate(urls)))
     made = make_shards(table, tmp_path / "out", samples_per_shard=5)
-    assert made == Making(shards=2, samples=6, skipped={"broken_picture": 1, "http_404": 1})
+    assert made == Making(shards=2, samples=6, captions=6, skipped={"broken_picture": 1, "http_404": 1})
     found = read(tmp_path / "out")
     assert [sample.fields["source"] for sample in found] == urls[:6]
     assert [sample.image for sample in found] == [(folder / f"{number:03}.jpg").read_bytes() for number in range(6)]

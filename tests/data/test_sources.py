@@ -401,7 +401,7 @@ def test_absent_source_or_pictures_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"splits": ("train",)}, "--split is for karpathy; .* is read as coco"),
+        ({"splits": ("train",)}, "--split is for karpathy, table; .* is read as coco"),
         ({"image_column": "x"}, "--image-column is for table"),
         ({"caption_column": "x"}, "--caption-column is for table, imagefolder"),
     ],

@@ -97,6 +97,7 @@ def evaluate(
     """Measure a model: zero-shot classification, retrieval, captioning, questions about pictures."""
     from contracap.config import load_toml
     from contracap.data.remote import require_consent
+    from contracap.data.shards import list_shards
     from contracap.evaluation.predictions import write_predictions
     from contracap.evaluation.suite import TasksConfig, measure_tasks
     from contracap.evaluation.task import TaskConfig, build_evaluator, measure_task
@@ -136,6 +137,9 @@ def evaluate(
         wanted = {str(task): TaskConfig(task=task, **flags)}
     read = [name for each in wanted.values() for name in each.reads]
     check_outputs([weights, tasks, *read], json=json, predictions=predictions)
+    for path in data:
+        if not path.endswith(".json") and not Path(path).is_dir():  # questions, and images in a folder for each class
+            list_shards(path, key="--data")
     model, processor = load_model(weights, size, int8=int8)
     if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")

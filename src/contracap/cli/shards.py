@@ -1,5 +1,9 @@
 """The verbs of shards."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,6 +11,20 @@ from contracap.cli.errors import interruption, say
 from contracap.cli.options import PathText, Workers, arg, worker_count
 
 
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within it, SIGTERM does what Ctrl-C does: the processes at work end, and what is done is said."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@sigterm_interrupts()
 def make(
     source: Annotated[Path, arg(metavar="SOURCE", help="a folder, a table, JSON or a token file: docs/data.md")],
     /,
@@ -20,7 +38,8 @@ def make(
         Path | None, arg(metavar="DIR", help="where the names of pictures start, if not beside the source")
     ] = None,
     split: Annotated[
-        tuple[str, ...], arg(help="of Karpathy's JSON or a folder of Parquet files, those to take; by default all")
+        tuple[str, ...],
+        arg(help="of Karpathy's JSON, a table with such a column, or a folder of Parquet files; by default all"),
     ] = (),
     image_column: Annotated[str | None, arg(metavar="NAME", help="of a table, if it is not called as usual")] = None,
     caption_column: Annotated[str | None, arg(metavar="NAME", help="likewise")] = None,
@@ -47,13 +66,16 @@ def make(
         samples_per_shard=samples_per_shard,
         workers=worker_count(workers),
     )
-    say(f"{made.samples} samples in {made.shards} shards: {out}")
+    captions = f" with {made.captions} caption{'s' * (made.captions != 1)}" if made.captions else ""  # questions: none
+    samples, shards = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((made.samples, "sample"), (made.shards, "shard")))
+    say(f"{samples}{captions} in {shards}: {out}")
     for reason, number in made.skipped.items():
         say(f"skipped {number}: {reason}")
     if made.skipped:
         say(f"each is named in {out / SKIPPED_FILE}")
 
 
+@sigterm_interrupts()
 def index(
     folder: Annotated[PathText, arg(metavar="DIR", help="a folder of tar shards, or its URL")],
     /,

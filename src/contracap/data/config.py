@@ -111,5 +111,12 @@ class DataConfig:
         return self.train if isinstance(self.train, dict) else {"train": SourceConfig(shards=self.train)}
 
     @property
+    def training_paths(self) -> dict[str, str | tuple[str, ...]]:
+        """The paths of the shards of each source, by the key that names them."""
+        if isinstance(self.train, dict):
+            return {f"data.train.{name}": source.shards for name, source in self.train.items()}
+        return {"data.train": self.train}
+
+    @property
     def stream_count(self) -> int:
         return math.gcd(self.batch_size, MOST_STREAMS) if self.streams is None else self.streams

@@ -117,7 +117,7 @@ def samples_in(shards: Sequence[str]) -> list[int]:
 
     Raises:
         IndexFileError: if an index cannot be read, or its shard has another size by now.
-        ShardError: if a remote shard cannot be counted.
+        ShardError: if a remote shard cannot be counted, or not one of the shards has a whole sample.
     """
     files = [shard for shard in shards if not shard.startswith("pipe:")]  # nothing lies beside a command's output
     indexes = {folder: read_index(folder) for folder in {_folder(shard) for shard in files}}
@@ -132,11 +132,15 @@ def samples_in(shards: Sequence[str]) -> list[int]:
     unknown = [shard for shard, samples in found.items() if samples is None]
     if unknown:
         told = "counting samples; `contracap shards index FOLDER` keeps the numbers"
-        found |= {shard: _counted(shard) for shard in progress_bar(unknown, desc=told, unit=" shards", delay=2)}
+        failures = list[ShardError]()
+        bar = progress_bar(unknown, desc=told, unit=" shards", delay=2)
+        found |= {shard: _counted(shard, failures) for shard in bar}
+        if sum(not failure.whole for failure in failures) == len(found):
+            raise failures[0]
     return [found[shard] or 0 for shard in shards]
 
 
-def _counted(shard: str) -> int:
+def _counted(shard: str, failures: list[ShardError]) -> int:
     """Of a damaged shard the samples before the damage and one more, for what broke: reading it will tell of that."""
     try:
         return count_samples(shard)
@@ -144,6 +148,7 @@ def _counted(shard: str) -> int:
         if not Path(shard).is_file():  # it may be a network's failure: another count another day would be another order
             raise
         logger.warning("%s", error)
+        failures.append(error)
         return error.whole + 1
 
 

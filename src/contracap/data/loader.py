@@ -203,7 +203,7 @@ def joined_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _order(config: DataConfig, seed: int, *, counts: Sequence[tuple[int, ...]] | None = None) -> Order:
     """`counts`: samples of each shard by source; by default they are counted."""
-    listed = [tuple(list_shards(source.shards)) for source in config.sources.values()]
+    listed = [tuple(list_shards(paths, key=key)) for key, paths in config.training_paths.items()]
     counted = counts or [tuple(samples_in(shards)) for shards in listed]
     sources = []
     for source, shards, held in zip(config.sources.values(), listed, counted, strict=True):

@@ -24,7 +24,7 @@ from contracap.data.config import MAX_WORKERS
 from contracap.data.contents import contents
 from contracap.data.index import ShardEntry, describe, read_index, write_index
 from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES, write_shard
-from contracap.data.sources import Item, Kind, read_source
+from contracap.data.sources import NAMES_PICTURES, Item, Kind, read_source
 from contracap.data.workers import in_processes
 from contracap.files import write_text
 from contracap.image import ImageError, decode
@@ -47,6 +47,7 @@ class Making:
 
     shards: int
     samples: int
+    captions: int
     skipped: dict[str, int]
 
 
@@ -193,10 +194,11 @@ def _begin(out: Path, plan: dict[str, Any]) -> Making | None:
         partial.unlink()
     if "outcome" not in begun:
         return None
-    gone = [name for name in read_index(out) if not (out / name).is_file()]
+    entries = read_index(out)
+    gone = [name for name in entries if not (out / name).is_file()]
     if gone:
         raise MakingError(f"{out} was finished, but {gone[0]} is gone: bring it back, or give another folder")
-    return build(Making, begun["outcome"])
+    return build(Making, {"captions": sum(entry.captions for entry in entries.values()), **begun["outcome"]})
 
 
 def _finish(out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Sequence[Refused]) -> Making:
@@ -206,6 +208,7 @@ def _finish(out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Se
     making = Making(
         shards=len(entries),
         samples=sum(entry.samples for entry in entries),
+        captions=sum(entry.captions for entry in entries),
         skipped=dict(sorted(Counter(one.kind for one in skipped).items())),
     )
     write_text(out / SKIPPED_FILE, "".join(json.dumps(_plain(asdict(one))) + "\n" for one in skipped))
@@ -216,9 +219,11 @@ def _finish(out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Se
         (out / PLAN_FILE).unlink()
     shutil.rmtree(out / NOTES_FOLDER, ignore_errors=True)
     if not entries:
+        elsewhere = skipped[-1].kind == "missing_file" and plan["kind"] in NAMES_PICTURES
+        hint = "; if the images are in another folder, name it: --pictures DIR" if elsewhere else ""
         raise MakingError(
             f"not one picture of the source could be used; {out / SKIPPED_FILE} says why of each, the last: "
-            f"{skipped[-1].kind}: {skipped[-1].message}"
+            f"{skipped[-1].kind}: {skipped[-1].message}{hint}"
         )
     return making
 

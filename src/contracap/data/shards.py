@@ -99,7 +99,7 @@ class Sample:
         return f"sample {self.key} of {self.shard}"
 
 
-def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
+def list_shards(paths: str | Path | Sequence[str | Path], *, key: str = "") -> list[str]:
     """The shards that a folder, a file, or a list of those stands for, a folder's in the order of their names.
 
     Args:
@@ -107,20 +107,22 @@ def list_shards(paths: str | Path | Sequence[str | Path]) -> list[str]:
             folder on a web server, its `index.json` tells the shards. A URL that ends otherwise than a shard is a
             folder. Braces are ranges and lists, as in `s3://bucket/{00000..00331}.tar`. `pipe:` and a shell command
             is one shard; its braces are ranges and lists too, unless one is neither.
+        key: of a recipe, or the option, that names the paths; errors begin with it.
 
     Raises:
         FileNotFoundError: if a path is empty or does not exist, or a folder or the list holds no shard.
+        ShardError: if a file that is not called like a shard is not a tar file.
         ValueError: if braces are wrong, or an index is.
         RemoteError: if a remote folder cannot be listed.
     """
-    shards = []
+    shards, key = [], f"{key}: " if key else ""
     for path in [paths] if isinstance(paths, str | Path) else paths:
         if not path:
-            raise FileNotFoundError("the path of the shards is empty; for the working folder give .")
+            raise FileNotFoundError(f"{key}the path of the shards is empty; for the working folder give .")
         for name in [str(path)] if os.path.exists(path) else _expanded(str(path)):
-            shards += _shards_at(name)
+            shards += _shards_at(name, key)
     if not shards:
-        raise FileNotFoundError("the list of shards is empty")
+        raise FileNotFoundError(f"{key}the list of shards is empty")
     return shards
 
 
@@ -133,7 +135,7 @@ def _expanded(pattern: str) -> list[str]:
         raise
 
 
-def _shards_at(name: str) -> list[str]:
+def _shards_at(name: str, key: str) -> list[str]:
     if name.startswith("pipe:") or ("://" in name and _file_part(name).endswith(SHARD_SUFFIXES)):
         return [name]
     if name.startswith(WEB):
@@ -142,19 +144,26 @@ def _shards_at(name: str) -> list[str]:
         files = [f"{name.rstrip('/')}/{file}" for file in read_index(name)]
         if not files:
             example = f"{name.rstrip('/')}/{{00000..00331}}.tar"
-            raise FileNotFoundError(f"{name} has no index.json, and no other listing; name its shards, as in {example}")
+            raise FileNotFoundError(
+                f"{key}{name} has no index.json, and no other listing; name its shards, as in {example}"
+            )
     elif "://" in name:
         files = files_in(name)
     elif Path(name).is_dir():
         files = sorted(str(file) for file in Path(name).iterdir())
         files = [f"./{file}" if file.startswith("pipe:") else file for file in files]  # a name is no command
     elif Path(name).exists():
+        if os.path.isfile(name) and not name.endswith(SHARD_SUFFIXES) and not _is_tar(name):
+            make = f"make shards from it: contracap shards make {name!r} --out DIR"
+            raise ShardError(f"{key}{name!r} is not a tar shard; {make}")
         return [name]
     else:
-        raise FileNotFoundError(f"no such shard or folder of shards: {name}")
+        raise FileNotFoundError(f"{key}no such shard or folder of shards: {name}")
     shards = [file for file in files if file.endswith(SHARD_SUFFIXES)]
     if not shards:
-        raise FileNotFoundError(f"no shards (*.tar, *.tar.gz, *.tgz) in the folder {name}")
+        raise FileNotFoundError(
+            f"{key}no shards (*.tar, *.tar.gz, *.tgz) in the folder {name}: make some with contracap shards make"
+        )
     return shards
 
 
@@ -384,6 +393,16 @@ def _opened(shard: str) -> Generator[tuple[tarfile.TarFile, _Metered], None, Non
             fileobj=cast(IO[bytes], metered), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
         ) as archive:
             yield archive, metered
+
+
+def _is_tar(file: str) -> bool:
+    try:
+        with _opened(file):
+            return True
+    except OSError:
+        raise
+    except Exception:  # damaged bytes make tarfile raise nearly anything
+        return False
 
 
 class _StrictHeader(tarfile.TarInfo):

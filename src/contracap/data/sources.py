@@ -40,6 +40,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 METADATA_COLUMNS = ("file_name", *PICTURE_COLUMNS)
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDE_CAR_SUFFIXES = (".txt", ".caption", ".json")
+NAMES_PICTURES = ("table", "coco", "karpathy", "flickr", "vqa", "bulk")  # which may be in another folder
 NAMES_TRIED = 100  # of a table's images, to find out where its names start
 
 
@@ -88,7 +89,8 @@ def read_source(
         kind: what it is; "auto" finds out.
         pictures: the folder where names start, if not the file's own, or, of a table, the working folder; of captions
             by `bulk`, the folder of the shards, if they have moved.
-        splits: those to take of Karpathy's JSON, or of a folder of Parquet files; none: all.
+        splits: those to take of Karpathy's JSON, of a table with the column `split`, or of a folder of Parquet files;
+            none: all.
         image_column: of a table, the column with paths or URLs, if it is not called as usual.
         caption_column: of a table or of metadata, the column with captions, if it is not called as usual.
         caption_lines: of text files next to images, each line is a caption; else the whole text is.
@@ -104,10 +106,9 @@ def read_source(
         check_regular(path)
     if kind == "auto":
         kind = _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
-    of_folder = ("table",) if path.is_dir() else ()
     for option, given, kinds in (
-        ("--pictures", pictures, ("table", "coco", "karpathy", "flickr", "vqa", "bulk")),
-        ("--split", splits, ("karpathy", *of_folder)),
+        ("--pictures", pictures, NAMES_PICTURES),
+        ("--split", splits, ("karpathy", "table")),
         ("--image-column", image_column, ("table", "imagefolder")),
         ("--caption-column", caption_column, ("table", "imagefolder")),
         ("--no-caption-lines", not caption_lines, ("folder", "bulk")),
@@ -129,7 +130,12 @@ def read_source(
             entries = (
                 entry
                 for table in tables
-                for entry in read_table(table, picture_columns=picture_columns, caption_columns=caption_columns)
+                for entry in read_table(
+                    table,
+                    picture_columns=picture_columns,
+                    caption_columns=caption_columns,
+                    splits=() if path.is_dir() else splits,
+                )
             )
         case "bulk":
             entries = (entry for table in _tables(path) for entry in read_bulk(table, folder if pictures else None))

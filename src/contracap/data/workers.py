@@ -36,7 +36,7 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
     Args:
         function: one that can be pickled, as its tasks and results.
         tasks: taken one by one.
-        workers: processes; 0: the calling one, task by task.
+        workers: processes; 0 or 1: the calling one, task by task.
 
     Raises:
         ValueError: if `workers` is below 0.
@@ -44,7 +44,7 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, is {workers}")
-    if workers == 0:
+    if workers <= 1:
         yield from map(function, tasks)
         return
     tasks = iter(tasks)

@@ -150,7 +150,9 @@ class Suite:
 
         Raises: FileNotFoundError, ValueError: as `build_evaluators` does."""
         if config.captions is not None:
-            list_shards(config.captions.data)  # a wrong path is found now, not hours later
+            list_shards(
+                config.captions.data, key="evaluation.captions.data"
+            )  # a wrong path is found now, not hours later
         self._config, self._processor = config.captions, processor
         self._processes = processes
         self._evaluators = build_evaluators(config.tasks, processor, processes)

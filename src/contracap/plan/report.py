@@ -49,7 +49,7 @@ class Plan:
         used, usable = (self.figures[f"{name}_gib_per_gpu"] for name in ("memory", "usable"))
         fits = "" if used <= usable else ", too much"
         seconds = 3600 * self.figures["hours"]
-        return f"about {_duration(seconds)}; {used:,.3g} of {usable:,.3g} GiB on each GPU{fits}"
+        return f"{_duration(seconds)}; {used:,.3g} of {usable:,.3g} GiB on each GPU{fits}"
 
     def table(self) -> str:
         """The plan for a terminal."""
@@ -86,10 +86,12 @@ class Plan:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "under a second"
     for unit, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * unit:
-            return f"{seconds / unit:,.3g} {name}"
-    return f"{seconds:,.3g} seconds"
+            return f"about {seconds / unit:,.3g} {name}"
+    return f"about {seconds:,.3g} seconds"
 
 
 def _columns(numbers: Mapping[str, float] | Mapping[str, int]) -> dict[str, list[float]]:

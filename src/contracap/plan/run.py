@@ -194,10 +194,14 @@ def _failure_figures(recipe: Recipe, failures: Failures, *, step: float) -> dict
     """What checkpoints and failures cost: with the recipe's checkpoints, and with the best ones."""
     run = recipe.steps * step
     interval, best = min(recipe.checkpoint.every * step, run), min(failures.best_interval, run)
-    return {
+    figures = {
         "hours_between_failures": failures.between / 3600,
         "checkpoint_stall_seconds": failures.stall,
         "checkpoint_writing_seconds": failures.writing,
+    }
+    if run <= failures.stall + failures.writing:  # over before its only checkpoint is: a share of it means nothing
+        return figures
+    return figures | {
         "failure_loss_percent": 100 * failures.lost_share(interval),
         "best_steps_between_checkpoints": best / step,
         "failure_loss_percent_at_best": 100 * failures.lost_share(best),

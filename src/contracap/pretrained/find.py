@@ -2,6 +2,7 @@
 
 import logging
 import re
+from functools import cache
 from pathlib import Path
 
 from contracap.model.sizes import SIZES
@@ -65,7 +66,7 @@ def _in_folder(folder: Path) -> Path:
         if (folder / candidate).is_file():
             return folder / candidate
     if checkpoint := _newest_checkpoint(folder):
-        logger.warning("%s is the folder of a run: its last checkpoint is %s", folder, checkpoint)
+        _tell(folder, checkpoint)
         return checkpoint if checkpoint.is_file() else _in_folder(checkpoint)
     others = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
     if len(others) == 1:
@@ -75,6 +76,12 @@ def _in_folder(folder: Path) -> Path:
             f"{folder} holds {len(others)} files that may be meant: name one, such as {others[0]} or {others[1]}"
         )
     raise WeightsError(f"{folder} holds no weights; looked for {', '.join(WEIGHT_FILES)}, and the checkpoints of a run")
+
+
+@cache
+def _tell(folder: Path, checkpoint: Path) -> None:
+    """Once, as the same name is looked up before a run and at its start."""
+    logger.warning("%s is the folder of a run: its last checkpoint is %s", folder, checkpoint)
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -22,7 +22,7 @@ class Validation:
 
     def __init__(self, data: DataConfig, config: StepConfig, ranks: Ranks, shared: Wrapped):
         """Raises: FileNotFoundError: if there are no such shards. ValueError: if they do not fill a batch."""
-        shards = list_shards(data.validation or ())
+        shards = list_shards(data.validation or (), key="data.validation")
         captioned = (sample for sample in evaluation_samples(shards) if sample.captions)
         if (found := sum(1 for _ in islice(captioned, data.batch_size))) < data.batch_size:
             raise ValueError(

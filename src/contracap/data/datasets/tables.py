@@ -25,7 +25,7 @@ from contracap.data.shards import PICTURE_SUFFIXES, texts_in
 # Usual names of columns, in the order of preference; upper and lower case are the same.
 PICTURE_COLUMNS = (
     *("image", "image_path", "path", "file", "file_name", "filepath", "url"),
-    *("filename", "image_name", "image_url"),
+    *("filename", "image_name", "image_url", "jpg", "jpeg", "png", "webp"),
 )
 CAPTION_COLUMNS = ("caption", "text", "captions", "title", "raw", "sentences", "comment")
 
@@ -36,19 +36,33 @@ LIST = re.compile(rf"\[\s*{TEXT}(?:[\s,]+{TEXT})*[\s,]*\]", re.DOTALL)  # as Pyt
 
 
 def read_table(
-    path: Path, *, picture_columns: Sequence[str] = PICTURE_COLUMNS, caption_columns: Sequence[str] = CAPTION_COLUMNS
+    path: Path,
+    *,
+    picture_columns: Sequence[str] = PICTURE_COLUMNS,
+    caption_columns: Sequence[str] = CAPTION_COLUMNS,
+    splits: Sequence[str] = (),
 ) -> Iterator[Entry | Refused]:
     """The rows of a table; the columns besides the two become fields. A row that cannot be used is refused.
 
+    Args:
+        splits: those to take, of a table with the column `split`; none: all.
+
     Raises:
-        SourceError: if the file is not what its suffix says, or lacks the columns.
+        SourceError: if the file is not what its suffix says, or lacks the columns or a split.
     """
     lacking, picture_column, caption_column = None, None, None
+    found = set[str]()
     for number, row in enumerate(_rows(path, picture_columns, caption_columns), 1):
         if isinstance(row, Refused):
             yield row
             continue
         source = f"{path.name}, row {number}"
+        if splits and (split_column := column(row, ("split",))) is not None:
+            found.add(str(row[split_column]))
+            if str(row[split_column]) not in splits:
+                continue
+        elif splits:
+            continue
         if picture_column not in row or caption_column not in row:
             picture_column = column(row, picture_columns) or picture_column
             caption_column = column(row, caption_columns) or caption_column
@@ -79,6 +93,9 @@ def read_table(
             yield Refused(source=source, kind="no_picture", message=message)
     if lacking is not None and (picture_column is None or caption_column is None):
         raise lacking
+    if absent := [split for split in splits if split not in found]:
+        there = f"no row of the split {absent[0]}, but of {_listed(sorted(found)[:20])}" if found else "no column split"
+        raise SourceError(f"{path} has {there}")
 
 
 def cell_captions(value: Any) -> tuple[str, ...]:
@@ -123,7 +140,7 @@ def _lacks(path: Path, row: dict[str, Any], pictures: Sequence[str], captions: S
     if column(row, pictures) is not None:
         wanted, purpose = (captions, "captions, --caption-column")
     problem = f"{path} has no column {' or '.join(wanted)}, but {_listed(row)}"
-    if any(_names_image(name) for name in row):
+    if path.suffix.lower() not in (".parquet", *JSON_SUFFIXES) and any(_names_image(name) for name in row):
         return SourceError(f"{problem}: write the names of the columns into a line above the first row")
     return SourceError(f"{problem}: name the one with the {purpose}")
 
@@ -134,7 +151,8 @@ def _listed(names: Any) -> str:
 
 def _names_image(cell: Any) -> bool:
     cell = str(cell).strip().lower()
-    return cell.startswith(("http://", "https://")) or cell.rpartition(".")[2] in PICTURE_SUFFIXES
+    stem, _, suffix = cell.rpartition(".")
+    return cell.startswith(("http://", "https://")) or (bool(stem) and suffix in PICTURE_SUFFIXES)
 
 
 def _rows(path: Path, pictures: Sequence[str], captions: Sequence[str]) -> Iterator[dict[str, Any] | Refused]:

@@ -1,0 +1,170 @@
+"""What a new user meets who has a CSV and images, and trains on them."""
+
+import csv
+import logging
+import os
+import signal
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from contracap.cli import main
+from contracap.config import ConfigError
+from contracap.data.annotations import SourceError
+from contracap.data.making import make_shards
+from contracap.data.shards import list_shards, samples
+from contracap.data.sources import read_source
+from contracap.pretrained.find import find_weights
+from contracap.recipe import load_recipe
+from contracap.trainer import train
+
+RECIPE = 'size = "tiny"\nsteps = 4\n[optimizer]\nwarmup_steps = 0\n[data]\ntrain = "nowhere"\nbatch_size = 4\n'
+
+
+def png(shade: int = 0) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (16, 16), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three images, a CSV with four captions of them and a row without a file, and a recipe."""
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        rows = [("0.png", "a", "train"), ("0.png", "b", "train"), ("1.png", "c", "test"), ("2.png", "d", "test")]
+        csv.writer(file).writerows([("image", "caption", "split"), *rows, ("gone.png", "e", "train")])
+    (tmp_path / "r.toml").write_text(f"out = {str(tmp_path / 'run')!r}\n{RECIPE}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_table_in_place_of_shards_is_told_to_be_made_into_some(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = "'t.csv' is not a tar shard; make shards from it: contracap shards make 't.csv' --out DIR"
+    assert f"data.train: {advice}" in said(["train", "r.toml", "data.train=t.csv"], capsys)
+    mixture = ["train", "r.toml", "data.train={one = {shards = 't.csv'}}"]
+    assert f"data.train.one: {advice}" in said(mixture, capsys)
+    assert f"--data: {advice}" in said(["evaluate", "none", "--task", "retrieval", "--data", "t.csv"], capsys)
+    assert advice in said(["shards", "show", "t.csv"], capsys)
+    (folder / "t.csv").rename("t.tar")
+    assert "cannot read shard t.tar" in said(["--quiet", "train", "r.toml", "data.train=t.tar"], capsys).split("\n")[-1]
+    assert not (folder / "run" / "checkpoints").exists()
+
+
+def test_key_or_option_whose_shards_are_missing_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make = "no shards .* in the folder .*: make some with contracap shards make"
+    for key, error, value in (
+        ("data.train", "no such shard", "data.train=nowhere"),
+        ("data.train", "the list of shards is empty", "data.train=[]"),
+        ("data.train.one", "no such shard", "data.train={one = {shards = 'nowhere'}}"),
+    ):
+        assert f"{key}: {error}" in said(["train", "r.toml", value], capsys)
+    make_shards(folder / "t.csv", folder / "shards")
+    wanted = ["data.train=shards", "validate_every=1", "data.validation=nowhere"]
+    assert "data.validation: no such shard" in said(["train", "r.toml", *wanted], capsys)
+    assert "--data: no such shard" in said(["evaluate", "none", "--task", "retrieval", "--data", "nowhere"], capsys)
+    with pytest.raises(FileNotFoundError, match=make):
+        list_shards(folder)
+
+
+def test_rows_of_a_split_are_taken_where_a_table_has_the_column(folder: Path) -> None:
+    assert [item.source for item in read_source("t.csv", splits=["test"]).items] == ["1.png", "2.png"]
+    assert len(read_source("t.csv", splits=["train", "test"]).items) == 4
+    with pytest.raises(SourceError, match="no row of the split val, but of 'test', 'train'"):
+        read_source("t.csv", splits=["val"])
+    (folder / "u.csv").write_text("image,caption\n0.png,a\n")
+    with pytest.raises(SourceError, match="no column split"):
+        read_source("u.csv", splits=["val"])
+
+
+def test_columns_of_parquet_are_known_by_the_suffix_of_their_images(folder: Path) -> None:
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    for name in ("jpg", "png", "jpeg", "webp"):
+        parquet.write_table(pyarrow.table({name: [png()], "caption": ["a"]}), folder / "t.parquet")
+        assert make_shards("t.parquet", folder / name).samples == 1
+    parquet.write_table(pyarrow.table({"photo.jpg": [png()], "caption": ["a"]}), folder / "t.parquet")
+    with pytest.raises(SourceError, match="--image-column") as error:
+        read_source("t.parquet")
+    assert "line above" not in str(error.value)
+
+
+def test_images_in_another_folder_are_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "t.csv").rename("elsewhere/t.csv")
+    (folder / "1.png").rename("elsewhere/x.png")
+    os.chdir(folder / "elsewhere")
+    assert "--pictures DIR" in said(["shards", "make", "t.csv", "--out", "out", "--workers", "1"], capsys)
+
+
+def test_counts_of_made_shards_add_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # also of a folder that is finished
+        assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == ["3 samples with 4 captions in 1 shard: out", "skipped 1: missing_file"]
+    assert sum(len(sample.captions) for sample in samples("out/00000.tar")) == 4
+
+
+def test_sigterm_ends_the_making_of_shards_as_ctrl_c_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("contracap.data.making.decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_mistake_of_the_command_line_is_not_blamed_on_the_file(folder: Path) -> None:
+    for override, message in (
+        ("data.batchsize=4", "command line: unknown key 'data.batchsize'; did you mean 'data.batch_size'?"),
+        ("data.batch_size=x", "command line: 'data.batch_size' must be"),
+        ("data.streams=3", "command line: 'data': streams is 3"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_recipe("r.toml", [override])
+        assert str(error.value).startswith(message)
+    (folder / "r.toml").write_text(RECIPE.replace("steps", "step") + "batchsize = 4\n")
+    with pytest.raises(ConfigError, match=r"^r\.toml: unknown key 'step'.*r\.toml: .*'data\.batch_size'.*command line"):
+        load_recipe("r.toml", ["ou=x"])
+
+
+def test_plan_of_a_tiny_run_has_no_figures_without_meaning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", "r.toml", "--gpus", "1", "--gpu", "a100-80g"]
+    assert main(plan) == 0
+    short = capsys.readouterr().out
+    assert short.startswith("under a second;")
+    assert "failure loss" not in short
+    assert main([*plan[:2], "steps=10000000", *plan[2:]]) == 0
+    long = capsys.readouterr().out
+    assert long.startswith("about ")
+    assert "failure loss" in long
+
+
+def test_resumed_run_says_that_its_schedule_is_stretched(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    make_shards(folder / "t.csv", folder / "shards")
+    values = ["data.train=shards", "data.batch_size=2", "device=cpu", "precision=fp32"]
+    train(load_recipe("r.toml", values))
+    assert "schedule is stretched" not in caplog.text
+    assert "trained)" not in caplog.text
+    train(load_recipe("r.toml", [*values, "steps=5", "resume=true"]))
+    assert caplog.text.count("steps was 4 and is now 5: the schedule is stretched") == 1
+    caplog.clear()
+    for _ in range(2):
+        find_weights(folder / "run")
+    assert caplog.text.count("is the folder of a run") == 1
