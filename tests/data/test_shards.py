@@ -354,3 +354,12 @@ def test_a_npy_member_is_handed_on_as_it_lies(tmp_path: Path, content: bytes) ->
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": content, "json": json.dumps(fields).encode()})])
     (sample,) = samples(str(tmp_path / "0.tar"))
     assert (sample.npy, sample.fields) == (content, fields)
+
+
+def test_a_sparse_member_that_is_damaged_is_told_of_in_words_of_our_own(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("a.jpg")
+    member.size, member.pax_headers = 512, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(bytes(512)))
+    with pytest.raises(ShardError, match="a header of a kind that no shard has"):
+        list(records(str(tmp_path / "a.tar")))

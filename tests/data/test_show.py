@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from contracap.cli import main
 from contracap.data.index import index_folder
 from contracap.data.shards import write_shard
 from contracap.data.show import LENGTH_BINS, _binned, survey_lines, write_page
@@ -275,3 +276,9 @@ def test_photographs_of_flickr8k_are_all_usable(data_folder: Path) -> None:
     assert found.read.samples == found.pictures == 100
     assert found.captions_per_picture == {5: 100}
     assert not found.skipped
+
+
+def test_shards_of_which_nothing_can_be_read_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.tar").write_bytes(b"nothing" * 200)
+    assert main(["shards", "show", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 1
+    assert "a.tar" in capsys.readouterr().err and not (tmp_path / "page.html").exists()

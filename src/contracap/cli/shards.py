@@ -105,6 +105,7 @@ def show(
     seed: Annotated[int, arg(help="of the samples and their crops")] = 0,
 ) -> None:
     """Count what is in shards, and show some of their samples on a page as the trainer will see them."""
+    from contracap.data.shards import ShardError
     from contracap.data.show import survey_lines, write_page
     from contracap.data.survey import survey
     from contracap.image import AugmentationConfig, ImageConfig
@@ -118,6 +119,8 @@ def show(
     found = survey(
         paths, limit=limit, sample_count=samples, seed=seed, image=image, augmentation=augmentation, lines=lines
     )
+    if broken := found.counts.samples == 0 and found.skipped.get("broken_shard"):
+        raise ShardError(f"nothing could be read: {broken.examples[0]}")
     write_page(found, out)
     for line in (*survey_lines(found), f"the page: {out}"):
         say(line)

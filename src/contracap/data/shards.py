@@ -418,6 +418,8 @@ class _StrictHeader(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+        except (ValueError, LookupError, TypeError) as error:  # of sparse members, of which tarfile checks little
+            raise tarfile.ReadError(f"a header of a kind that no shard has at byte {archive.offset}") from error
 
 
 def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterator[Record]:
