@@ -41,18 +41,20 @@ check: $(READY) ## formatter, linter, type checker, import directions
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-# The package and what it needs, for those who use it.
-$(INSTALLED): pyproject.toml constraints/cpu.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contracap needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+# The package and what it needs, for those who use it.
+$(INSTALLED): pyproject.toml constraints/cpu.txt | $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	@touch $(INSTALLED)
 
 # open_clip and its needs, pycocoevalcap and clip_benchmark are oracles of the tests. They come without dependencies of their own, so that nothing replaces torch.
-$(READY): $(INSTALLED) Makefile
+$(READY): pyproject.toml constraints/cpu.txt Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
 	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm==1.0.31 pycocoevalcap==1.2 clip_benchmark==1.6.2
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(PEERS) transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.0
-	@touch $(READY)
+	@touch $(INSTALLED) $(READY)
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@java -version >/dev/null 2>&1 || echo "NOTE: no Java found. Caption metrics then use contracap's own tokenizer instead of the reference one, and the tests that compare the two are skipped. Install a Java runtime (Debian, Ubuntu: apt-get install default-jre-headless) to have both."
