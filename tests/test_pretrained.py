@@ -240,7 +240,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path, state) 
     for name, message in {
         "cut.safetensors": "not a readable safetensors file",
         "lacking.safetensors": "1 missing: logit_scale",
-        "other.safetensors": "fits no size exactly; name one: coca_ViT-B-32",
+        "other.safetensors": "fits no known size: name one with --size: coca_ViT-B-32",
         "text.txt": "neither safetensors nor a file of torch",
         "empty": "holds no weights; looked for open_clip_model.safetensors",
         "nowhere": "neither a file, a folder",

@@ -144,7 +144,7 @@ def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path
     "change",
     [
         {"data": {"train": "gone"}},
-        {"data": {"validation": "gone"}},
+        {"data": {"validation": "gone"}, "validate_every": 1},
         {"initialise_from": "gone.safetensors"},
         {"evaluation": {"captions": {"data": "gone"}}},
         {"evaluation": {"tasks": {"late": {"task": "retrieval", "data": "gone"}}}},

@@ -5,7 +5,6 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import islice
 
 from PIL import BmpImagePlugin, IcoImagePlugin, Image
@@ -231,10 +230,8 @@ def _register_heif() -> None:
         raise ImportError('a HEIC image, which needs pip install "contracap[heic]"') from None
     if "HEIF" not in Image.OPEN:
         pillow_heif.register_heif_opener()
-        _formats.cache_clear()
 
 
-@lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     """Those of our formats that this build of Pillow has."""
     Image.init()

@@ -124,16 +124,16 @@ def test_broken_pictures_are_listed_at_the_end_and_tell_the_status(run: Run, wei
     write_shard(here / "0.tar", [("a", {"jpg": picture(0)}), ("b", {"txt": b"no picture"})])
     call = ["caption", weights, "pictures", "list.txt", "0.tar", "--out", "c.jsonl", "--json", "result.json"]
     status, told, err = run(*call)
-    assert status == 1 and "4 cannot be used" in told
+    assert status == 1 and "3 cannot be used" in told
     lines = err.splitlines()
-    assert len(lines) == 4 and all(line.startswith("contracap: error: ") for line in lines)
-    assert all(word in line for word, line in zip(("0.jpg", "3.jpg", "none.jpg", "sample b"), lines, strict=True))
+    assert len(lines) == 3 and all(line.startswith("contracap: error: ") for line in lines)
+    assert all(word in line for word, line in zip(("0.jpg", "3.jpg", "none.jpg"), lines, strict=True))
     assert [row["path"] for row in rows_of(here / "c.jsonl")] == [
         *(f"pictures/{name}.jpg" for name in ("1", "2", "4", "sub/5", "sub/6")),
         "0.tar/a",
     ]
     result = json.loads((here / "result.json").read_text())
-    assert result["samples"] == 7 and result["figures"]["unreadable"] == 4  # 1.jpg was met twice
+    assert result["samples"] == 7 and result["figures"]["unreadable"] == 3  # 1.jpg was met twice
     (here / "pictures" / "0.jpg").write_bytes(picture(0))
     status, told, err = run(*call[:3], "--out", "c.jsonl")
     assert status == 1 and told.startswith("1 captions") and err.count("\n") == 1
@@ -418,7 +418,10 @@ def test_an_output_that_is_not_a_file_is_never_read_nor_replaced(
     call = ["caption", weights, "pictures/0.jpg", "--format", "jsonl", "--out", out, "--strategy", "greedy"]
     assert main(list(map(str, call))) == (1 if device == "full" else 0)
     told, err = capfd.readouterr()
-    assert err == (f"contracap: error: No space left on device: {out}\n" if device == "full" else "")
+    if device == "full":
+        assert err == f"contracap: error: No space left on device: {out}\n"
+    else:
+        assert err.startswith("1 captions") and err.count("\n") == 1
     assert out.is_char_device() if minor else json.loads(told.splitlines()[0])["path"] == "pictures/0.jpg"
     assert not [name for folder in (here, "/dev") for name in os.listdir(folder) if "partial" in name]
 

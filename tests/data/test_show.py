@@ -265,9 +265,11 @@ def test_lines_hold_counts_and_bars(mixed: Path) -> None:
     assert any(line.split() == ["256-319", "#" * 40, "3"] for line in lines)
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"sample_count": -1}, {"seed": -1}])
-def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    ("wrong", "name"), [({"limit": 0}, "limit"), ({"sample_count": -1}, "samples"), ({"seed": -1}, "seed")]
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
         survey(numbered(tmp_path / "s.tar", 1), **wrong)
 
 

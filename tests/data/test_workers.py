@@ -24,21 +24,21 @@ def test_tasks_are_taken_no_faster_than_they_are_done() -> None:
             taken.append(number)
             yield number
 
-    results = in_processes(abs, tasks(), 1)
+    results = in_processes(abs, tasks(), 2)
     next(results)
-    assert len(taken) == 2
+    assert len(taken) == 3
     results.close()  # type: ignore[attr-defined]
-    assert len(taken) == 2
+    assert len(taken) == 3
 
 
 def test_error_of_a_task_is_raised_and_ends_the_work() -> None:
     with pytest.raises(ValueError, match="must be non-negative"):
-        list(in_processes(sleep, [0.0, -1.0, 0.0], 1))
+        list(in_processes(sleep, [0.0, -1.0, 0.0], 2))
 
 
 def test_worker_that_dies_is_an_error_and_no_hang() -> None:
     with pytest.raises(WorkerError, match="a worker process died"):
-        list(in_processes(_exit, [1], 1))
+        list(in_processes(_exit, [1, 1], 2))
 
 
 def test_less_than_no_workers_are_refused() -> None:

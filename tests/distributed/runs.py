@@ -47,7 +47,7 @@ TROUBLES: dict[str, Callable[[int], object]] = {
     "none": lambda rank: patch.object(loop, "train_step", loop.train_step),
     "asked to end": asked_to_end,
     "no room for records": lambda rank: patch.object(Recorder, "record", full),
-    "no room for weights": lambda rank: patch.object(writer, "save", full),
+    "no room for weights": lambda rank: patch.object(writer, "write_weights", full),
     "no room for moments": lambda rank: patch.object(os, "fsync", full if rank else os.fsync),
 }
 

@@ -211,7 +211,7 @@ def test_a_run_that_fits_warns_of_nothing() -> None:
     ("changes", "message"),
     [
         ({"gpu": "a100"}, "unknown GPU 'a100'; the GPUs are a100-40g"),
-        ({"gpus": 0}, "gpus is 0"),
+        ({"gpus": 0}, "gpus must be"),
         ({"gpus_per_machine": 0}, "gpus_per_machine must be a whole number of at least 1"),
         ({"efficiency": float("nan")}, "efficiency is nan"),
         ({"text_tokens": float("nan")}, "text_tokens is nan"),

@@ -225,7 +225,7 @@ def test_the_page_of_the_same_run_is_the_same(run: Path, shards: Path) -> None:
         (lambda run: (run / "captions.jsonl").write_text('{"key": 1}\n'), "captions.jsonl holds a line that is no re"),
         (lambda run: (run / "captions.jsonl").write_text("[1]\n"), "captions.jsonl holds a line that is no record"),
         (lambda run: (run / "recipe.toml").write_text("size = 3"), "size"),
-        (lambda run: (run / "checkpoints/last/model.safetensors").write_bytes(b"x"), "not a readable safetensors"),
+        (lambda run: (run / "checkpoints/last/model.safetensors").write_bytes(b"x"), "is not a weights file"),
     ],
 )
 def test_what_is_no_run_is_one_line_and_leaves_no_page(run: Path, capsys, damage, words: str) -> None:

@@ -143,7 +143,7 @@ def test_checkpoints_kept_for_good_are_among_those_written() -> None:
         CheckpointConfig(every=20, keep_every=30)
 
 
-@pytest.mark.parametrize("part", ["save", "dcp.save", "json.dumps", "os.replace"])
+@pytest.mark.parametrize("part", ["write_weights", "dcp.save", "json.dumps", "os.replace"])
 def test_what_cannot_be_written_is_said_at_the_next_step_and_the_last_good_checkpoint_stays(
     tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +268,10 @@ def test_a_checkpoint_before_the_first_step_counts_none(tmp_path: Path) -> None:
 
 def test_a_failed_checkpoint_stops_the_run_before_the_next_one(recipe_values: dict, monkeypatch) -> None:
     calls = iter(range(10))
-    save = writer.save
-    monkeypatch.setattr(writer, "save", lambda *args, **kwargs: (full if next(calls) else save)(*args, **kwargs))
+    write = writer.write_weights
+    monkeypatch.setattr(
+        writer, "write_weights", lambda *args, **kwargs: (full if next(calls) else write)(*args, **kwargs)
+    )
     folder = Path(recipe_values["out"])
     with pytest.raises(CheckpointError, match=r"step-00000004 cannot be written: No space .*: \S+/step-00000002\. Put"):
         train(build(Recipe, recipe_values | {"steps": 1000, "checkpoint": {"every": 2}}))
@@ -460,7 +462,7 @@ def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict,
 def test_a_run_whose_last_checkpoint_cannot_be_written_is_no_success(recipe_values: dict, monkeypatch) -> None:
     ended: list[Any] = []
     monkeypatch.setattr(Recorder, "__exit__", lambda self, kind, *_: ended.append(kind))
-    monkeypatch.setattr(writer, "save", full)
+    monkeypatch.setattr(writer, "write_weights", full)
     with pytest.raises(CheckpointError, match="step-00000008 cannot be written: No space left"):
         train(build(Recipe, recipe_values | {"checkpoint": {"every": 8}}))
     assert ended == [CheckpointError]

@@ -11,11 +11,11 @@ from contracap.cli.errors import interruption, say, written
 from contracap.cli.options import (
     AllowCommands,
     Int8,
+    OptionalStrategyName,
     PathText,
     ResultFile,
     Settings,
     Size,
-    StrategyName,
     WeightsName,
     arg,
     check_outputs,
@@ -79,7 +79,7 @@ def evaluate(
         str | None,
         arg(metavar="TEXT", help='for vqa: what comes before an answer, such as the default "question: {} answer:"'),
     ] = None,
-    strategy: StrategyName | None = None,
+    strategy: OptionalStrategyName = None,
     settings: Settings = (),
     tasks: Annotated[
         Path | None,

@@ -70,9 +70,9 @@ AllowCommands = Annotated[
 ]
 Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]
-StrategyName = Annotated[
-    str, arg(metavar="NAME", help="for captions, how words are chosen: greedy, beam, sample, legacy or rerank")
-]
+_STRATEGY = arg(metavar="NAME", help="for captions, how words are chosen: greedy, beam, sample, legacy or rerank")
+StrategyName = Annotated[str, _STRATEGY]
+OptionalStrategyName = Annotated[str | None, _STRATEGY]
 Settings = Annotated[
     tuple[str, ...],
     arg(

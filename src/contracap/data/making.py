@@ -23,7 +23,7 @@ from contracap.data.annotations import Refused
 from contracap.data.config import MAX_WORKERS
 from contracap.data.contents import contents
 from contracap.data.index import ShardEntry, describe, read_index, write_index
-from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES, write_shard
+from contracap.data.shards import SHARD_SUFFIXES, write_shard
 from contracap.data.sources import NAMES_PICTURES, Item, Kind, read_source
 from contracap.data.workers import in_processes
 from contracap.files import write_text
@@ -264,16 +264,12 @@ def _members(item: Item, content: bytes, side: int | None) -> dict[str, bytes] |
         file = io.BytesIO()
         smaller.save(file, "JPEG", quality=JPEG_QUALITY)
         content = file.getvalue()
-    suffix = _suffix(content)
-    if suffix not in PICTURE_SUFFIXES:
-        message = f"pictures of this format ({suffix}) are not read from shards: convert it"
-        return Refused(source=item.source, kind="unsupported_format", message=message)
     captions: dict[str, Any] = {"captions": item.captions} if item.captions else {}
     if captions and "captions" in item.fields:
         captions["other_captions"] = item.fields["captions"]
     named = "source" if "source" not in item.fields else "image_name"  # a table may have a column `source`
     fields = {**item.fields, **captions, named: item.source}
-    return {suffix: content, "json": json.dumps(_plain(fields), allow_nan=False).encode()}
+    return {_suffix(content): content, "json": json.dumps(_plain(fields), allow_nan=False).encode()}
 
 
 def _plain(value: Any) -> Any:
