@@ -92,7 +92,7 @@ def _question(entry: Any, name: str) -> Question:
         raise ValueError(f"{name} is not an object with question and answer: {entry!r:.60}")
     answers = entry.get("answers") or [entry[one] for one in ("answer",) if entry.get(one) is not None]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{name} has answers that are no texts: answers must be a list of texts, or answer a text")
+        raise ValueError(f"{name} has answers that are not texts: answers must be a list of texts, or answer a text")
     text = entry.get("question")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{name} has no text: question must be one")

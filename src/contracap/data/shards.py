@@ -82,7 +82,7 @@ class Sample:
 
     Attributes:
         npy: the `.npy` member as it lies there, whatever it holds; empty where there is none, or it was not read.
-        problem: what could not be read of the texts, for who misses it; empty where all could.
+        problem: why a text could not be read; empty if all could.
     """
 
     key: str

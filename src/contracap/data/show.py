@@ -67,7 +67,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         fewest, most = min(survey.captions_per_picture), max(survey.captions_per_picture)
         captions += f", {fewest if fewest == most else f'{fewest} to {most}'} a picture"
     if survey.captions_of_lines:
-        captions += f"; {survey.captions_of_lines:,} have line breaks: is each line a caption? Make it a list, then"
+        captions += f"; {survey.captions_of_lines:,} have line breaks: if each line is a caption, store them as a list"
     formats = ", ".join(f"{name} {count:,}" for name, count in survey.formats.items())
     skipped = ", ".join(f"{kind} {found.count:,}" for kind, found in survey.skipped.items())
     return [
