@@ -90,7 +90,7 @@ def test_a_type_of_null_is_none() -> None:
         ({"qa": ["is it?"]}, "question 0 of sample 7 of 0.tar is not an object"),
         (
             {"qa": [{"question": "is it?", "answer": "yes"}, {"question": "is it?", "answer": 1}]},
-            "question 1 of sample 7 of 0.tar has answers that are no texts",
+            "question 1 of sample 7 of 0.tar has answers that are not texts",
         ),
         ({"qa": [{"question": "is it?", "answers": [1]}]}, "answers must be a list of texts"),
         ({"qa": [{"question": " ", "answer": "yes"}]}, "question 0 of sample 7 of 0.tar has no text"),
