@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from contracap.data.walk import pictures_in
+from contracap.data.walk import PassedOver, pictures_in
 from contracap.demo.actions import SHOWN, Actions
 from contracap.demo.overlay import to_thumbnail
 from contracap.image import ImageError
@@ -132,7 +132,9 @@ def pictures_under(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give one that holds pictures")
-    found = [folder / path for path in pictures_in(folder)]
+    passed = PassedOver()
+    found = [folder / path for path in pictures_in(folder, passed)]
     if not found:
-        raise ValueError(f"{folder} holds no pictures")
+        raise ValueError(f"{folder} holds no pictures" + (f" (passed over {passed})" if passed.counts else ""))
+    passed.report(folder)
     return found
