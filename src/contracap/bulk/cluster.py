@@ -3,6 +3,7 @@
 Nothing here imports Ray before the work starts; it reads some of its settings from the environment then.
 """
 
+import io
 import logging
 import os
 import shutil
@@ -291,11 +292,17 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         ending.close()
         raise BulkError(f"cannot {where}: {error}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
-    with ending, redirect_stdout(sys.stderr):  # where Ray says that a worker died, at times only as it ends
+    said = io.StringIO()  # that workers died; not worth a word where the run ends with an error of its own
+    with ending, redirect_stdout(said):
         try:
             yield ray
+        except BulkError:
+            ray.shutdown()
+            said.truncate(0)
+            raise
         finally:
             ray.shutdown()
+            sys.stderr.write(said.getvalue())
 
 
 def _require_answer(address: str) -> None:
