@@ -49,7 +49,7 @@ CONFIGS = {
 }
 
 
-def main(kind: str, minutes: float, data: Path, peak_rate: float) -> None:
+def main(kind: str, minutes: float, data: Path, learning_rate: float) -> None:
     torch.manual_seed(0)
     config = CONFIGS[kind]
     if kind == "coca":
@@ -81,7 +81,7 @@ def main(kind: str, minutes: float, data: Path, peak_rate: float) -> None:
         captions = [own[generator.integers(len(own))] for _, own in rows]
         begun = time.perf_counter()
         done = spent / limit
-        rate = peak_rate * (
+        rate = learning_rate * (
             min(1.0, (done + 0.002) / WARMUP) if done < WARMUP else 0.5 * (1 + math.cos(math.pi * done))
         )
         for group in optimizer.param_groups:

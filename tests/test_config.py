@@ -13,13 +13,13 @@ from contracap.config import ConfigError, build, load_toml, to_dict, to_toml
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    peak_rate: float = 8e-4
+    learning_rate: float = 8e-4
     betas: tuple[float, float] = (0.9, 0.95)
     schedule: Literal["cosine", "linear"] = "cosine"
 
     def __post_init__(self) -> None:
-        if self.peak_rate <= 0:
-            raise ValueError(f"peak_rate is {self.peak_rate}; it must be above 0")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def test_fields_left_out_keep_their_defaults() -> None:
 
 
 def test_a_whole_number_stands_for_a_float() -> None:
-    assert isinstance(build(Optimizer, {"peak_rate": 1}).peak_rate, float)
+    assert isinstance(build(Optimizer, {"learning_rate": 1}).learning_rate, float)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_whole_number_stands_for_a_float() -> None:
     [
         (
             {"steps": 1, "optimizer": {"peak_rte": 1e-3}},
-            "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.peak_rate'?",
+            "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.learning_rate'?",
         ),
         ({"steps": 1, "teacher": {"beta": 1}}, "unknown key 'teacher.beta'; did you mean 'teacher.betas'?"),
         (
@@ -70,13 +70,13 @@ def test_a_whole_number_stands_for_a_float() -> None:
         ),
         (
             {"steps": 1, "optimizer": {"xyz": 1}},
-            "unknown key 'optimizer.xyz'; the keys here are peak_rate, betas, schedule",
+            "unknown key 'optimizer.xyz'; the keys here are learning_rate, betas, schedule",
         ),
         ({"steps": 1, "betas": [0.1, 0.2]}, "unknown key 'betas'; did you mean 'optimizer.betas'?"),
         ({}, "key 'steps' is missing"),
         (
-            {"steps": 1, "optimizer": {"peak_rate": float("nan"), "betas": [0.1, float("-inf")]}},
-            "'optimizer.peak_rate' must be a finite number, not nan; "
+            {"steps": 1, "optimizer": {"learning_rate": float("nan"), "betas": [0.1, float("-inf")]}},
+            "'optimizer.learning_rate' must be a finite number, not nan; "
             "'optimizer.betas.1' must be a finite number, not -inf",
         ),
         ({"steps": 1, "weights": {"a": float("inf")}}, "'weights.a' must be a finite number, not inf"),
@@ -89,7 +89,7 @@ def test_a_whole_number_stands_for_a_float() -> None:
             {"steps": 1, "optimizer": {"schedule": "step"}},
             "'optimizer.schedule' must be one of 'cosine', 'linear', not 'step'",
         ),
-        ({"steps": 1, "optimizer": {"peak_rate": -1.0}}, "'optimizer': peak_rate is -1.0; it must be above 0"),
+        ({"steps": 1, "optimizer": {"learning_rate": -1.0}}, "'optimizer': learning_rate is -1.0; it must be above 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_path(values: dict[str, Any], message: str) -> None:
@@ -105,12 +105,12 @@ def test_every_wrong_key_is_told_at_once() -> None:
 
 def test_overrides_win_and_are_toml_values_else_strings(tmp_path: Path) -> None:
     path = written(tmp_path, 'steps = 5\n[optimizer]\nschedule = "linear"\n')
-    overrides = ["steps=7", "optimizer.peak_rate=1e-3", "out=runs/two", "resume=true", "teacher.betas=[0.1, 0.2]"]
+    overrides = ["steps=7", "optimizer.learning_rate=1e-3", "out=runs/two", "resume=true", "teacher.betas=[0.1, 0.2]"]
     assert load_toml(path, Run, overrides) == Run(
         steps=7,
         out=Path("runs/two"),
         resume=True,
-        optimizer=Optimizer(peak_rate=1e-3, schedule="linear"),
+        optimizer=Optimizer(learning_rate=1e-3, schedule="linear"),
         teacher=Optimizer(betas=(0.1, 0.2)),
     )
 
@@ -140,7 +140,7 @@ texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
 optimizers = st.builds(
     Optimizer,
-    peak_rate=st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False),
+    learning_rate=st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False),
     betas=st.tuples(numbers, numbers),
     schedule=st.sampled_from(["cosine", "linear"]),
 )
@@ -178,7 +178,7 @@ def test_text_that_toml_cannot_hold_is_refused() -> None:
 def test_a_value_of_any_length_is_shown_in_short() -> None:
     for value in (10**3000, "x" * 3000, [1] * 3000):
         with pytest.raises(ConfigError) as refused:
-            build(Optimizer, {"peak_rate": value})
+            build(Optimizer, {"learning_rate": value})
         assert len(str(refused.value)) < 200
 
 

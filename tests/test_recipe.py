@@ -40,7 +40,7 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
     ("change", "message"),
     [
         ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
-        ({"optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.peak_rate'"),
+        ({"optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.learning_rate'"),
         ({"steps": 0}, "at least 1"),
         ({"out": ""}, "out is empty"),
         ({"initialise_from": " "}, "initialise_from is empty"),
@@ -154,7 +154,7 @@ def test_every_key_is_listed_by_the_command_and_on_its_page(capsys: pytest.Captu
     assert cli.main(["train", "--keys"]) == 0
     listed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in listed.splitlines())
-    for key in ("data.train.NAME.weight", "evaluation.tasks.NAME.metrics", "optimizer.peak_rate", "epochs"):
+    for key in ("data.train.NAME.weight", "evaluation.tasks.NAME.metrics", "optimizer.learning_rate", "epochs"):
         assert f"\n{key}\n" in listed
     page = Path(__file__).parent.parent / "docs" / "recipe-keys.md"
     assert listed in page.read_text(), "write it anew: contracap train --keys"

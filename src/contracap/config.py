@@ -41,13 +41,14 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     and infinity are refused.
 
     Args:
-        cls: a dataclass; its fields may be dataclasses, unions with them, and sequences or mappings of them.
+        cls: a dataclass; its fields may be dataclasses, unions with them, and sequences or mappings of them. A class
+            attribute FORMER_KEYS may say what to do about dotted keys of earlier versions.
         values: plain values by field name, nested like the dataclasses. Fields that are left out keep their defaults.
 
     Raises:
         ConfigError: for every unknown key, with the nearest right one, every missing key and every wrong value.
     """
-    unknown = list(_unknown_keys(cls, values, ()))
+    unknown = list(_unknown_keys(cls, values, (), getattr(cls, "FORMER_KEYS", {})))
     if unknown:
         raise ConfigError(*unknown)
     endless = [f"'{key}' must be {wanted}, not {_short(number)}" for key, wanted, number in _endless(values, ())]
@@ -244,14 +245,17 @@ def _endless(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, floa
         yield ".".join(path), "below 2**63", value
 
 
-def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]:
+def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...], former: Mapping[str, str]) -> Iterator[str]:
+    """A line for each; `former`: dotted keys of earlier versions, and what to do about them."""
     cls = _dataclass_of(hint)
     if cls is not None and isinstance(value, Mapping):
         hints = get_type_hints(cls)
         names = [field.name for field in dataclasses.fields(cls) if field.init]
         for key, item in value.items():
             if key in names:
-                yield from _unknown_keys(hints[key], item, (*path, key))
+                yield from _unknown_keys(hints[key], item, (*path, key), former)
+            elif (dotted := ".".join((*path, str(key)))) in former:
+                yield f"key '{dotted}' is of an earlier version: {former[dotted]}"
             else:
                 close = difflib.get_close_matches(str(key)[:MAX_SHOWN], names, n=1)
                 near = [*_leaves(cls, str(key), path), *(".".join((*path, name)) for name in close)]
@@ -259,7 +263,7 @@ def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[str]
                 yield f"unknown key {_short('.'.join((*path, str(key))))}; {right}"
     else:
         for name, item_hint, item in _items(hint, value):
-            yield from _unknown_keys(item_hint, item, (*path, name))
+            yield from _unknown_keys(item_hint, item, (*path, name), former)
 
 
 def _leaves(cls: type, name: str, path: tuple[str, ...]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The contrastive and the captioning loss: pure functions of tensors, in nats, float32."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,13 @@ class LossConfig:
             raise ValueError("loss weights must not be negative, and one must be above 0")
 
 
-Gather = Callable[[Tensor], Iterable[Tensor]]
-"""From this rank's rows (along the first dimension) to blocks which together hold the rows of all ranks, each once, in
-any order; the blocks can be gone through several times. Every rank has equally many rows."""
+Gather = Callable[[Tensor], Tensor]
+"""From this rank's rows (along the first dimension) to the rows of all ranks, of which each has equally many."""
 
 
-def alone(rows: Tensor) -> Iterable[Tensor]:
+def alone(rows: Tensor) -> Tensor:
     """The gather of a process that is alone: its own rows."""
-    return [rows]
+    return rows
 
 
 def contrastive_loss(
@@ -66,13 +65,14 @@ def contrastive_loss(
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
-    scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
-    if gather is not alone or len(image_features) > chunk:
-        learning = torch.is_grad_enabled() and (image_features.requires_grad or text_features.requires_grad)
-        return _ContrastiveLoss.apply(scale * image_features, text_features, gather, chunk, learning)
-    logits = scale * image_features @ text_features.T
-    targets = torch.arange(len(logits), device=logits.device)
-    return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
+    with torch.autocast(image_features.device.type, enabled=False):
+        scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
+        if gather is not alone or len(image_features) > chunk:
+            learning = torch.is_grad_enabled() and (image_features.requires_grad or text_features.requires_grad)
+            return _ContrastiveLoss.apply(scale * image_features, text_features, gather, chunk, learning)
+        logits = scale * image_features @ text_features.T
+        targets = torch.arange(len(logits), device=logits.device)
+        return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
 
 
 class _ContrastiveLoss(torch.autograd.Function):
@@ -95,22 +95,22 @@ class _ContrastiveLoss(torch.autograd.Function):
         learning: bool,
     ) -> Float[Tensor, ""]:
         rows = torch.stack([images, texts])
-        blocks = gather(torch.stack([texts, images], dim=1))  # as columns: opposite each side lies the other
+        # As columns: opposite each side lies the other.
+        parts = gather(torch.stack([texts, images], dim=1)).split(chunk)
 
         normaliser = rows.new_full(rows.shape[:2], -torch.inf)
-        for block in blocks:
-            for part in block.split(chunk):
-                columns = part.transpose(0, 1)
-                normaliser = torch.logaddexp(normaliser, (rows @ columns.mT).logsumexp(dim=2))
+        for part in parts:
+            columns = part.transpose(0, 1)
+            normaliser = torch.logaddexp(normaliser, (rows @ columns.mT).logsumexp(dim=2))
         if learning:
             gradient = torch.zeros_like(rows)
-            for block, theirs in zip(blocks, gather(normaliser.flip(0).T.contiguous()), strict=True):
-                for part, their_part in zip(block.split(chunk), theirs.split(chunk), strict=True):
-                    columns = part.transpose(0, 1)
-                    scores = rows @ columns.mT
-                    shares = (scores - normaliser[:, :, None]).exp_()
-                    shares += scores.sub_(their_part.T[:, None]).exp_()
-                    gradient.baddbmm_(shares, columns)
+            their_normalisers = gather(normaliser.flip(0).T.contiguous()).split(chunk)
+            for part, theirs in zip(parts, their_normalisers, strict=True):
+                columns = part.transpose(0, 1)
+                scores = rows @ columns.mT
+                shares = (scores - normaliser[:, :, None]).exp_()
+                shares += scores.sub_(theirs.T[:, None]).exp_()
+                gradient.baddbmm_(shares, columns)
             ctx.save_for_backward((gradient / 2 - rows.flip(0)) / len(images))
         return (normaliser.mean(0) - (images * texts).sum(1)).mean()
 

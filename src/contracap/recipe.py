@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from contracap.config import ConfigError, build, load_toml, require_paths, to_dict
 from contracap.data.config import DataConfig
@@ -14,7 +14,7 @@ from contracap.data.remote import commands_in
 from contracap.data.shards import list_shards
 from contracap.evaluation.suite import EvaluationConfig
 from contracap.losses import LossConfig
-from contracap.model.coca import CoCaConfig, KernelConfig
+from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import find_size
 from contracap.parallel import ParallelConfig
 from contracap.training.boards import TENSORBOARD_FOLDER
@@ -84,10 +84,16 @@ class Recipe:
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    kernels: KernelConfig = field(default_factory=KernelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    FORMER_KEYS: ClassVar[Mapping[str, str]] = {
+        "kernels": "delete it; texts are always packed, and cross-attention takes what needs fewer operations",
+        "parallel.gather": "delete it; the rows of all ranks are always gathered at once",
+        "optimizer.peak_rate": "it is optimizer.learning_rate now",
+        "optimizer.final_rate": "it is optimizer.min_learning_rate now",
+    }
 
     def __post_init__(self) -> None:
         require_paths(self, "out", "initialise_from")

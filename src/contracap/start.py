@@ -14,6 +14,7 @@ from contracap.data.shards import list_shards
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.compiling import require_compiler
+from contracap.model.onednn import use_onednn
 from contracap.model.weights import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.parallel import ParallelError
 from contracap.pretrained import find_weights, random_model, read_weights
@@ -28,7 +29,6 @@ FREE = (
     "out",
     "steps",
     "device",
-    "kernels",
     "accumulation",
     "loss.chunk",
     "nonfinite",
@@ -133,6 +133,7 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
     with torch.device("meta"):
         model = CoCa(wanted)
     model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
+    use_onednn(model)
     return model.requires_grad_(True), replace(weights.image, size=wanted.vision.image_size)
 
 

@@ -205,10 +205,14 @@ class _Words:
         return ids
 
 
-def lengths(ids: Int64[Tensor, "batch context"], end: int) -> Int64[Tensor, " batch"]:
+Lengths = Int64[np.ndarray, " batch"]
+"""Tokens of each text, start and end included: on the CPU, so that no shape that is made of them waits for a device."""
+
+
+def text_lengths(ids: Int64[Tensor, "batch context"], end: int) -> Lengths:
     """Tokens of each row up to and including its first `end` token; the row's whole length where it has none."""
-    before_end = (ids == end).cumsum(dim=1) == 0
-    return (before_end.sum(dim=1) + 1).clamp(max=ids.shape[1])
+    is_end = ids.cpu().numpy() == end
+    return np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, ids.shape[1])
 
 
 def clean(text: str, most: int | None = None) -> str:

@@ -17,7 +17,7 @@ from contracap.data.order import OrderError
 from contracap.data.remote import require_consent
 from contracap.evaluation.suite import Suite
 from contracap.files import write_text
-from contracap.parallel import ParallelError, Ranks, started, wrapped
+from contracap.parallel import Agreement, ParallelError, Ranks, started, wrapped
 from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
 from contracap.recipe import RECIPE_FILE, Recipe, in_steps
@@ -119,7 +119,6 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     processor = processor_for(model.config, image)
     freeze(model, recipe.frozen)
     freeze_unused(model, recipe.loss)
-    model.use(recipe.kernels)
     model.to(ranks.device)
     shared = wrapped(model, recipe.parallel, ranks, bf16=config.bf16)
     state = TrainingState(
@@ -166,7 +165,6 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
             watchdog=watchdog,
             profile=Profile(folder, rank=ranks.rank, steps=recipe.steps - state.step) if recipe.profile else None,
             utilisation=utilisation,
-            end=processor.tokenizer.end,
             **steps,
         ) as monitor,
     ):
@@ -178,6 +176,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
             recorder=recorder,
             writer=writer,
             requests=requests,
+            agreement=Agreement(ranks),
         )
         if utilisation:
             logger.info("%s", utilisation)
@@ -255,6 +254,7 @@ class _Run:
     recorder: Recorder
     writer: CheckpointWriter
     requests: Requests
+    agreement: Agreement
     trouble: list[OSError] = field(default_factory=list)
 
     def repeat(self, config: StepConfig, *, validation: Validation | None, suite: Suite) -> None:
@@ -275,9 +275,9 @@ class _Run:
             repeat_steps(state, self.batches, config, monitor=self.monitor, events=events, nonfinite=recipe.nonfinite)
         except TrainingError as error:
             self.writer.wait()
-            remedy = "Lower optimizer.peak_rate, or say nonfinite=skip to leave such steps out"
+            remedy = "Lower optimizer.learning_rate, or say nonfinite=skip to leave such steps out"
             if recipe.nonfinite == "skip":
-                remedy = "Point `last` to an earlier one, or lower optimizer.peak_rate in a new run"
+                remedy = "Point `last` to an earlier one, or lower optimizer.learning_rate in a new run"
             raise TrainingError(
                 f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. {remedy}"
             ) from None
@@ -315,7 +315,7 @@ class _Run:
 
     def validating(self, validation: Validation) -> None:
         """Record losses on other pairs."""
-        self.agreeing()  # it takes a while
+        self.agreeing(at_once=True)  # it takes a while
         with self.monitor.phase(EVALUATION):
             numbers = self.measured(lambda: dict(validation.run(self.state.model)))
             with self.recording():
@@ -323,7 +323,7 @@ class _Run:
 
     def evaluating(self, suite: Suite, *, bf16: bool) -> None:
         """Record what the recipe wants measured on the way."""
-        self.agreeing()
+        self.agreeing(at_once=True)
         model, suite.captions = self.state.model, []
         with self.monitor.phase(EVALUATION):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -366,15 +366,17 @@ class _Run:
                 self.monitor.write_spikes()
             self.writer.save(self.state, joined_states(self.state.ranks.collect(self.batches.state_dict())))
 
-    def agreeing(self) -> None:
-        """End the run on every rank if one of them was asked to, or cannot write.
+    def agreeing(self, *, at_once: bool = False) -> None:
+        """End the run on every rank if one of them was asked to, or cannot write. What another rank says is heard a
+        step later, or `at_once`, which waits for the others.
 
         Raises:
             CheckpointError: if something could not be written.
             Interrupted: after a checkpoint.
         """
         recipe, ranks = self.recipe, self.state.ranks
-        asked, failed = ranks.any(self.requests.received, self.writer.failed or bool(self.trouble))
+        ask = ranks.any if at_once or self.state.step == recipe.steps else self.agreement.ask
+        asked, failed = ask(self.requests.received, self.writer.failed or bool(self.trouble))
         if failed:
             self.writer.wait()
             reason = ranks.broadcast(describe(self.trouble[0]) if self.trouble else "")

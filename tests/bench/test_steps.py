@@ -31,7 +31,7 @@ def seen_by_compile(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_both_sides_change_their_weights_alike(
     setting: Setting, small_peers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "OPTIMIZER", OptimizerConfig(peak_rate=1e-5, warmup_steps=0))
+    monkeypatch.setattr(steps, "OPTIMIZER", OptimizerConfig(learning_rate=1e-5, warmup_steps=0))
     batch = make_batch("tiny", setting, samples=4, full=False)
     ours = Ours("tiny", setting)
     peer = Peer("tiny", ours.model, setting).ways(batch)["eager"]
@@ -55,7 +55,7 @@ def test_a_benchmark_s_own_rate_moves_no_weight(setting: Setting) -> None:
 def test_eager_and_compiled_steps_share_weights_and_optimizer(
     setting: Setting, small_peers: None, seen_by_compile: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "OPTIMIZER", OptimizerConfig(peak_rate=1e-3, warmup_steps=0))
+    monkeypatch.setattr(steps, "OPTIMIZER", OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
     batch = make_batch("tiny", setting, samples=4, full=False)
     plain = Ours("tiny", setting)
     expected = [plain.ways(batch)["eager"](ALL)["loss"] for _ in range(4)]

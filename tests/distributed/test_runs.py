@@ -117,7 +117,7 @@ def of_four(of_two: Runs, colours: Path, tmp_path_factory: pytest.TempPathFactor
     """These take longer, and so there are more of them."""
     runs = Runs(tmp_path_factory.mktemp("four"), 4, colours)
     runs.add("of two", "fsdp", source=str(of_two.folder / "fsdp"))
-    runs.add("wild", "hsdp", optimizer={"peak_rate": 1e30, "warmup_steps": 0})
+    runs.add("wild", "hsdp", optimizer={"learning_rate": 1e30, "warmup_steps": 0})
     runs.add("captions", "fsdp", frozen=["vision"], loss={"contrastive": 0.0, "captioning": 1.0})
     runs.add("bf16", "fsdp", precision="bf16")
     return runs.done()

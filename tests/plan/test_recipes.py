@@ -38,7 +38,7 @@ def test_long_runs_see_thirteen_billion_samples_and_twins_differ_in_the_captioni
     assert len(long) == 3
     for recipe in long.values():
         assert recipe.steps * recipe.data.batch_size == pytest.approx(13e9, rel=1e-3)
-        assert (recipe.optimizer.peak_rate, recipe.optimizer.final_rate) == (1e-3, 0.0)
+        assert (recipe.optimizer.learning_rate, recipe.optimizer.min_learning_rate) == (1e-3, 0.0)
     coca, clip = (long[f"pretrain-laion2b-{kind}-vit-l-14"] for kind in ("coca", "clip"))
     assert (coca.data, coca.optimizer, coca.steps) == (clip.data, clip.optimizer, clip.steps)
     assert coca.model_config.vision == clip.model_config.vision
@@ -63,7 +63,7 @@ def test_the_short_run_goes_on_where_its_first_part_ends_at_a_tenth_of_the_cost(
 def test_fine_tuning_has_the_settings_of_the_release() -> None:
     alone, both = (load_recipe(PLANNED[name]) for name in ("finetune-coco", "finetune-coco-both-losses"))
     for recipe in (alone, both):
-        assert (recipe.data.batch_size, recipe.optimizer.peak_rate) == (128, 1e-5)
+        assert (recipe.data.batch_size, recipe.optimizer.learning_rate) == (128, 1e-5)
         assert recipe.initialise_from is not None and recipe.initialise_from.startswith("hf-hub:laion/CoCa-ViT-L-14")
         assert (recipe.optimizer.warmup_steps, recipe.optimizer.weight_decay) == (1000, 0.1)
     assert (alone.loss.contrastive, alone.loss.captioning) == (0.0, 1.0)

@@ -4,12 +4,12 @@ import pytest
 
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
-from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze, learning_rate
+from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze, learning_rate_at
 
 
 def test_rate_climbs_in_a_line_and_falls_along_a_cosine() -> None:
-    config = OptimizerConfig(peak_rate=1.0, final_rate=0.1, warmup_steps=4)
-    rates = [learning_rate(step, config, total_steps=104) for step in range(105)]
+    config = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate_at(step, config, total_steps=104) for step in range(105)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[54] == pytest.approx(0.55)  # half way down
@@ -63,7 +63,7 @@ def test_frozen_parts_are_named_by_whole_words() -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="final_rate"):
-        OptimizerConfig(peak_rate=1e-3, final_rate=1e-2)
+    with pytest.raises(ValueError, match="min_learning_rate"):
+        OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-2)
     with pytest.raises(ValueError, match=r"clip_norm is -1\.0; it must be at least 0"):
         OptimizerConfig(clip_norm=-1.0)

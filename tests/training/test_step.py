@@ -106,7 +106,7 @@ def test_a_batch_in_parts_has_losses_and_gradients_of_the_batch_in_one(
     config = replace(
         CONFIG,
         loss=LossConfig(contrastive=contrastive, captioning=captioning),
-        optimizer=replace(CONFIG.optimizer, peak_rate=1.0, clip_norm=0.0, weight_decay=0.0),
+        optimizer=replace(CONFIG.optimizer, learning_rate=1.0, clip_norm=0.0, weight_decay=0.0),
     )
     states = []
     for accumulation in (1, parts):

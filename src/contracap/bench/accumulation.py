@@ -69,7 +69,7 @@ def accumulation_time_row(setting: Setting, *, size: str) -> Row:
 def plain_step(ours: Ours, batch: Batch) -> Mapping[str, Tensor]:
     """An update by the gradients of plain micro-batches; the captioning loss, which is that of the batch in one."""
     model, optimizer = ours.model, ours.state.optimizer
-    tokens = count_labels(batch.ids, model.config.text.end)
+    tokens = count_labels(batch)
     captioning = torch.zeros((), device=model.device)
     for part in batch.split(PARTS):
         values = losses(model, part, ours.config, tokens=tokens)

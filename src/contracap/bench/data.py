@@ -35,8 +35,8 @@ from contracap.data.config import DataConfig
 from contracap.data.loader import TrainingBatches, evaluation_samples, validation_batches
 from contracap.data.shards import list_shards, write_shard
 from contracap.image import AugmentationConfig, ImageConfig, normalise
-from contracap.model.layout import pack
-from contracap.tokenizer import FILL, Tokenizer, lengths
+from contracap.model.packing import pack
+from contracap.tokenizer import FILL, Tokenizer, text_lengths
 
 PeerBatches = Iterable[tuple[Float32[Tensor, "batch 3 height width"], Int64[Tensor, "batch context"]]]
 Side = Callable[[tuple[int, int]], int]  # max: the longer one, min: the shorter one
@@ -144,8 +144,9 @@ def tokenizer_row(captions: Sequence[str], *, rounds: int) -> Row:
     def ours() -> None:
         for texts in groups:
             ids = tokenizer(texts)
-            layout = pack(lengths(ids, tokenizer.end), device=ids.device)
-            layout.collect(layout.fit(ids, fill=FILL))
+            lengths = text_lengths(ids, tokenizer.end)
+            layout = pack(lengths, lengths, device=ids.device)
+            layout.unpad(layout.fit(ids, padding=FILL))
 
     def checked_peer() -> tuple[Work, str]:
         peer = peer_module("open_clip").get_tokenizer(PEER_MODEL)

@@ -82,9 +82,10 @@ def largest(fits: Callable[[int], bool], *, clock: Callable[[], float] = time.mo
 
 def fits(side: Ours | Peer, batch: Batch, samples: int) -> bool:
     """Whether memory holds a step on so many samples, which are those of the batch again and again."""
-    rows = torch.arange(samples, device=batch.ids.device) % len(batch)
+    rows = torch.arange(samples) % len(batch)
     try:
-        whole = Batch(pixels=batch.pixels[rows], ids=batch.ids[rows], keys=[""] * samples)
+        pixels, ids = (tensor[rows.to(tensor.device)] for tensor in (batch.pixels, batch.ids))
+        whole = Batch(pixels=pixels, ids=ids, lengths=batch.lengths[rows.numpy()], keys=[""] * samples)
         side.ways(whole)["eager"](slice(0, samples))
     except torch.OutOfMemoryError:
         return False

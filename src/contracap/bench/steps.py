@@ -22,7 +22,7 @@ from contracap.model.weights import to_open_clip
 from contracap.parallel import ParallelConfig, Ranks, wrapped
 from contracap.plan.utilisation import ModelUtilisation, Peak, find_peak
 from contracap.pretrained import random_model
-from contracap.tokenizer import Tokenizer, lengths
+from contracap.tokenizer import Tokenizer, text_lengths
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import LOGIT_SCALE_RANGE, StepConfig, TrainingState, train_step
 
@@ -36,7 +36,7 @@ TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "bf16": 2e-2}
 JOINED = 20  # captions that make a text longer than any context
 LOSS = LossConfig()
 # Steps are repeated, and compared before and after: the update does all of its work, but moves no weight to speak of.
-OPTIMIZER = OptimizerConfig(peak_rate=1e-12, warmup_steps=0)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
 
 
 @dataclass(kw_only=True)
@@ -112,12 +112,12 @@ class Ours:
 
     def accumulated_step(self, batch: Batch, *, parts: int) -> WholeStep:
         """A step on all of this batch, in so many parts."""
-        return partial(train_step, self.state, batch, replace(self.config, accumulation=parts))
+        config = replace(self.config, accumulation=parts)
+        return lambda: train_step(self.state, batch, config).read()
 
     def _step(self, state: TrainingState, batch: Batch, rows: slice) -> Mapping[str, float]:
         state.optimizer.zero_grad()  # of a step that memory did not hold
-        part = Batch(pixels=batch.pixels[rows], ids=batch.ids[rows], keys=batch.keys[rows])
-        return train_step(state, part, self.config)
+        return train_step(state, batch[rows], self.config).read()
 
 
 def _compiled(state: TrainingState, device: torch.device) -> TrainingState:
@@ -149,7 +149,7 @@ class Peer:
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim >= 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": flat, "weight_decay": 0.0}, {"params": matrices, "weight_decay": OPTIMIZER.weight_decay}],
-            lr=OPTIMIZER.peak_rate,
+            lr=OPTIMIZER.learning_rate,
             betas=OPTIMIZER.betas,
             eps=OPTIMIZER.epsilon,
             fused=True,
@@ -262,7 +262,8 @@ def make_batch(size: str, setting: Setting, *, samples: int, full: bool) -> Batc
     generator = torch.Generator().manual_seed(setting.seed)
     pixels = torch.randint(0, 256, (samples, 3, side, side), generator=generator, dtype=torch.uint8)
     ids = Tokenizer(config.text.context, config.text.vocab_size)(texts)
-    return Batch(pixels=pixels, ids=ids, keys=[str(row) for row in range(samples)]).to(setting.device)
+    lengths, keys = text_lengths(ids, config.text.end), [str(row) for row in range(samples)]
+    return Batch(pixels=pixels, ids=ids, lengths=lengths, keys=keys).to(setting.device)
 
 
 def peer_pixels(batch: Batch) -> Tensor:
@@ -272,9 +273,9 @@ def peer_pixels(batch: Batch) -> Tensor:
 
 def describe(batch: Batch) -> str:
     """How many texts of the batch have how many tokens, start and end included."""
-    counts = Counter(_lengths(batch).tolist())
+    counts = Counter(batch.lengths.tolist())
     listed = ", ".join(f"{length}: {count}" for length, count in sorted(counts.items()))
-    return f"texts by their tokens, {_lengths(batch).float().mean():.1f} on average: {listed}"
+    return f"texts by their tokens, {batch.lengths.mean():.1f} on average: {listed}"
 
 
 def describe_limit(model: CoCa, batch: Batch, samples_per_second: float, setting: Setting) -> str:
@@ -287,15 +288,10 @@ def describe_limit(model: CoCa, batch: Batch, samples_per_second: float, setting
     stated = find_peak(setting.device, bf16=setting.precision == "bf16", stated=None)
     if stated is not None:
         peaks.append(stated)
-    tokens = float(_lengths(batch).float().mean())
+    tokens = float(batch.lengths.mean())
     shares = [
         f"{ModelUtilisation(model, LOSS, peak)(samples_per_second, tokens):.1%} of {peak.flops / 1e12:.4g} TFLOP/s "
         f"({peak.source})"
         for peak in peaks
     ]
     return f"ours computes, by the plan's counting, {' and '.join(shares)}" if shares else ""
-
-
-def _lengths(batch: Batch) -> Tensor:
-    end = int(batch.ids.max())  # the last id of every vocabulary
-    return lengths(batch.ids, end)

@@ -31,7 +31,6 @@ from contracap.data.batch import Batch
 from contracap.data.loader import evaluation_samples
 from contracap.model.sizes import find_size
 from contracap.start import precision_on
-from contracap.tokenizer import lengths
 
 Device = Literal["cpu", "cuda"]
 
@@ -228,10 +227,9 @@ def loss_memory_row(setting: Setting) -> Row:
     setting.release()
     config = find_size(B_32).text
     batch = make_batch(B_32, setting, samples=LOSS_BATCH, full=False)
-    ends = lengths(batch.ids, config.end).tolist()
     row = captioning_loss_row(
         f"captioning loss, memory beyond inputs and weight gradient, batch {LOSS_BATCH}, {B_32}",
-        labels=torch.cat([ids[1:end] for ids, end in zip(batch.ids, ends, strict=True)]).cpu(),
+        labels=torch.cat([ids[1:end] for ids, end in zip(batch.ids, batch.lengths, strict=True)]).cpu(),
         vocab_size=config.vocab_size,
         width=config.width,
         device=setting.device,

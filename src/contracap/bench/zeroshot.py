@@ -94,7 +94,7 @@ class Side:
         text, embeddings, prompts = self.model.text, [], self.prompts
         for first in range(0, len(prompts), PROMPTS):
             ids = self.processor.texts(prompts[first : first + PROMPTS]).to(self.device)
-            embeddings.append(text(ids, text.layout(ids))[0])
+            embeddings.append(text.contrastive(ids))
         return mean_per_class(torch.cat(embeddings), classes=len(self.names))
 
     def rows_a_prompt(self, *, shares: bool) -> float:
@@ -102,7 +102,8 @@ class Side:
         prompts, rows = self.prompts, 0
         for first in range(0, len(prompts), PROMPTS):
             ids = self.processor.texts(prompts[first : first + PROMPTS])
-            rows += len(self.model.text.layout(ids, shares=shares).cells)
+            text = self.model.text
+            rows += len(text.layout(ids, text.checked_lengths(ids, None), sharing=shares).cells)
         return rows / len(prompts)
 
 

@@ -3,21 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from contracap.tokenizer import Lengths
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Pictures and their captions, row by row.
+    """Images and their captions, row by row.
 
     Pixels are uint8 and not normalised: that happens on the device, at a quarter of the traffic. The ids are cut to
-    the longest text of the batch (plus one, rounded up to a multiple of 8), so a row may end without any fill.
+    the longest text of the batch (plus one, rounded up to a multiple of 8), so a row may end without any padding.
+
+    Attributes:
+        lengths: tokens of each text, start and end included; they stay on the CPU.
     """
 
     pixels: UInt8[Tensor, "batch 3 height width"]
     ids: Int64[Tensor, "batch tokens"]
+    lengths: Lengths
     keys: list[str]
 
     def __len__(self) -> int:
@@ -45,12 +52,18 @@ class Batch:
         torch.cat([batch.pixels for batch in batches], out=pixels)
         for part, batch in zip(ids.split([len(batch) for batch in batches]), batches, strict=True):
             part[:, : batch.ids.shape[1]] = batch.ids
-        return Batch(pixels=pixels, ids=ids, keys=[key for batch in batches for key in batch.keys])
+        return Batch(
+            pixels=pixels,
+            ids=ids,
+            lengths=np.concatenate([batch.lengths for batch in batches]),
+            keys=[key for batch in batches for key in batch.keys],
+        )
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        """Some of the rows."""
+        return Batch(pixels=self.pixels[rows], ids=self.ids[rows], lengths=self.lengths[rows], keys=self.keys[rows])
 
     def split(self, parts: int) -> list["Batch"]:
         """The rows in `parts` equal parts, in order."""
-        rows = len(self) // parts
-        return [
-            Batch(pixels=pixels, ids=ids, keys=self.keys[index * rows : (index + 1) * rows])
-            for index, (pixels, ids) in enumerate(zip(self.pixels.split(rows), self.ids.split(rows), strict=True))
-        ]
+        size = len(self) // parts
+        return [self[first : first + size] for first in range(0, size * parts, size)]

@@ -25,7 +25,7 @@ from contracap.data.rounds import rounds
 from contracap.data.shards import Sample, list_shards, samples
 from contracap.data.workers import WorkerError
 from contracap.image import ImageConfig, ImageSizeError, augment, decode, resize_and_crop
-from contracap.tokenizer import Tokenizer, lengths
+from contracap.tokenizer import Tokenizer, text_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -355,6 +355,6 @@ def validation_batches(
 def _collate(prepared: Sequence[tuple[UInt8[Tensor, "3 size size"], str, str]], tokenizer: Tokenizer) -> Batch:
     pixels, captions, keys = zip(*prepared, strict=True)
     ids = tokenizer(captions)
-    longest = int(lengths(ids, tokenizer.end).max())
-    tokens = min(tokenizer.context, -(-(longest + 1) // 8) * 8)
-    return Batch(pixels=torch.stack(pixels), ids=ids[:, :tokens].contiguous(), keys=list(keys))
+    lengths = text_lengths(ids, tokenizer.end)
+    tokens = min(tokenizer.context, -(-(int(lengths.max()) + 1) // 8) * 8)
+    return Batch(pixels=torch.stack(pixels), ids=ids[:, :tokens].contiguous(), lengths=lengths, keys=list(keys))

@@ -12,7 +12,7 @@ from contracap.generation.strategy import Hypothesis, Prompts, Search, Strategy
 from contracap.model.cache import DecodingCache
 from contracap.model.coca import CoCa
 from contracap.model.compiling import require_compiler
-from contracap.model.linear import Linear, PackedWeights
+from contracap.model.onednn import OneDNNLinear, PackedWeights
 from contracap.tokenizer import Tokenizer
 
 LEAVING = 0.25  # share of a batch that leaves it together; for fewer, moving the others costs more than it saves
@@ -122,9 +122,9 @@ class Engine:
         return cache
 
 
-def _read_at_each_step(model: CoCa) -> Iterator[Linear]:
+def _read_at_each_step(model: CoCa) -> Iterator[OneDNNLinear]:
     """The linear layers of the text side, but for those that make keys and values of the caption tokens."""
     for part in (model.text.blocks, model.require_decoder()):
         for name, layer in part.named_modules():
-            if isinstance(layer, Linear) and name.rpartition(".")[2] != "key_value":
+            if isinstance(layer, OneDNNLinear) and name.rpartition(".")[2] != "key_value":
                 yield layer

@@ -1,7 +1,5 @@
 """Attention of a sequence to itself and to another one."""
 
-from typing import Literal
-
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float
@@ -9,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from contracap.model.cache import LayerCache, Memory, Projected, Unprojected
-from contracap.model.layout import GRID, Grid
-from contracap.model.linear import Linear
+from contracap.model.packing import GRID, Grid
 
 
 class SelfAttention(nn.Module):
@@ -19,8 +16,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query_key_value = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
         """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""
@@ -48,7 +45,7 @@ class SelfAttention(nn.Module):
             cache: keys and values of earlier tokens, which these follow; theirs are put into it.
         """
         query, key, value = rearrange(
-            layout.spread(self.query_key_value(tokens)),
+            layout.pad(self.query_key_value(tokens)),
             "batch column (part head dim) -> part batch head column dim",
             part=3,
             head=self.heads,
@@ -57,28 +54,23 @@ class SelfAttention(nn.Module):
             cache.append(key, value)
             key, value = cache.keys, cache.values
         attended = attend(query, key, value, causal=causal, mask=mask)
-        return self.out(layout.collect(rearrange(attended, "batch head column dim -> batch column (head dim)")))
-
-
-CrossKernel = Literal["auto", "projected", "absorbed"]
+        return self.out(layout.unpad(rearrange(attended, "batch head column dim -> batch column (head dim)")))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention of a sequence, or of learned queries, to a memory of another width.
 
-    Attributes:
-        kernel: how it is computed, to the same end. `projected`: keys and values are made of every row of the memory.
-            `absorbed`: their matrices are multiplied into the queries and the outputs instead, and the memory is read
-            as it is, which is less work for short texts. `auto`: what takes fewer operations.
+    A memory is read in one of two ways, to the same end. `Projected`: keys and values are made of each of its rows.
+    `Unprojected`: their matrices are multiplied into the queries and the outputs instead, and the memory is read as it
+    is, which is less work for short texts.
     """
 
     def __init__(self, width: int, heads: int, *, memory_width: int):
         super().__init__()
         self.heads = heads
-        self.kernel: CrossKernel = "auto"
-        self.query = Linear(width, width)
-        self.key_value = Linear(memory_width, 2 * width)
-        self.out = Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(memory_width, 2 * width)
+        self.out = nn.Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
         """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""
@@ -90,12 +82,12 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def absorbs(self, *, queries: int, memory: int) -> bool:
-        """Whether so many queries are to read so many rows of memory without projecting them."""
+        """Whether so many queries read so many rows of memory with fewer operations if those are not projected."""
         width, memory_width = self.key_value.out_features // 2, self.key_value.in_features
         # Half the operations for keys or values, and as many again for scores or sums; once for each picture.
         projected = memory * memory_width * width + queries * memory * width
         absorbed = queries * width * memory_width + queries * self.heads * memory * memory_width
-        return self.kernel == "absorbed" or (self.kernel == "auto" and absorbed < projected)
+        return absorbed < projected
 
     def project(self, memory: Float[Tensor, "images memory memory_width"]) -> Projected:
         """Keys and values of a memory, once for all the queries that will read it."""
@@ -114,10 +106,10 @@ class CrossAttention(nn.Module):
         if isinstance(memory, Unprojected):
             return self.out(self._absorbed(self.query(queries), memory, layout))
         query = rearrange(
-            layout.spread(self.query(queries)), "images column (head dim) -> images head column dim", head=self.heads
+            layout.pad(self.query(queries)), "images column (head dim) -> images head column dim", head=self.heads
         )
         attended = attend(query, memory.key, memory.value)
-        return self.out(layout.collect(rearrange(attended, "images head column dim -> images column (head dim)")))
+        return self.out(layout.unpad(rearrange(attended, "images head column dim -> images column (head dim)")))
 
     def _absorbed(
         self, query: Float[Tensor, "*rows width"], memory: Unprojected, layout: Grid
@@ -136,7 +128,7 @@ class CrossAttention(nn.Module):
             rearrange(key_matrix * gain, "(head dim) memory_width -> head dim memory_width", head=self.heads),
             "... head dim, head dim memory_width -> ... head memory_width",
         )
-        grid = layout.spread(wide.flatten(-2))
+        grid = layout.pad(wide.flatten(-2))
         read = plain_attention(  # no fused kernel takes heads as wide as the memory
             rearrange(
                 grid,
@@ -147,7 +139,7 @@ class CrossAttention(nn.Module):
             tokens[:, None],
             scale=(query.shape[-1] // self.heads) ** -0.5,
         )
-        sums = layout.collect(read.reshape(grid.shape))
+        sums = layout.unpad(read.reshape(grid.shape))
         values = einsum(
             rearrange(sums, "... (head memory_width) -> ... head memory_width", head=self.heads),
             rearrange(value_matrix * gain, "(head dim) memory_width -> head dim memory_width", head=self.heads),

@@ -4,22 +4,20 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.attention import CrossAttention, CrossKernel
 from contracap.model.cache import DecodingCache, Projected, Step
-from contracap.model.layout import Packed
 from contracap.model.pooler import PoolerConfig, build_pooler
-from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder
+from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder, TokenStates
 from contracap.model.vision import VisionConfig, VisionEncoder
+from contracap.tokenizer import Lengths
 
-IGNORED = -100  # a label that the captioning loss leaves out, as it does every negative one
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 
@@ -61,53 +59,32 @@ class CoCaConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelConfig:
-    """How the same numbers are computed, up to rounding; no part of what a model is.
-
-    Attributes:
-        text: `packed`: no fill is computed, each text is as long as it is. `padded`: every text fills the context.
-        cross_attention: what `CrossAttention.kernel` says: `projected`, `absorbed`, or by `auto` what takes fewer
-            operations for the texts at hand.
-    """
-
-    text: Literal["packed", "padded"] = "packed"
-    cross_attention: CrossKernel = "auto"
-
-
-@dataclass
+@dataclass(frozen=True)
 class CoCaOutput:
     """What a forward pass gives.
 
     Attributes:
         image_features: [batch embed], unit rows.
         text_features: [batch embed], unit rows.
+        captions: the decoder's states and the labels that the captioning loss compares them with; without a decoder,
+            the text encoder's.
         logit_scale: scalar, already exponentiated.
-        logits: [batch context-1 vocabulary]; row i scores token i + 1, rows beyond the text are unspecified. None
-            without a decoder.
     """
 
     image_features: Float[Tensor, "batch embed"]
     text_features: Float[Tensor, "batch embed"]
+    captions: TokenStates
     logit_scale: Float[Tensor, ""]
-    logits: Float[Tensor, "batch positions vocabulary"] | None
+    decoder: TextDecoder | None = field(repr=False)
 
-
-@dataclass
-class TrainingFeatures:
-    """What the losses read; None where a branch was skipped.
-
-    Attributes:
-        image_features, text_features: [batch embed], unit rows, float32.
-        caption_states: [rows width], a row for each token but the last of each text, text after text, and some that
-            fill up their number; the vocabulary matrix turns a row into scores of the token after it.
-        caption_labels: [rows]; that token, `IGNORED` for the fill.
-    """
-
-    image_features: Float[Tensor, "batch embed"] | None = None
-    text_features: Float[Tensor, "batch embed"] | None = None
-    caption_states: Float[Tensor, "rows width"] | None = None
-    caption_labels: Int64[Tensor, "rows"] | None = None
+    @cached_property
+    def logits(self) -> Float[Tensor, "batch positions vocabulary"] | None:
+        """[batch context-1 vocabulary], computed when first asked for; row i scores token i + 1, rows beyond the text
+        are unspecified. None without a decoder."""
+        if self.decoder is None:
+            return None
+        with torch.set_grad_enabled(self.captions.states.requires_grad):
+            return self.decoder.logits(self.captions)
 
 
 class CoCa(nn.Module):
@@ -125,19 +102,8 @@ class CoCa(nn.Module):
             image_tokens=config.vision.tokens,
         )
         self.text = TextEncoder(config.text, embed_dim=config.embed_dim)
-        self.decoder = (
-            TextDecoder(config.decoder, width=config.text.width, vocab_size=config.text.vocab_size)
-            if config.decoder
-            else None
-        )
+        self.decoder = TextDecoder(config.decoder, config.text) if config.decoder else None
         self.logit_scale = nn.Parameter(torch.empty(()))
-
-    def use(self, kernels: KernelConfig) -> None:
-        """Compute in this way from now on; without a call, as `KernelConfig()` says."""
-        self.text.packs = kernels.text == "packed"
-        for module in self.modules():
-            if isinstance(module, CrossAttention):
-                module.kernel = kernels.cross_attention
 
     def initialise(self) -> None:
         """Fill every parameter with its initial value, from torch's global generator."""
@@ -153,8 +119,48 @@ class CoCa(nn.Module):
         """Where the parameters are."""
         return self.logit_scale.device
 
+    def forward(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        ids: Int64[Tensor, "batch tokens"],
+        lengths: Lengths | None = None,
+    ) -> CoCaOutput:
+        """Both embeddings and the states of the captions, of matching images and texts.
+
+        Args:
+            lengths: tokens of each text, start and end included, as a `Batch` carries them. If they are not given they
+                are read from the ids, which waits for the device.
+
+        Raises: ValueError: if a text is longer than the context.
+        Source: CoCa (arXiv 2205.01917), figure 2 and section 3.2.
+        """
+        image_tokens = self.vision(pixels)
+        image_embedding, caption_tokens = self.pooler(image_tokens)
+        text_embedding, token_states = self.text(ids, lengths)
+        captions = self.decoder(token_states, caption_tokens) if self.decoder else token_states
+        return CoCaOutput(unit(image_embedding), unit(text_embedding), captions, self.logit_scale.exp(), self.decoder)
+
+    def contrastive_features(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        ids: Int64[Tensor, "batch tokens"],
+        lengths: Lengths | None = None,
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch embed"]]:
+        """`image_features` and `text_features` of a forward pass, without what only captions need."""
+        return unit(self.pooler.contrastive(self.vision(pixels))), unit(self.text.contrastive(ids, lengths))
+
+    def captions(
+        self,
+        pixels: Float[Tensor, "batch 3 height width"],
+        ids: Int64[Tensor, "batch tokens"],
+        lengths: Lengths | None = None,
+    ) -> TokenStates:
+        """`captions` of a forward pass, without what only the embeddings need."""
+        caption_tokens = self.pooler.caption_tokens(self.vision(pixels))
+        return self.require_decoder()(self.text.token_states(ids, lengths), caption_tokens)
+
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embed"]:
-        """Contrastive embedding of normalised pictures, unit rows."""
+        """Contrastive embedding of normalised images, unit rows."""
         return unit(self.pooler.contrastive(self.vision(pixels)))
 
     def encode_text(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed"]:
@@ -165,64 +171,15 @@ class CoCa(nn.Module):
 
         Raises: ValueError: if a text is longer than the context.
         """
-        embedding, _ = self.text(ids, self.text.layout(ids, shares=True))
-        return unit(embedding)
+        return unit(self.text.contrastive(ids, sharing=True))
 
     def encode_caption_tokens(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
-        """Contrastive embedding (unit rows) and caption tokens of pictures, from one pass."""
+        """Contrastive embedding (unit rows) and caption tokens of images, from one pass."""
         self.require_decoder()
         embedding, caption_tokens = self.pooler(self.vision(pixels))
         return unit(embedding), caption_tokens
-
-    def forward(self, pixels: Float[Tensor, "batch 3 height width"], ids: Int64[Tensor, "batch tokens"]) -> CoCaOutput:
-        """Both embeddings and, with a decoder, the caption logits of each text given its picture.
-
-        Raises: ValueError: if a text is longer than the context.
-        """
-        features = self.features(pixels, ids, contrastive=True, captioning=self.decoder is not None)
-        assert features.image_features is not None and features.text_features is not None  # both were wanted
-        logits = None
-        if self.decoder is not None:
-            logits = self.caption_layout(ids).spread(self.decoder.vocabulary(features.caption_states))
-            logits = pad(logits, (0, 0, 0, self.config.text.context - 1 - logits.shape[1]))
-        return CoCaOutput(features.image_features, features.text_features, self.logit_scale.exp(), logits)
-
-    def features(
-        self,
-        pixels: Float[Tensor, "batch 3 height width"],
-        ids: Int64[Tensor, "batch tokens"],
-        *,
-        contrastive: bool,
-        captioning: bool,
-    ) -> TrainingFeatures:
-        """What the wanted losses read; the other branch is not computed.
-
-        Raises: ValueError: if a text is longer than the context.
-        """
-        if not captioning:  # the parts of encode_text and encode_image: FSDP takes a call of these for a whole pass
-            text_embedding, _ = self.text(ids, self.text.layout(ids))
-            image_embedding = self.pooler.contrastive(self.vision(pixels))
-            return TrainingFeatures(image_features=unit(image_embedding), text_features=unit(text_embedding))
-        # Layouts first: they wait for the ids, and so for whatever the device was given before.
-        decoder, captions, texts = self.require_decoder(), self.caption_layout(ids), self.text.layout(ids)
-        features = TrainingFeatures(caption_labels=captions.collect(captions.fit(ids[:, 1:], fill=IGNORED)))
-        image_tokens = self.vision(pixels)
-        if contrastive:
-            image_embedding, caption_tokens = self.pooler(image_tokens)
-            text_embedding, states = self.text(ids, texts)
-            features.image_features, features.text_features = unit(image_embedding), unit(text_embedding)
-            states = captions.collect(texts.spread(states)[:, : captions.columns])
-        else:
-            caption_tokens = self.pooler.caption_tokens(image_tokens)
-            states = self.text.token_states(captions.fit(ids, fill=0), captions)
-        features.caption_states = decoder(states, decoder.memory(caption_tokens, columns=captions.columns), captions)
-        return features
-
-    def caption_layout(self, ids: Int64[Tensor, "batch tokens"]) -> Packed:
-        """The rows of the decoder: each token of a text but the last, which nothing follows."""
-        return self.text.pack(self.text.lengths(ids) - 1, columns=self.config.text.context - 1, device=ids.device)
 
     def start_decoding(
         self,
@@ -274,7 +231,7 @@ class CoCa(nn.Module):
     ) -> Float[Tensor, "images text vocabulary"]:
         """What `decode` does, of tensors alone."""
         decoder = self.require_decoder()
-        states = decoder(self.text.next_states(ids, step), memory, step=step)
+        states = decoder.next_states(self.text.next_states(ids, step), memory, step)
         return decoder.vocabulary(states[:, -1:] if step.causal else states).float()
 
     def only_for_contrastive(self) -> list[str]:

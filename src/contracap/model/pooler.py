@@ -13,7 +13,6 @@ from torch.nn.functional import layer_norm
 from contracap.config import require_positive
 from contracap.model.attention import CrossAttention
 from contracap.model.cache import Unprojected
-from contracap.model.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,7 @@ class SharedPooler(Pooler):
             positions=positions,
         )
         self.norm_out = nn.LayerNorm(embed_dim)
-        self.projection = Linear(embed_dim, embed_dim, bias=False)
+        self.projection = nn.Linear(embed_dim, embed_dim, bias=False)
 
     def initialise(self) -> None:
         self.pool.initialise()
@@ -201,7 +200,7 @@ class ClassTokenPooler(Pooler):
     def __init__(self, *, embed_dim: int, vision_width: int):
         super().__init__()
         self.norm_out = nn.LayerNorm(vision_width)
-        self.projection = Linear(vision_width, embed_dim, bias=False)
+        self.projection = nn.Linear(vision_width, embed_dim, bias=False)
 
     def initialise(self) -> None:
         self.norm_out.reset_parameters()

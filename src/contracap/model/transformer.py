@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from contracap.model.attention import CrossAttention, SelfAttention
 from contracap.model.cache import LayerCache, Memory, Projected
-from contracap.model.layout import GRID, Grid
-from contracap.model.linear import Linear
+from contracap.model.packing import GRID, Grid
 
 Block = TypeVar("Block", "SelfBlock", "CrossBlock")
 
@@ -20,9 +19,9 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, mlp_ratio: float):
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.expand = Linear(width, hidden)
+        self.expand = nn.Linear(width, hidden)
         self.activation = nn.GELU()
-        self.contract = Linear(hidden, width)
+        self.contract = nn.Linear(hidden, width)
 
     def initialise(self, *, depth: int) -> None:
         """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""

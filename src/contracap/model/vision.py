@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.linear import Linear
 from contracap.model.transformer import SelfBlock, Stack
 
 # Of the patch embedding's initial rows: what makes each output about as large as its position, measured on photographs.
@@ -59,7 +58,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embedding = Linear(3 * config.patch_size**2, config.width, bias=False)
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.width, bias=False)
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.position = nn.Parameter(torch.empty(config.tokens, config.width))
         self.norm_in = nn.LayerNorm(config.width)

@@ -80,6 +80,30 @@ class Ranks:
             dist.barrier()
 
 
+class Agreement:
+    """What any rank claims, asked at every step without making a rank wait for the others' work: the answer is that to
+    the question before."""
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+        self._asked: tuple[dist.Work, Tensor] | None = None
+
+    def ask(self, *claims: bool) -> list[bool]:
+        """Of each claim of the last call, whether any rank made it; of this call's, where one process is alone.
+
+        Every rank must call it at the same steps.
+        """
+        if self._ranks.count == 1:
+            return list(claims)
+        earlier, counts = self._asked, torch.tensor(claims, dtype=torch.int32)
+        self._asked = dist.all_reduce(counts, async_op=True), counts
+        if earlier is None:
+            return [False] * len(claims)
+        work, counts = earlier
+        work.wait()
+        return [count > 0 for count in counts.tolist()]
+
+
 @contextmanager
 def started(device: torch.device) -> Iterator[Ranks]:
     """The ranks that `torchrun` started, in a process group (nccl between CUDA devices, gloo else) that ends with the

@@ -3,16 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from contracap.losses import Gather, alone
-from contracap.model.coca import CoCa, TrainingFeatures
+from contracap.model.coca import CoCa, CoCaOutput
+from contracap.model.text import TokenStates
 from contracap.model.transformer import CrossBlock, SelfBlock
 from contracap.parallel.blocks import change_blocks
-from contracap.parallel.gather import GATHERS
+from contracap.parallel.gather import gather_rows
 from contracap.parallel.ranks import ParallelError, Ranks
 
 Kind = Literal["ddp", "fsdp", "hsdp"]
@@ -26,17 +27,42 @@ class ParallelConfig:
         kind: what `wrapped` does. `ddp`: each rank holds everything. `fsdp`: each holds a share of every parameter, its
             gradient and its moments. `hsdp`: shares within a machine, copies between machines.
             A run can go on with another.
-        gather: how the contrastive loss gets the rows of all ranks. `gathered`: all at once. `ring`: block after block,
-            at twice the traffic and without ever holding them all.
         recompute: `blocks`: of each transformer block only the input is kept, and its activations are computed again in
             the backward pass: less memory, more time.
         compile: whether `torch.compile` fuses what each block does. Meant for GPUs: see docs/performance.md.
     """
 
     kind: Kind = "ddp"
-    gather: Literal["gathered", "ring"] = "gathered"
     recompute: Literal["none", "blocks"] = "none"
     compile: bool = False
+
+
+class Replica(nn.Module):
+    """A model whose copies on all ranks average their gradients (DDP), with the methods that a training step calls."""
+
+    def __init__(self, model: CoCa):
+        super().__init__()
+        self.copies = nn.parallel.DistributedDataParallel(_Methods(model), gradient_as_bucket_view=True)
+
+    def forward(self, *batch: Any) -> CoCaOutput:
+        return self.copies("__call__", *batch)
+
+    def contrastive_features(self, *batch: Any) -> tuple[Tensor, Tensor]:
+        return self.copies("contrastive_features", *batch)
+
+    def captions(self, *batch: Any) -> TokenStates:
+        return self.copies("captions", *batch)
+
+
+class _Methods(nn.Module):
+    """Methods of a model as one forward pass, which is what DDP watches."""
+
+    def __init__(self, model: CoCa):
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, *batch: Any) -> Any:
+        return getattr(self.model, method)(*batch)
 
 
 @dataclass(frozen=True)
@@ -44,14 +70,14 @@ class Wrapped:
     """A model whose gradients are averaged over the ranks by each backward pass.
 
     Attributes:
-        features: what to call in place of `CoCa.features`; the same arguments, on the rows of this rank.
+        model: what to call in place of the model, on the rows of this rank.
         gather: brings the rows of all ranks, for the contrastive loss.
         accumulating: a context for the forward and backward passes of all parts of a batch but the last, whose
             gradients wait on this rank.
         forward_only: a context for forward passes that no backward pass follows.
     """
 
-    features: Callable[..., TrainingFeatures]
+    model: CoCa | Replica
     gather: Gather = alone
     accumulating: Callable[[], AbstractContextManager[None]] = nullcontext
     forward_only: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -76,22 +102,11 @@ def wrapped(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool = F
     """
     change_blocks(model, recompute=config.recompute == "blocks", compiled=config.compile)
     if ranks.count == 1:
-        return Wrapped(model.features)
+        return Wrapped(model)
     if config.kind == "ddp":
-        copies = nn.parallel.DistributedDataParallel(_Features(model), gradient_as_bucket_view=True)
-        return Wrapped(copies, GATHERS[config.gather], copies.no_sync)
+        replica = Replica(model)
+        return Wrapped(replica, gather_rows, replica.copies.no_sync)
     return _sharded(model, config, ranks, bf16=bf16)
-
-
-class _Features(nn.Module):
-    """`CoCa.features` as a forward pass, which is what DDP watches."""
-
-    def __init__(self, model: CoCa):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Tensor, **wanted: bool) -> TrainingFeatures:
-        return self.model.features(*args, **wanted)
 
 
 def units(model: CoCa) -> list[nn.Module]:
@@ -125,7 +140,7 @@ def _sharded(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -
     # share out a scalar.
     scale = model.logit_scale
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params={scale})
-    for method in ("features", "encode_image", "encode_text", "encode_caption_tokens"):
+    for method in ("contrastive_features", "captions", "encode_image", "encode_text", "encode_caption_tokens"):
         register_fsdp_forward_method(model, method)
 
     def average(parameter: Tensor) -> None:
@@ -151,7 +166,7 @@ def _sharded(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -
         finally:
             model.reshard()  # a backward pass would have given the root's parameters back
 
-    return Wrapped(model.features, GATHERS[config.gather], accumulating, forward_only)
+    return Wrapped(model, gather_rows, accumulating, forward_only)
 
 
 def whole(tensor: Tensor) -> Tensor:

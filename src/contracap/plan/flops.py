@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from contracap.losses import LossConfig
-from contracap.model.coca import CoCa, CoCaConfig, KernelConfig
+from contracap.model.coca import CoCa, CoCaConfig
 
-KERNELS = KernelConfig()
 TOWERS = {"image encoder": "vision", "text encoder": "text"}  # fed data alone: frozen as a whole, they go forward only
 BACKWARD = 2  # forward passes that a backward pass takes: one product for the inputs, one for the weights
 
@@ -66,10 +65,8 @@ class Tokens:
     contrastive: bool
 
 
-def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts, kernels: KernelConfig = KERNELS) -> Tokens:
+def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts) -> Tokens:
     """The rows of a sample whose caption is of mean length. Source: model.text.TextEncoder.layout, for the text."""
-    if kernels.text == "padded":
-        texts = Texts(mean=float(config.text.context), longest=config.text.context)
     vision, text = config.vision, config.text
     captioning, contrastive = loss.captioning > 0, loss.contrastive > 0
     image = 1.0 + max(1, round(vision.patches * (1.0 - vision.patch_dropout)))
@@ -85,10 +82,10 @@ def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts, kernels: Kerne
     memory = float(config.pooler.queries - (config.pooler.kind == "shared")) if captioning else 0.0
     absorbed = False
     if config.decoder is not None and captioning:
-        absorbed = _absorbs(kernels, config.decoder.heads, decoder_columns, text.width, memory, text.width)
+        absorbed = _absorbs(config.decoder.heads, decoder_columns, text.width, memory, text.width)
     return Tokens(
         image=image,
-        pools=tuple(_pools(config, image, kernels, captioning=captioning, contrastive=contrastive)),
+        pools=tuple(_pools(config, image, captioning=captioning, contrastive=contrastive)),
         memory=memory,
         encoder=encoder_rows(texts.mean),
         encoder_columns=encoder_rows(float(texts.longest)),
@@ -99,9 +96,7 @@ def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts, kernels: Kerne
     )
 
 
-def _pools(
-    config: CoCaConfig, image: float, kernels: KernelConfig, *, captioning: bool, contrastive: bool
-) -> list[Pool]:
+def _pools(config: CoCaConfig, image: float, *, captioning: bool, contrastive: bool) -> list[Pool]:
     kind, queries, width, embed = (
         config.pooler.kind,
         float(config.pooler.queries),
@@ -110,7 +105,7 @@ def _pools(
     )
 
     def pool(queries: float, memory: float, memory_width: int, *, adds_positions: bool = False) -> Pool:
-        absorbed = _absorbs(kernels, config.pooler.heads, queries, embed, memory, memory_width)
+        absorbed = _absorbs(config.pooler.heads, queries, embed, memory, memory_width)
         return Pool(queries, memory, memory_width, absorbed and not adds_positions)
 
     if kind == "class_token":
@@ -123,13 +118,13 @@ def _pools(
     return caption + [one] * contrastive
 
 
-def _absorbs(kernels: KernelConfig, heads: int, queries: float, width: int, memory: float, memory_width: int) -> bool:
+def _absorbs(heads: int, queries: float, width: int, memory: float, memory_width: int) -> bool:
     """Source: model.attention.CrossAttention.absorbs."""
     costs = [
         _attention_flops(heads, queries, queries, width, memory, memory_width, absorbed=absorbed)
         for absorbed in (False, True)
     ]
-    return kernels.cross_attention == "absorbed" or (kernels.cross_attention == "auto" and costs[1] < costs[0])
+    return costs[1] < costs[0]
 
 
 def _attention_flops(

@@ -133,8 +133,7 @@ def memory_parts(
         gradients += sum(unit.trained for unit in shares.shared) * EXACT
     elif parts == 1 and (shares.blocks or shares.gpus == 1):
         gradients = max(0.0, gradients - activations)
-    ring = recipe.parallel.gather == "ring"
-    scores = contrastive_scores(config, rows=parts * rows, gpus=shares.gpus, ring=ring) if tokens.contrastive else 0.0
+    scores = contrastive_scores(config, rows=parts * rows, gpus=shares.gpus) if tokens.contrastive else 0.0
     counted = {
         "parameters": shares.held * EXACT,
         "gradients": gradients,
@@ -180,9 +179,7 @@ def captioning_scores(config: CoCaConfig, tokens: Tokens, *, rows: float, produc
     return scored * config.text.vocab_size * (product + EXACT * narrow) + matrix
 
 
-def contrastive_scores(config: CoCaConfig, *, rows: float, gpus: int, ring: bool = False) -> float:
-    """Bytes of both directions' scores for a chunk of columns, of their shares, and of the features of all GPUs, in a
-    ring of two at a time."""
-    block = rows if ring else rows * gpus
-    held = min(2, gpus) * rows if ring else block
-    return (2 * 2 * rows * min(block, float(CONTRASTIVE_CHUNK)) + 2 * held * config.embed_dim) * EXACT
+def contrastive_scores(config: CoCaConfig, *, rows: float, gpus: int) -> float:
+    """Bytes of both directions' scores for a chunk of columns, of their shares, and of the features of all GPUs."""
+    columns = rows * gpus
+    return (2 * 2 * rows * min(columns, float(CONTRASTIVE_CHUNK)) + 2 * columns * config.embed_dim) * EXACT

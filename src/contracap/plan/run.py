@@ -79,7 +79,7 @@ def plan_run(
     known = caption_texts(recipe.data, context) if text_tokens is None else Texts(mean=text_tokens, longest=context)
     texts = known or padded
 
-    model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts, recipe.kernels)
+    model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts)
     shares = shares_of(model, recipe.parallel.kind, gpus=gpus, per_machine=gpus_per_machine)
     batch, parts, recompute = recipe.data.batch_size, recipe.accumulation, recipe.parallel.recompute == "blocks"
     product, peak = (EXACT, machine.fp32) if recipe.precision == "fp32" else (2, machine.bf16)
@@ -90,7 +90,7 @@ def plan_run(
     again = (sum(training_flops(model, blocks).values()) - sum(blocks.values())) / BACKWARD
     features = 0.0
     if parts > 1 and tokens.contrastive:
-        alone = tokens_of(config, LossConfig(captioning=0.0), texts, recipe.kernels)
+        alone = tokens_of(config, LossConfig(captioning=0.0), texts)
         features = share * sum(forward_flops(config, alone).values())
 
     def memory(rows: float) -> Mapping[str, float]:
@@ -142,7 +142,7 @@ def plan_run(
         between=3600 * hours_between_failures / gpus,
     )
     figures |= _failure_figures(recipe, failures, step=step)
-    padded_flops = forward_flops(config, tokens_of(config, recipe.loss, padded, recipe.kernels))
+    padded_flops = forward_flops(config, tokens_of(config, recipe.loss, padded))
     precision = "fp32" if product == EXACT else "bf16"
     return Plan(
         title=f"{recipe.size} on {gpus} {gpu}, {recipe.parallel.kind}, {precision}: {recipe.steps:,} steps of "

@@ -8,7 +8,7 @@ from contracap.plan.parameters import EXACT, Shares
 from contracap.recipe import Recipe
 
 Purpose = Literal["parameters, forward", "parameters, backward", "gradients", "features", "numbers"]
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 KINDS = get_args(Kind)
 
 
@@ -20,7 +20,7 @@ class Collective:
         kind: torch's name of it.
         purpose: what travels.
         payload: bytes of the larger tensor of each call, on one rank: what an all_gather gives, what a reduce_scatter
-            takes, what an all_reduce or a send is called with.
+            takes, what an all_reduce is called with.
         ranks: of the group.
         local: whether they are all in one machine.
     """
@@ -35,10 +35,7 @@ class Collective:
     def sent(self) -> float:
         """Bytes that each rank sends, and receives, if the payload goes around a ring."""
         others = (self.ranks - 1) / self.ranks
-        return (
-            self.payload
-            * {"all_gather": others, "reduce_scatter": others, "all_reduce": 2 * others, "send": 1}[self.kind]
-        )
+        return self.payload * others * (2 if self.kind == "all_reduce" else 1)
 
 
 def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int) -> Sequence[Collective]:
@@ -75,10 +72,8 @@ def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int)
     copied = shares.copied.trained * (parts if shares.blocks else 1)
     add("all_reduce", "gradients", copied * EXACT, gpus, together)
     pairs, width = rows * contrastive * EXACT, 2 * recipe.model_config.embed_dim
-    if recipe.parallel.gather == "gathered":  # rows of both towers, then what each pair is normalised by
-        add("all_gather", "features", gpus * pairs * (width + 2), gpus, together)
-    else:  # the rows go around twice
-        add("send", "features", (gpus - 1) * pairs * (2 * width + 2), gpus, together)
+    # Rows of both towers, then what each pair is normalised by.
+    add("all_gather", "features", gpus * pairs * (width + 2), gpus, together)
     # The number of labels, an int64, and each loss; where gradients are shared out, the norm of each.
     add("all_reduce", "numbers", 8 + EXACT * (contrastive + captioning), gpus, together)
     if shares.blocks:

@@ -15,6 +15,7 @@ from contracap.config import build, to_dict
 from contracap.files import replacing, write_text
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.onednn import use_onednn
 from contracap.model.sizes import SIZES, find_size
 from contracap.model.text import ClsMask
 from contracap.model.weights import (
@@ -88,6 +89,7 @@ def load(
         model = CoCa(found.model)
     model.load_state_dict(found.state, assign=True)
     model.float()
+    use_onednn(model)
     return model.eval().requires_grad_(True), processor
 
 
@@ -115,6 +117,7 @@ def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.initialise()
+    use_onednn(model)
     return model.eval(), processor_for(config, ImageConfig(size=config.vision.image_size))
 
 

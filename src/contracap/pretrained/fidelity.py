@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from contracap.model.coca import CoCa, CoCaConfig, unit
 from contracap.model.weights import POOLER_POSITIONS
-from contracap.tokenizer import Tokenizer
+from contracap.tokenizer import Tokenizer, text_lengths
 
 TEXTS = (
     "a dog",
@@ -85,13 +85,13 @@ def _read_texts(model: CoCa) -> tuple[Float[Tensor, "text embed"], Float[Tensor,
     and, last, itself."""
     config, shares = model.config.text, []
     ids = Tokenizer(config.context, config.vocab_size)(TEXTS)
-    layout = model.text.layout(ids)
+    layout = model.text.layout(ids, text_lengths(ids, config.end))
     last = layout.lengths - 1
-    mask = model.text.mask(layout.fit(ids, fill=0), layout)
+    mask = model.text.mask(layout.fit(ids, padding=0), layout)
 
     def watch(attention, arguments, _) -> None:
         query, key, _ = rearrange(
-            layout.spread(attention.query_key_value(arguments[0])),
+            layout.pad(attention.query_key_value(arguments[0])),
             "text column (part head dim) -> part text head column dim",
             part=3,
             head=attention.heads,
@@ -107,7 +107,7 @@ def _read_texts(model: CoCa) -> tuple[Float[Tensor, "text embed"], Float[Tensor,
         shares.append(placed)
 
     hooks = [block.attention.register_forward_hook(watch) for block in model.text.blocks]
-    embedding, _ = model.text(ids, layout)
+    embedding = model.text.contrastive(ids)
     for hook in hooks:
         hook.remove()
     return unit(embedding), torch.stack(shares)

@@ -173,7 +173,7 @@ def _fact_rows(recipe: Recipe, sources: str) -> Iterator[tuple[str, str]]:
     yield "starts from", recipe.initialise_from or "random weights"
     yield (
         "optimizer",
-        f"peak rate {optimizer.peak_rate:g}, {optimizer.warmup_steps:,} warm-up steps, weight decay "
+        f"peak rate {optimizer.learning_rate:g}, {optimizer.warmup_steps:,} warm-up steps, weight decay "
         f"{optimizer.weight_decay:g}",
     )
     yield "precision", recipe.precision

@@ -43,7 +43,7 @@ def repeat_steps(
     skipped = 0
     for batch in itertools.islice(monitor.batches(batches), config.total_steps - state.step):
         try:
-            numbers = train_step(state, batch, config)
+            numbers = train_step(state, batch, config).read()
         except NonFiniteError as error:
             skipped += 1
             stops = nonfinite == "stop" or skipped == MOST_SKIPPED

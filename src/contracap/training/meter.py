@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from contracap.data.batch import Batch
-from contracap.tokenizer import lengths
 
 GIB = 2**30
 # The share of a device's peak that is used, from samples a second of one device and the mean length of their texts.
@@ -23,7 +22,7 @@ class Measured:
     Attributes:
         seconds: since the last record, whatever came between the steps included.
         waited: seconds of them that the loop waited for its next batch.
-        tokens: of the texts, start and end included, without fill.
+        tokens: of the texts, start and end included, without padding.
         memory: bytes.
         gpu_utilisation: share of the time in which the GPU computed; None where nobody can tell.
     """
@@ -40,9 +39,8 @@ class Measured:
 class Meter:
     """Counts what one rank does."""
 
-    def __init__(self, device: torch.device, *, end: int):
-        """`end`: the id that ends a text."""
-        self._device, self._end = device, end
+    def __init__(self, device: torch.device):
+        self._device = device
         self._asks_gpu = device.type == "cuda"
         self._forget()
 
@@ -56,10 +54,10 @@ class Meter:
         self._waited += seconds
 
     def step(self, batch: Batch) -> None:
-        """A step is done on this batch, which is on the CPU."""
+        """A step is done on this batch."""
         self._steps += 1
         self._samples += len(batch)
-        self._tokens += int(lengths(batch.ids, self._end).sum())
+        self._tokens += int(batch.lengths.sum())
 
     def take(self) -> Measured:
         """The counts since the last call."""

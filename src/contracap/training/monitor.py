@@ -30,7 +30,6 @@ class Monitor:
         watchdog: Watchdog,
         profile: Profile | None,
         utilisation: Utilisation | None,
-        end: int,
         start: int,
         total_steps: int,
     ):
@@ -38,12 +37,11 @@ class Monitor:
 
         Args:
             utilisation: None where the peak of the device is not known.
-            end: the id that ends a text.
             start: steps done before.
         """
         self._recorder, self._ranks = recorder, ranks
         self._watchdog, self._profile, self._utilisation = watchdog, profile, utilisation
-        self._meter = Meter(ranks.device, end=end)
+        self._meter = Meter(ranks.device)
         self._done, self._total = start, total_steps
         self._spikes = Spikes()
         self._unwritten: list[Spike] = []

@@ -16,13 +16,13 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
-        peak_rate: learning rate reached after `warmup_steps`.
-        final_rate: learning rate the cosine ends at.
+        learning_rate: the highest, reached after `warmup_steps`.
+        min_learning_rate: where the cosine ends.
         clip_norm: largest global norm of the gradient; 0 for none.
     """
 
-    peak_rate: float = 1e-3
-    final_rate: float = 0.0
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 0.0
     warmup_steps: int = 100
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
@@ -30,10 +30,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.peak_rate <= 0 or not 0 <= self.final_rate <= self.peak_rate:
+        if self.learning_rate <= 0 or not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(
-                "the learning rates must be 0 <= final_rate <= peak_rate, with peak_rate above 0; "
-                f"they are {self.final_rate} and {self.peak_rate}"
+                "the learning rates must be 0 <= min_learning_rate <= learning_rate, with learning_rate above 0; "
+                f"they are {self.min_learning_rate} and {self.learning_rate}"
             )
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
@@ -44,13 +44,15 @@ class OptimizerConfig:
             raise ValueError(f"epsilon is {self.epsilon}; it must be above 0")
 
 
-def learning_rate(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
-    """Learning rate of the update after `step` updates: linear warm-up to the peak, then half a cosine to the final
-    rate."""
+def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
+    """Learning rate at `step` (updates done, from 0): linear warm-up, then half a cosine down to the lowest."""
     if step < config.warmup_steps:
-        return config.peak_rate * (step + 1) / config.warmup_steps
+        return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.final_rate + (config.peak_rate - config.final_rate) * (1 + math.cos(math.pi * done)) / 2
+    return (
+        config.min_learning_rate
+        + (config.learning_rate - config.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+    )
 
 
 def decays(module: nn.Module, parameter_name: str) -> bool:
@@ -77,7 +79,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
             for decaying, parameters in groups.items()
             if parameters
         ],
-        lr=config.peak_rate,
+        lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,
         fused=True,

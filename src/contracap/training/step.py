@@ -1,29 +1,29 @@
 """One update of the weights."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig, normalise
 from contracap.losses import LossConfig, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa
+from contracap.model.text import TokenStates
 from contracap.parallel import Ranks, Wrapped, whole
-from contracap.tokenizer import lengths
-from contracap.training.optimizer import OptimizerConfig, learning_rate
+from contracap.training.optimizer import OptimizerConfig, learning_rate_at
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
 Contrast = Callable[..., Tensor]  # a contrastive loss: of image_features, text_features and logit_scale=
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient that is NaN or infinite; the weights were left as they were."""
+    """A loss or gradient that is NaN or infinite. The step left the weights as they were."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ def losses(
     shared: Wrapped | None = None,
     contrast: Contrast | None = None,
 ) -> dict[str, Tensor]:
-    """The wanted losses by name, not weighted; what has weight 0 is not computed.
+    """The losses of weight above 0 by name, not weighted.
 
     Args:
         batch: on the model's device.
@@ -81,30 +81,25 @@ def losses(
         shared: the model as the ranks share it; None where one process has it alone.
         contrast: in place of `contrastive_loss`, which contrasts the batch and those of the other ranks.
     """
-    wanted, shared = config.loss, shared or Wrapped(model.features)
+    shared = shared or Wrapped(model)
     contrast = contrast or partial(contrastive_loss, gather=shared.gather)
-    parts = {}
+
+    def captioning(captions: TokenStates) -> Tensor:
+        vocabulary, chunk = model.require_decoder().vocabulary.weight, config.loss.chunk or None
+        return captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens, chunk=chunk)
+
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-        made = shared.features(
-            normalise(batch.pixels, config.image),
-            batch.ids,
-            contrastive=wanted.contrastive > 0,
-            captioning=wanted.captioning > 0,
-        )
-        if made.caption_states is not None and made.caption_labels is not None:
-            parts["captioning_loss"] = captioning_loss(
-                made.caption_states,
-                model.require_decoder().vocabulary.weight,
-                labels=made.caption_labels,
-                tokens=tokens,
-                chunk=wanted.chunk or None,
-            )
-    if made.image_features is not None and made.text_features is not None:
-        # Outside autocast: the product of the embeddings stays float32.
-        parts["contrastive_loss"] = contrast(
-            made.image_features, made.text_features, logit_scale=model.logit_scale.exp()
-        )
-    return parts
+        inputs = normalise(batch.pixels, config.image), batch.ids, batch.lengths
+        if not config.loss.captioning:
+            images, texts = shared.model.contrastive_features(*inputs)
+            return {"contrastive_loss": contrast(images, texts, logit_scale=model.logit_scale.exp())}
+        if not config.loss.contrastive:
+            return {"captioning_loss": captioning(shared.model.captions(*inputs))}
+        output = shared.model(*inputs)
+        return {
+            "captioning_loss": captioning(output.captions),
+            "contrastive_loss": contrast(output.image_features, output.text_features, logit_scale=output.logit_scale),
+        }
 
 
 def contrast_whole(model: CoCa, parts: Sequence[Batch], config: StepConfig, *, shared: Wrapped) -> list[Contrast]:
@@ -118,16 +113,13 @@ def contrast_whole(model: CoCa, parts: Sequence[Batch], config: StepConfig, *, s
     device = model.device.type
     with torch.no_grad(), shared.forward_only(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16):
         made = [
-            shared.features(normalise(part.pixels, config.image), part.ids, contrastive=True, captioning=False)
+            shared.model.contrastive_features(normalise(part.pixels, config.image), part.ids, part.lengths)
             for part in parts
         ]
-    inputs = [
-        torch.cat([part.image_features for part in made if part.image_features is not None]).requires_grad_(),
-        torch.cat([part.text_features for part in made if part.text_features is not None]).requires_grad_(),
-        model.logit_scale.detach().exp().requires_grad_(),
-    ]
-    loss = contrastive_loss(*inputs[:2], logit_scale=inputs[2], gather=shared.gather)
-    to_images, to_texts, to_scale = torch.autograd.grad(loss, inputs)
+    images, texts = (torch.cat(features).requires_grad_() for features in zip(*made, strict=True))
+    scale = model.logit_scale.detach().exp().requires_grad_()
+    loss = contrastive_loss(images, texts, logit_scale=scale, gather=shared.gather)
+    to_images, to_texts, to_scale = torch.autograd.grad(loss, (images, texts, scale))
     count = len(parts)
     return [
         partial(_share, value=loss.detach() / count, to_images=images, to_texts=texts, to_scale=to_scale / count)
@@ -150,36 +142,66 @@ def _share(
     return value + (slope - slope.detach())
 
 
-def count_labels(ids: Int64[Tensor, "batch tokens"], end: int) -> Int64[Tensor, ""]:
+def count_labels(batch: Batch) -> int:
     """Tokens that the captioning loss is over: all of each text but its first, its end token included."""
-    return (lengths(ids, end) - 1).sum()
+    return int(batch.lengths.sum()) - len(batch)
 
 
-def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[str, float]:
-    """Forward, backward, clip, update. Returns losses (nats), `gradient_norm` before clipping, `logit_scale`,
-    `learning_rate`.
+@dataclass(frozen=True)
+class StepMetrics:
+    """The numbers of a step, still on the device.
 
-    A batch in parts has the losses and gradients of the batch in one.
-    Randomness (patch dropout) depends on seed, step and rank alone, so that a resumed run repeats it.
+    Attributes:
+        names: of `values`.
+        weights: of each loss in `loss`.
+    """
 
-    Raises: NonFiniteError: before anything was changed.
+    names: tuple[str, ...]
+    values: Float[Tensor, "names"]
+    weights: Mapping[str, float]
+    learning_rate: float
+
+    def read(self) -> dict[str, float]:
+        """Losses (nats), their weighted sum `loss`, `gradient_norm` before clipping, `learning_rate`, `logit_scale`.
+        Waits for the device.
+
+        Raises: NonFiniteError: if a loss or the norm is NaN or infinite; the step then changed nothing.
+        """
+        numbers = dict(zip(self.names, self.values.tolist(), strict=True))
+        logit_scale = numbers.pop("logit_scale")
+        numbers = {
+            **{name: number for name, number in numbers.items() if name in self.weights},
+            "loss": sum(weight * numbers[name] for name, weight in self.weights.items()),
+            "gradient_norm": numbers["gradient_norm"],
+        }
+        if not all(math.isfinite(value) for value in numbers.values()):
+            raise NonFiniteError(", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
+        return numbers | {"learning_rate": self.learning_rate, "logit_scale": logit_scale}
+
+
+def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> StepMetrics:
+    """Forward, backward, clip, update. Nothing here waits for the device.
+
+    A batch in parts has the losses and gradients of the batch in one. A step whose losses or gradients are not finite
+    leaves the weights as they are. Randomness (patch dropout) depends on seed, step and rank alone, so that a resumed
+    run repeats it.
     """
     model, optimizer = state.model, state.optimizer
-    ranks, shared = state.ranks, state.wrapped or Wrapped(model.features)
-    rate = learning_rate(state.step, config.optimizer, total_steps=config.total_steps)
+    ranks, shared = state.ranks, state.wrapped or Wrapped(model)
+    rate = learning_rate_at(state.step, config.optimizer, total_steps=config.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.train()
-    batch = batch.to(model.device)
-    tokens = ranks.mean(count_labels(batch.ids, model.config.text.end))
-    parts = batch.split(config.accumulation)
+    tokens = ranks.mean(torch.full((), count_labels(batch), device=model.device))
+    parts = batch.to(model.device).split(config.accumulation)
     seed = config.seed * 1_000_003 + state.step + ranks.rank * 2**48  # each rank drops patches of its own
     contrasts: Sequence[Contrast | None] = [None] * len(parts)
     torch.manual_seed(seed)
     if len(parts) > 1 and config.loss.contrastive:
         contrasts = contrast_whole(model, parts, config, shared=shared)
         torch.manual_seed(seed)  # each part drops the same patches again
-    weights = {"contrastive_loss": config.loss.contrastive, "captioning_loss": config.loss.captioning}
+    weights = {"captioning_loss": config.loss.captioning, "contrastive_loss": config.loss.contrastive}
+    weights = {name: weight for name, weight in weights.items() if weight}
     totals: dict[str, Tensor] = {}
     for left, part, contrast in zip(reversed(range(len(parts))), parts, contrasts, strict=True):
         with shared.accumulating() if left else nullcontext():
@@ -191,17 +213,22 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
         config.optimizer.clip_norm or math.inf,
     )
     means = ranks.mean(torch.stack(list(totals.values())))
-    *found, gradient_norm = torch.cat([means, whole(norm).reshape(1)]).tolist()  # the device is waited for once
-    numbers = dict(zip(totals, found, strict=True))
-    numbers |= {"loss": sum(weights[name] * numbers[name] for name in totals), "gradient_norm": gradient_norm}
-    if not all(math.isfinite(value) for value in numbers.values()):
-        optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
+    values = torch.cat([means, whole(norm).reshape(1)])
+    _update(state, values.isfinite().all(), config)
+    names = (*totals, "gradient_norm", "logit_scale")
+    return StepMetrics(names, torch.cat([values, model.logit_scale.detach().exp().reshape(1)]), weights, rate)
+
+
+@torch.no_grad()
+def _update(state: TrainingState, finite: Bool[Tensor, ""], config: StepConfig) -> None:
+    """Step the optimizer and what follows the weights, unless the step's numbers are not finite: decided on the device,
+    as a gradient scaler does it."""
+    model, optimizer = state.model, state.optimizer
+    optimizer.found_inf = finite.logical_not().float()  # pyrefly: ignore[missing-attribute]  # of fused optimizers
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        model.logit_scale.clamp_(*LOGIT_SCALE_RANGE)
-        if state.average is not None:
-            for name, parameter in model.named_parameters():
-                state.average[name].lerp_(parameter, 1.0 - config.ema_decay)
-    return numbers | {"learning_rate": rate, "logit_scale": model.logit_scale.exp().item()}
+    model.logit_scale.clamp_(*LOGIT_SCALE_RANGE)
+    if state.average is not None:
+        weight = finite * (1.0 - config.ema_decay)
+        for name, parameter in model.named_parameters():
+            state.average[name].lerp_(parameter, weight.to(parameter.dtype))

@@ -46,7 +46,7 @@ class Validation:
         ):
             part = batch.split(self.ranks.count)[self.ranks.rank].to(model.device)
             batches += 1
-            tokens += int(count_labels(part.ids, tokenizer.end))
+            tokens += count_labels(part)
             with evaluating(model), self.shared.forward_only():
                 parts = losses(model, part, self.config, tokens=1, shared=self.shared)
             for name, value in parts.items():

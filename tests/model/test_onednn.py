@@ -3,10 +3,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from contracap.model.linear import HAS_ONEDNN, Linear, PackedWeights
 from torch import nn
 
 from contracap.model import linear
-from contracap.model.linear import HAS_ONEDNN, Linear, PackedWeights
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN")
 

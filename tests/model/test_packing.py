@@ -1,5 +1,4 @@
 import torch
-
 from contracap.model.layout import GRID, ROWS, pack, share
 
 

@@ -1,4 +1,4 @@
-"""Linear layers, by the fastest product that a CPU has."""
+"""Linear layers that multiply by oneDNN, the fastest product on a CPU: put into a model from outside."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +16,16 @@ ROWS = 8  # that weights are packed for; those serve any number
 SAMPLED = 64  # rows of a weight, at least, by which a change is seen
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear`, whose products in fp32 without gradients on a CPU are oneDNN's.
+def use_onednn(model: nn.Module) -> None:
+    """Let the linear layers of a model multiply by oneDNN where that is possible: in float32, without gradients, on a
+    CPU. Elsewhere they are the layers that they were."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = OneDNNLinear
+
+
+class OneDNNLinear(nn.Linear):
+    """`torch.nn.Linear` with oneDNN's product.
 
     Attributes:
         packed: the weight once more, as oneDNN reads it fastest.
@@ -37,9 +45,9 @@ class Linear(nn.Linear):
 class PackedWeights:
     """Second copies of the weights of linear layers, for many passes over few rows, which reading weights bounds."""
 
-    def __init__(self, layers: Iterable[Linear]):
+    def __init__(self, layers: Iterable[OneDNNLinear]):
         self._layers = list(layers)
-        self._copies: dict[Linear, tuple[tuple[int, int, float], Tensor]] = {}
+        self._copies: dict[OneDNNLinear, tuple[tuple[int, int, float], Tensor]] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -54,7 +62,7 @@ class PackedWeights:
             for layer in self._layers:
                 vars(layer).pop("packed", None)  # not set to None: a compiled layer would be compiled anew
 
-    def _copy(self, layer: Linear) -> Tensor | None:
+    def _copy(self, layer: OneDNNLinear) -> Tensor | None:
         weight = layer.weight
         if not _is_plain(weight) or weight.is_inference():  # whether those change cannot be told
             return None
