@@ -1,7 +1,7 @@
-"""Many processes that train one model: the ranks, the rows of all of them, the model as they share it."""
+"""Many processes that train one model: the process group, the gather of all rows, the sharded model."""
 
 from contracap.parallel.gather import GATHERS, Ring, gathered
-from contracap.parallel.ranks import TIMEOUT, ParallelError, Ranks, started
+from contracap.parallel.process_group import TIMEOUT, ParallelError, ProcessGroup, start_process_group
 from contracap.parallel.sharing import Kind, ParallelConfig, Wrapped, share_like, units, whole, wrapped
 
 __all__ = [
@@ -10,12 +10,12 @@ __all__ = [
     "Kind",
     "ParallelConfig",
     "ParallelError",
-    "Ranks",
+    "ProcessGroup",
     "Ring",
     "Wrapped",
     "gathered",
     "share_like",
-    "started",
+    "start_process_group",
     "units",
     "whole",
     "wrapped",

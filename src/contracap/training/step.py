@@ -14,7 +14,7 @@ from contracap.data.batch import Batch
 from contracap.image import ImageConfig, normalise
 from contracap.losses import LossConfig, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa
-from contracap.parallel import Ranks, Wrapped, whole
+from contracap.parallel import ProcessGroup, Wrapped, whole
 from contracap.tokenizer import lengths
 from contracap.training.optimizer import OptimizerConfig, learning_rate
 
@@ -33,7 +33,7 @@ class TrainingState:
     Attributes:
         step: updates tried so far.
         average: moving average of the weights by name; None when the run keeps none.
-        ranks: the processes that take this step together, each on its rows of the batch.
+        process_group: the ranks that take this step together, each on its rows of the batch.
         wrapped: the model as they share it; None where one process trains alone.
     """
 
@@ -41,7 +41,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] | None
     step: int = 0
-    ranks: Ranks = Ranks()
+    process_group: ProcessGroup = ProcessGroup()
     wrapped: Wrapped | None = None
 
 
@@ -165,15 +165,15 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
     Raises: NonFiniteError: before anything was changed.
     """
     model, optimizer = state.model, state.optimizer
-    ranks, shared = state.ranks, state.wrapped or Wrapped(model.features)
+    process_group, shared = state.process_group, state.wrapped or Wrapped(model.features)
     rate = learning_rate(state.step, config.optimizer, total_steps=config.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.train()
     batch = batch.to(model.device)
-    tokens = ranks.mean(count_labels(batch.ids, model.config.text.end))
+    tokens = process_group.mean(count_labels(batch.ids, model.config.text.end))
     parts = batch.split(config.accumulation)
-    seed = config.seed * 1_000_003 + state.step + ranks.rank * 2**48  # each rank drops patches of its own
+    seed = config.seed * 1_000_003 + state.step + process_group.rank * 2**48  # each rank drops patches of its own
     contrasts: Sequence[Contrast | None] = [None] * len(parts)
     torch.manual_seed(seed)
     if len(parts) > 1 and config.loss.contrastive:
@@ -190,7 +190,7 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> dict[s
         [parameter for parameter in model.parameters() if parameter.grad is not None],
         config.optimizer.clip_norm or math.inf,
     )
-    means = ranks.mean(torch.stack(list(totals.values())))
+    means = process_group.mean(torch.stack(list(totals.values())))
     *found, gradient_norm = torch.cat([means, whole(norm).reshape(1)]).tolist()  # the device is waited for once
     numbers = dict(zip(totals, found, strict=True))
     numbers |= {"loss": sum(weights[name] * numbers[name] for name in totals), "gradient_norm": gradient_norm}
