@@ -36,9 +36,9 @@ MAY_IMPORT = {
     "generation.choice": "generation.strategy generation.sampling generation.beam generation.legacy "
     "generation.reranking",
     "generation": "generation model tokenizer image processor",
-    "evaluation.task": "evaluation pretrained model data generation processor",
-    "evaluation": "evaluation model data generation tokenizer image processor",
     "parallel": "parallel losses model",
+    "evaluation.task": "evaluation pretrained parallel.process_group model data generation processor",
+    "evaluation": "evaluation parallel.process_group model data generation tokenizer image processor",
     "training": "training parallel model pretrained losses data tokenizer image processor",
     "start": "training parallel recipe model pretrained data.remote data.shards image",
     "trainer": "start plan evaluation training parallel recipe model pretrained data",

@@ -17,7 +17,7 @@ from contracap.data.order import OrderError
 from contracap.data.remote import require_consent
 from contracap.evaluation.suite import Suite
 from contracap.files import write_text
-from contracap.parallel import Agreement, ParallelError, Ranks, started, wrapped
+from contracap.parallel import Agreement, ParallelError, ProcessGroup, start_process_group, wrapped
 from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
 from contracap.recipe import RECIPE_FILE, Recipe, in_steps
@@ -70,34 +70,35 @@ def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
     if not package.hasHandlers():  # in a notebook or a script nobody would hear of the run
         package.addHandler(logging.StreamHandler())
         package.setLevel(logging.INFO)
-    with requests_to_end() as requests, started(device_of(recipe)) as ranks, ExitStack() as stack:
+    with requests_to_end() as requests, start_process_group(device_of(recipe)) as process_group, ExitStack() as stack:
         # One process ends at once where it has nothing to finish. Of several, each waits for the next step of all.
-        alone = ranks.count == 1
+        alone = process_group.world_size == 1
         try:
             with requests.at_once(alone):
-                _from_rank_0(ranks, lambda: stack.enter_context(locked(Path(recipe.out))))
-                return _train(recipe, ranks, requests)
+                _from_rank_0(process_group, lambda: stack.enter_context(locked(Path(recipe.out))))
+                return _train(recipe, process_group, requests)
         except Asked:
             last = last_checkpoint(Path(recipe.out) / CHECKPOINTS)
             raise Interrupted(f"interrupted before a step was done: {_go_on(recipe, last)}") from None
 
 
-def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
+def _train(recipe: Recipe, process_group: ProcessGroup, requests: Requests) -> Path:
     folder = Path(recipe.out)
     checkpoints = folder / CHECKPOINTS
-    checkpoint = _from_rank_0(ranks, lambda: last_checkpoint(checkpoints))
+    checkpoint = _from_rank_0(process_group, lambda: last_checkpoint(checkpoints))
     if checkpoint and not recipe.resume:
         raise CheckpointError(
             f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
         )
-    if recipe.data.batch_size % (ranks.count * recipe.accumulation):
+    world_size = process_group.world_size
+    if recipe.data.batch_size % (world_size * recipe.accumulation):
         raise ParallelError(
-            f"data.batch_size {recipe.data.batch_size} cannot be shared by {ranks.count} ranks in parts of "
-            f"accumulation {recipe.accumulation}: make it a multiple of {ranks.count * recipe.accumulation}"
+            f"data.batch_size {recipe.data.batch_size} cannot be shared by {world_size} ranks in parts of "
+            f"accumulation {recipe.accumulation}: make it a multiple of {world_size * recipe.accumulation}"
         )
-    require_means(recipe, ranks.count)
+    require_means(recipe, world_size)
     recipe = in_steps(recipe)
-    recipe = replace(recipe, precision=precision_on(ranks.device, recipe.precision))
+    recipe = replace(recipe, precision=precision_on(process_group.device, recipe.precision))
     if checkpoint:
         before = require_same_run(folder, recipe)
         if before is not None and before.steps != recipe.steps:
@@ -119,13 +120,13 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     processor = processor_for(model.config, image)
     freeze(model, recipe.frozen)
     freeze_unused(model, recipe.loss)
-    model.to(ranks.device)
-    shared = wrapped(model, recipe.parallel, ranks, bf16=config.bf16)
+    model.to(process_group.device)
+    shared = wrapped(model, recipe.parallel, process_group, bf16=config.bf16)
     state = TrainingState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
         average=moving_average(model) if recipe.ema_decay else None,
-        ranks=ranks,
+        process_group=process_group,
         wrapped=shared,
     )
     batches = TrainingBatches(
@@ -133,14 +134,14 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
         image=image,
         tokenizer=processor.tokenizer,
         seed=recipe.seed,
-        rank=ranks.rank,
-        ranks=ranks.count,
-        waiting=requests.at_once if ranks.count == 1 else nullcontext,
+        rank=process_group.rank,
+        ranks=world_size,
+        waiting=requests.at_once if world_size == 1 else nullcontext,
     )
     # Wrong paths are found now, not hours later.
     require_wandb(recipe.wandb)
-    validation = Validation(recipe.data, config, ranks, shared) if recipe.validate_every else None
-    suite = Suite(recipe.evaluation, processor, ranks)
+    validation = Validation(recipe.data, config, process_group, shared) if recipe.validate_every else None
+    suite = Suite(recipe.evaluation, processor, process_group)
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
         if state.step > recipe.steps:
@@ -148,22 +149,24 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
                 f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps"
             )
         logger.info("going on from %s", checkpoint)
-    if ranks.rank == 0:
-        logger.info("%s", _described(recipe, model, batches.samples, ranks))
-    peak = find_peak(ranks.device, bf16=config.bf16, stated=recipe.peak_tflops)
+    if process_group.rank == 0:
+        logger.info("%s", _described(recipe, model, batches.samples, process_group))
+    peak = find_peak(process_group.device, bf16=config.bf16, stated=recipe.peak_tflops)
     utilisation = ModelUtilisation(model, recipe.loss, peak) if peak else None
     steps = {"start": state.step, "total_steps": recipe.steps}
-    ranks.wait()  # all have looked at what the folder held before it changes
+    process_group.barrier()  # all have looked at what the folder held before it changes
     with (
         requests.at_once(False),
-        CheckpointWriter(checkpoints, recipe.checkpoint, image=image, ranks=ranks) as writer,
+        CheckpointWriter(checkpoints, recipe.checkpoint, image=image, process_group=process_group) as writer,
         _recorder(recipe, state) as recorder,
-        Watchdog(recipe.stall_seconds, ranks, start=state.step) as watchdog,
+        Watchdog(recipe.stall_seconds, process_group, start=state.step) as watchdog,
         Monitor(
             recorder,
-            ranks,
+            process_group,
             watchdog=watchdog,
-            profile=Profile(folder, rank=ranks.rank, steps=recipe.steps - state.step) if recipe.profile else None,
+            profile=Profile(folder, rank=process_group.rank, steps=recipe.steps - state.step)
+            if recipe.profile
+            else None,
             utilisation=utilisation,
             **steps,
         ) as monitor,
@@ -176,7 +179,7 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
             recorder=recorder,
             writer=writer,
             requests=requests,
-            agreement=Agreement(ranks),
+            agreement=Agreement(process_group),
         )
         if utilisation:
             logger.info("%s", utilisation)
@@ -186,35 +189,36 @@ def _train(recipe: Recipe, ranks: Ranks, requests: Requests) -> Path:
     return checkpoints / checkpoint_name(recipe.steps)
 
 
-def _from_rank_0(ranks: Ranks, action: Callable[[], Found]) -> Found:
+def _from_rank_0(process_group: ProcessGroup, action: Callable[[], Found]) -> Found:
     """What the action gives on rank 0, which alone does it: what others see of a network's folder may be older.
 
     Raises: CheckpointError: on every rank, if it does there.
     """
     found, problem = None, None
-    if ranks.rank == 0:
+    if process_group.rank == 0:
         try:
             found = action()
         except CheckpointError as error:
             problem = error
-    found, problem = ranks.broadcast((found, problem))
+    found, problem = process_group.broadcast((found, problem))
     if problem is not None:
         raise problem
     return cast(Found, found)
 
 
-def _described(recipe: Recipe, model: torch.nn.Module, samples: int, ranks: Ranks) -> str:
+def _described(recipe: Recipe, model: torch.nn.Module, samples: int, process_group: ProcessGroup) -> str:
     """What is trained, on what and where."""
     parameters = list(model.parameters())
     total, trained = (
         sum(each.numel() for each in parameters if each.requires_grad or frozen) / 1e6 for frozen in (True, False)
     )
+    ranks = f", {process_group.world_size} ranks" if process_group.world_size > 1 else ""
     batch, total, trained = recipe.data.batch_size, f"{total:,.1f}", f"{trained:,.1f}"
     return (
         f"{recipe.size}: {total} million parameters{f' ({trained} trained)' if trained != total else ''}\n"
         f"data: {samples:,} samples, batch {batch:,}, {samples / batch:,.1f} steps an epoch\n"
         f"run: {recipe.steps:,} steps, {recipe.steps * batch / samples:,.1f} epochs, in {recipe.out}\n"
-        f"device: {ranks.device}{f', {ranks.count} ranks' if ranks.count > 1 else ''}, precision {recipe.precision}"
+        f"device: {process_group.device}{ranks}, precision {recipe.precision}"
     )
 
 
@@ -227,7 +231,7 @@ def _go_on(recipe: Recipe, last: Path | None) -> str:
 
 def _recorder(recipe: Recipe, state: TrainingState) -> Recorder:
     """Begin the run's records, with its recipe."""
-    if state.ranks.rank:
+    if state.process_group.rank:
         return Silent()
     folder = Path(recipe.out)
     try:
@@ -261,7 +265,9 @@ class _Run:
         """Train to the last step."""
         recipe, state, checkpoints = self.recipe, self.state, Path(self.recipe.out) / CHECKPOINTS
         events = [
-            Event(1 if state.ranks.count == 1 else recipe.log_every, self.skipping),  # with several a message to all
+            Event(
+                1 if state.process_group.world_size == 1 else recipe.log_every, self.skipping
+            ),  # with several a message to all
             Event(recipe.log_every, self.log),
             Event(recipe.checkpoint.every, self.checkpointing),
         ]
@@ -303,13 +309,13 @@ class _Run:
 
     def skipping(self) -> None:
         """Write down the samples that were left out."""
-        skips = [skip for skips in self.state.ranks.collect(self.batches.take_skips()) for skip in skips]
+        skips = [skip for skips in self.state.process_group.all_gather(self.batches.take_skips()) for skip in skips]
         with self.recording():
             self.recorder.skips(self.state.step, skips)
 
     def log(self) -> None:
         """Record the newest numbers."""
-        total = sum(map(Counter, self.state.ranks.collect(self.batches.skipped)), Counter[str]())
+        total = sum(map(Counter, self.state.process_group.all_gather(self.batches.skipped)), Counter[str]())
         with self.monitor.phase(RECORD), self.recording():
             self.monitor.log({f"skipped/{kind}": float(number) for kind, number in total.items()})
 
@@ -342,10 +348,10 @@ class _Run:
             numbers = measure()
         except Exception as error:
             reason = describe(error)
-        for rank, problem in enumerate(self.state.ranks.collect(reason)):
+        for rank, problem in enumerate(self.state.process_group.all_gather(reason)):
             if problem:
                 numbers = {}
-                if self.state.ranks.rank == 0:
+                if self.state.process_group.rank == 0:
                     logger.warning("no figures at step %d: rank %d: %s", self.state.step, rank, problem)
         return numbers
 
@@ -364,7 +370,7 @@ class _Run:
             self.skipping()
             with self.recording():
                 self.monitor.write_spikes()
-            self.writer.save(self.state, joined_states(self.state.ranks.collect(self.batches.state_dict())))
+            self.writer.save(self.state, joined_states(self.state.process_group.all_gather(self.batches.state_dict())))
 
     def agreeing(self, *, at_once: bool = False) -> None:
         """End the run on every rank if one of them was asked to, or cannot write. What another rank says is heard a
@@ -374,12 +380,12 @@ class _Run:
             CheckpointError: if something could not be written.
             Interrupted: after a checkpoint.
         """
-        recipe, ranks = self.recipe, self.state.ranks
-        ask = ranks.any if at_once or self.state.step == recipe.steps else self.agreement.ask
+        recipe, process_group = self.recipe, self.state.process_group
+        ask = process_group.any if at_once or self.state.step == recipe.steps else self.agreement.ask
         asked, failed = ask(self.requests.received, self.writer.failed or bool(self.trouble))
         if failed:
             self.writer.wait()
-            reason = ranks.broadcast(describe(self.trouble[0]) if self.trouble else "")
+            reason = process_group.broadcast(describe(self.trouble[0]) if self.trouble else "")
             raise _stopped(Path(recipe.out), reason)
         if asked and self.state.step < recipe.steps:
             self.end_early()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contracap.losses import Gather, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, TrainingFeatures
 from contracap.model.sizes import SIZES
-from contracap.parallel import GATHERS, ParallelConfig, Ranks, started, whole, wrapped
+from contracap.parallel import GATHERS, ParallelConfig, ProcessGroup, start_process_group, whole, wrapped
 from contracap.training.checkpoint import moving_average
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import TrainingState, count_labels
@@ -88,7 +88,7 @@ def backward(
     kind: str,
     dtype: torch.dtype,
     *,
-    ranks: Ranks | None = None,
+    process_group: ProcessGroup | None = None,
     gather: str = "gathered",
     parts: int = 1,
     order: Tensor | slice = slice(None),
@@ -96,11 +96,13 @@ def backward(
 ) -> tuple[CoCa, dict[str, Any]]:
     """A tiny model after the backward pass on the global batch in this order, which it takes in parts: each is made
     of a part of every rank's rows. Its mean loss and, from rank 0, its gradients."""
-    ranks = ranks or Ranks()
+    process_group = process_group or ProcessGroup()
     model = tiny(dtype)
-    parallel = wrapped(model, ParallelConfig(kind=kind, gather=gather), ranks, bf16=bf16)
-    pixels, ids = (tensor[order].chunk(ranks.count)[ranks.rank].chunk(parts) for tensor in samples(dtype))
-    tokens = ranks.mean(count_labels(torch.cat(ids), 1023))
+    parallel = wrapped(model, ParallelConfig(kind=kind, gather=gather), process_group, bf16=bf16)
+    pixels, ids = (
+        tensor[order].chunk(process_group.world_size)[process_group.rank].chunk(parts) for tensor in samples(dtype)
+    )
+    tokens = process_group.mean(count_labels(torch.cat(ids), 1023))
     loss = torch.zeros((), dtype=dtype)
     for index in range(parts):
         with parallel.accumulating() if index < parts - 1 else nullcontext():
@@ -111,29 +113,29 @@ def backward(
             part.backward()
         loss += part.detach()
     gradients = {name: whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
-    return model, {"loss": ranks.mean(loss)} | ({"gradients": gradients} if ranks.rank == 0 else {})
+    return model, {"loss": process_group.mean(loss)} | ({"gradients": gradients} if process_group.rank == 0 else {})
 
 
-def update(kind: str, ranks: Ranks | None = None) -> dict[str, Any]:
+def update(kind: str, process_group: ProcessGroup | None = None) -> dict[str, Any]:
     """`backward` in float64, then clipping and AdamW; from rank 0 the weights, and this rank's picture embeddings."""
-    ranks = ranks or Ranks()
-    model, found = backward(kind, torch.float64, ranks=ranks)
+    process_group = process_group or ProcessGroup()
+    model, found = backward(kind, torch.float64, process_group=process_group)
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     build_optimizer(model, OptimizerConfig()).step()
     with torch.no_grad():
-        embedding = model.encode_image(samples(torch.float64)[0].chunk(ranks.count)[ranks.rank])
+        embedding = model.encode_image(samples(torch.float64)[0].chunk(process_group.world_size)[process_group.rank])
     weights = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
-    return found | {"norm": norm, "embedding": embedding} | ({"weights": weights} if ranks.rank == 0 else {})
+    return found | {"norm": norm, "embedding": embedding} | ({"weights": weights} if process_group.rank == 0 else {})
 
 
-def snapshot(ranks: Ranks) -> dict[str, Any]:
+def snapshot(process_group: ProcessGroup) -> dict[str, Any]:
     """What a snapshot of a model that is shared out holds on this rank: when it is taken, and two steps later."""
-    model, _ = backward("fsdp", torch.float32, ranks=ranks)
+    model, _ = backward("fsdp", torch.float32, process_group=process_group)
     state = TrainingState(
         model=model,
         optimizer=build_optimizer(model, OptimizerConfig()),
         average=moving_average(model),
-        ranks=ranks,
+        process_group=process_group,
     )
     state.optimizer.step()
     taken = Snapshot.of(state, {})
@@ -190,18 +192,20 @@ class Traffic(TorchDispatchMode):
 def main(out: Path) -> None:
     """What one rank does."""
     found: dict[Any, Any] = {}
-    with started(torch.device("cpu")) as ranks:
+    with start_process_group(torch.device("cpu")) as process_group:
         found["helpers"] = {
-            "broadcast": ranks.broadcast(f"from {ranks.rank}"),
-            "collect": ranks.collect({"position": ranks.rank}),
-            "sum": ranks.sum(torch.tensor([ranks.rank, 1])),
-            "any": ranks.any(ranks.rank == 1, False),
-            "mean": ranks.mean(torch.tensor(ranks.rank)),
+            "broadcast": process_group.broadcast(f"from {process_group.rank}"),
+            "all_gather": process_group.all_gather({"position": process_group.rank}),
+            "sum": process_group.sum(torch.tensor([process_group.rank, 1])),
+            "any": process_group.any(process_group.rank == 1, False),
+            "mean": process_group.mean(torch.tensor(process_group.rank)),
         }
-        ranks.wait()
+        process_group.barrier()
         for gather in GATHERS:
             for dtype, equal, scale, chunk in CASES:
-                images, texts = (tensor.chunk(ranks.count)[ranks.rank] for tensor in pairs(dtype, equal=equal))
+                images, texts = (
+                    tensor.chunk(process_group.world_size)[process_group.rank] for tensor in pairs(dtype, equal=equal)
+                )
                 found[gather, dtype, equal, scale, chunk] = loss_and_gradients(
                     images, texts, scale, gather=GATHERS[gather], chunk=chunk
                 )
@@ -212,17 +216,17 @@ def main(out: Path) -> None:
                 contrastive_loss(images, images, logit_scale=torch.tensor(10.0), gather=GATHERS[gather])
             found["watch", gather] = (watch.largest, watch.received, unlearning.received)
         for kind in KINDS:
-            found[kind, "update"] = update(kind, ranks)
+            found[kind, "update"] = update(kind, process_group)
             with Traffic() as traffic:
-                backward(kind, torch.float32, ranks=ranks)
+                backward(kind, torch.float32, process_group=process_group)
             found[kind, "traffic"] = traffic.bytes
-            found[kind, "parts"] = backward(kind, torch.float64, ranks=ranks, parts=2)[1]
-        found["snapshot"] = snapshot(ranks)
-        found["fsdp", "float32"] = backward("fsdp", torch.float32, ranks=ranks)[1]
-        found["fsdp", "bf16"] = backward("fsdp", torch.float32, ranks=ranks, bf16=True)[1]
+            found[kind, "parts"] = backward(kind, torch.float64, process_group=process_group, parts=2)[1]
+        found["snapshot"] = snapshot(process_group)
+        found["fsdp", "float32"] = backward("fsdp", torch.float32, process_group=process_group)[1]
+        found["fsdp", "bf16"] = backward("fsdp", torch.float32, process_group=process_group, bf16=True)[1]
         for kind in KINDS:
-            found[kind, "ring"] = backward(kind, torch.float64, ranks=ranks, gather="ring")[1]
-        torch.save(found, out / f"{ranks.rank}.pt")
+            found[kind, "ring"] = backward(kind, torch.float64, process_group=process_group, gather="ring")[1]
+        torch.save(found, out / f"{process_group.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from contracap.config import build
 from contracap.evaluation.suite import EvaluationConfig, Suite
-from contracap.parallel import ParallelConfig, started, whole, wrapped
+from contracap.parallel import ParallelConfig, start_process_group, whole, wrapped
 from contracap.pretrained import load
 
 if __name__ == "__main__":
@@ -18,9 +18,9 @@ if __name__ == "__main__":
     config = build(EvaluationConfig, tables)
     suite = Suite(config, processor)
     found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
-    with started(torch.device("cpu")) as ranks:
-        suite = Suite(config, processor, ranks)
-        features = wrapped(model, ParallelConfig(kind="fsdp"), ranks).features
+    with start_process_group(torch.device("cpu")) as process_group:
+        suite = Suite(config, processor, process_group)
+        features = wrapped(model, ParallelConfig(kind="fsdp"), process_group).features
 
         def gradient_norm() -> float:
             torch.manual_seed(0)
@@ -35,4 +35,4 @@ if __name__ == "__main__":
         for _ in range(2):
             found["shared"] = [dict(suite.run(model)), list(suite.captions)]
             norms.append(gradient_norm())
-        (out / f"{ranks.rank}.json").write_text(json.dumps(found | {"norms": norms}))
+        (out / f"{process_group.rank}.json").write_text(json.dumps(found | {"norms": norms}))

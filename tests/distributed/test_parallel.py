@@ -13,7 +13,15 @@ from torch import Tensor
 from contracap.losses import contrastive_loss
 from contracap.model.sizes import SIZES
 from contracap.model.transformer import CrossBlock, SelfBlock
-from contracap.parallel import GATHERS, ParallelConfig, ParallelError, Ranks, Wrapped, started, wrapped
+from contracap.parallel import (
+    GATHERS,
+    ParallelConfig,
+    ParallelError,
+    ProcessGroup,
+    Wrapped,
+    start_process_group,
+    wrapped,
+)
 
 from .child import (
     CASES,
@@ -167,7 +175,7 @@ def test_every_rank_hears_the_others(found: Found) -> None:
     for rank in found:
         helpers = rank["helpers"]
         assert helpers["broadcast"] == "from 0"
-        assert helpers["collect"] == [{"position": other} for other in range(count)]
+        assert helpers["all_gather"] == [{"position": other} for other in range(count)]
         assert helpers["sum"].tolist() == [sum(range(count)), count]
         assert helpers["any"] == [True, False]
         assert helpers["mean"].item() == (count - 1) / 2
@@ -199,16 +207,16 @@ def test_loss_in_chunks_needs_no_gradient_and_takes_one_side_frozen() -> None:
 
 def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with started(torch.device("cpu")) as ranks:
-        assert ranks == Ranks()
+    with start_process_group(torch.device("cpu")) as process_group:
+        assert process_group == ProcessGroup()
         assert not torch.distributed.is_initialized()
         tokens = torch.tensor(7)
-        assert ranks.sum(tokens) is ranks.mean(tokens) is ranks.broadcast(tokens) is tokens
-        assert ranks.collect("position") == ["position"]
-        assert ranks.any(True, False) == [True, False]
-        ranks.wait()
+        assert process_group.sum(tokens) is process_group.mean(tokens) is process_group.broadcast(tokens) is tokens
+        assert process_group.all_gather("position") == ["position"]
+        assert process_group.any(True, False) == [True, False]
+        process_group.barrier()
         model = tiny(torch.float32)
-        assert wrapped(model, ParallelConfig(kind="fsdp", gather="ring"), ranks) == Wrapped(model.features)
+        assert wrapped(model, ParallelConfig(kind="fsdp", gather="ring"), process_group) == Wrapped(model.features)
 
 
 @pytest.mark.parametrize("variables", [{}, {"RANK": "one", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])
@@ -220,6 +228,6 @@ def test_ranks_that_torchrun_did_not_start_are_refused(
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(ParallelError, match=r"RANK is (not set|one): start the ranks with torchrun"),
-        started(torch.device("cpu")),
+        start_process_group(torch.device("cpu")),
     ):
         pass

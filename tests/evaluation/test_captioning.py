@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contracap.data.making import make_shards
-from contracap.evaluation import processes
+from contracap.evaluation import distributed
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.java import UnavailableError
@@ -25,7 +25,7 @@ from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
 from .programs import stand_in, without_java
-from .test_processes import Thread, in_threads
+from .test_distributed import Thread, in_threads
 from .worlds import COLOURS, ColourModel, picture, sample
 from .worlds import processor as colour_processor
 
@@ -186,7 +186,9 @@ def test_a_model_without_a_decoder_is_refused(tiny) -> None:
 def together(tiny, samples, thread: Thread, **options) -> Captioning:
     """The evaluator once it has run, beside those of other threads, with a model of its own."""
     model, processor = tiny
-    evaluator = Captioning(samples, processor, strategy=Greedy(10, 4), tokenizer="python", processes=thread, **options)
+    evaluator = Captioning(
+        samples, processor, strategy=Greedy(10, 4), tokenizer="python", process_group=thread, **options
+    )
     evaluator.figures = dict(evaluator.run(copy.deepcopy(model)))
     return evaluator
 
@@ -198,7 +200,7 @@ def test_the_first_process_computes_the_metrics_for_all_and_does_not_fall_silent
     alone = Captioning(samples, processor, strategy=Greedy(10, 4), tokenizer="python", **options)
     figures = dict(alone.run(model))
     scored, said = [], []
-    score, collect = CaptionScorer.score, Thread.collect
+    score, all_gather = CaptionScorer.score, Thread.all_gather
 
     def slow(self: CaptionScorer, *inputs, **more):
         time.sleep(0.5)
@@ -206,8 +208,8 @@ def test_the_first_process_computes_the_metrics_for_all_and_does_not_fall_silent
         return score(self, *inputs, **more)
 
     monkeypatch.setattr(CaptionScorer, "score", slow)
-    monkeypatch.setattr(Thread, "collect", lambda self, value: said.append(self.rank) or collect(self, value))
-    monkeypatch.setattr(processes, "SIGN_OF_LIFE", 0.05)
+    monkeypatch.setattr(Thread, "all_gather", lambda self, value: said.append(self.rank) or all_gather(self, value))
+    monkeypatch.setattr(distributed, "KEEPALIVE_SECONDS", 0.05)
     for evaluator in in_threads(3, lambda thread: together(tiny, samples, thread, **options)):
         assert evaluator.figures == figures
         for name in ("samples", "keys", "per_sample", "reasons", "details", "predictions"):

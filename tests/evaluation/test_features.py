@@ -12,7 +12,7 @@ from contracap.evaluation.zeroshot import ZeroShot
 from contracap.image import ImageError
 from contracap.processor import Processor
 
-from .test_processes import CountingModel
+from .test_distributed import CountingModel
 from .worlds import COLOURS, processor, sample
 
 SAMPLES = [sample(name, name, f"a {name} wall", label=label) for label, name in enumerate(COLOURS)]

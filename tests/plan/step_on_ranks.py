@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.image import ImageConfig
-from contracap.parallel import GATHERS, Ranks, started, wrapped
-from contracap.parallel.ranks import Value
+from contracap.parallel import GATHERS, ProcessGroup, start_process_group, wrapped
+from contracap.parallel.process_group import Value
 from contracap.plan.parameters import planned_model
 from contracap.pretrained import random_model
 from contracap.recipe import Recipe
@@ -96,18 +96,18 @@ def numbers_here(tensors: Iterable[Tensor]) -> int:
     return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in tensors)
 
 
-def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, int], int, int]:
+def heard_in_a_step(recipe: Recipe, process_group: ProcessGroup) -> tuple[dict[str, int], int, int]:
     """What this rank tells the others in its first step; how many parameters it holds, and how many it trains."""
     model = random_model(recipe.model_config, seed=0)[0]
     for parameter, planned in zip(model.parameters(), planned_model(recipe).parameters(), strict=True):
         parameter.requires_grad_(planned.requires_grad)
     bf16 = recipe.precision == "bf16"
-    shared = wrapped(model, recipe.parallel, ranks, bf16=bf16)
+    shared = wrapped(model, recipe.parallel, process_group, bf16=bf16)
     state = TrainingState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
         average=None,
-        ranks=ranks,
+        process_group=process_group,
         wrapped=shared,
     )
     config = StepConfig(
@@ -128,28 +128,28 @@ def heard_in_a_step(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, int], int, 
         try:
             train_step(state, batch, config)
         except NonFiniteError:  # what ranks say that are not there may be no number
-            assert ranks.count > MOST_REAL
+            assert process_group.world_size > MOST_REAL
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return dict(heard.payloads), numbers_here(model.parameters()), numbers_here(trained)
 
 
-def main(out: Path, ranks: Ranks, names: list[str]) -> None:
+def main(out: Path, process_group: ProcessGroup, names: list[str]) -> None:
     """What one rank does."""
-    heard = {name: heard_in_a_step(recipe_of(ranks.count, **CASES[name]), ranks) for name in names}
-    torch.save(heard, out / f"{ranks.rank}.pt")
+    heard = {name: heard_in_a_step(recipe_of(process_group.world_size, **CASES[name]), process_group) for name in names}
+    torch.save(heard, out / f"{process_group.rank}.pt")
 
 
 def start(out: Path, names: list[str]) -> None:
     """Be a rank of two machines."""
-    with started(torch.device("cpu")) as ranks:
-        main(out, ranks, names)
+    with start_process_group(torch.device("cpu")) as process_group:
+        main(out, process_group, names)
 
 
-class PlayedRanks(Ranks):
+class PlayedRanks(ProcessGroup):
     """Ranks of which each brings what this one brings."""
 
-    def collect(self, value: Value) -> list[Value]:
-        return [value] * self.count
+    def all_gather(self, value: Value) -> list[Value]:
+        return [value] * self.world_size
 
 
 def play(count: int, out: Path, names: list[str]) -> None:
@@ -157,7 +157,7 @@ def play(count: int, out: Path, names: list[str]) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # a private part of torch, of the tests alone
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
-    main(out, PlayedRanks(rank=0, count=count, local_count=8), names)
+    main(out, PlayedRanks(rank=0, world_size=count, local_world_size=8), names)
     dist.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ from contracap.image import ImageConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa, CoCaConfig, KernelConfig
 from contracap.model.sizes import SIZES
-from contracap.parallel import Ranks
+from contracap.parallel import ProcessGroup
 from contracap.plan.flops import Texts, tokens_of
 from contracap.plan.memory import memory_parts
 from contracap.plan.parameters import Shares, checkpoint_bytes, count_parameters, planned_model, shares_of
@@ -204,7 +204,9 @@ def test_a_real_checkpoint_has_the_planned_size(frozen: tuple[str, ...], average
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     state = TrainingState(model=model, optimizer=optimizer, average=moving_average(model) if averaged else None)
-    with CheckpointWriter(tmp_path, CheckpointConfig(), image=processor.image_config, ranks=Ranks()) as writer:
+    with CheckpointWriter(
+        tmp_path, CheckpointConfig(), image=processor.image_config, process_group=ProcessGroup()
+    ) as writer:
         writer.save(state, data={})
     folder = last_checkpoint(tmp_path)
     real = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

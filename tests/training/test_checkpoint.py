@@ -18,7 +18,7 @@ from contracap.config import build, to_toml
 from contracap.data import loader
 from contracap.image import ImageConfig
 from contracap.model.sizes import SIZES
-from contracap.parallel import Ranks
+from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, random_model, read_weights
 from contracap.recipe import Recipe
 from contracap.trainer import train
@@ -62,7 +62,9 @@ def tensors(state: TrainingState) -> dict[str, Tensor]:
 
 
 def writing(folder: Path, **config: Any) -> CheckpointWriter:
-    return CheckpointWriter(folder, CheckpointConfig(**config), image=ImageConfig(size=32), ranks=Ranks())
+    return CheckpointWriter(
+        folder, CheckpointConfig(**config), image=ImageConfig(size=32), process_group=ProcessGroup()
+    )
 
 
 def full(*args: object, **kwargs: object) -> None:
@@ -498,7 +500,7 @@ class Planted:
 def test_a_planted_checkpoint_runs_no_code(tmp_path: Path, monkeypatch, where: str) -> None:
     state, ran = new_state(), tmp_path / "ran"
     advance(state)
-    with CheckpointWriter(tmp_path, CheckpointConfig(), image=CONFIG.image, ranks=Ranks()) as writer:
+    with CheckpointWriter(tmp_path, CheckpointConfig(), image=CONFIG.image, process_group=ProcessGroup()) as writer:
         if where == "values":
             state.optimizer.param_groups[0]["eps"] = Planted(ran)
         writer.save(state, {"data": 1})
@@ -516,7 +518,7 @@ def test_a_planted_checkpoint_runs_no_code(tmp_path: Path, monkeypatch, where: s
 def test_a_part_that_is_no_regular_file_or_damaged_is_refused_in_words_of_our_own(tmp_path: Path) -> None:
     state = new_state()
     advance(state)
-    with CheckpointWriter(tmp_path, CheckpointConfig(), image=CONFIG.image, ranks=Ranks()) as writer:
+    with CheckpointWriter(tmp_path, CheckpointConfig(), image=CONFIG.image, process_group=ProcessGroup()) as writer:
         writer.save(state, {"data": 1})
     checkpoint = tmp_path / "step-00000001"
     (tensors,) = checkpoint.glob("optimizer/*.distcp")

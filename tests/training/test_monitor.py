@@ -14,7 +14,7 @@ from contracap.data.batch import Batch
 from contracap.data.loader import TrainingBatches
 from contracap.data.shards import samples
 from contracap.image import ImageConfig
-from contracap.parallel import Ranks
+from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, read_weights
 from contracap.recipe import Recipe
 from contracap.tokenizer import lengths
@@ -97,23 +97,23 @@ def test_a_spike_is_written_with_the_keys_of_its_samples(
     assert warning.startswith("spike at step 15: loss ") and warning.endswith("spikes.jsonl names the samples")
 
 
-class Two(Ranks):
-    """Rank 0 of two; what it collects, the other one has, too, but for the keys of its samples."""
+class Two(ProcessGroup):
+    """Rank 0 of two; what it gathers, the other one has, too, but for the keys of its samples."""
 
-    def collect(self, value):
+    def all_gather(self, value):
         measured, spikes = value
         return [value, (measured, [replace(spike, keys=["theirs"]) for spike in spikes])]
 
 
 def test_the_keys_of_a_spike_are_those_of_all_ranks(tmp_path: Path) -> None:
-    ranks = Two(count=2)
+    process_group = Two(world_size=2)
     steps = {"start": 0, "total_steps": 200}
     numbers = {"loss": 2.0, "gradient_norm": 1.0}
     batch = Batch(pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ids=torch.ones(1, 4).long(), keys=["ours"])
     with (
         Recorder(tmp_path, boards=[], **steps) as recorder,
-        Watchdog(0.0, Ranks(), start=0) as watchdog,
-        Monitor(recorder, ranks, watchdog=watchdog, profile=None, utilisation=None, end=1, **steps) as monitor,
+        Watchdog(0.0, ProcessGroup(), start=0) as watchdog,
+        Monitor(recorder, process_group, watchdog=watchdog, profile=None, utilisation=None, end=1, **steps) as monitor,
     ):
         for _ in range(120):
             monitor.step(numbers, batch)

@@ -6,7 +6,7 @@ import pytest
 
 from contracap.config import build
 from contracap.data.loader import TrainingBatches
-from contracap.parallel import Ranks
+from contracap.parallel import ProcessGroup
 from contracap.recipe import Recipe
 from contracap.trainer import train
 from contracap.training.watchdog import CHECKPOINT, DATA, STEP, Stall, Watchdog, verdict
@@ -48,12 +48,12 @@ def test_a_loader_that_blocks_is_reported_once_with_its_stack(
 
 
 def test_the_first_step_may_take_four_times_as_long(caplog: pytest.LogCaptureFixture) -> None:
-    with Watchdog(0.2, Ranks(), start=7) as watchdog:
+    with Watchdog(0.2, ProcessGroup(), start=7) as watchdog:
         watchdog.enter(STEP)
         time.sleep(0.5)
         assert not caplog.messages
         wait_for(lambda: reports(caplog, "rank 0 stands still: in the step of step 8 for "))
-    with Watchdog(0.2, Ranks(), start=7) as watchdog:
+    with Watchdog(0.2, ProcessGroup(), start=7) as watchdog:
         watchdog.step(8)
         began = time.monotonic()
         wait_for(lambda: reports(caplog, "rank 0 stands still: waiting for data of step 9 for "))
@@ -62,7 +62,7 @@ def test_the_first_step_may_take_four_times_as_long(caplog: pytest.LogCaptureFix
 
 
 def test_a_loop_that_gets_on_is_never_reported(caplog: pytest.LogCaptureFixture) -> None:
-    with Watchdog(1.0, Ranks(), start=0) as watchdog:
+    with Watchdog(1.0, ProcessGroup(), start=0) as watchdog:
         watchdog.step(1)
         for _ in range(8):
             watchdog.enter(DATA)
@@ -73,7 +73,7 @@ def test_a_loop_that_gets_on_is_never_reported(caplog: pytest.LogCaptureFixture)
 
 
 def test_no_seconds_watch_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    with Watchdog(0.0, Ranks(), start=0) as watchdog:
+    with Watchdog(0.0, ProcessGroup(), start=0) as watchdog:
         watchdog.enter(DATA)
         time.sleep(0.1)
     assert not caplog.messages

@@ -19,7 +19,7 @@ from contracap.losses import LossConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import find_size
 from contracap.model.weights import to_open_clip
-from contracap.parallel import ParallelConfig, Ranks, wrapped
+from contracap.parallel import ParallelConfig, ProcessGroup, wrapped
 from contracap.plan.utilisation import ModelUtilisation, Peak, find_peak
 from contracap.pretrained import random_model
 from contracap.tokenizer import Tokenizer, text_lengths
@@ -125,7 +125,7 @@ def _compiled(state: TrainingState, device: torch.device) -> TrainingState:
     with torch.device("meta"):
         twin = CoCa(state.model.config)
     twin.load_state_dict(state.model.state_dict(keep_vars=True), assign=True)
-    return replace(state, model=twin, wrapped=wrapped(twin, ParallelConfig(compile=True), Ranks(device=device)))
+    return replace(state, model=twin, wrapped=wrapped(twin, ParallelConfig(compile=True), ProcessGroup(device=device)))
 
 
 class Peer:

@@ -11,8 +11,8 @@ from torch import Tensor
 from contracap.data.shards import Sample
 from contracap.data.workers import prepared
 from contracap.evaluation.clipscore import ClipScorer
+from contracap.evaluation.distributed import run_on_every_rank, run_on_rank_0
 from contracap.evaluation.features import Source, picture_pixels, sample_batches, with_progress
-from contracap.evaluation.processes import ALONE, Processes, by_the_first, together
 from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName, has_word
@@ -20,6 +20,7 @@ from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
+from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
 
 
@@ -67,7 +68,7 @@ class Captioning:
         spice_memory: str = MEMORY,
         clipscore: ClipScorer | Literal["self"] | None = None,
         batch_size: int = 16,
-        processes: Processes = ALONE,
+        process_group: ProcessGroup = ProcessGroup(),
     ):
         """Evaluates on `source`.
 
@@ -80,15 +81,15 @@ class Captioning:
             clipscore: judges captions and pictures; `self` means the model that writes the captions, which is no
                 impartial judge of them.
             batch_size: pictures decoded at a time.
-            processes: those that run this together. All write every caption, since they may share the model; the first
-                computes the metrics, and the others take its figures.
+            process_group: the ranks that run this together. All write every caption, since they may share the model;
+                rank 0 computes the metrics for all.
 
         Raises:
             UnavailableError: if a metric or the tokenizer is named and cannot run.
             ValueError: for a metric that there is not.
         """
         self.source, self.processor, self.strategy, self.batch_size = source, processor, strategy, batch_size
-        self.processes = processes
+        self.process_group = process_group
         self.scorer = CaptionScorer(metrics=metrics, tokenizer=tokenizer, corenlp=corenlp, spice_memory=spice_memory)
         self.clipscore: ClipScorer | Literal["self"] | None = clipscore
         self.samples = 0
@@ -108,7 +109,7 @@ class Captioning:
         judge = self.clipscore
         if judge == "self":
             judge = ClipScorer(model, self.processor, name="the model that wrote the captions")
-        self.predictions, clip, both = together(self.processes, lambda: self._write(model, judge))
+        self.predictions, clip, both = run_on_every_rank(self.process_group, lambda: self._write(model, judge))
 
         def score() -> Scores:
             scores = self.scorer.score(
@@ -121,7 +122,7 @@ class Captioning:
                 scores.add_clipscore(clip, both, model=judge.name)
             return scores
 
-        scores = by_the_first(self.processes, score)
+        scores = run_on_rank_0(self.process_group, score)
         self.samples, self.keys = len(self.predictions), [one.key for one in self.predictions]
         self.per_sample, self.reasons = scores.per_sample, scores.reasons
         self.details = {"captions": sum(len(one.captions) for one in self.predictions)} | scores.details

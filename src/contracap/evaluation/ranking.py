@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
+from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.features import finite, full_precision
-from contracap.evaluation.processes import ALONE, Processes, together
+from contracap.parallel.process_group import ProcessGroup
 
 SIDE = 1024  # texts and pictures of one tile of scores: 4 MiB in fp32
 FILL = 64  # sides are multiples of it: at the odd edges of a product equal rows do not give equal bits
@@ -20,7 +21,7 @@ def ranks(
     image_features: Float[Tensor, "image embed"],
     text_features: Float[Tensor, "text embed"],
     image_of_text: Int64[Tensor, "text"],
-    processes: Processes = ALONE,
+    process_group: ProcessGroup = ProcessGroup(),
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
     """For each text the place of its picture among all pictures, for each picture that of its best text; 0 is the top.
     They are given on the CPU, and computed where the features are.
@@ -31,14 +32,16 @@ def ranks(
     way: what it is compared with must be known before.
 
     Args:
-        processes: those that call this with the same features; each takes every n-th row of tiles.
+        process_group: the ranks that call this with the same features; each takes every n-th row of tiles.
 
     Raises:
         ValueError: if there is none, a picture has no text, a text no picture, or features are not finite.
-        Exception: what failed here, as for want of memory; in the other processes a ValueError that says the same.
+        Exception: what failed here, such as out of memory; on the other ranks a ValueError that says the same.
     """
-    counts = together(processes, partial(_counts, image_features, text_features, image_of_text, processes))
-    text_counts, image_counts = zip(*processes.collect(counts), strict=True)
+    counts = run_on_every_rank(
+        process_group, partial(_counts, image_features, text_features, image_of_text, process_group)
+    )
+    text_counts, image_counts = zip(*process_group.all_gather(counts), strict=True)
     return torch.stack(text_counts).sum(dim=0), torch.stack(image_counts).sum(dim=0)
 
 
@@ -46,7 +49,7 @@ def _counts(
     image_features: Float[Tensor, "image embed"],
     text_features: Float[Tensor, "text embed"],
     image_of_text: Int64[Tensor, "text"],
-    processes: Processes,
+    process_group: ProcessGroup,
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
     """What the tiles of this process add to the places."""
     images, texts = finite(image_features, "pictures"), finite(text_features, "texts")
@@ -55,7 +58,7 @@ def _counts(
         own = _own_scores(texts, images, image_of_text)
         best, best_text = _best_texts(own, image_of_text, len(images))
         text_ranks, image_ranks = torch.zeros_like(image_of_text), torch.zeros_like(best_text)
-        for rows in list(_blocks(len(texts)))[processes.rank :: processes.count]:
+        for rows in list(_blocks(len(texts)))[process_group.rank :: process_group.world_size]:
             for columns in _blocks(len(images)):
                 scores = _tile(texts, rows, images, columns)
                 text_ranks[rows] += _before(scores, own[rows], image_of_text[rows] - columns.start)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from contracap.data.captions import require_captions
 from contracap.data.shards import Sample
+from contracap.evaluation.distributed import encode_in_shares, run_on_every_rank
 from contracap.evaluation.features import Source, finite, picture_pixels, progress, sample_batches
-from contracap.evaluation.processes import ALONE, Processes, in_shares, together
 from contracap.evaluation.ranking import ranks, share
 from contracap.model.coca import CoCa, evaluating
+from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
 
 
@@ -58,20 +59,20 @@ class Retrieval:
         *,
         ks: Sequence[int] = (1, 5, 10),
         batch_size: int = 64,
-        processes: Processes = ALONE,
+        process_group: ProcessGroup = ProcessGroup(),
     ):
         """Evaluates on `source`.
 
         Args:
             ks: places from the top that count.
             batch_size: pictures, and captions, embedded at a time.
-            processes: those that run this together, each on its share; the figures are those of one process.
+            process_group: the ranks that run this together, each on its share; the figures are those of one process.
 
         Raises: ValueError: if a K is below 1.
         """
         check_places(ks)
         self.source, self.processor, self.ks, self.batch_size = source, processor, tuple(ks), batch_size
-        self.processes = processes
+        self.process_group = process_group
         self.samples = 0
         self.keys: list[str] = []
         self.per_sample: dict[str, list[float]] = {}
@@ -86,7 +87,7 @@ class Retrieval:
             ValueError: if a picture has no caption or cannot be read, the features are not finite, or another process
                 failed.
         """
-        found = embed(model, self.processor, self.source, batch_size=self.batch_size, processes=self.processes)
+        found = embed(model, self.processor, self.source, batch_size=self.batch_size, process_group=self.process_group)
         self.features, self.keys = found, found.keys
         self.samples, self.details = len(found.images), {"captions": len(found.texts)}
         device = next(model.parameters()).device
@@ -94,7 +95,7 @@ class Retrieval:
         def moved() -> tuple[Tensor, Tensor, Tensor]:
             return found.images.to(device), found.texts.to(device), found.image_of_text.to(device)
 
-        text_ranks, image_ranks = ranks(*together(self.processes, moved), self.processes)
+        text_ranks, image_ranks = ranks(*run_on_every_rank(self.process_group, moved), self.process_group)
         hits, self.reasons = recalls(text_ranks, image_ranks, self.ks)
         self.per_sample = {}
         for name, hit in hits.items():
@@ -106,12 +107,13 @@ class Retrieval:
 
 @torch.inference_mode()
 def embed(
-    model: CoCa, processor: Processor, source: Source, *, batch_size: int, processes: Processes = ALONE
+    model: CoCa, processor: Processor, source: Source, *, batch_size: int, process_group: ProcessGroup = ProcessGroup()
 ) -> Features:
     """Embeddings of all pictures and all their captions.
 
     Args:
-        processes: those that call this with the same samples; each embeds every n-th batch, and has all features then.
+        process_group: the ranks that call this with the same samples; each embeds every n-th batch and gets all
+            features.
 
     Raises:
         ValueError: if a picture has no caption or cannot be read, or the features are not finite.
@@ -133,14 +135,14 @@ def embed(
         return model.encode_image(pixels.to(like))
 
     with evaluating(model), progress(source) as bar:
-        images = in_shares(
-            processes,
+        images = encode_in_shares(
+            process_group,
             batches(),
             lambda batch: picture_pixels(batch, processor),
             encode,
         )
-        texts = in_shares(
-            processes,
+        texts = encode_in_shares(
+            process_group,
             (captions[first : first + batch_size] for first in range(0, len(captions), batch_size)),
             processor.texts,
             lambda ids: model.encode_text(ids.to(like.device)),

@@ -8,12 +8,13 @@ from typing import Any
 
 from contracap.config import require_paths
 from contracap.data.shards import list_shards
+from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.features import picture_pixels, sample_batches
-from contracap.evaluation.processes import ALONE, Processes, together
 from contracap.evaluation.result import Evaluator, PerSample, Result, measure, unexpected
 from contracap.evaluation.task import Shards, TaskConfig, asked, build_evaluator, seed_of
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
+from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
 
 BATCH = 16  # pictures captioned at a time
@@ -73,9 +74,9 @@ class TasksConfig:
 
 
 def build_evaluators(
-    tasks: Mapping[str, TaskConfig], processor: Processor, processes: Processes = ALONE
+    tasks: Mapping[str, TaskConfig], processor: Processor, process_group: ProcessGroup = ProcessGroup()
 ) -> dict[str, Evaluator]:
-    """What measures each of the tasks, in one of `processes`.
+    """What measures each of the tasks, on this rank of `process_group`.
 
     Raises: FileNotFoundError, ValueError: naming the task, if its samples are missing, or a file or its first sample
         lacks what it needs.
@@ -83,7 +84,7 @@ def build_evaluators(
     evaluators = {}
     for name, task in tasks.items():
         try:
-            evaluators[name] = build_evaluator(task, processor, processes)
+            evaluators[name] = build_evaluator(task, processor, process_group)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"task {name}: {error}") from None
         except ValueError as error:
@@ -145,8 +146,8 @@ class Suite:
         captions: written by the last `run`, ready for JSON.
     """
 
-    def __init__(self, config: EvaluationConfig, processor: Processor, processes: Processes = ALONE):
-        """`processes`: the ranks.
+    def __init__(self, config: EvaluationConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()):
+        """`process_group`: the ranks that run it together.
 
         Raises: FileNotFoundError, ValueError: as `build_evaluators` does."""
         if config.captions is not None:
@@ -154,8 +155,8 @@ class Suite:
                 config.captions.data, key="evaluation.captions.data"
             )  # a wrong path is found now, not hours later
         self._config, self._processor = config.captions, processor
-        self._processes = processes
-        self._evaluators = build_evaluators(config.tasks, processor, processes)
+        self._process_group = process_group
+        self._evaluators = build_evaluators(config.tasks, processor, process_group)
         self.captions: list[Mapping[str, Any]] = []
 
     def __bool__(self) -> bool:
@@ -169,10 +170,10 @@ class Suite:
             for one that has failed.
         """
         for name, evaluator in self._evaluators.items():
-            figures = together(self._processes, lambda evaluator=evaluator: list(evaluator.run(model)))
+            figures = run_on_every_rank(self._process_group, lambda evaluator=evaluator: list(evaluator.run(model)))
             yield from ((f"{name}/{figure}", value) for figure, value in figures)
         if (config := self._config) is not None:
-            captions = together(self._processes, lambda: list(self._write_captions(model, config)))
+            captions = run_on_every_rank(self._process_group, lambda: list(self._write_captions(model, config)))
             self.captions = [asdict(caption) for caption in captions]
 
     def _write_captions(self, model: CoCa, config: SampleCaptionsConfig) -> Iterator[SampleCaption]:

@@ -14,7 +14,6 @@ from contracap.data.shards import SampleError, layout_fault
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import opened, sample_batches
-from contracap.evaluation.processes import ALONE, Processes
 from contracap.evaluation.result import Evaluator, Result, measure
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.scores import MetricName, metric_names
@@ -29,6 +28,7 @@ from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.sampling import Sampling
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
+from contracap.parallel.process_group import ProcessGroup
 from contracap.pretrained import load_on_device
 from contracap.processor import Processor
 
@@ -167,11 +167,13 @@ def asked(config: TaskConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name in changed}
 
 
-def build_evaluator(config: TaskConfig, processor: Processor, processes: Processes = ALONE) -> Evaluator:
+def build_evaluator(
+    config: TaskConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()
+) -> Evaluator:
     """What measures a task. Its files and its first sample are looked at: a wrong path is found now, not hours later.
 
     Args:
-        processes: those that run it together, each with an evaluator of its own.
+        process_group: the ranks that run it together, each with its own evaluator.
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
@@ -189,7 +191,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         evaluator.label(first)
         return evaluator
     if config.task == "retrieval":
-        return Retrieval(data, processor, processes=processes)
+        return Retrieval(data, processor, process_group=process_group)
     if config.task == "vqa":
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
@@ -209,7 +211,7 @@ def build_evaluator(config: TaskConfig, processor: Processor, processes: Process
         corenlp=config.corenlp_dir,
         spice_memory=config.spice_memory or MEMORY,
         clipscore="self" if config.clipscore == "self" else _judge(config.clipscore),
-        processes=processes,
+        process_group=process_group,
     )
 
 

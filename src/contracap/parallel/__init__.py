@@ -1,7 +1,7 @@
-"""Many processes that train one model: the ranks, the rows of all of them, the model as they share it."""
+"""Many processes that train one model: the process group, the gather of all rows, the sharded model."""
 
 from contracap.parallel.gather import gather_rows
-from contracap.parallel.ranks import TIMEOUT, Agreement, ParallelError, Ranks, started
+from contracap.parallel.process_group import TIMEOUT, Agreement, ParallelError, ProcessGroup, start_process_group
 from contracap.parallel.sharing import Kind, ParallelConfig, Wrapped, share_like, units, whole, wrapped
 
 __all__ = [
@@ -10,11 +10,11 @@ __all__ = [
     "Kind",
     "ParallelConfig",
     "ParallelError",
-    "Ranks",
+    "ProcessGroup",
     "Wrapped",
     "gather_rows",
     "share_like",
-    "started",
+    "start_process_group",
     "units",
     "whole",
     "wrapped",

@@ -14,7 +14,7 @@ from contracap.model.text import TokenStates
 from contracap.model.transformer import CrossBlock, SelfBlock
 from contracap.parallel.blocks import change_blocks
 from contracap.parallel.gather import gather_rows
-from contracap.parallel.ranks import ParallelError, Ranks
+from contracap.parallel.process_group import ParallelError, ProcessGroup
 
 Kind = Literal["ddp", "fsdp", "hsdp"]
 
@@ -83,7 +83,7 @@ class Wrapped:
     forward_only: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def wrapped(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool = False) -> Wrapped:
+def wrapped(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool = False) -> Wrapped:
     """Let the blocks of `model` run as the configuration says, and spread it over the ranks, if there are several.
 
     Call it when the model is on its device and frozen as it shall be, and before the optimizer is built. Every
@@ -101,12 +101,12 @@ def wrapped(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool = F
     Raises: ParallelError: for `hsdp`, if the machines have different numbers of ranks.
     """
     change_blocks(model, recompute=config.recompute == "blocks", compiled=config.compile)
-    if ranks.count == 1:
+    if process_group.world_size == 1:
         return Wrapped(model)
     if config.kind == "ddp":
         replica = Replica(model)
         return Wrapped(replica, gather_rows, replica.copies.no_sync)
-    return _sharded(model, config, ranks, bf16=bf16)
+    return _sharded(model, config, process_group, bf16=bf16)
 
 
 def units(model: CoCa) -> list[nn.Module]:
@@ -120,17 +120,20 @@ def units(model: CoCa) -> list[nn.Module]:
     ]
 
 
-def _sharded(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -> Wrapped:
+def _sharded(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool) -> Wrapped:
     # Imported here: it takes a second, which a run of one process need not wait.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    if config.kind == "hsdp" and len(set(ranks.collect(ranks.local_count))) > 1:
+    if config.kind == "hsdp" and len(set(process_group.all_gather(process_group.local_world_size))) > 1:
         raise ParallelError("hsdp needs equally many ranks on each machine: use fsdp or ddp")
-    shape, names = (ranks.count,), ("shard",)
+    shape, names = (process_group.world_size,), ("shard",)
     if config.kind == "hsdp":
-        shape, names = (ranks.count // ranks.local_count, ranks.local_count), ("replicate", "shard")
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+        shape, names = (
+            (process_group.world_size // process_group.local_world_size, process_group.local_world_size),
+            ("replicate", "shard"),
+        )
+    mesh = init_device_mesh(process_group.device.type, shape, mesh_dim_names=names)
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     )
@@ -145,7 +148,7 @@ def _sharded(model: CoCa, config: ParallelConfig, ranks: Ranks, *, bf16: bool) -
 
     def average(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        parameter.grad = ranks.mean(parameter.grad)
+        parameter.grad = process_group.mean(parameter.grad)
 
     if scale.requires_grad:
         scale.register_post_accumulate_grad_hook(average)

@@ -78,7 +78,7 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
             optimizer,
             storage_reader=_Reader(checkpoint / OPTIMIZER_FOLDER),
             planner=_Planner(),
-            no_dist=state.ranks.count == 1,
+            no_dist=state.process_group.world_size == 1,
         )
         set_optimizer_state_dict(state.model, state.optimizer, optimizer["optimizer"])
     except (Exception, dcp.api.CheckpointException) as error:  # a damaged file raises nearly anything

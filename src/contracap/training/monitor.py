@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 
 from contracap.data.batch import Batch
-from contracap.parallel import Ranks
+from contracap.parallel import ProcessGroup
 from contracap.training.meter import Meter, Utilisation, figures
 from contracap.training.metrics import SPIKES_FILE, Recorder
 from contracap.training.profiling import Profile
@@ -25,7 +25,7 @@ class Monitor:
     def __init__(
         self,
         recorder: Recorder,
-        ranks: Ranks,
+        process_group: ProcessGroup,
         *,
         watchdog: Watchdog,
         profile: Profile | None,
@@ -39,9 +39,9 @@ class Monitor:
             utilisation: None where the peak of the device is not known.
             start: steps done before.
         """
-        self._recorder, self._ranks = recorder, ranks
+        self._recorder, self._process_group = recorder, process_group
         self._watchdog, self._profile, self._utilisation = watchdog, profile, utilisation
-        self._meter = Meter(ranks.device)
+        self._meter = Meter(process_group.device)
         self._done, self._total = start, total_steps
         self._spikes = Spikes()
         self._unwritten: list[Spike] = []
@@ -103,11 +103,11 @@ class Monitor:
 
     def write_spikes(self) -> None:
         """Write down the spikes that are not yet. Every rank must call it."""
-        self._write(self._ranks.collect(self._unwritten))
+        self._write(self._process_group.all_gather(self._unwritten))
 
     def _keep(self, spike: Spike) -> None:
         self._unwritten.append(spike)
-        if self._ranks.rank == 0 and (self._warned is None or spike.step - self._warned >= QUIET):
+        if self._process_group.rank == 0 and (self._warned is None or spike.step - self._warned >= QUIET):
             self._warned = spike.step
             logger.warning("spike at step %d: %s. %s names the samples", spike.step, spike.reason, SPIKES_FILE)
 
@@ -123,7 +123,7 @@ class Monitor:
     def log(self, counts: Mapping[str, float]) -> None:
         """Record the newest numbers, `counts`, and how the run has gone since the last record. Every rank must call
         it."""
-        reports = self._ranks.collect((self._meter.take(), self._unwritten))
+        reports = self._process_group.all_gather((self._meter.take(), self._unwritten))
         measured = [each for each, _ in reports]
         self._write([spikes for _, spikes in reports])
         skipped = {"skipped_steps": float(self._skipped)} if self._skipped else {}

@@ -15,7 +15,7 @@ from contracap.image import ImageConfig, normalise
 from contracap.losses import LossConfig, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa
 from contracap.model.text import TokenStates
-from contracap.parallel import Ranks, Wrapped, whole
+from contracap.parallel import ProcessGroup, Wrapped, whole
 from contracap.training.optimizer import OptimizerConfig, learning_rate_at
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
@@ -33,7 +33,7 @@ class TrainingState:
     Attributes:
         step: updates tried so far.
         average: moving average of the weights by name; None when the run keeps none.
-        ranks: the processes that take this step together, each on its rows of the batch.
+        process_group: the ranks that take this step together, each on its rows of the batch.
         wrapped: the model as they share it; None where one process trains alone.
     """
 
@@ -41,7 +41,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] | None
     step: int = 0
-    ranks: Ranks = Ranks()
+    process_group: ProcessGroup = ProcessGroup()
     wrapped: Wrapped | None = None
 
 
@@ -187,14 +187,14 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> StepMe
     run repeats it.
     """
     model, optimizer = state.model, state.optimizer
-    ranks, shared = state.ranks, state.wrapped or Wrapped(model)
+    process_group, shared = state.process_group, state.wrapped or Wrapped(model)
     rate = learning_rate_at(state.step, config.optimizer, total_steps=config.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.train()
-    tokens = ranks.mean(torch.full((), count_labels(batch), device=model.device))
+    tokens = process_group.mean(torch.full((), count_labels(batch), device=model.device))
     parts = batch.to(model.device).split(config.accumulation)
-    seed = config.seed * 1_000_003 + state.step + ranks.rank * 2**48  # each rank drops patches of its own
+    seed = config.seed * 1_000_003 + state.step + process_group.rank * 2**48  # each rank drops patches of its own
     contrasts: Sequence[Contrast | None] = [None] * len(parts)
     torch.manual_seed(seed)
     if len(parts) > 1 and config.loss.contrastive:
@@ -212,7 +212,7 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> StepMe
         [parameter for parameter in model.parameters() if parameter.grad is not None],
         config.optimizer.clip_norm or math.inf,
     )
-    means = ranks.mean(torch.stack(list(totals.values())))
+    means = process_group.mean(torch.stack(list(totals.values())))
     values = torch.cat([means, whole(norm).reshape(1)])
     _update(state, values.isfinite().all(), config)
     names = (*totals, "gradient_norm", "logit_scale")

@@ -9,7 +9,7 @@ from contracap.data.config import DataConfig
 from contracap.data.loader import evaluation_samples, validation_batches
 from contracap.data.shards import list_shards
 from contracap.model.coca import CoCa, evaluating
-from contracap.parallel import Ranks, Wrapped
+from contracap.parallel import ProcessGroup, Wrapped
 from contracap.pretrained import processor_for
 from contracap.training.step import StepConfig, count_labels, losses
 
@@ -20,7 +20,7 @@ class Validation:
     Every rank reads all of it and scores its rows of each batch, so that the batches contrast as in one process.
     """
 
-    def __init__(self, data: DataConfig, config: StepConfig, ranks: Ranks, shared: Wrapped):
+    def __init__(self, data: DataConfig, config: StepConfig, process_group: ProcessGroup, shared: Wrapped):
         """Raises: FileNotFoundError: if there are no such shards. ValueError: if they do not fill a batch."""
         shards = list_shards(data.validation or (), key="data.validation")
         captioned = (sample for sample in evaluation_samples(shards) if sample.captions)
@@ -29,7 +29,7 @@ class Validation:
                 f"data.validation {data.validation} holds {found} samples with captions, fewer than one batch of "
                 f"{data.batch_size}: bring more, lower data.batch_size, or set validate_every = 0"
             )
-        self.data, self.config, self.ranks, self.shared = data, config, ranks, shared
+        self.data, self.config, self.process_group, self.shared = data, config, process_group, shared
 
     @torch.no_grad()
     def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
@@ -44,7 +44,7 @@ class Validation:
             tokenizer=tokenizer,
             lines=self.data.captions.lines,
         ):
-            part = batch.split(self.ranks.count)[self.ranks.rank].to(model.device)
+            part = batch.split(self.process_group.world_size)[self.process_group.rank].to(model.device)
             batches += 1
             tokens += count_labels(part)
             with evaluating(model), self.shared.forward_only():
@@ -55,5 +55,5 @@ class Validation:
         counts = {"captioning_loss": tokens, "contrastive_loss": batches}
         for name, value in sums.items():
             numbers = torch.tensor([value, counts[name]], dtype=torch.float64, device=model.device)
-            total, count = self.ranks.mean(numbers).tolist()
+            total, count = self.process_group.mean(numbers).tolist()
             yield f"validation_{name}", total / count

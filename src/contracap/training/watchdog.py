@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from contracap.parallel import Ranks
+from contracap.parallel import ProcessGroup
 
 DATA, STEP, CHECKPOINT, EVALUATION, RECORD = (
     "waiting for data",
@@ -76,18 +76,18 @@ class Watchdog:
     rank 0 compares. Nothing is sent before that.
     """
 
-    def __init__(self, seconds: float, ranks: Ranks, *, start: int):
+    def __init__(self, seconds: float, process_group: ProcessGroup, *, start: int):
         """Every rank must make one.
 
         Args:
             seconds: that a phase may take; 0 watches nothing.
             start: steps done before.
         """
-        self._seconds, self._ranks = seconds, ranks
+        self._seconds, self._process_group = seconds, process_group
         self._first = start + 1
         self._beat = Beat(self._first, DATA, time.monotonic())
         self._watched = threading.get_ident()
-        self._name = ranks.broadcast(secrets.token_hex(8))  # no rank reads what one of another run said
+        self._name = process_group.broadcast(secrets.token_hex(8))  # no rank reads what one of another run said
         self._store: dist.Store | None = None
         self._stalled: Beat | None = None
         self._compare_at: float | None = None
@@ -126,7 +126,7 @@ class Watchdog:
             self._look(time.monotonic())
 
     def _look(self, now: float) -> None:
-        beat, rank = self._beat, self._ranks.rank
+        beat, rank = self._beat, self._process_group.rank
         if self._stalled is not None and beat is not self._stalled:
             seconds, before = beat.since - self._stalled.since, self._stalled
             logger.warning("rank %d goes on, after %.0f s %s of step %d", rank, seconds, before.phase, before.step)
@@ -142,32 +142,34 @@ class Watchdog:
             self._stalled = beat
             self._publish(stall)
             # The others need not have come to their limit at the same moment.
-            self._compare_at = now + 2 * self._seconds / LOOKS if rank == 0 and self._ranks.count > 1 else None
+            self._compare_at = (
+                now + 2 * self._seconds / LOOKS if rank == 0 and self._process_group.world_size > 1 else None
+            )
         if self._compare_at is not None and now >= self._compare_at:
             self._compare_at = None
             self._compare()
 
     def _publish(self, stall: Stall | None) -> None:
         """Tell rank 0, or that it is over."""
-        if self._ranks.count == 1:
+        if self._process_group.world_size == 1:
             return
         try:
-            self._connected().set(str(self._ranks.rank), json.dumps(asdict(stall) if stall else None))
+            self._connected().set(str(self._process_group.rank), json.dumps(asdict(stall) if stall else None))
         except RuntimeError as error:
-            logger.warning("rank %d cannot tell the others: %s", self._ranks.rank, error)
+            logger.warning("rank %d cannot tell the others: %s", self._process_group.rank, error)
 
     def _compare(self) -> None:
         stalls: dict[int, Stall] = {}
         try:
             store = self._connected()
-            for rank in range(self._ranks.count):
+            for rank in range(self._process_group.world_size):
                 told = json.loads(store.get(str(rank))) if store.check([str(rank)]) else None
                 if told is not None:
                     stalls[rank] = Stall(**told)
         except RuntimeError as error:
             logger.warning("what the other ranks do is not known: %s", error)
             return
-        logger.warning("%s", verdict(stalls, self._ranks.count))
+        logger.warning("%s", verdict(stalls, self._process_group.world_size))
 
     def _connected(self) -> dist.Store:
         """A connection of this thread's own: the process group's may be what the loop waits on."""

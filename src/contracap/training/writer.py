@@ -17,7 +17,7 @@ from torch import Tensor
 
 from contracap.image import ImageConfig
 from contracap.model.coca import CoCaConfig
-from contracap.parallel import TIMEOUT, Ranks, whole
+from contracap.parallel import TIMEOUT, ProcessGroup, whole
 from contracap.pretrained import write_weights
 from contracap.training.checkpoint import (
     AVERAGE_FILE,
@@ -62,7 +62,7 @@ class Snapshot:
 
         def brought(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             together = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
-            return {name: _copied(tensor) for name, tensor in together if state.ranks.rank == 0}
+            return {name: _copied(tensor) for name, tensor in together if state.process_group.rank == 0}
 
         return cls(
             step=state.step,
@@ -84,11 +84,11 @@ class CheckpointWriter:
     With more than one rank, all see the same folder, and make the same calls in the same order.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, image: ImageConfig, ranks: Ranks):
+    def __init__(self, folder: Path, config: CheckpointConfig, *, image: ImageConfig, process_group: ProcessGroup):
         """`image`: how the model's pictures are prepared, which goes with its weights."""
-        self._folder, self._config, self._image, self._ranks = folder, config, image, ranks
+        self._folder, self._config, self._image, self._process_group = folder, config, image, process_group
         self._group: dist.ProcessGroup | None = None
-        if ranks.count > 1:
+        if process_group.world_size > 1:
             group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
@@ -103,14 +103,14 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # Where other ranks may be lost, what went wrong is said at once. On CPUs the group ends here as well, which the
         # thread still needs. What is not whole yet has no final name.
-        self._thread.shutdown(wait=kind is None or self._group is None or self._ranks.device.type == "cpu")
+        self._thread.shutdown(wait=kind is None or self._group is None or self._process_group.device.type == "cpu")
         if kind is None:
             self.wait()
 
     def _take_device(self) -> None:
         """A thread starts on device 0, whichever its rank has."""
-        if self._ranks.device.index is not None and self._ranks.device.type == "cuda":
-            torch.cuda.set_device(self._ranks.device)
+        if self._process_group.device.index is not None and self._process_group.device.type == "cuda":
+            torch.cuda.set_device(self._process_group.device)
 
     def save(self, state: TrainingState, data: dict[str, Any]) -> None:
         """Copy what a checkpoint holds and begin to write it, when the one before is written. Nothing to do if that was
@@ -152,7 +152,7 @@ class CheckpointWriter:
             )
             self._on_rank_0(lambda: self._finish(snapshot, partial, final))
         except (Exception, dcp.api.CheckpointException) as error:  # torch's is none of the former
-            if self._ranks.rank == 0:
+            if self._process_group.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"{final} cannot be written: {describe(error)}. "
@@ -163,7 +163,7 @@ class CheckpointWriter:
     def _on_rank_0(self, action: Callable[[], None]) -> None:
         """Every rank raises what goes wrong there."""
         problem: Exception | None = None
-        if self._ranks.rank == 0:
+        if self._process_group.rank == 0:
             try:
                 action()
             except Exception as error:

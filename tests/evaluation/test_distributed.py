@@ -14,11 +14,12 @@ import torch
 from contracap.config import build
 from contracap.data.shards import write_shard
 from contracap.evaluation import ranking, retrieval
-from contracap.evaluation.processes import together
+from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.ranking import ranks
 from contracap.evaluation.retrieval import Features, Retrieval
 from contracap.evaluation.suite import EvaluationConfig, Suite
 from contracap.image import ImageError
+from contracap.parallel.process_group import ProcessGroup
 
 from .test_retrieval import embeddings
 from .worlds import COLOURS, ColourModel, processor, record, sample
@@ -26,37 +27,31 @@ from .worlds import COLOURS, ColourModel, processor, record, sample
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where threads that stand for processes hand over what they collect; who does not come breaks it."""
+    """Where threads that stand for ranks exchange values; one that does not come breaks it."""
 
-    count: int
     barrier: Barrier
     values: dict[int, bytes] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Thread:
-    rank: int
+@dataclass(frozen=True, kw_only=True)
+class Thread(ProcessGroup):
     meeting: Meeting
 
-    @property
-    def count(self) -> int:
-        return self.meeting.count
-
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.meeting.values[self.rank] = pickle.dumps(value)
         self.meeting.barrier.wait()
-        values = [pickle.loads(self.meeting.values[rank]) for rank in range(self.count)]
+        values = [pickle.loads(self.meeting.values[rank]) for rank in range(self.world_size)]
         self.meeting.barrier.wait()
         return values
 
 
 def in_threads(count: int, work: Callable[[Thread], Any]) -> list[Any]:
     """What `work` gives in each thread, or the error that ended it."""
-    meeting = Meeting(count, Barrier(count, timeout=20))
+    meeting = Meeting(Barrier(count, timeout=20))
 
     def outcome(rank: int) -> Any:
         try:
-            return work(Thread(rank, meeting))
+            return work(Thread(rank=rank, world_size=count, meeting=meeting))
         except Exception as error:
             return error
 
@@ -98,7 +93,7 @@ def test_recall_in_shares_is_that_of_one_process_to_the_bit(count: int) -> None:
 
     alone, figures, _ = evaluate()
     rounds, text_rounds = -(-4 // count), -(-8 // count)  # 15 pictures are 4 batches, 30 texts are 8
-    for evaluator, found, model in in_threads(count, lambda thread: evaluate(processes=thread)):
+    for evaluator, found, model in in_threads(count, lambda thread: evaluate(process_group=thread)):
         assert found == figures
         assert (evaluator.keys, evaluator.per_sample) == (alone.keys, alone.per_sample)
         assert torch.equal(evaluator.features.images, alone.features.images)
@@ -111,7 +106,7 @@ def test_a_picture_that_one_process_cannot_read_ends_all() -> None:
     object.__setattr__(samples[5], "image", b"no picture")  # of the second batch of four
 
     def work(thread: Thread) -> None:
-        dict(Retrieval(samples, processor(), batch_size=4, processes=thread).run(ColourModel()))
+        dict(Retrieval(samples, processor(), batch_size=4, process_group=thread).run(ColourModel()))
 
     first, second = in_threads(2, work)
     assert isinstance(first, ValueError) and str(first).startswith("rank 1: sample 5 of shard.tar: ")
@@ -144,10 +139,10 @@ def test_an_accelerator_of_one_process_that_is_full_ends_all_at_once(monkeypatch
 
     def work(thread: Thread) -> tuple[str, list[int]]:
         here.rank = thread.rank
-        evaluator = Retrieval(samples, processor(), processes=thread)
+        evaluator = Retrieval(samples, processor(), process_group=thread)
         with pytest.raises((RuntimeError, ValueError)) as error:
-            together(thread, lambda: dict(evaluator.run(ColourModel())))  # as a suite does
-        return f"{error.type.__name__}: {error.value}", thread.collect(thread.rank)  # which is again in step
+            run_on_every_rank(thread, lambda: dict(evaluator.run(ColourModel())))  # as a suite does
+        return f"{error.type.__name__}: {error.value}", thread.all_gather(thread.rank)  # which is again in step
 
     said = [f"{name}: out of memory" for name in ("ValueError: rank 1", "RuntimeError", "ValueError: rank 1")]
     assert in_threads(3, work) == [(each, [0, 1, 2]) for each in said]
@@ -160,7 +155,7 @@ def test_an_error_is_raised_as_it_is_where_it_happened() -> None:
                 raise OSError("disk gone")
             return thread.rank
 
-        return together(thread, fail)
+        return run_on_every_rank(thread, fail)
 
     first, second, third = in_threads(3, work)
     assert isinstance(second, OSError)

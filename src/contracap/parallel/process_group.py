@@ -1,4 +1,4 @@
-"""The processes that train together, and what they say to each other."""
+"""The processes that train or evaluate one model together, and the messages between them."""
 
 import os
 from collections.abc import Iterator
@@ -13,70 +13,70 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 Value = TypeVar("Value")
-TIMEOUT = timedelta(minutes=10)  # what a rank waits for the others, before it takes them for lost
+TIMEOUT = timedelta(minutes=10)  # after which a rank that waits for others takes them for lost
 
 
 class ParallelError(ValueError):
-    """Ranks that cannot be started, or a model that cannot be spread over them, as asked."""
+    """The ranks cannot be started, or cannot share the model or the batch, as asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This process among those that train together; by default it is alone, and each method gives back what it got.
+class ProcessGroup:
+    """The processes that work on one model, as seen by one of them. By default there is only one.
 
     With more than one, every rank must make the same calls in the same order.
 
     Attributes:
-        rank: from 0; rank 0 writes the files.
-        count: ranks on all machines.
-        local_count: ranks on this machine.
+        rank: this process, from 0; rank 0 writes the files.
+        world_size: ranks on all machines.
+        local_world_size: ranks on this machine.
         device: where this rank computes.
     """
 
     rank: int = 0
-    count: int = 1
-    local_count: int = 1
+    world_size: int = 1
+    local_world_size: int = 1
     device: torch.device = torch.device("cpu")
 
     def broadcast(self, value: Value) -> Value:
-        """Rank 0's value; anything that can be pickled."""
+        """Return the value of rank 0; anything that can be pickled."""
         values = [value]
-        if self.count > 1:
+        if self.world_size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
-    def collect(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order; anything small that can be pickled."""
-        values = [value] * self.count
-        if self.count > 1:
+    def all_gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks in order of rank; anything small that can be pickled."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """Sum over the ranks, element by element."""
-        if self.count == 1:
+        """Return the sum over the ranks, element by element."""
+        if self.world_size == 1:
             return numbers
         total = numbers.detach().clone()
         dist.all_reduce(total)
         return total
 
     def any(self, *claims: bool) -> list[bool]:
-        """Of each claim, whether it is true on any rank."""
-        if self.count == 1:
+        """Return for each claim whether it is true on any rank."""
+        if self.world_size == 1:
             return list(claims)
         return [number > 0 for number in self.sum(torch.tensor(claims, dtype=torch.int32, device=self.device)).tolist()]
 
     def mean(self, numbers: Tensor) -> Tensor:
-        """Mean over the ranks, element by element.
+        """Return the mean over the ranks, element by element.
 
-        What is averaged later must be divided by this: a captioning loss whose `tokens` are the mean over the ranks of
-        the labels they hold is, averaged over the ranks, the sum over all labels divided by their number.
+        A loss that each rank divides by this mean of its token counts is, averaged over the ranks, the sum over all
+        tokens divided by their number.
         """
-        return numbers if self.count == 1 else self.sum(numbers) / self.count
+        return numbers if self.world_size == 1 else self.sum(numbers) / self.world_size
 
-    def wait(self) -> None:
-        """Go on when every rank has come here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait until every rank has reached this call."""
+        if self.world_size > 1:
             dist.barrier()
 
 
@@ -84,8 +84,8 @@ class Agreement:
     """What any rank claims, asked at every step without making a rank wait for the others' work: the answer is that to
     the question before."""
 
-    def __init__(self, ranks: Ranks):
-        self._ranks = ranks
+    def __init__(self, process_group: ProcessGroup):
+        self._process_group = process_group
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     def ask(self, *claims: bool) -> list[bool]:
@@ -93,7 +93,7 @@ class Agreement:
 
         Every rank must call it at the same steps.
         """
-        if self._ranks.count == 1:
+        if self._process_group.world_size == 1:
             return list(claims)
         earlier, counts = self._asked, torch.tensor(claims, dtype=torch.int32)
         self._asked = dist.all_reduce(counts, async_op=True), counts
@@ -105,20 +105,21 @@ class Agreement:
 
 
 @contextmanager
-def started(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, in a process group (nccl between CUDA devices, gloo else) that ends with the
-    context, or after an error on CUDA with the process; without `torchrun`, one process and no group.
+def start_process_group(device: torch.device) -> Iterator[ProcessGroup]:
+    """Join the ranks that `torchrun` started, for the duration of the block; without `torchrun`, be the only one.
+
+    Messages between CUDA devices use nccl, others gloo. After an error on CUDA the group ends with the process.
 
     Args:
-        device: its type counts; of several CUDA devices each rank takes its own.
+        device: only its type counts; with several CUDA devices each rank takes its own.
 
     Raises: ParallelError: if torchrun's environment variables are incomplete, or a rank finds no device of its own.
     """
-    count = _variable("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
-    if count == 1:
-        yield Ranks(device=device)
+    world_size = _variable("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+    if world_size == 1:
+        yield ProcessGroup(device=device)
         return
-    rank, local_rank, local_count = (_variable(name) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, local_rank, local_world_size = (_variable(name) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ParallelError(
@@ -128,23 +129,23 @@ def started(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-    if count == local_count:
-        # torchrun keeps its store when it starts ranks again, and gloo would connect to the addresses of dead ones.
-        # On several machines the counts may differ, so there it is left to luck and another restart.
+    if world_size == local_world_size:
+        # torchrun keeps its store when it restarts ranks, and gloo would connect to the addresses of dead ones. On
+        # several machines the restart counts may differ, so there another restart may be needed.
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # objects and checkpoints go through gloo
         store=store,
         rank=rank,
-        world_size=count,
+        world_size=world_size,
         timeout=TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield Ranks(rank=rank, count=count, local_count=local_count, device=device)
+        yield ProcessGroup(rank=rank, world_size=world_size, local_world_size=local_world_size, device=device)
     except BaseException:
-        # nccl would wait for what it has begun with ranks that may be lost; gloo does not, and the process can start
-        # ranks again.
+        # nccl would wait for unfinished messages to ranks that may be lost; gloo does not, so the process can start
+        # a group again.
         if device.type != "cuda":
             dist.destroy_process_group()
         raise
