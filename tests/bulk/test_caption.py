@@ -140,6 +140,22 @@ def test_broken_pictures_are_listed_at_the_end_and_tell_the_status(run: Run, wei
     assert rows_of(here / "c.jsonl")[-1]["path"] == "pictures/0.jpg"
 
 
+@pytest.mark.parametrize("kind", FILES)
+def test_names_with_bytes_that_are_no_text_are_told_apart_and_recognised(
+    run: Run, weights: Path, here: Path, kind: str
+) -> None:
+    folder = here / os.fsdecode(b"pictures\xff") if kind == "metadata" else here / "named"
+    fill(folder, [os.fsdecode(name) for name in (b"a\xff.jpg", b"a\xfe.jpg", b"a\\xff.jpg")])
+    write_shard(here / "0.tar", [(os.fsdecode(b"b\xff"), {"jpg": picture(3)}), ("b\\xff", {"jpg": picture(4)})])
+    out = folder / "metadata.jsonl" if kind == "metadata" else here / FILES[kind]
+    paths, count = ([folder], 3) if kind == "metadata" else ([folder, "0.tar"], 5)
+    for told in (f"{count} captions", "0 captions"):
+        status, said, err = run("caption", weights, *paths, "--out", out, "--strategy", "greedy")
+        assert (status, err) == (0, "") and said.startswith(told)
+    found = [row["file_name" if kind == "metadata" else "path"] for row in rows_of(out)]
+    assert len(set(found)) == len(found) == count
+
+
 WAITING = 32
 
 

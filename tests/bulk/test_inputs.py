@@ -122,6 +122,20 @@ def test_a_name_that_is_no_unicode_can_be_written(here: Path) -> None:
     assert item.name == "caf\\xe9.jpg" and item.content() == picture(0)
 
 
+def test_names_that_differ_in_bytes_that_are_no_unicode_stay_distinct(here: Path) -> None:
+    raw = [b"a.jpg", b"a\\xff.jpg", b"a\\x5cxff.jpg", b"a\\b.jpg", b"a\xfe.jpg", b"a\xff.jpg"]
+    fill(here / "p", [os.fsdecode(name) for name in raw])
+    (here / "list.txt").write_bytes(b"".join(b"p/" + name + b"\n" for name in raw))
+    found = list(items(["list.txt"]))
+    assert len({item.name for item in found}) == len(raw) and [item.content() for item in found] == [
+        (here / "p" / os.fsdecode(name)).read_bytes() for name in raw
+    ]
+    assert {"p/a.jpg", "p/a\\b.jpg", "p/a\\xfe.jpg", "p/a\\xff.jpg"} < {item.name for item in found}
+    assert sorted(names("p")) == sorted(item.name for item in found)
+    shard(here / "0.tar", [os.fsdecode(name)[:-4] for name in raw])
+    assert [name.removeprefix("0.tar/") for name in names("0.tar")] == [item.name[2:-4] for item in found]
+
+
 def test_paths_that_stand_for_nothing_are_told_before_anything_is_read(here: Path) -> None:
     fill(here, ["a/1.jpg"])
     (here / "empty").mkdir()

@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,16 @@ def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> 
     unread = [found[0], found[2], found[3]]
     assert all(row[name] is None for row in unread for name in ("caption", "score", "log_probability", "embedding"))
     assert found[1]["caption"] == Captioner(*tiny)([picture(0)], BEAMS)[0].text
+
+
+def test_keys_and_shards_may_have_bytes_that_are_no_text(tiny, tmp_path: Path) -> None:
+    shard = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.tar")
+    keys = [os.fsdecode(b"a\xff"), "a\\xff", os.fsdecode(b"b\xff")]
+    write_shard(shard, [(key, {"jpg": picture(0) if key[0] == "a" else b"x"}) for key in keys])
+    writer(tiny, BulkConfig(embedding="float32")).write(shard, Folder(str(tmp_path / "out")))
+    found = rows(tmp_path / "out", shard)
+    assert [row["key"] for row in found] == ["a\\xff", "a\\x5cxff", "b\\xff"] and found[2]["error"]
+    assert {row["shard"] for row in found} == {f"{tmp_path}/\\xff.tar"}
 
 
 def test_rows_stay_in_order_over_row_groups(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from contracap.data.shards import (
     records,
 )
 from contracap.data.walk import PassedOver, folders_in, is_picture, pictures_in
-from contracap.files import check_regular, read_regular
+from contracap.files import check_regular, path_text, read_regular
 
 logger = logging.getLogger(__name__)
 LIST_SUFFIX = ".txt"
@@ -86,7 +86,7 @@ def items(
             except StopIteration:
                 break
             except (OSError, ValueError) as error:
-                yield Item(name=path, source=error)
+                yield Item(name=path_text(path), source=error)
                 break
             if written and isinstance(item.source, Path) and os.path.realpath(item.source) in written:
                 raise ValueError(f"{item.name} is one of the images to read, and an output too: name another file")
@@ -151,7 +151,7 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
     local = Path(path)
     if "://" in path or path.startswith("pipe:"):
         if path.startswith(WEB) and not path.partition("?")[0].endswith(SHARD_SUFFIXES):
-            yield Item(name=path, source=path)
+            yield Item(name=path_text(path), source=path)
         else:
             yield path
     elif local.is_dir():
@@ -210,13 +210,13 @@ def folders_of(paths: Sequence[str]) -> list[Path]:
 
 
 def _file(path: Path) -> Item:
-    return Item(name=os.fsencode(path).decode("utf-8", errors="backslashreplace"), source=path)
+    return Item(name=path_text(path), source=path)
 
 
 def _of_list(path: Path) -> Iterator[Item]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for line in filter(None, map(str.strip, lines)):
-            yield Item(name=line, source=line) if line.startswith(WEB) else _file(Path(line))
+            yield Item(name=path_text(line), source=line) if line.startswith(WEB) else _file(Path(line))
 
 
 def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
@@ -231,12 +231,12 @@ def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
         except ShardError as error:
             if error.whole == 0:
                 raise
-            yield Item(name=shard, source=error)
+            yield Item(name=path_text(shard), source=error)
 
 
 def item_of(record: Record) -> Item:
     """The image of a sample; the item says why if it has none that can be used. Its texts may lie anywhere."""
-    name = f"{record.shard}/{record.key}"
+    name = path_text(f"{record.shard}/{record.key}")
     images = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
     if record.scattered and images:
         record = replace(record, scattered=False, repeated=False)

@@ -20,7 +20,7 @@ from contracap.bulk.journal import Journal
 from contracap.bulk.rows import Row
 from contracap.bulk.settings import Record, Settings, SettingsError
 from contracap.bulk.tables import TableError, TableFormat, read_table, require_pyarrow, vectors_beside, write_table
-from contracap.files import is_stream, replacing
+from contracap.files import is_stream, path_text, replacing
 
 Existing = Literal["skip", "overwrite", "append"]
 """What becomes of a picture that has a caption: nothing; a new one in its place; one more, if it is another."""
@@ -349,9 +349,9 @@ class Table(Output):
         if self.kind != "metadata":
             return item.name
         if isinstance(item.source, Path):
-            name = Path(os.path.relpath(item.name, self.path.parent))
+            name = Path(os.path.relpath(item.source, self.path.parent))
             if name.parts[0] != os.pardir:
-                return name.as_posix()
+                return path_text(name.as_posix())
         raise ValueError(f"{item.name}: no file in the folder of {self.path}, where the names of its pictures start")
 
 

@@ -25,6 +25,7 @@ from contracap.bulk.tables import ROW_GROUP
 from contracap.config import require_count
 from contracap.data.remote import WEB
 from contracap.data.shards import PICTURE_SUFFIXES, ShardError, records
+from contracap.files import path_text
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.image import normalise
@@ -87,7 +88,7 @@ def part_name(shard: str) -> str:
         name = re.split(r"[?#]", name, maxsplit=1)[0]  # a signature is another one tomorrow
     stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name.rpartition("/")[2])
     readable = re.sub(r"[^\w.-]+", "_", stem)[:100].lstrip(".")
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.parquet"
+    return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}.parquet"
 
 
 def settings(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
@@ -157,10 +158,10 @@ class PartWriter:
 
     def _rows(self, shard: str, batch: PictureBatch) -> pa.RecordBatch:
         columns: dict[str, list[Any]] = {name: [None] * len(batch.items) for name in self._schema.names}
-        columns["key"] = [item.name.removeprefix(f"{shard}/") for item in batch.items]
-        columns["shard"] = [shard] * len(batch.items)
+        columns["key"] = [item.name.removeprefix(f"{path_text(shard)}/") for item in batch.items]
+        columns["shard"] = [path_text(shard)] * len(batch.items)
         for place, error in batch.broken.items():
-            columns["error"][place] = str(error)
+            columns["error"][place] = str(error).encode(errors="backslashreplace").decode()
         places = [place for place in range(len(batch.items)) if place not in batch.broken]
         if places:
             for name, values in self._results([item.name for item in batch.usable], batch.pixels).items():
