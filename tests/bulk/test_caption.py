@@ -108,6 +108,21 @@ def test_pictures_with_captions_are_skipped_overwritten_or_added_to(run: Run, we
     assert status == 1 and "--overwrite and --append exclude each other" in err
 
 
+def test_no_caption_is_added_to_a_side_car_of_another_encoding(run: Run, weights: Path, here: Path) -> None:
+    encodings = ("utf-16", "utf-16-le", "latin-1")
+    before = [f"é{'' if code == 'latin-1' else 'ж'}\n".encode(code) for code in encodings] + [
+        "abc\n".encode("utf-16-be")
+    ]
+    for number, content in enumerate(before):
+        (here / "pictures" / f"{number}.txt").write_bytes(content)
+    call = ["caption", weights, "pictures", "--format", "sidecar", "--embed", "--strategy", "greedy"]
+    status, told, err = run(*call, "--append")
+    assert status == 1 and told.startswith("3 captions") and err.count("is not UTF-8") == err.count("\n") == 4
+    assert [(here / "pictures" / f"{number}.txt").read_bytes() for number in range(4)] == before
+    assert len(list((here / "pictures").rglob("*.npy"))) == 3
+    assert run(*call, "--overwrite")[0] == 0 and (here / "pictures" / "0.txt").read_text(encoding="utf-8")
+
+
 def test_pictures_that_would_share_a_side_car_are_listed_each_time(run: Run, weights: Path, here: Path) -> None:
     (here / "pictures" / "1.png").write_bytes(picture(1, "PNG"))
     for told in ("7 captions", "0 captions"):

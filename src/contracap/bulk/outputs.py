@@ -156,7 +156,12 @@ class SideCars(Output):
         self._require_settings(place.parent)
         vector = place.with_suffix(".npy")
         has_vector = not self.embed or (vector.is_file() and vector.stat().st_size > 0)
-        return bool(_captions(place.with_suffix(self.suffix))) and self.existing == "skip" and has_vector
+        captions = _captions(text := place.with_suffix(self.suffix))
+        if self.existing == "append" and not _is_utf8(captions):
+            raise ValueError(
+                f"{text} is not UTF-8, so no line can be added: save it as UTF-8, or give --overwrite or another --ext"
+            )
+        return bool(captions) and self.existing == "skip" and has_vector
 
     def write(self, rows: Sequence[tuple[Item, Row]]) -> list[Exception]:
         broken = list[Exception]()
@@ -246,6 +251,13 @@ def _captions(side_car: Path) -> bytes:
         raise ValueError(f"{side_car} is not a file, so no caption can be there: rename it, or take another --ext")
     content = side_car.read_bytes()
     return content if content.decode(errors="replace").strip("\ufeff\0 \t\r\n\f\v").strip() else b""
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        return "\0" not in content.decode()  # of ASCII letters in UTF-16 every other byte is zero
+    except ValueError:
+        return False
 
 
 class Table(Output):
