@@ -59,6 +59,20 @@ def test_a_list_has_a_path_or_url_on_each_line(here: Path) -> None:
     assert found[2].content() == (here / "c.png").read_bytes()
 
 
+def test_a_line_of_a_list_that_names_no_file_is_told_with_its_number(here: Path) -> None:
+    fill(here, ["a.jpg", "#b.jpg"])
+    (here / "list.txt").write_text("a.jpg\n\n# a comment\n#b.jpg\nnone.jpg\n")
+    (here / "first.txt").write_text("# a comment\na.jpg\n")
+    found = list(items(["list.txt"]))
+    assert found[2].content() == (here / "#b.jpg").read_bytes()
+    for place, words in ((1, "list.txt, line 3: no such file: # a comment (a list has no comments)"), (3, "line 5")):
+        with pytest.raises(FileNotFoundError) as caught:
+            found[place].content()
+        assert words in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"no comments.*first\.txt, line 1"):
+        list(first_items(["first.txt"]))
+
+
 def test_a_shard_gives_its_pictures_whatever_its_texts_are(here: Path) -> None:
     shard(here / "0.tar", ["a", "b/c"])
     shard(here / "1.tar", ["d"])

@@ -41,10 +41,12 @@ class Item:
     Attributes:
         name: the path or URL, or shard and key, as outputs have it.
         source: where its bytes are: a file, a URL, themselves; or why there are none.
+        listed: the list and line that name it, for the message if there is no such file.
     """
 
     name: str
     source: Path | str | bytes | Exception
+    listed: str = ""
 
     def content(self) -> bytes:
         """The encoded picture.
@@ -60,7 +62,13 @@ class Item:
             case str() as url:
                 return download(url)
             case Path() as path:
-                return read_regular(path)
+                try:
+                    return read_regular(path)
+                except FileNotFoundError:
+                    if not self.listed:
+                        raise
+                    remark = " (a list has no comments)" if self.name.startswith("#") else ""
+                    raise FileNotFoundError(f"{self.listed}: no such file: {self.name}{remark}") from None
 
 
 def items(
@@ -127,8 +135,8 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
             and (first.source.is_dir() or not first.source.exists())
         ):
             raise FileNotFoundError(
-                f"{path} is not a list of images, a path or URL on each line: its first line names no file, "
-                f"{first.name}"
+                f"{path} is not a list of images, a path or URL on each line and no comments: {first.listed} names no "
+                f"file, {first.name}"
             )
         yield first
     if len(empty) == len(paths):
@@ -215,8 +223,11 @@ def _file(path: Path) -> Item:
 
 def _of_list(path: Path) -> Iterator[Item]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for line in filter(None, map(str.strip, lines)):
-            yield Item(name=path_text(line), source=line) if line.startswith(WEB) else _file(Path(line))
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            if line.startswith(WEB):
+                yield Item(name=path_text(line), source=line)
+            elif line:
+                yield replace(_file(Path(line)), listed=f"{path}, line {number}")
 
 
 def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
