@@ -345,8 +345,8 @@ def test_captions_of_other_settings_are_refused_and_the_line_says_what_to_do(
     call = ["caption", weights, "pictures", *where, "--strategy", "greedy"]
     assert run(*call, "--limit", 2)[0] == 0
     for change, said in (
-        (["--prompt", "a"], "prompt was '' and is now 'a'"),
-        (["--set", "max_tokens=9"], "max_tokens"),
+        (["--prompt", "a"], "settings: prompt: '' -> 'a'. "),
+        (["--set", "max_tokens=9"], "settings: strategy.max_tokens: 30 -> 9. "),
     ):
         status, out, err = run(*call, *change)
         assert (status, out, err.count("\n")) == (1, "", 1)
@@ -375,7 +375,7 @@ def test_side_cars_of_other_settings_are_refused_however_the_images_are_named(
     assert run("caption", weights, *first, *call)[0] == 0
     if not (out and "pictures/sub" in first + then):  # which --out takes for a root: other side-cars
         status, _, err = run("caption", weights, *then, *call, "--prompt", "a")
-        assert (status, err.count("\n")) == (1, 1) and "prompt was '' and is now 'a'" in err
+        assert (status, err.count("\n")) == (1, 1) and "prompt: '' -> 'a'" in err
     assert run("caption", weights, *then, *call)[0] == 0
 
 

@@ -234,7 +234,7 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
         ["bulk", "embed", str(tmp_path / "tiny.safetensors"), str(tmp_path / "shards"), "--out", str(tmp_path / "out")]
     )
     assert status == 1
-    assert "holds a run with other settings: weights_sha256 was '0' and is now" in capsys.readouterr().err
+    assert "holds a run with other settings: weights_sha256: '0' -> " in capsys.readouterr().err
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"_bulk.json"}
 
 
