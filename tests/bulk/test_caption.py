@@ -279,6 +279,21 @@ def address(here: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.parametrize("is_shown", [False, True])
+def test_what_is_waited_for_is_told(
+    run: Run, weights: Path, here: Path, caplog: pytest.LogCaptureFixture, monkeypatch, is_shown: bool
+) -> None:
+    (here / "list.txt").write_text("pictures/0.jpg\nhttp://silent/a.jpg\n")
+    monkeypatch.setattr("contracap.bulk.inputs.download", lambda url: time.sleep(1.2) or picture(1))
+    monkeypatch.setattr("contracap.progress.PAUSE", 0.5)
+    if is_shown:
+        monkeypatch.setattr("tqdm.std.DisableOnWriteError.isatty", lambda self: True, raising=False)
+    status, _, err = run("caption", weights, "list.txt", "--out", "c.csv", "--strategy", "greedy")
+    told = err if is_shown else caplog.text
+    assert status == 0 and re.search(r"waiting for http://silent/a\.jpg \(a URL is given up after 60 s", told)
+    assert is_shown or "1 images are done" in told
+
+
 def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, here: Path) -> None:
     clip = here / "clip.safetensors"
     model, processor = random_model(SIZES["ViT-B-32"].__class__(**clip_fields()), seed=0)
