@@ -233,19 +233,27 @@ def _of_list(path: Path) -> Iterator[Item]:
 def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
     for shard in list_shards(path):
         try:
-            for record in records(shard, suffixes=PICTURE_SUFFIXES):
-                item = item_of(record)
-                if isinstance(item.source, SampleError) and item.source.kind in WITHOUT_IMAGE:
-                    passed.counts[WITHOUT_IMAGE[item.source.kind]] += 1
-                else:
-                    yield item
+            yield from images_of(shard, passed)
         except ShardError as error:
             if error.whole == 0:
                 raise
             yield Item(name=path_text(shard), source=error)
 
 
-def item_of(record: Record) -> Item:
+def images_of(shard: str, passed: PassedOver) -> Generator[Item, None, None]:
+    """The images of a shard, in order; `passed` counts the groups without one.
+
+    Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
+    """
+    for record in records(shard, suffixes=PICTURE_SUFFIXES):
+        item = _item_of(record)
+        if isinstance(item.source, SampleError) and item.source.kind in WITHOUT_IMAGE:
+            passed.counts[WITHOUT_IMAGE[item.source.kind]] += 1
+        else:
+            yield item
+
+
+def _item_of(record: Record) -> Item:
     """The image of a sample; the item says why if it has none that can be used. Its texts may lie anywhere."""
     name = path_text(f"{record.shard}/{record.key}")
     images = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
