@@ -392,6 +392,31 @@ def test_everything_named_by_the_package_is_there() -> None:
         contracap.Captionr  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("call", "choices"),
+    [
+        ("caption W x --format sidecar --ext .foo", ("'.txt'", "'.caption'")),
+        ("caption W x --format xml", ("'sidecar'", "'jsonl'", "'csv'", "'parquet'", "'metadata'")),
+        ("bulk caption W x --out o --embed --precision int8", ("'float32'", "'float16'")),
+        ("score x --tokenizer y", ("'java'", "'python'")),
+        ("evaluate W --task None", ("'retrieval'", "'captioning'", "'zeroshot'", "'vqa'")),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_ones(run: Run, call: str, choices: tuple[str, ...]) -> None:
+    status, out, err = run(*call.split())
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", out + err).split())
+    assert status == 2 and f"({', '.join(choices)})" in said and "'None'," not in said
+
+
+@pytest.mark.parametrize("verb", ["demo", "serve"])
+def test_servers_keep_few_kernels(run: Run, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    monkeypatch.setitem(sys.modules, "gradio", None)  # which takes seconds to import
+    assert run(verb, tmp_path / "none", "--port", "0")[0] == 1
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+
+
 def test_demo_without_gradio_says_what_to_install() -> None:
     program = "import sys; sys.modules['gradio'] = None; from contracap.cli import main; sys.exit(main(['demo', 'x']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
