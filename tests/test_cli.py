@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -179,16 +180,30 @@ def test_quiet_leaves_results_and_errors_alone(
     assert "images/s" in run("embed", weights, folder, "--out", tmp_path / "e.npz")[2]  # --quiet is of its call alone
 
 
-@pytest.mark.parametrize("verb", ["classify", "embed", "evaluate", "shards show", "shards index"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", ["caption", "classify", "embed", "evaluate", "shards show", "shards index"])
 def test_an_interrupted_verb_says_what_the_same_command_does(
-    run: Run, weights: Path, pictures: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    run: Run,
+    weights: Path,
+    pictures: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    number: int,
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    for place in ("bulk.embedding.finite", "evaluation.task.measure_task", "data.survey.parse", "data.index.describe"):
-        monkeypatch.setattr(f"contracap.{place}", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    places = (
+        "bulk.rows.normalise",
+        "bulk.embedding.finite",
+        "evaluation.task.measure_task",
+        "data.survey.parse",
+        "data.index.describe",
+    )
+    for place in places:
+        monkeypatch.setattr(f"contracap.{place}", lambda *_, **__: signal.raise_signal(number))
     arguments: list[object] = {
+        "caption": [weights, pictures, "--out", tmp_path / "c.csv"],
         "classify": [weights, pictures, "--labels", "a", "b"],
         "embed": [weights, pictures, "--out", tmp_path / "e.npz"],
         "evaluate": [weights, "--task", "retrieval", "--data", shards],
@@ -196,8 +211,18 @@ def test_an_interrupted_verb_says_what_the_same_command_does(
         "shards index": [shards, "--out", tmp_path, "--workers", 0],
     }[verb]
     status, out, err = run(*verb.split(), *arguments)
-    assert (status, out, err.count("\n")) == (130, "", 1)
+    assert (status, out, err.count("\n")) == (128 + number, "", 1)
     assert "the same command" in err and "interrupted" in err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_training_that_has_not_begun_ends_at_once_by_sigterm() -> None:
+    program = (
+        "import signal; from contracap.training.interruption import interrupts_end_at_once as at_once\n"
+        "with at_once(): signal.raise_signal(signal.SIGTERM)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 143 and "interrupted" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_error_of_our_own_making_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +390,31 @@ def test_everything_named_by_the_package_is_there() -> None:
     assert all(getattr(contracap, name) for name in contracap.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Captionr'"):
         contracap.Captionr  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("call", "choices"),
+    [
+        ("caption W x --format sidecar --ext .foo", ("'.txt'", "'.caption'")),
+        ("caption W x --format xml", ("'sidecar'", "'jsonl'", "'csv'", "'parquet'", "'metadata'")),
+        ("bulk caption W x --out o --embed --precision int8", ("'float32'", "'float16'")),
+        ("score x --tokenizer y", ("'java'", "'python'")),
+        ("evaluate W --task None", ("'retrieval'", "'captioning'", "'zeroshot'", "'vqa'")),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_ones(run: Run, call: str, choices: tuple[str, ...]) -> None:
+    status, out, err = run(*call.split())
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", out + err).split())
+    assert status == 2 and f"({', '.join(choices)})" in said and "'None'," not in said
+
+
+@pytest.mark.parametrize("verb", ["demo", "serve"])
+def test_servers_keep_few_kernels(run: Run, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    monkeypatch.setitem(sys.modules, "gradio", None)  # which takes seconds to import
+    assert run(verb, tmp_path / "none", "--port", "0")[0] == 1
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
 
 def test_demo_without_gradio_says_what_to_install() -> None:

@@ -190,8 +190,11 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str, dtype: str) -> None:
 
 
 def test_float_pixels_are_refused_with_the_reason() -> None:
-    with pytest.raises(ImageError, match="pixels are floats"):
-        decode(Image.fromarray(np.zeros((2, 2), np.float32)))
+    picture = Image.fromarray(np.zeros((2, 2), np.float32))
+    for source in (picture, packed(picture, "TIFF")):
+        with pytest.raises(ImageError, match="pixels are floats") as caught:
+            decode(source)
+        assert "broken" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

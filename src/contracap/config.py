@@ -358,3 +358,12 @@ def _toml_text(value: Any) -> str:
     if isinstance(value, Sequence):
         return "[" + ", ".join(map(_toml_text, value)) + "]"
     return repr(value)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys such as `a.b` of nested mappings, with their values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -108,6 +109,15 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def path_text(path: str | Path) -> str:
+    r"""A path as text for an output. Bytes that are not UTF-8 become `\xNN`; so that no two paths share a text, a
+    backslash that already begins such an escape becomes `\x5c`."""
+    text = os.fspath(path)
+    if os.sep == "/":  # on Windows a backslash ends a folder, and every name is text
+        text = re.sub(r"\\(?=x([89a-f][0-9a-f]|5c))", r"\\x5c", text)
+    return os.fsencode(text).decode("utf-8", errors="backslashreplace")
 
 
 def write_text(path: str | Path, text: str) -> None:

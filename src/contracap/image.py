@@ -228,6 +228,8 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
             if isinstance(source, bytes):
                 _check_scans(source, picture.height * picture.width, name)
             picture.load()
+            if picture.mode == "F":
+                raise ImageError(f"{name}: pixels are floats, which have no agreed white: store 8 or 16 bits")
             return _upright_rgb(picture)
         except ImageError:
             raise
@@ -247,7 +249,11 @@ def _unidentified(source: bytes | Image.Image) -> str:
     """What a file is that no decoder takes."""
     head = source[:HEAD_BYTES] if isinstance(source, bytes) else b""
     format = image_format(head)
-    return f"a {format} file, broken or cut off" if format else f"not a picture: {not_an_image(head)}"
+    return (
+        f"a {format} file, broken, cut off, or of a kind that Pillow does not read"
+        if format
+        else f"not a picture: {not_an_image(head)}"
+    )
 
 
 def _decoding_bytes(picture: Image.Image) -> int:
@@ -293,8 +299,6 @@ def _rgb(picture: Image.Image) -> np.ndarray:
         values = np.asarray(picture).astype(np.int64).clip(0, 65535)
         grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if picture.mode == "F":
-        raise ValueError("pixels are floats, which have no agreed white; store it with 8 or 16 bits")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

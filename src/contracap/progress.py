@@ -1,11 +1,16 @@
 """Progress bars, on a terminal alone, and none where log lines of warnings are off."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
+
+PAUSE = 30.0  # seconds between log lines of what is waited for
+
+logger = logging.getLogger(__name__)
 
 
 def progress_bar(
@@ -27,6 +32,22 @@ def progress_bar(
     if callable(total) and not bar.disable:
         Thread(target=_set_total, args=(bar, total), daemon=True).start()
     return bar
+
+
+def waiting(bar: tqdm) -> Callable[[int, str], None]:
+    """What to call every second with how many images are done and what is waited for, or nothing any more. The bar says
+    it; where none is shown, a log line does now and then."""
+    told = time.monotonic()
+
+    def tell(done: int, what: str) -> None:
+        nonlocal told
+        if not bar.disable:
+            bar.set_postfix_str(f"waiting for {what}" if what else "")
+        elif what and time.monotonic() >= told + PAUSE:
+            told = time.monotonic()
+            logger.warning("waiting for %s; %s images are done", what, f"{done:,}")
+
+    return tell
 
 
 def _set_total(bar: tqdm, count: Callable[[], int | None]) -> None:

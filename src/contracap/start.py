@@ -1,14 +1,13 @@
 """What a run starts from: its recipe's weights and device, or what its folder says of its first part."""
 
 import os
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from contracap.config import to_dict
+from contracap.config import flat, to_dict
 from contracap.data.remote import commands_in
 from contracap.data.shards import list_shards
 from contracap.image import ImageConfig
@@ -90,7 +89,7 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
     if not stored.is_file():
         return None
     earlier = load_recipe(stored)
-    before, now = (dict(_flat(to_dict(each))) for each in (earlier, recipe))
+    before, now = (dict(flat(to_dict(each))) for each in (earlier, recipe))
     changed = [
         f"{key} was {before.get(key)} and is now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
@@ -101,14 +100,6 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
             f"{folder} was run with another recipe: {'; '.join(changed)}. Resume with its own {stored}"
         )
     return earlier
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:

@@ -108,6 +108,21 @@ def test_pictures_with_captions_are_skipped_overwritten_or_added_to(run: Run, we
     assert status == 1 and "--overwrite and --append exclude each other" in err
 
 
+def test_no_caption_is_added_to_a_side_car_of_another_encoding(run: Run, weights: Path, here: Path) -> None:
+    encodings = ("utf-16", "utf-16-le", "latin-1")
+    before = [f"é{'' if code == 'latin-1' else 'ж'}\n".encode(code) for code in encodings] + [
+        "abc\n".encode("utf-16-be")
+    ]
+    for number, content in enumerate(before):
+        (here / "pictures" / f"{number}.txt").write_bytes(content)
+    call = ["caption", weights, "pictures", "--format", "sidecar", "--embed", "--strategy", "greedy"]
+    status, told, err = run(*call, "--append")
+    assert status == 1 and told.startswith("3 captions") and err.count("is not UTF-8") == err.count("\n") == 4
+    assert [(here / "pictures" / f"{number}.txt").read_bytes() for number in range(4)] == before
+    assert len(list((here / "pictures").rglob("*.npy"))) == 3
+    assert run(*call, "--overwrite")[0] == 0 and (here / "pictures" / "0.txt").read_text(encoding="utf-8")
+
+
 def test_pictures_that_would_share_a_side_car_are_listed_each_time(run: Run, weights: Path, here: Path) -> None:
     (here / "pictures" / "1.png").write_bytes(picture(1, "PNG"))
     for told in ("7 captions", "0 captions"):
@@ -138,6 +153,22 @@ def test_broken_pictures_are_listed_at_the_end_and_tell_the_status(run: Run, wei
     status, told, err = run(*call[:3], "--out", "c.jsonl")
     assert status == 1 and told.startswith("1 captions") and err.count("\n") == 1
     assert rows_of(here / "c.jsonl")[-1]["path"] == "pictures/0.jpg"
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_names_with_bytes_that_are_no_text_are_told_apart_and_recognised(
+    run: Run, weights: Path, here: Path, kind: str
+) -> None:
+    folder = here / os.fsdecode(b"pictures\xff") if kind == "metadata" else here / "named"
+    fill(folder, [os.fsdecode(name) for name in (b"a\xff.jpg", b"a\xfe.jpg", b"a\\xff.jpg")])
+    write_shard(here / "0.tar", [(os.fsdecode(b"b\xff"), {"jpg": picture(3)}), ("b\\xff", {"jpg": picture(4)})])
+    out = folder / "metadata.jsonl" if kind == "metadata" else here / FILES[kind]
+    paths, count = ([folder], 3) if kind == "metadata" else ([folder, "0.tar"], 5)
+    for told in (f"{count} captions", "0 captions"):
+        status, said, err = run("caption", weights, *paths, "--out", out, "--strategy", "greedy")
+        assert (status, err) == (0, "") and said.startswith(told)
+    found = [row["file_name" if kind == "metadata" else "path"] for row in rows_of(out)]
+    assert len(set(found)) == len(found) == count
 
 
 WAITING = 32
@@ -248,6 +279,21 @@ def address(here: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.parametrize("is_shown", [False, True])
+def test_what_is_waited_for_is_told(
+    run: Run, weights: Path, here: Path, caplog: pytest.LogCaptureFixture, monkeypatch, is_shown: bool
+) -> None:
+    (here / "list.txt").write_text("pictures/0.jpg\nhttp://silent/a.jpg\n")
+    monkeypatch.setattr("contracap.bulk.inputs.download", lambda url: time.sleep(1.2) or picture(1))
+    monkeypatch.setattr("contracap.progress.PAUSE", 0.5)
+    if is_shown:
+        monkeypatch.setattr("tqdm.std.DisableOnWriteError.isatty", lambda self: True, raising=False)
+    status, _, err = run("caption", weights, "list.txt", "--out", "c.csv", "--strategy", "greedy")
+    told = err if is_shown else caplog.text
+    assert status == 0 and re.search(r"waiting for http://silent/a\.jpg \(a URL is given up after 60 s", told)
+    assert is_shown or "1 images are done" in told
+
+
 def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, here: Path) -> None:
     clip = here / "clip.safetensors"
     model, processor = random_model(SIZES["ViT-B-32"].__class__(**clip_fields()), seed=0)
@@ -314,8 +360,8 @@ def test_captions_of_other_settings_are_refused_and_the_line_says_what_to_do(
     call = ["caption", weights, "pictures", *where, "--strategy", "greedy"]
     assert run(*call, "--limit", 2)[0] == 0
     for change, said in (
-        (["--prompt", "a"], "prompt was '' and is now 'a'"),
-        (["--set", "max_tokens=9"], "max_tokens"),
+        (["--prompt", "a"], "settings: prompt: '' -> 'a'. "),
+        (["--set", "max_tokens=9"], "settings: strategy.max_tokens: 30 -> 9. "),
     ):
         status, out, err = run(*call, *change)
         assert (status, out, err.count("\n")) == (1, "", 1)
@@ -344,7 +390,7 @@ def test_side_cars_of_other_settings_are_refused_however_the_images_are_named(
     assert run("caption", weights, *first, *call)[0] == 0
     if not (out and "pictures/sub" in first + then):  # which --out takes for a root: other side-cars
         status, _, err = run("caption", weights, *then, *call, "--prompt", "a")
-        assert (status, err.count("\n")) == (1, 1) and "prompt was '' and is now 'a'" in err
+        assert (status, err.count("\n")) == (1, 1) and "prompt: '' -> 'a'" in err
     assert run("caption", weights, *then, *call)[0] == 0
 
 

@@ -234,7 +234,7 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
         ["bulk", "embed", str(tmp_path / "tiny.safetensors"), str(tmp_path / "shards"), "--out", str(tmp_path / "out")]
     )
     assert status == 1
-    assert "holds a run with other settings: weights_sha256 was '0' and is now" in capsys.readouterr().err
+    assert "holds a run with other settings: weights_sha256: '0' -> " in capsys.readouterr().err
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"_bulk.json"}
 
 
@@ -322,3 +322,19 @@ def test_a_cluster_takes_sensible_numbers_only() -> None:
     for wrong in ({"workers": 0}, {"gpus_per_worker": 1.5}, {"gpus_per_worker": -1.0}):
         with pytest.raises(ValueError, match="must be"):
             ClusterConfig(**wrong)
+
+
+@pytest.mark.slow
+def test_a_run_that_sigterm_ends_says_what_is_done(start, tmp_path: Path) -> None:
+    write_weights(tmp_path / "tiny.safetensors")
+    write_shards(tmp_path / "shards", 40, 200)
+    call = ["-m", "contracap", "bulk", "embed", tmp_path / "tiny.safetensors", tmp_path / "shards"]
+    run = start(*call, "--out", tmp_path / "out", "--workers", 1)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("*.parquet")) and time.monotonic() < until:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err.count("\n")) == (143, "", 1), err
+    assert "of 40 shards are done; the same command goes on" in err
+    await_end(lambda: session_of(run.pid))

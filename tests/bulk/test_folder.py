@@ -53,9 +53,7 @@ def test_a_folder_is_of_one_run(folder: Folder) -> None:
     settings = {"strategy": {"name": "BeamSearch", "width": 6}, "embedding": None}
     folder.claim(settings, described={"weights": "tiny"})
     folder.claim(settings, described={"weights": "tiny, moved"})
-    with pytest.raises(
-        FolderError, match=r"other settings: embedding was None and is now 'float16'\. Give another --out"
-    ):
+    with pytest.raises(FolderError, match=r"other settings: embedding: None -> 'float16'\. Give another --out"):
         folder.claim(settings | {"embedding": "float16"}, described={"weights": "tiny"})
     assert folder.names() == {"_bulk.json"}
 

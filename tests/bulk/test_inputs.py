@@ -59,6 +59,20 @@ def test_a_list_has_a_path_or_url_on_each_line(here: Path) -> None:
     assert found[2].content() == (here / "c.png").read_bytes()
 
 
+def test_a_line_of_a_list_that_names_no_file_is_told_with_its_number(here: Path) -> None:
+    fill(here, ["a.jpg", "#b.jpg"])
+    (here / "list.txt").write_text("a.jpg\n\n# a comment\n#b.jpg\nnone.jpg\n")
+    (here / "first.txt").write_text("# a comment\na.jpg\n")
+    found = list(items(["list.txt"]))
+    assert found[2].content() == (here / "#b.jpg").read_bytes()
+    for place, words in ((1, "list.txt, line 3: no such file: # a comment (a list has no comments)"), (3, "line 5")):
+        with pytest.raises(FileNotFoundError) as caught:
+            found[place].content()
+        assert words in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"no comments.*first\.txt, line 1"):
+        list(first_items(["first.txt"]))
+
+
 def test_a_shard_gives_its_pictures_whatever_its_texts_are(here: Path) -> None:
     shard(here / "0.tar", ["a", "b/c"])
     shard(here / "1.tar", ["d"])
@@ -120,6 +134,20 @@ def test_a_name_that_is_no_unicode_can_be_written(here: Path) -> None:
     fill(here, [name])
     (item,) = items(["."])
     assert item.name == "caf\\xe9.jpg" and item.content() == picture(0)
+
+
+def test_names_that_differ_in_bytes_that_are_no_unicode_stay_distinct(here: Path) -> None:
+    raw = [b"a.jpg", b"a\\xff.jpg", b"a\\x5cxff.jpg", b"a\\b.jpg", b"a\xfe.jpg", b"a\xff.jpg"]
+    fill(here / "p", [os.fsdecode(name) for name in raw])
+    (here / "list.txt").write_bytes(b"".join(b"p/" + name + b"\n" for name in raw))
+    found = list(items(["list.txt"]))
+    assert len({item.name for item in found}) == len(raw) and [item.content() for item in found] == [
+        (here / "p" / os.fsdecode(name)).read_bytes() for name in raw
+    ]
+    assert {"p/a.jpg", "p/a\\b.jpg", "p/a\\xfe.jpg", "p/a\\xff.jpg"} < {item.name for item in found}
+    assert sorted(names("p")) == sorted(item.name for item in found)
+    shard(here / "0.tar", [os.fsdecode(name)[:-4] for name in raw])
+    assert [name.removeprefix("0.tar/") for name in names("0.tar")] == [item.name[2:-4] for item in found]
 
 
 def test_paths_that_stand_for_nothing_are_told_before_anything_is_read(here: Path) -> None:

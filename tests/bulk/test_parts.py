@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,16 +82,28 @@ def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> 
     broken = picture(1)[:200]
     write_shard(shard, [("a", {"jpg": broken}), ("b", {"jpg": picture(0)}), ("c", {"txt": b"x"}), ("d", {"jpg": b""})])
     made = writer(tiny, BulkConfig(strategy=BEAMS, embedding="float32", batch_size=1))  # no picture in three batches
-    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(shard=shard, rows=4, unreadable=3)
+    assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(
+        shard=shard, rows=3, unreadable=2, without_image=1
+    )
     found = rows(tmp_path / "out", shard)
-    assert [row["key"] for row in found] == ["a", "b", "c", "d"]
-    said = [f"{shard}/a: ", None, f"sample c of {shard} has no picture", f"{shard}/d: "]
+    assert [row["key"] for row in found] == ["a", "b", "d"]
+    said = [f"{shard}/a: ", None, f"{shard}/d: "]
     assert all(
         row["error"].startswith(start) if start else not row["error"] for row, start in zip(found, said, strict=True)
     )
-    unread = [found[0], found[2], found[3]]
+    unread = [found[0], found[2]]
     assert all(row[name] is None for row in unread for name in ("caption", "score", "log_probability", "embedding"))
     assert found[1]["caption"] == Captioner(*tiny)([picture(0)], BEAMS)[0].text
+
+
+def test_keys_and_shards_may_have_bytes_that_are_no_text(tiny, tmp_path: Path) -> None:
+    shard = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.tar")
+    keys = [os.fsdecode(b"a\xff"), "a\\xff", os.fsdecode(b"b\xff")]
+    write_shard(shard, [(key, {"jpg": picture(0) if key[0] == "a" else b"x"}) for key in keys])
+    writer(tiny, BulkConfig(embedding="float32")).write(shard, Folder(str(tmp_path / "out")))
+    found = rows(tmp_path / "out", shard)
+    assert [row["key"] for row in found] == ["a\\xff", "a\\x5cxff", "b\\xff"] and found[2]["error"]
+    assert {row["shard"] for row in found} == {f"{tmp_path}/\\xff.tar"}
 
 
 def test_rows_stay_in_order_over_row_groups(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,14 @@ def test_answers_that_are_too_large_or_too_slow_are_given_up(address: str, monke
         download(f"{address}/good")
 
 
+def test_the_time_limit_is_that_of_all_attempts(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES", (0.01, 9.0))
+    monkeypatch.setattr(module, "LONGEST", 0.3)
+    with pytest.raises(DownloadError, match="timed out"):
+        download(f"{address}/silent")
+    assert ASKED["/silent"] == 2
+
+
 @pytest.mark.parametrize("url", ["file:///etc/hosts", "ftp://x.org/a.jpg", "/a.jpg", "http://x.org:port/a.jpg"])
 def test_what_is_no_web_address_is_never_opened(url: str) -> None:
     with pytest.raises(DownloadError) as error:

@@ -15,7 +15,7 @@ from contracap.bulk.outputs import Output, is_of_one_image
 from contracap.bulk.pictures import picture_batches
 from contracap.bulk.rows import Row
 from contracap.image import ImageConfig
-from contracap.progress import progress_bar
+from contracap.progress import progress_bar, waiting
 
 Describe = Callable[[Sequence[str], UInt8[Tensor, "batch 3 height width"]], list[Row]]
 """Names and pixels of a batch to a row for each; `caption_rows` with its other arguments filled in."""
@@ -82,7 +82,6 @@ def caption_pictures(
         ValueError: if the model cannot describe a batch.
     """
     begun, outcome = time.monotonic(), Outcome()
-    batches = picture_batches(_missing(items, output, outcome), image, batch_size=batch_size, workers=workers)
     written: Future[list[Exception]] | None = None  # while the next batch is described: discs make one wait
 
     def take(errors: list[Exception]) -> None:
@@ -91,6 +90,8 @@ def caption_pictures(
         outcome.added = output.added
 
     bar = progress_bar(total=total, unit=" images", disable=not progress)
+    missing = _missing(items, output, outcome)
+    batches = picture_batches(missing, image, batch_size=batch_size, workers=workers, waiting=waiting(bar))
     with _told(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
             outcome.broken += batch.broken.values()

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -284,6 +285,7 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         cores = max(cluster.workers or 1, os.cpu_count() or 1)
         options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
         options["_temp_dir"] = ending.enter_context(_session_folder())
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         with _no_stderr(), _no_dashboard():  # stderr: its C++ part says there how much it will say
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
@@ -291,6 +293,8 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         where = f"join the cluster at {cluster.address}" if cluster.address else "start Ray"
         ending.close()
         raise BulkError(f"cannot {where}: {error}") from None
+    if callable(ends):  # what SIGTERM does here, as Ctrl-C, instead of Ray's own way out, which says nothing
+        signal.signal(signal.SIGTERM, ends)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
     said = io.StringIO()  # that workers died; not worth a word where the run ends with an error of its own
     with ending, redirect_stdout(said):

@@ -1,6 +1,6 @@
 """Contrastive embeddings of many images: read ahead, embedded in batches, written to one file."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +39,23 @@ class EmbeddingBatch:
 
 
 def embed_items(
-    model: CoCa, processor: Processor, items: Generator[Item, None, None], *, batch_size: int, workers: int
+    model: CoCa,
+    processor: Processor,
+    items: Generator[Item, None, None],
+    *,
+    batch_size: int,
+    workers: int,
+    waiting: Callable[[int, str], object] = lambda done, what: None,
 ) -> Iterator[EmbeddingBatch]:
     """Embeddings of all images, in order; memory does not depend on how many there are.
 
     Args:
         workers: threads that read and decode.
+        waiting: as in `picture_batches`.
 
     Raises: ValueError: if the model gives numbers that are not finite.
     """
-    batches = picture_batches(items, processor.image_config, batch_size=batch_size, workers=workers)
+    batches = picture_batches(items, processor.image_config, batch_size=batch_size, workers=workers, waiting=waiting)
     with closing(batches), evaluating(model):
         for batch in batches:
             with torch.inference_mode():

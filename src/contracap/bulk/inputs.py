@@ -24,7 +24,7 @@ from contracap.data.shards import (
     records,
 )
 from contracap.data.walk import PassedOver, folders_in, is_picture, pictures_in
-from contracap.files import check_regular, read_regular
+from contracap.files import check_regular, path_text, read_regular
 
 logger = logging.getLogger(__name__)
 LIST_SUFFIX = ".txt"
@@ -41,10 +41,12 @@ class Item:
     Attributes:
         name: the path or URL, or shard and key, as outputs have it.
         source: where its bytes are: a file, a URL, themselves; or why there are none.
+        listed: the list and line that name it, for the message if there is no such file.
     """
 
     name: str
     source: Path | str | bytes | Exception
+    listed: str = ""
 
     def content(self) -> bytes:
         """The encoded picture.
@@ -60,7 +62,13 @@ class Item:
             case str() as url:
                 return download(url)
             case Path() as path:
-                return read_regular(path)
+                try:
+                    return read_regular(path)
+                except FileNotFoundError:
+                    if not self.listed:
+                        raise
+                    remark = " (a list has no comments)" if self.name.startswith("#") else ""
+                    raise FileNotFoundError(f"{self.listed}: no such file: {self.name}{remark}") from None
 
 
 def items(
@@ -86,7 +94,7 @@ def items(
             except StopIteration:
                 break
             except (OSError, ValueError) as error:
-                yield Item(name=path, source=error)
+                yield Item(name=path_text(path), source=error)
                 break
             if written and isinstance(item.source, Path) and os.path.realpath(item.source) in written:
                 raise ValueError(f"{item.name} is one of the images to read, and an output too: name another file")
@@ -127,8 +135,8 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
             and (first.source.is_dir() or not first.source.exists())
         ):
             raise FileNotFoundError(
-                f"{path} is not a list of images, a path or URL on each line: its first line names no file, "
-                f"{first.name}"
+                f"{path} is not a list of images, a path or URL on each line and no comments: {first.listed} names no "
+                f"file, {first.name}"
             )
         yield first
     if len(empty) == len(paths):
@@ -151,7 +159,7 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
     local = Path(path)
     if "://" in path or path.startswith("pipe:"):
         if path.startswith(WEB) and not path.partition("?")[0].endswith(SHARD_SUFFIXES):
-            yield Item(name=path, source=path)
+            yield Item(name=path_text(path), source=path)
         else:
             yield path
     elif local.is_dir():
@@ -210,33 +218,44 @@ def folders_of(paths: Sequence[str]) -> list[Path]:
 
 
 def _file(path: Path) -> Item:
-    return Item(name=os.fsencode(path).decode("utf-8", errors="backslashreplace"), source=path)
+    return Item(name=path_text(path), source=path)
 
 
 def _of_list(path: Path) -> Iterator[Item]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for line in filter(None, map(str.strip, lines)):
-            yield Item(name=line, source=line) if line.startswith(WEB) else _file(Path(line))
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            if line.startswith(WEB):
+                yield Item(name=path_text(line), source=line)
+            elif line:
+                yield replace(_file(Path(line)), listed=f"{path}, line {number}")
 
 
 def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
     for shard in list_shards(path):
         try:
-            for record in records(shard, suffixes=PICTURE_SUFFIXES):
-                item = item_of(record)
-                if isinstance(item.source, SampleError) and item.source.kind in WITHOUT_IMAGE:
-                    passed.counts[WITHOUT_IMAGE[item.source.kind]] += 1
-                else:
-                    yield item
+            yield from images_of(shard, passed)
         except ShardError as error:
             if error.whole == 0:
                 raise
-            yield Item(name=shard, source=error)
+            yield Item(name=path_text(shard), source=error)
 
 
-def item_of(record: Record) -> Item:
+def images_of(shard: str, passed: PassedOver) -> Generator[Item, None, None]:
+    """The images of a shard, in order; `passed` counts the groups without one.
+
+    Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
+    """
+    for record in records(shard, suffixes=PICTURE_SUFFIXES):
+        item = _item_of(record)
+        if isinstance(item.source, SampleError) and item.source.kind in WITHOUT_IMAGE:
+            passed.counts[WITHOUT_IMAGE[item.source.kind]] += 1
+        else:
+            yield item
+
+
+def _item_of(record: Record) -> Item:
     """The image of a sample; the item says why if it has none that can be used. Its texts may lie anywhere."""
-    name = f"{record.shard}/{record.key}"
+    name = path_text(f"{record.shard}/{record.key}")
     images = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
     if record.scattered and images:
         record = replace(record, scattered=False, repeated=False)

@@ -20,7 +20,7 @@ from contracap.bulk.journal import Journal
 from contracap.bulk.rows import Row
 from contracap.bulk.settings import Record, Settings, SettingsError
 from contracap.bulk.tables import TableError, TableFormat, read_table, require_pyarrow, vectors_beside, write_table
-from contracap.files import is_stream, replacing
+from contracap.files import is_stream, path_text, replacing
 
 Existing = Literal["skip", "overwrite", "append"]
 """What becomes of a picture that has a caption: nothing; a new one in its place; one more, if it is another."""
@@ -156,7 +156,12 @@ class SideCars(Output):
         self._require_settings(place.parent)
         vector = place.with_suffix(".npy")
         has_vector = not self.embed or (vector.is_file() and vector.stat().st_size > 0)
-        return bool(_captions(place.with_suffix(self.suffix))) and self.existing == "skip" and has_vector
+        captions = _captions(text := place.with_suffix(self.suffix))
+        if self.existing == "append" and not _is_utf8(captions):
+            raise ValueError(
+                f"{text} is not UTF-8, so no line can be added: save it as UTF-8, or give --overwrite or another --ext"
+            )
+        return bool(captions) and self.existing == "skip" and has_vector
 
     def write(self, rows: Sequence[tuple[Item, Row]]) -> list[Exception]:
         broken = list[Exception]()
@@ -246,6 +251,13 @@ def _captions(side_car: Path) -> bytes:
         raise ValueError(f"{side_car} is not a file, so no caption can be there: rename it, or take another --ext")
     content = side_car.read_bytes()
     return content if content.decode(errors="replace").strip("\ufeff\0 \t\r\n\f\v").strip() else b""
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        return "\0" not in content.decode()  # of ASCII letters in UTF-16 every other byte is zero
+    except ValueError:
+        return False
 
 
 class Table(Output):
@@ -349,9 +361,9 @@ class Table(Output):
         if self.kind != "metadata":
             return item.name
         if isinstance(item.source, Path):
-            name = Path(os.path.relpath(item.name, self.path.parent))
+            name = Path(os.path.relpath(item.source, self.path.parent))
             if name.parts[0] != os.pardir:
-                return name.as_posix()
+                return path_text(name.as_posix())
         raise ValueError(f"{item.name}: no file in the folder of {self.path}, where the names of its pictures start")
 
 

@@ -17,14 +17,16 @@ from pyarrow.parquet import ParquetWriter
 from torch import Tensor
 
 from contracap.bulk.folder import Folder
-from contracap.bulk.inputs import item_of
+from contracap.bulk.inputs import images_of
 from contracap.bulk.pictures import PictureBatch, picture_batches
 from contracap.bulk.rows import caption_rows
 from contracap.bulk.settings import caption_settings
 from contracap.bulk.tables import ROW_GROUP
 from contracap.config import require_count
 from contracap.data.remote import WEB
-from contracap.data.shards import PICTURE_SUFFIXES, ShardError, records
+from contracap.data.shards import ShardError
+from contracap.data.walk import PassedOver
+from contracap.files import path_text
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.image import normalise
@@ -62,12 +64,13 @@ class BulkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOutcome:
-    """What became of one shard: rows of its part, and those of them without a result because the picture cannot be
-    read; or why there is no part."""
+    """What became of one shard: rows of its part, those of them without a result because the picture cannot be read,
+    and groups without an image, which have no row; or why there is no part."""
 
     shard: str
     rows: int = 0
     unreadable: int = 0
+    without_image: int = 0
     problem: str = ""
 
 
@@ -87,7 +90,7 @@ def part_name(shard: str) -> str:
         name = re.split(r"[?#]", name, maxsplit=1)[0]  # a signature is another one tomorrow
     stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name.rpartition("/")[2])
     readable = re.sub(r"[^\w.-]+", "_", stem)[:100].lstrip(".")
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.parquet"
+    return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}.parquet"
 
 
 def settings(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class PartWriter:
         self._schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata)})
 
     def write(self, shard: str, folder: Folder) -> ShardOutcome:
-        """Writes the part of one shard, whole or not at all; a row for each sample, in their order.
+        """Writes the part of one shard, whole or not at all; a row for each image, in their order.
 
         A picture that cannot be read has a row with `error` and nothing else. Of a shard that cannot be read to its
         end there is no part: the outcome says why. What is in memory does not grow with the shard.
@@ -131,11 +134,12 @@ class PartWriter:
             ValueError: if the model gives numbers that are not finite.
         """
         rows = unreadable = 0
+        passed = PassedOver()
         try:
             with (
                 folder.writing(part_name(shard)) as path,
                 ParquetWriter(path, self._schema) as writer,
-                closing(self._batches(shard)) as batches,
+                closing(self._batches(shard, passed)) as batches,
             ):
                 waiting: list[pa.RecordBatch] = []
                 for batch in batches:
@@ -148,19 +152,18 @@ class PartWriter:
                 writer.write_table(pa.Table.from_batches(waiting, self._schema))
         except ShardError as error:
             return ShardOutcome(shard=shard, problem=str(error))
-        return ShardOutcome(shard=shard, rows=rows, unreadable=unreadable)
+        return ShardOutcome(shard=shard, rows=rows, unreadable=unreadable, without_image=passed.counts.total())
 
-    def _batches(self, shard: str) -> Generator[PictureBatch, None, None]:
-        found = (item_of(record) for record in records(shard, suffixes=PICTURE_SUFFIXES))
+    def _batches(self, shard: str, passed: PassedOver) -> Generator[PictureBatch, None, None]:
         image, batch_size = self._processor.image_config, self._config.batch_size
-        return picture_batches(found, image, batch_size=batch_size, workers=self._threads)
+        return picture_batches(images_of(shard, passed), image, batch_size=batch_size, workers=self._threads)
 
     def _rows(self, shard: str, batch: PictureBatch) -> pa.RecordBatch:
         columns: dict[str, list[Any]] = {name: [None] * len(batch.items) for name in self._schema.names}
-        columns["key"] = [item.name.removeprefix(f"{shard}/") for item in batch.items]
-        columns["shard"] = [shard] * len(batch.items)
+        columns["key"] = [item.name.removeprefix(f"{path_text(shard)}/") for item in batch.items]
+        columns["shard"] = [path_text(shard)] * len(batch.items)
         for place, error in batch.broken.items():
-            columns["error"][place] = str(error)
+            columns["error"][place] = str(error).encode(errors="backslashreplace").decode()
         places = [place for place in range(len(batch.items)) if place not in batch.broken]
         if places:
             for name, values in self._results([item.name for item in batch.usable], batch.pixels).items():

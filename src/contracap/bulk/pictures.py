@@ -1,6 +1,7 @@
 """Pictures read and decoded in threads, ahead of the model that works on them."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from contracap.bulk.inputs import Item
+from contracap.data.download import LONGEST
 from contracap.data.workers import in_threads
 from contracap.image import ImageConfig, decode, resize_and_crop
 
@@ -43,14 +45,21 @@ def read_pixels(item: Item, config: ImageConfig) -> UInt8[Tensor, "3 {config.siz
 
 
 def picture_batches(
-    items: Generator[Item, None, None], config: ImageConfig, *, batch_size: int, workers: int
+    items: Generator[Item, None, None],
+    config: ImageConfig,
+    *,
+    batch_size: int,
+    workers: int,
+    waiting: Callable[[int, str], object] = lambda done, what: None,
 ) -> Generator[PictureBatch, None, None]:
     """Batches of `batch_size` usable pictures, the last perhaps smaller, in the order of the items.
 
     `workers` threads read ahead by two batches, and so many broken pictures end a batch, too: memory does not depend on
-    how many items there are.
+    how many items there are. Each second in which a picture is waited for, `waiting` is told how many are done and its
+    name, with the time that a URL has; and the name "" when it has come.
     """
     found, rows, broken = list[Item](), list[Tensor](), dict[int, Exception]()
+    done = 0
 
     def batch() -> PictureBatch:
         size = config.size
@@ -60,6 +69,14 @@ def picture_batches(
     read = in_threads(lambda item: read_pixels(item, config), items, workers=workers, ahead=2 * batch_size)
     with closing(read):
         for item, future in read:
+            late = False
+            while not wait([future], timeout=1).done:
+                late = True
+                limit = f" (a URL is given up after {LONGEST:.0f} s)" if isinstance(item.source, str) else ""
+                waiting(done, f"{item.name}{limit}")
+            if late:
+                waiting(done, "")
+            done += 1
             try:
                 rows.append(future.result())
             except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from contracap import __version__
-from contracap.config import to_dict
+from contracap.config import flat, to_dict
 from contracap.files import write_text
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
@@ -43,7 +43,9 @@ def description(weights: str, model: CoCa, processor: Processor) -> dict[str, An
 def changes(before: Settings, now: Settings) -> str:
     """What is different, for a message; empty if nothing is."""
     other = [name for name in now if before.get(name) != now[name]]
-    return "; ".join(f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in other)
+    old, new = (dict(flat({name: side.get(name) for name in other})) for side in (before, now))
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
 class Record:

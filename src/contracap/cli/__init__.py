@@ -20,7 +20,7 @@ from contracap.cli.caption import caption
 from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
 from contracap.cli.describe import classify, embed
-from contracap.cli.errors import fail, is_for_the_user, message, verbosity
+from contracap.cli.errors import fail, is_for_the_user, message, sigterm_interrupts, verbosity
 from contracap.cli.measure import bench, evaluate
 from contracap.cli.options import registry
 from contracap.cli.runs import plan, quickstart, study, train
@@ -75,13 +75,20 @@ VERBS: Verbs = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0, 1 for wrong input, or 75 where the same call can go on. A call that
-    cannot be parsed exits with 2, one whose reader has gone, as with `| head`, with 141."""
+    cannot be parsed exits with 2, one that Ctrl-C or SIGTERM ended with 130 or 143, one whose reader has gone, as with
+    `| head`, with 141."""
     for stream in (sys.stdout, sys.stderr):  # the name of a file may hold bytes that are no text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            return _run(arguments)
+            with sigterm_interrupts() as interrupted:
+                try:
+                    return _run(arguments)
+                except (
+                    KeyboardInterrupt
+                ) as interrupt:  # a verb may say what is done, and whether the same command goes on
+                    return fail(str(interrupt) or "interrupted", status=interrupted())
         finally:
             verbosity.take([])
             sys.stdout.flush()  # else a reader that has gone is found as the interpreter ends
@@ -108,8 +115,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SettingsHelp as asked:
         print(asked)
         return 0
-    except KeyboardInterrupt as interrupt:  # a verb may say what is done, and whether the same command goes on
-        return fail(str(interrupt) or "interrupted", status=130)
     except BrokenPipeError:
         raise
     except Exception as error:

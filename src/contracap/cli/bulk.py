@@ -112,6 +112,8 @@ def _run(
     rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))
     before = f", beside {done.before} that were there" if done.before else ""
     say(f"{rows - unreadable} pictures of {len(done.outcomes) - len(done.broken)} shards{before}: {out}")
+    if without := sum(outcome.without_image for outcome in done.outcomes):
+        say(f"contracap: passed over {without:,} groups without an image, or apart from it", to_stderr=True)
     for outcome in done.broken:
         fail(outcome.problem)
     if done.broken:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from contracap.cli.options import Size, WeightsName, arg, load_model
+from contracap.cli.options import Size, WeightsName, arg, keep_few_kernels, load_model
 
 
 def demo(
@@ -20,6 +20,7 @@ def demo(
     size: Size = None,
 ) -> None:
     """Serve a web page that captions, classifies and searches."""
+    keep_few_kernels()
     try:
         from contracap.demo.server import serve
         from contracap.web import bound

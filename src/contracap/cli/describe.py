@@ -141,12 +141,13 @@ def _batches(
 ) -> "Iterator[EmbeddingBatch]":
     from contracap.bulk.embedding import embed_items
     from contracap.bulk.inputs import count_items, items
-    from contracap.progress import progress_bar
+    from contracap.progress import progress_bar, waiting
 
     workers = 4 * (os.cpu_count() or 1)
     found = items(paths, outputs=[output])
     with progress_bar(total=lambda: count_items(paths), unit=" images", disable=not progress) as bar:
-        for batch in embed_items(model, processor, found, batch_size=batch_size, workers=workers):
+        made = embed_items(model, processor, found, batch_size=batch_size, workers=workers, waiting=waiting(bar))
+        for batch in made:
             yield batch
             bar.update(len(batch.names) + len(batch.broken))
 

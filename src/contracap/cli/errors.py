@@ -1,11 +1,14 @@
 """What verbs say: what went wrong, and on the way as much as `--quiet` and `--verbose` want."""
 
 import logging
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 
 class EmptyPathError(Exception):
@@ -48,6 +51,29 @@ def interruption(words: str = "interrupted: nothing was written; the same comman
         yield
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(str(interrupt) or words) from None
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[Callable[[], int]]:
+    """Within it, SIGTERM does what Ctrl-C does: the processes at work end, and what is done is said. Gives the exit
+    status, which shells derive from the signal: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Signals go to the main thread; in another one nothing changes.
+    """
+    received = signal.SIGINT
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
+    try:
+        yield lambda: 128 + received
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def fail(message: str, *, status: int = 1) -> int:

@@ -5,7 +5,8 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import tyro.conf
 from tyro.conf import FlagCreatePairsOff
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 2**16
 MAX_WORKERS = 1024
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 def arg(*, help: str, metavar: str | None = None, name: str | None = None) -> Any:
@@ -58,6 +60,23 @@ def _path_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | Path
         instance_from_str=from_words,
         is_instance=lambda value: isinstance(value, make),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+@registry.primitive_rule
+def _optional_choice_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | None] | None:
+    """One of some words, or nothing: tyro's own rule names None among the choices, in an order that changes."""
+    options = [option for option in get_args(wanted.type) if option is not NoneType]
+    if len(options) != 1 or len(get_args(wanted.type)) != 2 or get_origin(options[0]) is not Literal:
+        return None
+    choices = get_args(options[0])
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
     )
 
 
@@ -125,6 +144,12 @@ def check_outputs(inputs: Iterable[str | Path | None], **outputs: Path | None) -
             try_place(path)
         except OSError as error:
             raise ValueError(f"--{option} {path} cannot be written: {message(error)}") from None
+
+
+def keep_few_kernels() -> None:
+    """Called by servers before torch is imported: oneDNN's default, 1024, is hundreds of megabytes where batches are of
+    all sizes."""
+    os.environ.setdefault(KERNELS, "64")
 
 
 def command_line() -> str:

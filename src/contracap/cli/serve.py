@@ -5,10 +5,9 @@ import os
 import sys
 from typing import Annotated
 
-from contracap.cli.options import Settings, Size, StrategyName, WeightsName, arg, load_model
+from contracap.cli.options import Settings, Size, StrategyName, WeightsName, arg, keep_few_kernels, load_model
 
 API_KEY = "CONTRACAP_API_KEY"
-KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # 1024 by default: batches of all sizes leave hundreds of megabytes
 PACKAGES = ("fastapi", "fastapi_offline", "python_multipart", "starlette", "uvicorn")
 
 
@@ -38,7 +37,7 @@ def serve(
     size: Size = None,
 ) -> None:
     """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
-    os.environ.setdefault(KERNELS, "64")
+    keep_few_kernels()
     try:
         from contracap.serve.app import AccessConfig, DefaultStrategy, build_app
         from contracap.web import HEAD_SECONDS, bound, run, url

@@ -1,9 +1,5 @@
 """The verbs of shards."""
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,20 +7,6 @@ from contracap.cli.errors import interruption, say
 from contracap.cli.options import PathText, Workers, arg, worker_count
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Within it, SIGTERM does what Ctrl-C does: the processes at work end, and what is done is said."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-@sigterm_interrupts()
 def make(
     source: Annotated[Path, arg(metavar="SOURCE", help="a folder, a table, JSON or a token file: docs/data.md")],
     /,
@@ -75,7 +57,6 @@ def make(
         say(f"each is named in {out / SKIPPED_FILE}")
 
 
-@sigterm_interrupts()
 def index(
     folder: Annotated[PathText, arg(metavar="DIR", help="a folder of tar shards, or its URL")],
     /,

@@ -12,7 +12,7 @@ from contracap import __version__
 
 PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt
 SILENCE = 10.0  # seconds for a connection, and for each further piece of the answer
-LONGEST = 60.0  # seconds for a whole picture
+LONGEST = 60.0  # seconds for a whole picture, all attempts together
 LARGEST = 100 * 2**20  # bytes
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others a moment later
 
@@ -30,14 +30,14 @@ def download(url: str) -> bytes:
 
     Raises:
         DownloadError: if it is another URL, or all attempts fail, of kind "http_404" and the like or "no_answer"; or
-            if the answer is larger than `LARGEST`.
+            if the answer is larger than `LARGEST`. After `LONGEST` seconds there is no further attempt.
     """
-    url = url.strip()
+    url, end = url.strip(), time.monotonic() + LONGEST
     if not url.lower().startswith(("http://", "https://")):
         raise DownloadError(f"{url}: only http and https are fetched", "bad_url")
     for pause in (*PAUSES, None):
         try:
-            return _attempt(url)
+            return _attempt(url, end)
         except DownloadError:
             raise
         except HTTPError as error:
@@ -49,17 +49,17 @@ def download(url: str) -> bytes:
             raise DownloadError(f"{url}: {error}", "bad_url") from error
         except (OSError, HTTPException) as error:
             failure = DownloadError(f"{url}: {getattr(error, 'reason', None) or error}", "no_answer")
-        if pause is not None:
-            time.sleep(pause)
+        if pause is None or time.monotonic() + pause > end:
+            break
+        time.sleep(pause)
     raise failure
 
 
-def _attempt(url: str) -> bytes:
+def _attempt(url: str, end: float) -> bytes:
     # Spaces and foreign letters are common in tables; what is encoded already stays as it is
     request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": f"contracap/{__version__}"})
-    end = time.monotonic() + LONGEST
     content = bytearray()
-    with cast(HTTPResponse, urlopen(request, timeout=SILENCE)) as response:
+    with cast(HTTPResponse, urlopen(request, timeout=max(0.001, min(SILENCE, end - time.monotonic())))) as response:
         while piece := response.read1(2**16):
             content += piece
             if len(content) > LARGEST:

@@ -92,19 +92,20 @@ def requests_to_end() -> Iterator[Requests]:
 
 @contextmanager
 def interrupts_end_at_once(advice: str = "resume=true goes on from the last checkpoint") -> Iterator[None]:
-    """Within it, a Ctrl-C that nobody notes ends the process without a traceback, whatever it is doing: what is on the
-    disk is whole at any moment. `advice`: how to go on.
+    """Within it, a Ctrl-C or SIGTERM that nobody notes ends the process without a traceback, whatever it is doing: what
+    is on the disk is whole at any moment. `advice`: how to go on.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
         os.write(2, f"\ncontracap: error: interrupted; {advice}\n".encode())
-        os._exit(130)
+        os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, end)
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
