@@ -52,8 +52,8 @@ from contracap.recipe import Recipe, load_recipe
 from contracap.report.curves import curves
 from contracap.report.grids import best_pictures, picture_grid
 from contracap.trainer import train
-from contracap.training.interruption import Interrupted
-from contracap.training.metrics import read_metrics
+from contracap.training.health import Interrupted
+from contracap.training.logging import read_metrics
 
 TRAINING_SCENES = 30_000
 TWIN_SCENES = 200

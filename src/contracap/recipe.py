@@ -17,9 +17,8 @@ from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import find_size
 from contracap.parallel import ParallelConfig
-from contracap.training.boards import TENSORBOARD_FOLDER
 from contracap.training.checkpoint import CHECKPOINTS, CheckpointConfig
-from contracap.training.metrics import METRICS_FILE
+from contracap.training.logging import METRICS_FILE, TENSORBOARD_FOLDER
 from contracap.training.optimizer import OptimizerConfig
 
 RECIPE_FILE = "recipe.toml"  # in a run's folder

@@ -22,7 +22,6 @@ from contracap.plan.utilisation import ModelUtilisation, find_peak
 from contracap.pretrained import load, processor_for
 from contracap.recipe import RECIPE_FILE, Recipe, in_steps
 from contracap.start import device_of, precision_on, require_means, require_same_run, starting_model
-from contracap.training.boards import open_boards, require_wandb
 from contracap.training.checkpoint import (
     CHECKPOINTS,
     CheckpointError,
@@ -33,15 +32,22 @@ from contracap.training.checkpoint import (
     restore_checkpoint,
 )
 from contracap.training.folder import locked
-from contracap.training.interruption import Asked, Interrupted, Requests, requests_to_end
+from contracap.training.health import (
+    CHECKPOINT,
+    EVALUATION,
+    RECORD,
+    Interrupted,
+    ShutdownRequested,
+    ShutdownSignal,
+    Watchdog,
+    shutdown_signal,
+)
+from contracap.training.logging import Profile, Recorder, open_loggers, require_wandb
 from contracap.training.loop import Event, TrainingError, repeat_steps
-from contracap.training.metrics import Recorder, Silent
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
-from contracap.training.profiling import Profile
 from contracap.training.step import StepConfig, TrainingState
 from contracap.training.validation import Validation
-from contracap.training.watchdog import CHECKPOINT, EVALUATION, RECORD, Watchdog
 from contracap.training.writer import CheckpointWriter
 
 Found = TypeVar("Found")
@@ -70,19 +76,19 @@ def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
     if not package.hasHandlers():  # in a notebook or a script nobody would hear of the run
         package.addHandler(logging.StreamHandler())
         package.setLevel(logging.INFO)
-    with requests_to_end() as requests, start_process_group(device_of(recipe)) as process_group, ExitStack() as stack:
+    with shutdown_signal() as shutdown, start_process_group(device_of(recipe)) as process_group, ExitStack() as stack:
         # One process ends at once where it has nothing to finish. Of several, each waits for the next step of all.
         alone = process_group.world_size == 1
         try:
-            with requests.at_once(alone):
+            with shutdown.at_once(alone):
                 _from_rank_0(process_group, lambda: stack.enter_context(locked(Path(recipe.out))))
-                return _train(recipe, process_group, requests)
-        except Asked:
+                return _train(recipe, process_group, shutdown)
+        except ShutdownRequested:
             last = last_checkpoint(Path(recipe.out) / CHECKPOINTS)
             raise Interrupted(f"interrupted before a step was done: {_go_on(recipe, last)}") from None
 
 
-def _train(recipe: Recipe, process_group: ProcessGroup, requests: Requests) -> Path:
+def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal) -> Path:
     folder = Path(recipe.out)
     checkpoints = folder / CHECKPOINTS
     checkpoint = _from_rank_0(process_group, lambda: last_checkpoint(checkpoints))
@@ -136,7 +142,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, requests: Requests) -> P
         seed=recipe.seed,
         rank=process_group.rank,
         ranks=world_size,
-        waiting=requests.at_once if world_size == 1 else nullcontext,
+        waiting=shutdown.at_once if world_size == 1 else nullcontext,
     )
     # Wrong paths are found now, not hours later.
     require_wandb(recipe.wandb)
@@ -156,7 +162,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, requests: Requests) -> P
     steps = {"start": state.step, "total_steps": recipe.steps}
     process_group.barrier()  # all have looked at what the folder held before it changes
     with (
-        requests.at_once(False),
+        shutdown.at_once(False),
         CheckpointWriter(checkpoints, recipe.checkpoint, image=image, process_group=process_group) as writer,
         _recorder(recipe, state) as recorder,
         Watchdog(recipe.stall_seconds, process_group, start=state.step) as watchdog,
@@ -178,7 +184,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, requests: Requests) -> P
             monitor=monitor,
             recorder=recorder,
             writer=writer,
-            requests=requests,
+            shutdown=shutdown,
             agreement=Agreement(process_group),
         )
         if utilisation:
@@ -232,12 +238,12 @@ def _go_on(recipe: Recipe, last: Path | None) -> str:
 def _recorder(recipe: Recipe, state: TrainingState) -> Recorder:
     """Begin the run's records, with its recipe."""
     if state.process_group.rank:
-        return Silent()
+        return Recorder(None, start=state.step, total_steps=recipe.steps)
     folder = Path(recipe.out)
     try:
         write_text(folder / RECIPE_FILE, to_toml(recipe))
-        boards = open_boards(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe))
-        return Recorder(folder, boards=boards, start=state.step, total_steps=recipe.steps)
+        loggers = open_loggers(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe))
+        return Recorder(folder, loggers=loggers, start=state.step, total_steps=recipe.steps)
     except OSError as error:
         raise _stopped(folder, describe(error)) from None
 
@@ -247,7 +253,7 @@ class _Run:
     """The steps, and what happens between them; every rank does the same in the same order.
 
     Attributes:
-        requests: of the system, to end.
+        shutdown: set when the process receives SIGTERM, SIGUSR1 or the first Ctrl-C.
         trouble: that rank 0 has with its records; the others hear of it when they agree.
     """
 
@@ -257,7 +263,7 @@ class _Run:
     monitor: Monitor
     recorder: Recorder
     writer: CheckpointWriter
-    requests: Requests
+    shutdown: ShutdownSignal
     agreement: Agreement
     trouble: list[OSError] = field(default_factory=list)
 
@@ -287,7 +293,7 @@ class _Run:
             raise TrainingError(
                 f"{error}. Last good checkpoint: {last_checkpoint(checkpoints) or 'none yet'}. {remedy}"
             ) from None
-        except Asked:  # while it waited for data
+        except ShutdownRequested:  # while it waited for data
             if state.step == start:
                 raise
             self.end_early()
@@ -382,7 +388,7 @@ class _Run:
         """
         recipe, process_group = self.recipe, self.state.process_group
         ask = process_group.any if at_once or self.state.step == recipe.steps else self.agreement.ask
-        asked, failed = ask(self.requests.received, self.writer.failed or bool(self.trouble))
+        asked, failed = ask(self.shutdown.received, self.writer.failed or bool(self.trouble))
         if failed:
             self.writer.wait()
             reason = process_group.broadcast(describe(self.trouble[0]) if self.trouble else "")

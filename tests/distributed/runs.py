@@ -15,7 +15,7 @@ from contracap.config import build
 from contracap.recipe import Recipe
 from contracap.trainer import train
 from contracap.training import loop, writer
-from contracap.training.metrics import Recorder
+from contracap.training.logging import Recorder
 from tests.distributed.forks import run_ranks
 
 

@@ -15,7 +15,7 @@ from contracap.config import build
 from contracap.pretrained import load, read_weights
 from contracap.recipe import Recipe
 from contracap.trainer import train
-from contracap.training.metrics import read_metrics
+from contracap.training.logging import read_metrics
 
 pytest_plugins = ["tests.training.conftest"]
 ROOT = Path(__file__).parents[2]

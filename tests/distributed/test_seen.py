@@ -15,7 +15,7 @@ from contracap.data.loader import TrainingBatches
 from contracap.image import ImageConfig
 from contracap.pretrained import load
 from contracap.recipe import Recipe
-from contracap.training.metrics import read_metrics
+from contracap.training.logging import read_metrics
 
 pytest_plugins = ["tests.training.conftest"]
 

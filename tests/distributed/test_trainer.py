@@ -14,7 +14,7 @@ import pytest
 from contracap.config import build, to_toml
 from contracap.recipe import Recipe, load_recipe
 from contracap.trainer import train
-from contracap.training.metrics import read_metrics
+from contracap.training.logging import read_metrics
 
 pytest_plugins = ["tests.training.conftest"]
 

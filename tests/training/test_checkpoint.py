@@ -32,8 +32,8 @@ from contracap.training.checkpoint import (
     restore_checkpoint,
 )
 from contracap.training.folder import locked
-from contracap.training.interruption import Asked, Interrupted, requests_to_end
-from contracap.training.metrics import Recorder, read_metrics
+from contracap.training.health import Interrupted, ShutdownRequested, shutdown_signal
+from contracap.training.logging import Recorder, read_metrics
 from contracap.training.optimizer import build_optimizer
 from contracap.training.step import TrainingState, train_step
 from contracap.training.writer import CheckpointWriter
@@ -442,14 +442,14 @@ def test_a_run_that_fails_early_removes_only_a_folder_of_its_own(recipe_values: 
 
 
 def test_a_request_that_ends_at_once_promises_no_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
-    with requests_to_end() as requests, pytest.raises(Asked), requests.at_once():
+    with shutdown_signal() as shutdown, pytest.raises(ShutdownRequested), shutdown.at_once():
         signal.raise_signal(signal.SIGINT)
     assert "checkpoint" not in capfd.readouterr().err
 
 
 def test_of_several_ranks_one_tells_of_the_end(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with requests_to_end():
+    with shutdown_signal():
         signal.raise_signal(signal.SIGINT)
     assert not capfd.readouterr().err
 

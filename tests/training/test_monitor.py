@@ -20,10 +20,10 @@ from contracap.recipe import Recipe
 from contracap.tokenizer import lengths
 from contracap.trainer import train
 from contracap.training import spikes, step
+from contracap.training.health import Watchdog
+from contracap.training.logging import Recorder, read_metrics
 from contracap.training.loop import TrainingError
-from contracap.training.metrics import Recorder, read_metrics
 from contracap.training.monitor import Monitor
-from contracap.training.watchdog import Watchdog
 from contracap.training.writer import CheckpointWriter
 
 
@@ -111,7 +111,7 @@ def test_the_keys_of_a_spike_are_those_of_all_ranks(tmp_path: Path) -> None:
     numbers = {"loss": 2.0, "gradient_norm": 1.0}
     batch = Batch(pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ids=torch.ones(1, 4).long(), keys=["ours"])
     with (
-        Recorder(tmp_path, boards=[], **steps) as recorder,
+        Recorder(tmp_path, loggers=[], **steps) as recorder,
         Watchdog(0.0, ProcessGroup(), start=0) as watchdog,
         Monitor(recorder, process_group, watchdog=watchdog, profile=None, utilisation=None, end=1, **steps) as monitor,
     ):

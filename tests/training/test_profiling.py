@@ -8,7 +8,7 @@ import torch
 from contracap.config import build
 from contracap.recipe import Recipe
 from contracap.trainer import train
-from contracap.training.profiling import Profile
+from contracap.training.logging import Profile
 
 
 def traced_steps(folder: Path) -> set[str]:

@@ -18,8 +18,8 @@ from contracap.recipe import Recipe
 from contracap.start import precision_on, starting_model
 from contracap.trainer import train
 from contracap.training.checkpoint import CheckpointError
+from contracap.training.logging import read_metrics
 from contracap.training.loop import TrainingError
-from contracap.training.metrics import read_metrics
 
 
 def losses(folder: Path) -> list[tuple[int, float | None, float | None]]:
@@ -255,7 +255,7 @@ def broken_from(monkeypatch: pytest.MonkeyPatch, *, first: int, last: int) -> No
 def test_a_run_whose_every_step_is_skipped_stops_and_keeps_its_good_checkpoint(
     recipe_values: dict, monkeypatch
 ) -> None:
-    monkeypatch.setattr("contracap.training.loop.MOST_SKIPPED", 5)
+    monkeypatch.setattr("contracap.training.loop.MAX_SKIPPED", 5)
     broken_from(monkeypatch, first=3, last=1000)
     values = recipe_values | {"nonfinite": "skip", "steps": 100, "checkpoint": {"every": 1, "keep": 1}}
     with pytest.raises(
@@ -265,7 +265,7 @@ def test_a_run_whose_every_step_is_skipped_stops_and_keeps_its_good_checkpoint(
 
 
 def test_skipped_steps_between_good_ones_do_not_add_up(recipe_values: dict, monkeypatch) -> None:
-    monkeypatch.setattr("contracap.training.loop.MOST_SKIPPED", 2)
+    monkeypatch.setattr("contracap.training.loop.MAX_SKIPPED", 2)
     broken_from(monkeypatch, first=8, last=8)
     calls = iter(range(1, 100))
     from contracap.training import step as module

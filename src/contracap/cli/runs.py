@@ -15,10 +15,10 @@ def quickstart(
     """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download."""
     from contracap.quickstart import GO_ON
     from contracap.quickstart import quickstart as run
-    from contracap.training.interruption import interrupts_end_at_once
+    from contracap.training.health import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with interrupts_end_at_once(GO_ON.format(out)):
+    with exit_on_signal(GO_ON.format(out)):
         run(out)
 
 
@@ -49,10 +49,10 @@ def train(
     if recipe is None:
         raise ValueError("name a recipe: contracap train RECIPE.toml; --keys lists what it may say")
     from contracap.trainer import train as run
-    from contracap.training.interruption import interrupts_end_at_once
+    from contracap.training.health import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with interrupts_end_at_once():
+    with exit_on_signal():
         print(run(load_recipe(recipe, overrides), allow_commands=allow_commands))
 
 
@@ -69,10 +69,10 @@ def study(
     from contracap.config import load_toml
     from contracap.study import StudyConfig
     from contracap.study import study as run
-    from contracap.training.interruption import interrupts_end_at_once
+    from contracap.training.health import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with interrupts_end_at_once():
+    with exit_on_signal():
         config = load_toml(study, StudyConfig, overrides)
         for comparison in run(config, command=command_line(), allow_commands=allow_commands):
             print(markdown(comparison))

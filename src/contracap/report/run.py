@@ -25,7 +25,7 @@ from contracap.recipe import RECIPE_FILE, Recipe, load_recipe
 from contracap.report.curves import curves
 from contracap.report.sections import sections_of
 from contracap.training.checkpoint import CHECKPOINTS, last_checkpoint
-from contracap.training.metrics import CAPTIONS_FILE, METRICS_FILE, read_metrics
+from contracap.training.logging import CAPTIONS_FILE, METRICS_FILE, read_metrics
 
 PAGE = "report.html"
 MOST_VALIDATION = 1000  # samples that are measured where the recipe has no tasks

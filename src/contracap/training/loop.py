@@ -10,7 +10,7 @@ from contracap.data.batch import Batch
 from contracap.training.monitor import Monitor
 from contracap.training.step import NonFiniteError, StepConfig, TrainingState, train_step
 
-MOST_SKIPPED = 50  # steps in a row that are left out before the run stops: its weights will not come back
+MAX_SKIPPED = 50  # steps in a row that are left out before the run stops: its weights will not come back
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +38,7 @@ def repeat_steps(
     """Train from `state.step` to `config.total_steps`. Events that are due at the same step happen in their order.
 
     Raises: TrainingError: at a loss or gradient that is not finite; if such steps are to be skipped, at the last of
-        `MOST_SKIPPED` in a row.
+        `MAX_SKIPPED` in a row.
     """
     skipped = 0
     for batch in itertools.islice(monitor.batches(batches), config.total_steps - state.step):
@@ -46,7 +46,7 @@ def repeat_steps(
             numbers = train_step(state, batch, config).read()
         except NonFiniteError as error:
             skipped += 1
-            stops = nonfinite == "stop" or skipped == MOST_SKIPPED
+            stops = nonfinite == "stop" or skipped == MAX_SKIPPED
             monitor.not_finite(str(error), batch, stops=stops)
             if stops:
                 row = f", number {skipped} of such steps in a row" if skipped > 1 else ""

@@ -7,7 +7,7 @@ import pytest
 from contracap.config import build
 from contracap.recipe import Recipe
 from contracap.trainer import train
-from contracap.training.boards import BoardError, open_boards
+from contracap.training.logging import LoggerError, open_loggers
 
 
 class Wandb:
@@ -59,7 +59,7 @@ def test_a_resumed_run_is_the_same_run_at_weights_and_biases(recipe_values: dict
 
 def test_two_runs_are_two_at_weights_and_biases(tmp_path: Path, wandb: Wandb) -> None:
     for name in ("one", "two"):
-        for board in open_boards(tmp_path / name, start=0, wandb="captions", settings={}):
+        for board in open_loggers(tmp_path / name, start=0, wandb="captions", settings={}):
             board.close(failed=True)
     assert len({run["id"] for run in wandb.runs}) == 2
     assert wandb.ends == [1, 1]
@@ -82,17 +82,17 @@ def test_a_board_that_cannot_begin_says_what_would_do_and_leaves_no_id(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(
-        BoardError,
+        LoggerError,
         match=r"^wandb = 'captions' cannot be begun: api_key not configured \(no-tty\)\. Log in .*offline",
     ):
-        open_boards(tmp_path, start=0, wandb="captions", settings={})
+        open_loggers(tmp_path, start=0, wandb="captions", settings={})
     assert not (tmp_path / "wandb-id.txt").exists()
 
 
 def test_boards_show_figures_and_captions(tmp_path: Path, wandb: Wandb) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for board in open_boards(tmp_path, start=0, wandb="captions", settings={}):
+    for board in open_loggers(tmp_path, start=0, wandb="captions", settings={}):
         board.figures(3, {"loss": 2.5})
         board.captions(3, {"0001": "a red picture"})
         board.close(failed=False)

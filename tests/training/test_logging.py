@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from contracap.training.metrics import METRICS_FILE, SPIKES_FILE, Recorder, read_metrics
+from contracap.training.logging import METRICS_FILE, SPIKES_FILE, Recorder, read_metrics
 
 
 def strict(line: str) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def strict(line: str) -> dict[str, Any]:
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_files(tmp_path: Path) -> None:
-    with Recorder(tmp_path, start=0, total_steps=2, boards=[]) as recorder:
+    with Recorder(tmp_path, start=0, total_steps=2, loggers=[]) as recorder:
         recorder.record(1, {"loss": math.nan, "gradient_norm": math.inf, "learning_rate": 1e-3})
         recorder.spike({"step": 1, "loss": -math.inf, "samples": [{"score": math.nan, "key": "0001"}]})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "learning_rate": 1e-3}]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contracap.data.batch import Batch
-from contracap.training.meter import GIB, Measured, Meter, figures
+from contracap.training.monitor import GIB, Measured, Throughput, figures
 
 END = 1023
 
@@ -21,7 +21,7 @@ def measured(**changed: float | None) -> Measured:
 
 
 def test_tokens_are_those_of_the_texts_without_fill() -> None:
-    meter = Meter(torch.device("cpu"), end=END)
+    meter = Throughput(torch.device("cpu"), end=END)
     meter.step(batch())
     meter.step(batch())
     taken = meter.take()
@@ -29,7 +29,7 @@ def test_tokens_are_those_of_the_texts_without_fill() -> None:
 
 
 def test_counts_begin_anew_with_each_record() -> None:
-    meter = Meter(torch.device("cpu"), end=END)
+    meter = Throughput(torch.device("cpu"), end=END)
     time.sleep(0.02)
     meter.step(batch())
     meter.waited(0.01)
@@ -41,7 +41,7 @@ def test_counts_begin_anew_with_each_record() -> None:
 
 
 def test_resident_memory_holds_what_the_process_allocates() -> None:
-    meter = Meter(torch.device("cpu"), end=END)
+    meter = Throughput(torch.device("cpu"), end=END)
     held = torch.ones(2**25)  # 128 MiB, touched
     assert held.nbytes < meter.take().memory < 2**40
 
@@ -81,7 +81,7 @@ def test_a_driver_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.utilization", utilization)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
-    meter = Meter(torch.device("cuda", 0), end=END)
+    meter = Throughput(torch.device("cuda", 0), end=END)
     taken = [meter.take(), meter.take()]
     assert [each.gpu_utilisation for each in taken] == [None, None] and len(asked) == 1
     assert taken[0].memory == 3 * GIB

@@ -1,10 +1,11 @@
-"""A rank that stands still is reported: by itself, with where its code is, and by rank 0, with whom the others wait
-for."""
+"""The health of a run: spikes of the loss, ranks that stand still, and the signals that ask a run to end."""
 
 import json
 import logging
+import math
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,11 @@ import torch.distributed as dist
 
 from contracap.parallel import ProcessGroup
 
+WATCHED = ("loss", "gradient_norm")
+WARM_UP = 100  # steps, of this process, before anything is called unusual
+DECAY = 0.98  # of the usual value and its deviation, per step: they remember about fifty
+THRESHOLD = 6.0  # deviations above the usual value
+MIN_DEVIATION = 0.01  # share of the usual value: a number that hardly moves may still move
 DATA, STEP, CHECKPOINT, EVALUATION, RECORD = (
     "waiting for data",
     "in the step",
@@ -30,7 +36,7 @@ DATA, STEP, CHECKPOINT, EVALUATION, RECORD = (
 )
 FIRST = 4  # times as long may the first step take: code is compiled, workers start, caches fill
 LOOKS = 10  # in the time that a phase may take
-MOST_NAMED = 8  # ranks in a message
+MAX_NAMED = 8  # ranks in a message
 PACKAGE, COLLECTIVES = Path(__file__).parent.parent, Path(dist.__file__).parent
 logger = logging.getLogger(__name__)
 
@@ -197,7 +203,7 @@ def verdict(stalls: Mapping[int, Stall], count: int) -> str:
     if not behind and any(stall.step > least for stall in stalls.values()):
         behind = [rank for rank, stall in stalls.items() if stall.step == least]
     if behind:
-        named = "; ".join(f"rank {rank}, {stalls[rank]}" for rank in behind[:MOST_NAMED])
+        named = "; ".join(f"rank {rank}, {stalls[rank]}" for rank in behind[:MAX_NAMED])
         return f"the ranks wait for {named}{_others(behind)}"
     silent = [rank for rank in range(count) if rank not in stalls]
     if silent:
@@ -216,11 +222,11 @@ def verdict(stalls: Mapping[int, Stall], count: int) -> str:
 
 def _listed(ranks: Sequence[int]) -> str:
     word = "rank" if len(ranks) == 1 else "ranks"
-    return f"{word} {', '.join(map(str, ranks[:MOST_NAMED]))}{_others(ranks)}"
+    return f"{word} {', '.join(map(str, ranks[:MAX_NAMED]))}{_others(ranks)}"
 
 
 def _others(ranks: Sequence[int]) -> str:
-    return f" and {len(ranks) - MOST_NAMED} others" if len(ranks) > MOST_NAMED else ""
+    return f" and {len(ranks) - MAX_NAMED} others" if len(ranks) > MAX_NAMED else ""
 
 
 def _position(frame: FrameType) -> tuple[str, bool]:
@@ -232,3 +238,171 @@ def _position(frame: FrameType) -> tuple[str, bool]:
     file = Path(frames[innermost].filename)
     short = file.relative_to(PACKAGE.parent) if ours else file
     return f"{short}:{frames[innermost].lineno} in {frames[innermost].name}", called
+
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+
+
+class Interrupted(Exception):
+    """A run that ended because it was asked to, after a checkpoint from which it can go on.
+
+    Attributes:
+        exit_status: the sysexits.h code of a failure that another try gets over; a scheduler can requeue on it.
+    """
+
+    exit_status = 75
+
+
+class ShutdownRequested(BaseException):
+    """Raised where a run that is asked to end waits for something. It is no `Exception`, so that no handler on the way
+    takes it for a failure."""
+
+
+class ShutdownSignal:
+    """Set when the process is asked to end. It then ends at once, or after its step and a checkpoint."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._at_once = False
+
+    @contextmanager
+    def at_once(self, holds: bool = True) -> Iterator[None]:
+        """A context in which the signal raises at once; with `holds` false, one in which it only is noted.
+
+        Raises: ShutdownRequested: if the signal has come, also before the context was entered.
+        """
+        before, self._at_once = self._at_once, holds
+        try:
+            self._check()
+            yield
+        finally:
+            self._at_once = before
+
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether the signal would raise now."""
+        return self._at_once
+
+    def note(self) -> None:
+        """The signal has come."""
+        self.received = True
+        self._check()
+
+    def _check(self) -> None:
+        if self.received and self._at_once:
+            raise ShutdownRequested
+
+
+@contextmanager
+def shutdown_signal() -> Iterator[ShutdownSignal]:
+    """A context in which SIGTERM, SIGUSR1 and the first Ctrl-C are noted, so that a run can finish its step and write a
+    checkpoint. The next Ctrl-C does what it did before.
+
+    Signals go to the main thread; in another thread the context changes nothing.
+    """
+    shutdown = ShutdownSignal()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            earlier = before[number]
+            if shutdown.received and callable(earlier):
+                earlier(number, frame)
+                return
+            if not shutdown.ends_at_once and os.environ.get("RANK", "0") == "0":  # of the ranks of torchrun, one
+                # Not print: the signal may have come within another write to the same stream.
+                os.write(2, b"\nending after a checkpoint; Ctrl-C again ends at once\n")
+        shutdown.note()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield shutdown
+        return
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield shutdown
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def exit_on_signal(advice: str = "resume=true goes on from the last checkpoint") -> Iterator[None]:
+    """A context in which Ctrl-C and SIGTERM end the process without a traceback, unless `shutdown_signal` notes them.
+    What is on the disk is whole at any moment. `advice`: how to go on.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"\ncontracap: error: interrupted; {advice}\n".encode())
+        os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spike:
+    """One step that was not as usual.
+
+    Attributes:
+        numbers: of the step, as far as they are finite.
+        usual: what the watched numbers usually are.
+        keys: of the step's samples.
+    """
+
+    step: int
+    reason: str
+    numbers: Mapping[str, float]
+    usual: Mapping[str, float]
+    keys: Sequence[str]
+
+
+class Usual:
+    """The mean of a number over the last steps and its deviation from it, weighted exponentially.
+
+    A value beyond the threshold counts as one that is just there: a single one moves little, a level that stays is
+    usual after about ten steps.
+    """
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self._variance = 0.0
+        self._count = 0
+
+    def exceeded_by(self, value: float) -> bool:
+        """Whether the value is a spike; either way it counts from now on."""
+        deviation = max(math.sqrt(self._variance), MIN_DEVIATION * abs(self.mean))
+        warm = self._count >= WARM_UP
+        highest = self.mean + THRESHOLD * deviation if warm else math.inf
+        self._count += 1
+        weight = max(1 - DECAY, 1 / self._count)
+        difference = min(value, highest) - self.mean
+        self.mean += weight * difference
+        self._variance = (1 - weight) * (self._variance + weight * difference**2)
+        return value > highest
+
+
+class Spikes:
+    """Finds spikes. Ranks that are shown the same numbers find the same ones."""
+
+    def __init__(self) -> None:
+        self._usual = {name: Usual() for name in WATCHED}
+
+    def look(self, step: int, numbers: Mapping[str, float], keys: Sequence[str]) -> Spike | None:
+        """The step's spike, if it is one; all its numbers are finite."""
+        usual = {name: self._usual[name].mean for name in WATCHED}
+        high = [name for name in WATCHED if self._usual[name].exceeded_by(numbers[name])]
+        if not high:
+            return None
+        reason = ", ".join(f"{name} {numbers[name]:.4g}, usually {usual[name]:.4g}" for name in high)
+        return Spike(step=step, reason=reason, numbers=numbers, usual=usual, keys=keys)
+
+    def not_finite(self, step: int, reason: str, keys: Sequence[str]) -> Spike:
+        """A step with numbers that are NaN or infinite."""
+        usual = {name: usual.mean for name, usual in self._usual.items()}
+        return Spike(step=step, reason=reason, numbers={}, usual=usual, keys=keys)
