@@ -16,16 +16,16 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from contracap.image import AugmentationConfig, augment, decode, normalise
+from contracap.model.weights import config_from_open_clip, from_open_clip
+from contracap.trainer import precision_on
 from torch import nn
 
 from contracap import Greedy
 from contracap.data.loader import evaluation_samples
 from contracap.evaluation.captioning import Captioning
 from contracap.evaluation.retrieval import Retrieval
-from contracap.image import AugmentationConfig, augment, decode, normalise
-from contracap.model.weights import config_from_open_clip, from_open_clip
 from contracap.pretrained import random_model
-from contracap.trainer import precision_on
 
 sys.modules.setdefault("torchvision._meta_registrations", ModuleType("torchvision._meta_registrations"))
 import open_clip  # noqa: E402

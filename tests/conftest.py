@@ -12,7 +12,7 @@ from contracap.evaluation import meteor
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, write_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 # The models of the tests are too small for more, and threads that wait for each other crawl on a busy machine.
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ ADDRESS = re.compile(r'sa_family=AF_INET6?, [^}]*?inet_(?:addr|pton)\((?:AF_INET
 CLI = "import sys; from contracap.cli import main; sys.exit(main())"
 QUICKSTART = """
 import sys, pathlib
-from contracap.quickstart import quickstart
+from contracap.apps.quickstart import quickstart
 quickstart(pathlib.Path(sys.argv[1]), sys.argv[2:])
 """
 TELLERS = {"GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "RAY_USAGE_STATS_ENABLED"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from contracap.cli import main
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, with_cls_mask, write_weights
 from contracap.pretrained.fidelity import TEXTS, changes_in_open_clip

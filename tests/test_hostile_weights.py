@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from contracap.config import to_dict
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
-from contracap.model.weights import WeightsError, to_open_clip
 from contracap.pretrained import load, random_model, save_open_clip, with_cls_mask, write_weights
+from contracap.pretrained.names import WeightsError, to_open_clip
 from contracap.pretrained.tensors import read_tensors
 
 TINY = SIZES["tiny"]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from contracap.recipe import load_recipe
+from contracap.training.recipe import load_recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "launch"
 FILES = sorted(path for path in FOLDER.iterdir() if path.name != "README.md")
 

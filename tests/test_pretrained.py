@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 import contracap
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
-from contracap.model.weights import WeightsError, meta_state, shapes_of, to_open_clip
 from contracap.pretrained import load, random_model, read_weights, save_open_clip, write_weights
 from contracap.pretrained.find import WEIGHT_FILES
+from contracap.pretrained.names import WeightsError, meta_state, shapes_of, to_open_clip
 
 TINY = SIZES["tiny"]
 LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from contracap.image import ImageConfig, ImageError
+from contracap.images import ImageConfig, ImageError
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 

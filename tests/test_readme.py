@@ -11,7 +11,7 @@ from PIL import Image
 from contracap.cli import main
 from contracap.pretrained import load, save, save_open_clip
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join(
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("captioning", "evaluation")

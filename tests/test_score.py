@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from contracap.apps.compare.comparison import compare
+from contracap.apps.compare.results import load_result
 from contracap.cli import main
-from contracap.compare.comparison import compare
-from contracap.compare.results import load_result
 from contracap.evaluation.java import JavaError
 from contracap.evaluation.meteor import Meteor
 from contracap.evaluation.scores import CaptionScorer

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from contracap.generation.rules import Rules
     from contracap.generation.sampling import Greedy, Sampling
     from contracap.pretrained import load, save
-    from contracap.recipe import load_recipe
-    from contracap.trainer import train
+    from contracap.training.recipe import load_recipe
+    from contracap.training.trainer import train
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub reads it as it is imported
 
@@ -48,9 +48,9 @@ _HOMES = {
     "Sampling": "contracap.generation.sampling",
     "evaluate": "contracap.evaluation.task",
     "load": "contracap.pretrained",
-    "load_recipe": "contracap.recipe",
+    "load_recipe": "contracap.training.recipe",
     "save": "contracap.pretrained",
-    "train": "contracap.trainer",
+    "train": "contracap.training.trainer",
 }
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.data.download import download
-from contracap.image import ImageConfig, ImageError, decode, normalise, resize_and_crop
+from contracap.images import ImageConfig, ImageError, decode, normalise, resize_and_crop
 from contracap.tokenizer import Tokenizer
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor

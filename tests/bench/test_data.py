@@ -12,7 +12,7 @@ from contracap.bench.data import MARKS, bench_data, make_shards, memory_peaks, p
 from contracap.bench.timing import NoPeerError, UnequalError
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import list_shards, write_shard
-from contracap.image import decode
+from contracap.images import decode
 from contracap.tokenizer import Tokenizer
 
 PICTURES = 8

@@ -19,7 +19,7 @@ from contracap.data.config import DataConfig, SourceConfig
 from contracap.data.loader import TrainingBatches, evaluation_samples, joined_states
 from contracap.data.order import OrderError
 from contracap.data.shards import SampleError, ShardError, write_shard
-from contracap.image import AugmentationConfig, ImageConfig
+from contracap.images import AugmentationConfig, ImageConfig
 from contracap.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(context=20, vocab_size=600)

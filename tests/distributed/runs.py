@@ -12,10 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 from contracap.config import build
-from contracap.recipe import Recipe
-from contracap.trainer import train
 from contracap.training import loop, writer
 from contracap.training.logging import Recorder
+from contracap.training.recipe import Recipe
+from contracap.training.trainer import train
 from tests.distributed.forks import run_ranks
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from contracap.data.batch import Batch
 from contracap.data.loader import TrainingBatches
-from contracap.recipe import load_recipe
-from contracap.trainer import train
 from contracap.training import step
+from contracap.training.recipe import load_recipe
+from contracap.training.trainer import train
 
 PAUSE = 8.0  # seconds
 batches, loss, calls = TrainingBatches.__iter__, step.contrastive_loss, itertools.count(1)

@@ -13,9 +13,9 @@ import torch
 
 from contracap.config import build
 from contracap.pretrained import load, read_weights
-from contracap.recipe import Recipe
-from contracap.trainer import train
 from contracap.training.logging import read_metrics
+from contracap.training.recipe import Recipe
+from contracap.training.trainer import train
 
 pytest_plugins = ["tests.training.conftest"]
 ROOT = Path(__file__).parents[2]

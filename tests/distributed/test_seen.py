@@ -12,10 +12,10 @@ import pytest
 
 from contracap.config import build, to_toml
 from contracap.data.loader import TrainingBatches
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.pretrained import load
-from contracap.recipe import Recipe
 from contracap.training.logging import read_metrics
+from contracap.training.recipe import Recipe
 
 pytest_plugins = ["tests.training.conftest"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from contracap.config import build, to_toml
-from contracap.recipe import Recipe, load_recipe
-from contracap.trainer import train
 from contracap.training.logging import read_metrics
+from contracap.training.recipe import Recipe, load_recipe
+from contracap.training.trainer import train
 
 pytest_plugins = ["tests.training.conftest"]
 

@@ -18,7 +18,7 @@ from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.sampling import Greedy, Sampling
-from contracap.image import ImageConfig, ImageError
+from contracap.images import ImageConfig, ImageError
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.processor import Processor

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from contracap.evaluation.clipscore import ClipScorer
-from contracap.image import ImageError
+from contracap.images import ImageError
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 

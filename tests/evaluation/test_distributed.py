@@ -18,7 +18,7 @@ from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.ranking import ranks
 from contracap.evaluation.retrieval import Features, Retrieval
 from contracap.evaluation.suite import EvaluationConfig, Suite
-from contracap.image import ImageError
+from contracap.images import ImageError
 from contracap.parallel.process_group import ProcessGroup
 
 from .test_retrieval import embeddings

@@ -9,7 +9,7 @@ from contracap.evaluation.features import picture_batches
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import Retrieval
 from contracap.evaluation.zeroshot import ZeroShot
-from contracap.image import ImageError
+from contracap.images import ImageError
 from contracap.processor import Processor
 
 from .test_distributed import CountingModel

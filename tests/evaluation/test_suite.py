@@ -16,10 +16,10 @@ from contracap.evaluation.zeroshot import ZeroShot
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.pretrained import load
-from contracap.recipe import Recipe
-from contracap.trainer import train
+from contracap.training.recipe import Recipe
+from contracap.training.trainer import train
 
-TASKS = Path(__file__).parent.parent.parent / "recipes" / "tasks"
+TASKS = Path(__file__).parents[2] / "recipes" / "tasks"
 GREYS = ["dark", "bright"]
 
 

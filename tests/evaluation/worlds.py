@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contracap.data.shards import Sample
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.processor import Processor

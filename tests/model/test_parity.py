@@ -9,8 +9,8 @@ from torch import nn
 from contracap.losses import captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
-from contracap.model.weights import from_open_clip, to_open_clip
 from contracap.pretrained import with_cls_mask
+from contracap.pretrained.names import from_open_clip, to_open_clip
 from contracap.pretrained.open_clip import config_from_open_clip
 from contracap.training.step import count_labels
 

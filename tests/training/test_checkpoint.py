@@ -16,12 +16,10 @@ from torch import Tensor
 from contracap import cli
 from contracap.config import build, to_toml
 from contracap.data import loader
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, random_model, read_weights
-from contracap.recipe import Recipe
-from contracap.trainer import train
 from contracap.training import loop, writer
 from contracap.training.checkpoint import (
     CheckpointConfig,
@@ -35,7 +33,9 @@ from contracap.training.folder import locked
 from contracap.training.health import Interrupted, ShutdownRequested, shutdown_signal
 from contracap.training.logging import Recorder, read_metrics
 from contracap.training.optimizer import build_optimizer
+from contracap.training.recipe import Recipe
 from contracap.training.step import TrainingState, train_step
+from contracap.training.trainer import train
 from contracap.training.writer import CheckpointWriter
 
 from .test_step import CONFIG, batch
@@ -391,7 +391,7 @@ def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the
 
 
 def test_a_run_that_has_not_begun_ends_at_once_and_leaves_nothing(recipe_values: dict, monkeypatch) -> None:
-    monkeypatch.setattr("contracap.trainer.starting_model", lambda *args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("contracap.training.trainer.starting_model", lambda *args: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="before a step was done: the same command begins again"):
         train(build(Recipe, recipe_values))
     assert not Path(recipe_values["out"]).exists()
@@ -456,7 +456,7 @@ def test_of_several_ranks_one_tells_of_the_end(capfd: pytest.CaptureFixture[str]
 
 def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict, monkeypatch) -> None:
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("contracap.trainer.Validation.run", lambda *args: pytest.fail("evaluates"))
+    monkeypatch.setattr("contracap.training.trainer.Validation.run", lambda *args: pytest.fail("evaluates"))
     with pytest.raises(Interrupted, match="interrupted after step 3 of 8"):
         train(build(Recipe, recipe_values | {"validate_every": 3}))
 

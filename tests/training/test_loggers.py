@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from contracap.config import build
-from contracap.recipe import Recipe
-from contracap.trainer import train
 from contracap.training.logging import LoggerError, open_loggers
+from contracap.training.recipe import Recipe
+from contracap.training.trainer import train
 
 
 class Wandb:

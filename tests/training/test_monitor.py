@@ -13,17 +13,17 @@ from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.data.loader import TrainingBatches
 from contracap.data.shards import samples
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, read_weights
-from contracap.recipe import Recipe
 from contracap.tokenizer import lengths
-from contracap.trainer import train
 from contracap.training import spikes, step
 from contracap.training.health import Watchdog
 from contracap.training.logging import Recorder, read_metrics
 from contracap.training.loop import TrainingError
 from contracap.training.monitor import Monitor
+from contracap.training.recipe import Recipe
+from contracap.training.trainer import train
 from contracap.training.writer import CheckpointWriter
 
 

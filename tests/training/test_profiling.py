@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from contracap.config import build
-from contracap.recipe import Recipe
-from contracap.trainer import train
 from contracap.training.logging import Profile
+from contracap.training.recipe import Recipe
+from contracap.training.trainer import train
 
 
 def traced_steps(folder: Path) -> set[str]:

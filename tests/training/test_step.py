@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contracap.data.batch import Batch
-from contracap.image import ImageConfig, normalise
+from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig, contrastive_loss
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES

@@ -12,14 +12,14 @@ import torch
 from contracap.config import build, to_toml
 from contracap.data.order import OrderError
 from contracap.data.shards import records, write_shard
-from contracap.model.weights import WeightsError
 from contracap.pretrained import load, read_weights, save, save_open_clip
-from contracap.recipe import Recipe
-from contracap.start import precision_on, starting_model
-from contracap.trainer import train
+from contracap.pretrained.names import WeightsError
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.logging import read_metrics
 from contracap.training.loop import TrainingError
+from contracap.training.recipe import Recipe
+from contracap.training.start import precision_on, starting_model
+from contracap.training.trainer import train
 
 
 def losses(folder: Path) -> list[tuple[int, float | None, float | None]]:
@@ -391,7 +391,7 @@ def test_a_run_over_too_much_bad_data_stops_and_says_so(recipe_values: dict, tmp
 
 
 def test_what_a_run_lacks_is_found_before_anything_is_built(recipe_values: dict, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("contracap.trainer.starting_model", lambda *args: pytest.fail("builds"))
+    monkeypatch.setattr("contracap.training.trainer.starting_model", lambda *args: pytest.fail("builds"))
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     data, gone = recipe_values["data"], str(tmp_path / "gone")
     task = {"task": "retrieval", "data": gone}

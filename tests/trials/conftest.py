@@ -18,7 +18,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
 
     The program that makes the cases is `make_inputs.py` in CONTRACAP_TRIALS, else in ../shared/trials.
     """
-    root = Path(__file__).parent.parent.parent
+    root = Path(__file__).parents[2]
     program = Path(os.environ.get("CONTRACAP_TRIALS") or root.parent / "shared" / "trials") / "make_inputs.py"
     if not program.is_file():
         pytest.skip(f"no {program}: set CONTRACAP_TRIALS to the folder of make_inputs.py")

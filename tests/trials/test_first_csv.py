@@ -17,8 +17,8 @@ from contracap.data.making import make_shards
 from contracap.data.shards import list_shards, samples
 from contracap.data.sources import read_source
 from contracap.pretrained.find import find_weights
-from contracap.recipe import load_recipe
-from contracap.trainer import train
+from contracap.training.recipe import load_recipe
+from contracap.training.trainer import train
 
 RECIPE = 'size = "tiny"\nsteps = 4\n[optimizer]\nwarmup_steps = 0\n[data]\ntrain = "nowhere"\nbatch_size = 4\n'
 

@@ -11,7 +11,7 @@ from contracap.data.config import DataConfig
 from contracap.data.loader import TrainingBatches
 from contracap.data.order import OrderError
 from contracap.data.shards import samples
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.tokenizer import Tokenizer
 
 

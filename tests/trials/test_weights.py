@@ -8,12 +8,12 @@ import torch
 from contracap import load
 from contracap.cli import main
 from contracap.data.config import DataConfig
-from contracap.model.weights import WeightsError, to_open_clip
 from contracap.pretrained import read_weights
+from contracap.pretrained.names import WeightsError, to_open_clip
 from contracap.pretrained.tensors import read_tensors
-from contracap.recipe import Recipe
-from contracap.start import starting_model
 from contracap.training.optimizer import OptimizerConfig
+from contracap.training.recipe import Recipe
+from contracap.training.start import starting_model
 
 
 def assert_same_weights(path: Path, plain: Path) -> None:

@@ -34,7 +34,7 @@ from contracap.bench.timing import (
 from contracap.data.config import DataConfig
 from contracap.data.loader import TrainingBatches, evaluation_samples, validation_batches
 from contracap.data.shards import list_shards, write_shard
-from contracap.image import AugmentationConfig, ImageConfig, normalise
+from contracap.images import AugmentationConfig, ImageConfig, normalise
 from contracap.model.packing import pack
 from contracap.tokenizer import FILL, Tokenizer, text_lengths
 

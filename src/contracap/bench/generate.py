@@ -13,6 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from contracap.apps.bulk.caption import caption_pictures
+from contracap.apps.bulk.inputs import items
+from contracap.apps.bulk.outputs import SideCars, one_line
+from contracap.apps.bulk.rows import caption_rows
 from contracap.bench.caption_pair import TOKENS, Pair, Setting
 from contracap.bench.peer_captions import BEAMS, Way
 from contracap.bench.timing import (
@@ -26,10 +30,6 @@ from contracap.bench.timing import (
     this_machine,
     timed_row,
 )
-from contracap.bulk.caption import caption_pictures
-from contracap.bulk.inputs import items
-from contracap.bulk.outputs import SideCars, one_line
-from contracap.bulk.rows import caption_rows
 from contracap.generation import BeamSearch, Caption, Captioner, Greedy, LegacyBeamSearch
 from contracap.generation.strategy import Strategy
 from contracap.model.quantised import int8

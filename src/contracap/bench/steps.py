@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from contracap.bench.timing import peer_module, require_equal
 from contracap.data.batch import Batch
-from contracap.image import ImageConfig, normalise
+from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import find_size
-from contracap.model.weights import to_open_clip
 from contracap.parallel import ParallelConfig, ProcessGroup, wrapped
-from contracap.plan.utilisation import ModelUtilisation, Peak, find_peak
 from contracap.pretrained import random_model
+from contracap.pretrained.names import to_open_clip
 from contracap.tokenizer import Tokenizer, text_lengths
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import LOGIT_SCALE_RANGE, StepConfig, TrainingState, train_step
+from contracap.training.utilisation import ModelUtilisation, Peak, find_peak
 
 Step = Callable[[slice], Mapping[str, float | Tensor]]  # trains on these rows of its batch; losses and gradient norm
 WholeStep = Callable[[], Mapping[str, float | Tensor]]  # likewise on all of them

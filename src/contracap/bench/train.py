@@ -30,7 +30,7 @@ from contracap.bench.timing import (
 from contracap.data.batch import Batch
 from contracap.data.loader import evaluation_samples
 from contracap.model.sizes import find_size
-from contracap.start import precision_on
+from contracap.training.start import precision_on
 
 Device = Literal["cpu", "cuda"]
 

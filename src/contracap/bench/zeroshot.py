@@ -23,8 +23,8 @@ from contracap.bench.timing import (
 from contracap.evaluation.published import IMAGENET, published
 from contracap.evaluation.zeroshot import PROMPTS, classifier, mean_per_class
 from contracap.model.coca import CoCa
-from contracap.model.weights import to_open_clip
 from contracap.pretrained import random_model
+from contracap.pretrained.names import to_open_clip
 
 Device = Literal["cpu", "cuda"]
 

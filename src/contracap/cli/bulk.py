@@ -7,7 +7,7 @@ from contracap.cli.errors import fail, say
 from contracap.cli.options import PathText, Settings, Size, StrategyName, WeightsName, arg
 
 if TYPE_CHECKING:
-    from contracap.bulk.parts import BulkConfig
+    from contracap.apps.bulk.parts import BulkConfig
 
 Shards = Annotated[
     tuple[PathText, ...],
@@ -42,7 +42,7 @@ def caption(
 ) -> int:
     """Write captions of tar shards on one machine or many. The same command goes on where it was interrupted."""
     _require_extras()
-    from contracap.bulk.parts import BulkConfig
+    from contracap.apps.bulk.parts import BulkConfig
     from contracap.generation.choice import build_strategy
 
     if precision is not None and not embed:
@@ -71,7 +71,7 @@ def embed(
 ) -> int:
     """Write embeddings of tar shards on one machine or many. The same command goes on where it was interrupted."""
     _require_extras()
-    from contracap.bulk.parts import BulkConfig
+    from contracap.apps.bulk.parts import BulkConfig
 
     return _run(
         weights,
@@ -101,7 +101,7 @@ def _run(
     gpus_per_worker: float | None,
     size: str | None,
 ) -> int:
-    from contracap.bulk.cluster import ClusterConfig, run
+    from contracap.apps.bulk.cluster import ClusterConfig, run
     from contracap.data.shards import list_shards
     from contracap.pretrained import load
 

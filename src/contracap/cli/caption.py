@@ -29,7 +29,7 @@ from contracap.cli.options import (
 from contracap.config import require_count
 
 if TYPE_CHECKING:
-    from contracap.bulk.outputs import Existing, Output
+    from contracap.apps.bulk.outputs import Existing, Output
 
 METADATA_FILE = "metadata.jsonl"  # Hugging Face's name for it
 FORMATS: "dict[str, Format]" = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
@@ -100,11 +100,11 @@ def caption(
 ) -> int:
     """Write a caption for each picture. The same command goes on where it was stopped; unreadable pictures are listed
     at the end."""
-    from contracap.bulk.caption import caption_pictures, first
-    from contracap.bulk.inputs import count_items, first_items, items
-    from contracap.bulk.outputs import Lines, SideCars, Table
-    from contracap.bulk.rows import Row, caption_rows
-    from contracap.bulk.settings import caption_settings
+    from contracap.apps.bulk.caption import caption_pictures, first
+    from contracap.apps.bulk.inputs import count_items, first_items, items
+    from contracap.apps.bulk.outputs import Lines, SideCars, Table
+    from contracap.apps.bulk.rows import Row, caption_rows
+    from contracap.apps.bulk.settings import caption_settings
     from contracap.evaluation.result import Result
     from contracap.files import is_stream
     from contracap.generation.captioner import Captioner
@@ -190,8 +190,8 @@ def _output(
 
     Raises: ValueError: if options do not suit each other. OSError: if nothing can be written there.
     """
-    from contracap.bulk.inputs import folders_of
-    from contracap.bulk.outputs import Lines, SideCars, Table
+    from contracap.apps.bulk.inputs import folders_of
+    from contracap.apps.bulk.outputs import Lines, SideCars, Table
 
     if format is None and out is not None:
         format = "metadata" if out.name == METADATA_FILE else FORMATS.get(out.suffix)

@@ -23,10 +23,10 @@ def compare(
     ] = Path("comparison"),
 ) -> None:
     """Draw two results side by side: scores, gaps with intervals, and tables."""
-    from contracap.compare.comparison import compare as compared
-    from contracap.compare.results import load_result, names_of
-    from contracap.compare.tables import markdown
-    from contracap.compare.writing import write
+    from contracap.apps.compare.comparison import compare as compared
+    from contracap.apps.compare.results import load_result, names_of
+    from contracap.apps.compare.tables import markdown
+    from contracap.apps.compare.writing import write
     from contracap.evaluation.result import RESULTS_FILE
 
     if (result := out / RESULTS_FILE).exists() and any(result.samefile(each) for each in (a, b) if each.exists()):
@@ -42,7 +42,7 @@ def report(run: Annotated[Path, arg(metavar="RUN", help="a run folder, the `out`
     """Show a run on one page, RUN/report.html: curves, figures, captions, retrieval, confusions."""
     import logging
 
-    from contracap.report.run import write_report
+    from contracap.apps.report.run import write_report
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(write_report(run))

@@ -22,13 +22,13 @@ def demo(
     """Serve a web page that captions, classifies and searches."""
     keep_few_kernels()
     try:
-        from contracap.demo.server import serve
-        from contracap.web import bound
+        from contracap.apps.demo.server import serve
+        from contracap.apps.web import bound
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "fastapi", "starlette", "uvicorn", "python_multipart"):
             raise
         raise ImportError(f"the page needs the package {error.name}: pip install 'contracap[demo]'") from None
-    from contracap.demo.collection import pictures_under
+    from contracap.apps.demo.collection import pictures_under
 
     found = pictures_under(pictures) if pictures is not None else None
     with bound(host, port) as address:

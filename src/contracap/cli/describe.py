@@ -21,7 +21,7 @@ from contracap.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from contracap.bulk.embedding import EmbeddingBatch
+    from contracap.apps.bulk.embedding import EmbeddingBatch
     from contracap.model.coca import CoCa
     from contracap.processor import Processor
 
@@ -52,7 +52,7 @@ def classify(
     json: ResultFile = None,
 ) -> int:
     """Choose among labels for each image, without training. Prints a line for each: path, best label, probability."""
-    from contracap.bulk.outputs import path_in_one_line
+    from contracap.apps.bulk.outputs import path_in_one_line
     from contracap.evaluation.result import Result
     from contracap.evaluation.zeroshot import check_templates, classifier
 
@@ -101,7 +101,7 @@ def embed(
     size: Size = None,
 ) -> int:
     """Write the contrastive embedding of each image, a row of unit length, to one file."""
-    from contracap.bulk.embedding import write_embeddings
+    from contracap.apps.bulk.embedding import write_embeddings
     from contracap.files import is_stream
 
     check_batch_size(batch_size)
@@ -124,7 +124,7 @@ def embed(
 
 def _check(paths: tuple[str, ...]) -> None:
     """Raises: OSError, ValueError: if a path stands for no image; found before the weights are read."""
-    from contracap.bulk.inputs import first_items
+    from contracap.apps.bulk.inputs import first_items
 
     for _ in first_items(paths):
         pass
@@ -139,8 +139,8 @@ def _batches(
     output: Path | None,
     progress: bool = True,
 ) -> "Iterator[EmbeddingBatch]":
-    from contracap.bulk.embedding import embed_items
-    from contracap.bulk.inputs import count_items, items
+    from contracap.apps.bulk.embedding import embed_items
+    from contracap.apps.bulk.inputs import count_items, items
     from contracap.progress import progress_bar, waiting
 
     workers = 4 * (os.cpu_count() or 1)

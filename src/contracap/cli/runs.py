@@ -13,8 +13,8 @@ def quickstart(
     *, out: Annotated[Path, arg(metavar="DIR", help="folder for results.json, report.html and the run")]
 ) -> None:
     """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download."""
-    from contracap.quickstart import GO_ON
-    from contracap.quickstart import quickstart as run
+    from contracap.apps.quickstart import GO_ON
+    from contracap.apps.quickstart import quickstart as run
     from contracap.training.health import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -41,15 +41,15 @@ def train(
 ) -> None:
     """Train as a recipe says; its key `out` is the run folder."""
     from contracap.config import keys_text
-    from contracap.recipe import Recipe, load_recipe
+    from contracap.training.recipe import Recipe, load_recipe
 
     if keys:
         print(keys_text(Recipe))
         return
     if recipe is None:
         raise ValueError("name a recipe: contracap train RECIPE.toml; --keys lists what it may say")
-    from contracap.trainer import train as run
     from contracap.training.health import exit_on_signal
+    from contracap.training.trainer import train as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_signal():
@@ -65,10 +65,10 @@ def study(
 ) -> None:
     """Train one recipe in several arms with several seeds, measure and compare them; the same call goes on with what
     is not done."""
-    from contracap.compare.tables import markdown
+    from contracap.apps.compare.tables import markdown
+    from contracap.apps.study import StudyConfig
+    from contracap.apps.study import study as run
     from contracap.config import load_toml
-    from contracap.study import StudyConfig
-    from contracap.study import study as run
     from contracap.training.health import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -95,8 +95,8 @@ def plan(
     json: ResultFile = None,
 ) -> None:
     """Say what a run costs before it is paid for: memory, time and traffic, on paper."""
-    from contracap.plan.run import plan_run
-    from contracap.recipe import load_recipe
+    from contracap.apps.plan.run import plan_run
+    from contracap.training.recipe import load_recipe
 
     made = plan_run(
         load_recipe(recipe, overrides),

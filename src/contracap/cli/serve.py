@@ -39,14 +39,14 @@ def serve(
     """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
     keep_few_kernels()
     try:
-        from contracap.serve.app import AccessConfig, DefaultStrategy, build_app
-        from contracap.web import HEAD_SECONDS, bound, run, url
+        from contracap.apps.serve.app import AccessConfig, DefaultStrategy, build_app
+        from contracap.apps.web import HEAD_SECONDS, bound, run, url
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
         raise ImportError(f"serve needs the package {error.name}: pip install 'contracap[serve]'") from None
-    from contracap.serve.batching import BatchingConfig
-    from contracap.serve.limits import LimitsConfig
+    from contracap.apps.serve.batching import BatchingConfig
+    from contracap.apps.serve.limits import LimitsConfig
 
     default = DefaultStrategy(strategy, settings)
     default.strategy({})  # what is wrong is said before the weights are read

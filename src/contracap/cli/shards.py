@@ -86,11 +86,11 @@ def show(
     seed: Annotated[int, arg(help="of the samples and their crops")] = 0,
 ) -> None:
     """Count what is in shards, and show some of their samples on a page as the trainer will see them."""
+    from contracap.apps.show import survey_lines, write_page
     from contracap.data.shards import ShardError
-    from contracap.data.show import survey_lines, write_page
     from contracap.data.survey import survey
-    from contracap.image import AugmentationConfig, ImageConfig
-    from contracap.recipe import load_recipe
+    from contracap.images import AugmentationConfig, ImageConfig
+    from contracap.training.recipe import load_recipe
 
     image, augmentation, lines = ImageConfig(), AugmentationConfig(), True
     if recipe is not None:

@@ -13,8 +13,8 @@ def inspect(
 ) -> None:
     """Print what a weights file holds, and how it differs from a size."""
     from contracap.model.sizes import SIZES, find_size
-    from contracap.model.weights import at_own_grid, differences, match_size, printable, shapes_of
     from contracap.pretrained import METADATA_KEY, find_weights, read_tensors
+    from contracap.pretrained.names import at_own_grid, differences, match_size, printable, shapes_of
 
     path = find_weights(file)
     tensors, metadata = read_tensors(path)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from contracap.config import require_paths
 from contracap.data.captions import CaptionConfig
-from contracap.image import AugmentationConfig
+from contracap.images import AugmentationConfig
 
 MOST_STREAMS = 16  # unless the recipe says how many
 MAX_BATCH = 2**30

@@ -21,7 +21,7 @@ from contracap.data.captions import require_captions
 from contracap.data.index import read_index
 from contracap.data.shards import Record, Sample, SampleError, ShardError, list_shards, parse, records
 from contracap.formats import FORMATS
-from contracap.image import AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
+from contracap.images import AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 

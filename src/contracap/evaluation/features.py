@@ -19,7 +19,7 @@ from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample, list_shards
 from contracap.data.survey import indexed
 from contracap.data.workers import prepared
-from contracap.image import ImageError
+from contracap.images import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.progress import progress_bar

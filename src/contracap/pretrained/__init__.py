@@ -13,12 +13,13 @@ from torch import Tensor
 
 from contracap.config import build, to_dict
 from contracap.files import replacing, write_text
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.onednn import use_onednn
 from contracap.model.sizes import SIZES, find_size
 from contracap.model.text import ClsMask
-from contracap.model.weights import (
+from contracap.pretrained.find import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, find_weights
+from contracap.pretrained.names import (
     Shapes,
     WeightsError,
     at_own_grid,
@@ -29,7 +30,6 @@ from contracap.model.weights import (
     shapes_of,
     to_open_clip,
 )
-from contracap.pretrained.find import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, find_weights
 from contracap.pretrained.open_clip import config_from_open_clip, config_to_open_clip
 from contracap.pretrained.tensors import METADATA_KEY, read_tensors
 from contracap.processor import Processor

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from contracap.model.coca import CoCa, CoCaConfig, unit
-from contracap.model.weights import POOLER_POSITIONS
+from contracap.pretrained.names import POOLER_POSITIONS
 from contracap.tokenizer import Tokenizer, text_lengths
 
 TEXTS = (

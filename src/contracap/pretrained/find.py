@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from contracap.model.sizes import SIZES
-from contracap.model.weights import WeightsError
+from contracap.pretrained.names import WeightsError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"

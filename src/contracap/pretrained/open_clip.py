@@ -6,7 +6,7 @@ from dataclasses import asdict
 from contracap.config import ConfigError, build
 from contracap.model.coca import CoCaConfig
 from contracap.model.text import TextConfig
-from contracap.model.weights import WeightsError
+from contracap.pretrained.names import WeightsError
 
 
 def config_from_open_clip(model: Mapping) -> CoCaConfig:

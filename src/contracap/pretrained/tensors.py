@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from contracap.model.weights import WeightsError
+from contracap.pretrained.names import WeightsError
 
 METADATA_KEY = "contracap"  # of safetensors files in our own layout
 # Where training programs put the weights, best first: a moving average is taken where nothing else is there.

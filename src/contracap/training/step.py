@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from contracap.data.batch import Batch
-from contracap.image import ImageConfig, normalise
+from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa
 from contracap.model.text import TokenStates

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from contracap.image import ImageConfig
+from contracap.images import ImageConfig
 from contracap.model.coca import CoCaConfig
 from contracap.parallel import TIMEOUT, ProcessGroup, whole
 from contracap.pretrained import write_weights

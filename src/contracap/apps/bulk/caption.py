@@ -1,0 +1,146 @@
+"""Captions for many pictures: read ahead, captioned in batches, written as they come."""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from contracap.apps.bulk.inputs import Item
+from contracap.apps.bulk.outputs import Output, is_of_one_image
+from contracap.apps.bulk.pictures import picture_batches
+from contracap.apps.bulk.rows import Row
+from contracap.images import ImageConfig
+from contracap.progress import progress_bar, waiting
+
+Describe = Callable[[Sequence[str], UInt8[Tensor, "batch 3 height width"]], list[Row]]
+"""Names and pixels of a batch to a row for each; `caption_rows` with its other arguments filled in."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What became of the pictures.
+
+    Attributes:
+        captioned: new captions.
+        added: those of them that the output did not have.
+        skipped: pictures that had one.
+        broken: why each of the others has none.
+        seconds: that it took.
+    """
+
+    captioned: int = 0
+    added: int = 0
+    skipped: int = 0
+    broken: list[Exception] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def seen(self) -> int:
+        """Pictures so far."""
+        return self.captioned + self.skipped + len(self.broken)
+
+    def summary(self) -> str:
+        """In one line."""
+        again = self.captioned - self.added
+        added = f", {self.added} of them added, {again} were there already" if again else ""
+        skipped = f", {self.skipped} had one before" if self.skipped else ""
+        broken = f", {len(self.broken)} cannot be used" if self.broken else ""
+        rate = self.captioned / self.seconds if self.seconds else 0.0
+        return f"{self.captioned} captions in {self.seconds:.1f} s, {rate:.1f} pictures/s{added}{skipped}{broken}"
+
+
+def caption_pictures(
+    items: Generator[Item, None, None],
+    describe: Describe,
+    output: Output,
+    *,
+    image: ImageConfig,
+    batch_size: int,
+    workers: int,
+    seen: Callable[[Row], object] = lambda row: None,
+    progress: bool = True,
+    total: Callable[[], int | None] = lambda: None,
+) -> Outcome:
+    """Describe all pictures and write what is said of them; memory does not depend on how many there are.
+
+    Args:
+        items: taken once, as they are needed.
+        image: how the model wants its pictures.
+        workers: threads that read and decode.
+        seen: gets each row as well.
+        progress: whether a bar is shown on a terminal.
+        total: counts the items for the bar, in a thread of its own.
+
+    Raises:
+        KeyboardInterrupt: that says what is done, if the user ends it.
+        OSError: if the output cannot be written; what was written before is kept.
+        ValueError: if the model cannot describe a batch.
+    """
+    begun, outcome = time.monotonic(), Outcome()
+    written: Future[list[Exception]] | None = None  # while the next batch is described: discs make one wait
+
+    def take(errors: list[Exception]) -> None:
+        outcome.broken += errors
+        outcome.captioned -= len(errors)
+        outcome.added = output.added
+
+    bar = progress_bar(total=total, unit=" images", disable=not progress)
+    missing = _missing(items, output, outcome)
+    batches = picture_batches(missing, image, batch_size=batch_size, workers=workers, waiting=waiting(bar))
+    with _told(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
+        for batch in batches:
+            outcome.broken += batch.broken.values()
+            if not (usable := batch.usable):
+                bar.update(outcome.seen - bar.n)
+                continue
+            rows = describe([item.name for item in usable], batch.pixels)
+            if written is not None:
+                take(written.result())
+            written = writer.submit(output.write, list(zip(usable, rows, strict=True)))
+            for row in rows:
+                seen(row)
+            outcome.captioned += len(rows)
+            bar.update(outcome.seen - bar.n)
+        if written is not None:
+            take(written.result())
+        bar.update(outcome.seen - bar.n)
+        output.finish()
+    outcome.seconds = time.monotonic() - begun
+    return outcome
+
+
+@contextmanager
+def _told(outcome: Outcome, output: Output) -> Iterator[None]:
+    """An interruption says what is done, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = f"{outcome.captioned} captions, {outcome.skipped} were there before"
+        raise KeyboardInterrupt(f"interrupted after {done}; {output.resumption}") from None
+
+
+def _missing(items: Generator[Item, None, None], output: Output, outcome: Outcome) -> Generator[Item, None, None]:
+    """The items that the output lacks; one it has no place for becomes one that says so."""
+    with closing(items):
+        for item in items:
+            if not isinstance(item.source, Exception):
+                try:
+                    if output.has(item):
+                        outcome.skipped += 1
+                        continue
+                except (OSError, ValueError) as error:
+                    if not is_of_one_image(error):
+                        raise
+                    item = replace(item, source=error)
+            yield item
+
+
+def first(items: Generator[Item, None, None], limit: int | None) -> Generator[Item, None, None]:
+    """The first `limit` of some items; None: all."""
+    with closing(items):
+        yield from islice(items, limit)

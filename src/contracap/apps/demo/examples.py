@@ -1,0 +1,64 @@
+"""What the page begins with: labels that suit the model, and pictures to try."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from contracap.apps.demo.actions import SHOWN, Actions
+from contracap.apps.demo.collection import Collection
+from contracap.apps.demo.overlay import to_thumbnail
+from contracap.apps.demo.uploads import Uploads
+from contracap.data.drawing import draw
+from contracap.data.grammar import COLOR_TEMPLATES
+from contracap.data.scenes import COLORS, single_scenes, twin_scenes
+from contracap.evaluation.zeroshot import TEMPLATE
+from contracap.model.sizes import SIZES
+
+PICTURES = 4
+LABELS = ("dog", "cat", "bird", "horse", "person", "child", "car", "boat", "beach", "street")
+LARGEST = 768  # pixels a side
+TRIES = 3 * PICTURES  # pictures of a folder that are opened, for some may be unreadable
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labels and prompts of the classification, and the paths of pictures that a visitor can choose."""
+
+    labels: Sequence[str]
+    templates: Sequence[str]
+    pictures: Sequence[Path]
+
+
+def find_examples(actions: Actions, collection: Collection | None, uploads: Uploads) -> Examples:
+    """Examples for a model: of its size `scenes` drawn ones, else pictures of the collection, if there is one."""
+    drawn = actions.model.config == SIZES["scenes"]
+    labels, templates = (COLORS, COLOR_TEMPLATES) if drawn else (LABELS, (TEMPLATE,))
+    found = _of_collection(actions, collection) if collection is not None else _scenes() if drawn else ()
+    paths = []
+    for name, picture in found:
+        paths.append(uploads.new_path(uploads.examples, f"{name}.png"))
+        picture.save(paths[-1])
+    return Examples(labels, templates, paths)
+
+
+def _scenes() -> Iterator[tuple[str, Image.Image]]:
+    generator = np.random.default_rng(0)
+    scenes = [*single_scenes(generator, PICTURES - PICTURES // 2), *twin_scenes(generator, PICTURES // 2)]
+    return ((f"scene {number}", draw(scene, generator, size=SHOWN)) for number, scene in enumerate(scenes, 1))
+
+
+def _of_collection(actions: Actions, collection: Collection) -> Iterator[tuple[str, Image.Image]]:
+    """Pictures from all over the collection."""
+    found = 0
+    for path in collection.paths[:: -(-collection.total // TRIES) or 1]:
+        try:
+            picture = to_thumbnail(actions.read(path), LARGEST)
+        except (ValueError, OSError):
+            continue
+        yield path.stem, picture
+        found += 1
+        if found == PICTURES:
+            break

@@ -1,0 +1,115 @@
+"""Gradio's inputs, made to hand on what they get: what is wrong with it is then said by this package, in one line.
+
+Gradio's own open every picture before the page's code sees it, so that a broken one ends as a traceback, as does a
+number out of its bounds. Here `image.decode` opens pictures, which knows their limits. The inputs are changed one by
+one, not by subclasses, for which gradio writes files into the package's folder.
+
+Whatever looks like a file in a value, gradio copies to where the page hands it out, be it an address, any file of the
+server, or one inside a text's value. So `guard` looks at every value first.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gradio
+from gradio.components import Component
+
+from contracap.apps.demo.uploads import Uploads
+
+PICTURE_HEIGHT, FILES_HEIGHT = 320, 160  # pixels
+# What the browser may send for an input beside None and uploads; nothing for an input that is not here.
+PLAIN: Mapping[str, type | tuple[type, ...]] = {
+    "textbox": str,
+    "dropdown": str,
+    "radio": (str, int),
+    "slider": (int, float),
+    "dataset": int,
+}
+Input = TypeVar("Input", bound=Component)
+
+
+def picture_input(label: str) -> gradio.Image:
+    """A picture that is uploaded, pasted or taken with the camera; passed on as the path of its file, or None."""
+    made = gradio.Image(
+        label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=PICTURE_HEIGHT, buttons=[]
+    )
+    return handing_on(made, lambda payload: payload.path if payload is not None else None)
+
+
+def pictures_input(label: str) -> gradio.File:
+    """Several uploaded pictures; passed on as the paths of their files."""
+    made = gradio.File(label=label, file_count="multiple", file_types=["image"], height=FILES_HEIGHT)
+    return handing_on(made, lambda payload: [file.path for file in payload or []])
+
+
+def examples_input(pictures: Sequence[Path], picture: gradio.Image) -> gradio.Dataset | None:
+    """Pictures to choose from, of which the number is passed on; None if there are none."""
+    if not pictures:
+        return None
+    samples = [[str(path)] for path in pictures]
+    label, classes = "Or one of these", "examples"
+    return gradio.Dataset(components=[picture], samples=samples, type="index", label=label, elem_classes=classes)
+
+
+def number_input(
+    label: str, *, low: int | float, high: int | float, step: int | float, default: int | float
+) -> gradio.Slider:
+    """A number, whose bounds are for the browser."""
+    made = gradio.Slider(low, high, default, step=step, label=label, buttons=[])
+    return handing_on(made, lambda payload: payload)
+
+
+def handing_on(component: Input, preprocess: Callable[[Any], Any]) -> Input:
+    """The input, handing on what `preprocess` makes of what the browser sent."""
+    setattr(component, "preprocess", preprocess)  # noqa: B010 - the type checker knows that it is a method
+    return component
+
+
+def guard(page: gradio.Blocks, uploads: Uploads) -> None:
+    """Have each value that a visitor sends looked at before gradio takes it, whichever route it comes by."""
+    preprocess = page.preprocess_data
+
+    async def guarded(block_fn: Any, inputs: list[Any], *others: Any, **named: Any) -> list[Any]:
+        if len(inputs) != len(block_fn.inputs):
+            error = f"This takes {len(block_fn.inputs)} values, not {len(inputs)}."
+            raise gradio.Error(error, print_exception=False)
+        looked_at = [checked(*pair, uploads) for pair in zip(block_fn.inputs, inputs, strict=True)]
+        return await preprocess(block_fn, looked_at, *others, **named)
+
+    setattr(page, "preprocess_data", guarded)  # noqa: B010
+    page.has_launched = True  # else gradio's own check of paths is off; a page that is mounted is never launched
+
+
+def checked(component: Component, value: Any, uploads: Uploads) -> Any:
+    """The value, if it is one for this input.
+
+    Raises: gradio.Error: if it is not.
+    """
+    name = component.get_block_name()
+    if value is None or component.stateful:  # gradio has states itself
+        return None
+    if name == "image":
+        return upload(value, uploads)
+    if name == "file":
+        return [upload(item, uploads) for item in value] if isinstance(value, list) else refuse(component)
+    if isinstance(value, PLAIN.get(name, ())) and not (isinstance(value, float) and not math.isfinite(value)):
+        return value
+    return refuse(component)
+
+
+def upload(value: Any, uploads: Uploads) -> dict[str, Any]:
+    """An uploaded file as gradio has it, and nothing else that came with it.
+
+    Raises: gradio.Error: if it is anything else.
+    """
+    path = uploads.find(value.get("path")) if isinstance(value, dict) else None
+    if path is None:
+        raise gradio.Error("Upload the picture itself: this page fetches nothing.", print_exception=False)
+    return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
+
+
+def refuse(component: Component) -> Any:
+    """Raises: gradio.Error: a line that names the input."""
+    raise gradio.Error(f"This is not a valid value for “{component.label}”.", print_exception=False)

@@ -1,0 +1,294 @@
+"""The first five minutes: draw scenes, train on them with the ordinary trainer, and show what the model can do.
+
+The model is measured on colour-shape pairs that it never saw in training; see `data.scenes`.
+"""
+
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contracap.apps.page import (
+    Html,
+    gallery,
+    page,
+    paragraph,
+    picture,
+    table,
+    text,
+    verdict,
+)
+from contracap.apps.report.curves import curves
+from contracap.apps.report.grids import best_pictures, picture_grid
+from contracap.config import to_dict
+from contracap.data.drawing import scene_records, write_training_shards
+from contracap.data.grammar import COLOR_TEMPLATES, SHAPE_TEMPLATES, parse
+from contracap.data.loader import evaluation_samples
+from contracap.data.scenes import (
+    COLORS,
+    HELD_OUT,
+    PAIRS,
+    SHAPES,
+    count_meanings,
+    single_scenes,
+    twin_scenes,
+)
+from contracap.data.shards import Sample, write_shard
+from contracap.evaluation.result import Result
+from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.zeroshot import ZeroShot
+from contracap.files import replacing, write_text
+from contracap.generation.captioner import Captioner
+from contracap.generation.sampling import Greedy
+from contracap.model.coca import CoCa
+from contracap.pretrained import load
+from contracap.processor import Processor
+from contracap.training.health import Interrupted
+from contracap.training.logging import read_metrics
+from contracap.training.recipe import Recipe, load_recipe
+from contracap.training.trainer import train
+
+TRAINING_SCENES = 30_000
+TWIN_SCENES = 200
+SINGLE_SCENES = 320
+TEST_SEED = 2**31  # no shard of training scenes has this number
+CARDS, GRID_ROWS = 24, 12
+TARGETS = {
+    "caption_accuracy": 0.8,
+    "zeroshot_color": 0.9,
+    "zeroshot_shape": 0.9,
+    "text_to_image_recall@1": 0.8,
+    "image_to_text_recall@1": 0.8,
+    "seconds": 300.0,
+}
+WORDS = {
+    "caption_accuracy": "captions with every object, attribute and relation right",
+    "zeroshot_color": "zero-shot colour of one object",
+    "zeroshot_shape": "zero-shot shape of one object",
+    "text_to_image_recall@1": "text to picture, recall@1",
+    "image_to_text_recall@1": "picture to text, recall@1",
+    "seconds": "seconds in all",
+}
+CHANCE = {
+    "caption_accuracy": 1 / count_meanings(),
+    "zeroshot_color": 1 / len(COLORS),
+    "zeroshot_shape": 1 / len(SHAPES),
+    "text_to_image_recall@1": 1 / TWIN_SCENES,
+    "image_to_text_recall@1": 1 / TWIN_SCENES,
+}
+GO_ON = "remove {}, then the same command begins again"
+logger = logging.getLogger(__name__)
+
+
+class SceneCaptioning:
+    """Share of captions that say all of the scene and nothing wrong, in whichever phrasing of the grammar.
+
+    Attributes:
+        samples: pictures, once `run` has come to its end; likewise the others.
+        reasons: none.
+        details: none.
+        captions: what the model wrote for each picture.
+        correct: whether it was right.
+    """
+
+    def __init__(self, source: Sequence[Sample], processor: Processor):
+        self.source, self.processor = source, processor
+        self.samples = 0
+        self.reasons: dict[str, str] = {}
+        self.details: dict[str, Any] = {}
+        self.captions: list[str] = []
+        self.correct: list[bool] = []
+
+    def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
+        """Name and value of the figure. A sample's own caption tells what its picture shows."""
+        captioner = Captioner(model, self.processor)
+        strategy = Greedy(max_tokens=model.config.text.context)
+        made = captioner([sample.image for sample in self.source], strategy, batch_size=100)
+        self.captions = [caption.text for caption in made]
+        shown = [parse(sample.captions[0]) for sample in self.source]
+        self.correct = [parse(caption) == scene for caption, scene in zip(self.captions, shown, strict=True)]
+        self.samples = len(made)
+        yield "caption_accuracy", sum(self.correct) / len(self.correct)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out, for the table and the page.
+
+    Attributes:
+        figures: by their names in `results.json`.
+        samples: test pictures.
+        captioning: scenes of two objects, each beside its twin, and their captions.
+        retrieval: the same scenes.
+    """
+
+    figures: dict[str, float]
+    samples: int
+    captioning: SceneCaptioning
+    retrieval: Retrieval
+
+
+def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
+    """Draw, train, measure, and print a table.
+
+    Writes to the folder `out`: `results.json`, `report.html`, the drawn `scenes`, the `run`, and one test picture,
+    `sample.png`.
+
+    Args:
+        out: the folder; made if need be.
+        overrides: changes to the recipe, `key.path=value` each, as for `contracap train`.
+
+    Raises:
+        ValueError: if the folder holds a quickstart already, or an override is refused.
+    """
+    started = time.monotonic()
+    run, scenes = out / "run", out / "scenes"
+    for folder in (run, scenes):
+        if folder.exists():
+            raise ValueError(f"{folder} is there already: remove it, or choose another folder for --out")
+    paths = [f"out={json.dumps(str(run))}", f"data.train={json.dumps(str(scenes / 'train'))}"]
+    recipe = load_recipe(find_recipe(), [*paths, *overrides])
+    count = min(TRAINING_SCENES, recipe.steps * recipe.data.batch_size)
+    logger.info("drawing %d scenes; of %d colour-shape pairs %d are held out", count, len(PAIRS), len(HELD_OUT))
+    draw_scenes(scenes, recipe, count)
+    logger.info("training for %d steps of %d scenes", recipe.steps, recipe.data.batch_size)
+    try:
+        model, processor = load(train(recipe))
+    except Interrupted:
+        raise Interrupted(f"interrupted: {GO_ON.format(out)}") from None
+    logger.info("measuring on held-out pairs")
+    measured = measure(model, processor, scenes)
+    figures = measured.figures | {"seconds": time.monotonic() - started}
+    result = Result(
+        command=shlex.join(["contracap", *sys.argv[1:]]),
+        seed=recipe.seed,
+        samples=measured.samples,
+        figures=figures,
+        details={"chance": CHANCE, "targets": TARGETS, "recipe": to_dict(recipe)},
+    )
+    write_text(out / "report.html", report(measured, figures, recipe))
+    with replacing(out / "sample.png") as partial:
+        partial.write_bytes(measured.captioning.source[0].image)
+    result.write(out / "results.json")
+    print(figures_as_text(figures))
+    logger.info(
+        "\nthe page: %s\nthe model: contracap caption %s IMAGE...", out / "report.html", run / "checkpoints" / "last"
+    )
+    return result
+
+
+def find_recipe() -> Path:
+    """The recipe's file: in the package where it was installed from a wheel, else in the checkout."""
+    package = Path(__file__).parents[1]
+    places = [folder / "recipes" / "quickstart.toml" for folder in (package, package.parent.parent)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"no recipe at {' or '.join(map(str, places))}: install contracap again")
+
+
+def draw_scenes(folder: Path, recipe: Recipe, count: int) -> None:
+    """Shards of training scenes in `train`, of test scenes in `twins` and `singles`, of the model's picture size."""
+    size = recipe.model_config.vision.image_size
+    write_training_shards(folder / "train", count, size=size, seed=recipe.seed)
+    generator = np.random.default_rng((recipe.seed, TEST_SEED))
+    for name, scenes in (
+        ("twins", twin_scenes(generator, TWIN_SCENES)),
+        ("singles", single_scenes(generator, SINGLE_SCENES)),
+    ):
+        write_shard(folder / name / "000000.tar", scene_records(scenes, generator, size=size, captions=1))
+
+
+def measure(model: CoCa, processor: Processor, scenes: Path) -> Measured:
+    """All figures but the time, from the ordinary evaluators."""
+    twins = list(evaluation_samples(scenes / "twins"))
+    singles = list(evaluation_samples(scenes / "singles"))
+    captioning, retrieval = SceneCaptioning(twins, processor), Retrieval(twins, processor, ks=(1,))
+    figures = dict(captioning.run(model))
+    for attribute, classes, templates in (("color", COLORS, COLOR_TEMPLATES), ("shape", SHAPES, SHAPE_TEMPLATES)):
+        labels = [classes.index(sample.fields["scene"]["things"][0][attribute]) for sample in singles]
+        labelled = [replace(sample, fields={"label": label}) for sample, label in zip(singles, labels, strict=True)]
+        zeroshot = ZeroShot(labelled, processor, classes=classes, templates=templates)
+        figures[f"zeroshot_{attribute}"] = dict(zeroshot.run(model))["acc1"]
+    figures |= dict(retrieval.run(model))
+    return Measured(figures, len(twins) + len(singles), captioning, retrieval)
+
+
+def figures_as_text(figures: Mapping[str, float]) -> str:
+    """The table on the terminal."""
+    rows = [("", "reached", "chance", "target"), *_figure_rows(figures)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{row[0]:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> str:
+    """The page: figures, pictures with their captions, retrieval, and the curves of the run."""
+    captioning, features = measured.captioning, measured.retrieval.features
+    assert features is not None
+    cards = [
+        (
+            picture(sample.image, alt=sample.captions[0], good=correct),
+            verdict(caption, good=correct) if correct else wrong_caption(caption, sample.captions[0]),
+        )
+        for sample, caption, correct in zip(captioning.source, captioning.captions, captioning.correct, strict=True)
+    ]
+    wrong = [card for card, correct in zip(cards, captioning.correct, strict=True) if not correct]
+    sections = {
+        "": [
+            paragraph(
+                f"A contrastive captioner ({recipe.size}) was trained from nothing on drawn scenes: {recipe.steps} "
+                f"steps of {recipe.data.batch_size}. Of the {len(PAIRS)} colour-shape pairs {len(HELD_OUT)} were in no "
+                "training picture and in no training caption, though each colour and each shape was, with others. "
+                "Every test scene holds such a pair: of two objects at least one, and a single object always."
+            ),
+            table(("", "reached", "chance", "target"), _figure_rows(figures), numbers=(1, 2, 3)),
+        ],
+        "Captions": [
+            paragraph(
+                f"The first {CARDS} of {len(cards)} test scenes, in pairs of twins that differ by one exchanged "
+                "attribute. A caption is right if it names both objects with size, texture, colour and shape, and "
+                "their relation, in whichever phrasing."
+            ),
+            gallery(cards[:CARDS]),
+        ],
+        "Wrong captions": [
+            paragraph(f"{len(wrong)} of {len(cards)}; at most {CARDS} are shown."),
+            gallery(wrong[:CARDS]),
+        ],
+        "Retrieval": [
+            paragraph(
+                f"For each caption the five best of all {len(cards)} pictures, its twin's among them. Green: "
+                "the picture that the caption tells; red: another one in the first place."
+            ),
+            picture_grid(features, best_pictures(features, range(GRID_ROWS)), dict(enumerate(captioning.source))),
+        ],
+        "The run": [curves(read_metrics(Path(recipe.out)))],
+    }
+    return page("contracap quickstart", sections)
+
+
+def wrong_caption(caption: str, shown: str) -> Html:
+    """A caption that is wrong, and what would have been right."""
+    return Html(f"{verdict(caption, good=False)}<br>{text(f'shown: {shown}')}")
+
+
+def _figure_rows(figures: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
+    def percent(share: float) -> str:
+        return f"{100 * share:.3g} %" if share >= 0.001 or share == 0 else f"{100 * share:.1g} %"
+
+    return [
+        (words, percent(figures[name]), percent(CHANCE[name]), f">= {percent(TARGETS[name])}")
+        if name in CHANCE
+        else (words, f"{figures[name]:.0f}", "", f"<= {TARGETS[name]:.0f}")
+        for name, words in WORDS.items()
+    ]

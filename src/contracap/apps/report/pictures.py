@@ -1,0 +1,44 @@
+"""Pictures of a data set, small enough for a page."""
+
+import io
+from collections.abc import Iterable
+
+from PIL import Image
+
+from contracap.apps.page import Html, picture
+from contracap.data.shards import Sample
+from contracap.evaluation.features import Source, sample_batches
+from contracap.images import decode
+
+SIDE = 160  # pixels of the longer side
+
+
+def chosen_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
+    """The samples in these places of the data, by their places."""
+    wanted, found, first = set(rows), {}, 0
+    for batch in sample_batches(source, 64):
+        found |= {row: sample for row, sample in enumerate(batch, first) if row in wanted}
+        first += len(batch)
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def shown(sample: Sample, *, good: bool | None = None) -> Html:
+    """A sample's picture as a thumbnail; its first caption, or its key, stands for it where it cannot be seen."""
+    alt = sample.captions[0] if sample.captions else sample.key
+    return picture(thumbnail(sample.image), alt=alt, good=good)
+
+
+def thumbnail(image: bytes) -> bytes:
+    """A JPEG of at most `SIDE` pixels; a PNG of no more is left as it is.
+
+    Raises: ImageError: if the picture cannot be read.
+    """
+    pixels = decode(image)
+    if max(pixels.shape[1:]) <= SIDE and image.startswith(b"\x89PNG"):
+        return image
+    small, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
+    small.thumbnail((SIDE, SIDE))
+    small.save(file, "JPEG", quality=80)
+    return file.getvalue()

@@ -1,0 +1,193 @@
+"""What one request may cost: bytes, seconds, a place among those under way; and who may ask."""
+
+import asyncio
+import secrets
+from dataclasses import dataclass, field
+from textwrap import shorten
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from contracap.apps.web import MAX_CONNECTIONS, MIB, BodyTooLargeError, limited
+
+SMALL_BODY = 1  # MiB, of what is not a picture: it is parsed between other requests
+BODIES = 16  # times `max_body_mib` that all bodies under way may take together
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """Limits of a request.
+
+    Attributes:
+        max_body_mib: MiB of a body; more is refused as soon as it is said, or comes.
+        timeout_s: seconds that a body may take to come, and then its answer.
+        max_requests: requests with a body under way at once, uploads included.
+    """
+
+    max_body_mib: float = 20.0
+    timeout_s: float = 60.0
+    max_requests: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_body_mib <= 4096:
+            raise ValueError(f"max_body_mib must be above 0 and at most 4096 MiB, not {self.max_body_mib}")
+        if not 0 < self.timeout_s <= 86400:
+            raise ValueError(f"timeout_s must be above 0 and at most 86400 seconds, not {self.timeout_s}")
+        if not 1 <= self.max_requests <= MAX_CONNECTIONS:
+            raise ValueError(
+                f"max_requests must be at least 1 request and at most {MAX_CONNECTIONS}, not {self.max_requests}"
+            )
+
+
+@dataclass
+class UnderWay:
+    """Requests with a body that are being read or answered, and how many may be at most.
+
+    Attributes:
+        bodies: bytes of each that have come.
+    """
+
+    limits: LimitsConfig
+    bodies: dict[object, int] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """Whether another one is refused."""
+        return len(self.bodies) >= self.limits.max_requests or self.too_many_bytes
+
+    @property
+    def too_many_bytes(self) -> bool:
+        """Whether their bodies take more memory than they may."""
+        return sum(self.bodies.values()) > BODIES * self.limits.max_body_mib * MIB
+
+    @property
+    def refusal(self) -> str:
+        """Why."""
+        return f"{len(self.bodies)} requests are under way, as many as this server takes: try again later"
+
+
+def problem(status: int, error: str, **headers: str) -> JSONResponse:
+    """The answer to whatever went wrong: `{"error": ...}`, one line."""
+    return JSONResponse({"error": shorten(error, 500, placeholder=" ...")}, status, headers)
+
+
+class RequireKey:
+    """Middleware that refuses requests to `/v1/...` without `Authorization: Bearer KEY` before their body is read."""
+
+    def __init__(self, app: ASGIApp, *, key: str):
+        self.app, self.expected = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self.expected):
+                error = "missing or wrong API key: send the header Authorization: Bearer KEY"
+                return await problem(401, error, **{"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+class _Gone(Exception):
+    """The client has closed the connection; nobody waits for an answer."""
+
+
+class _TooManyBytesError(Exception):
+    """There is no memory for another body."""
+
+
+class LimitRequests:
+    """Middleware that reads each body within the limits, then has it answered while its client is there.
+
+    What is refused early is not read, but the server discards what still comes: most clients look at the answer only
+    after they have sent all.
+
+    Args:
+        pictures: the paths whose bodies may have `max_body_mib`; those of others have `SMALL_BODY`.
+    """
+
+    def __init__(self, app: ASGIApp, *, limits: LimitsConfig, under_way: UnderWay, pictures: frozenset[str]):
+        self.app, self.limits, self.under_way, self.pictures = app, limits, under_way, pictures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):  # these take nothing and wait for nothing
+            await self.app(scope, receive, send)
+        elif self.under_way.full:
+            await self._refuse(scope, receive, send)
+        else:
+            place = object()
+            self.under_way.bodies[place] = 0
+            try:
+                await self._within_limits(place, scope, receive, send)
+            finally:
+                del self.under_way.bodies[place]
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await problem(503, self.under_way.refusal, **{"Retry-After": "1"})(scope, receive, send)
+
+    async def _within_limits(self, place: object, scope: Scope, receive: Receive, send: Send) -> None:
+        most = self.limits.max_body_mib
+        if scope["path"] not in self.pictures:
+            most = min(most, SMALL_BODY)
+        try:
+            async with asyncio.timeout(self.limits.timeout_s):
+                body = await self._body(place, limited(scope, receive, most * MIB))
+        except TimeoutError:
+            error = f"the body did not come within {self.limits.timeout_s:g} seconds"
+            await problem(408, error, Connection="close")(scope, receive, send)
+        except BodyTooLargeError:
+            error = f"the body is larger than {most:g} MiB, the most this server takes"
+            await problem(413, error)(scope, receive, send)
+        except _TooManyBytesError:
+            await self._refuse(scope, receive, send)
+        except _Gone:
+            return
+        else:
+            await self._answer(body, scope, receive, send)
+
+    async def _body(self, place: object, receive: Receive) -> bytearray:
+        """The whole body."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Gone
+            body += message.get("body", b"")
+            self.under_way.bodies[place] = len(body)
+            if self.under_way.too_many_bytes:
+                raise _TooManyBytesError
+            if not message.get("more_body", False):
+                return body
+
+    async def _answer(self, body: bytearray, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have the app answer; cancel it when the time is up or the client has gone."""
+        started = False
+
+        async def read() -> Message:
+            piece = bytes(body[:MIB])
+            del body[:MIB]
+            await asyncio.sleep(0)  # others go on while a form is taken apart
+            return {"type": "http.request", "body": piece, "more_body": bool(body)}
+
+        async def written(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        answer = asyncio.ensure_future(self.app(scope, read, written))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait([answer, gone], timeout=self.limits.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            late = not answer.done() and not gone.done()
+        finally:
+            for task in (answer, gone):
+                task.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
+        if not answer.cancelled():
+            answer.result()  # raises what it raised
+        elif late and not started:
+            await problem(504, f"there was no answer within {self.limits.timeout_s:g} seconds")(scope, receive, send)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

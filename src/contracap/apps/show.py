@@ -1,0 +1,141 @@
+"""A survey of shards for a person's eyes: lines for a terminal, and a page where a wrong pairing shows."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from contracap.apps.page import Html, bars, charts, page, pairs, paragraph, picture, table, text
+from contracap.data.survey import CONTEXT, EXAMPLES, Survey, share
+from contracap.files import write_text
+
+LENGTH_BINS = range(1, CONTEXT + 2, 4)  # where bins begin; the last one begins behind the context
+SIDE_BINS = (1, 8, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
+BAR = 40  # characters of the longest bar on the terminal
+
+
+def survey_lines(survey: Survey) -> list[str]:
+    """The numbers of a survey, for a terminal."""
+    lines = [f"{name:10}{words}" for name, words in _rows(survey)]
+    lines += [f"  {kind}: {skipped.examples[0]}" for kind, skipped in survey.skipped.items()]
+    for title, counts in _histograms(survey).items():
+        longest = max(counts.values())
+        lines += ["", title]
+        for name, count in counts.items():
+            lines.append(f"{name:>10}  {'#' * math.ceil(BAR * count / longest):{BAR}} {count:,}")
+    return [_printable(line) for line in lines]
+
+
+def write_page(survey: Survey, path: str | Path) -> None:
+    """Writes a survey as one HTML file that asks the network for nothing, whole or not at all."""
+    drawn = [bars(title, counts) for title, counts in _histograms(survey).items()]
+    skipped = [(kind, f"{found.count:,}", _listed(found.examples)) for kind, found in survey.skipped.items()]
+    cards = [
+        (
+            picture(shown.crop, alt=f"crop of {shown.key}"),
+            picture(shown.original, alt=f"whole of {shown.key}"),
+            shown.captions or ("(no caption)",),
+            f"{shown.key} · {shown.shard.rpartition('/')[2]} · {shown.width} x {shown.height}",
+        )
+        for shown in survey.shown
+    ]
+    sections = {"": [paragraph(_extent(survey)), table(("", ""), _rows(survey)), charts(drawn)]}
+    if skipped:
+        sections["Skipped"] = [
+            paragraph(f"What a trainer passes over, and what was said of the first {EXAMPLES} of each kind."),
+            table(("kind", "count", "examples"), skipped, numbers=(1,)),
+        ]
+    sections["Samples"] = [
+        paragraph(
+            f"{len(cards)} samples, drawn with seed {survey.seed}. Left: a random crop of {survey.image.size} pixels, "
+            "as the trainer makes them. Right: the whole picture."
+        ),
+        pairs(cards),
+    ]
+    write_text(path, page("contracap shards show", sections))
+
+
+def _rows(survey: Survey) -> list[tuple[str, str]]:
+    """What there is, in words, by name."""
+    read, counts = survey.read, survey.counts
+    shards, samples, captions = f"{survey.shards:,}", f"{counts.samples:,}", f"{counts.captions:,}"
+    if not survey.complete:
+        shards += f", {survey.shards_read:,} of them opened"
+        samples = f"the first {read.samples:,} of {samples if survey.indexed else 'an unknown number'}"
+    if survey.captions_per_picture:
+        fewest, most = min(survey.captions_per_picture), max(survey.captions_per_picture)
+        captions += f", {fewest if fewest == most else f'{fewest} to {most}'} a picture"
+    if survey.captions_of_lines:
+        captions += f"; {survey.captions_of_lines:,} have line breaks: if each line is a caption, store them as a list"
+    formats = ", ".join(f"{name} {count:,}" for name, count in survey.formats.items())
+    skipped = ", ".join(f"{kind} {found.count:,}" for kind, found in survey.skipped.items())
+    return [
+        ("shards", shards),
+        ("samples", samples),
+        ("captions", f"{captions}; {_percent(counts.cut_share)} are cut by a context of {CONTEXT} tokens"),
+        (
+            "pictures",
+            f"{formats or 'none'}; {_percent(survey.enlarged_share)} are smaller than {survey.image.size} pixels",
+        ),
+        (
+            "repeated",
+            f"{survey.repeated_pictures:,} pictures ({_percent(share(survey.repeated_pictures, survey.pictures))}), "
+            f"{survey.repeated_captions:,} captions ({_percent(share(survey.repeated_captions, read.captions))})",
+        ),
+        ("skipped", skipped or "none"),
+    ]
+
+
+def _extent(survey: Survey) -> str:
+    """What was counted and what was only sampled."""
+    if survey.complete:
+        extent = "Every sample of every shard was read."
+    elif survey.indexed:
+        extent = (
+            f"Only the first {survey.read.samples:,} samples were read. How many samples and captions there are, and "
+            "how long the captions, is known for all shards, from index.json; the rest is about what was read."
+        )
+    else:
+        extent = (
+            f"Only the first {survey.read.samples:,} samples were read, and all that follows is about these alone: no "
+            "index.json tells of the rest."
+        )
+    return (
+        f"{extent} Pictures were measured by their headers, and only those shown below were decoded: one that is "
+        "damaged further in may have passed. Repeated is what came before, byte for byte."
+    )
+
+
+def _histograms(survey: Survey) -> dict[str, dict[str, int]]:
+    """Bars by title, where there are any."""
+    histograms = {
+        "caption length, tokens": _binned(survey.counts.caption_lengths, LENGTH_BINS),
+        "shorter side, pixels": _binned(survey.shorter_sides, SIDE_BINS),
+        "width : height, the nearest of these": survey.aspect_ratios,
+    }
+    return {title: counts for title, counts in histograms.items() if counts}
+
+
+def _binned(counts: Mapping[int, int], starts: Sequence[int]) -> dict[str, int]:
+    """Counts in bins that begin at `starts`, without the empty ones at both ends."""
+    found = [0] * len(starts)
+    for value, count in counts.items():
+        found[bisect_right(starts, value) - 1] += count
+    names = [*(f"{start}-{behind - 1}" for start, behind in pairwise(starts)), f"{starts[-1]}+"]
+    filled = [place for place, count in enumerate(found) if count]
+    bins = list(zip(names, found, strict=True))
+    return dict(bins[filled[0] : filled[-1] + 1]) if filled else {}
+
+
+def _listed(messages: Sequence[str]) -> Html:
+    return Html("<br>".join(text(message) for message in messages))
+
+
+def _printable(line: str) -> str:
+    """Without what could steer a terminal: names come from the shards."""
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"

@@ -1,0 +1,151 @@
+"""What a run starts from: its recipe's weights and device, or what its folder says of its first part."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from contracap.config import flat, to_dict
+from contracap.data.remote import commands_in
+from contracap.data.shards import list_shards
+from contracap.images import ImageConfig
+from contracap.model.coca import CoCa
+from contracap.model.compiling import require_compiler
+from contracap.model.onednn import use_onednn
+from contracap.parallel import ParallelError
+from contracap.pretrained import find_weights, random_model, read_weights
+from contracap.pretrained.find import is_of_hub
+from contracap.pretrained.names import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
+from contracap.training.checkpoint import CheckpointError
+from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe
+
+# What a resumed run may change: none of it changes the updates by more than rounding, but for `steps`, which draws the
+# cosine out, and `device` and `accumulation`, as the number of ranks: with them, other patches are dropped.
+FREE = (
+    "resume",
+    "out",
+    "steps",
+    "device",
+    "accumulation",
+    "loss.chunk",
+    "nonfinite",
+    "log_every",
+    "validate_every",
+    "wandb",
+    "peak_tflops",
+    "stall_seconds",
+    "profile",
+    "checkpoint",
+    "parallel",
+    "evaluation",
+    "data.validation",
+    "data.workers",
+    "data.max_bad_share",
+    "data.train",
+)
+
+
+def require_means(recipe: Recipe, ranks: int) -> None:
+    """Look for what a run needs of this machine, before anything is read from afar, built or counted.
+
+    Raises:
+        FileNotFoundError, WeightsError: if data or weights of a local path are not there.
+        CompilerError: if blocks are to be compiled, and nothing can.
+        ParallelError: if the pixels of a batch do not fit into the memory.
+    """
+    used = dict(recipe.data.training_paths)
+    if recipe.validate_every and recipe.data.validation is not None:
+        used["data.validation"] = recipe.data.validation
+    if recipe.evaluation.captions:
+        used["evaluation.captions.data"] = recipe.evaluation.captions.data
+    for key, paths in used.items():
+        local = [path for path in ([paths] if isinstance(paths, str) else paths) if "://" not in path]
+        local = [path for path in local if not commands_in(path)]
+        if local or not paths:
+            list_shards(local, key=key)
+    for name, task in recipe.evaluation.tasks.items():
+        for path in [task.data] if isinstance(task.data, str) else task.data:
+            if not any(sign in path for sign in ("://", "pipe:", "{")) and not os.path.exists(path):
+                raise FileNotFoundError(f"task {name}: no such file or folder: {path}")
+    if recipe.initialise_from is not None and not is_of_hub(recipe.initialise_from):
+        find_weights(recipe.initialise_from)
+    if recipe.parallel.compile:
+        require_compiler()
+    pixels = 3 * recipe.model_config.vision.image_size**2 * recipe.data.batch_size // ranks
+    if hasattr(os, "sysconf") and pixels > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise ParallelError(
+            f"data.batch_size is {recipe.data.batch_size:,}, whose pixels take {pixels / 2**30:,.0f} GiB on each of "
+            f"{ranks} ranks; this machine has {memory / 2**30:,.0f} GiB: lower it, or take more ranks"
+        )
+
+
+def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
+    """The recipe that the run in `folder` was started with; None if it has none.
+
+    Raises: CheckpointError: if the run in `folder` was started with other settings, naming them."""
+    stored = folder / RECIPE_FILE
+    if not stored.is_file():
+        return None
+    earlier = load_recipe(stored)
+    before, now = (dict(flat(to_dict(each))) for each in (earlier, recipe))
+    changed = [
+        f"{key} was {before.get(key)} and is now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder} was run with another recipe: {'; '.join(changed)}. Resume with its own {stored}"
+        )
+    return earlier
+
+
+def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
+    """The model before its first step: random, or from the recipe's weights with positions interpolated to its
+    picture size.
+
+    Raises: WeightsError: if the weights are of another size than the recipe says.
+    """
+    if recipe.initialise_from is None:
+        model, processor = random_model(recipe.model_config, seed=recipe.seed)
+        return model, processor.image_config
+    weights = read_weights(recipe.initialise_from)
+    # The mask that the weights were trained with goes on, unless the recipe asks for the other.
+    wanted = recipe.model_config
+    if "cls_mask" not in recipe.model.get("text", {}):
+        wanted = replace(wanted, text=replace(wanted.text, cls_mask=weights.model.text.cls_mask))
+    fitted = interpolate_positions(weights.state, patches=wanted.vision.patches)
+    try:
+        require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
+    except WeightsError as error:
+        raise WeightsError(f"{weights.path} is not of size {recipe.size}: {error}") from None
+    with torch.device("meta"):
+        model = CoCa(wanted)
+    model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
+    use_onednn(model)
+    return model.requires_grad_(True), replace(weights.image, size=wanted.vision.image_size)
+
+
+def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:
+    """The precision of a run on this device: what the recipe wants, or for `auto` bf16 if the device has instructions
+    for products of bf16 matrices. A CPU without them takes 20 to 400 times as long: docs/performance.md."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch: fp32
+    multiplies = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
+    return "bf16" if multiplies and torch.backends.mkldnn.is_available() else "fp32"
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where the recipe wants to run.
+
+    Raises: ParallelError: if that is CUDA, and torch finds none.
+    """
+    cuda = torch.cuda.is_available()
+    if recipe.device == "cuda" and not cuda:
+        raise ParallelError("device = 'cuda', but torch finds no CUDA device; say device=cpu or auto")
+    return torch.device("cuda" if recipe.device == "cuda" or (recipe.device == "auto" and cuda) else "cpu")

@@ -1,0 +1,79 @@
+"""How much of what its device can do a run uses: model FLOPs utilisation (MFU)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from contracap.losses import LossConfig
+from contracap.model.coca import CoCa
+from contracap.training.flops import Texts, forward_flops, tokens_of, training_flops
+from contracap.training.gpus import find_gpu
+
+# What the driver calls the GPUs of the table; others of the same family, such as an H100 for PCIe, are slower.
+DEVICES = {
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA A100-PCIE-40GB": "a100-40g",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA A100 80GB PCIe": "a100-80g",
+    "NVIDIA H100 80GB HBM3": "h100-80g",
+    "NVIDIA H200": "h200-141g",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The most that one device can do.
+
+    Attributes:
+        flops: multiplications and additions a second.
+        source: who says so.
+    """
+
+    flops: float
+    source: str
+
+
+def find_peak(device: torch.device, *, bf16: bool, stated: float | None) -> Peak | None:
+    """The peak of a device: the stated one, else that of the table of GPUs; None where neither is known.
+
+    Args:
+        bf16: whether the run multiplies in bf16, else in float32.
+        stated: in TFLOP/s.
+    """
+    if stated is not None:
+        return Peak(flops=stated * 1e12, source="peak_tflops of the recipe")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if name not in DEVICES:
+        return None
+    gpu = find_gpu(DEVICES[name])
+    return Peak(flops=gpu.bf16 if bf16 else gpu.fp32, source=f"dense {'bf16' if bf16 else 'fp32'} of an {name}")
+
+
+class ModelUtilisation:
+    """The operations that the model's forward and backward pass need, over those of the peak in the same time.
+
+    Texts count at their mean length, without fill. A backward pass counts twice its forward pass, one that a frozen
+    tower is spared not at all. Recomputed activations and the update do not count.
+    """
+
+    def __init__(self, model: CoCa, loss: LossConfig, peak: Peak):
+        self.peak = peak
+        self._model, self._loss = model, loss
+
+    def __str__(self) -> str:
+        return (
+            f"mfu: operations of forward and backward pass, without fill and recomputation, as a share of "
+            f"{self.peak.flops / 1e12:,.5g} TFLOP/s for each device ({self.peak.source})"
+        )
+
+    def flops(self, tokens: float) -> float:
+        """Operations for one sample in training, its text of `tokens` tokens, start and end included."""
+        config, texts = self._model.config, Texts(mean=tokens, longest=round(tokens))
+        forward = forward_flops(config, tokens_of(config, self._loss, texts))
+        return sum(training_flops(self._model, forward).values())
+
+    def __call__(self, samples_per_second: float, tokens: float) -> float:
+        """MFU from the speed of one device and the mean length of the texts, as a share from 0 to 1."""
+        return samples_per_second * self.flops(tokens) / self.peak.flops

@@ -1,0 +1,217 @@
+import os
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from contracap.apps.bulk.inputs import count_items, first_items, items
+from contracap.data.download import DownloadError
+from contracap.data.shards import MOST_MEMBER_BYTES, SampleError, ShardError, write_shard
+from tests.apps.bulk.conftest import fill, picture
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(*paths: str) -> list[str]:
+    return [item.name for item in items(paths)]
+
+
+def shard(path: Path, keys: list[str]) -> str:
+    write_shard(path, ((key, {"jpg": picture(seed), "txt": b"\xff"}) for seed, key in enumerate(keys)))
+    return str(path)
+
+
+def test_a_folder_gives_its_pictures_by_name_then_those_of_its_subfolders(here: Path) -> None:
+    fill(here / "a", ["b.JPG", "a.png", "z/1.webp", "c/d/2.jpeg", ".hidden.jpg", ".cache/3.jpg"])
+    (here / "a" / "a.txt").write_text("a caption")
+    assert names("a") == ["a/a.png", "a/b.JPG", "a/c/d/2.jpeg", "a/z/1.webp"]
+    assert names("a/b.JPG", "a/c") == ["a/b.JPG", "a/c/d/2.jpeg"]
+
+
+def test_a_pattern_gives_pictures_and_shards_and_nothing_twice(here: Path) -> None:
+    fill(here, ["a/1.jpg", "a/2.png", "b/1.jpg", "b/c/1.jpg", "b/.d/1.jpg"])
+    (here / "a" / "1.txt").write_text("a caption")
+    shard(here / "a" / "0.tar", ["x"])
+    assert names("a/*") == ["a/0.tar/x", "a/1.jpg", "a/2.png"]
+    assert names("**/1.jpg") == ["a/1.jpg", "b/1.jpg", "b/c/1.jpg"]
+    assert names("b/**") == ["b/1.jpg", "b/c/1.jpg"]
+    assert names("[ab]/?.jpg") == ["a/1.jpg", "b/1.jpg"]
+    assert names(f"{here}/b/*.jpg") == [f"{here}/b/1.jpg"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(here: Path) -> None:
+    fill(here, ["a[1].jpg", "a1.jpg"])
+    assert names("a[1].jpg") == ["a[1].jpg"]
+
+
+def test_a_list_has_a_path_or_url_on_each_line(here: Path) -> None:
+    fill(here, ["a b.jpg", "c.png"])
+    (here / "list.txt").write_bytes("\ufeffa b.jpg\r\n\r\n  http://localhost/x.jpg?a=1\nc.png".encode())
+    found = list(items(["list.txt"]))
+    assert [item.source for item in found] == [Path("a b.jpg"), "http://localhost/x.jpg?a=1", Path("c.png")]
+    assert found[2].content() == (here / "c.png").read_bytes()
+
+
+def test_a_line_of_a_list_that_names_no_file_is_told_with_its_number(here: Path) -> None:
+    fill(here, ["a.jpg", "#b.jpg"])
+    (here / "list.txt").write_text("a.jpg\n\n# a comment\n#b.jpg\nnone.jpg\n")
+    (here / "first.txt").write_text("# a comment\na.jpg\n")
+    found = list(items(["list.txt"]))
+    assert found[2].content() == (here / "#b.jpg").read_bytes()
+    for place, words in ((1, "list.txt, line 3: no such file: # a comment (a list has no comments)"), (3, "line 5")):
+        with pytest.raises(FileNotFoundError) as caught:
+            found[place].content()
+        assert words in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"no comments.*first\.txt, line 1"):
+        list(first_items(["first.txt"]))
+
+
+def test_a_shard_gives_its_pictures_whatever_its_texts_are(here: Path) -> None:
+    shard(here / "0.tar", ["a", "b/c"])
+    shard(here / "1.tar", ["d"])
+    found = list(items(["{0..1}.tar"]))
+    assert [item.name for item in found] == ["0.tar/a", "0.tar/b/c", "1.tar/d"]
+    assert [item.content() for item in found] == [picture(0), picture(1), picture(0)]
+    assert names("0.tar", "pipe:cat 1.tar") == ["0.tar/a", "0.tar/b/c", "pipe:cat 1.tar/d"]
+
+
+def test_what_is_no_picture_or_breaks_off_is_an_item_that_says_so(here: Path) -> None:
+    write_shard(here / "0.tar", [("a", {"jpg": picture(0)}), ("../b", {"jpg": b""}), ("c", {"jpg": picture(1)})])
+    whole = (here / "0.tar").read_bytes()
+    (here / "0.tar").write_bytes(whole[: whole.index(b"c.jpg") + 600])
+    fill(here, ["z.jpg"])
+    found = list(items(["0.tar", "none.jpg", "z.jpg"]))
+    assert [type(item.source) for item in found] == [bytes, SampleError, ShardError, FileNotFoundError, type(Path())]
+    with pytest.raises(SampleError, match="points out of the folder"):
+        found[1].content()
+
+
+def test_groups_of_a_shard_without_an_image_are_counted_and_texts_may_lie_anywhere(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text, image = {"txt": b"a"}, {"jpg": picture(0)}
+    write_shard(here / "0.tar", [("a", text), ("b", image), ("c", text), ("a", image), ("b", text)])
+    found = list(items(["0.tar"]))
+    assert [item.name for item in found] == ["0.tar/b", "0.tar/a"] and found[1].content() == picture(0)
+    (line,) = caplog.messages
+    assert "2 group without an image" in line and "1 group apart from its image" in line and "--sort=name" in line
+    write_shard(here / "1.tar", [("a", text)])
+    with pytest.raises(FileNotFoundError, match="1 group without an image"):
+        list(first_items(["1.tar"]))
+
+
+def test_a_pattern_follows_links_as_a_folder_does(here: Path) -> None:
+    fill(here, ["a/1.jpg", "x/2.jpg"])
+    (here / "a" / "linked").symlink_to("../x")
+    (here / "a" / "back").symlink_to("..")
+    assert names("a") == names("a/**") == names("a/**/*.jpg") == ["a/1.jpg", "a/linked/2.jpg"]
+
+
+def test_counting_opens_no_shard(here: Path) -> None:
+    (here / "shards").mkdir()
+    os.mkfifo(here / "shards" / "0.tar")
+    fill(here, ["shards/1.jpg"])
+    assert count_items(["shards/*"]) is None and count_items(["shards"]) == 1
+
+
+def test_a_file_too_large_for_a_photograph_is_not_read(here: Path) -> None:
+    with open("a.jpg", "wb") as file:
+        file.truncate(MOST_MEMBER_BYTES + 1)
+    (item,) = items(["a.jpg"])
+    with pytest.raises(OSError, match=r"larger than .*a\.jpg"):
+        item.content()
+
+
+def test_a_name_that_is_no_unicode_can_be_written(here: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
+    fill(here, [name])
+    (item,) = items(["."])
+    assert item.name == "caf\\xe9.jpg" and item.content() == picture(0)
+
+
+def test_names_that_differ_in_bytes_that_are_no_unicode_stay_distinct(here: Path) -> None:
+    raw = [b"a.jpg", b"a\\xff.jpg", b"a\\x5cxff.jpg", b"a\\b.jpg", b"a\xfe.jpg", b"a\xff.jpg"]
+    fill(here / "p", [os.fsdecode(name) for name in raw])
+    (here / "list.txt").write_bytes(b"".join(b"p/" + name + b"\n" for name in raw))
+    found = list(items(["list.txt"]))
+    assert len({item.name for item in found}) == len(raw) and [item.content() for item in found] == [
+        (here / "p" / os.fsdecode(name)).read_bytes() for name in raw
+    ]
+    assert {"p/a.jpg", "p/a\\b.jpg", "p/a\\xfe.jpg", "p/a\\xff.jpg"} < {item.name for item in found}
+    assert sorted(names("p")) == sorted(item.name for item in found)
+    shard(here / "0.tar", [os.fsdecode(name)[:-4] for name in raw])
+    assert [name.removeprefix("0.tar/") for name in names("0.tar")] == [item.name[2:-4] for item in found]
+
+
+def test_paths_that_stand_for_nothing_are_told_before_anything_is_read(here: Path) -> None:
+    fill(here, ["a/1.jpg"])
+    (here / "empty").mkdir()
+    (here / "empty.txt").write_text("\n")
+    (here / "caption.txt").write_text("a red circle\n")
+    (here / "broken.tar").write_bytes(b"no tar" * 200)
+    shard(here / "shards" / "0.tar", ["x"])
+    for path, message in (
+        ("none.jpg", "no such picture or folder: none.jpg"),
+        ("none.tar", "none.tar"),
+        ("empty", "no pictures in the folder empty"),
+        ("shards", "write shards/*.tar"),
+        ("a/*.png", "no pictures at a/*.png"),
+        ("empty.txt", "no pictures at empty.txt"),
+        ("caption.txt", "caption.txt is not a list of images"),
+        ("broken.tar", "cannot read shard broken.tar"),
+    ):
+        for paths in ([path],) if path == "broken.tar" else ([path], ["a", path]):
+            with pytest.raises((OSError, ValueError)) as caught:
+                list(first_items(paths))
+            assert message in str(caught.value)
+    assert [item.name for item in first_items(["a", "shards/*.tar"])] == ["a/1.jpg", "shards/0.tar/x"]
+
+
+@pytest.fixture
+def address(here: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    thread = Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_pictures_and_shards_come_over_http(here: Path, address: str) -> None:
+    fill(here, ["a.jpg"])
+    shard(here / "0.tar", ["x"])
+    (here / "list.txt").write_text(f"{address}/a.jpg\n{address}/none.jpg\n")
+    found = list(items([f"{address}/a.jpg", f"{address}/0.tar", "list.txt"]))
+    assert [item.name.removeprefix(address) for item in found] == ["/a.jpg", "/0.tar/x", "/a.jpg", "/none.jpg"]
+    assert [item.content() for item in found[:3]] == [picture(0)] * 3
+    with pytest.raises(DownloadError, match="HTTP status 404"):
+        found[3].content()
+
+
+def test_an_image_that_is_an_output_too_is_refused(here: Path) -> None:
+    fill(here, ["a/1.jpg", "a/2.jpg"])
+    (here / "link").symlink_to("a/2.jpg")
+    for outputs in ([Path("a/2.jpg")], [None, here / "a" / "2.jpg"], [Path("link")]):
+        with pytest.raises(ValueError, match=r"a/2\.jpg is one of the images to read"):
+            list(items(["a"], outputs=outputs))
+
+
+def test_a_shard_without_an_image_is_told_and_the_rest_is_read(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(here, ["a/1.jpg"])
+    write_shard(here / "empty.tar", [])
+    (here / "junk.tar").write_bytes(b"junk" * 1000)
+    assert [item.name for item in first_items(["a", "empty.tar", "junk.tar"])] == ["a/1.jpg"]
+    assert all(name in caplog.text for name in ("empty.tar", "junk.tar"))
+    with pytest.raises(FileNotFoundError, match=r"empty\.tar"):
+        list(first_items(["empty.tar", "junk.tar"]))

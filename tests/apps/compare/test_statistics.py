@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pytest
+
+from contracap.apps.compare.statistics import bootstrap_interval, holm, permutation_test
+
+
+def outcomes(generator: np.random.Generator, samples: int) -> np.ndarray:
+    """Differences of hits and misses: 1, 0 or -1, 0.1 in the mean."""
+    return generator.choice([1.0, 0.0, -1.0], p=[0.25, 0.6, 0.15], size=(1, samples))
+
+
+def test_the_interval_holds_the_true_gap_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for trial in range(600):
+        low, high = bootstrap_interval(outcomes(generator, 150), resamples=1000, seed=trial)
+        held += low <= 0.1 <= high
+    assert 0.925 < held / 600 < 0.975  # the standard error of the share is 0.009
+
+
+def test_runs_that_differ_widen_the_interval_enough() -> None:
+    """Three runs whose gaps differ by twice the error that the samples make."""
+    generator = np.random.default_rng(1)
+    held = alone = 0
+    for trial in range(300):
+        # Of three runs the probability of a hit moves about 0.25 with a standard deviation of 0.07.
+        rates = np.clip(generator.normal(0.25, 0.07, size=(3, 1)), 0, 1)
+        uniform = 0.5 * generator.random((1, 200)) + 0.5 * generator.random((3, 200))
+        threshold = np.where(rates < 0.5, np.sqrt(rates / 2), 1 - np.sqrt((1 - rates) / 2))  # of a triangular variable
+        differences = (uniform < threshold).astype(float)
+        low, high = bootstrap_interval(differences, resamples=1000, seed=trial)
+        held += low <= 0.25 <= high
+        low, high = bootstrap_interval(differences.mean(axis=0, keepdims=True), resamples=1000, seed=trial)
+        alone += low <= 0.25 <= high
+    assert held / 300 > 0.89
+    assert alone / 300 < 0.8  # as if the runs had not been drawn
+
+
+def test_the_interval_is_as_wide_as_theory_says() -> None:
+    differences = outcomes(np.random.default_rng(2), 2000)
+    low, high = bootstrap_interval(differences)
+    half = 1.96 * differences.std() / math.sqrt(2000)
+    assert low == pytest.approx(differences.mean() - half, abs=0.05 * half)
+    assert high == pytest.approx(differences.mean() + half, abs=0.05 * half)
+
+
+def test_what_both_systems_share_does_not_widen_the_interval() -> None:
+    low, high = bootstrap_interval(np.full((1, 50), 0.25))
+    assert low == pytest.approx(0.25)
+    assert high == pytest.approx(0.25)
+
+
+def test_the_interval_does_not_depend_on_the_size_of_the_blocks(monkeypatch) -> None:
+    differences = np.random.default_rng(3).normal(size=(2, 40))
+    whole = bootstrap_interval(differences, resamples=500)
+    monkeypatch.setattr("contracap.apps.compare.statistics.BLOCK", 1000)
+    assert bootstrap_interval(differences, resamples=500) == whole
+
+
+def test_equal_seeds_give_equal_intervals_and_others_others() -> None:
+    differences = outcomes(np.random.default_rng(4), 100)
+    assert bootstrap_interval(differences, seed=1) == bootstrap_interval(differences, seed=1)
+    skewed = np.random.default_rng(4).exponential(size=(1, 30))
+    assert bootstrap_interval(skewed, seed=1) != bootstrap_interval(skewed, seed=2)
+
+
+def test_no_gap_anywhere_has_p_one() -> None:
+    assert permutation_test(np.zeros(20)) == 1.0
+    assert permutation_test(np.array([0.5, -0.5, 0.0])) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_permutation_test_agrees_with_all_permutations(seed: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    differences = np.random.default_rng(seed).normal(0.4, 1.0, size=10)
+    exact = stats.permutation_test(
+        (differences,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", vectorized=True, n_resamples=2000
+    ).pvalue
+    ours = permutation_test(differences)
+    assert ours == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 10_000) + 1e-4)
+
+
+def test_hits_and_misses_give_the_exact_test_of_mcnemar() -> None:
+    """12 pictures that only the first gets right, 4 that only the second does, 84 that tell nothing."""
+    differences = np.array([1.0] * 12 + [-1.0] * 4 + [0.0] * 84)
+    exact = 2 * sum(math.comb(16, hits) for hits in range(12, 17)) / 2**16
+    assert permutation_test(differences) == pytest.approx(exact, abs=4 * math.sqrt(exact / 10_000))
+
+
+def test_p_is_never_zero() -> None:
+    assert permutation_test(np.ones(200), resamples=999) == pytest.approx(1 / 1000)
+
+
+def test_holm_corrects_step_by_step() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_nothing_to_resample_is_refused() -> None:
+    with pytest.raises(ValueError, match="no differences"):
+        bootstrap_interval(np.empty((1, 0)))
+    with pytest.raises(ValueError, match="no differences"):
+        permutation_test(np.empty(0))

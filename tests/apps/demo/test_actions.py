@@ -1,0 +1,230 @@
+"""What the page's buttons do, with the tiny model and without gradio."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import contracap
+from contracap.apps.demo.actions import SHOWN, Actions
+from contracap.apps.demo.collection import Collection, pictures_under
+from contracap.apps.demo.examples import find_examples
+from contracap.apps.demo.overlay import overlay
+from contracap.apps.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Phrases, chosen
+from contracap.apps.demo.uploads import Uploads
+from contracap.data.scenes import COLORS
+from contracap.evaluation.zeroshot import classifier
+from contracap.generation import BeamSearch, Captioner
+from contracap.generation.choice import STRATEGIES
+from contracap.pretrained import random_model
+from tests.apps.demo.uploads import bad_uploads, picture
+from tests.model.tiny_models import tiny_clip
+
+
+@pytest.fixture(scope="module")
+def actions() -> Actions:
+    return Actions(*contracap.load("tiny", weights="random", seed=0))
+
+
+def test_a_caption_is_the_captioners_and_each_of_its_words_has_a_map(actions: Actions, tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    made = actions.caption(str(path), "beam", {"width": 3, "max_tokens": 9})
+    expected = Captioner(actions.model, actions.processor)([path], BeamSearch(width=3, max_tokens=9))[0]
+    assert made.caption.text == expected.text and len(made.caption.alternatives) == 3
+    assert " ".join(word for word, _ in made.words) == expected.text
+    assert {heat.size for _, heat in made.words} == {made.seen.size} == {(SHOWN, SHOWN)}
+
+
+def test_settings_change_the_caption(actions: Actions, tmp_path: Path) -> None:
+    path = str(picture(tmp_path / "a.png"))
+    texts = [actions.caption(path, "greedy", {"max_tokens": longest}).caption.token_ids for longest in (6, 12)]
+    assert len(texts[0]) < len(texts[1])
+
+
+def test_a_caption_goes_on_from_its_prompt_whose_words_have_maps_too(actions: Actions, tmp_path: Path) -> None:
+    made = actions.caption(str(picture(tmp_path / "a.png")), "greedy", prompt=" A photo of")
+    assert made.caption.text.startswith("a photo of ")
+    assert [word for word, _ in made.words][:3] == ["a", "photo", "of"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_strategy_writes_with_the_settings_that_the_page_begins_with(actions, tmp_path, name) -> None:
+    settings = (*LENGTHS, *RULES, *OWN[name])
+    answers = ["" if isinstance(setting, Phrases) else setting.default for setting in settings]
+    made = actions.caption(str(picture(tmp_path / "a.png")), name, chosen(name, settings, answers))
+    alternatives = {"beam": 6, "greedy": 1, "sample": 4, "rerank": 8, "legacy": 2}[name]
+    assert made.caption.text and len(made.caption.alternatives) == alternatives
+    assert list(NAMES) == list(OWN) and set(OWN) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("kind", ["truncated.jpg", "drawing.svg", "letter.png", "empty.png", "bomb.png", "wall.png"])
+def test_a_bad_picture_is_named_without_its_folder(actions: Actions, tmp_path: Path, kind: str) -> None:
+    path, said = bad_uploads(tmp_path)[kind]
+    with pytest.raises(ValueError, match=f"^{said}"):
+        actions.caption(str(path), "greedy")
+
+
+def test_probabilities_follow_the_models_own_temperature(actions: Actions, tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    found = actions.classify(str(path), "red\n\n green \nred\n", "a {}.\nthe {}")
+    assert list(found) == ["red", "green"] and sum(found.values()) == pytest.approx(1)
+    with torch.inference_mode():
+        image = actions.model.encode_image(actions.processor.images([path]))[0]
+        weights = classifier(actions.model, actions.processor, ["red", "green"], ["a {}.", "the {}"])
+        scores = actions.model.logit_scale.exp() * weights @ image
+    assert list(found.values()) == pytest.approx(scores.softmax(dim=0).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "template", "said"),
+    [
+        ("\n ", "a {}", "no labels"),
+        ("red", "a photo", "no {}"),
+        ("red", "", "templates"),
+        ("x" * 70_000, "{}", "characters"),
+        ("x\n" * 2, "{}", None),
+    ],
+)
+def test_labels_and_prompts_that_cannot_be_used_are_refused(actions, tmp_path, labels, template, said) -> None:
+    path = str(picture(tmp_path / "a.png"))
+    if said is None:
+        assert actions.classify(path, labels, template) == {"x": 1.0}
+        return
+    with pytest.raises(ValueError, match=said):
+        actions.classify(path, labels, template)
+
+
+def test_no_picture_and_no_decoder_are_told(actions: Actions) -> None:
+    with pytest.raises(ValueError, match="there is no picture yet"):
+        actions.caption(None, "greedy")
+    with pytest.raises(ValueError, match="no text decoder"):
+        Actions(*random_model(tiny_clip(), seed=0))
+
+
+def test_a_collection_finds_a_picture_by_itself_and_counts_what_it_skipped(actions: Actions, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures" / "deep"
+    folder.mkdir(parents=True)
+    paths = [picture(folder / f"{number:02d}.png", seed=number) for number in range(20)]
+    (folder / "19.png").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture either")
+    picture(folder / ".hidden.png")
+    found = pictures_under(tmp_path)
+    assert found == paths
+    collection = Collection(actions, found)
+    assert list(collection.fill()) == [16, 20]
+    assert collection.state == "19 pictures to search; 1 skipped, for they cannot be read."
+    assert collection.skipped[0].startswith("19.png: not a picture")
+    best, *others = collection.search_picture(str(paths[7]))
+    assert best.name == "07.png" and best.score == pytest.approx(1, abs=1e-4)
+    assert len(others) == 11 and others[0].score < best.score - 1e-4
+
+
+def test_a_text_search_ranks_by_the_cosine(actions: Actions, tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{number}.png", seed=number) for number in range(5)]
+    collection = Collection(actions, paths)
+    list(collection.fill())
+    with torch.inference_mode():
+        text = actions.model.encode_text(actions.processor.texts(["a red circle"]))[0]
+        cosines = actions.model.encode_image(actions.processor.images(paths)) @ text
+    order = cosines.argsort(descending=True).tolist()
+    matches = collection.search_text("a red circle")
+    assert [match.name for match in matches] == [f"{place}.png" for place in order]
+    assert [match.score for match in matches] == pytest.approx(cosines[order].tolist(), abs=1e-5)
+
+
+def test_what_is_found_is_shown_whole(actions: Actions, tmp_path: Path) -> None:
+    collection = Collection(actions, [picture(tmp_path / "wide.png")])
+    list(collection.fill())
+    (match,) = collection.search_text("red")
+    assert match.picture.size == (320, 240)
+
+
+def test_examples_are_drawn_for_the_model_of_drawn_scenes_and_otherwise_taken_from_the_folder(
+    actions: Actions, tmp_path: Path
+) -> None:
+    uploads = Uploads(tmp_path / "page")
+    drawn = find_examples(Actions(*contracap.load("scenes", weights="random", seed=0)), None, uploads)
+    assert tuple(drawn.labels) == COLORS and len(drawn.pictures) == 4
+    assert find_examples(actions, None, uploads).pictures == []
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "00.png").write_text("no picture")
+    paths = [folder / "00.png", *(picture(folder / f"{number:02d}.png", seed=number) for number in range(1, 9))]
+    found = find_examples(actions, Collection(actions, paths), uploads)
+    assert [path.name for path in found.pictures] == ["01.png", "02.png", "03.png", "04.png"]
+    assert all(uploads.find(str(path)) == path for path in (*drawn.pictures, *found.pictures))
+    assert actions.classify(str(found.pictures[0]), "\n".join(found.labels), "\n".join(found.templates))
+    assert not set(found.labels) & set(COLORS)
+
+
+def test_a_collection_can_be_searched_before_it_is_full(actions: Actions, tmp_path: Path) -> None:
+    collection = Collection(actions, [picture(tmp_path / f"{number:02d}.png", seed=number) for number in range(18)])
+    with pytest.raises(ValueError, match="nothing to search in: 0 pictures to search; 18 still to be read"):
+        collection.search_text("red")
+    next(collection.fill())
+    assert len(collection.search_text("red")) == 12
+    assert collection.state == "16 pictures to search; 2 still to be read."
+    with pytest.raises(ValueError, match="nothing to search for"):
+        collection.search_text("  ")
+
+
+def test_captions_and_maps_are_the_same_while_a_collection_fills(actions: Actions, tmp_path: Path) -> None:
+    path = str(picture(tmp_path / "mine.png"))
+    alone = actions.caption(path, "greedy", {"max_tokens": 6})
+    collection = Collection(actions, [picture(tmp_path / f"{number}.png", seed=number) for number in range(32)])
+    filling = threading.Thread(target=lambda: list(collection.fill()))
+    filling.start()
+    together = 0
+    while filling.is_alive():
+        made = actions.caption(path, "greedy", {"max_tokens": 6})
+        assert made.caption.token_ids == alone.caption.token_ids
+        assert [heat.tobytes() for _, heat in made.words] == [heat.tobytes() for _, heat in alone.words]
+        together += 1
+    filling.join()
+    assert together and collection.searchable == 32
+
+
+def test_a_folder_without_pictures_and_no_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no pictures"):
+        pictures_under(tmp_path)
+    with pytest.raises(ValueError, match="is no folder"):
+        pictures_under(tmp_path / "none")
+
+
+def test_an_overlay_is_lightest_where_the_heat_is_greatest() -> None:
+    heat = torch.zeros(4, 4)
+    heat[1, 2] = 0.3
+    made = np.asarray(overlay(torch.full((3, 64, 64), 128, dtype=torch.uint8), heat)).sum(axis=2)
+    row, column = np.unravel_index(made.argmax(), made.shape)
+    assert 16 <= row < 32 and 32 <= column < 48
+    even = np.asarray(overlay(torch.full((3, 64, 64), 128, dtype=torch.uint8), torch.ones(4, 4)))
+    assert len(np.unique(even.reshape(-1, 3), axis=0)) == 1
+
+
+def test_settings_that_are_off_or_empty_are_left_out() -> None:
+    settings = (
+        Amount("width", "Beams", 1, 12, 1, 6),
+        Amount("top_k", "Top-k", 0, 200, 1, 0, off=0),
+        Amount("temperature", "Temperature", 0.1, 2, 0.05, 1),
+        Choice("year", "Year", (2023, 2024), 2023),
+        Phrases("rules.banned", "Words"),
+    )
+    some = {"width": 4, "temperature": 0.5, "year": 2024}
+    assert chosen("beam", settings, [4.0, 0, 0.5, 2024, ""]) == some
+    assert chosen("rerank", settings, [4.0, 0, 0.5, 2024, ""]) == {"of": some}
+    assert chosen("beam", settings, [4, 5, 1, 2023, "a cat, , dog"])["rules"] == {"banned": ("a cat", "dog")}
+    assert isinstance(chosen("beam", settings, [4.0, 5.0, 1, 2023, ""])["top_k"], int)
+
+
+@pytest.mark.parametrize("answer", [0, 13, None, "many", True, float("nan")])
+def test_a_number_out_of_its_bounds_is_refused(answer) -> None:
+    with pytest.raises(ValueError, match=r"^Beams is .*; it must be a number from 1 to 12$"):
+        chosen("beam", (Amount("width", "Beams", 1, 12, 1, 6),), [answer])
+
+
+def test_every_default_lies_within_its_bounds() -> None:
+    amounts = [setting for settings in OWN.values() for setting in settings if isinstance(setting, Amount)]
+    assert len(amounts) > 10
+    assert all(setting.low <= setting.default <= setting.high for setting in amounts)

@@ -1,0 +1,174 @@
+"""The quickstart: right captions are told from wrong ones, and the command line does it all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from contracap.apps.quickstart import CHANCE, TARGETS, SceneCaptioning, figures_as_text, find_recipe, quickstart
+from contracap.data.drawing import scene_records
+from contracap.data.grammar import describe
+from contracap.data.scenes import PAIRS, random_scene, twin_scenes
+from contracap.data.shards import Sample
+from contracap.evaluation.result import Result
+from contracap.pretrained import load
+from contracap.tokenizer import Tokenizer, lengths
+from contracap.training.recipe import load_recipe
+
+NAMES = {
+    "caption_accuracy",
+    "zeroshot_color",
+    "zeroshot_shape",
+    "text_to_image_recall@1",
+    "image_to_text_recall@1",
+    "seconds",
+}
+SHORT = ("steps=3", "data.batch_size=8", "data.shuffle_buffer=8", "optimizer.warmup_steps=1", "log_every=1")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "contracap", "quickstart", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> tuple[Path, Result]:
+    out = tmp_path_factory.mktemp("quickstart")
+    return out, quickstart(out, SHORT)
+
+
+def test_results_have_the_promised_names(short) -> None:
+    out, _ = short
+    content = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert content["figures"].keys() == NAMES
+    assert content["chance"].keys() == NAMES - {"seconds"}
+    assert content["command"]
+    assert content["samples"] > 200
+    assert content["seed"] == 0
+    assert "torch" in content["versions"]
+
+
+def test_the_run_is_one_of_the_ordinary_trainer(short) -> None:
+    out, _ = short
+    assert load_recipe(out / "run" / "recipe.toml").steps == 3
+    assert (out / "run" / "metrics.jsonl").exists()
+    model, processor = load(out / "run" / "checkpoints" / "last")
+    assert processor.images([out / "sample.png"]).shape[-1] == model.config.vision.image_size
+
+
+def test_the_page_shows_everything_and_needs_no_network(short) -> None:
+    out, _ = short
+    html = (out / "report.html").read_text(encoding="utf-8")
+    for heading in ("Captions", "Wrong captions", "Retrieval", "The run"):
+        assert f"<h2>{heading}</h2>" in html
+    assert html.count("<svg") >= 2
+    assert html.count("data:image/png;base64,") > 20
+    assert "http" not in html
+
+
+def test_a_folder_that_holds_a_quickstart_is_left_alone(short) -> None:
+    out, _ = short
+    before = (out / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="is there already"):
+        quickstart(out, SHORT)
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_the_recipe_is_found_and_names_an_ordinary_run() -> None:
+    recipe = load_recipe(find_recipe())
+    assert recipe.data.augmentation.flip == 0.0  # left would become right
+    assert recipe.loss.captioning > 0 < recipe.loss.contrastive
+
+
+def test_no_caption_is_cut_by_the_context_of_the_size() -> None:
+    """A caption that is cut could never be right."""
+    recipe = load_recipe(find_recipe())
+    _, processor = load(recipe.size, weights="random", seed=0)
+    generator = np.random.default_rng(0)
+    captions = [describe(random_scene(generator, PAIRS, objects=2), generator) for _ in range(2000)]
+    roomy = Tokenizer(context=100, vocab_size=processor.tokenizer.vocab_size)
+    assert lengths(roomy(captions), roomy.end).max() <= processor.tokenizer.context
+
+
+def test_only_the_whole_truth_counts_as_a_right_caption(monkeypatch) -> None:
+    model, processor = load("scenes", weights="random", seed=0)
+    scenes = twin_scenes(np.random.default_rng(0), 4)
+    records = scene_records(scenes, np.random.default_rng(0), size=32, captions=1)
+    samples = [
+        Sample(
+            key=key,
+            image=members["png"],
+            captions=tuple(json.loads(members["json"])["captions"]),
+            fields={},
+            shard="made here",
+        )
+        for key, members in records
+    ]
+    written = [samples[0].captions[0], samples[0].captions[0], "a red thing", samples[3].captions[0]]
+
+    class Writer:
+        def __init__(self, *_) -> None: ...
+
+        def __call__(self, sources, *_, **__):
+            return [type("Caption", (), {"text": words}) for words in written[: len(sources)]]
+
+    monkeypatch.setattr("contracap.apps.quickstart.Captioner", Writer)
+    evaluator = SceneCaptioning(samples, processor)
+    assert dict(evaluator.run(model)) == {"caption_accuracy": 0.5}
+    assert evaluator.correct == [True, False, False, True]  # the second is the first's twin
+
+
+def test_the_table_sets_each_figure_beside_chance_and_target() -> None:
+    figures = {name: 0.5 for name in CHANCE} | {"seconds": 123.4}
+    lines = figures_as_text(figures).splitlines()
+    assert len(lines) == 1 + len(NAMES)
+    assert all("50 %" in line and ">=" in line for line in lines[1:-1])
+    assert "123" in lines[-1]
+    assert CHANCE["zeroshot_color"] <= 1 / 8
+    assert CHANCE["text_to_image_recall@1"] == 1 / 200
+
+
+def test_a_wrong_override_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stepz"):
+        quickstart(tmp_path / "out", ["stepz=3"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    """A whole quickstart from the command line, and its figures."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = run("--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "recall@1" in done.stdout
+    return out, json.loads((out / "results.json").read_text(encoding="utf-8"))["figures"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "caption_accuracy",
+        "zeroshot_color",
+        "zeroshot_shape",
+        "text_to_image_recall@1",
+        "image_to_text_recall@1",
+    ],
+)
+def test_quickstart_reaches_its_targets(whole, name: str) -> None:
+    _, figures = whole
+    assert figures[name] >= TARGETS[name], figures
+
+
+@pytest.mark.slow
+def test_a_second_quickstart_in_the_same_folder_is_refused_in_one_line(whole) -> None:
+    out, _ = whole
+    again = run("--out", str(out))
+    assert again.returncode == 1
+    assert again.stderr.startswith("contracap: error: ")
+    assert "Traceback" not in again.stderr

@@ -1,0 +1,211 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from contracap.apps.study import StudyConfig, study
+from contracap.config import ConfigError, build
+from contracap.data.shards import write_shard
+from contracap.pretrained.names import WeightsError
+from contracap.training.checkpoint import CheckpointError
+from tests.evaluation.worlds import COLOURS, record
+
+BOTH, CLIP = {"loss": {"contrastive": 1.0, "captioning": 1.0}}, {"loss": {"contrastive": 1.0, "captioning": 0.0}}
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict:
+    """A study of two steps a run on twelve pictures."""
+    pictures = [
+        record(f"{index:04d}", colour, captions=[f"a {colour} picture", f"something {colour}"], label=index % 6)
+        for index, colour in enumerate([*COLOURS, *COLOURS])
+    ]
+    write_shard(tmp_path / "shards" / "0.tar", pictures)
+    shards = str(tmp_path / "shards")
+    return {
+        "out": str(tmp_path / "study"),
+        "seeds": [3, 4],
+        "recipe": {
+            "size": "tiny",
+            "steps": 2,
+            "device": "cpu",
+            "precision": "fp32",
+            "data": {"train": shards, "batch_size": 4},
+            "optimizer": {"warmup_steps": 0},
+        },
+        "arms": {"coca": BOTH, "clip": CLIP},
+        "tasks": {
+            "pairs": {"task": "retrieval", "data": shards},
+            "captions": {"task": "captioning", "data": shards, "strategy": "greedy"},
+        },
+    }
+
+
+def test_arms_of_a_seed_begin_alike_and_see_the_same_samples(values: dict) -> None:
+    config = build(StudyConfig, values)
+    coca, clip = (config.run(arm, 3) for arm in ("coca", "clip"))
+    assert (coca.seed, coca.data, coca.size, coca.steps) == (clip.seed, clip.data, clip.size, clip.steps)
+    assert (coca.loss.captioning, clip.loss.captioning) == (1.0, 0.0)
+    assert Path(coca.out) == Path(values["out"]) / "coca-3"
+
+
+def test_a_run_is_measured_by_the_tasks_that_its_losses_teach(values: dict) -> None:
+    study(build(StudyConfig, values), command="contracap study x")
+    found = {path.parent.name: json.loads(path.read_text()) for path in Path(values["out"]).glob("*-[34]/results.json")}
+    assert found.keys() == {"coca-3", "coca-4", "clip-3", "clip-4"}
+    assert {name.split("/")[0] for name in found["coca-3"]["figures"]} == {"pairs", "captions"}
+    assert {name.split("/")[0] for name in found["clip-4"]["figures"]} == {"pairs"}
+    assert found["clip-4"]["seed"] == 4
+    comparison = json.loads((Path(values["out"]) / "coca-vs-clip" / "results.json").read_text())
+    assert comparison["names"] == ["coca", "clip"] and comparison["runs"] == 2
+    recalls = [
+        found[run]["figures"]["pairs/text_to_image_recall@1"] for run in ("coca-3", "coca-4", "clip-3", "clip-4")
+    ]
+    (row,) = (row for row in comparison["rows"] if row["figure"] == "pairs/text_to_image_recall@1")
+    assert row["gaps"] == pytest.approx([recalls[0] - recalls[2], recalls[1] - recalls[3]])
+
+
+def test_what_is_done_is_not_done_again(values: dict) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    kept = [path for path in Path(values["out"]).glob("*-3/**/*") if path.is_file()]
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert {"results.json", "recipe.toml", "model.safetensors"} <= {path.name for path in kept}
+    study(build(StudyConfig, values), command="contracap study x")
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert {path for path in Path(values["out"]).glob("*-3/**/*") if path.is_file()} == set(kept)
+
+
+def test_other_tasks_measure_a_run_again(values: dict) -> None:
+    values["seeds"] = [3]
+    study(build(StudyConfig, values), command="contracap study x")
+    greedy = values["tasks"]["captions"]
+    tasks = values["tasks"] | {"captions": greedy | {"strategy": "beam", "settings": ["width=2"]}}
+    study(build(StudyConfig, values | {"tasks": tasks}), command="contracap study again")
+    commands = {
+        path.parent.name: json.loads(path.read_text())["command"]
+        for path in Path(values["out"]).glob("*-[34]/results.json")
+    }
+    assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 4), ("nonfinite", "skip"), ("accumulation", 2), ("device", "auto")]
+)
+def test_runs_of_other_schedules_are_not_mixed(values: dict, name: str, value: object) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    before = sorted(path.name for path in Path(values["out"]).iterdir())
+    other = values | {"recipe": values["recipe"] | {name: value}, "seeds": [4, 3]}
+    with pytest.raises(ValueError, match=f"coca-3 was started with {name} .*, not {value}: choose another out"):
+        study(build(StudyConfig, other), command="contracap study x")
+    assert sorted(path.name for path in Path(values["out"]).iterdir()) == before
+
+
+def test_other_settings_are_found_before_the_first_run(values: dict) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    other = values | {"recipe": values["recipe"] | {"optimizer": {"warmup_steps": 1}}, "seeds": [4, 3]}
+    with pytest.raises(CheckpointError, match=r"coca-3 was run with another recipe: optimizer\.warmup_steps"):
+        study(build(StudyConfig, other), command="contracap study x")
+    assert not (Path(values["out"]) / "coca-4").exists()
+
+
+def test_results_whose_run_is_gone_are_not_taken_for_another_recipes(values: dict) -> None:
+    values["seeds"] = [3]
+    study(build(StudyConfig, values), command="contracap study x")
+    for folder in Path(values["out"]).glob("*-3/checkpoints"):
+        shutil.rmtree(folder)
+    other = values | {"recipe": values["recipe"] | {"optimizer": {"warmup_steps": 1}}}
+    study(build(StudyConfig, other), command="contracap study again")
+    for path in Path(values["out"]).glob("*-3/results.json"):
+        assert json.loads(path.read_text())["command"] == "contracap study again"
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"figures": {}'])
+def test_a_damaged_result_is_measured_again(values: dict, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    values["seeds"] = [3]
+    study(build(StudyConfig, values), command="contracap study x")
+    file = Path(values["out"]) / "clip-3" / "results.json"
+    whole = json.loads(file.read_text())
+    file.write_text(damage)
+    with caplog.at_level("WARNING"):
+        study(build(StudyConfig, values), command="contracap study x")
+    assert json.loads(file.read_text())["figures"] == whole["figures"]
+    assert "measuring again" in caplog.text
+
+
+def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path) -> None:
+    values["tasks"]["captions"] |= {"data": str(tmp_path / "gone")}
+    with pytest.raises(FileNotFoundError, match=r"task captions: .*gone"):
+        study(build(StudyConfig, values), command="contracap study x")
+    assert not Path(values["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"train": "gone"}},
+        {"data": {"validation": "gone"}, "validate_every": 1},
+        {"initialise_from": "gone.safetensors"},
+        {"evaluation": {"captions": {"data": "gone"}}},
+        {"evaluation": {"tasks": {"late": {"task": "retrieval", "data": "gone"}}}},
+    ],
+)
+def test_what_an_arm_lacks_is_found_before_the_first_run(values: dict, change: dict) -> None:
+    values["arms"]["clip"] = CLIP | change
+    with pytest.raises((FileNotFoundError, WeightsError), match="gone"):
+        study(build(StudyConfig, values), command="contracap study x")
+    assert not Path(values["out"]).exists()
+
+
+def test_runs_on_other_data_are_not_mixed(values: dict, tmp_path: Path) -> None:
+    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "shards", copy)
+    data = values["recipe"]["data"] | {"train": str(copy)}
+    with pytest.raises(ValueError, match=r"coca-3 was started with data\.train .*shards, not .*copy: choose"):
+        study(build(StudyConfig, values | {"recipe": values["recipe"] | {"data": data}}), command="contracap study x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {"coca": BOTH}}, "at least two arms"),
+        ({"seeds": []}, "give one or more, each once"),
+        ({"seeds": [1, 1]}, "give one or more, each once"),
+        ({"tasks": {}}, "nothing to measure"),
+        ({"arms": {"coca": BOTH, "clip": {"loss": {"captoning": 0.0}}}}, "arm clip: unknown key 'loss.captoning'"),
+        ({"arms": {"coca": BOTH, "clip": CLIP | {"seed": 1}}}, "arms.clip: seed is given by the study"),
+        ({"arms": {"coca": BOTH, "a/b": CLIP}}, "arm 'a/b' names a folder"),
+        (
+            {"arms": {"coca": BOTH, "clip": CLIP, "plain": CLIP | {"steps": 2}}},
+            "arm plain is the same as another one before it",
+        ),
+        ({"arms": {"coca": BOTH, "clip": CLIP, "other": CLIP}}, "arm other is the same as another one before it"),
+        ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'"),
+        ({"out": ""}, "out is empty"),
+    ],
+)
+def test_a_wrong_study_says_what_is_wrong(values: dict, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(StudyConfig, values | change)
+
+
+def test_a_study_takes_epochs(values: dict) -> None:
+    recipe = {key: value for key, value in values["recipe"].items() if key != "steps"} | {"epochs": 0.5}
+    changed = values | {"recipe": recipe, "seeds": [3], "tasks": {"pairs": values["tasks"]["pairs"]}}
+    for _ in range(2):  # the second time, nothing is left to do
+        study(build(StudyConfig, changed), command="contracap study x")
+    assert (Path(values["out"]) / "coca-3" / "checkpoints" / "step-00000002").is_dir()  # half of twelve, in fours
+
+
+def test_an_arm_that_no_task_measures_is_refused(values: dict) -> None:
+    tasks = {"captions": values["tasks"]["captions"]}
+    with pytest.raises(ConfigError, match="arm clip: no task measures what its losses teach and those of the first"):
+        build(StudyConfig, values | {"tasks": tasks})
+
+
+def test_the_study_of_the_repository_can_be_read() -> None:
+    from contracap.config import load_toml
+
+    config = load_toml(Path(__file__).parents[2] / "recipes" / "studies" / "coca-vs-clip.toml", StudyConfig)
+    assert list(config.arms) == ["coca", "clip", "captioner"] and len(config.seeds) == 3
