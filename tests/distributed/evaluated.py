@@ -20,13 +20,13 @@ if __name__ == "__main__":
     found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
     with started(torch.device("cpu")) as ranks:
         suite = Suite(config, processor, ranks)
-        features = wrapped(model, ParallelConfig(kind="fsdp"), ranks).features
+        shared = wrapped(model, ParallelConfig(kind="fsdp"), ranks)
 
         def gradient_norm() -> float:
             torch.manual_seed(0)
             ids = processor.texts(["a red picture", "a green picture"])
-            made = features(torch.randn(2, 3, 32, 32), ids, contrastive=True, captioning=True)
-            (made.image_features.sum() + made.text_features.sum() + made.caption_states.sum()).backward()
+            output = shared.model(torch.randn(2, 3, 32, 32), ids)
+            (output.image_features.sum() + output.text_features.sum() + output.captions.states.sum()).backward()
             norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
             model.zero_grad()
             return norm
