@@ -60,8 +60,8 @@ def test_a_whole_number_stands_for_a_float() -> None:
     ("values", "message"),
     [
         (
-            {"steps": 1, "optimizer": {"peak_rte": 1e-3}},
-            "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.learning_rate'?",
+            {"steps": 1, "optimizer": {"learning_rte": 1e-3}},
+            "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'?",
         ),
         ({"steps": 1, "teacher": {"beta": 1}}, "unknown key 'teacher.beta'; did you mean 'teacher.betas'?"),
         (

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracap.tokenizer import SPECIAL_STRINGS, Tokenizer, lengths
+from contracap.tokenizer import SPECIAL_STRINGS, Tokenizer, text_lengths
 
 # What the cleaning and the pattern of words trip over: entities (also escaped twice and three times), mojibake, emoji,
 # CJK, letters of special lower case or case folding, control characters, HTML, letters of new Unicode versions.
@@ -149,7 +149,7 @@ def test_special_strings_in_a_text_are_the_special_ids_as_in_clip() -> None:
 
 def test_lengths_count_up_to_the_first_end_token() -> None:
     ids = torch.tensor([[8, 1, 9, 0], [8, 9, 9, 9], [8, 1, 2, 9], [8, 1, 2, 3], [9, 0, 0, 0]])
-    assert lengths(ids, end=9).tolist() == [3, 2, 4, 4, 1]
+    assert text_lengths(ids, end=9).tolist() == [3, 2, 4, 4, 1]
 
 
 def test_without_ftfy_ascii_gives_the_same_ids_and_other_text_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""Ranks that do all that the tests ask of them, and write what came out: child.py FOLDER COUNT."""
+"""ProcessGroup that do all that the tests ask of them, and write what came out: child.py FOLDER COUNT."""
 
 import itertools
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,23 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contracap.losses import Gather, captioning_loss, contrastive_loss
-from contracap.model.coca import CoCa, TrainingFeatures
+from contracap.losses import captioning_loss, contrastive_loss
+from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
-from contracap.parallel import GATHERS, ParallelConfig, ProcessGroup, start_process_group, whole, wrapped
+from contracap.parallel import (
+    Agreement,
+    ParallelConfig,
+    ProcessGroup,
+    Wrapped,
+    gather_rows,
+    start_process_group,
+    whole,
+    wrapped,
+)
+from contracap.tokenizer import text_lengths
 from contracap.training.checkpoint import moving_average
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
-from contracap.training.step import TrainingState, count_labels
+from contracap.training.step import TrainingState
 from contracap.training.writer import Snapshot
 from tests.distributed.forks import run_ranks
 
@@ -66,21 +75,14 @@ def samples(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def both_losses(
-    model: CoCa,
-    features: Callable[..., TrainingFeatures],
-    pixels: Tensor,
-    ids: Tensor,
-    *,
-    tokens: Tensor,
-    bf16: bool,
-    **how: Gather,
+    model: CoCa, parallel: Wrapped, pixels: Tensor, ids: Tensor, *, tokens: Tensor, bf16: bool
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        out = features(pixels, ids, contrastive=True, captioning=True)
-        vocabulary = model.require_decoder().vocabulary.weight
-        captioning = captioning_loss(out.caption_states, vocabulary, labels=out.caption_labels, tokens=tokens)
+        output = parallel.model(pixels, ids)
+        vocabulary, captions = model.require_decoder().vocabulary.weight, output.captions
+        captioning = captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens)
     return captioning, contrastive_loss(
-        out.image_features, out.text_features, logit_scale=model.logit_scale.exp(), **how
+        output.image_features, output.text_features, logit_scale=output.logit_scale, gather=parallel.gather
     )
 
 
@@ -89,7 +91,6 @@ def backward(
     dtype: torch.dtype,
     *,
     process_group: ProcessGroup | None = None,
-    gather: str = "gathered",
     parts: int = 1,
     order: Tensor | slice = slice(None),
     bf16: bool = False,
@@ -98,17 +99,15 @@ def backward(
     of a part of every rank's rows. Its mean loss and, from rank 0, its gradients."""
     process_group = process_group or ProcessGroup()
     model = tiny(dtype)
-    parallel = wrapped(model, ParallelConfig(kind=kind, gather=gather), process_group, bf16=bf16)
+    parallel = wrapped(model, ParallelConfig(kind=kind), process_group, bf16=bf16)
     pixels, ids = (
         tensor[order].chunk(process_group.world_size)[process_group.rank].chunk(parts) for tensor in samples(dtype)
     )
-    tokens = process_group.mean(count_labels(torch.cat(ids), 1023))
+    tokens = process_group.mean(torch.tensor((text_lengths(torch.cat(ids), 1023) - 1).sum()))
     loss = torch.zeros((), dtype=dtype)
     for index in range(parts):
         with parallel.accumulating() if index < parts - 1 else nullcontext():
-            captioning, contrastive = both_losses(
-                model, parallel.features, pixels[index], ids[index], tokens=tokens, bf16=bf16, gather=parallel.gather
-            )
+            captioning, contrastive = both_losses(model, parallel, pixels[index], ids[index], tokens=tokens, bf16=bf16)
             part = 2 * captioning + contrastive / parts
             part.backward()
         loss += part.detach()
@@ -164,8 +163,6 @@ class Watch(TorchDispatchMode):
         name = func.name()
         if name == "c10d::_allgather_base_":
             self.received += args[0].nbytes - args[1].nbytes
-        elif name == "c10d::recv_":
-            self.received += sum(tensor.nbytes for tensor in args[0])
         elif isinstance(made, Tensor):
             self.largest = max(self.largest, made.numel())
         return made
@@ -200,21 +197,21 @@ def main(out: Path) -> None:
             "any": process_group.any(process_group.rank == 1, False),
             "mean": process_group.mean(torch.tensor(process_group.rank)),
         }
+        agreement = Agreement(process_group)
+        found["agreement"] = [agreement.ask(process_group.rank == 1 and step == 1, False) for step in range(3)]
         process_group.barrier()
-        for gather in GATHERS:
-            for dtype, equal, scale, chunk in CASES:
-                images, texts = (
-                    tensor.chunk(process_group.world_size)[process_group.rank] for tensor in pairs(dtype, equal=equal)
-                )
-                found[gather, dtype, equal, scale, chunk] = loss_and_gradients(
-                    images, texts, scale, gather=GATHERS[gather], chunk=chunk
-                )
-            images = normalize(torch.randn(WIDE["rows"], WIDE["width"]), dim=1)
-            with Watch() as watch:
-                loss_and_gradients(images, images, 10.0, gather=GATHERS[gather], chunk=WIDE["chunk"])
-            with torch.no_grad(), Watch() as unlearning:
-                contrastive_loss(images, images, logit_scale=torch.tensor(10.0), gather=GATHERS[gather])
-            found["watch", gather] = (watch.largest, watch.received, unlearning.received)
+        for dtype, equal, scale, chunk in CASES:
+            images, texts = (
+                tensor.chunk(process_group.world_size)[process_group.rank] for tensor in pairs(dtype, equal=equal)
+            )
+            how = dict(gather=gather_rows, chunk=chunk)
+            found[dtype, equal, scale, chunk] = loss_and_gradients(images, texts, scale, **how)
+        images = normalize(torch.randn(WIDE["rows"], WIDE["width"]), dim=1)
+        with Watch() as watch:
+            loss_and_gradients(images, images, 10.0, gather=gather_rows, chunk=WIDE["chunk"])
+        with torch.no_grad(), Watch() as unlearning:
+            contrastive_loss(images, images, logit_scale=torch.tensor(10.0), gather=gather_rows)
+        found["watch"] = (watch.largest, watch.received, unlearning.received)
         for kind in KINDS:
             found[kind, "update"] = update(kind, process_group)
             with Traffic() as traffic:
@@ -224,8 +221,6 @@ def main(out: Path) -> None:
         found["snapshot"] = snapshot(process_group)
         found["fsdp", "float32"] = backward("fsdp", torch.float32, process_group=process_group)[1]
         found["fsdp", "bf16"] = backward("fsdp", torch.float32, process_group=process_group, bf16=True)[1]
-        for kind in KINDS:
-            found[kind, "ring"] = backward(kind, torch.float64, process_group=process_group, gather="ring")[1]
         torch.save(found, out / f"{process_group.rank}.pt")
 
 

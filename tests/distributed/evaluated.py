@@ -1,4 +1,4 @@
-"""Ranks that train a model they share out, and evaluate it between steps: evaluated.py SHARDS OUT."""
+"""ProcessGroup that train a model they share out, and evaluate it between steps: evaluated.py SHARDS OUT."""
 
 import json
 import sys
@@ -20,13 +20,13 @@ if __name__ == "__main__":
     found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
     with start_process_group(torch.device("cpu")) as process_group:
         suite = Suite(config, processor, process_group)
-        features = wrapped(model, ParallelConfig(kind="fsdp"), process_group).features
+        shared = wrapped(model, ParallelConfig(kind="fsdp"), process_group)
 
         def gradient_norm() -> float:
             torch.manual_seed(0)
             ids = processor.texts(["a red picture", "a green picture"])
-            made = features(torch.randn(2, 3, 32, 32), ids, contrastive=True, captioning=True)
-            (made.image_features.sum() + made.text_features.sum() + made.caption_states.sum()).backward()
+            output = shared.model(torch.randn(2, 3, 32, 32), ids)
+            (output.image_features.sum() + output.text_features.sum() + output.captions.states.sum()).backward()
             norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
             model.zero_grad()
             return norm

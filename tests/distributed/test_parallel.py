@@ -1,4 +1,3 @@
-import itertools
 import multiprocessing
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from contracap.losses import contrastive_loss
 from contracap.model.sizes import SIZES
 from contracap.model.transformer import CrossBlock, SelfBlock
 from contracap.parallel import (
-    GATHERS,
+    Agreement,
     ParallelConfig,
     ParallelError,
     ProcessGroup,
@@ -63,10 +62,9 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("gather", GATHERS)
-def test_mean_loss_and_gradients_of_many_ranks_equal_one_process(found: Found, gather: str) -> None:
+def test_mean_loss_and_gradients_of_many_ranks_equal_one_process(found: Found) -> None:
     for dtype, equal, scale, chunk in CASES:
-        losses, *features, scales = zip(*(rank[gather, dtype, equal, scale, chunk] for rank in found), strict=True)
+        losses, *features, scales = zip(*(rank[dtype, equal, scale, chunk] for rank in found), strict=True)
         loss, *expected, to_scale = one_process(dtype, equal, scale)
         close(torch.stack(losses).mean(), loss, LOSS[dtype])
         close(torch.stack(scales).mean(), to_scale, GRADIENT[dtype])
@@ -74,27 +72,17 @@ def test_mean_loss_and_gradients_of_many_ranks_equal_one_process(found: Found, g
             close(torch.cat(ours) / len(found), theirs, GRADIENT[dtype])
 
 
-def test_ring_equals_gathered(found: Found) -> None:
-    for case in CASES:
-        for rank in found:
-            for ours, theirs in zip(rank["ring", *case], rank["gathered", *case], strict=True):
-                close(ours, theirs, GRADIENT[case[0]])
-
-
 def test_no_tensor_of_the_loss_is_larger_than_local_rows_times_chunk_or_what_was_gathered(found: Found) -> None:
     rows, width, chunk = WIDE["rows"], WIDE["width"], WIDE["chunk"]
     for rank in found:
-        assert rank["watch", "ring"][0] == 2 * rows * chunk
-        assert rank["watch", "gathered"][0] == max(2 * rows * chunk, 2 * rows * width * len(found))
+        assert rank["watch"][0] == max(2 * rows * chunk, 2 * rows * width * len(found))
 
 
-def test_bytes_received_are_those_the_docstrings_say(found: Found) -> None:
+def test_bytes_received_are_those_the_docstring_says(found: Found) -> None:
     rows, width, others = WIDE["rows"], WIDE["width"], len(found) - 1
     for rank in found:
-        assert rank["watch", "gathered"][1] == 4 * others * rows * (2 * width + 2)
-        assert rank["watch", "ring"][1] == 4 * others * rows * (4 * width + 2)
-        for gather in GATHERS:  # without gradients, one pass
-            assert rank["watch", gather][2] == 4 * others * rows * 2 * width
+        assert rank["watch"][1] == 4 * others * rows * (2 * width + 2)
+        assert rank["watch"][2] == 4 * others * rows * 2 * width  # without gradients
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +114,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -
         close(ours[name], theirs[name], tolerance)
 
 
-@pytest.mark.parametrize(("kind", "case"), [*itertools.product(KINDS, ("update", "ring")), ("fsdp", "float32")])
+@pytest.mark.parametrize(("kind", "case"), [*((kind, "update") for kind in KINDS), ("fsdp", "float32")])
 def test_loss_and_gradients_of_a_model_spread_over_ranks_equal_one_process(found: Found, kind: str, case: str) -> None:
     dtype = torch.float32 if case == "float32" else torch.float64
     expected, ours = backward("ddp", dtype)[1], found[0][kind, case]
@@ -181,6 +169,11 @@ def test_every_rank_hears_the_others(found: Found) -> None:
         assert helpers["mean"].item() == (count - 1) / 2
 
 
+def test_what_one_rank_claims_is_agreed_on_a_step_later(found: Found) -> None:
+    for rank in found:
+        assert rank["agreement"] == [[False, False], [False, False], [True, False]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_loss_of_one_process_in_chunks_is_that_of_all_at_once(dtype: torch.dtype, chunk: int) -> None:
@@ -213,10 +206,10 @@ def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = torch.tensor(7)
         assert process_group.sum(tokens) is process_group.mean(tokens) is process_group.broadcast(tokens) is tokens
         assert process_group.all_gather("position") == ["position"]
-        assert process_group.any(True, False) == [True, False]
+        assert process_group.any(True, False) == Agreement(process_group).ask(True, False) == [True, False]
         process_group.barrier()
         model = tiny(torch.float32)
-        assert wrapped(model, ParallelConfig(kind="fsdp", gather="ring"), process_group) == Wrapped(model.features)
+        assert wrapped(model, ParallelConfig(kind="fsdp"), process_group) == Wrapped(model)
 
 
 @pytest.mark.parametrize("variables", [{}, {"RANK": "one", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from contracap.generation.attention import attention_map, word_maps
-from contracap.model.coca import CoCa, CoCaConfig, KernelConfig
+from contracap.model.attention import CrossAttention
+from contracap.model.coca import CoCa, CoCaConfig
 from contracap.pretrained import random_model
 from contracap.tokenizer import Tokenizer
 from tests.model.tiny_models import POOLERS, TINY, tiny_clip, with_pooler
@@ -51,7 +52,8 @@ def written_out(model: CoCa, pixels: Tensor, token_ids: tuple[int, ...]) -> Tens
     queries = pool.query_norm(pool.queries)[1 if kind == "shared" else 0 :]
     pooled = torch.stack([read_by_one(pool.attention, query, memory) for query in queries])
     caption_tokens = model.pooler.caption_tokens(tokens)
-    states = model.text.token_states(torch.tensor([[model.config.text.end - 1, *token_ids[:-1]]]))
+    end = model.config.text.end
+    states = model.text.token_states(torch.tensor([[end - 1, *token_ids[:-1], end]])).states[None, : len(token_ids)]
     maps = torch.zeros(len(token_ids), pooled.shape[1])
     blocks = list(zip(model.decoder.self_blocks, model.decoder.cross_blocks, strict=True))
     for self_block, cross_block in blocks:
@@ -63,11 +65,11 @@ def written_out(model: CoCa, pixels: Tensor, token_ids: tuple[int, ...]) -> Tens
     return maps[:, 1:] / maps[:, 1:].sum(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize("kernel", ["projected", "absorbed"])
+@pytest.mark.parametrize("absorbed", [False, True])
 @pytest.mark.parametrize(("kind", "positions"), [*((kind, False) for kind in POOLERS), ("shared", True)])
-def test_maps_equal_attention_written_out_and_sum_to_one(kind, positions, kernel):
+def test_maps_equal_attention_written_out_and_sum_to_one(kind, positions, absorbed, monkeypatch):
+    monkeypatch.setattr(CrossAttention, "absorbs", lambda *_, **__: absorbed)
     model = sharp_model(with_pooler(kind, positions=positions))
-    model.use(KernelConfig(cross_attention=kernel))
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     maps = attention_map(model, pixels, CAPTION)
     assert maps.shape == (4, 4, 4)

@@ -12,7 +12,7 @@ from contracap.model.sizes import SIZES
 from contracap.pretrained import with_cls_mask
 from contracap.pretrained.names import from_open_clip, to_open_clip
 from contracap.pretrained.open_clip import config_from_open_clip
-from contracap.training.step import count_labels
+from contracap.tokenizer import text_lengths
 
 TEXT_LENGTHS = (2, 3, 20, 75, 76)
 
@@ -99,23 +99,23 @@ def test_losses_and_gradients_equal_open_clip(open_clip) -> None:
     ids, pixels = texts(model.config), torch.randn(5, 3, 224, 224)
     theirs = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(**peer(pixels, ids), output_dict=True)
     (theirs["contrastive_loss"] + theirs["caption_loss"]).backward()
-    features = model.features(pixels, ids, contrastive=True, captioning=True)
-    contrastive = contrastive_loss(features.image_features, features.text_features, logit_scale=model.logit_scale.exp())
+    ours = model(pixels, ids)
+    contrastive = contrastive_loss(ours.image_features, ours.text_features, logit_scale=ours.logit_scale)
     captioning = captioning_loss(
-        features.caption_states,
+        ours.captions.states,
         model.decoder.vocabulary.weight,
-        labels=features.caption_labels,
-        tokens=count_labels(ids, model.config.text.end),
+        labels=ours.captions.labels,
+        tokens=sum(length - 1 for length in TEXT_LENGTHS),
     )
     (contrastive + 2 * captioning).backward()
     assert abs(contrastive.item() / theirs["contrastive_loss"].item() - 1) < 1e-6
     assert abs(2 * captioning.item() / theirs["caption_loss"].item() - 1) < 1e-6
     gradients = to_open_clip({name: tensor.grad for name, tensor in model.named_parameters()}, model.config)
     for name, parameter in peer.named_parameters():
-        ours, reference = gradients[name], parameter.grad
+        found, reference = gradients[name], parameter.grad
         if name.endswith("in_proj_bias"):  # its middle third, the key biases, has the true gradient zero
-            ours, reference = (torch.cat([grad.chunk(3)[0], grad.chunk(3)[2]]) for grad in (ours, reference))
-        assert relative(ours, reference) < 1e-4, name
+            found, reference = (torch.cat([grad.chunk(3)[0], grad.chunk(3)[2]]) for grad in (found, reference))
+        assert relative(found, reference) < 1e-4, name
 
 
 @pytest.mark.parametrize("name", ["coca_ViT-B-32", "coca_ViT-L-14"])
@@ -137,8 +137,8 @@ def test_id_0_inside_a_text_hides_nothing_from_the_decoder_unlike_in_open_clip_3
     pixels = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         theirs, ours = peer(pixels, ids), model(pixels, ids)
-        layout = model.text.layout(ids)
-        seen_by_class = model.text.mask(layout.fit(ids, fill=0), layout)[0, 0, -1]
+        layout = model.text.layout(ids, text_lengths(ids, model.config.text.end))
+        seen_by_class = model.text.mask(layout.fit(ids, padding=0), layout)[0, 0, -1]
     before, after = slice(0, mark + 1), slice(mark + 1, end)
     assert relative(ours.logits[0, before], theirs["logits"][0, before]) < 1e-5
     assert relative(ours.logits[0, after], theirs["logits"][0, after]) > 1e-3

@@ -1,8 +1,11 @@
-"""Configurations of the size `tiny` in every kind."""
+"""Models of the size `tiny` in every kind, and what they read."""
 
 from dataclasses import replace
 
-from contracap.model.coca import CoCaConfig
+import torch
+from torch import Tensor
+
+from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.pooler import PoolerConfig
 from contracap.model.sizes import SIZES
 
@@ -21,3 +24,26 @@ def tiny_clip() -> CoCaConfig:
         text=replace(TINY.text, pool="end_token"),
         decoder=None,
     )
+
+
+def perturbed(config: CoCaConfig) -> CoCa:
+    """A model in float64 whose gains and biases tell one layer from another."""
+    torch.manual_seed(0)
+    model = CoCa(config)
+    model.initialise()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.double()
+
+
+def texts(*lengths: int) -> Tensor:
+    ids = torch.zeros(len(lengths), TINY.text.context, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, 0] = TINY.text.end - 1
+        ids[row, 1 : length - 1] = torch.arange(1, length - 1) + 10 * row
+        ids[row, length - 1] = TINY.text.end
+    return ids
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, TINY.vision.image_size, TINY.vision.image_size)

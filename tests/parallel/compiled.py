@@ -26,11 +26,10 @@ def main() -> None:
         for length in (6, 9, 12):  # of texts: the second and third are new to what was compiled
             ids = torch.randint(1, 1000, (4, length))
             ids[:, 0], ids[:, -1] = 1022, 1023
-            made = shared.features(torch.randn(4, 3, 32, 32), ids, contrastive=True, captioning=True)
-            captioning = captioning_loss(
-                made.caption_states, model.require_decoder().vocabulary.weight, labels=made.caption_labels, tokens=10
-            )
-            contrastive = contrastive_loss(made.image_features, made.text_features, logit_scale=model.logit_scale.exp())
+            output = shared.model(torch.randn(4, 3, 32, 32), ids)
+            vocabulary, captions = model.require_decoder().vocabulary.weight, output.captions
+            captioning = captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=10)
+            contrastive = contrastive_loss(output.image_features, output.text_features, logit_scale=output.logit_scale)
             model.zero_grad()
             (captioning + contrastive).backward()
             norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])

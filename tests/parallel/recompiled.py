@@ -23,5 +23,5 @@ if __name__ == "__main__":
         for how in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             for bf16 in (False, True):
                 with how(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    shared.features(pixels, ids, contrastive=True, captioning=True)
+                    shared.model(pixels, ids)
                     model.encode_image(pixels)

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from contracap.losses import LossConfig, captioning_loss
-from contracap.model.coca import CoCaConfig, KernelConfig
+from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 from contracap.training.flops import BACKWARD, Texts, Tokens, block_flops, forward_flops, tokens_of
@@ -71,7 +71,7 @@ def test_a_padded_sample_of_clip_takes_the_published_operations(size: str, forwa
 def test_short_texts_without_fill_take_what_the_legacy_mask_needs(size: str, length: int, forward: float) -> None:
     config = replace(SIZES[size], text=replace(SIZES[size].text, cls_mask="legacy"))
     texts = Texts(mean=float(length), longest=length)
-    tokens = tokens_of(config, LossConfig(), texts, KernelConfig(cross_attention="projected"))
+    tokens = replace(tokens_of(config, LossConfig(), texts), absorbed=False)
     assert sum(forward_flops(config, tokens).values()) / 1e9 == pytest.approx(forward, rel=3e-4)
 
 
@@ -94,18 +94,21 @@ def test_keys_values_and_scores_take_the_published_operations_projected_and_abso
     size: str, rows: int, projected: float, absorbed: float
 ) -> None:
     config, texts = SIZES[size], Texts(mean=rows + 1.0, longest=rows + 1)
-    for kernel, published in (("projected", projected), ("absorbed", absorbed), ("auto", min(projected, absorbed))):
-        flops = forward_flops(config, tokens_of(config, LossConfig(), texts, KernelConfig(cross_attention=kernel)))
-        found = (flops["decoder keys and values"] + flops["decoder scores"]) / 1e9
-        assert found == pytest.approx(published, abs=0.006), kernel
+    fewest = tokens_of(config, LossConfig(), texts)
+    for tokens, published in (
+        (replace(fewest, absorbed=False), projected),
+        (replace(fewest, absorbed=True), absorbed),
+        (fewest, min(projected, absorbed)),
+    ):
+        flops = forward_flops(config, tokens)
+        assert (flops["decoder keys and values"] + flops["decoder scores"]) / 1e9 == pytest.approx(published, abs=0.006)
 
 
 @pytest.mark.parametrize(("size", "rows"), [("coca_ViT-B-32", 56), ("coca_ViT-L-14", 54)])
-def test_auto_absorbs_up_to_the_published_break_even(size: str, rows: int) -> None:
+def test_texts_are_absorbed_up_to_the_published_break_even(size: str, rows: int) -> None:
     config = SIZES[size]
     absorbed = [
-        tokens_of(config, LossConfig(), Texts(mean=4.0, longest=longest), KernelConfig(cross_attention="auto")).absorbed
-        for longest in (rows + 1, rows + 2)
+        tokens_of(config, LossConfig(), Texts(mean=4.0, longest=longest)).absorbed for longest in (rows + 1, rows + 2)
     ]
     assert absorbed == [True, False]
 
@@ -119,53 +122,46 @@ def test_a_sample_of_sixteen_tokens_takes_the_published_operations(size: str, fo
 
 def test_what_is_computed_again_is_all_but_the_ends_of_the_parts() -> None:
     config = SIZES["coca_ViT-L-14"]
-    for kernel in ("projected", "absorbed"):
-        tokens = tokens_of(config, LossConfig(), FULL, KernelConfig(cross_attention=kernel))
+    for absorbed in (False, True):
+        tokens = replace(tokens_of(config, LossConfig(), FULL), absorbed=absorbed)
         forward, blocks = forward_flops(config, tokens), block_flops(config, tokens)
         left = sum(forward.values()) - sum(blocks.values())
         patches, projection = 2 * 256 * 3 * 14**2 * 1024, 2 * 768**2
-        keys = 0 if kernel == "absorbed" else forward["decoder keys and values"]
+        keys = 0 if absorbed else forward["decoder keys and values"]
         assert left == pytest.approx(patches + forward["pooler"] + projection + forward["vocabulary"] + keys)
 
 
 MODELS = {f"coca {kind}": with_pooler(kind) for kind in POOLERS} | {"clip": tiny_clip()}
 LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))
 DROPPING = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
+MANY_QUERIES = replace(TINY, pooler=replace(TINY.pooler, queries=32))  # so many that their memory is projected
 
 
-@pytest.mark.parametrize(
-    "kernels",
-    [
-        KernelConfig(),
-        KernelConfig(text="padded", cross_attention="projected"),
-        KernelConfig(cross_attention="absorbed"),
-    ],
-    ids=["fewest", "padded", "absorbed"],
-)
+@pytest.mark.parametrize("length", [4, 7])  # the first is so short that the caption tokens are not projected
 @pytest.mark.parametrize(
     ("config", "loss"),
     [
-        *((config, LossConfig()) for config in [*MODELS.values(), LEGACY, DROPPING] if config.decoder),
+        *((config, LossConfig()) for config in [*MODELS.values(), LEGACY, DROPPING, MANY_QUERIES] if config.decoder),
         *((config, LossConfig(captioning=0.0)) for config in MODELS.values()),
         *((config, LossConfig(contrastive=0.0)) for config in MODELS.values() if config.decoder),
     ],
     ids=lambda value: f"{value.contrastive:g}:{value.captioning:g}" if isinstance(value, LossConfig) else "model",
 )
-def test_torch_counts_the_planned_operations(config: CoCaConfig, loss: LossConfig, kernels: KernelConfig) -> None:
-    rows, length = 64, 7  # so many rows that nothing fills them up
+def test_torch_counts_the_planned_operations(config: CoCaConfig, loss: LossConfig, length: int) -> None:
+    rows = 64  # so many that there is no padding
     ids = torch.zeros(rows, config.text.context, dtype=torch.int64)
     ids[:, : length - 1], ids[:, length - 1] = 5, config.text.end
     pixels = torch.zeros(rows, 3, config.vision.image_size, config.vision.image_size)
     model = random_model(config, seed=0)[0].train().requires_grad_(False)
-    model.use(kernels)
-    wanted = {"contrastive": loss.contrastive > 0, "captioning": loss.captioning > 0}
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
-        features = model.features(pixels, ids, **wanted)
-        if features.caption_states is not None:
-            labels, matrix = features.caption_labels, model.require_decoder().vocabulary.weight
-            captioning_loss(features.caption_states, matrix, labels=labels, tokens=1)
-    planned = forward_flops(config, tokens_of(config, loss, Texts(mean=float(length), longest=length), kernels))
+        if not loss.captioning:
+            model.contrastive_features(pixels, ids)
+        else:
+            captions = model(pixels, ids).captions if loss.contrastive else model.captions(pixels, ids)
+            matrix = model.require_decoder().vocabulary.weight
+            captioning_loss(captions.states, matrix, labels=captions.labels, tokens=1)
+    planned = forward_flops(config, tokens_of(config, loss, Texts(mean=float(length), longest=length)))
     assert counter.get_total_flops() == pytest.approx(rows * sum(planned.values()), rel=1e-9)
 
 
@@ -175,10 +171,10 @@ def test_forward_and_backward_take_three_times_the_forward_pass() -> None:
     model = random_model(TINY, seed=0)[0].train()
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        features = model.features(torch.zeros(64, 3, 32, 32), ids, contrastive=True, captioning=True)
+        output = model(torch.zeros(64, 3, 32, 32), ids)
         matrix = model.require_decoder().vocabulary.weight
-        loss = captioning_loss(features.caption_states, matrix, labels=features.caption_labels, tokens=1)
-        (loss + features.image_features.sum() + features.text_features.sum()).backward()
+        loss = captioning_loss(output.captions.states, matrix, labels=output.captions.labels, tokens=1)
+        (loss + output.image_features.sum() + output.text_features.sum()).backward()
     planned = forward_flops(TINY, tokens_of(TINY, LossConfig(), Texts(mean=7.0, longest=7)))
     to_pixels = 2 * 16 * 3 * 8**2 * 48  # nobody asks for a gradient of the pictures
     in_place = planned["vocabulary"]  # torch does not count what is added to the matrix's gradient in place

@@ -40,7 +40,10 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
     ("change", "message"),
     [
         ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
-        ({"optimizer": {"peak_rte": 1e-3}}, "unknown key 'optimizer.peak_rte'; did you mean 'optimizer.learning_rate'"),
+        (
+            {"optimizer": {"learning_rte": 1e-3}},
+            "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'",
+        ),
         ({"steps": 0}, "at least 1"),
         ({"out": ""}, "out is empty"),
         ({"initialise_from": " "}, "initialise_from is empty"),
@@ -87,6 +90,20 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
 def test_a_wrong_recipe_says_what_is_wrong(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(Recipe, LEAST | change)
+
+
+@pytest.mark.parametrize(
+    ("former", "remedy"),
+    [
+        ({"optimizer": {"peak_rate": 1e-3}}, r"'optimizer\.peak_rate' .* it is optimizer\.learning_rate now"),
+        ({"optimizer": {"final_rate": 0.0}}, r"'optimizer\.final_rate' .* it is optimizer\.min_learning_rate now"),
+        ({"kernels": {"text": "packed"}}, "'kernels' .* delete it"),
+        ({"parallel": {"gather": "ring"}}, r"'parallel\.gather' .* delete it"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_refused_with_what_to_do(former: dict, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        build(Recipe, LEAST | former)
 
 
 def test_numbers_with_thousands_of_digits_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from contracap.losses import LossConfig, alone
 from contracap.model.coca import CoCa, CoCaConfig
-from contracap.parallel import Ranks, Wrapped, gather_rows
+from contracap.parallel import ProcessGroup, Wrapped, gather_rows
 from contracap.training.checkpoint import moving_average
 from contracap.training.optimizer import build_optimizer
 from contracap.training.step import StepConfig, StepMetrics, TrainingState, train_step
@@ -21,9 +21,9 @@ LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))
 DROPPING = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
 
 
-def fake_step(config: StepConfig, model: CoCaConfig = TINY, *, ranks: Ranks = Ranks()) -> StepMetrics:
-    """A step on tensors without values."""
-    made = batch()
+def fake_step(config: StepConfig, model: CoCaConfig = TINY, *, world_size: int = 1) -> StepMetrics:
+    """A step on tensors without values, of the first of `world_size` ranks."""
+    process_group, made = ProcessGroup(world_size=world_size, local_world_size=world_size), batch()
     with FakeTensorMode(allow_non_fake_inputs=True):  # the lengths of texts lie on the CPU, and are read there
         coca = CoCa(model)
         coca.initialise()
@@ -31,8 +31,8 @@ def fake_step(config: StepConfig, model: CoCaConfig = TINY, *, ranks: Ranks = Ra
             model=coca,
             optimizer=build_optimizer(coca, config.optimizer),
             average=moving_average(coca),
-            ranks=ranks,
-            wrapped=Wrapped(coca, alone if ranks.count == 1 else gather_rows),
+            process_group=process_group,
+            wrapped=Wrapped(coca, alone if world_size == 1 else gather_rows),
         )
         fake = replace(made, pixels=torch.zeros_like(made.pixels), ids=torch.zeros_like(made.ids))
         return train_step(state, fake, replace(config, ema_decay=0.9))
@@ -57,6 +57,6 @@ def test_a_step_waits_for_nothing(model: CoCaConfig, loss: LossConfig, parts: in
 def test_what_ranks_tell_each_other_in_a_step_waits_for_nothing() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # its collectives do nothing
     try:
-        fake_step(replace(CONFIG, accumulation=2), ranks=Ranks(count=2, local_count=2))
+        fake_step(replace(CONFIG, accumulation=2), world_size=2)
     finally:
         dist.destroy_process_group()

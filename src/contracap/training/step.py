@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -84,18 +85,21 @@ def losses(
     shared = shared or Wrapped(model)
     contrast = contrast or partial(contrastive_loss, gather=shared.gather)
 
+    def passed(forward: Callable[..., Any]) -> Any:
+        """The batch through `forward`. The normalised pixels, as large as much of the rest, are let go after it."""
+        return forward(normalise(batch.pixels, config.image), batch.ids, batch.lengths)
+
     def captioning(captions: TokenStates) -> Tensor:
         vocabulary, chunk = model.require_decoder().vocabulary.weight, config.loss.chunk or None
         return captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens, chunk=chunk)
 
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
-        inputs = normalise(batch.pixels, config.image), batch.ids, batch.lengths
         if not config.loss.captioning:
-            images, texts = shared.model.contrastive_features(*inputs)
+            images, texts = passed(shared.model.contrastive_features)
             return {"contrastive_loss": contrast(images, texts, logit_scale=model.logit_scale.exp())}
         if not config.loss.contrastive:
-            return {"captioning_loss": captioning(shared.model.captions(*inputs))}
-        output = shared.model(*inputs)
+            return {"captioning_loss": captioning(passed(shared.model.captions))}
+        output = passed(shared.model)
         return {
             "captioning_loss": captioning(output.captions),
             "contrastive_loss": contrast(output.image_features, output.text_features, logit_scale=output.logit_scale),
