@@ -25,6 +25,7 @@ from contracap.parallel import ProcessGroup, start_process_group, wrapped
 from contracap.parallel.process_group import Value
 from contracap.pretrained import random_model
 from contracap.training.optimizer import build_optimizer
+from contracap.training.recipe import Recipe
 from contracap.training.step import StepConfig, TrainingState, train_step
 from tests.distributed.forks import run_ranks
 
