@@ -1,16 +1,26 @@
-"""The arithmetic of one sample: how many rows it gives each part of the model, and what they cost.
+"""The arithmetic of one sample: how many rows it gives each part of the model, and the operations they take.
 
-A multiplication and its addition are two operations, and a backward pass takes twice the forward pass. Norms,
-activations and softmax are not counted, as is usual; attention counts the whole square, also where it is causal.
+Operations are counted by torch, on a model whose tensors have no values: a multiplication and its addition are two.
+Norms, activations and softmax are not counted, as is usual; attention counts the whole square, also where it is causal.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-from contracap.losses import LossConfig
-from contracap.model.coca import CoCa, CoCaConfig
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from contracap.losses import LossConfig
+from contracap.model.attention import CrossAttention
+from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.packing import ROWS
+from contracap.model.transformer import CrossBlock, SelfBlock
+
+SAMPLES = 64 * ROWS  # that are counted together, so that packed rows need no padding
 TOWERS = {"image encoder": "vision", "text encoder": "text"}  # fed data alone: frozen as a whole, they go forward only
 BACKWARD = 2  # forward passes that a backward pass takes: one product for the inputs, one for the weights
 
@@ -49,8 +59,7 @@ class Tokens:
         encoder_columns: likewise on attention's grid.
         decoder: rows of the text decoder, each with a label; 0 where there is no captioning loss.
         decoder_columns: likewise on attention's grid.
-        absorbed: whether cross-attention leaves the memory as it is, and takes the products that would make keys and
-            values of it into its queries and outputs.
+        absorbed: whether cross-attention leaves the memory unprojected.
         contrastive: whether there are embeddings to project to.
     """
 
@@ -119,67 +128,72 @@ def _pools(config: CoCaConfig, image: float, *, captioning: bool, contrastive: b
 
 
 def _absorbs(heads: int, queries: float, width: int, memory: float, memory_width: int) -> bool:
-    """Source: model.attention.CrossAttention.absorbs."""
-    costs = [
-        _attention_flops(heads, queries, queries, width, memory, memory_width, absorbed=absorbed)
-        for absorbed in (False, True)
-    ]
-    return costs[1] < costs[0]
+    with torch.device("meta"):
+        attention = CrossAttention(width, heads, memory_width=memory_width)
+    return attention.absorbs(queries=round(queries), memory=round(memory))
 
 
-def _attention_flops(
-    heads: int, rows: float, columns: float, width: int, memory: float, memory_width: int, *, absorbed: bool
-) -> float:
-    """Of cross-attention what lies between its queries and its outputs: keys and values, then scores and sums.
-    Absorbed, rows take the products in place of the memory, and each head reads all of its width."""
-    if absorbed:
-        return 4 * rows * width * memory_width + 4 * columns * heads * memory * memory_width
-    return 4 * memory * memory_width * width + 4 * columns * memory * width
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations of one sample's forward pass.
+
+    Attributes:
+        parts: by part of the model. The contrastive loss is left out, a few thousandths of the whole.
+        blocks: likewise of the transformer blocks alone, which a backward pass computes again if it has to.
+    """
+
+    parts: Mapping[str, float]
+    blocks: Mapping[str, float]
 
 
-def forward_flops(config: CoCaConfig, tokens: Tokens) -> Mapping[str, float]:
-    """Operations of one sample's forward pass, by part; the contrastive loss is left out, a few thousandths of it."""
-    vision, text, embed = config.vision, config.text, config.embed_dim
-    image = 2 * (tokens.image - 1) * 3 * vision.patch_size**2 * vision.width
-    pooler = encoder = 0.0
-    for pool in tokens.pools:
-        asked, read = pool.queries, (pool.memory, pool.memory_width)
-        pooler += 4 * asked * embed**2
-        pooler += _attention_flops(config.pooler.heads, asked, asked, embed, *read, absorbed=pool.absorbed)
-    if tokens.contrastive:
-        pooled = {"shared": embed, "class_token": vision.width}.get(config.pooler.kind, 0)
-        pooler += 2 * pooled * embed
-        encoder += 2 * text.width * embed
-    blocks = dict(block_flops(config, tokens))
-    parts = {"image encoder": image + blocks.pop("image encoder"), "pooler": pooler}
-    parts["text encoder"] = encoder + blocks.pop("text encoder")
-    if config.decoder is None or not tokens.decoder:
-        return parts
-    layers, width = config.decoder.layers, text.width
-    if not tokens.absorbed:  # before the blocks
-        blocks["decoder keys and values"] = layers * 4 * tokens.memory * width**2
-    return parts | blocks | {"vocabulary": 2 * tokens.decoder * width * text.vocab_size}
+@lru_cache(maxsize=64)
+def count_flops(config: CoCaConfig, loss: LossConfig, texts: Texts) -> Flops:
+    """Count the operations of a forward pass in training, for the losses of weight above 0."""
+    with torch.device("meta"):
+        model = CoCa(config).train().requires_grad_(False)
+        pixels = torch.empty(SAMPLES, 3, config.vision.image_size, config.vision.image_size)
+        ids = torch.empty(SAMPLES, texts.longest, dtype=torch.int64)
+    batch = (pixels, ids, _lengths(texts))
+    counter = FlopCounterMode(display=False)
+    if not loss.captioning:  # called as `model`, which gives the counts their names
+        vars(model)["forward"] = model.contrastive_features
+    elif not loss.contrastive:
+        vars(model)["forward"] = model.captions
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(*batch)
+        if loss.captioning:
+            captions = output.captions if loss.contrastive else output
+            model.require_decoder().vocabulary(captions.states)
+    counted = {name: sum(counts.values()) / SAMPLES for name, counts in counter.get_flop_counts().items()}
+
+    def of(module: str) -> float:
+        """Of the module, or of those within it that were called in its place."""
+        name = f"CoCa.{module}"
+        within = [each for each in counted if each == name or each.startswith(f"{name}.")]
+        return sum(counted[each] for each in within if not any(each.startswith(f"{other}.") for other in within))
+
+    blocks = dict.fromkeys(("image encoder", "text encoder", "decoder self-attention", "decoder cross-attention"), 0.0)
+    for name, module in model.named_modules():
+        if isinstance(module, SelfBlock | CrossBlock):
+            part = {"vision": "image encoder", "text": "text encoder"}.get(name.partition(".")[0])
+            of_decoder = "decoder self-attention" if isinstance(module, SelfBlock) else "decoder cross-attention"
+            blocks[part or of_decoder] += counted.get(f"CoCa.{name}", 0.0)
+    parts = {"image encoder": of("vision"), "pooler": 0.0, "text encoder": of("text")}
+    if loss.captioning:
+        parts["decoder self-attention"] = of("decoder.self_blocks")
+        parts["decoder cross-attention"] = of("decoder") - of("decoder.self_blocks")
+        parts["vocabulary"] = of("decoder.vocabulary")
+    parts["pooler"] = counted["Global"] - sum(parts.values())
+    return Flops(parts=parts, blocks={part: flops for part, flops in blocks.items() if part in parts})
 
 
-def block_flops(config: CoCaConfig, tokens: Tokens) -> Mapping[str, float]:
-    """Likewise of the transformer blocks alone, which is what a backward pass computes again if it has to."""
-    vision, text, decoder = config.vision, config.text, config.decoder
-    hidden = int(vision.width * vision.mlp_ratio)
-    image = vision.layers * _self_block(tokens.image, tokens.image, vision.width, hidden)
-    hidden = int(text.width * text.mlp_ratio)
-    encoder = text.layers * _self_block(tokens.encoder, tokens.encoder_columns, text.width, hidden)
-    parts = {"image encoder": image, "text encoder": encoder}
-    if decoder is None or not tokens.decoder:
-        return parts
-    width, layers, hidden = text.width, decoder.layers, int(text.width * decoder.mlp_ratio)
-    memories = decoder.heads if tokens.absorbed else 1  # as wide as the text: one for each head, or all heads' one
-    return parts | {
-        "decoder self-attention": layers * _self_block(tokens.decoder, tokens.decoder_columns, width, hidden),
-        "decoder queries": layers * 4 * tokens.decoder * width**2,
-        "decoder keys and values": layers * 4 * tokens.decoder * width**2 * tokens.absorbed,
-        "decoder scores": layers * 4 * tokens.decoder_columns * memories * tokens.memory * width,
-        "decoder feed-forward": layers * 4 * tokens.decoder * width * hidden,
-    }
+def _lengths(texts: Texts) -> np.ndarray:
+    """Lengths of this mean, to 1 / 128, of which one is the longest."""
+    total = round(texts.mean * SAMPLES / ROWS) * ROWS
+    lengths = np.full(SAMPLES, (total - texts.longest) // (SAMPLES - 1))
+    lengths[0] = texts.longest
+    lengths[1 : 1 + total - int(lengths.sum())] += 1
+    return lengths
 
 
 def training_flops(model: CoCa, forward: Mapping[str, float]) -> Mapping[str, float]:
@@ -191,8 +205,3 @@ def training_flops(model: CoCa, forward: Mapping[str, float]) -> Mapping[str, fl
         if not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
     }
     return {part: (1 if part in frozen else 1 + BACKWARD) * flops for part, flops in forward.items()}
-
-
-def _self_block(rows: float, columns: float, width: int, hidden: int) -> float:
-    """Projections and feed-forward by rows, attention by the grid."""
-    return rows * (8 * width**2 + 4 * width * hidden) + 4 * columns**2 * width

@@ -1,5 +1,5 @@
-"""What a run writes, on rank 0: a line per record in metrics.jsonl, curves in TensorBoard and Weights & Biases, progress
-on the terminal, and a line for each skipped sample, spike and sample caption. On request each rank writes a trace."""
+"""What a run writes, on rank 0: a line per record in metrics.jsonl, curves in TensorBoard and at Weights & Biases, a
+progress bar, a line for each skipped sample, spike and sample caption. On request each rank writes a trace."""
 
 import gzip
 import importlib

@@ -6,7 +6,7 @@ import torch
 
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa
-from contracap.training.flops import Texts, forward_flops, tokens_of, training_flops
+from contracap.training.flops import Texts, count_flops, training_flops
 from contracap.training.gpus import find_gpu
 
 # What the driver calls the GPUs of the table; others of the same family, such as an H100 for PCIe, are slower.
@@ -54,7 +54,7 @@ def find_peak(device: torch.device, *, bf16: bool, stated: float | None) -> Peak
 class ModelUtilisation:
     """The operations that the model's forward and backward pass need, over those of the peak in the same time.
 
-    Texts count at their mean length, without fill. A backward pass counts twice its forward pass, one that a frozen
+    Texts count at their mean length, without padding. A backward pass counts twice its forward pass, one that a frozen
     tower is spared not at all. Recomputed activations and the update do not count.
     """
 
@@ -64,15 +64,18 @@ class ModelUtilisation:
 
     def __str__(self) -> str:
         return (
-            f"mfu: operations of forward and backward pass, without fill and recomputation, as a share of "
+            f"mfu: operations of forward and backward pass, without padding and recomputation, as a share of "
             f"{self.peak.flops / 1e12:,.5g} TFLOP/s for each device ({self.peak.source})"
         )
 
     def flops(self, tokens: float) -> float:
         """Operations for one sample in training, its text of `tokens` tokens, start and end included."""
-        config, texts = self._model.config, Texts(mean=tokens, longest=round(tokens))
-        forward = forward_flops(config, tokens_of(config, self._loss, texts))
-        return sum(training_flops(self._model, forward).values())
+        shorter, share = int(tokens), tokens % 1  # between whole lengths, of which each is counted once
+        return (1 - share) * self._counted(shorter) + (share and share * self._counted(shorter + 1))
+
+    def _counted(self, tokens: int) -> float:
+        counted = count_flops(self._model.config, self._loss, Texts(mean=float(tokens), longest=tokens))
+        return sum(training_flops(self._model, counted.parts).values())
 
     def __call__(self, samples_per_second: float, tokens: float) -> float:
         """MFU from the speed of one device and the mean length of the texts, as a share from 0 to 1."""

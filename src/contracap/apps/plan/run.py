@@ -26,7 +26,7 @@ from contracap.data.index import read_index
 from contracap.data.remote import require_consent
 from contracap.data.shards import list_shards
 from contracap.losses import LossConfig
-from contracap.training.flops import BACKWARD, Texts, block_flops, forward_flops, tokens_of, training_flops
+from contracap.training.flops import BACKWARD, Texts, count_flops, tokens_of, training_flops
 from contracap.training.gpus import Gpu, find_gpu
 from contracap.training.recipe import Recipe, in_steps
 
@@ -85,13 +85,13 @@ def plan_run(
     product, peak = (EXACT, machine.fp32) if recipe.precision == "fp32" else (2, machine.bf16)
     share = batch / gpus
     rows = share / parts
-    flops, blocks = forward_flops(config, tokens), block_flops(config, tokens)
+    counted = count_flops(config, recipe.loss, texts)
+    flops, blocks = counted.parts, counted.blocks
     training = training_flops(model, flops)
     again = (sum(training_flops(model, blocks).values()) - sum(blocks.values())) / BACKWARD
     features = 0.0
     if parts > 1 and tokens.contrastive:
-        alone = tokens_of(config, LossConfig(captioning=0.0), texts)
-        features = share * sum(forward_flops(config, alone).values())
+        features = share * sum(count_flops(config, LossConfig(captioning=0.0), texts).parts.values())
 
     def memory(rows: float) -> Mapping[str, float]:
         return memory_parts(recipe, model, shares, tokens, rows=rows, product=product)
@@ -142,7 +142,7 @@ def plan_run(
         between=3600 * hours_between_failures / gpus,
     )
     figures |= _failure_figures(recipe, failures, step=step)
-    padded_flops = forward_flops(config, tokens_of(config, recipe.loss, padded))
+    padded_flops = count_flops(config, recipe.loss, padded).parts
     precision = "fp32" if product == EXACT else "bf16"
     return Plan(
         title=f"{recipe.size} on {gpus} {gpu}, {recipe.parallel.kind}, {precision}: {recipe.steps:,} steps of "
