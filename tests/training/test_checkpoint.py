@@ -35,7 +35,7 @@ from contracap.training.folder import locked
 from contracap.training.interruption import Asked, Interrupted, requests_to_end
 from contracap.training.metrics import Recorder, read_metrics
 from contracap.training.optimizer import build_optimizer
-from contracap.training.step import TrainingState, train_step
+from contracap.training.step import StepMetrics, TrainingState, train_step
 from contracap.training.writer import CheckpointWriter
 
 from .test_step import CONFIG, batch
@@ -284,7 +284,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], o
     """Let something happen within a step of the run."""
     step = loop.train_step
 
-    def acting(state: TrainingState, *args: Any) -> dict[str, float]:
+    def acting(state: TrainingState, *args: Any) -> StepMetrics:
         if state.step == number - 1:
             action()
         return step(state, *args)
