@@ -16,7 +16,7 @@ from contracap.data.scenes import PAIRS, random_scene, twin_scenes
 from contracap.data.shards import Sample
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
-from contracap.tokenizer import Tokenizer, lengths
+from contracap.tokenizer import Tokenizer, text_lengths
 from contracap.training.recipe import load_recipe
 
 NAMES = {
@@ -92,7 +92,7 @@ def test_no_caption_is_cut_by_the_context_of_the_size() -> None:
     generator = np.random.default_rng(0)
     captions = [describe(random_scene(generator, PAIRS, objects=2), generator) for _ in range(2000)]
     roomy = Tokenizer(context=100, vocab_size=processor.tokenizer.vocab_size)
-    assert lengths(roomy(captions), roomy.end).max() <= processor.tokenizer.context
+    assert text_lengths(roomy(captions), roomy.end).max() <= processor.tokenizer.context
 
 
 def test_only_the_whole_truth_counts_as_a_right_caption(monkeypatch) -> None:

@@ -84,6 +84,7 @@ def assert_equal(batches: list[Batch], others: list[Batch]) -> None:
     for batch, other in zip(batches, others, strict=True):
         assert torch.equal(batch.pixels, other.pixels)
         assert torch.equal(batch.ids, other.ids)
+        assert batch.lengths.tolist() == other.lengths.tolist()
 
 
 @pytest.fixture(scope="module")

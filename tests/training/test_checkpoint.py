@@ -33,9 +33,7 @@ from contracap.training.folder import locked
 from contracap.training.health import Interrupted, ShutdownRequested, shutdown_signal
 from contracap.training.logging import Recorder, read_metrics
 from contracap.training.optimizer import build_optimizer
-from contracap.training.recipe import Recipe
-from contracap.training.step import TrainingState, train_step
-from contracap.training.trainer import train
+from contracap.training.step import StepMetrics, TrainingState, train_step
 from contracap.training.writer import CheckpointWriter
 
 from .test_step import CONFIG, batch
@@ -286,7 +284,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], o
     """Let something happen within a step of the run."""
     step = loop.train_step
 
-    def acting(state: TrainingState, *args: Any) -> dict[str, float]:
+    def acting(state: TrainingState, *args: Any) -> StepMetrics:
         if state.step == number - 1:
             action()
         return step(state, *args)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ from contracap.data.shards import samples
 from contracap.images import ImageConfig
 from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, read_weights
-from contracap.tokenizer import lengths
 from contracap.training import spikes, step
 from contracap.training.health import Watchdog
 from contracap.training.logging import Recorder, read_metrics
@@ -56,7 +56,7 @@ def test_a_run_counts_its_tokens_and_its_use_of_the_device(recipe_values: dict) 
     train(recipe)
     first, *records = read_metrics(Path(recipe.out))
     assert first == {"step": 0, "mfu_peak_tflops": 0.5}
-    tokens = [int(lengths(batch.ids, 1023).sum()) for batch in batches(recipe, 4)]
+    tokens = [int(batch.lengths.sum()) for batch in batches(recipe, 4)]
     for record, counted in zip(records, (tokens[:2], tokens[2:]), strict=True):
         mean = record["tokens_per_second"] / record["samples_per_second"]
         assert mean == pytest.approx(sum(counted) / 16)
@@ -109,11 +109,12 @@ def test_the_keys_of_a_spike_are_those_of_all_ranks(tmp_path: Path) -> None:
     process_group = Two(world_size=2)
     steps = {"start": 0, "total_steps": 200}
     numbers = {"loss": 2.0, "gradient_norm": 1.0}
-    batch = Batch(pixels=torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ids=torch.ones(1, 4).long(), keys=["ours"])
+    pixels, ids = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.ones(1, 4, dtype=torch.int64)
+    batch = Batch(pixels=pixels, ids=ids, lengths=np.array([4]), keys=["ours"])
     with (
         Recorder(tmp_path, loggers=[], **steps) as recorder,
         Watchdog(0.0, ProcessGroup(), start=0) as watchdog,
-        Monitor(recorder, process_group, watchdog=watchdog, profile=None, utilisation=None, end=1, **steps) as monitor,
+        Monitor(recorder, process_group, watchdog=watchdog, profile=None, utilisation=None, **steps) as monitor,
     ):
         for _ in range(120):
             monitor.step(numbers, batch)

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ from contracap.losses import LossConfig, contrastive_loss
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
+from contracap.tokenizer import text_lengths
+from contracap.training import step
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import NonFiniteError, StepConfig, TrainingState, count_labels, losses, train_step
 
@@ -39,7 +42,12 @@ def batch() -> Batch:
         ids[row, 0], ids[row, 2 + row] = TINY.text.end - 1, TINY.text.end
         ids[row, 1 : 2 + row] = torch.randint(1, 1000, (1 + row,), generator=draw)
     pixels = torch.randint(0, 256, (8, 3, 32, 32), generator=draw, dtype=torch.uint8)
-    return Batch(pixels=pixels, ids=ids, keys=[str(row) for row in range(8)])
+    lengths = text_lengths(ids, TINY.text.end)
+    return Batch(pixels=pixels, ids=ids, lengths=lengths, keys=[str(row) for row in range(8)])
+
+
+def numbers_of_step(state: TrainingState, config: StepConfig) -> dict[str, float]:
+    return train_step(state, batch(), config).read()
 
 
 def parameters(model: CoCa) -> dict[str, torch.Tensor]:
@@ -49,7 +57,7 @@ def parameters(model: CoCa) -> dict[str, torch.Tensor]:
 def test_both_losses_fall_when_a_batch_repeats() -> None:
     state, numbers = new_state(), []
     for _ in range(30):
-        numbers.append(train_step(state, batch(), CONFIG))
+        numbers.append(numbers_of_step(state, CONFIG))
         state.step += 1
     for name in ("contrastive_loss", "captioning_loss", "loss"):
         assert numbers[-1][name] < 0.8 * numbers[0][name], name
@@ -71,7 +79,7 @@ def test_both_losses_fall_when_a_batch_repeats() -> None:
 def test_a_loss_of_weight_0_leaves_its_branch_alone(loss: LossConfig, untouched: list[str]) -> None:
     state = new_state()
     before = parameters(state.model)
-    numbers = train_step(state, batch(), replace(CONFIG, loss=loss))
+    numbers = numbers_of_step(state, replace(CONFIG, loss=loss))
     assert ("contrastive_loss" in numbers) == (loss.contrastive > 0)
     assert ("captioning_loss" in numbers) == (loss.captioning > 0)
     for name, parameter in state.model.named_parameters():
@@ -90,8 +98,7 @@ def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
     state = new_state(replace(TINY, pooler=replace(TINY.pooler, kind=kind)))
     model = state.model
     config = replace(CONFIG, loss=LossConfig(contrastive=contrastive, captioning=captioning))
-    tokens = count_labels(batch().ids, TINY.text.end)
-    sum(losses(model, batch(), config, tokens=tokens).values()).backward()
+    sum(losses(model, batch(), config, tokens=count_labels(batch())).values()).backward()
     unreached = () if contrastive else tuple(model.only_for_contrastive())
     unreached += () if captioning else tuple(model.only_for_captioning())
     for name, parameter in model.named_parameters():
@@ -111,8 +118,10 @@ def test_a_batch_in_parts_has_losses_and_gradients_of_the_batch_in_one(
     states = []
     for accumulation in (1, parts):
         state = new_state()
-        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)  # the weights tell the gradients
-        numbers = train_step(state, batch(), replace(config, accumulation=accumulation))
+        state.optimizer = torch.optim.SGD(
+            state.model.parameters(), lr=1.0, fused=True
+        )  # the weights tell the gradients
+        numbers = numbers_of_step(state, replace(config, accumulation=accumulation))
         states.append((numbers, parameters(state.model)))
     (whole, expected), (accumulated, found) = states
     assert accumulated == pytest.approx(whole, rel=1e-5)
@@ -123,18 +132,15 @@ def test_a_batch_in_parts_has_losses_and_gradients_of_the_batch_in_one(
 def test_a_part_that_is_embedded_again_drops_the_same_patches() -> None:
     dropping = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
     config = replace(CONFIG, loss=LossConfig(contrastive=1.0, captioning=0.0), accumulation=4)
-    numbers = train_step(new_state(dropping), batch(), config)
+    numbers = numbers_of_step(new_state(dropping), config)
     model = new_state(dropping).model.train()
     torch.manual_seed(0)  # of seed 0 and step 0
     made = [
-        model.features(normalise(part.pixels, CONFIG.image), part.ids, contrastive=True, captioning=False)
+        model.contrastive_features(normalise(part.pixels, CONFIG.image), part.ids, part.lengths)
         for part in batch().split(4)
     ]
-    loss = contrastive_loss(
-        torch.cat([part.image_features for part in made]),
-        torch.cat([part.text_features for part in made]),
-        logit_scale=model.logit_scale.exp(),
-    )
+    images, texts = (torch.cat(features) for features in zip(*made, strict=True))
+    loss = contrastive_loss(images, texts, logit_scale=model.logit_scale.exp())
     loss.backward()
     norm = torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
     assert numbers["contrastive_loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -146,7 +152,7 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     state = new_state()
     state.optimizer = build_optimizer(state.model, config.optimizer)
     before = parameters(state.model)
-    assert train_step(state, batch(), config)["gradient_norm"] > 0.1  # before clipping
+    assert numbers_of_step(state, config)["gradient_norm"] > 0.1  # before clipping
     moved = max((parameter - before[name]).abs().max().item() for name, parameter in state.model.named_parameters())
     assert moved < 1e-5  # a gradient far below epsilon moves next to nothing; unclipped, the rate itself: 1e-3
 
@@ -155,41 +161,47 @@ def test_logit_scale_stays_between_1_and_100() -> None:
     for value, expected in ((10.0, 100.0), (-3.0, 1.0)):
         state = new_state()
         torch.nn.init.constant_(state.model.logit_scale, value)
-        assert train_step(state, batch(), CONFIG)["logit_scale"] == pytest.approx(expected, rel=1e-5)
+        assert numbers_of_step(state, CONFIG)["logit_scale"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing() -> None:
-    state = new_state()
-    with torch.no_grad():
-        state.model.vision.class_token[0] = float("nan")
-    before = parameters(state.model)
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_loss_that_is_not_finite_changes_nothing(steps_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = new_state(averaged=True)
+    for _ in range(steps_before):
+        numbers_of_step(state, CONFIG)
+    monkeypatch.setattr(step, "contrastive_loss", lambda *args, **how: contrastive_loss(*args, **how) * float("nan"))
+    weights, average = parameters(state.model), {name: tensor.clone() for name, tensor in state.average.items()}
+    moments = {parameter: copy.deepcopy(kept) for parameter, kept in state.optimizer.state.items()}
     with pytest.raises(NonFiniteError, match="loss nan"):
-        train_step(state, batch(), CONFIG)
+        numbers_of_step(state, replace(CONFIG, ema_decay=0.9))
     for name, parameter in state.model.named_parameters():
-        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+        assert torch.equal(parameter, weights[name])
+        assert torch.equal(state.average[name], average[name])
         assert parameter.grad is None
-    assert not state.optimizer.state
+        for moment, tensor in state.optimizer.state[parameter].items():
+            before = moments[parameter][moment] if steps_before else torch.zeros_like(tensor)
+            assert torch.equal(tensor, before), (name, moment)
 
 
 def test_the_moving_average_follows_the_weights() -> None:
     state = new_state(averaged=True)
     before = parameters(state.model)
-    train_step(state, batch(), replace(CONFIG, ema_decay=0.75))
+    numbers_of_step(state, replace(CONFIG, ema_decay=0.75))
     for name, parameter in state.model.named_parameters():
         torch.testing.assert_close(state.average[name], 0.75 * before[name] + 0.25 * parameter.detach())
 
 
 def test_bf16_is_near_fp32_and_keeps_embeddings_in_fp32() -> None:
-    fp32 = train_step(new_state(), batch(), CONFIG)
-    bf16 = train_step(new_state(), batch(), replace(CONFIG, bf16=True))
+    fp32 = numbers_of_step(new_state(), CONFIG)
+    bf16 = numbers_of_step(new_state(), replace(CONFIG, bf16=True))
     assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.02)
     assert bf16["loss"] != fp32["loss"]
 
 
 def test_patch_dropout_repeats_with_the_seed_and_the_step() -> None:
     dropping = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
-    first, again = (train_step(new_state(dropping), batch(), CONFIG) for _ in range(2))
-    other = train_step(new_state(dropping), batch(), replace(CONFIG, seed=1))
+    first, again = (numbers_of_step(new_state(dropping), CONFIG) for _ in range(2))
+    other = numbers_of_step(new_state(dropping), replace(CONFIG, seed=1))
     assert first == again
     assert first["loss"] != other["loss"]
 
@@ -197,10 +209,10 @@ def test_patch_dropout_repeats_with_the_seed_and_the_step() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_on_a_gpu_gives_the_losses_of_one_on_the_cpu(bf16: bool) -> None:
-    expected = train_step(new_state(), batch(), CONFIG)
+    expected = numbers_of_step(new_state(), CONFIG)
     state = new_state()
     state.model.cuda()
     state.optimizer = build_optimizer(state.model, CONFIG.optimizer)
-    found = train_step(state, batch(), replace(CONFIG, bf16=bf16))
+    found = numbers_of_step(state, replace(CONFIG, bf16=bf16))
     for name in ("contrastive_loss", "captioning_loss"):
         assert found[name] == pytest.approx(expected[name], rel=2e-2 if bf16 else 1e-4)

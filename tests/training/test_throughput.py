@@ -1,18 +1,17 @@
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from contracap.data.batch import Batch
 from contracap.training.monitor import GIB, Measured, Throughput, figures
 
-END = 1023
-
 
 def batch() -> Batch:
-    """Three texts of 2, 4 and 5 tokens; the last fills its row."""
-    ids = torch.tensor([[1022, END, 0, 0, 0], [1022, 7, 8, END, 0], [1022, 7, 8, 9, END]])
-    return Batch(pixels=torch.zeros(3, 3, 8, 8, dtype=torch.uint8), ids=ids, keys=["a", "b", "c"])
+    """Three texts of 2, 4 and 5 tokens."""
+    pixels, ids = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 5, dtype=torch.int64)
+    return Batch(pixels=pixels, ids=ids, lengths=np.array([2, 4, 5]), keys=["a", "b", "c"])
 
 
 def measured(**changed: float | None) -> Measured:
@@ -20,8 +19,8 @@ def measured(**changed: float | None) -> Measured:
     return Measured(**(fields | changed))
 
 
-def test_tokens_are_those_of_the_texts_without_fill() -> None:
-    meter = Throughput(torch.device("cpu"), end=END)
+def test_tokens_are_those_of_the_texts_without_padding() -> None:
+    meter = Throughput(torch.device("cpu"))
     meter.step(batch())
     meter.step(batch())
     taken = meter.take()
@@ -29,7 +28,7 @@ def test_tokens_are_those_of_the_texts_without_fill() -> None:
 
 
 def test_counts_begin_anew_with_each_record() -> None:
-    meter = Throughput(torch.device("cpu"), end=END)
+    meter = Throughput(torch.device("cpu"))
     time.sleep(0.02)
     meter.step(batch())
     meter.waited(0.01)
@@ -41,7 +40,7 @@ def test_counts_begin_anew_with_each_record() -> None:
 
 
 def test_resident_memory_holds_what_the_process_allocates() -> None:
-    meter = Throughput(torch.device("cpu"), end=END)
+    meter = Throughput(torch.device("cpu"))
     held = torch.ones(2**25)  # 128 MiB, touched
     assert held.nbytes < meter.take().memory < 2**40
 
@@ -81,7 +80,7 @@ def test_a_driver_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.utilization", utilization)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
-    meter = Throughput(torch.device("cuda", 0), end=END)
+    meter = Throughput(torch.device("cuda", 0))
     taken = [meter.take(), meter.take()]
     assert [each.gpu_utilisation for each in taken] == [None, None] and len(asked) == 1
     assert taken[0].memory == 3 * GIB
