@@ -43,8 +43,6 @@ MAY_IMPORT = {
     "start": "training parallel recipe model pretrained data.remote data.shards image",
     "trainer": "start plan evaluation training parallel recipe model pretrained data",
     "plan": "plan recipe evaluation training parallel losses model data tokenizer image",
-    "bench": "bench bulk plan start recipe evaluation generation training parallel losses pretrained model data "
-    "tokenizer image",
     "bulk": "bulk evaluation.features generation model data tokenizer image processor",
     "recipe": "evaluation training parallel model losses data tokenizer image",
     "compare": "compare evaluation.published evaluation.result page",
@@ -65,6 +63,7 @@ OPEN = {"config", "files", "progress"}
 LAST = {"quickstart", "study", "compare", "report", "cli"}  # only those above import these
 ABOVE = {"study", "cli", "__main__"}
 FOREIGN = {  # and where they are at home, if anywhere
+    "benchmarks": "",
     "torchvision": "",
     "open_clip": "",
     "transformers": "",

@@ -17,7 +17,6 @@ from contracap.recipe import Recipe
 from contracap.trainer import train
 from contracap.training.metrics import read_metrics
 
-pytest_plugins = ["tests.training.conftest"]
 ROOT = Path(__file__).parents[2]
 SHARED = {
     "ddp": {"kind": "ddp", "gather": "ring"},

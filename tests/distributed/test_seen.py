@@ -17,8 +17,6 @@ from contracap.pretrained import load
 from contracap.recipe import Recipe
 from contracap.training.metrics import read_metrics
 
-pytest_plugins = ["tests.training.conftest"]
-
 
 @pytest.mark.slow
 def test_two_ranks_name_the_one_that_is_waited_for_and_put_together_what_they_see(

@@ -16,8 +16,6 @@ from contracap.recipe import Recipe, load_recipe
 from contracap.trainer import train
 from contracap.training.metrics import read_metrics
 
-pytest_plugins = ["tests.training.conftest"]
-
 
 def losses(folder: Path) -> dict[int, tuple[float, float, float]]:
     names = ("contrastive_loss", "captioning_loss", "gradient_norm")
