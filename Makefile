@@ -27,13 +27,8 @@ test: $(READY) ## the tests, without the slow ones, on two cores
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
-bench: $(READY) ## speed and memory beside open_clip, clip_benchmark and pycocoevalcap, some hours
-	$(BIN)/contracap bench data
-	$(BIN)/contracap bench train
-	$(BIN)/contracap bench generate
-	$(BIN)/contracap bench zeroshot
-	$(BIN)/contracap bench retrieval
-	$(BIN)/contracap bench score
+bench: $(READY) ## speed and memory next to open_clip, clip_benchmark and pycocoevalcap, some hours
+	for name in data train generate zeroshot retrieval score; do $(BIN)/python -m benchmarks $$name --json runs/benchmarks/$$name.json || exit; done
 
 check: $(READY) ## formatter, linter, type checker, import directions
 	$(BIN)/ruff format --check .

@@ -44,12 +44,12 @@ MAY_IMPORT = {
     "training": "training parallel model pretrained losses data tokenizer images processor",
     "apps": "apps training evaluation generation parallel losses pretrained model data tokenizer images formats "
     "processor",
-    "bench": "*",
     "cli": "*",
     "__main__": "cli",
 }
 OPEN = {"config", "files", "progress"}
 FOREIGN = {  # and where they are at home, if anywhere
+    "benchmarks": "",
     "torchvision": "",
     "open_clip": "",
     "transformers": "",

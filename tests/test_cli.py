@@ -102,6 +102,11 @@ def test_a_verb_that_does_not_exist_is_one_line_with_the_nearest(run: Run) -> No
         assert (status, out, err.count("\n")) == (2, "", 1) and nearest in err
 
 
+def test_the_former_verb_of_benchmarks_says_where_they_are(run: Run) -> None:
+    status, out, err = run("bench", "data")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "python -m benchmarks" in err
+
+
 def test_version_is_that_of_the_package(run: Run) -> None:
     assert run("--version") == (0, f"contracap {contracap.__version__}\n", "")
 
@@ -437,7 +442,7 @@ def test_demo_without_gradio_says_what_to_install() -> None:
         *("compare {} x", "compare x {}", "compare x y --out {}", "report {}"),
         *("caption {} x", "caption x {}", "caption x y {} --format sidecar --overwrite", "caption x y --out {}"),
         *("classify x {} --labels a", "embed x {} --out y.npz", "embed x y --out {}"),
-        *("demo {}", "demo x --pictures {}", "serve {}", "bench data --json {}"),
+        *("demo {}", "demo x --pictures {}", "serve {}"),
         *("bulk caption {} x --out y", "bulk caption x {} --out y", "bulk embed x y --out {}"),
         *("shards make {} --out x", "shards make x --out {}", "shards make x --out y --pictures {}"),
         *("shards index {}", "shards index x --out {}", "shards show {}", "shards show x --out {}"),
@@ -470,7 +475,6 @@ def test_an_empty_path_is_refused_by_every_verb(run: Run, call: str, tmp_path: P
         ("evaluate W --task retrieval --data {0..999999999}.tar", "stands for more than 10,000,000 names"),
         ("evaluate W --task retrieval --data {0..9999}{0..9999}.tar", "stands for more than 10,000,000 names"),
         ("serve W --max-batch 1000000000", "max_batch must be at most"),
-        ("bench score --rounds 1000000000", "rounds must be at most"),
     ],
 )
 def test_numbers_beyond_any_use_are_refused(

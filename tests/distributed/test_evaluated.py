@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.training.conftest"]
-
 
 @pytest.mark.slow
 def test_a_model_that_is_shared_out_has_the_figures_of_one_process_and_trains_on(colours: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe
 from contracap.training.trainer import train
 
-pytest_plugins = ["tests.training.conftest"]
 ROOT = Path(__file__).parents[2]
 KINDS = ("ddp", "fsdp", "hsdp")
 RESUMED = {"one to fsdp": ("one", "fsdp"), "fsdp to hsdp": ("fsdp", "hsdp"), "hsdp to ddp": ("hsdp", "ddp")}

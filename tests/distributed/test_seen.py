@@ -17,8 +17,6 @@ from contracap.pretrained import load
 from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe
 
-pytest_plugins = ["tests.training.conftest"]
-
 
 @pytest.mark.slow
 def test_two_ranks_name_the_one_that_is_waited_for_and_put_together_what_they_see(

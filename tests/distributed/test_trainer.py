@@ -16,8 +16,6 @@ from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe, load_recipe
 from contracap.training.trainer import train
 
-pytest_plugins = ["tests.training.conftest"]
-
 
 def losses(folder: Path) -> dict[int, tuple[float, float, float]]:
     names = ("contrastive_loss", "captioning_loss", "gradient_norm")

@@ -21,7 +21,7 @@ from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
 from contracap.cli.describe import classify, embed
 from contracap.cli.errors import fail, is_for_the_user, message, sigterm_interrupts, verbosity
-from contracap.cli.measure import bench, evaluate
+from contracap.cli.measure import evaluate
 from contracap.cli.options import registry
 from contracap.cli.runs import plan, quickstart, study, train
 from contracap.cli.score import score
@@ -58,7 +58,6 @@ VERBS: Verbs = {
     "demo": demo,
     "serve": serve,
     "plan": plan,
-    "bench": bench,
     "bulk": Group(
         "Captions and embeddings of many tar shards, on one machine or many.",
         {"caption": bulk.caption, "embed": bulk.embed},
@@ -141,6 +140,8 @@ def _unknown_verb(verbs: Verbs, arguments: Sequence[str], before: str = "contrac
     if not arguments or arguments[0].startswith("-"):
         return None
     name = arguments[0]
+    if f"{before} {name}" == "contracap bench":
+        return "benchmarks need a checkout: python -m benchmarks NAME"
     if name not in verbs:
         near = difflib.get_close_matches(name, verbs, n=1)
         right = f"did you mean {near[0]!r}?" if near else f"{before} has {', '.join(verbs)}"

@@ -1,13 +1,12 @@
-"""The verbs that measure a model, or its speed. The result is written before it is printed: a pipe that is
+"""The verb that measures a model. The result is written before it is printed: a pipe that is
 closed must not cost what took hours."""
 
 import logging
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-from contracap.cli.errors import interruption, say, written
+from contracap.cli.errors import interruption, written
 from contracap.cli.options import (
     AllowCommands,
     Int8,
@@ -24,9 +23,6 @@ from contracap.cli.options import (
 )
 from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
 from contracap.evaluation.tokens import TokenizerName
-
-if TYPE_CHECKING:
-    from contracap.bench.timing import Row
 
 
 @interruption("interrupted: no figure was written; the same command begins anew")
@@ -173,52 +169,3 @@ def evaluate(
     if missed:
         raise ValueError(f"no figures of {', '.join(missed)}: {result.reasons[missed[0]]}")
     return 0 if all(kept) else 1
-
-
-def bench(
-    name: Annotated[
-        Literal["data", "train", "generate", "zeroshot", "retrieval", "score"],
-        arg(metavar="NAME", help="what to measure: data, train, generate, zeroshot, retrieval or score"),
-    ],
-    /,
-    *,
-    rounds: Annotated[int, arg(help="timed runs of each side, 7 at least")] = 7,
-    device: Annotated[Literal["cpu", "cuda"], arg(help="for train, generate and zeroshot")] = "cpu",
-    rows: Annotated[
-        tuple[str, ...], arg(metavar="NAME", help="for all but data and score, which rows; all if none")
-    ] = (),
-    json: ResultFile = None,
-) -> None:
-    """Measure speed and memory, beside a peer in the same run where it is installed."""
-    from contracap.bench.data import bench_data
-    from contracap.bench.generate import bench_generate
-    from contracap.bench.retrieval import bench_retrieval
-    from contracap.bench.score import bench_score
-    from contracap.bench.timing import require_rounds
-    from contracap.bench.train import bench_train
-    from contracap.bench.zeroshot import bench_zeroshot
-
-    require_rounds(rounds)
-    if device == "cuda" and name in ("data", "retrieval", "score"):
-        raise ValueError(f"bench {name} runs on the CPU alone: leave --device out")
-    if rows and name in ("data", "score"):
-        raise ValueError(f"bench {name} has no rows to choose from: leave --rows out")
-    benchmarks = {
-        "data": bench_data,
-        "train": partial(bench_train, device=device, rows=rows),
-        "generate": partial(bench_generate, device=device, rows=rows, report=_report),
-        "zeroshot": partial(bench_zeroshot, device=device, rows=rows, report=_report),
-        "retrieval": partial(bench_retrieval, rows=rows, report=_report),
-        "score": bench_score,
-    }
-    benchmark = benchmarks[name](rounds=rounds)
-    if json is not None:
-        benchmark.result(command_line()).write(json)
-    print(benchmark.table())
-
-
-def _report(row: "Row") -> None:
-    """A row as soon as it is done: a later one may fail, hours on."""
-    from contracap.bench.timing import Benchmark
-
-    say(Benchmark(rows=[row], samples=0, seed=0, machine={}).table(), to_stderr=True)

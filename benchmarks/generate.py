@@ -1,0 +1,170 @@
+"""Speed of captioning, next to open_clip with the same weights, images and number of tokens."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.captioners import (
+    MAX_TOKENS,
+    open_clip_captions,
+    random_captioner,
+    require_equal_beams,
+    require_equal_greedy,
+)
+from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
+from benchmarks.open_clip_captions import BEAMS, Way
+from contracap.apps.bulk.caption import caption_pictures
+from contracap.apps.bulk.inputs import items
+from contracap.apps.bulk.outputs import SideCars, one_line
+from contracap.apps.bulk.rows import caption_rows
+from contracap.generation import BeamSearch, Caption, Captioner, Greedy, LegacyBeamSearch
+from contracap.generation.strategy import Strategy
+from contracap.model.quantised import int8
+from contracap.pretrained import load
+
+B_32, L_14, SMALL = "coca_ViT-B-32", "coca_ViT-L-14", "flickr8k"
+# All with an end token only in the last place, so that both sides take the same number of steps.
+BEAM = BeamSearch(width=BEAMS, max_tokens=MAX_TOKENS, min_tokens=MAX_TOKENS - 1)
+LEGACY = LegacyBeamSearch(year=2024, max_tokens=MAX_TOKENS, min_tokens=MAX_TOKENS - 1)
+GREEDY = Greedy(max_tokens=MAX_TOKENS, min_tokens=MAX_TOKENS - 1)
+IMAGES, IMAGE_SIZE, QUALITY = 500, (500, 375), 90  # of the folder
+BATCH, WORKERS = 16, 8  # images at a time, and threads that decode
+
+
+def caption_row(run: Run, *, size: str, images: int, name: str, ours: Strategy, peer: Way = "groups") -> Row:
+    """Captions of some images at a time, next to open_clip's."""
+    captioner, pixels = random_captioner(size, run, images=images)
+    with ExitStack() as stack:
+
+        def checked_peer() -> tuple[Work, str]:
+            theirs = open_clip_captions(captioner, pixels, stack)
+            note = (require_equal_greedy if peer == "top_k" else require_equal_beams)(captioner, pixels, theirs)
+            work = partial(theirs, peer, ours.max_tokens, ours.max_tokens - 1)
+            if (lengths := {len(ids) for best in work() for ids in best}) != {ours.max_tokens}:
+                raise UnequalError(f"open_clip's captions have {sorted(lengths)} ids, not {ours.max_tokens} each")
+            versions = ", ".join(f"{package} {version}" for package, version in theirs.versions.items())
+            return work, f"{note}; both write {ours.max_tokens - 1} tokens a caption; {versions}"
+
+        return compare(
+            f"{size}, {name}, {images} picture{'s' if images > 1 else ''}",
+            run=run,
+            ours=partial(captioner.generate, pixels, ours),
+            checked_peer=checked_peer,
+            items=images,
+            unit="captions/s",
+        )
+
+
+def int8_row(run: Run, *, size: str, images: int) -> Row:
+    """Captions by weights of 8 bits, next to those by weights of 32."""
+    (exact, pixels), (quantised, _) = (random_captioner(size, run, images=images) for _ in range(2))
+    int8(quantised.model)
+    return compare(
+        f"{size}, beam {BEAMS}, {images} pictures, int8 weights beside ours in fp32",
+        run=run,
+        ours=partial(quantised.generate, pixels, BEAM),
+        checked_peer=lambda: (
+            partial(exact.generate, pixels, BEAM),
+            describe_change(*(each.generate(pixels, BeamSearch()) for each in (exact, quantised))),
+        ),
+        items=images,
+        unit="captions/s",
+    )
+
+
+def describe_change(exact: Sequence[Caption], quantised: Sequence[Caption]) -> str:
+    """How many captions int8 weights change, and by how much the probabilities of tokens in those that stay."""
+    same = [pair for pair in zip(exact, quantised, strict=True) if pair[0].token_ids == pair[1].token_ids]
+    changes = [
+        abs(ours - theirs)
+        for pair in same
+        for ours, theirs in zip(*(caption.token_log_probabilities for caption in pair), strict=True)
+    ]
+    note = f"{len(exact) - len(same)} of {len(exact)} captions change, with random weights"
+    if not changes:
+        return note
+    return f"{note}; in the others a token's log-probability changes by {np.mean(changes):.1e} nats on average"
+
+
+def folder_row(run: Run) -> Row:
+    """A folder of JPEG files captioned into side-cars, next to the same images captioned as tensors in memory. The
+    ratio is the share of the speed that reading, decoding and writing leave."""
+    captioner = Captioner(*load(SMALL, weights="random", seed=run.seed))
+    captioner.model.to(run.device)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        tensors = captioner.processor.images(write_images(folder, seed=run.seed))
+
+        def checked_peer() -> tuple[Work, str]:
+            caption_folder(captioner, folder)
+            require_same_captions(folder, caption_tensors(captioner, tensors))
+            return partial(caption_tensors, captioner, tensors), "the peer is ours, too; the same captions"
+
+        return compare(
+            f"{SMALL}, folder of {IMAGES} pictures of {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} beside tensors in memory",
+            run=run,
+            ours=partial(caption_folder, captioner, folder),
+            checked_peer=checked_peer,
+            items=IMAGES,
+            unit="captions/s",
+        )
+
+
+def write_images(folder: Path, *, seed: int) -> list[Path]:
+    """JPEG files of smooth random colours with some grain, in order."""
+    generator, paths = np.random.default_rng(seed), []
+    for number in range(IMAGES):
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize(IMAGE_SIZE, Image.Resampling.BICUBIC), dtype=np.int16)
+        grain = generator.integers(-8, 9, smooth.shape, dtype=np.int16)
+        paths.append(folder / f"{number:04}.jpg")
+        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(paths[-1], quality=QUALITY)
+    return paths
+
+
+def caption_folder(captioner: Captioner, folder: Path) -> None:
+    """The images of a folder, each into a text file next to it."""
+    with SideCars(".txt", "overwrite", embed=False) as output:
+        caption_pictures(
+            items([str(folder)]),
+            partial(caption_rows, captioner, strategy=BeamSearch()),
+            output,
+            image=captioner.processor.image_config,
+            batch_size=BATCH,
+            workers=WORKERS,
+            progress=False,
+        )
+
+
+def caption_tensors(captioner: Captioner, pixels: Tensor) -> list[Caption]:
+    """Images that are tensors, batch by batch."""
+    return [caption for batch in pixels.split(BATCH) for caption in captioner.generate(batch, BeamSearch())]
+
+
+def require_same_captions(folder: Path, captions: Sequence[Caption]) -> None:
+    """Raises: UnequalError: if a side-car in the folder does not hold the caption of its image."""
+    for path, caption in zip(sorted(folder.glob("*.txt")), captions, strict=True):
+        if path.read_text() != (expected := f"{one_line(caption.text)}\n"):
+            raise UnequalError(f"{path.name} holds {path.read_text()!r}, not {expected!r}")
+
+
+BENCHMARK = Benchmark(
+    rows={
+        "beam-1": partial(caption_row, size=B_32, images=1, name=f"beam {BEAMS}", ours=BEAM),
+        "beam-8": partial(caption_row, size=B_32, images=8, name=f"beam {BEAMS}", ours=BEAM),
+        "legacy-1": partial(caption_row, size=B_32, images=1, name="legacy", ours=LEGACY),
+        "top-k-1": partial(caption_row, size=B_32, images=1, name="top-k", ours=GREEDY, peer="top_k"),
+        "top-k-8": partial(caption_row, size=B_32, images=8, name="top-k", ours=GREEDY, peer="top_k"),
+        "l-14-beam-1": partial(caption_row, size=L_14, images=1, name=f"beam {BEAMS}", ours=BEAM),
+        "int8": partial(int8_row, size=B_32, images=8),
+        "folder": folder_row,
+    },
+    cuda=True,
+    samples=lambda: IMAGES,
+)

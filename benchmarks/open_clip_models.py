@@ -1,0 +1,26 @@
+"""open_clip's models with the weights of ours."""
+
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.peers import peer_module
+from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.sizes import find_size
+from contracap.pretrained.names import to_open_clip
+
+
+def legacy_config(size: str) -> CoCaConfig:
+    """A size as open_clip's models are: with the legacy mask of the class token."""
+    config = find_size(size)
+    return replace(config, text=replace(config.text, cls_mask="legacy"))
+
+
+def open_clip_model(size: str, ours: CoCa, **options: object) -> Any:
+    """open_clip's model of a size with the weights of ours.
+
+    Raises:
+        MissingPeerError: if open_clip is not installed.
+    """
+    model = peer_module("open_clip").create_model(size, load_weights=False, **options)
+    model.load_state_dict(to_open_clip(ours.state_dict(), ours.config))
+    return model

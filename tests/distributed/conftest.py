@@ -1,0 +1,1 @@
+from tests.training.conftest import colours, recipe_values  # noqa: F401
