@@ -16,6 +16,8 @@ from contracap.training.health import DATA, STEP, Spike, Spikes, Watchdog
 from contracap.training.logging import SPIKES_FILE, Profile, Recorder
 
 QUIET = 100  # steps without a further warning after one of a spike
+# The share of a device's peak that is used, from samples a second of one device and the mean length of their texts.
+Utilisation = Callable[[float, float], float]
 logger = logging.getLogger(__name__)
 
 
@@ -136,8 +138,6 @@ class Monitor:
 
 
 GIB = 2**30
-# The share of a device's peak that is used, from samples a second of one device and the mean length of their texts.
-Utilisation = Callable[[float, float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
