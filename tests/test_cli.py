@@ -17,7 +17,7 @@ import contracap
 from contracap.cli import main
 from contracap.cli.errors import fail
 from contracap.data.shards import write_shard
-from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.result import Result
 from contracap.pretrained import read_weights
 
 Run = Callable[..., tuple[int, str, str]]
@@ -265,7 +265,10 @@ def test_strategy_and_its_settings_reach_the_decoding(
     (row,) = json.loads((tmp_path / "sum.json").read_text())["captions"]
     assert row["score"] == pytest.approx(greedy.log_probability, rel=1e-5)
     made = []
-    monkeypatch.setattr(Captioning, "run", lambda self, model: iter(made.append(self.strategy) or ()))
+    monkeypatch.setattr(
+        "contracap.evaluation.task.evaluate_captioning",
+        lambda *_, strategy, **__: made.append(strategy) or Result(figures={"CIDEr": 1.0}, samples=1),
+    )
     settings = ["--set", "width=3", "length_penalty=0.5"]
     run("evaluate", weights, "--task", "captioning", "--data", shards, "--strategy", "beam", *settings)
     assert made == [contracap.BeamSearch(width=3, length_penalty=0.5)]

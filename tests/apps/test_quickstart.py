@@ -9,14 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contracap.apps.quickstart import CHANCE, TARGETS, SceneCaptioning, figures_as_text, find_recipe, quickstart
+from contracap.apps.quickstart import (
+    CHANCE,
+    TARGETS,
+    evaluate_scene_captions,
+    figures_as_text,
+    find_recipe,
+    quickstart,
+)
 from contracap.data.drawing import scene_records
 from contracap.data.grammar import describe
 from contracap.data.scenes import PAIRS, random_scene, twin_scenes
 from contracap.data.shards import Sample
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
-from contracap.tokenizer import Tokenizer, text_lengths
+from contracap.tokenizer import Tokenizer
 from contracap.training.recipe import load_recipe
 
 NAMES = {
@@ -118,9 +125,10 @@ def test_only_the_whole_truth_counts_as_a_right_caption(monkeypatch) -> None:
             return [type("Caption", (), {"text": words}) for words in written[: len(sources)]]
 
     monkeypatch.setattr("contracap.apps.quickstart.Captioner", Writer)
-    evaluator = SceneCaptioning(samples, processor)
-    assert dict(evaluator.run(model)) == {"caption_accuracy": 0.5}
-    assert evaluator.correct == [True, False, False, True]  # the second is the first's twin
+    result = evaluate_scene_captions(model, processor, samples)
+    assert result.figures == {"caption_accuracy": 0.5}
+    # the second is the first's twin
+    assert [correct for _, correct in result.predictions] == [True, False, False, True]
 
 
 def test_the_table_sets_each_figure_beside_chance_and_target() -> None:

@@ -7,19 +7,27 @@ from pathlib import Path
 import torch
 
 from contracap.config import build
-from contracap.evaluation.suite import EvaluationConfig, Suite
+from contracap.evaluation.result import Evaluator
+from contracap.evaluation.suite import EvaluationConfig, build_suite
+from contracap.model.coca import CoCa
 from contracap.parallel import ParallelConfig, start_process_group, whole, wrapped
 from contracap.pretrained import load
+
+
+def measured(suite: Evaluator, model: CoCa) -> list[object]:
+    result = suite(model)
+    return [result.figures, result.predictions]
+
 
 if __name__ == "__main__":
     shards, out = sys.argv[1], Path(sys.argv[2])
     model, processor = load("tiny", weights="random", seed=0)
     tables = {"tasks": {"pairs": {"task": "retrieval", "data": shards}}, "captions": {"data": shards, "samples": 3}}
     config = build(EvaluationConfig, tables)
-    suite = Suite(config, processor)
-    found = {"alone": [dict(suite.run(model)), list(suite.captions)]}
+    suite = build_suite(config, processor)
+    found = {"alone": measured(suite, model)}
     with start_process_group(torch.device("cpu")) as process_group:
-        suite = Suite(config, processor, process_group)
+        suite = build_suite(config, processor, process_group)
         shared = wrapped(model, ParallelConfig(kind="fsdp"), process_group)
 
         def gradient_norm() -> float:
@@ -33,6 +41,6 @@ if __name__ == "__main__":
 
         norms = [gradient_norm()]
         for _ in range(2):
-            found["shared"] = [dict(suite.run(model)), list(suite.captions)]
+            found["shared"] = measured(suite, model)
             norms.append(gradient_norm())
         (out / f"{process_group.rank}.json").write_text(json.dumps(found | {"norms": norms}))

@@ -9,10 +9,11 @@ import torch
 
 from contracap.data.making import make_shards
 from contracap.evaluation import distributed
-from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.captioning import Prediction, evaluate_captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.java import UnavailableError
 from contracap.evaluation.overlap import mean
+from contracap.evaluation.result import Result
 from contracap.evaluation.scores import CaptionScorer
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
@@ -21,6 +22,7 @@ from contracap.generation.sampling import Greedy, Sampling
 from contracap.images import ImageConfig, ImageError
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
+from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
@@ -30,6 +32,7 @@ from .worlds import COLOURS, ColourModel, picture, sample
 from .worlds import processor as colour_processor
 
 COUNTED = ("bleu", "rouge_l", "cider")
+ROUGE = CaptionScorer(metrics=("rouge_l",), tokenizer="python")
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +57,25 @@ def tiny() -> tuple[CoCa, Processor]:
 def test_evaluator_scores_what_the_captioner_writes(tiny, strategy) -> None:
     model, processor = tiny
     samples = [sample(name, name, f"a {name} wall", f"all is {name}") for name in COLOURS]
-    evaluator = Captioning(samples, processor, strategy=strategy, metrics=COUNTED, tokenizer="python", batch_size=4)
-    figures = dict(evaluator.run(model))
-    made = [caption.text for caption in Captioner(model, processor)([one.image for one in samples], strategy)]
     scorer = CaptionScorer(metrics=COUNTED, tokenizer="python")
-    assert figures == scorer.score([one.captions for one in samples], made).figures
-    assert [one.prediction for one in evaluator.predictions] == made
-    assert [one.key for one in evaluator.predictions] == evaluator.keys == list(COLOURS)
-    assert [one.cider for one in evaluator.predictions] == evaluator.per_sample["CIDEr"]
-    assert {name: mean(values) for name, values in evaluator.per_sample.items()}.items() < figures.items()
-    assert evaluator.samples == 6
-    assert evaluator.details["tokenizer"] == "python"
-    assert evaluator.reasons == {}
+    result = evaluate_captioning(model, processor, samples, strategy=strategy, scorer=scorer, batch_size=4)
+    made = [caption.text for caption in Captioner(model, processor)([one.image for one in samples], strategy)]
+    assert result.figures == scorer.score([one.captions for one in samples], made).figures
+    assert [one.prediction for one in result.predictions] == made
+    assert [one.key for one in result.predictions] == list(COLOURS)
+    assert [one.cider for one in result.predictions] == result.per_sample["CIDEr"].values
+    assert {name: mean(found.values) for name, found in result.per_sample.items()}.items() < result.figures.items()
+    assert (result.samples, result.details["tokenizer"], result.reasons) == (6, "python", {})
 
 
 def test_a_metric_that_cannot_run_is_refused_before_a_caption_is_written(monkeypatch, tiny) -> None:
     without_java(monkeypatch)
-    _, processor = tiny
+    model, processor = tiny
+    samples = [sample("red", "red", "a red wall")]
     with pytest.raises(UnavailableError, match="METEOR needs a Java runtime"):
-        Captioning([sample("red", "red", "a red wall")], processor, metrics=("meteor",))
-    evaluator = Captioning([sample("red", "red", "a red wall")], processor)
-    assert set(evaluator.reasons) == {"METEOR", "SPICE"}
+        CaptionScorer(metrics=("meteor",))
+    result = evaluate_captioning(model, processor, samples, strategy=Greedy(10, 4))
+    assert {"METEOR", "SPICE"} < set(result.reasons)
 
 
 def test_clipscore_is_by_the_named_model_or_says_that_the_model_judges_itself(tiny) -> None:
@@ -84,15 +85,12 @@ def test_clipscore_is_by_the_named_model_or_says_that_the_model_judges_itself(ti
     other = ClipScorer(ColourModel(), colour_processor(), name="colours")
     itself = ClipScorer(model, processor, name="the model that wrote the captions")
     for asked, judge in ((other, other), ("self", itself)):
-        evaluator = Captioning(
-            samples, processor, strategy=Greedy(10, 4), metrics=("rouge_l",), tokenizer="python", clipscore=asked
-        )
-        figures = dict(evaluator.run(model))
-        clip, both = judge.score(pictures, [one.prediction for one in evaluator.predictions], written)
-        assert evaluator.per_sample["CLIPScore"] == pytest.approx(clip, abs=1e-6)
-        assert figures["RefCLIPScore"] == pytest.approx(mean(both), abs=1e-6)
-        assert evaluator.details["clipscore_model"] == judge.name
-        assert {one.cider for one in evaluator.predictions} == {None}
+        result = evaluate_captioning(model, processor, samples, strategy=Greedy(10, 4), scorer=ROUGE, clipscore=asked)
+        clip, both = judge.score(pictures, [one.prediction for one in result.predictions], written)
+        assert result.per_sample["CLIPScore"].values == pytest.approx(clip, abs=1e-6)
+        assert result.figures["RefCLIPScore"] == pytest.approx(mean(both), abs=1e-6)
+        assert result.details["clipscore_model"] == judge.name
+        assert {one.cider for one in result.predictions} == {None}
 
 
 @pytest.mark.parametrize(("judge", "decoded"), [(None, 6), ("self", 6), ("colours", 12)])
@@ -113,9 +111,9 @@ def test_pictures_are_decoded_in_threads_for_the_judge_too_and_once_where_it_see
 
     other = ClipScorer(ColourModel(), watched(colour_processor()), name="colours")
     samples = [sample(name, name, f"a {name} wall") for name in COLOURS]
-    options = {"strategy": Greedy(10, 4), "metrics": ("rouge_l",), "tokenizer": "python", "batch_size": 4}
     asked = other if judge == "colours" else judge
-    dict(Captioning(samples, watched(processor), clipscore=asked, **options).run(model))
+    options = {"strategy": Greedy(10, 4), "scorer": ROUGE, "clipscore": asked, "batch_size": 4}
+    evaluate_captioning(model, watched(processor), samples, **options)
     assert sum(pictures) == decoded
 
 
@@ -149,11 +147,10 @@ def test_what_the_annotations_of_a_data_set_say_is_evaluated(
     for i, colour in enumerate(list(COLOURS.values())[:3]):
         (pictures / folder / f"{i}.png").write_bytes(picture(colour))
     make_shards(tmp_path / name, tmp_path / "shards", pictures=pictures, splits=splits)
-    evaluator = Captioning(
-        tmp_path / "shards", processor, strategy=Greedy(10, 4), metrics=("cider",), tokenizer="python"
-    )
-    assert set(dict(evaluator.run(model))) | set(evaluator.reasons) == figures  # null for a domain of one image
-    assert evaluator.samples == samples
+    scorer = CaptionScorer(metrics=("cider",), tokenizer="python")
+    result = evaluate_captioning(model, processor, tmp_path / "shards", strategy=Greedy(10, 4), scorer=scorer)
+    assert set(result.figures) == figures  # null for a domain of one image
+    assert result.samples == samples
 
 
 @pytest.mark.parametrize("captions", [(), ("...", " !"), ("\U0001f600\U0001f385", "\u2764")])
@@ -162,43 +159,39 @@ def test_a_picture_without_a_word_is_named_before_a_caption_is_written(monkeypat
     monkeypatch.setattr(Captioner, "generate", lambda *_, **__: pytest.fail("wrote a caption"))
     samples = [sample("red", "red", "a red wall"), sample("blue", "blue", *captions)]
     with pytest.raises(ValueError, match=r"sample blue of shard\.tar has no caption with a word"):
-        dict(Captioning(samples, processor, metrics=COUNTED).run(model))
+        evaluate_captioning(model, processor, samples)
 
 
 def test_a_picture_in_whose_captions_java_finds_no_word_is_named(monkeypatch, tiny, tmp_path: Path) -> None:
     model, processor = tiny
     stand_in(monkeypatch, tmp_path, "for line in sys.stdin: print()", jar=tmp_path / "tokenizer.jar")
-    evaluator = Captioning(
-        [sample("red", "red", "a red wall")], processor, strategy=Greedy(10, 4), metrics=COUNTED, tokenizer="java"
-    )
+    samples, kept = [sample("red", "red", "a red wall")], list[Prediction]()
+    scorer = CaptionScorer(metrics=COUNTED, tokenizer="java")
+    options = {"strategy": Greedy(10, 4), "scorer": scorer, "on_predictions": kept.extend}
     with pytest.raises(ValueError, match=r"^picture red has no reference in which the tokenizer \(java\) finds"):
-        dict(evaluator.run(model))
-    assert [one.key for one in evaluator.predictions] == ["red"]
+        evaluate_captioning(model, processor, samples, **options)
+    assert [one.key for one in kept] == ["red"]
 
 
 def test_a_model_without_a_decoder_is_refused(tiny) -> None:
     _, processor = tiny
     clip = CoCa(replace(SIZES["tiny"], decoder=None))
     with pytest.raises(ValueError, match="no text decoder"):
-        dict(Captioning([sample("red", "red", "a red wall")], processor, metrics=COUNTED).run(clip))
+        evaluate_captioning(clip, processor, [sample("red", "red", "a red wall")])
 
 
-def together(tiny, samples, thread: Thread, **options) -> Captioning:
-    """The evaluator once it has run, beside those of other threads, with a model of its own."""
-    model, processor = tiny
-    evaluator = Captioning(
-        samples, processor, strategy=Greedy(10, 4), tokenizer="python", process_group=thread, **options
+def together(tiny, samples, thread: ProcessGroup) -> Result:
+    """The result in a thread, which has a model of its own."""
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    scorer, strategy = CaptionScorer(metrics=COUNTED, tokenizer="python"), Greedy(10, 4)
+    return evaluate_captioning(
+        model, processor, samples, strategy=strategy, scorer=scorer, clipscore="self", process_group=thread
     )
-    evaluator.figures = dict(evaluator.run(copy.deepcopy(model)))
-    return evaluator
 
 
 def test_the_first_process_computes_the_metrics_for_all_and_does_not_fall_silent(monkeypatch, tiny) -> None:
-    model, processor = tiny
     samples = [sample(name, name, f"a {name} wall", domain="near-domain") for name in COLOURS]
-    options = {"metrics": COUNTED, "clipscore": "self"}
-    alone = Captioning(samples, processor, strategy=Greedy(10, 4), tokenizer="python", **options)
-    figures = dict(alone.run(model))
+    alone = together(tiny, samples, ProcessGroup())
     scored, said = [], []
     score, all_gather = CaptionScorer.score, Thread.all_gather
 
@@ -210,10 +203,8 @@ def test_the_first_process_computes_the_metrics_for_all_and_does_not_fall_silent
     monkeypatch.setattr(CaptionScorer, "score", slow)
     monkeypatch.setattr(Thread, "all_gather", lambda self, value: said.append(self.rank) or all_gather(self, value))
     monkeypatch.setattr(distributed, "KEEPALIVE_SECONDS", 0.05)
-    for evaluator in in_threads(3, lambda thread: together(tiny, samples, thread, **options)):
-        assert evaluator.figures == figures
-        for name in ("samples", "keys", "per_sample", "reasons", "details", "predictions"):
-            assert getattr(evaluator, name) == getattr(alone, name)
+    for result in in_threads(3, lambda thread: together(tiny, samples, thread)):
+        assert (result, result.predictions) == (alone, alone.predictions)
     assert len(scored) == 1
     assert said.count(0) == said.count(1) == said.count(2) > 5
 
@@ -223,8 +214,8 @@ def test_what_fails_in_one_process_ends_all(monkeypatch, tiny) -> None:
     broken = [*good[:5], sample("torn", "red", "a red wall")]
     object.__setattr__(broken[5], "image", b"no picture")
 
-    def one_is_broken(thread: Thread) -> Captioning:
-        return together(tiny, broken if thread.rank == 1 else good, thread, metrics=COUNTED)
+    def one_is_broken(thread: Thread) -> Result:
+        return together(tiny, broken if thread.rank == 1 else good, thread)
 
     first, second = in_threads(2, one_is_broken)
     assert isinstance(second, ImageError)
@@ -234,6 +225,6 @@ def test_what_fails_in_one_process_ends_all(monkeypatch, tiny) -> None:
         raise OSError("no memory")
 
     monkeypatch.setattr(CaptionScorer, "score", fail)
-    first, second = in_threads(2, lambda thread: together(tiny, good, thread, metrics=COUNTED))
+    first, second = in_threads(2, lambda thread: together(tiny, good, thread))
     assert isinstance(first, OSError)
     assert isinstance(second, ValueError) and str(second) == "rank 0: no memory"

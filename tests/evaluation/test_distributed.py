@@ -3,6 +3,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from threading import Barrier
@@ -16,8 +17,9 @@ from contracap.data.shards import write_shard
 from contracap.evaluation import ranking, retrieval
 from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.ranking import ranks
-from contracap.evaluation.retrieval import Features, Retrieval
-from contracap.evaluation.suite import EvaluationConfig, Suite
+from contracap.evaluation.result import Result
+from contracap.evaluation.retrieval import Features, evaluate_retrieval
+from contracap.evaluation.suite import EvaluationConfig, build_suite
 from contracap.images import ImageError
 from contracap.parallel.process_group import ProcessGroup
 
@@ -87,17 +89,16 @@ class CountingModel(ColourModel):
 def test_recall_in_shares_is_that_of_one_process_to_the_bit(count: int) -> None:
     samples = [sample(f"{a}-{b}", a, f"a {b} wall", f"{a} and {b}") for a, b in combinations(COLOURS, 2)]
 
-    def evaluate(**shares: Any) -> tuple[Retrieval, dict[str, float], CountingModel]:
-        evaluator, model = Retrieval(samples, processor(), batch_size=4, **shares), CountingModel()
-        return evaluator, dict(evaluator.run(model)), model
+    def evaluate(**shares: Any) -> tuple[Result, CountingModel]:
+        model = CountingModel()
+        return evaluate_retrieval(model, processor(), samples, batch_size=4, **shares), model
 
-    alone, figures, _ = evaluate()
+    alone, _ = evaluate()
     rounds, text_rounds = -(-4 // count), -(-8 // count)  # 15 pictures are 4 batches, 30 texts are 8
-    for evaluator, found, model in in_threads(count, lambda thread: evaluate(process_group=thread)):
-        assert found == figures
-        assert (evaluator.keys, evaluator.per_sample) == (alone.keys, alone.per_sample)
-        assert torch.equal(evaluator.features.images, alone.features.images)
-        assert torch.equal(evaluator.features.texts, alone.features.texts)
+    for found, model in in_threads(count, lambda thread: evaluate(process_group=thread)):
+        assert found == alone
+        assert torch.equal(found.predictions.images, alone.predictions.images)
+        assert torch.equal(found.predictions.texts, alone.predictions.texts)
         assert (len(model.pictures), model.texts) == (rounds, text_rounds)  # the same number in every process
 
 
@@ -106,7 +107,7 @@ def test_a_picture_that_one_process_cannot_read_ends_all() -> None:
     object.__setattr__(samples[5], "image", b"no picture")  # of the second batch of four
 
     def work(thread: Thread) -> None:
-        dict(Retrieval(samples, processor(), batch_size=4, process_group=thread).run(ColourModel()))
+        evaluate_retrieval(ColourModel(), processor(), samples, batch_size=4, process_group=thread)
 
     first, second = in_threads(2, work)
     assert isinstance(first, ValueError) and str(first).startswith("rank 1: sample 5 of shard.tar: ")
@@ -139,9 +140,9 @@ def test_an_accelerator_of_one_process_that_is_full_ends_all_at_once(monkeypatch
 
     def work(thread: Thread) -> tuple[str, list[int]]:
         here.rank = thread.rank
-        evaluator = Retrieval(samples, processor(), process_group=thread)
+        evaluate = partial(evaluate_retrieval, ColourModel(), processor(), samples, process_group=thread)
         with pytest.raises((RuntimeError, ValueError)) as error:
-            run_on_every_rank(thread, lambda: dict(evaluator.run(ColourModel())))  # as a suite does
+            run_on_every_rank(thread, evaluate)  # as a suite does
         return f"{error.type.__name__}: {error.value}", thread.all_gather(thread.rank)  # which is again in step
 
     said = [f"{name}: out of memory" for name in ("ValueError: rank 1", "RuntimeError", "ValueError: rank 1")]
@@ -168,12 +169,16 @@ def test_a_task_that_fails_in_one_process_ends_all_before_the_next_one(tmp_path:
     classes = {"task": "zeroshot", "data": str(tmp_path), "classes": str(tmp_path / "classes.json")}
     tasks = {"classes": classes, "pairs": {"task": "retrieval", "data": str(tmp_path)}}
 
-    def work(thread: Thread) -> dict[str, float]:
-        suite = Suite(build(EvaluationConfig, {"tasks": tasks}), processor(), thread)
-        if thread.rank == 0:
-            suite._evaluators["classes"].batch_size = 0  # stands for trouble that one process has alone
-        return dict(suite.run(ColourModel().eval()))
+    class Torn(ColourModel):
+        """Stands for trouble that one rank has alone."""
+
+        def encode_text(self, ids):
+            raise OSError("disk gone")
+
+    def work(thread: Thread) -> Result:
+        suite = build_suite(build(EvaluationConfig, {"tasks": tasks}), processor(), thread)
+        return suite((Torn() if thread.rank == 0 else ColourModel()).eval())
 
     first, second = in_threads(2, work)
-    assert str(first) == "batch_size is 0; it must be at least 1 sample"
-    assert str(second) == "rank 0: batch_size is 0; it must be at least 1 sample"
+    assert str(first) == "disk gone"
+    assert str(second) == "rank 0: disk gone"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from contracap.evaluation.features import picture_batches
-from contracap.evaluation.result import Evaluator
-from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.zeroshot import ZeroShot
+from contracap.evaluation.result import Result
+from contracap.evaluation.retrieval import evaluate_retrieval
+from contracap.evaluation.zeroshot import evaluate_zeroshot
 from contracap.images import ImageError
 from contracap.processor import Processor
 
@@ -16,7 +16,7 @@ from .test_distributed import CountingModel
 from .worlds import COLOURS, processor, sample
 
 SAMPLES = [sample(name, name, f"a {name} wall", label=label) for label, name in enumerate(COLOURS)]
-EVALUATORS = [Retrieval, partial(ZeroShot, classes=[*COLOURS])]
+EVALUATIONS = [evaluate_retrieval, partial(evaluate_zeroshot, classes=[*COLOURS])]
 
 
 def test_picture_batches_are_the_samples_in_order_as_the_processor_has_them() -> None:
@@ -26,8 +26,8 @@ def test_picture_batches_are_the_samples_in_order_as_the_processor_has_them() ->
     assert torch.equal(torch.cat([pixels, more]), processor().images([each.image for each in SAMPLES]))
 
 
-@pytest.mark.parametrize("evaluator", EVALUATORS)
-def test_the_next_pictures_are_decoded_while_the_model_works(evaluator: Callable[..., Evaluator]) -> None:
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_the_next_pictures_are_decoded_while_the_model_works(evaluate: Callable[..., Result]) -> None:
     decoded = threading.Event()
 
     class Watched(Processor):
@@ -42,18 +42,18 @@ def test_the_next_pictures_are_decoded_while_the_model_works(evaluator: Callable
             return super().encode_image(pixels)
 
     watched = Watched(processor().image_config, processor().tokenizer)
-    figures = dict(evaluator(SAMPLES, watched, batch_size=2).run(Waiting()))
-    assert figures == dict(evaluator(SAMPLES, processor(), batch_size=6).run(CountingModel()))
+    result = evaluate(Waiting(), watched, SAMPLES, batch_size=2)
+    assert result == evaluate(CountingModel(), processor(), SAMPLES, batch_size=6)
 
 
-@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
 def test_a_picture_that_cannot_be_read_is_named_in_its_place_and_no_thread_is_left(
-    evaluator: Callable[..., Evaluator],
+    evaluate: Callable[..., Result],
 ) -> None:
     samples = [sample(str(number), name, "a wall", label=0) for number, name in enumerate(COLOURS)]
     object.__setattr__(samples[3], "image", b"no picture")
     model, threads = CountingModel(), threading.active_count()
     with pytest.raises(ImageError, match=r"^sample 3 of shard\.tar: "):
-        dict(evaluator(samples, processor(), batch_size=2).run(model))
+        evaluate(model, processor(), samples, batch_size=2)
     assert model.pictures == [2]
     assert threading.active_count() == threads

@@ -6,11 +6,10 @@ import pytest
 from contracap.cli import main
 from contracap.cli.options import check_outputs, load_model
 from contracap.data.shards import write_shard
-from contracap.evaluation.captioning import Captioning, Prediction
+from contracap.evaluation.captioning import Prediction
 from contracap.evaluation.entries import read_entries
 from contracap.evaluation.predictions import write_predictions
-from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.vqa import VQA
+from contracap.evaluation.vqa import evaluate_vqa
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 
@@ -165,11 +164,8 @@ def test_a_name_of_weights_takes_no_place(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_pictures_with_one_key_have_no_name_to_be_told_apart_by(tmp_path: Path) -> None:
-    evaluator = Captioning(
-        [sample(key, "red", "a red wall") for key in ("a", "b", "a")], processor(), metrics=("bleu",)
-    )
-    evaluator.predictions = [Prediction(key=key, prediction="red", captions=("red",)) for key in ("a", "b", "a")]
-    write_predictions(tmp_path / "kept.json", evaluator)
+    predictions = [Prediction(key=key, prediction="red", captions=("red",)) for key in ("a", "b", "a")]
+    write_predictions(tmp_path / "kept.json", predictions)
     assert [entry.get("image_name") for entry in json.loads((tmp_path / "kept.json").read_text())] == [None, "b", None]
     assert len(read_entries(tmp_path / "kept.json", None)) == 3
 
@@ -207,14 +203,8 @@ def test_what_writes_nothing_or_is_several_is_refused_before_the_weights_are_rea
 )
 def test_answers_are_kept_by_the_ids_of_their_questions_or_by_their_places(tmp_path: Path, ids, expected) -> None:
     first, second, third = ({"question": "so?", "answer": "yes", "question_id": identity} for identity in ids)
-    evaluator = VQA([sample("a", "red", qa=[first, second]), sample("b", "blue", qa=[third])], processor())
-    evaluator.answer = Told("one", "two", "3")
-    dict(evaluator.run(random_model(SIZES["tiny"], seed=0)[0]))
-    write_predictions(tmp_path / "kept.json", evaluator)
+    samples = [sample("a", "red", qa=[first, second]), sample("b", "blue", qa=[third])]
+    model = random_model(SIZES["tiny"], seed=0)[0]
+    result = evaluate_vqa(model, processor(), samples, answer=Told("one", "two", "3"))
+    write_predictions(tmp_path / "kept.json", result.predictions)
     assert json.loads((tmp_path / "kept.json").read_text()) == expected
-
-
-def test_nothing_is_kept_of_what_has_not_written(tmp_path: Path) -> None:
-    for evaluator in (Retrieval([sample("a", "red", "red")], processor()), VQA([sample("a", "red")], processor())):
-        write_predictions(tmp_path / "kept.json", evaluator)
-    assert not (tmp_path / "kept.json").exists()

@@ -1,26 +1,22 @@
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from contracap.evaluation.result import OWN_KEYS, PerSample, Result, measure, versions
-
-
-class Fixed:
-    """An evaluator with fixed figures."""
-
-    def __init__(self) -> None:
-        self.samples, self.keys, self.per_sample, self.reasons, self.details = 0, [], {}, {}, {}
-
-    def run(self, model) -> Iterator[tuple[str, float]]:
-        yield "acc1", 0.5
-        self.samples, self.reasons, self.details = 4, {"acc5": "too few classes"}, {"classes": 3}
-        self.keys, self.per_sample = ["a", "b", "c", "ä"], {"acc1": [1.0, 0.0, 1.0, 0.0]}
+from contracap.evaluation.result import OWN_KEYS, PerSample, Result, versions
 
 
 def test_file_holds_the_keys_of_every_result(tmp_path) -> None:
     path = tmp_path / "new" / "result.json"
-    measure(Fixed(), None, command="contracap evaluate x", seed=7).write(path)
+    result = Result.of_samples(
+        ["a", "b", "c", "ä"],
+        {"acc1": 0.5},
+        per_sample={"acc1": [1.0, 0.0, 1.0, 0.0]},
+        reasons={"acc5": "too few classes"},
+        predictions=[1, 2, 3, 4],
+        details={"classes": 3},
+    )
+    replace(result, command="contracap evaluate x", seed=7).write(path)
     content = json.loads(path.read_text())
     assert content.pop("versions")["python"] == versions()["python"]
     assert content == {
@@ -49,32 +45,32 @@ def test_versions_name_what_can_change_a_figure() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_figure_that_is_no_number_becomes_null_with_a_reason(value: float) -> None:
-    content = Result(command="x", seed=None, samples=1, figures={"CIDEr": value}).to_dict()
+    content = Result(samples=1, figures={"CIDEr": value}).to_dict()
     assert content["figures"] == {"CIDEr": None}
     assert "no finite number" in content["reasons"]["CIDEr"]
 
 
 def test_null_without_a_reason_is_refused() -> None:
     with pytest.raises(ValueError, match="without a value or a reason: SPICE"):
-        Result(command="x", seed=None, samples=1, figures={"SPICE": None})
+        Result(samples=1, figures={"SPICE": None})
 
 
 def test_own_keys_are_those_of_a_file_without_details() -> None:
     values = {"acc1": PerSample.of(["a"], [1.0])}
-    whole = Result(command="x", seed=None, samples=1, figures={"acc1": 1.0}, per_sample=values)
+    whole = Result(samples=1, figures={"acc1": 1.0}, per_sample=values)
     assert whole.to_dict().keys() == OWN_KEYS
 
 
 @pytest.mark.parametrize("key", sorted(OWN_KEYS))
 def test_details_cannot_overwrite_what_is_the_results_own(key: str) -> None:
     with pytest.raises(ValueError, match=f"own keys: {key}"):
-        Result(command="x", seed=None, samples=1, figures={}, details={key: {}})
+        Result(samples=1, figures={}, details={key: {}})
 
 
 def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path) -> None:
     path = tmp_path / "result.json"
-    Result(command="old", seed=None, samples=1, figures={}).write(path)
+    Result(command="old", samples=1, figures={}).write(path)
     with pytest.raises(TypeError):
-        Result(command="new", seed=None, samples=1, figures={}, details={"odd": object()}).write(path)
+        Result(command="new", samples=1, figures={}, details={"odd": object()}).write(path)
     assert json.loads(path.read_text())["command"] == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]

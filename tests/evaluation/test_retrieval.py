@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from contracap.data.shards import write_shard
 from contracap.evaluation import ranking, retrieval
 from contracap.evaluation.ranking import places, ranks
-from contracap.evaluation.retrieval import Features, Retrieval, recall
+from contracap.evaluation.retrieval import Features, evaluate_retrieval, recall
 
 from .oracles import reference
 from .worlds import COLOURS, ColourModel, Largest, processor, record, sample
@@ -113,7 +113,7 @@ def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
     with pytest.raises(ValueError, match=r"recall@0 needs a K from 1"):
         recall(images, texts, owner, (0,))
     with pytest.raises(ValueError, match=r"recall@-1 needs a K from 1"):
-        Retrieval([], processor(), ks=(1, -1))
+        evaluate_retrieval(ColourModel(), processor(), [], ks=(1, -1))
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
@@ -163,50 +163,48 @@ def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:
         tmp_path / "0.tar",
         [record(name, name, captions=[f"a {name} wall", f"all {name}"]) for name in names],
     )
-    evaluator = Retrieval(tmp_path, processor(), batch_size=4)
     model = ColourModel().train()
-    figures = dict(evaluator.run(model))
+    result = evaluate_retrieval(model, processor(), tmp_path, batch_size=4)
     assert model.training
-    assert figures == {
+    assert result.values == {
         "text_to_image_recall@1": 1.0,
         "text_to_image_recall@5": 1.0,
         "image_to_text_recall@1": 1.0,
         "image_to_text_recall@5": 1.0,
         "image_to_text_recall@10": 1.0,
     }
-    assert evaluator.reasons == {
+    assert result.reasons == {
         "text_to_image_recall@10": "text_to_image_recall@10 needs at least 10 pictures to choose from; there are 6"
     }
-    assert (evaluator.samples, evaluator.details) == (6, {"captions": 12})
-    assert evaluator.features is not None
-    assert evaluator.keys == evaluator.features.keys == names
-    assert evaluator.features.image_of_text.tolist() == [i for i in range(6) for _ in range(2)]
+    assert (result.samples, result.details["captions"]) == (6, 12)
+    assert result.predictions.keys == names
+    assert result.predictions.image_of_text.tolist() == [i for i in range(6) for _ in range(2)]
 
 
 def test_evaluator_counts_wrong_captions() -> None:
     colours = [*COLOURS][:3]
     samples = [sample(name, name, f"a {name} wall") for name in colours]
     samples += [sample("odd", "yellow", "a red wall", "a yellow wall")]  # the first is nearer to the picture of red
-    evaluator = Retrieval(samples, processor(), ks=(1, 2))
-    assert dict(evaluator.run(ColourModel())) == {
+    result = evaluate_retrieval(ColourModel(), processor(), samples, ks=(1, 2))
+    assert result.figures == {
         "text_to_image_recall@1": 4 / 5,
         "text_to_image_recall@2": 1.0,
         "image_to_text_recall@1": 1.0,
         "image_to_text_recall@2": 1.0,
     }
-    assert evaluator.keys == [*colours, "odd"]
+    assert result.predictions.keys == [*colours, "odd"]
 
 
 def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
     samples = [sample(a, a, *[f"a {b} wall" for b in [*COLOURS][: i + 1]]) for i, a in enumerate(COLOURS)]
-    evaluator = Retrieval(samples, processor())
-    figures = dict(evaluator.run(ColourModel()))
-    assert evaluator.per_sample.keys() == figures.keys() and "text_to_image_recall@10" not in figures
-    for name, values in evaluator.per_sample.items():
-        assert len(values) == 6
-        assert sum(values) / 6 == pytest.approx(figures[name], abs=1e-12)
+    result = evaluate_retrieval(ColourModel(), processor(), samples)
+    figures = result.values
+    assert result.per_sample.keys() == figures.keys() and "text_to_image_recall@10" not in figures
+    for name, found in result.per_sample.items():
+        assert len(found.values) == 6
+        assert sum(found.values) / 6 == pytest.approx(figures[name], abs=1e-12)
     # of one to six captions the one that names the picture's colour hits; a picture counts by its captions
-    assert evaluator.per_sample["text_to_image_recall@1"] == pytest.approx([6 / 21] * 6)
+    assert result.per_sample["text_to_image_recall@1"].values == pytest.approx([6 / 21] * 6)
     assert figures["text_to_image_recall@1"] == pytest.approx(6 / 21)
 
 
@@ -214,28 +212,28 @@ def test_the_evaluator_finds_the_recalls_of_the_embeddings(monkeypatch) -> None:
     images, texts, owner = embeddings(40, (5, 7), seed=0)
     found = Features(images=images, texts=texts, image_of_text=owner, keys=["x"] * 40, captions=["x"] * len(texts))
     monkeypatch.setattr(retrieval, "embed", lambda *_, **__: found)
-    assert dict(Retrieval([], processor()).run(ColourModel())) == recall(images, texts, owner)
+    assert evaluate_retrieval(ColourModel(), processor(), []).figures == recall(images, texts, owner)
 
 
 def test_batch_size_does_not_change_the_figures() -> None:
     samples = [sample(f"{a}-{b}", a, f"a {b} wall") for a, b in combinations(COLOURS, 2)]
-    figures = [dict(Retrieval(samples, processor(), batch_size=size).run(ColourModel())) for size in (1, 4, 64)]
+    figures = [evaluate_retrieval(ColourModel(), processor(), samples, batch_size=n).figures for n in (1, 4, 64)]
     assert figures[0] == figures[1] == figures[2]
 
 
 def test_shards_without_a_sample_are_refused(tmp_path) -> None:
     write_shard(tmp_path / "0.tar", [])
     with pytest.raises(ValueError, match=f"no samples to evaluate on in {tmp_path}"):
-        dict(Retrieval(tmp_path, processor()).run(ColourModel()))
+        evaluate_retrieval(ColourModel(), processor(), tmp_path)
 
 
 def test_errors_name_the_sample() -> None:
     good, silent = sample("good", "red", "a red wall"), sample("silent", "red")
     with pytest.raises(ValueError, match=r"sample silent of shard\.tar has no caption"):
-        dict(Retrieval([good, silent], processor()).run(ColourModel()))
+        evaluate_retrieval(ColourModel(), processor(), [good, silent])
     object.__setattr__(silent, "captions", ("a wall",))
     object.__setattr__(silent, "image", b"no picture")
     with pytest.raises(ValueError, match=r"sample silent of shard\.tar: "):
-        dict(Retrieval([good, silent], processor()).run(ColourModel()))
+        evaluate_retrieval(ColourModel(), processor(), [good, silent])
     with pytest.raises(ValueError, match="batch_size is 0"):
-        dict(Retrieval([good], processor(), batch_size=0).run(ColourModel()))
+        evaluate_retrieval(ColourModel(), processor(), [good], batch_size=0)

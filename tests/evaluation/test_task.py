@@ -7,7 +7,7 @@ from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
 from contracap.evaluation.spice import CORENLP_JARS
 from contracap.evaluation.suite import measure_tasks
-from contracap.evaluation.task import TaskConfig, asked, build_evaluator, measure_task, seed_of
+from contracap.evaluation.task import TaskConfig, asked, build_evaluator, seed_of
 from contracap.generation import BeamSearch, ContrastiveReranking, Sampling
 from contracap.pretrained import load
 
@@ -56,11 +56,11 @@ def test_the_tokenizer_and_the_memory_of_spice_are_those_that_were_asked_for(mon
     values = {"task": "captioning", "data": str(tmp_path / "data"), **given}
     config = build(TaskConfig, values)
     assert asked(config) == values
-    scorer = build_evaluator(config, processor()).scorer
-    assert scorer.tokenizer == "python" and "-Xmx3g" in scorer._spice._command
-    usual = build(TaskConfig, values | {"tokenizer": "java", "spice_memory": "8g"})
-    others = build_evaluator(usual, processor()).scorer
-    assert others.tokenizer == "java" and "-Xmx8g" in others._spice._command
+    made = list[dict]()
+    monkeypatch.setattr("contracap.evaluation.task.CaptionScorer", lambda **options: made.append(options))
+    build_evaluator(config, processor())
+    build_evaluator(build(TaskConfig, values | {"tokenizer": "java", "spice_memory": "8g"}), processor())
+    assert [(options["tokenizer"], options["spice_memory"]) for options in made] == [("python", "3g"), ("java", "8g")]
     with pytest.raises(ConfigError, match="'tokenizer' must be one of 'java', 'python'"):
         build(TaskConfig, values | {"tokenizer": "perl"})
 
@@ -82,8 +82,7 @@ def test_results_tell_the_seed(tmp_path: Path) -> None:
     config = TaskConfig(
         task="captioning", data=str(tmp_path), metrics=("rouge_l",), strategy="sample", settings=("seed=3",)
     )
-    evaluator = build_evaluator(config, own)
-    assert measure_task(config, evaluator, model, command="contracap evaluate x").seed == 3
+    assert build_evaluator(config, own)(model).seed == 3
     assert measure_tasks({"a": config}, model, own, command="contracap evaluate x").seed == 3
     assert measure_tasks({"a": config}, model, own, command="contracap study x", seed=5).seed == 5
 
@@ -93,6 +92,6 @@ def test_evaluate_in_python_gives_the_figures_of_the_verb(weights: Path, tmp_pat
     model, own = load(weights)
     result = contracap.evaluate(model, own, task="retrieval", data=tmp_path)
     config = task(task="retrieval", data=str(tmp_path))
-    assert result.figures == measure_task(config, build_evaluator(config, own), model, command="").figures
+    assert result.figures == build_evaluator(config, own)(model).figures
     with pytest.raises(ConfigError, match="unknown key 'classe'; did you mean 'classes'"):
         contracap.evaluate(model, own, task="zeroshot", data=tmp_path, classe="imagenet1k")

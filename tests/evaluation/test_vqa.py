@@ -8,8 +8,10 @@ import torch
 from contracap.data.shards import Sample, write_shard
 from contracap.evaluation import answering
 from contracap.evaluation.answering import Asked, Chosen, Written
+from contracap.evaluation.result import digest
 from contracap.evaluation.task import TaskConfig, build_evaluator
-from contracap.evaluation.vqa import VQA, load_answers
+from contracap.evaluation.vqa import answering as answerer
+from contracap.evaluation.vqa import evaluate_vqa, load_answers
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, Sampling
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
@@ -88,7 +90,7 @@ def test_each_picture_is_encoded_once_with_all_its_questions(pair, monkeypatch) 
         CoCa, "encode_caption_tokens", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels)
     )
     for answers in (ANSWERS, ()):
-        dict(VQA(pictures(*WORLD), processor, answers=answers, batch_size=2).run(model))
+        evaluate_vqa(model, processor, pictures(*WORLD), answer=answerer(answers), batch_size=2)
     assert seen == [2, 1, 2, 1]
 
 
@@ -98,15 +100,15 @@ def test_each_picture_is_encoded_once_with_all_its_questions(pair, monkeypatch) 
 )
 def test_written_answers_are_what_the_captioner_writes_behind_the_question(pair, strategy) -> None:
     model, processor = pair
-    evaluator = VQA(pictures(*WORLD), processor, strategy=strategy, prompt="q: {} a:", batch_size=8)
-    dict(evaluator.run(model))
+    answer = answerer((), strategy)
+    result = evaluate_vqa(model, processor, pictures(*WORLD), answer=answer, prompt="q: {} a:", batch_size=8)
     flat = [(colour, question) for colour, about in WORLD for question in about]
     pixels = processor.images([sample("", colour).image for colour, _ in flat])
     prompts = [f"q: {question} a:" for _, question in flat]
     captions = Captioner(model, processor).generate(pixels, strategy, prompts=prompts)
     begun = [len(processor.tokenizer.encode(prompt)) for prompt in prompts]
     texts = [processor.tokenizer.decode(caption.token_ids[n:]) for caption, n in zip(captions, begun, strict=True)]
-    assert [answer.prediction for answer in evaluator.predictions] == texts
+    assert [answer.prediction for answer in result.predictions] == texts
     assert len(set(texts)) > 1
 
 
@@ -115,9 +117,8 @@ def test_batches_do_not_change_the_answers(pair, answers) -> None:
     model, processor = pair
     found = []
     for size in (1, 2, 16):
-        evaluator = VQA(pictures(*WORLD), processor, answers=answers, batch_size=size)
-        figures = dict(evaluator.run(model))
-        found.append((figures, [answer.prediction for answer in evaluator.predictions]))
+        result = evaluate_vqa(model, processor, pictures(*WORLD), answer=answerer(answers), batch_size=size)
+        found.append((result.figures, [answer.prediction for answer in result.predictions]))
     assert found[0] == found[1] == found[2]
 
 
@@ -164,33 +165,31 @@ def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
         sample("b", "blue", qa=[question(["no"] * 9 + ["yes"], "is", "yes/no")]),
     ]
     told = ("yes", "the two", "No!")
-    evaluator = VQA(samples, processor)
-    evaluator.answer = Told(*told)
-    assert dict(evaluator.run(model)) == {"accuracy": pytest.approx((0 + 0.6 + 1) / 3)}
-    assert (evaluator.samples, evaluator.keys) == (2, ["a", "b"])
-    assert evaluator.per_sample["accuracy"] == pytest.approx([0.6 * 2 / 3, 1 * 2 / 3])
-    assert evaluator.details == {
+    result = evaluate_vqa(model, processor, samples, answer=Told(*told))
+    assert result.figures == {"accuracy": pytest.approx((0 + 0.6 + 1) / 3)}
+    assert result.samples == 2
+    assert result.per_sample["accuracy"].values == pytest.approx([0.6 * 2 / 3, 1 * 2 / 3])
+    assert result.details == {
+        "keys_digest": digest(["a", "b"]),
         "questions": 3,
         "accuracy_by_question_type": {"how many": pytest.approx(0.6), "is": 0.5},
         "accuracy_by_answer_type": {"number": pytest.approx(0.6), "yes/no": 0.5},
     }
-    assert [(answer.key, answer.prediction) for answer in evaluator.predictions] == list(zip("aab", told, strict=True))
+    assert [(answer.key, answer.prediction) for answer in result.predictions] == list(zip("aab", told, strict=True))
 
-    lenient = VQA(samples, processor, strict=False)
-    lenient.answer = Told(*told)
-    assert dict(lenient.run(model)) == {"accuracy": pytest.approx((1 + 0.6 + 1) / 3)}
+    lenient = evaluate_vqa(model, processor, samples, answer=Told(*told), strict=False)
+    assert lenient.figures == {"accuracy": pytest.approx((1 + 0.6 + 1) / 3)}
 
 
 def test_shards_of_questions_are_answered_from_a_list(pair, tmp_path: Path) -> None:
     model, processor = pair
     qa = [{"question": "is it?", "answer": "yes"}, {"question": "what colour?", "answer": "red"}]
     write_shard(tmp_path / "0.tar", [record(name, name, qa=qa) for name in COLOURS])
-    evaluator = VQA(tmp_path, processor, answers=ANSWERS)
-    (figure,) = evaluator.run(model)
-    assert figure[0] == "accuracy" and 0 <= figure[1] <= 1
-    assert evaluator.details == {"questions": 12, "answers": len(ANSWERS)}
-    assert {answer.prediction for answer in evaluator.predictions} <= set(ANSWERS)
-    assert sum(evaluator.per_sample["accuracy"]) / 6 == pytest.approx(figure[1])
+    result = evaluate_vqa(model, processor, tmp_path, answer=answerer(ANSWERS))
+    assert 0 <= result.figures["accuracy"] <= 1
+    assert (result.details["questions"], result.details["answers"]) == (12, len(ANSWERS))
+    assert {answer.prediction for answer in result.predictions} <= set(ANSWERS)
+    assert sum(result.per_sample["accuracy"].values) / 6 == pytest.approx(result.figures["accuracy"])
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -206,43 +205,43 @@ def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> 
     file.with_name("v2_mscoco_val2014_annotations.json").write_text(json.dumps(said))
     pictures.mkdir()
     (pictures / "COCO_val2014_000000000009.png").write_bytes(sample("", "red").image)
-    evaluator = VQA([str(file)] if beside else [str(file), str(pictures)], processor, answers=["no", "yes"])
-    dict(evaluator.run(model))
-    assert evaluator.keys == ["COCO_val2014_000000000009"]
-    assert list(evaluator.details["accuracy_by_question_type"]) == ["is it"]
+    data = [str(file)] if beside else [str(file), str(pictures)]
+    result = evaluate_vqa(model, processor, data, answer=answerer(["no", "yes"]))
+    assert [answer.key for answer in result.predictions] == ["COCO_val2014_000000000009"]
+    assert list(result.details["accuracy_by_question_type"]) == ["is it"]
     task = TaskConfig(task="vqa", data=str(file) if beside else (str(file), str(pictures)))
     built = build_evaluator(task, processor)
     file.unlink()  # it has been read: a look at the first sample and every run need not do it again
-    assert [dict(built.run(model)).keys() for _ in range(2)] == [{"accuracy"}] * 2
+    assert [built(model).figures.keys() for _ in range(2)] == [{"accuracy"}] * 2
     file.write_text(json.dumps(put))
     with pytest.raises(ValueError, match=r"behind the questions .*\.json comes one folder, of pictures, not 2"):
-        dict(VQA([file, tmp_path, tmp_path], processor).run(model))
+        evaluate_vqa(model, processor, [file, tmp_path, tmp_path])
 
 
 def test_what_cannot_be_asked_is_refused(pair) -> None:
     model, processor = pair
     world = pictures(*WORLD)
     with pytest.raises(ValueError, match=r"the prompt 'question:' has no \{\}"):
-        VQA(world, processor, prompt="question:")
+        evaluate_vqa(model, processor, world, prompt="question:")
     with pytest.raises(ValueError, match="'yes' is named twice"):
-        VQA(world, processor, answers=["yes", "no", "yes"])
+        answerer(["yes", "no", "yes"])
     with pytest.raises(ValueError, match="another strategy than rerank"):
-        VQA(world, processor, strategy=ContrastiveReranking())
+        answerer((), ContrastiveReranking())
     with pytest.raises(ValueError, match="the answer '  ' has no text"):
-        dict(VQA(world, processor, answers=["yes", "  "]).run(model))
+        evaluate_vqa(model, processor, world, answer=answerer(["yes", "  "]))
     with pytest.raises(ValueError, match="names the start or the end token"):
-        dict(VQA(pictures(("red", ["is <end_of_text> it?"])), processor).run(model))
+        evaluate_vqa(model, processor, pictures(("red", ["is <end_of_text> it?"])))
     with pytest.raises(ValueError, match=r"sample 0 of shard\.tar has no questions"):
-        dict(VQA([sample("0", "red", "a red wall")], processor).run(model))
+        evaluate_vqa(model, processor, [sample("0", "red", "a red wall")])
 
 
 def test_a_question_without_room_for_an_answer_is_named_and_cut_short(pair) -> None:
     model, processor = pair
     long = pictures(("green", ["is it?"]), ("red", ["is it?", "is it " * 60]))
-    for evaluator in (VQA(long, processor, answers=ANSWERS, prompt="{}"), VQA(long, processor, prompt="{}")):
+    for answers in (ANSWERS, ()):
         said = r"^sample 1 of shard\.tar: the question 'is it is .{50} leaves no room .*context, or max_tokens, is 64$"
         with pytest.raises(ValueError, match=said):
-            dict(evaluator.run(model))
+            evaluate_vqa(model, processor, long, answer=answerer(answers), prompt="{}")
 
 
 def test_the_last_question_with_room_for_an_answer_is_asked(pair) -> None:
@@ -254,12 +253,10 @@ def test_the_last_question_with_room_for_an_answer_is_asked(pair) -> None:
     ):
         texts = ["is it" + " is" * (needed - taken + more) for more in (0, 1)]
         assert [len(processor.tokenizer.encode(text)) for text in texts] == [needed, needed + 1]
-        fits, does_not = (
-            VQA(pictures(("red", [text])), processor, answers=answers, strategy=strategy, prompt="{}") for text in texts
-        )
-        dict(fits.run(model))
+        fits, does_not = (pictures(("red", [text])) for text in texts)
+        evaluate_vqa(model, processor, fits, answer=answerer(answers, strategy), prompt="{}")
         with pytest.raises(ValueError, match="leaves no room"):
-            dict(does_not.run(model))
+            evaluate_vqa(model, processor, does_not, answer=answerer(answers, strategy), prompt="{}")
 
 
 def test_short_answers_do_not_wait_for_long_ones(pair, monkeypatch) -> None:
@@ -281,7 +278,7 @@ def test_broken_weights_are_named(pair) -> None:
         broken.decoder.vocabulary.weight.fill_(float("nan"))
     for answers in (ANSWERS, ()):
         with pytest.raises(ValueError, match="not finite"):
-            dict(VQA(pictures(*WORLD), processor, answers=answers).run(broken))
+            evaluate_vqa(broken, processor, pictures(*WORLD), answer=answerer(answers))
 
 
 def test_a_clip_cannot_answer(pair) -> None:

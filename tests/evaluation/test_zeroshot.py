@@ -12,13 +12,16 @@ from contracap.data.shards import write_shard
 from contracap.evaluation import classification
 from contracap.evaluation.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.published import published
+from contracap.evaluation.result import digest
 from contracap.evaluation.zeroshot import (
     TEMPLATES,
-    ZeroShot,
     classifier,
+    evaluate_zeroshot,
+    label_of,
     load_classes,
     load_templates,
     logits,
+    named_classes,
     templates_of,
 )
 from contracap.model.sizes import SIZES
@@ -46,23 +49,22 @@ def test_classifier_is_the_normalised_mean_of_the_normalised_prompts() -> None:
 def test_accuracy_of_a_model_that_knows_the_colours(tmp_path) -> None:
     records = [record(f"{name}{i}", name, label=NAMES.index(name)) for name in NAMES for i in range(2)]
     write_shard(tmp_path / "0.tar", records)
-    evaluator = ZeroShot(tmp_path, processor(), classes=NAMES, batch_size=5)
-    assert dict(evaluator.run(ColourModel())) == {"acc1": 1.0, "acc5": 1.0, "mean_per_class_recall": 1.0}
-    assert evaluator.predictions == evaluator.labels == [i for i in range(6) for _ in range(2)]
-    assert (evaluator.samples, evaluator.reasons) == (12, {})
-    assert evaluator.details == {"classes": 6, "templates": len(TEMPLATES)}
+    result = evaluate_zeroshot(ColourModel(), processor(), tmp_path, classes=NAMES, batch_size=5)
+    assert result.figures == {"acc1": 1.0, "acc5": 1.0, "mean_per_class_recall": 1.0}
+    assert result.predictions.predictions == result.predictions.labels == [i for i in range(6) for _ in range(2)]
+    assert (result.samples, result.reasons) == (12, {})
+    assert (result.details["classes"], result.details["templates"]) == (6, len(TEMPLATES))
 
 
 def test_class_member_of_a_shard_is_the_label(tmp_path) -> None:
     key, members = record("one", "blue")
     write_shard(tmp_path / "0.tar", [(key, members | {"cls": b"2"})])
-    evaluator = ZeroShot(tmp_path, processor(), classes=NAMES)
-    assert dict(evaluator.run(ColourModel()))["acc1"] == 1.0
+    assert evaluate_zeroshot(ColourModel(), processor(), tmp_path, classes=NAMES).figures["acc1"] == 1.0
 
 
 def test_mean_per_class_recall_weighs_the_occurring_classes_alike() -> None:
     samples = [sample(f"r{i}", "red", label=0) for i in range(3)] + [sample("b", "blue", label=1)]
-    figures = dict(ZeroShot(samples, processor(), classes=NAMES, templates=PLAIN).run(ColourModel()))
+    figures = evaluate_zeroshot(ColourModel(), processor(), samples, classes=NAMES, templates=PLAIN).figures
     assert figures["acc1"] == 3 / 4
     assert figures["mean_per_class_recall"] == 1 / 2  # of two classes; four do not occur
 
@@ -121,20 +123,16 @@ def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> 
     ]
     key, members = record("marked", "red")
     write_shard(tmp_path / "0.tar", [*records, (key, members | {"npy": npy(np.array([1, 0, 0, 0, 0, 0]))})])
-    evaluator = ZeroShot(tmp_path, processor(), classes=NAMES)
-    figures = dict(evaluator.run(ColourModel()))
+    result = evaluate_zeroshot(ColourModel(), processor(), tmp_path, classes=NAMES)
+    figures = result.figures
     # red: both pictures first; green: second or later of four; blue: first; three classes without a picture count 0
     assert set(figures) == {"mean_average_precision"}
     assert (1 + 1 / 4 + 1) / 6 <= figures["mean_average_precision"] <= (1 + 1 / 2 + 1) / 6
-    assert evaluator.labels == [] and evaluator.reasons == {}
-    assert evaluator.per_sample == {}  # it is no mean over pictures: neither resampling nor swapping them is valid
-    assert evaluator.keys == ["one", "two", "none", "marked"]
+    assert (result.predictions, result.reasons, result.samples) == ((), {}, 4)
+    assert result.per_sample == {}  # it is not a mean over pictures: neither resampling nor swapping them is valid
     with pytest.raises(ValueError, match="sample one has `labels`, others have one `label`"):
-        dict(
-            ZeroShot([*evaluation_samples(tmp_path), sample("x", "red", label=0)], processor(), classes=NAMES).run(
-                ColourModel()
-            )
-        )
+        mixed = [*evaluation_samples(tmp_path), sample("x", "red", label=0)]
+        evaluate_zeroshot(ColourModel(), processor(), mixed, classes=NAMES)
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -157,17 +155,16 @@ def npy(array: np.ndarray) -> bytes:
     ],
 )
 def test_a_npy_member_that_holds_no_marks_is_no_label(content: bytes) -> None:
-    evaluator = ZeroShot([], processor(), classes=NAMES)
     with pytest.raises(ValueError, match="has no label"):
-        evaluator.label(replace(sample("x", "red"), npy=content))
-    assert evaluator.label(replace(sample("x", "red", label=2), npy=content)) == 2
+        label_of(replace(sample("x", "red"), npy=content), 6)
+    assert label_of(replace(sample("x", "red", label=2), npy=content), 6) == 2
 
 
 def test_fields_come_before_the_marks_of_a_npy_member() -> None:
-    evaluator, marks = ZeroShot([], processor(), classes=NAMES), npy(np.array([1, 0, 0, 0, 0, 1], bool))
-    assert evaluator.label(replace(sample("x", "red"), npy=marks)) == (0, 5)
-    assert evaluator.label(replace(sample("x", "red", labels=[1]), npy=marks)) == (1,)
-    assert evaluator.label(replace(sample("x", "red", label=2), npy=marks)) == 2
+    marks = npy(np.array([1, 0, 0, 0, 0, 1], bool))
+    assert label_of(replace(sample("x", "red"), npy=marks), 6) == (0, 5)
+    assert label_of(replace(sample("x", "red", labels=[1]), npy=marks), 6) == (1,)
+    assert label_of(replace(sample("x", "red", label=2), npy=marks), 6) == 2
 
 
 def test_of_equal_scores_the_first_picture_and_the_first_class_stand_first() -> None:
@@ -183,10 +180,9 @@ def test_figures_are_the_means_of_what_each_picture_adds() -> None:
     samples = [
         sample(f"{i}", name, label=int(torch.randint(6, (), generator=draw))) for i, name in enumerate([*COLOURS] * 4)
     ]
-    evaluator = ZeroShot(samples, processor(), classes=NAMES)
-    figures = dict(evaluator.run(ColourModel()))
-    assert evaluator.keys == [each.key for each in samples]
-    assert figures == {name: pytest.approx(sum(part) / 24) for name, part in evaluator.per_sample.items()}
+    result = evaluate_zeroshot(ColourModel(), processor(), samples, classes=NAMES)
+    figures = result.figures
+    assert figures == {name: pytest.approx(sum(found.values) / 24) for name, found in result.per_sample.items()}
     assert 0 < figures["acc1"] < 1
 
 
@@ -194,25 +190,26 @@ def test_folders_of_classes_name_them(tmp_path) -> None:
     for name in ("sky_blue", "red"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(picture(COLOURS[name.removeprefix("sky_")]))
-    evaluator = ZeroShot(tmp_path, processor(), templates=PLAIN)
-    assert evaluator.classes == ("red", "sky blue")
-    assert dict(evaluator.run(ColourModel()))["acc1"] == 1
-    assert (evaluator.labels, evaluator.keys) == ([0, 1], ["red/0.png", "sky_blue/0.png"])
-    assert ZeroShot((tmp_path,), processor(), classes=["rouge", "bleu"]).classes == ("rouge", "bleu")
+    result = evaluate_zeroshot(ColourModel(), processor(), tmp_path, templates=PLAIN)
+    assert result.predictions.classes == ("red", "sky blue")
+    assert result.figures["acc1"] == 1
+    assert result.predictions.labels == [0, 1]
+    assert result.details["keys_digest"] == digest(["red/0.png", "sky_blue/0.png"])
+    assert named_classes((tmp_path,), ["rouge", "bleu"])[1] == ("rouge", "bleu")
     with pytest.raises(ValueError, match="has 2 subfolders, but there are 6 class names"):
-        ZeroShot(tmp_path, processor(), classes=NAMES)
+        named_classes(tmp_path, NAMES)
 
 
 def test_shards_do_not_name_their_classes(tmp_path) -> None:
     write_shard(tmp_path / "0.tar", [record("one", "blue", label=2)])
     with pytest.raises(ValueError, match="names of the classes are missing"):
-        ZeroShot(tmp_path, processor())
+        named_classes(tmp_path, None)
 
 
 def test_below_five_classes_there_is_a_reason_instead_of_acc5() -> None:
-    evaluator = ZeroShot([sample("r", "red", label=0)], processor(), classes=NAMES[:3])
-    assert set(dict(evaluator.run(ColourModel()))) == {"acc1", "mean_per_class_recall"}
-    assert evaluator.reasons == {"acc5": "acc5 needs at least 5 classes; there are 3"}
+    result = evaluate_zeroshot(ColourModel(), processor(), [sample("r", "red", label=0)], classes=NAMES[:3])
+    assert set(result.values) == {"acc1", "mean_per_class_recall"}
+    assert result.reasons == {"acc5": "acc5 needs at least 5 classes; there are 3"}
 
 
 def test_last_product_is_fp32_under_autocast() -> None:
@@ -240,7 +237,7 @@ def test_last_product_is_fp32_under_autocast() -> None:
 )
 def test_a_label_without_a_class_is_refused(fields, said: str) -> None:
     with pytest.raises(ValueError, match=rf"sample x of shard\.tar has .*{said}.* from 0 to 5"):
-        dict(ZeroShot([sample("x", "red", **fields)], processor(), classes=NAMES).run(ColourModel()))
+        label_of(sample("x", "red", **fields), 6)
 
 
 def test_class_names_come_from_a_list_or_a_manifest(tmp_path) -> None:
@@ -269,7 +266,7 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, load) -> None:
 
 def test_the_empty_name_of_a_published_set_is_taken() -> None:
     names = load_classes("clevr_closest_object_distance")
-    assert ZeroShot([], processor(), classes=names).classes == names and "" in names
+    assert named_classes([], names)[1] == names and "" in names
 
 
 def test_templates_come_from_a_list(tmp_path) -> None:

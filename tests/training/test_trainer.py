@@ -285,14 +285,15 @@ def test_skipped_steps_between_good_ones_do_not_add_up(recipe_values: dict, monk
 def test_an_evaluation_that_fails_is_warned_of_and_the_run_goes_on(
     recipe_values: dict, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from contracap.evaluation.suite import Suite
-    from contracap.training.validation import Validation
+    from contracap.training import trainer
 
-    run, times = Validation.run, iter(range(9))
-    monkeypatch.setattr(Suite, "run", lambda *args: iter([("retrieval/rank", 1 / 0)]))
-    monkeypatch.setattr(
-        Validation, "run", lambda *args: run(*args) if next(times) else iter(Path("/gone.tar").read_text())
-    )
+    validate, times = trainer.validation_losses, iter(range(9))
+
+    def gone_at_first(*args, **kwargs):
+        return validate(*args, **kwargs) if next(times) else Path("/gone.tar").read_text()
+
+    monkeypatch.setattr(trainer, "build_suite", lambda *args: lambda model: 1 / 0)
+    monkeypatch.setattr(trainer, "validation_losses", gone_at_first)
     values = recipe_values | {
         "validate_every": 4,
         "evaluation": {"every": 4, "tasks": {"pairs": {"task": "retrieval", "data": recipe_values["data"]["train"]}}},

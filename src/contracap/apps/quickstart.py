@@ -8,10 +8,9 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,8 +41,8 @@ from contracap.data.scenes import (
 )
 from contracap.data.shards import Sample, write_shard
 from contracap.evaluation.result import Result
-from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.zeroshot import ZeroShot
+from contracap.evaluation.retrieval import Features, evaluate_retrieval
+from contracap.evaluation.zeroshot import evaluate_zeroshot
 from contracap.files import replacing, write_text
 from contracap.generation.captioner import Captioner
 from contracap.generation.sampling import Greedy
@@ -87,35 +86,21 @@ GO_ON = "remove {}, then the same command begins again"
 logger = logging.getLogger(__name__)
 
 
-class SceneCaptioning:
-    """Share of captions that say all of the scene and nothing wrong, in whichever phrasing of the grammar.
+def evaluate_scene_captions(model: CoCa, processor: Processor, samples: Sequence[Sample]) -> Result:
+    """Return the share of captions that say all of the scene and nothing wrong, in whichever phrasing of the grammar.
 
-    Attributes:
-        samples: pictures, once `run` has come to its end; likewise the others.
-        reasons: none.
-        details: none.
-        captions: what the model wrote for each picture.
-        correct: whether it was right.
+    A sample's own caption tells what its picture shows. The predictions are each caption, and whether it is right.
     """
-
-    def __init__(self, source: Sequence[Sample], processor: Processor):
-        self.source, self.processor = source, processor
-        self.samples = 0
-        self.reasons: dict[str, str] = {}
-        self.details: dict[str, Any] = {}
-        self.captions: list[str] = []
-        self.correct: list[bool] = []
-
-    def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
-        """Name and value of the figure. A sample's own caption tells what its picture shows."""
-        captioner = Captioner(model, self.processor)
-        strategy = Greedy(max_tokens=model.config.text.context)
-        made = captioner([sample.image for sample in self.source], strategy, batch_size=100)
-        self.captions = [caption.text for caption in made]
-        shown = [parse(sample.captions[0]) for sample in self.source]
-        self.correct = [parse(caption) == scene for caption, scene in zip(self.captions, shown, strict=True)]
-        self.samples = len(made)
-        yield "caption_accuracy", sum(self.correct) / len(self.correct)
+    captioner = Captioner(model, processor)
+    strategy = Greedy(max_tokens=model.config.text.context)
+    captions = [made.text for made in captioner([sample.image for sample in samples], strategy, batch_size=100)]
+    shown = [parse(sample.captions[0]) for sample in samples]
+    correct = [parse(caption) == scene for caption, scene in zip(captions, shown, strict=True)]
+    return Result.of_samples(
+        [sample.key for sample in samples],
+        {"caption_accuracy": sum(correct) / len(correct)},
+        predictions=list(zip(captions, correct, strict=True)),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,14 +110,16 @@ class Measured:
     Attributes:
         figures: by their names in `results.json`.
         samples: test pictures.
-        captioning: scenes of two objects, each beside its twin, and their captions.
-        retrieval: the same scenes.
+        twins: scenes of two objects, each next to its twin.
+        captions: of the twins, and whether each is right.
+        features: of the twins and their captions.
     """
 
     figures: dict[str, float]
     samples: int
-    captioning: SceneCaptioning
-    retrieval: Retrieval
+    twins: Sequence[Sample]
+    captions: Sequence[tuple[str, bool]]
+    features: Features
 
 
 def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
@@ -175,7 +162,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     )
     write_text(out / "report.html", report(measured, figures, recipe))
     with replacing(out / "sample.png") as partial:
-        partial.write_bytes(measured.captioning.source[0].image)
+        partial.write_bytes(measured.twins[0].image)
     result.write(out / "results.json")
     print(figures_as_text(figures))
     logger.info(
@@ -210,15 +197,16 @@ def measure(model: CoCa, processor: Processor, scenes: Path) -> Measured:
     """All figures but the time, from the ordinary evaluators."""
     twins = list(evaluation_samples(scenes / "twins"))
     singles = list(evaluation_samples(scenes / "singles"))
-    captioning, retrieval = SceneCaptioning(twins, processor), Retrieval(twins, processor, ks=(1,))
-    figures = dict(captioning.run(model))
+    captioning = evaluate_scene_captions(model, processor, twins)
+    figures = captioning.values
     for attribute, classes, templates in (("color", COLORS, COLOR_TEMPLATES), ("shape", SHAPES, SHAPE_TEMPLATES)):
         labels = [classes.index(sample.fields["scene"]["things"][0][attribute]) for sample in singles]
         labelled = [replace(sample, fields={"label": label}) for sample, label in zip(singles, labels, strict=True)]
-        zeroshot = ZeroShot(labelled, processor, classes=classes, templates=templates)
-        figures[f"zeroshot_{attribute}"] = dict(zeroshot.run(model))["acc1"]
-    figures |= dict(retrieval.run(model))
-    return Measured(figures, len(twins) + len(singles), captioning, retrieval)
+        zeroshot = evaluate_zeroshot(model, processor, labelled, classes=classes, templates=templates)
+        figures[f"zeroshot_{attribute}"] = zeroshot.values["acc1"]
+    retrieval = evaluate_retrieval(model, processor, twins, ks=(1,))
+    figures |= retrieval.values
+    return Measured(figures, len(twins) + len(singles), twins, captioning.predictions, retrieval.predictions)
 
 
 def figures_as_text(figures: Mapping[str, float]) -> str:
@@ -233,16 +221,15 @@ def figures_as_text(figures: Mapping[str, float]) -> str:
 
 def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> str:
     """The page: figures, pictures with their captions, retrieval, and the curves of the run."""
-    captioning, features = measured.captioning, measured.retrieval.features
-    assert features is not None
+    features = measured.features
     cards = [
         (
             picture(sample.image, alt=sample.captions[0], good=correct),
             verdict(caption, good=correct) if correct else wrong_caption(caption, sample.captions[0]),
         )
-        for sample, caption, correct in zip(captioning.source, captioning.captions, captioning.correct, strict=True)
+        for sample, (caption, correct) in zip(measured.twins, measured.captions, strict=True)
     ]
-    wrong = [card for card, correct in zip(cards, captioning.correct, strict=True) if not correct]
+    wrong = [card for card, (_, correct) in zip(cards, measured.captions, strict=True) if not correct]
     sections = {
         "": [
             paragraph(
@@ -270,7 +257,7 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
                 f"For each caption the five best of all {len(cards)} pictures, its twin's among them. Green: "
                 "the picture that the caption tells; red: another one in the first place."
             ),
-            picture_grid(features, best_pictures(features, range(GRID_ROWS)), dict(enumerate(captioning.source))),
+            picture_grid(features, best_pictures(features, range(GRID_ROWS)), dict(enumerate(measured.twins))),
         ],
         "The run": [curves(read_metrics(Path(recipe.out)))],
     }

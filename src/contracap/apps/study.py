@@ -13,7 +13,7 @@ from contracap.config import ConfigError, build, require_paths, to_dict
 from contracap.data.remote import require_consent
 from contracap.data.shards import list_shards
 from contracap.evaluation.result import RESULTS_FILE, Result
-from contracap.evaluation.suite import Suite, build_evaluators, measure_tasks
+from contracap.evaluation.suite import build_evaluators, build_suite, measure_tasks
 from contracap.evaluation.task import TaskConfig
 from contracap.images import ImageConfig
 from contracap.pretrained import find_weights, load_on_device, processor_for
@@ -119,7 +119,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
         if recipe.validate_every and recipe.data.validation is not None:
             list_shards(recipe.data.validation, key="data.validation")
         processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))
-        Suite(recipe.evaluation, processor)
+        build_suite(recipe.evaluation, processor)
         build_evaluators(config.tasks_of(recipe), processor)
     for number, (arm, seed) in enumerate(runs, start=1):
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)

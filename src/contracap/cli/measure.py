@@ -2,9 +2,10 @@
 closed must not cost what took hours."""
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from contracap.cli.errors import interruption, written
 from contracap.cli.options import (
@@ -23,6 +24,10 @@ from contracap.cli.options import (
 )
 from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
 from contracap.evaluation.tokens import TokenizerName
+
+if TYPE_CHECKING:
+    from contracap.evaluation.captioning import Prediction
+    from contracap.evaluation.vqa import Answered
 
 
 @interruption("interrupted: no figure was written; the same command begins anew")
@@ -96,7 +101,7 @@ def evaluate(
     from contracap.data.shards import list_shards
     from contracap.evaluation.predictions import write_predictions
     from contracap.evaluation.suite import TasksConfig, measure_tasks
-    from contracap.evaluation.task import TaskConfig, build_evaluator, measure_task
+    from contracap.evaluation.task import TaskConfig, build_evaluator
 
     flags = {
         "data": data,
@@ -140,25 +145,26 @@ def evaluate(
     if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
     kept = list[bool]()
-    with ExitStack() as last:
-        if tasks is not None:
-            logging.basicConfig(level=logging.INFO, format="%(message)s")  # figures of a task as soon as it is done
-            result = measure_tasks(wanted, model, processor, command=command_line())
-        else:
-            (config,) = wanted.values()
-            evaluator = build_evaluator(config, processor)
-            if predictions is not None:  # also where a metric fails
-                last.callback(lambda: kept.append(written(write_predictions, predictions, evaluator)))
-            result = measure_task(config, evaluator, model, command=command_line())
-        if json is not None:
-            kept.append(written(result.write, json))
-        width = max(24, *map(len, result.figures))
-        counted = {"images": result.samples} | {name: result.details.get(name) for name in ("captions", "questions")}
-        for name, count in counted.items():
-            if count is not None:
-                print(f"{name:{width}}  {count:,}")
-        for name, value in result.figures.items():
-            print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
+
+    def keep(found: "Sequence[Prediction | Answered]") -> None:
+        if predictions is not None:
+            kept.append(written(write_predictions, predictions, found))
+
+    if tasks is not None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")  # figures of a task as soon as it is done
+        result = measure_tasks(wanted, model, processor, command=command_line())
+    else:
+        (config,) = wanted.values()
+        result = replace(build_evaluator(config, processor, on_predictions=keep)(model), command=command_line())
+    if json is not None:
+        kept.append(written(result.write, json))
+    width = max(24, *map(len, result.figures))
+    counted = {"images": result.samples} | {name: result.details.get(name) for name in ("captions", "questions")}
+    for name, count in counted.items():
+        if count is not None:
+            print(f"{name:{width}}  {count:,}")
+    for name, value in result.figures.items():
+        print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
     missed = [  # tasks that failed, and figures that were asked for by name
         figure
         for name, each in wanted.items()

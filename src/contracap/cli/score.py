@@ -1,6 +1,7 @@
 """The verb that scores captions which were written before, by this package or any other."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +51,7 @@ def score(
 ) -> int:
     """Score captions against those people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
     from contracap.evaluation.entries import read_entries, read_references
-    from contracap.evaluation.result import PerSample, Result, digest
+    from contracap.evaluation.result import Result
     from contracap.evaluation.scores import CaptionScorer
 
     if clipscore is None and (images is not None or size is not None):
@@ -78,17 +79,14 @@ def score(
     scores = scorer.score(captions, predictions, domains=[entry.domain for entry in entries])
     if judge is not None and suits is not None:
         scores.add_clipscore(*suits, model=judge.name)
-    keys = [entry.key for entry in entries]
-    result = Result(
-        command=command_line(),
-        seed=None,
-        samples=len(entries),
-        figures=scores.figures | dict.fromkeys(scores.reasons),
+    result = Result.of_samples(
+        [entry.key for entry in entries],
+        scores.figures,
+        per_sample=scores.per_sample,
         reasons=scores.reasons,
-        per_sample={name: PerSample.of(keys, values) for name, values in scores.per_sample.items()},
-        details={"keys_digest": digest(keys)} | scores.details,
+        details=scores.details,
     )
-    kept = json is None or written(result.write, json)
+    kept = json is None or written(replace(result, command=command_line()).write, json)
     for name, value in scores.figures.items():
         print(f"{name:24}{value:.4f}")
     if reason := scores.details.get("tokenizer_reason"):

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,10 @@ class Asked:
     number: int
     prompt: tuple[int, ...]
     name: str
+
+
+# Answers questions about the pictures of a batch.
+Answering = Callable[[CoCa, Processor, Tensor, Sequence[Asked]], list[str]]
 
 
 class Written:

@@ -6,28 +6,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from contracap.evaluation.captioning import Captioning, Prediction
-from contracap.evaluation.result import Evaluator
-from contracap.evaluation.vqa import VQA, Answered
+from contracap.evaluation.captioning import Prediction
+from contracap.evaluation.vqa import Answered
 from contracap.files import write_text
 
 
-def write_predictions(path: str | Path, evaluator: Evaluator) -> None:
-    """Writes a JSON list, an entry a line, whole or not at all; nothing if the evaluator has no predictions.
+def write_predictions(path: str | Path, predictions: Sequence[Prediction | Answered]) -> None:
+    """Write captions or answers as a JSON list, an entry a line, whole or not at all.
 
-    Captions are in the layout that `contracap score` reads, with the key as `image_name` where no other picture has it;
-    answers in that of VQA's results, `question_id` and
-    `answer`. Where not all questions have ids, each has the picture's `key` and its `number` among the picture's, from
-    0.
+    Captions have the layout that `contracap score` reads, with the key as `image_name` where no other picture has it.
+    Answers have that of VQA's results, `question_id` and `answer`; where not all questions have ids, each has the
+    picture's `key` and its `number` among the picture's questions, from 0.
     """
-    entries = list[dict[str, Any]]()
-    if isinstance(evaluator, Captioning):
-        keys = Counter(one.key for one in evaluator.predictions)
-        entries = [_caption(one, named=keys[one.key] == 1) for one in evaluator.predictions]
-    elif isinstance(evaluator, VQA):
-        entries = list(_answers(evaluator.predictions))
-    if entries:
-        write_text(path, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
+    keys = Counter(one.key for one in predictions)
+    entries = [_caption(one, named=keys[one.key] == 1) for one in predictions if isinstance(one, Prediction)]
+    entries += _answers([one for one in predictions if isinstance(one, Answered)])
+    write_text(path, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
 
 
 def _caption(one: Prediction, *, named: bool) -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""The JSON result of a command: what was run, on how many samples, and the figures that came out."""
+"""What an evaluation found, and the JSON file that a command writes of it."""
 
 import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from contracap.files import write_text
+from contracap.model.coca import CoCa
 
 RESULTS_FILE = "results.json"  # in a folder of its own
 OWN_KEYS = frozenset({"command", "versions", "seed", "samples", "figures", "reasons", "per_sample"})  # of every result
@@ -30,30 +32,6 @@ VERSIONED = (
     "torchvision",
     "webdataset",
 )
-
-
-@runtime_checkable
-class Evaluator(Protocol):
-    """What all evaluators are: `run` yields figures, the rest is filled in once it has come to its end.
-
-    Attributes:
-        samples: how many there were.
-        keys: of the samples, in their order.
-        per_sample: of each figure that is a mean over samples, the value of each sample. What is counted in other
-            units is spread over the samples they belong to.
-        reasons: figures that could not be computed, with the reason.
-        details: what else belongs into the result, beside the figures.
-    """
-
-    samples: int
-    keys: list[str]
-    per_sample: dict[str, list[float]]
-    reasons: dict[str, str]
-    details: dict[str, Any]
-
-    def run(self, model: Any) -> Iterator[tuple[str, float]]:
-        """Name and value of each figure that can be computed."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,27 +58,61 @@ def digest(keys: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a command leaves behind.
+    """What was measured.
 
     Attributes:
+        figures: name to number, or to None with the reason under the same name in `reasons`.
+        samples: how many samples the figures rest on.
+        per_sample: the values of each sample, for figures that are means over samples.
+        predictions: what the model said of the samples, in the form of the task; not written to the file.
+        details: further keys of the file, such as `bleu_stats`.
         command: as it was typed.
         seed: of the run; None if nothing random took part.
-        samples: that the figures rest on.
-        figures: name to number, or to None with the reason under the same name in `reasons`.
-        per_sample: of the figures that are means over samples, what they are means of.
-        details: further keys of the file, such as `bleu_stats`.
 
     Raises:
         ValueError: if a figure is None without a reason, or a detail has the name of a key of its own.
     """
 
-    command: str
-    seed: int | None
-    samples: int
     figures: Mapping[str, float | None]
+    samples: int
     reasons: Mapping[str, str] = field(default_factory=dict)
     per_sample: Mapping[str, PerSample] = field(default_factory=dict)
+    predictions: Any = field(default=(), compare=False, repr=False)
     details: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    seed: int | None = None
+
+    @classmethod
+    def of_samples(
+        cls,
+        keys: Sequence[str],
+        figures: Mapping[str, float],
+        *,
+        per_sample: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        reasons: Mapping[str, str] = MappingProxyType({}),
+        predictions: Any = (),
+        details: Mapping[str, Any] = MappingProxyType({}),
+    ) -> "Result":
+        """Return the result of one evaluator on the samples with these keys.
+
+        Args:
+            per_sample: the values of each sample, in the order of the keys. What is counted in other units, such as
+                captions, is spread over the samples they belong to.
+            reasons: why other figures could not be computed.
+        """
+        return cls(
+            samples=len(keys),
+            figures={**figures, **dict.fromkeys(reasons)},
+            reasons=reasons,
+            per_sample={name: PerSample.of(keys, values) for name, values in per_sample.items()},
+            predictions=predictions,
+            details={"keys_digest": digest(keys), **details},
+        )
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The figures that could be computed."""
+        return {name: value for name, value in self.figures.items() if value is not None}
 
     def __post_init__(self) -> None:
         unexplained = [name for name, value in self.figures.items() if value is None and name not in self.reasons]
@@ -139,19 +151,7 @@ class Result:
         write_text(path, text + "\n")
 
 
-def measure(evaluator: Evaluator, model: Any, *, command: str, seed: int | None = None) -> Result:
-    """Runs an evaluator to its end; what it cannot compute is None, with the reason. The details hold a digest of the
-    samples' keys beside the evaluator's own."""
-    figures = dict(evaluator.run(model))
-    return Result(
-        command=command,
-        seed=seed,
-        samples=evaluator.samples,
-        figures=figures | dict.fromkeys(evaluator.reasons),
-        reasons=evaluator.reasons,
-        per_sample={name: PerSample.of(evaluator.keys, values) for name, values in evaluator.per_sample.items()},
-        details={"keys_digest": digest(evaluator.keys)} | evaluator.details,
-    )
+Evaluator = Callable[[CoCa], Result]
 
 
 def unexpected(error: Exception) -> Exception | None:

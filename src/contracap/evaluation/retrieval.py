@@ -6,7 +6,6 @@ Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_retrieval, whose figur
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -17,6 +16,7 @@ from contracap.data.shards import Sample
 from contracap.evaluation.distributed import encode_in_shares, run_on_every_rank
 from contracap.evaluation.features import Source, finite, picture_pixels, progress, sample_batches
 from contracap.evaluation.ranking import ranks, share
+from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
 from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
@@ -39,70 +39,52 @@ class Features:
     captions: list[str]
 
 
-class Retrieval:
-    """Recall@K over all pictures and all their captions, as shares from 0 to 1.
+def evaluate_retrieval(
+    model: CoCa,
+    processor: Processor,
+    data: Source,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    batch_size: int = 64,
+    process_group: ProcessGroup = ProcessGroup(),
+) -> Result:
+    """Return recall@K over all pictures and all their captions, as shares from 0 to 1.
 
     `text_to_image_recall@K` is the share of captions whose picture is among the K best pictures for them,
     `image_to_text_recall@K` the share of pictures with at least one of their captions among the K best captions.
+    The predictions are the `Features` that were ranked.
 
-    Attributes:
-        samples: pictures, once `run` has come to its end; likewise the others.
-        reasons: recalls with more places than there are candidates, which are left out.
-        details: the number of captions.
-        features: what was ranked.
+    Args:
+        ks: places from the top that count.
+        batch_size: pictures, and captions, embedded at a time.
+        process_group: the ranks that run this together, each on its share; the figures are those of one process.
+
+    Raises:
+        ValueError: if a K is below 1, a picture has no caption or cannot be read, the features are not finite, or
+            another rank failed.
     """
+    check_places(ks)
+    features = embed(model, processor, data, batch_size=batch_size, process_group=process_group)
+    device = next(model.parameters()).device
 
-    def __init__(
-        self,
-        source: Source,
-        processor: Processor,
-        *,
-        ks: Sequence[int] = (1, 5, 10),
-        batch_size: int = 64,
-        process_group: ProcessGroup = ProcessGroup(),
-    ):
-        """Evaluates on `source`.
+    def moved() -> tuple[Tensor, Tensor, Tensor]:
+        return features.images.to(device), features.texts.to(device), features.image_of_text.to(device)
 
-        Args:
-            ks: places from the top that count.
-            batch_size: pictures, and captions, embedded at a time.
-            process_group: the ranks that run this together, each on its share; the figures are those of one process.
-
-        Raises: ValueError: if a K is below 1.
-        """
-        check_places(ks)
-        self.source, self.processor, self.ks, self.batch_size = source, processor, tuple(ks), batch_size
-        self.process_group = process_group
-        self.samples = 0
-        self.keys: list[str] = []
-        self.per_sample: dict[str, list[float]] = {}
-        self.reasons: dict[str, str] = {}
-        self.details: dict[str, Any] = {}
-        self.features: Features | None = None
-
-    def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
-        """Name and value of each recall.
-
-        Raises:
-            ValueError: if a picture has no caption or cannot be read, the features are not finite, or another process
-                failed.
-        """
-        found = embed(model, self.processor, self.source, batch_size=self.batch_size, process_group=self.process_group)
-        self.features, self.keys = found, found.keys
-        self.samples, self.details = len(found.images), {"captions": len(found.texts)}
-        device = next(model.parameters()).device
-
-        def moved() -> tuple[Tensor, Tensor, Tensor]:
-            return found.images.to(device), found.texts.to(device), found.image_of_text.to(device)
-
-        text_ranks, image_ranks = ranks(*run_on_every_rank(self.process_group, moved), self.process_group)
-        hits, self.reasons = recalls(text_ranks, image_ranks, self.ks)
-        self.per_sample = {}
-        for name, hit in hits.items():
-            owner = found.image_of_text if name.startswith("text_to_image") else torch.arange(self.samples)
-            parts = torch.zeros(self.samples, dtype=torch.float64).index_add_(0, owner, hit.double())
-            self.per_sample[name] = (parts * (self.samples / len(hit))).tolist()
-            yield name, share(hit)
+    text_ranks, image_ranks = ranks(*run_on_every_rank(process_group, moved), process_group)
+    hits, reasons = recalls(text_ranks, image_ranks, ks)
+    images, per_sample = len(features.images), {}
+    for name, hit in hits.items():
+        owner = features.image_of_text if name.startswith("text_to_image") else torch.arange(images)
+        parts = torch.zeros(images, dtype=torch.float64).index_add_(0, owner, hit.double())
+        per_sample[name] = (parts * (images / len(hit))).tolist()
+    return Result.of_samples(
+        features.keys,
+        {name: share(hit) for name, hit in hits.items()},
+        per_sample=per_sample,
+        predictions=features,
+        details={"captions": len(features.texts)},
+        reasons=reasons,
+    )
 
 
 @torch.inference_mode()

@@ -1,8 +1,9 @@
 """Several tasks as one: what a recipe wants measured while it trains, and what a file of tasks asks of a model."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -10,8 +11,8 @@ from contracap.config import require_paths
 from contracap.data.shards import list_shards
 from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.features import picture_pixels, sample_batches
-from contracap.evaluation.result import Evaluator, PerSample, Result, measure, unexpected
-from contracap.evaluation.task import Shards, TaskConfig, asked, build_evaluator, seed_of
+from contracap.evaluation.result import Evaluator, PerSample, Result, unexpected
+from contracap.evaluation.task import Shards, TaskConfig, build_evaluator, seed_of
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
@@ -76,7 +77,7 @@ class TasksConfig:
 def build_evaluators(
     tasks: Mapping[str, TaskConfig], processor: Processor, process_group: ProcessGroup = ProcessGroup()
 ) -> dict[str, Evaluator]:
-    """What measures each of the tasks, on this rank of `process_group`.
+    """Return what measures each of the tasks.
 
     Raises: FileNotFoundError, ValueError: naming the task, if its samples are missing, or a file or its first sample
         lacks what it needs.
@@ -95,91 +96,84 @@ def build_evaluators(
 def measure_tasks(
     tasks: Mapping[str, TaskConfig], model: CoCa, processor: Processor, *, command: str, seed: int | None = None
 ) -> Result:
-    """Measures one task after the other. Figures are called `NAME/figure`; what was asked, and details, stand under
-    `tasks`. A task that fails costs its own figures only: in their place its name is null, with the reason.
+    """Measure one task after the other. A task that fails costs its own figures only: in their place its name is null,
+    with the reason.
 
     Raises: FileNotFoundError, ValueError: as `build_evaluators` does, before anything is computed.
     """
-    figures, reasons = dict[str, float | None](), dict[str, str]()
-    per_sample, details, samples = dict[str, PerSample](), dict[str, Any](), 0
+    results = dict[str, Result | str]()
     for name, evaluator in build_evaluators(tasks, processor).items():
         try:
-            result = measure(evaluator, model, command=command)
+            results[name] = result = evaluator(model)
         except Exception as error:  # out of memory, for one: a single task is no reason to lose the others
             logger.warning("%s was not measured: %s", name, error, exc_info=unexpected(error))
-            figures[name], reasons[name] = None, str(error) or type(error).__name__
+            results[name] = str(error) or type(error).__name__
+        else:
+            logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in result.figures.items()))
+    return replace(join(results), command=command, seed=seed_of(*tasks.values()) if seed is None else seed)
+
+
+def join(results: Mapping[str, Result | str]) -> Result:
+    """Return one result of several tasks, each with its own result or the reason why it has none. Figures are called
+    `NAME/figure`; what was asked, and details, stand under `tasks`."""
+    figures, reasons = dict[str, float | None](), dict[str, str]()
+    per_sample, tasks = dict[str, PerSample](), dict[str, Any]()
+    for name, result in results.items():
+        if isinstance(result, str):
+            figures[name], reasons[name] = None, result
             continue
-        logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in result.figures.items()))
         figures |= {f"{name}/{figure}": value for figure, value in result.figures.items()}
         reasons |= {f"{name}/{figure}": reason for figure, reason in result.reasons.items()}
         per_sample |= {f"{name}/{figure}": values for figure, values in result.per_sample.items()}
-        details[name] = {"asked": asked(tasks[name]), "samples": result.samples} | dict(result.details)
-        samples += result.samples
+        tasks[name] = {"asked": result.details["asked"], "samples": result.samples} | dict(result.details)
     return Result(
-        command=command,
-        seed=seed_of(*tasks.values()) if seed is None else seed,
-        samples=samples,
         figures=figures,
+        samples=sum(task["samples"] for task in tasks.values()),
         reasons=reasons,
         per_sample=per_sample,
-        details={"tasks": details},
+        details={"tasks": tasks},
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleCaption:
-    """What a model writes for one picture, beside what people wrote."""
+def build_suite(
+    config: EvaluationConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()
+) -> Evaluator | None:
+    """Return what measures all that a recipe asks for, None if that is nothing. Its predictions are the captions of
+    `config.captions`, ready for JSON.
 
-    key: str
-    caption: str
-    references: tuple[str, ...]
+    Every rank must call it: they share the pictures of retrieval, and maybe the model, which must have made a training
+    step before then: FSDP keeps the tensors that its first pass gathers into, and those of inference mode cannot be
+    trained on. The figures are the same on every rank. What fails on one rank raises on all.
 
-
-class Suite:
-    """The evaluators of an `EvaluationConfig`, in the shape of one.
-
-    Every rank must run it to its end: they share the pictures of retrieval, and maybe the model, which must have made a
-    training step before then: FSDP keeps the tensors that its first pass gathers into, and those of inference mode
-    cannot be trained on. The figures are the same on every rank.
-
-    Attributes:
-        captions: written by the last `run`, ready for JSON.
+    Raises: FileNotFoundError, ValueError: as `build_evaluators` does.
     """
+    captions = config.captions
+    if captions is not None:
+        list_shards(captions.data, key="evaluation.captions.data")  # a wrong path is found now, not hours later
+    evaluators = build_evaluators(config.tasks, processor, process_group)
+    if not evaluators and captions is None:
+        return None
 
-    def __init__(self, config: EvaluationConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()):
-        """`process_group`: the ranks that run it together.
+    def suite(model: CoCa) -> Result:
+        results = {
+            name: run_on_every_rank(process_group, partial(evaluator, model)) for name, evaluator in evaluators.items()
+        }
+        written = list[dict[str, Any]]()
+        if captions is not None:
+            written = run_on_every_rank(process_group, partial(write_sample_captions, model, processor, captions))
+        return replace(join(results), predictions=written)
 
-        Raises: FileNotFoundError, ValueError: as `build_evaluators` does."""
-        if config.captions is not None:
-            list_shards(
-                config.captions.data, key="evaluation.captions.data"
-            )  # a wrong path is found now, not hours later
-        self._config, self._processor = config.captions, processor
-        self._process_group = process_group
-        self._evaluators = build_evaluators(config.tasks, processor, process_group)
-        self.captions: list[Mapping[str, Any]] = []
+    return suite
 
-    def __bool__(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._evaluators) or self._config is not None
 
-    def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
-        """Name and value of each figure, such as `flickr8k/text_to_image_recall@1`.
-
-        Raises: Exception: as the evaluators do; on the other ranks a ValueError that says the same, so that none waits
-            for one that has failed.
-        """
-        for name, evaluator in self._evaluators.items():
-            figures = run_on_every_rank(self._process_group, lambda evaluator=evaluator: list(evaluator.run(model)))
-            yield from ((f"{name}/{figure}", value) for figure, value in figures)
-        if (config := self._config) is not None:
-            captions = run_on_every_rank(self._process_group, lambda: list(self._write_captions(model, config)))
-            self.captions = [asdict(caption) for caption in captions]
-
-    def _write_captions(self, model: CoCa, config: SampleCaptionsConfig) -> Iterator[SampleCaption]:
-        captioner = Captioner(model, self._processor)
-        samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)
-        while batch := list(islice(samples, BATCH)):
-            written = captioner.generate(picture_pixels(batch, self._processor))
-            for sample, caption in zip(batch, written, strict=True):
-                yield SampleCaption(key=sample.key, caption=caption.text, references=tuple(sample.captions))
+def write_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[dict[str, Any]]:
+    """Return what the model writes for the first pictures, next to what people wrote."""
+    captioner, written = Captioner(model, processor), list[dict[str, Any]]()
+    samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)
+    while batch := list(islice(samples, BATCH)):
+        captions = captioner.generate(picture_pixels(batch, processor))
+        written += [
+            {"key": sample.key, "caption": caption.text, "references": tuple(sample.captions)}
+            for sample, caption in zip(batch, captions, strict=True)
+        ]
+    return written

@@ -1,7 +1,8 @@
 """One thing that can be measured of a model, and the evaluator that measures it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,17 +12,25 @@ from contracap.config import SettingsHelp, assign, build, keys_text, require_pat
 from contracap.data.captions import require_captions
 from contracap.data.questions import questions
 from contracap.data.shards import SampleError, layout_fault
-from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.captioning import Prediction, evaluate_captioning
 from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import opened, sample_batches
-from contracap.evaluation.result import Evaluator, Result, measure
-from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.scores import MetricName, metric_names
+from contracap.evaluation.result import Evaluator, Result
+from contracap.evaluation.retrieval import evaluate_retrieval
+from contracap.evaluation.scores import CaptionScorer, MetricName, metric_names
 from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.tokens import TokenizerName
-from contracap.evaluation.vqa import PROMPT, VQA, load_answers
+from contracap.evaluation.vqa import PROMPT, Answered, answering, check_prompt, evaluate_vqa, load_answers
 from contracap.evaluation.vqa import STRATEGY as ANSWERING
-from contracap.evaluation.zeroshot import ZeroShot, load_classes, load_templates, templates_of
+from contracap.evaluation.zeroshot import (
+    check_templates,
+    evaluate_zeroshot,
+    label_of,
+    load_classes,
+    load_templates,
+    named_classes,
+    templates_of,
+)
 from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
 from contracap.generation.reranking import ContrastiveReranking
@@ -168,15 +177,33 @@ def asked(config: TaskConfig) -> dict[str, Any]:
 
 
 def build_evaluator(
-    config: TaskConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()
+    config: TaskConfig,
+    processor: Processor,
+    process_group: ProcessGroup = ProcessGroup(),
+    on_predictions: Callable[[Sequence[Prediction | Answered]], object] = lambda _: None,
 ) -> Evaluator:
-    """What measures a task. Its files and its first sample are looked at: a wrong path is found now, not hours later.
+    """Return what measures a task; its results say what was asked. The files and the first sample are read now: a wrong
+    path is found before hours of work, not after.
 
     Args:
-        process_group: the ranks that run it together, each with its own evaluator.
+        process_group: the ranks that run it together.
+        on_predictions: called with what the model wrote, before it is scored; for `captioning` and `vqa`.
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
+    evaluate = _prepared(config, process_group, on_predictions)
+
+    def evaluator(model: CoCa) -> Result:
+        result = evaluate(model, processor)
+        return replace(result, seed=seed_of(config), details={"asked": asked(config)} | dict(result.details))
+
+    return evaluator
+
+
+def _prepared(
+    config: TaskConfig, process_group: ProcessGroup, on_predictions: Callable[[Sequence[Any]], object]
+) -> Callable[[CoCa, Processor], Result]:
+    """Return the evaluation of a task with all its arguments but the model and the processor."""
     data = opened(config.data, lines=config.caption_lines)
     first = next(sample_batches(data, 1))[0]
     if config.task in ("retrieval", "captioning"):
@@ -185,33 +212,32 @@ def build_evaluator(
         except SampleError as error:
             raise ValueError(f"{error}, which {config.task} compares with.{layout_fault(first.shard)}") from None
     if config.task == "zeroshot":
-        classes = load_classes(config.classes) if config.classes else None
+        data, classes = named_classes(config.data, load_classes(config.classes) if config.classes else None)
         templates = load_templates(config.templates) if config.templates else templates_of(config.classes)
-        evaluator = ZeroShot(config.data, processor, classes=classes, templates=templates)
-        evaluator.label(first)
-        return evaluator
+        label_of(first, len(classes))
+        return partial(evaluate_zeroshot, data=data, classes=classes, templates=check_templates(templates))
     if config.task == "retrieval":
-        return Retrieval(data, processor, process_group=process_group)
+        return partial(evaluate_retrieval, data=data, process_group=process_group)
     if config.task == "vqa":
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
-        return VQA(
-            data,
-            processor,
-            answers=answers,
-            prompt=PROMPT if config.prompt is None else config.prompt,
-            strategy=config.build_strategy(),
-        )
-    return Captioning(
-        data,
-        processor,
-        strategy=config.build_strategy(),
+        prompt = check_prompt(PROMPT if config.prompt is None else config.prompt)
+        answer = answering(answers, config.build_strategy())
+        return partial(evaluate_vqa, data=data, answer=answer, prompt=prompt, on_predictions=on_predictions)
+    scorer = CaptionScorer(
         metrics=config.metrics,
         tokenizer=config.tokenizer,
         corenlp=config.corenlp_dir,
         spice_memory=config.spice_memory or MEMORY,
+    )
+    return partial(
+        evaluate_captioning,
+        data=data,
+        strategy=config.build_strategy(),
+        scorer=scorer,
         clipscore="self" if config.clipscore == "self" else _judge(config.clipscore),
         process_group=process_group,
+        on_predictions=on_predictions,
     )
 
 
@@ -219,15 +245,6 @@ def _judge(weights: str | None) -> ClipScorer | None:
     if weights is None:
         return None
     return ClipScorer(*load_on_device(weights), name=weights)
-
-
-def measure_task(config: TaskConfig, evaluator: Evaluator, model: CoCa, *, command: str) -> Result:
-    """Measures one task with the evaluator that was built for it; what was asked stands beside the figures.
-
-    Raises: FileNotFoundError, ValueError: as evaluating does.
-    """
-    result = measure(evaluator, model, command=command, seed=seed_of(config))
-    return replace(result, details={"asked": asked(config)} | dict(result.details))
 
 
 def evaluate(
@@ -247,4 +264,4 @@ def evaluate(
     values = {"task": task, "data": [str(path) for path in paths], **options}
     config = build(TaskConfig, values)
     command = f"contracap.evaluate({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-    return measure_task(config, build_evaluator(config, processor), model, command=command)
+    return replace(build_evaluator(config, processor)(model), command=command)

@@ -1,25 +1,24 @@
 """Visual question answering: answers of a model, beside those that people gave."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float32
-from torch import Tensor
-
 from contracap.data.annotations import read_list
 from contracap.data.questions import Question, questions
 from contracap.data.shards import Sample
-from contracap.evaluation.answering import Asked, Chosen, Written
+from contracap.evaluation.answering import Answering, Asked, Chosen, Written
 from contracap.evaluation.features import Source, picture_batches
 from contracap.evaluation.overlap import mean
+from contracap.evaluation.result import Result
 from contracap.evaluation.vqa_accuracy import accuracy
 from contracap.generation.sampling import Greedy
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
+from contracap.tokenizer import Tokenizer
 
 PROMPT = "question: {} answer:"
 # As many tokens as the context of the released models has, for the question counts; an answer may be a single word.
@@ -40,129 +39,108 @@ class Answered:
     accuracy: float | None
 
 
-class VQA:
-    """Accuracy of answers to questions about pictures, by the rule of the VQA challenge, as a share from 0 to 1.
+def evaluate_vqa(
+    model: CoCa,
+    processor: Processor,
+    data: Source,
+    *,
+    answer: Answering | None = None,
+    prompt: str = PROMPT,
+    strict: bool = True,
+    batch_size: int = 16,
+    on_predictions: Callable[[Sequence[Answered]], object] = lambda _: None,
+) -> Result:
+    """Return the accuracy of answers to questions about pictures, by the rule of the VQA challenge, from 0 to 1.
 
-    The questions are the field `qa` of the samples. See `contracap.evaluation.vqa_accuracy`.
+    The questions are the field `qa` of the samples. See `contracap.evaluation.vqa_accuracy`. The predictions are a list
+    of `Answered`, in the order of the questions; each picture's value is what its questions add to the accuracy.
 
-    Attributes:
-        samples: pictures, once `run` has come to its end; likewise the others.
-        per_sample: of each picture what its questions add to the accuracy.
-        details: the number of questions, of answers to choose from, and the accuracy by types of questions and
-            answers, where the data set has them.
-        predictions: the answers, in the order of the questions.
+    Args:
+        answer: how the model answers, as `answering` gives it; by default it writes.
+        prompt: what a question is put into, at {}, before the answer follows.
+        strict: as in `accuracy`.
+        batch_size: pictures at a time, with all their questions.
+        on_predictions: called with all answers.
+
+    Raises:
+        ValueError: if the prompt has no {}, the model cannot write, a sample has no questions or cannot be read, or a
+            question leaves no room for an answer.
     """
+    check_prompt(prompt)
+    answer = answer or answering()
+    keys, sums, predictions = list[str](), list[float](), list[Answered]()
+    with picture_batches(data, processor, batch_size) as batches:
+        for batch, pixels in batches:
+            about = [questions(sample) for sample in batch]
+            flat = [(picture, question) for picture, own in enumerate(about) for question in own]
+            asked = [
+                Asked(
+                    picture=picture,
+                    number=number,
+                    prompt=_prompt(processor.tokenizer, prompt, question),
+                    name=f"sample {batch[picture].key} of {batch[picture].shard}",
+                )
+                for number, (picture, question) in enumerate(flat, start=len(predictions))
+            ]
+            texts = iter(answer(model, processor, pixels, asked))
+            for sample, own in zip(batch, about, strict=True):
+                answered = [_answered(sample, question, next(texts), strict) for question in own]
+                keys.append(sample.key)
+                sums.append(sum(each.accuracy or 0.0 for each in answered))
+                predictions += answered
+    on_predictions(predictions)
+    details: dict[str, Any] = {"questions": len(predictions)}
+    if isinstance(answer, Chosen):
+        details["answers"] = len(answer.answers)
+    known = [each.accuracy for each in predictions if each.accuracy is not None]
+    if missing := len(predictions) - len(known):
+        reason = f"{missing:,} of the questions have no answers to compare with"
+        return Result.of_samples(keys, {}, predictions=predictions, details=details, reasons={"accuracy": reason})
+    for kind in ("question_type", "answer_type"):
+        if found := _by_type(predictions, kind):
+            details[f"accuracy_by_{kind}"] = found
+    return Result.of_samples(
+        keys,
+        {"accuracy": mean(known)},
+        per_sample={"accuracy": [total * len(keys) / len(predictions) for total in sums]},
+        predictions=predictions,
+        details=details,
+    )
 
-    def __init__(
-        self,
-        source: Source,
-        processor: Processor,
-        *,
-        answers: Sequence[str] = (),
-        prompt: str = PROMPT,
-        strategy: Strategy = STRATEGY,
-        strict: bool = True,
-        batch_size: int = 16,
-    ):
-        """Evaluates on `source`.
 
-        Args:
-            answers: the model chooses the likeliest of these; without any, it writes.
-            prompt: what a question is put into, at {}, before the answer follows.
-            strategy: how an answer is written; its `max_tokens` counts the question, too, and is cut to the model's
-                context.
-            strict: as in `accuracy`.
-            batch_size: pictures at a time, with all their questions.
+def answering(answers: Sequence[str] = (), strategy: Strategy = STRATEGY) -> Answering:
+    """Return what answers questions: the choice of the likeliest of `answers`, or without any the strategy, whose
+    `max_tokens` counts the question, too, and is cut to the model's context.
 
-        Raises:
-            ValueError: if the prompt has no {}, an answer is named twice, or the strategy writes no answers.
-        """
-        if "{}" not in prompt:
-            raise ValueError(f"the prompt {prompt!r} has no {{}} for the question")
-        self.source, self.processor, self.prompt = source, processor, prompt
-        self.strict, self.batch_size = strict, batch_size
-        self.answer = Chosen(answers) if answers else Written(strategy)
-        self.samples = 0
-        self.keys: list[str] = []
-        self.per_sample: dict[str, list[float]] = {}
-        self.reasons: dict[str, str] = {}
-        self.details: dict[str, Any] = {}
-        self.predictions: list[Answered] = []
+    Raises: ValueError: if an answer is named twice, or the strategy writes no answers.
+    """
+    return Chosen(answers) if answers else Written(strategy)
 
-    def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
-        """The accuracy, if every question has answers to compare with.
 
-        Raises:
-            ValueError: if the model cannot write, a sample has no questions or cannot be read, or a question leaves no
-                room for an answer.
-        """
-        keys, sums, predictions = list[str](), list[float](), list[Answered]()
-        self.reasons = {}
-        with picture_batches(self.source, self.processor, self.batch_size) as batches:
-            for batch, pixels in batches:
-                asked = [questions(sample) for sample in batch]
-                made = iter(self._answers(model, pixels, batch, asked, first=len(predictions)))
-                for sample, about in zip(batch, asked, strict=True):
-                    answered = [self._answered(sample, question, next(made)) for question in about]
-                    keys.append(sample.key)
-                    sums.append(sum(answer.accuracy or 0.0 for answer in answered))
-                    predictions += answered
-        self.samples, self.keys, self.predictions = len(keys), keys, predictions
-        self.per_sample = {}
-        self.details = {"questions": len(predictions)}
-        if isinstance(self.answer, Chosen):
-            self.details["answers"] = len(self.answer.answers)
-        known = [answer.accuracy for answer in predictions if answer.accuracy is not None]
-        if len(known) < len(predictions):
-            self.reasons["accuracy"] = (
-                f"{len(predictions) - len(known):,} of the questions have no answers to compare with"
-            )
-            return
-        for kind in ("question_type", "answer_type"):
-            if found := self._by_type(kind):
-                self.details[f"accuracy_by_{kind}"] = found
-        self.per_sample = {"accuracy": [total * len(keys) / len(predictions) for total in sums]}
-        yield "accuracy", mean(known)
+def check_prompt(prompt: str) -> str:
+    """Raises: ValueError: if the prompt has no place for the question."""
+    if "{}" not in prompt:
+        raise ValueError(f"the prompt {prompt!r} has no {{}} for the question")
+    return prompt
 
-    def _answers(
-        self,
-        model: CoCa,
-        pixels: Float32[Tensor, "batch 3 height width"],
-        batch: Sequence[Sample],
-        asked: Sequence[Sequence[Question]],
-        *,
-        first: int,
-    ) -> list[str]:
-        flat = [(picture, question) for picture, about in enumerate(asked) for question in about]
-        prompts = [
-            Asked(
-                picture=picture,
-                number=number,
-                prompt=self._prompt(question),
-                name=f"sample {batch[picture].key} of {batch[picture].shard}",
-            )
-            for number, (picture, question) in enumerate(flat, start=first)
-        ]
-        return self.answer(model, self.processor, pixels, prompts)
 
-    def _prompt(self, question: Question) -> tuple[int, ...]:
-        tokenizer = self.processor.tokenizer
-        prompt = tuple(tokenizer.encode(self.prompt.replace("{}", question.text)))
-        if tokenizer.start in prompt or tokenizer.end in prompt:
-            raise ValueError(
-                f"the question {question.text!r} names the start or the end token, which stand around a text"
-            )
-        return prompt
+def _prompt(tokenizer: Tokenizer, prompt: str, question: Question) -> tuple[int, ...]:
+    tokens = tuple(tokenizer.encode(prompt.replace("{}", question.text)))
+    if tokenizer.start in tokens or tokenizer.end in tokens:
+        raise ValueError(f"the question {question.text!r} names the start or the end token, which stand around a text")
+    return tokens
 
-    def _answered(self, sample: Sample, question: Question, prediction: str) -> Answered:
-        right = accuracy(prediction, question.answers, strict=self.strict) if question.answers else None
-        return Answered(key=sample.key, question=question, prediction=prediction, accuracy=right)
 
-    def _by_type(self, kind: str) -> dict[str, float]:
-        found = defaultdict[str, list[float]](list)
-        for answer in self.predictions:
-            found[getattr(answer.question, kind)].append(answer.accuracy or 0.0)
-        return {name: mean(values) for name, values in sorted(found.items()) if name}
+def _answered(sample: Sample, question: Question, prediction: str, strict: bool) -> Answered:
+    right = accuracy(prediction, question.answers, strict=strict) if question.answers else None
+    return Answered(key=sample.key, question=question, prediction=prediction, accuracy=right)
+
+
+def _by_type(predictions: Sequence[Answered], kind: str) -> dict[str, float]:
+    found = defaultdict[str, list[float]](list)
+    for answer in predictions:
+        found[getattr(answer.question, kind)].append(answer.accuracy or 0.0)
+    return {name: mean(values) for name, values in sorted(found.items()) if name}
 
 
 def load_answers(path: str | Path) -> tuple[str, ...]:

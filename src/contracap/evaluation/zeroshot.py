@@ -5,7 +5,8 @@ Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; its la
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from contracap.data.shards import Sample
 from contracap.evaluation.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.features import READY, Source, embed_pictures, embed_texts, full_precision, picture_batches
 from contracap.evaluation.published import IMAGENET, Published, is_published, published
+from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -40,116 +42,95 @@ PLACE = re.compile(r"\{\w*\}")
 PROMPTS = 256  # at a time: see docs/performance.md
 
 
-class ZeroShot:
-    """Top-1 and top-5 accuracy and mean per-class recall, as shares from 0 to 1; of pictures of several classes mean
-    average precision.
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """The class of each picture, and the one the model gives it; both are places in `classes`."""
+
+    classes: tuple[str, ...]
+    labels: list[int]
+    predictions: list[int]
+
+
+def evaluate_zeroshot(
+    model: CoCa,
+    processor: Processor,
+    data: Source,
+    *,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    batch_size: int = 64,
+) -> Result:
+    """Return top-1 and top-5 accuracy and mean per-class recall, as shares from 0 to 1; for pictures of several classes
+    mean average precision.
 
     A sample's class is its field `label` (or its `.cls` member): an index into `classes`. Of equal scores the class
     that comes first stands first. The mean per-class recall is over the classes that occur. Where samples have a field
     `labels` instead, a list of indices, or CLIP_benchmark's `.npy` member with a one or a zero for each class,
     `mean_average_precision` is over all classes; of pictures with equal scores the one that comes first stands first.
+    The predictions are a `Classification`, of pictures of several classes none.
 
-    Attributes:
-        classes: their names.
-        samples: pictures, once `run` has come to its end; likewise the others.
-        keys: of the pictures.
-        per_sample: of each figure what each picture adds to it: their mean is the figure. Of `mean_average_precision`
-            there are none.
-        reasons: `acc5`, where there are fewer than five classes.
-        details: the numbers of classes and of templates.
-        labels: the class of each picture; empty where pictures have several.
-        predictions: the best class of each picture.
+    Args:
+        data: shards, samples, or a folder with a subfolder of pictures for each class.
+        classes: names of the classes; without them those of the subfolders, blanks for underscores.
+        batch_size: pictures at a time.
+
+    Raises:
+        ValueError: if there is no class, their number is not that of the subfolders, a template has no {} for the class
+            name, a sample has no label or one without a class, some have one and others several, or a picture cannot
+            be read.
     """
+    data, classes = named_classes(data, classes)
+    labels, scores, keys = list[int | tuple[int, ...]](), list[Tensor](), list[str]()
+    with torch.inference_mode(), evaluating(model):
+        weights = classifier(model, processor, classes, templates)
+        with picture_batches(data, processor, batch_size) as batches:
+            for batch, pixels in batches:
+                labels += [label_of(sample, len(classes)) for sample in batch]
+                keys += [sample.key for sample in batch]
+                scores.append(logits(embed_pictures(model, pixels), weights).cpu())
+    details = {"classes": len(classes), "templates": len(templates)}
+    single = [label for label in labels if isinstance(label, int)]
+    several = [label for label in labels if not isinstance(label, int)]
+    if single and several:
+        first = next(key for key, label in zip(keys, labels, strict=True) if not isinstance(label, int))
+        raise ValueError(f"sample {first} has `labels`, others have one `label`: give all samples the same field")
+    if several:
+        precision = mean_average_precision(torch.cat(scores), several)
+        return Result.of_samples(keys, {"mean_average_precision": precision}, details=details)
+    table = torch.cat(scores)
+    parts, reasons = accuracy_parts(table, torch.tensor(single)), {}
+    if len(classes) < 5:
+        del parts["acc5"]
+        reasons = {"acc5": f"acc5 needs at least 5 classes; there are {len(classes)}"}
+    return Result.of_samples(
+        keys,
+        {name: float(part.mean()) for name, part in parts.items()},
+        per_sample={name: part.tolist() for name, part in parts.items()},
+        predictions=Classification(classes=classes, labels=single, predictions=table.argmax(dim=1).tolist()),
+        details=details,
+        reasons=reasons,
+    )
 
-    def __init__(
-        self,
-        source: Source,
-        processor: Processor,
-        *,
-        classes: Sequence[str] | None = None,
-        templates: Sequence[str] = TEMPLATES,
-        batch_size: int = 64,
-    ):
-        """
-        Args:
-            source: shards, samples, or a folder with a subfolder of pictures for each class.
-            classes: names of the classes; without them those of the subfolders, blanks for underscores.
-            batch_size: pictures at a time.
 
-        Raises:
-            ValueError: if there is no class, their number is not that of the subfolders, or a template has no {} for
-                the class name.
-        """
-        folders = None if isinstance(source, READY) else class_folders(source)
-        self.source, self.processor, self.batch_size = folders or source, processor, batch_size
-        self.classes, self.templates = _names(self.source, classes), check_templates(templates)
-        self.samples = 0
-        self.keys: list[str] = []
-        self.per_sample: dict[str, list[float]] = {}
-        self.reasons: dict[str, str] = {}
-        self.details: dict[str, Any] = {}
-        self.labels: list[int] = []
-        self.predictions: list[int] = []
+def label_of(sample: Sample, classes: int) -> int | tuple[int, ...]:
+    """Return the class of a sample; or its classes, if it has a field `labels`, or no field and a `.npy` member with a
+    one or a zero for each class.
 
-    def run(self, model: CoCa) -> Iterator[tuple[str, float]]:
-        """Name and value of each figure.
-
-        Raises:
-            ValueError: if a sample has no label or one without a class, some have one and others several, or a picture
-                cannot be read.
-        """
-        scores, labels, self.keys = self._scores(model)
-        self.samples = len(self.keys)
-        self.predictions = scores.argmax(dim=1).tolist()
-        self.details = {"classes": len(self.classes), "templates": len(self.templates)}
-        self.reasons = {}
-        single = [label for label in labels if isinstance(label, int)]
-        several = [label for label in labels if not isinstance(label, int)]
-        if single and several:
-            first = next(key for key, label in zip(self.keys, labels, strict=True) if not isinstance(label, int))
-            raise ValueError(f"sample {first} has `labels`, others have one `label`: give all samples the same field")
-        self.labels, self.per_sample = single, {}
-        if several:
-            yield "mean_average_precision", mean_average_precision(scores, several)
-            return
-        if len(self.classes) < 5:
-            self.reasons["acc5"] = f"acc5 needs at least 5 classes; there are {len(self.classes)}"
-        parts = accuracy_parts(scores, torch.tensor(single))
-        self.per_sample = {name: part.tolist() for name, part in parts.items() if name not in self.reasons}
-        for name in self.per_sample:
-            yield name, float(parts[name].mean())
-
-    @torch.inference_mode()
-    def _scores(self, model: CoCa) -> tuple[Float32[Tensor, "picture class"], list[int | tuple[int, ...]], list[str]]:
-        labels, scores, keys = [], [], []
-        with evaluating(model):
-            weights = classifier(model, self.processor, self.classes, self.templates)
-            with picture_batches(self.source, self.processor, self.batch_size) as batches:
-                for batch, pixels in batches:
-                    labels += [self.label(sample) for sample in batch]
-                    keys += [sample.key for sample in batch]
-                    scores.append(logits(embed_pictures(model, pixels), weights).cpu())
-        return torch.cat(scores), labels, keys
-
-    def label(self, sample: Sample) -> int | tuple[int, ...]:
-        """The class of a sample; or its classes, if it has a field `labels`, or no field and a `.npy` member with a one
-        or a zero for each class.
-
-        Raises: ValueError: if it has no label, or one without a class.
-        """
-        label, labels = sample.fields.get("label"), sample.fields.get("labels")
-        if label is None and labels is None:
-            labels = _marked(sample.npy, len(self.classes))
-        several = label is None and isinstance(labels, list)
-        found = labels if several else [label]
-        if not all(type(each) is int and 0 <= each < len(self.classes) for each in found):  # True is an int, too
-            has = "no label" if found == [None] else f"the label {labels if several else label!r}"
-            raise ValueError(
-                f"sample {sample.key} of {sample.shard} has {has}: give each sample a field `label` or a .cls member "
-                f"from 0 to {len(self.classes) - 1}; or a list of such numbers as its field `labels`, or a .npy member "
-                "with a one or a zero for each class"
-            )
-        return tuple(found) if several else found[0]
+    Raises: ValueError: if it has no label, or one without a class.
+    """
+    label, labels = sample.fields.get("label"), sample.fields.get("labels")
+    if label is None and labels is None:
+        labels = _marked(sample.npy, classes)
+    several = label is None and isinstance(labels, list)
+    found = labels if several else [label]
+    if not all(type(each) is int and 0 <= each < classes for each in found):  # True is an int, too
+        has = "no label" if found == [None] else f"the label {labels if several else label!r}"
+        raise ValueError(
+            f"sample {sample.key} of {sample.shard} has {has}: give each sample a field `label` or a .cls member "
+            f"from 0 to {classes - 1}; or a list of such numbers as its field `labels`, or a .npy member "
+            "with a one or a zero for each class"
+        )
+    return tuple(found) if several else found[0]
 
 
 @torch.inference_mode()
@@ -251,18 +232,22 @@ def check_templates(templates: Any) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def _names(source: Source, classes: Sequence[str] | None) -> tuple[str, ...]:
-    folders = source if isinstance(source, ClassFolders) else None
-    if classes is None:
-        if folders is None:
-            raise ValueError(
-                "the names of the classes are missing: --classes FILE, or a published name such as imagenet1k; only a "
-                "folder with a subfolder for each class says them itself"
-            )
-        return tuple(name.replace("_", " ") for name in folders.names)
-    if folders is not None:
+def named_classes(data: Source, classes: Sequence[str] | None) -> tuple[Source, tuple[str, ...]]:
+    """Return the data, a folder with a subfolder for each class as `ClassFolders`, and the names of the classes.
+
+    Raises: ValueError: if nothing names the classes, or the names are not as many as the subfolders.
+    """
+    folders = data if isinstance(data, READY) else class_folders(data)
+    if isinstance(folders, ClassFolders):
+        if classes is None:
+            return folders, tuple(name.replace("_", " ") for name in folders.names)
         folders.match(check_classes(classes))
-    return check_classes(classes)
+    if classes is None:
+        raise ValueError(
+            "the names of the classes are missing: --classes FILE, or a published name such as imagenet1k; only a "
+            "folder with a subfolder for each class says them itself"
+        )
+    return folders or data, check_classes(classes)
 
 
 def _marked(content: bytes, classes: int) -> list[int] | None:

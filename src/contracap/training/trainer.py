@@ -15,7 +15,8 @@ from contracap.config import to_dict, to_toml
 from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import OrderError
 from contracap.data.remote import require_consent
-from contracap.evaluation.suite import Suite
+from contracap.evaluation.result import Evaluator, Result
+from contracap.evaluation.suite import build_suite
 from contracap.files import write_text
 from contracap.parallel import Agreement, ParallelError, ProcessGroup, start_process_group, wrapped
 from contracap.pretrained import load, processor_for
@@ -47,7 +48,7 @@ from contracap.training.recipe import RECIPE_FILE, Recipe, in_steps
 from contracap.training.start import device_of, precision_on, require_means, require_same_run, starting_model
 from contracap.training.step import StepConfig, TrainingState
 from contracap.training.utilisation import ModelUtilisation, find_peak
-from contracap.training.validation import Validation
+from contracap.training.validation import require_validation, validation_losses
 from contracap.training.writer import CheckpointWriter
 
 Found = TypeVar("Found")
@@ -68,7 +69,7 @@ def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
             be written to.
         TrainingError: at a NaN or infinite loss, unless the recipe skips such steps.
         OrderError: if too much of the data is bad.
-        ParallelError: if the ranks cannot be started, or cannot share the batch.
+        ParallelError: if the ranks cannot be start_process_group, or cannot share the batch.
         Interrupted: after a checkpoint, if any of the ranks got SIGTERM or SIGUSR1, or by Ctrl-C.
     """
     require_consent(recipe.commands, allow_commands)
@@ -146,8 +147,13 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
     )
     # Wrong paths are found now, not hours later.
     require_wandb(recipe.wandb)
-    validation = Validation(recipe.data, config, process_group, shared) if recipe.validate_every else None
-    suite = Suite(recipe.evaluation, processor, process_group)
+    validate = None
+    if recipe.validate_every:
+        require_validation(recipe.data)
+        validate = partial(
+            validation_losses, model, data=recipe.data, config=config, process_group=process_group, shared=shared
+        )
+    suite = build_suite(recipe.evaluation, processor, process_group)
     if checkpoint:
         batches.load_state_dict(restore_checkpoint(checkpoint, state))
         if state.step > recipe.steps:
@@ -191,7 +197,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
             logger.info("%s", utilisation)
             with run.recording():
                 recorder.record(state.step, {"mfu_peak_tflops": utilisation.peak.flops / 1e12})
-        run.repeat(config, validation=validation, suite=suite)
+        run.repeat(config, validate=validate, suite=suite)
     return checkpoints / checkpoint_name(recipe.steps)
 
 
@@ -267,7 +273,9 @@ class _Run:
     agreement: Agreement
     trouble: list[OSError] = field(default_factory=list)
 
-    def repeat(self, config: StepConfig, *, validation: Validation | None, suite: Suite) -> None:
+    def repeat(
+        self, config: StepConfig, *, validate: Callable[[], Mapping[str, float]] | None, suite: Evaluator | None
+    ) -> None:
         """Train to the last step."""
         recipe, state, checkpoints = self.recipe, self.state, Path(self.recipe.out) / CHECKPOINTS
         events = [
@@ -277,8 +285,8 @@ class _Run:
             Event(recipe.log_every, self.log),
             Event(recipe.checkpoint.every, self.checkpointing),
         ]
-        if validation:
-            events.append(Event(recipe.validate_every, partial(self.validating, validation)))
+        if validate:
+            events.append(Event(recipe.validate_every, partial(self.validating, validate)))
         if suite:
             events.append(Event(recipe.evaluation.every, partial(self.evaluating, suite, bf16=config.bf16)))
         events.append(Event(1, self.agreeing))
@@ -325,41 +333,41 @@ class _Run:
         with self.monitor.phase(RECORD), self.recording():
             self.monitor.log({f"skipped/{kind}": float(number) for kind, number in total.items()})
 
-    def validating(self, validation: Validation) -> None:
+    def validating(self, validate: Callable[[], Mapping[str, float]]) -> None:
         """Record losses on other pairs."""
         self.agreeing(at_once=True)  # it takes a while
         with self.monitor.phase(EVALUATION):
-            numbers = self.measured(lambda: dict(validation.run(self.state.model)))
+            numbers = self.measured(validate)
             with self.recording():
-                self.recorder.record(self.state.step, numbers)
+                self.recorder.record(self.state.step, numbers or {})
 
-    def evaluating(self, suite: Suite, *, bf16: bool) -> None:
+    def evaluating(self, suite: Evaluator, *, bf16: bool) -> None:
         """Record what the recipe wants measured on the way."""
         self.agreeing(at_once=True)
-        model, suite.captions = self.state.model, []
+        model = self.state.model
         with self.monitor.phase(EVALUATION):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                numbers = self.measured(lambda: dict(suite.run(model)))
+                result = self.measured(partial(suite, model)) or Result(figures={}, samples=0)
             with self.recording():
-                self.recorder.record(self.state.step, numbers)
-                self.recorder.captions(self.state.step, suite.captions)
+                self.recorder.record(self.state.step, result.values)
+                self.recorder.captions(self.state.step, result.predictions)
 
-    def measured(self, measure: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
-        """The figures; none, and a warning, if they fail on any rank, which is no reason to end a run.
+    def measured(self, measure: Callable[[], Found]) -> Found | None:
+        """Return what was measured; None, and a warning, if that fails on any rank, which is no reason to end a run.
 
         A rank that fails while the others wait for it, as those that share a model out do, is lost nevertheless.
         """
-        numbers, reason = {}, ""
+        found, reason = None, ""
         try:
-            numbers = measure()
+            found = measure()
         except Exception as error:
             reason = describe(error)
         for rank, problem in enumerate(self.state.process_group.all_gather(reason)):
             if problem:
-                numbers = {}
+                found = None
                 if self.state.process_group.rank == 0:
                     logger.warning("no figures at step %d: rank %d: %s", self.state.step, rank, problem)
-        return numbers
+        return found
 
     def checkpointing(self) -> None:
         """Begin to write a checkpoint, unless the newest step was skipped.

@@ -7,9 +7,9 @@ from contracap.apps.report.grids import best_pictures, best_texts, caption_grid,
 from contracap.apps.report.pictures import SIDE, chosen_samples, thumbnail
 from contracap.apps.report.sections import captioned, confused, spread
 from contracap.data.shards import Sample
-from contracap.evaluation.captioning import Captioning, Prediction
+from contracap.evaluation.captioning import Prediction
 from contracap.evaluation.retrieval import Features
-from tests.evaluation.worlds import processor, sample
+from tests.evaluation.worlds import sample
 
 
 def features() -> Features:
@@ -47,12 +47,11 @@ def test_texts_are_ranked_by_score_and_every_right_one_is_ticked() -> None:
 
 def test_best_median_and_worst_captions_are_those_by_cider() -> None:
     samples = [sample(f"key{number}", "red", "a person wrote") for number in range(30)]
-    evaluator = Captioning(samples, processor(), tokenizer="python")
-    evaluator.predictions = [
+    predictions = [
         Prediction(key=f"key{number}", prediction=f"written {number}", captions=("a person wrote",), cider=float(score))
         for number, score in enumerate([*range(15), *range(29, 14, -1)])
     ]
-    html = "".join(captioned(evaluator))
+    html = "".join(captioned(predictions, samples))
     best, median, worst = (part for part in html.split("<h3>")[1:])
     assert "<b>written 15</b>" in best and "2900" in best  # times 100
     assert "<b>written 14</b>" in median
@@ -62,12 +61,11 @@ def test_best_median_and_worst_captions_are_those_by_cider() -> None:
 
 def test_few_captions_stand_in_one_kind_each() -> None:
     samples = [sample(f"key{number}", "red", "a person wrote") for number in range(3)]
-    evaluator = Captioning(samples, processor(), tokenizer="python")
-    evaluator.predictions = [
+    predictions = [
         Prediction(key=f"key{number}", prediction=f"written {number}", captions=("x",), cider=float(number))
         for number in range(3)
     ]
-    html = "".join(captioned(evaluator))
+    html = "".join(captioned(predictions, samples))
     assert [html.count(f"<b>written {number}</b>") for number in range(3)] == [1, 1, 1]
 
 

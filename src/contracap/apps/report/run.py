@@ -16,9 +16,10 @@ from contracap.config import build
 from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
 from contracap.data.remote import require_consent
-from contracap.evaluation.captioning import Captioning
+from contracap.evaluation.captioning import evaluate_captioning
+from contracap.evaluation.features import Source, opened
 from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected
-from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.task import TaskConfig, build_evaluator
 from contracap.files import read_regular, write_text
 from contracap.pretrained import load_on_device
@@ -31,6 +32,7 @@ PAGE = "report.html"
 MOST_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
 MOST_CAPTIONS = 16  # pictures whose captions on the way are shown
 NO_COMMANDS = "no report runs one"
+Builder = Callable[[], tuple[Source, Evaluator]]  # of an evaluator, with the data it measures on
 logger = logging.getLogger(__name__)
 
 
@@ -77,15 +79,15 @@ def measured(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html
     for name, build_one in evaluators.items():
         logger.info("measuring %s", name)
         try:
-            evaluator = build_one()
-            figures = dict(evaluator.run(model))
+            data, evaluator = build_one()
+            result = evaluator(model)
         except Exception as error:  # such as weights that are NaN: the curves show when they became so
             logger.warning("%s was not measured: %s", name, error, exc_info=unexpected(error))
             missing.append(paragraph(f"{name} was not measured: {str(error) or type(error).__name__}"))
             continue
-        rows += [(name, figure, f"{100 * value:.2f}", f"{evaluator.samples:,}") for figure, value in figures.items()]
-        missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in evaluator.reasons.items()]
-        parts = list(sections_of(evaluator))
+        rows += [(name, figure, f"{100 * value:.2f}", f"{result.samples:,}") for figure, value in result.values.items()]
+        missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in result.reasons.items()]
+        parts = list(sections_of(result, data))
         if parts:
             sections[f"A closer look: {name}"] = parts
     head = ("task", "figure", "times 100", "samples")
@@ -94,13 +96,13 @@ def measured(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html
     return {"Figures": [paragraph(f"{done} with {checkpoint.name} on {what}."), *shown, *missing]} | sections
 
 
-def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[str, Callable[[], Evaluator]], str]:
-    """What makes each evaluator, and on what it measures, in words; if nothing, why."""
+def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[str, Builder], str]:
+    """Return what builds each evaluator, and on what they measure, in words; if on nothing, why."""
     for tasks, what in ((recipe.evaluation.tasks, "recipe"), (_asked(run / RESULTS_FILE), "study")):
         if tasks:
             for task in tasks.values():
                 require_consent(task.data, False, NO_COMMANDS)
-            made = {name: partial(build_evaluator, task, processor) for name, task in tasks.items()}
+            made = {name: partial(_of_task, task, processor) for name, task in tasks.items()}
             return made, f"the tasks of the {what}"
     if recipe.data.validation is None:
         return {}, "the recipe has neither evaluation.tasks nor data.validation"
@@ -109,15 +111,17 @@ def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[s
     samples = list(islice(evaluation_samples(recipe.data.validation, lines=lines), MOST_VALIDATION))
     if not all(sample.captions for sample in samples):
         return {}, "the recipe has no evaluation.tasks, and its validation shards have no captions"
-    evaluators: dict[str, Callable[[], Evaluator]] = {}
+    evaluators: dict[str, Builder] = {}
     if recipe.loss.contrastive:
-        evaluators["retrieval"] = partial(Retrieval, samples, processor)
+        evaluators["retrieval"] = lambda: (samples, partial(evaluate_retrieval, processor=processor, data=samples))
     if recipe.loss.captioning:
-        evaluators["captioning"] = partial(Captioning, samples, processor)
-    return (
-        evaluators,
-        f"the first {len(samples):,} samples of its validation shards; the recipe has no evaluation.tasks",
-    )
+        evaluators["captioning"] = lambda: (samples, partial(evaluate_captioning, processor=processor, data=samples))
+    what = f"the first {len(samples):,} samples of its validation shards; the recipe has no evaluation.tasks"
+    return evaluators, what
+
+
+def _of_task(task: TaskConfig, processor: Processor) -> tuple[Source, Evaluator]:
+    return opened(task.data, lines=task.caption_lines), build_evaluator(task, processor)
 
 
 def _asked(file: Path) -> dict[str, TaskConfig]:

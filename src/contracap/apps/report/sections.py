@@ -1,4 +1,4 @@
-"""What an evaluator found, beyond its figures: pictures with their captions, retrieval, confusions."""
+"""What an evaluation found, beyond its figures: pictures with their captions, retrieval, confusions."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contracap.apps.page import Html, gallery, heat_table, paragraph, table, text
 from contracap.apps.report.grids import best_pictures, best_texts, caption_grid, picture_grid
 from contracap.apps.report.pictures import chosen_samples, shown
-from contracap.evaluation.captioning import Captioning, Prediction
-from contracap.evaluation.result import Evaluator
-from contracap.evaluation.retrieval import Retrieval
-from contracap.evaluation.zeroshot import ZeroShot
+from contracap.evaluation.captioning import Prediction
+from contracap.evaluation.features import Source
+from contracap.evaluation.result import Result
+from contracap.evaluation.retrieval import Features
+from contracap.evaluation.zeroshot import Classification
 
 QUERIES = 8  # of each direction of retrieval
 CARDS = 5  # captions of each kind
@@ -17,25 +18,24 @@ MOST_CLASSES = 25  # of a whole confusion matrix
 MOST_PAIRS = 20  # of one with more classes
 
 
-def sections_of(evaluator: Evaluator) -> Iterator[Html]:
-    """Parts of the page for an evaluator that has run; of a kind that is not known here, none."""
-    if isinstance(evaluator, Retrieval):
-        yield from retrieved(evaluator)
-    elif isinstance(evaluator, Captioning):
-        yield from captioned(evaluator)
-    elif isinstance(evaluator, ZeroShot) and evaluator.labels:  # pictures of several classes have none
-        yield from confused(evaluator.classes, evaluator.labels, evaluator.predictions)
+def sections_of(result: Result, data: Source) -> Iterator[Html]:
+    """Parts of the page for what was measured on `data`; none for a kind of predictions that is not known here."""
+    predictions = result.predictions
+    if isinstance(predictions, Features):
+        yield from retrieved(predictions, data)
+    elif isinstance(predictions, Classification):
+        yield from confused(predictions.classes, predictions.labels, predictions.predictions)
+    elif predictions and isinstance(predictions[0], Prediction):
+        yield from captioned(predictions, data)
 
 
-def retrieved(evaluator: Retrieval) -> Iterator[Html]:
+def retrieved(features: Features, data: Source) -> Iterator[Html]:
     """What is found for some texts and some pictures, spread over the data."""
-    features = evaluator.features
-    assert features is not None  # it has run
     images = spread(len(features.images), QUERIES)
     first_texts = {image: text for text, image in reversed(list(enumerate(features.image_of_text.tolist())))}
     pictures = best_pictures(features, [first_texts[image] for image in images])
     texts = best_texts(features, images)
-    samples = chosen_samples(evaluator.source, {*images, *(image for each in pictures for image in each.candidates)})
+    samples = chosen_samples(data, {*images, *(image for each in pictures for image in each.candidates)})
     yield paragraph(
         f"For {len(images)} captions the best of all {len(features.images):,} pictures. Green: the caption's own "
         "picture; red: another one in the first place."
@@ -45,9 +45,8 @@ def retrieved(evaluator: Retrieval) -> Iterator[Html]:
     yield caption_grid(features, texts, samples)
 
 
-def captioned(evaluator: Captioning) -> Iterator[Html]:
+def captioned(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]:
     """The best, the median and the worst captions by CIDEr."""
-    predictions = evaluator.predictions
     if any(prediction.cider is None for prediction in predictions):
         yield paragraph(
             "Without CIDEr, which was not measured, nobody knows which captions are the best and the worst."
@@ -57,7 +56,7 @@ def captioned(evaluator: Captioning) -> Iterator[Html]:
     count = min(CARDS, max(1, len(order) // 3))
     middle = (len(order) - count) // 2
     kinds = {"Best": order[:count], "Median": order[middle : middle + count], "Worst": order[-count:]}
-    samples = chosen_samples(evaluator.source, {row for rows in kinds.values() for row in rows})
+    samples = chosen_samples(data, {row for rows in kinds.values() for row in rows})
     yield paragraph("Captions by their CIDEr, which is printed times 100; below each what people wrote.")
     for kind, rows in kinds.items():
         yield Html(f"<h3>{kind}</h3>\n")
