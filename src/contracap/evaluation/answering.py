@@ -1,6 +1,5 @@
 """Answers to questions about pictures: written behind the question, or chosen from a list."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from contracap.generation.captioner import Captioner
-from contracap.generation.reranking import ContrastiveReranking, shortened
-from contracap.generation.strategy import Prompts, Strategy
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.strategy import Strategy
 from contracap.model.cache import Projected
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -50,30 +49,29 @@ class Written:
             raise ValueError("an answer does not describe its picture: use another strategy than rerank")
         self.strategy = strategy
 
-    @torch.inference_mode()
     def __call__(
         self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
     ) -> list[str]:
-        """An answer to each question.
+        """Return an answer to each question.
 
         Raises: ValueError: if the model cannot write, a question leaves no room, or numbers are not finite.
         """
         captioner, found = Captioner(model, processor), [""] * len(asked)
-        strategy = shortened(self.strategy, model.config.text.context)
-        _check_room(asked, processor, most=strategy.max_tokens, answer=1)
-        with evaluating(model):
-            _, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
-            by_length = sorted(range(len(asked)), key=lambda place: len(asked[place].prompt))
-            for first in range(0, len(asked), QUESTIONS):  # what all their prompts have tokens for takes one step
-                places = by_length[first : first + QUESTIONS]
-                group = [asked[place] for place in places]
-                tokens = caption_tokens[[question.picture for question in group]]
-                prompts = _prompts(group, start=processor.tokenizer.start, device=model.device)
-                written = captioner.engine.write(tokens, strategy, prompts, processor.tokenizer)
-                for place, texts in zip(places, written, strict=True):
-                    if not texts or not math.isfinite(texts[0].score):
-                        raise ValueError("no answer was found: the model's logits are not finite, or rules leave none")
-                    found[place] = processor.tokenizer.decode(texts[0].token_ids)
+        room = min(self.strategy.max_tokens, model.config.text.context)
+        _check_room(asked, processor, most=room, answer=1)
+        images = captioner.encode(pixels)
+        by_length = sorted(range(len(asked)), key=lambda place: len(asked[place].prompt))
+        for first in range(0, len(asked), QUESTIONS):  # the tokens that all their prompts have take one step
+            places = by_length[first : first + QUESTIONS]
+            group = [asked[place] for place in places]
+            captions = captioner.write(
+                images.select([question.picture for question in group]),
+                self.strategy,
+                [question.prompt for question in group],
+                [question.number for question in group],
+            )
+            for place, question, caption in zip(places, group, captions, strict=True):
+                found[place] = processor.tokenizer.decode(caption.token_ids[len(question.prompt) :])
         return found
 
 
@@ -170,12 +168,3 @@ def _alike(asked: Sequence[Asked], *, most: int) -> Iterator[list[int]]:
         places[len(question.prompt)].append(place)
     for group in places.values():
         yield from (group[first : first + most] for first in range(0, len(group), most))
-
-
-def _prompts(asked: Sequence[Asked], *, start: int, device: torch.device) -> Prompts:
-    ids = torch.full((len(asked), max(len(question.prompt) for question in asked) + 1), start)
-    for row, question in zip(ids, asked, strict=True):
-        row[1 : len(question.prompt) + 1] = torch.tensor(question.prompt, dtype=torch.int64)
-    lengths = torch.tensor([len(question.prompt) + 1 for question in asked])
-    numbers = torch.tensor([question.number for question in asked])
-    return Prompts(ids.to(device), lengths.to(device), numbers.to(device))

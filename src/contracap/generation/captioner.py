@@ -47,6 +47,18 @@ class Caption:
     alternatives: tuple["Caption", ...] = field(default=(), repr=False)
 
 
+@dataclass(frozen=True)
+class EncodedImages:
+    """What the model reads of some images: an embedding of each, and the tokens that captions are written from."""
+
+    embeddings: Float[Tensor, "image embed"]
+    caption_tokens: Float[Tensor, "image token dim"]
+
+    def select(self, rows: Sequence[int]) -> "EncodedImages":
+        """Return these images; one may come several times."""
+        return EncodedImages(self.embeddings[rows], self.caption_tokens[rows])
+
+
 class Captioner:
     """Writes captions with a model and the processor that was loaded with it.
 
@@ -94,7 +106,8 @@ class Captioner:
         for first in range(0, len(sources), batch_size):
             last = first + batch_size
             pixels = self.processor.images(sources[first:last])
-            captions += self._write(pixels, strategy, begun[first:last], range(first, first + len(pixels)))
+            numbers = range(first, first + len(pixels))
+            captions += self.write(self.encode(pixels), strategy, begun[first:last], numbers)
         return captions
 
     def generate(
@@ -119,7 +132,7 @@ class Captioner:
         if len(numbers) != len(pixels):
             raise ValueError(f"{len(numbers)} numbers for {len(pixels)} pictures: give one for each")
         strategy, begun = self._checked(strategy), self._begun(prompts, len(pixels))
-        return self._write(pixels, strategy, begun, numbers, go_on) if len(pixels) else []
+        return self.write(self.encode(pixels), strategy, begun, numbers, go_on) if len(pixels) else []
 
     def check(self, strategy: Strategy, prompt: str = "") -> None:
         """Raises: ValueError: if this model cannot write so, whatever the picture."""
@@ -128,22 +141,36 @@ class Captioner:
         self._checked(strategy).begin(prompts, tokenizer)
 
     @torch.inference_mode()
-    def _write(
+    def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
+        """Return what `write` reads of the images."""
+        with evaluating(self.model):
+            return EncodedImages(*self.model.encode_caption_tokens(pixels.to(next(self.model.vision.parameters()))))
+
+    @torch.inference_mode()
+    def write(
         self,
-        pixels: Float[Tensor, "batch 3 height width"],
+        images: EncodedImages,
         strategy: Strategy,
         begun: Sequence[Sequence[int]],
         numbers: Sequence[int],
         go_on: Callable[[], object] = lambda: None,
     ) -> list[Caption]:
+        """Return a caption for each image.
+
+        Args:
+            begun: the tokens of each prompt, without the start token.
+            numbers, go_on: as in `generate`.
+
+        Raises: ValueError: as a call does.
+        """
+        strategy = self._checked(strategy)
         model, tokenizer = self.model, self.processor.tokenizer
         prompts = _prompts(begun, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
-            embeddings, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
-            found = self.engine.write(caption_tokens, strategy, prompts, tokenizer, go_on)
+            found = self.engine.write(images.caption_tokens, strategy, prompts, tokenizer, go_on)
             texts = [
                 self._texts(hypotheses, prompt, embedding)
-                for hypotheses, prompt, embedding in zip(found, begun, embeddings.float().cpu(), strict=True)
+                for hypotheses, prompt, embedding in zip(found, begun, images.embeddings.float().cpu(), strict=True)
             ]
             if isinstance(strategy, ContrastiveReranking):
                 texts = self._reranked(texts)
