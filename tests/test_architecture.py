@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "generation.sampling": "generation.strategy generation.texts generation.rules tokenizer",
     "generation.beam": "generation.strategy generation.texts generation.phrases generation.rules tokenizer",
     "generation.legacy": "generation.strategy generation.texts tokenizer",
-    "generation.reranking": "generation.strategy generation.sampling generation.beam tokenizer",
+    "generation.reranking": "generation.strategy generation.sampling generation.beam",
     "generation.choice": "generation.strategy generation.sampling generation.beam generation.legacy "
     "generation.reranking",
     "generation": "generation model tokenizer images processor",

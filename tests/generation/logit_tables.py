@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contracap.generation import BeamSearch, Rules
-from contracap.generation.strategy import Hypothesis, Prompts, Search, Strategy
+from contracap.generation.strategy import Hypothesis, Prompts, Search, SearchStrategy
 from contracap.tokenizer import Tokenizer
 
 WORDS = 3  # ids 0 to 2; then the start and the end token
@@ -59,13 +59,13 @@ def prompts_of(prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None =
     return Prompts(torch.tensor(ids), lengths, None if numbers is None else torch.tensor(numbers))
 
 
-def begin(strategy: Strategy, images: int, prompts: Prompts | None = None) -> Search:
+def begin(strategy: SearchStrategy, images: int, prompts: Prompts | None = None) -> Search:
     """The state before the first step, without a prompt if none is given."""
     return strategy.begin(Prompts.empty(images, START) if prompts is None else prompts, Words())
 
 
 def run(
-    strategy: Strategy, table: Table, prompts: Prompts | None = None, *, compact: bool = False
+    strategy: SearchStrategy, table: Table, prompts: Prompts | None = None, *, compact: bool = False
 ) -> list[list[Hypothesis]]:
     """Decode as the captioner does; `held` stands for the key/value cache and shows each row's beginning.
 

@@ -3,7 +3,7 @@ import pytest
 from contracap.config import ConfigError
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
 from contracap.generation.choice import STRATEGIES, build_strategy
-from contracap.generation.reranking import shortened
+from contracap.generation.reranking import split
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,9 @@ def test_what_is_wrong_is_told_in_one_line(name, settings, message):
     assert str(caught.value) == message
 
 
-def test_every_strategy_can_be_cut_to_a_models_context():
+def test_only_reranking_ranks_again_what_another_strategy_writes():
     for name in STRATEGIES:
         strategy = build_strategy(name, {"year": 2024} if name == "legacy" else {})
-        assert shortened(strategy, 12).max_tokens == 12 and shortened(strategy, 99) == strategy
+        writer, is_reranked = split(strategy)
+        assert is_reranked == (name == "rerank") == (writer != strategy)
+        assert (writer.max_tokens, writer.rows) == (strategy.max_tokens, strategy.rows)

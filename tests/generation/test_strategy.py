@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
+from contracap.generation import BeamSearch, Greedy, LegacyBeamSearch, Rules, Sampling
 from contracap.generation.choice import build_strategy
 from contracap.generation.strategy import Prompts
 
@@ -19,7 +19,6 @@ WITH_PROMPTS = [
     BeamSearch(4, 9, 2, 0.5),
     BeamSearch(6, 9, 2, groups=3, diversity=1.0),
     BeamSearch(4, 9, 2, rules=Rules(forced=("c b", "a"), repetition_penalty=1.5)),
-    ContrastiveReranking(Sampling(samples=2, max_tokens=9, min_tokens=2)),
 ]
 PROMPTS = [[], [0, 1], [2], [1, 1, 1], [], [2, 0]]
 

@@ -33,7 +33,7 @@ from contracap.evaluation.zeroshot import (
 )
 from contracap.generation.beam import BeamSearch
 from contracap.generation.choice import build_strategy
-from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.reranking import split
 from contracap.generation.sampling import Sampling
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
@@ -164,9 +164,8 @@ class TaskConfig:
 def seed_of(*tasks: TaskConfig) -> int | None:
     """The seed that the words of all these tasks are drawn with; None if none are drawn, or if there are several seeds:
     what was asked tells them."""
-    strategies = [task.build_strategy() for task in tasks if task.writes]
-    of = [strategy.of if isinstance(strategy, ContrastiveReranking) else strategy for strategy in strategies]
-    seeds = {strategy.seed for strategy in of if isinstance(strategy, Sampling)}
+    writers = [split(task.build_strategy())[0] for task in tasks if task.writes]
+    seeds = {writer.seed for writer in writers if isinstance(writer, Sampling)}
     return seeds.pop() if len(seeds) == 1 else None
 
 

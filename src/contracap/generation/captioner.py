@@ -12,8 +12,8 @@ from torch import Tensor
 from contracap.config import require_count
 from contracap.generation.beam import BeamSearch
 from contracap.generation.engine import Engine
-from contracap.generation.reranking import ContrastiveReranking, shortened
-from contracap.generation.strategy import Hypothesis, Prompts, Strategy
+from contracap.generation.reranking import split
+from contracap.generation.strategy import Hypothesis, Prompts, SearchStrategy, Strategy
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 from contracap.tokenizer import join_marks
@@ -101,7 +101,8 @@ class Captioner:
         if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
             raise ValueError(f"give a list of pictures, such as [picture], not {type(sources).__name__}")
         require_count("batch_size", batch_size, 1, "pictures at a time")
-        strategy, begun = self._checked(strategy), self._begun(prompts, len(sources))
+        self._split(strategy)
+        begun = self._begun(prompts, len(sources))
         captions: list[Caption] = []
         for first in range(0, len(sources), batch_size):
             last = first + batch_size
@@ -131,14 +132,16 @@ class Captioner:
         numbers = range(len(pixels)) if numbers is None else numbers
         if len(numbers) != len(pixels):
             raise ValueError(f"{len(numbers)} numbers for {len(pixels)} pictures: give one for each")
-        strategy, begun = self._checked(strategy), self._begun(prompts, len(pixels))
+        self._split(strategy)
+        begun = self._begun(prompts, len(pixels))
         return self.write(self.encode(pixels), strategy, begun, numbers, go_on) if len(pixels) else []
 
     def check(self, strategy: Strategy, prompt: str = "") -> None:
         """Raises: ValueError: if this model cannot write so, whatever the picture."""
         tokenizer = self.processor.tokenizer
         prompts = _prompts(self._begun(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
-        self._checked(strategy).begin(prompts, tokenizer)
+        writer, _ = self._split(strategy)
+        writer.begin(prompts, tokenizer)
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
@@ -163,24 +166,26 @@ class Captioner:
 
         Raises: ValueError: as a call does.
         """
-        strategy = self._checked(strategy)
+        writer, is_reranked = self._split(strategy)
         model, tokenizer = self.model, self.processor.tokenizer
         prompts = _prompts(begun, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
-            found = self.engine.write(images.caption_tokens, strategy, prompts, tokenizer, go_on)
+            found = self.engine.write(images.caption_tokens, writer, prompts, tokenizer, go_on)
             texts = [
                 self._texts(hypotheses, prompt, embedding)
                 for hypotheses, prompt, embedding in zip(found, begun, images.embeddings.float().cpu(), strict=True)
             ]
-            if isinstance(strategy, ContrastiveReranking):
+            if is_reranked:
                 texts = self._reranked(texts)
         return [replace(alternatives[0], alternatives=tuple(alternatives)) for alternatives in texts]
 
-    def _checked(self, strategy: Strategy) -> Strategy:
-        """The strategy, as far as this model can follow it."""
+    def _split(self, strategy: Strategy) -> tuple[SearchStrategy, bool]:
+        """Return what writes, as far as this model's context reaches, and whether its texts are ranked again."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be one such as Greedy() or BeamSearch(width=6), not {strategy!r}")
-        return shortened(strategy, self.model.config.text.context)
+        writer, is_reranked = split(strategy)
+        context = self.model.config.text.context
+        return replace(writer, max_tokens=min(writer.max_tokens, context)), is_reranked
 
     def _begun(self, prompts: str | Sequence[str], pictures: int) -> list[list[int]]:
         """The tokens that each caption begins with, behind the start token."""

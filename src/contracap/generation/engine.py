@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from contracap.generation.strategy import Hypothesis, Prompts, Search, Strategy
+from contracap.generation.strategy import Hypothesis, Prompts, Search, SearchStrategy
 from contracap.model.cache import DecodingCache
 from contracap.model.coca import CoCa
 from contracap.model.compiling import require_compiler
@@ -48,7 +48,7 @@ class Engine:
     def write(
         self,
         caption_tokens: Float[Tensor, "images memory embed"],
-        strategy: Strategy,
+        strategy: SearchStrategy,
         prompts: Prompts,
         tokenizer: Tokenizer,
         go_on: Callable[[], object] = lambda: None,
@@ -68,7 +68,7 @@ class Engine:
         self,
         search: Search,
         caption_tokens: Float[Tensor, "images memory embed"],
-        strategy: Strategy,
+        strategy: SearchStrategy,
         prompts: Prompts,
         go_on: Callable[[], object],
     ) -> list[list[Hypothesis]]:
@@ -100,7 +100,7 @@ class Engine:
             logits = self._score(newest, cache.memory, cache.step(newest.shape[1]))
 
     def _open(
-        self, caption_tokens: Float[Tensor, "images memory embed"], strategy: Strategy, prompts: Prompts
+        self, caption_tokens: Float[Tensor, "images memory embed"], strategy: SearchStrategy, prompts: Prompts
     ) -> DecodingCache:
         memory = self.model.require_decoder().project(caption_tokens)
         shape = (len(caption_tokens), prompts.shared, strategy.rows, strategy.max_tokens)

@@ -1,17 +1,15 @@
-"""Captions ranked by how well the model's own text embedding fits the picture's."""
+"""Captions ranked by how well the model's own text embedding fits the image's, once they are written."""
 
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 from contracap.generation.beam import BeamSearch
 from contracap.generation.sampling import Sampling
-from contracap.generation.strategy import Prompts, Search, Strategy
-from contracap.tokenizer import Tokenizer
+from contracap.generation.strategy import SearchStrategy, Strategy
 
 
 @dataclass(frozen=True)
 class ContrastiveReranking:
-    """Write several texts as `of` says, then rank them by the cosine between text and picture embedding.
+    """Write several texts as `of` says, then rank them by the cosine between text and image embedding.
 
     The search gives the texts with their own scores; the captioner embeds them, and their score becomes the cosine,
     from -1 to 1. A contrastive captioner has both embeddings, so this needs no other model.
@@ -29,22 +27,13 @@ class ContrastiveReranking:
 
     @property
     def rows(self) -> int:
-        """Rows a picture takes at most."""
+        """Rows an image takes at most."""
         return self.of.rows
 
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> Search:
-        """The state before the first step."""
-        return self.of.begin(prompts, tokenizer)
 
-
-Settings = TypeVar("Settings", bound=Strategy)
-
-
-def shortened(strategy: Settings, most: int) -> Settings:
-    """The same strategy with `max_tokens` cut to `most`.
-
-    Raises: ValueError: if `most` is below its `min_tokens`.
-    """
+def split(strategy: Strategy) -> tuple[SearchStrategy, bool]:
+    """Return what writes the texts, and whether they are ranked again once they are written."""
     if isinstance(strategy, ContrastiveReranking):
-        return replace(strategy, of=shortened(strategy.of, most))
-    return replace(strategy, max_tokens=min(strategy.max_tokens, most))
+        return strategy.of, True
+    assert isinstance(strategy, SearchStrategy)  # there is no other kind
+    return strategy, False

@@ -1,7 +1,7 @@
 """What every decoding strategy shares with the engine that runs it.
 
-A `Strategy` is a frozen record of settings. Its `begin` makes a `Search`: the state of decoding one batch, which is fed
-logits and never sees a model.
+A `Strategy` is a frozen record of settings. The `begin` of a `SearchStrategy` makes a `Search`: the state of decoding
+one batch, which is fed logits and never sees a model.
 """
 
 from dataclasses import dataclass
@@ -122,6 +122,11 @@ class Strategy(Protocol):
     def rows(self) -> int:
         """Rows a picture takes at most."""
         ...
+
+
+@runtime_checkable
+class SearchStrategy(Strategy, Protocol):
+    """A strategy that writes texts by a search of its own."""
 
     def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> Search:
         """The state before the first step, on the device of the prompts.
