@@ -20,18 +20,14 @@ from contracap.tokenizer import join_marks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caption:
-    """One sentence for one picture.
+class Caption(Hypothesis):
+    """One finished text about one image, as words.
 
     Attributes:
         text: the sentence, with the prompt that it begins with, written as people do: "a star, above it a circle".
         raw_text: the same with a blank after every word and mark, as the vocabulary has them and as open_clip prints
             it: "a star , above it a circle". Figures are of this one.
-        token_ids: its ids, between the start and the end token, neither included.
-        score: what ranked it, higher is better; each strategy says what that is.
-        log_probability: sum over its tokens and the end token, but for those of the prompt, in nats; a text that
-            `max_tokens` cut has no end token.
-        token_log_probabilities: what that is the sum of.
+        token_ids: its ids with those of the prompt, between the start and the end token, neither included.
         embedding: of the picture, from the same pass: what `encode_image` gives; float32, on the CPU.
         alternatives: the n best for this picture, best first; the first is this caption itself. Alternatives have no
             alternatives of their own.
@@ -39,10 +35,6 @@ class Caption:
 
     text: str
     raw_text: str = field(repr=False)
-    token_ids: tuple[int, ...]
-    score: float
-    log_probability: float
-    token_log_probabilities: tuple[float, ...] = field(repr=False)
     embedding: Float[Tensor, "embed"] = field(repr=False, compare=False)
     alternatives: tuple["Caption", ...] = field(default=(), repr=False)
 
@@ -213,10 +205,7 @@ class Captioner:
             Caption(
                 text=join_marks(text),
                 raw_text=text,
-                token_ids=(*prompt, *found.token_ids),
-                score=found.score,
-                log_probability=found.log_probability,
-                token_log_probabilities=found.token_log_probabilities,
+                **vars(found) | {"token_ids": (*prompt, *found.token_ids)},
                 embedding=embedding,
             )
             for found, text in zip(hypotheses, raw, strict=True)

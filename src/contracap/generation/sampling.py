@@ -11,7 +11,7 @@ from torch import Tensor
 from contracap.config import require_count
 from contracap.generation.rules import NextTokens, Rules
 from contracap.generation.strategy import MAX_ROWS, Hypothesis, Prompts, check_lengths, check_number
-from contracap.generation.texts import Texts, best, hypothesis
+from contracap.generation.texts import Texts, best, finish_text
 from contracap.tokenizer import Tokenizer
 
 RESOLUTION = 2**48  # of the numbers drawn: as fine as a probability can matter, and below 1 also when multiplied
@@ -170,7 +170,7 @@ class SingleSearch:
         results = []
         for *rows, first in zip(*(values.tolist() for values in tables), strict=True):
             texts = [
-                hypothesis(ids[first : first + count], gains[first : first + count], score, self.end)
+                finish_text(ids[first : first + count], gains[first : first + count], score, self.end)
                 for ids, gains, count, score in zip(*rows, strict=True)
             ]
             results.append(sorted(texts, key=lambda text: -text.score))

@@ -4,7 +4,7 @@ A `Strategy` is a frozen record of settings. The `begin` of a `SearchStrategy` m
 one batch, which is fed logits and never sees a model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -25,15 +25,15 @@ class Hypothesis:
     Attributes:
         token_ids: what was generated, without the start token, the prompt and the end token.
         log_probability: the sum of `token_log_probabilities`.
-        score: what ranks hypotheses, higher is better.
-        token_log_probabilities: what the model gave each generated token, in nats, the end token included where there
-            is one.
+        score: what ranks texts, higher is better; each strategy says what that is.
+        token_log_probabilities: what the model gave each generated token, in nats; the end token included, which a text
+            that `max_tokens` cut does not have.
     """
 
     token_ids: tuple[int, ...]
     log_probability: float
     score: float
-    token_log_probabilities: tuple[float, ...]
+    token_log_probabilities: tuple[float, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)

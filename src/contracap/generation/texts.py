@@ -117,7 +117,7 @@ class Finished:
         kept = (values.tolist() for values in (self.ids, self.gains, self.lengths, self.scores, self.prompted))
         return [
             [
-                hypothesis(ids[prompted:length], gains[prompted:length], score, end)
+                finish_text(ids[prompted:length], gains[prompted:length], score, end)
                 for ids, gains, length, score in zip(*texts, strict=True)
                 if score > -math.inf
             ]
@@ -125,7 +125,7 @@ class Finished:
         ]
 
 
-def hypothesis(ids: list[int], gains: list[float], score: float, end: int) -> Hypothesis:
+def finish_text(ids: list[int], gains: list[float], score: float, end: int) -> Hypothesis:
     """A result of generated tokens, which the end token may close."""
     inner = ids[:-1] if ids and ids[-1] == end else ids
     return Hypothesis(
