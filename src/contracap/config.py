@@ -1,27 +1,29 @@
 """Frozen dataclasses from TOML files and back: read, check, override, write. Knows no field of CoCa."""
 
+import ast
 import copy
 import dataclasses
 import difflib
 import inspect
 import json
-import math
-import re
 import textwrap
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import pydantic
+import tomli_w
 
 from contracap.files import read_regular
 
 T = TypeVar("T")
 MAX_FILE = 2**24  # bytes of a TOML file
 MAX_SHOWN = 80  # characters of a value in a message
+STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class SettingsHelp(Exception):
@@ -37,8 +39,8 @@ class ConfigError(ValueError):
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A `cls` with these values, checked: types strictly (a whole number may stand for a float); unknown keys, NaN
-    and infinity are refused.
+    """Return a `cls` with these values. Types are strict, though a whole number may stand for a float; unknown keys,
+    NaN and infinity are refused.
 
     Args:
         cls: a dataclass; its fields may be dataclasses, unions with them, and sequences or mappings of them. A class
@@ -48,17 +50,16 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         ConfigError: for every unknown key, with the nearest right one, every missing key and every wrong value.
     """
-    unknown = list(_unknown_keys(cls, values, (), getattr(cls, "FORMER_KEYS", {})))
-    if unknown:
-        raise ConfigError(*unknown)
-    endless = [f"'{key}' must be {wanted}, not {_short(number)}" for key, wanted, number in _endless(values, ())]
-    if endless:
-        raise ConfigError(*endless)
     try:
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values, default=_plain), strict=True)
+        return _adapter(cls).validate_json(json.dumps([values], default=to_dict))[0]  # in JSON a list may be a tuple
     except pydantic.ValidationError as error:
-        problems = [_problem(cls, details) for details in error.errors(include_url=False)]
-        raise ConfigError(*dict.fromkeys(problems)) from None
+        raise ConfigError(*_problems(cls, error)) from None
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    """What checks a list of these: pydantic takes a configuration for a list of plain dataclasses, but not for one."""
+    return pydantic.TypeAdapter(list[cls], config=STRICT)
 
 
 def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
@@ -141,9 +142,9 @@ def require_count(name: str, value: Any, least: int, why: str, *, most: int = 10
 
 
 def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
-    """Dotted key, what it must be with its default, and what it means, of every field of a dataclass and of those in
-    it; what it means stands under `Attributes:` in its docstring."""
-    hints, told = get_type_hints(cls), _told(cls)
+    """Yield the dotted key, the type with the default, and the meaning of every field of a dataclass and of those
+    inside it. The meaning is the docstring under the field."""
+    hints, meanings = get_type_hints(cls), field_docstrings(cls)
     for field in dataclasses.fields(cls):
         inside, key = _dataclass_of(hints[field.name]), ".".join((*path, field.name))
         if dataclasses.is_dataclass(field.default):  # one of several, as a strategy that another contains
@@ -154,10 +155,9 @@ def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "needed" if needed else "none by default"
         if field.default not in (dataclasses.MISSING, None):
-            default = f"default {_toml_text(_plain(field.default))}"
-        yield key, f"{_words(hints[field.name])}; {default}", told.get(field.name, "")
-        held = [each for _, each, _ in _items(hints[field.name], {"NAME": None})]
-        for each in (inside, *map(_dataclass_of, held)):
+            default = f"default {json.dumps(to_dict(field.default))}"
+        yield key, f"{_words(hints[field.name])}; {default}", meanings.get(field.name, "")
+        for each in (inside, *map(_dataclass_of, _items(hints[field.name]))):
             if each is not None:
                 yield from keys(each, (*path, field.name) if each is inside else (*path, field.name, "NAME"))
 
@@ -169,101 +169,127 @@ def keys_text(cls: type) -> str:
     )
 
 
-def _told(cls: type) -> dict[str, str]:
-    """The text of each attribute in a docstring."""
-    text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^    ([a-z_0-9, ]+): (.*(?:\n(?:        .*|$))*)", text, re.MULTILINE)
-    return {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The docstring under each field, on one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+    }
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain values of a dataclass, None left out: `build(type(config), to_dict(config)) == config`.
+def to_dict(config: Any) -> Any:
+    """Return the plain values of a dataclass, None left out: `build(type(config), to_dict(config)) == config`.
 
     Raises:
         ConfigError: if a field is None whose default is something else, which plain values cannot say.
     """
-    return _plain(config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        for field in dataclasses.fields(config):
+            if getattr(config, field.name) is None and field.default is not None:
+                name = f"{type(config).__name__}.{field.name}"
+                raise ConfigError(f"{name} is None but its default is not: give the field the default None to store it")
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return {name: to_dict(value) for name, value in values.items() if value is not None}
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(value) for value in config]
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    return str(config)  # paths; dates that a TOML file may hold where a string was meant
 
 
 def to_toml(config: Any) -> str:
-    """The text that `load_toml` reads back as an equal dataclass."""
-    return "\n".join(_toml_lines(to_dict(config), ())) + "\n"
+    """Return the text that `load_toml` reads back as an equal dataclass.
 
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            if getattr(value, field.name) is None and field.default is not None:
-                name = f"{type(value).__name__}.{field.name}"
-                raise ConfigError(f"{name} is None but its default is not: give the field the default None to store it")
-        values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _plain(item) for name, item in values.items() if item is not None}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)  # paths; dates that a TOML file may hold where a string was meant
+    Raises: ConfigError: if a string cannot be written as UTF-8.
+    """
+    text = tomli_w.dumps(to_dict(config))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 20) : error.end + 20]
+        raise ConfigError(f"{near!r} is no text that a TOML file can hold") from None
+    return text
 
 
 # --- what was wrong ---------------------------------------------------------------------------------------------------
 
 
+def _alternatives(hint: Any) -> list[Any]:
+    """The types of a union, without None."""
+    of = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [alternative for alternative in of if alternative is not type(None)]
+
+
 def _dataclass_of(hint: Any) -> Any:
     """The only dataclass among a hint's alternatives, else None."""
-    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    found = [alternative for alternative in alternatives if dataclasses.is_dataclass(alternative)]
+    found = [alternative for alternative in _alternatives(hint) if dataclasses.is_dataclass(alternative)]
     return found[0] if len(found) == 1 else None
 
 
-def _items(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Name, hint and value of everything inside a sequence or a mapping."""
-    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for alternative in alternatives:
-        origin, arguments = get_origin(alternative), get_args(alternative)
-        if origin in (list, tuple) and isinstance(value, Sequence) and not isinstance(value, str) and arguments:
-            yield from ((str(index), arguments[0], item) for index, item in enumerate(value))
-        elif origin in (dict, Mapping) and isinstance(value, Mapping) and len(arguments) == 2:
-            yield from ((str(key), arguments[1], item) for key, item in value.items())
+def _items(hint: Any, *, of: tuple[type, ...] = (list, tuple, dict)) -> list[Any]:
+    """The hint of what each alternative that is a sequence or a mapping holds."""
+    held = [alternative for alternative in _alternatives(hint) if get_origin(alternative) in of]
+    return [get_args(alternative)[1 if get_origin(alternative) is dict else 0] for alternative in held]
 
 
-def _endless(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, float]]:
-    """Key, what would do, and value of each number that is NaN or infinite, as these pass every comparison that checks
-    a range, or half of them; and of each whole number that others cannot hold."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _endless(item, (*path, str(key)))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _endless(item, (*path, str(index)))
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield ".".join(path), "a finite number", value
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        yield ".".join(path), "below 2**63", value
+def _follow(cls: type, place: Sequence[str | int]) -> tuple[tuple[str, ...], Any]:
+    """The keys that lead to the place of an error, and the hint there."""
+    path, hint, steps = list[str](), cast(Any, cls), iter(place)
+    for step in steps:
+        if len(_alternatives(hint)) > 1:  # pydantic names the alternative that it tried
+            step = next(steps, None)
+        if step is None:
+            break
+        path.append(str(step))
+        holders = [get_type_hints(each) for each in _alternatives(hint) if dataclasses.is_dataclass(each)]
+        items = _items(hint, of=(dict,) if isinstance(step, str) else (list, tuple))
+        hint = next(iter([*(hints[step] for hints in holders if step in hints), *items]), None)
+    return tuple(path), hint
 
 
-def _unknown_keys(hint: Any, value: Any, path: tuple[str, ...], former: Mapping[str, str]) -> Iterator[str]:
-    """A line for each; `former`: dotted keys of earlier versions, and what to do about them."""
-    cls = _dataclass_of(hint)
-    if cls is not None and isinstance(value, Mapping):
-        hints = get_type_hints(cls)
-        names = [field.name for field in dataclasses.fields(cls) if field.init]
-        for key, item in value.items():
-            if key in names:
-                yield from _unknown_keys(hints[key], item, (*path, key), former)
-            elif (dotted := ".".join((*path, str(key)))) in former:
-                yield f"key '{dotted}' is of an earlier version: {former[dotted]}"
-            else:
-                close = difflib.get_close_matches(str(key)[:MAX_SHOWN], names, n=1)
-                near = [*_leaves(cls, str(key), path), *(".".join((*path, name)) for name in close)]
-                right = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(names)}"
-                yield f"unknown key {_short('.'.join((*path, str(key))))}; {right}"
-    else:
-        for name, item_hint, item in _items(hint, value):
-            yield from _unknown_keys(item_hint, item, (*path, name), former)
+def _problems(cls: type, error: pydantic.ValidationError) -> list[str]:
+    """One line for each thing that is wrong: the dotted key, what it must be, and what it is."""
+    found = [(details, *_follow(cls, details["loc"][1:])) for details in error.errors(include_url=False)]
+    unknown = [each for each in found if each[0]["type"] == "unexpected_keyword_argument"]  # or misspelt, so missing
+    problems = list[str]()
+    for details, path, hint in unknown or found:
+        # Where one alternative of a union fits but for something inside, only that is wrong.
+        if not any(len(deeper) > len(path) and deeper[: len(path)] == path for _, deeper, _ in found):
+            problems.append(_problem(cls, details, path, hint))
+    return list(dict.fromkeys(problems))
+
+
+def _problem(cls: type, details: Any, path: tuple[str, ...], hint: Any) -> str:
+    key, kind = ".".join(path), details["type"]
+    if kind == "unexpected_keyword_argument":
+        return _unknown_key(cls, path, details["loc"][1:-1])
+    if kind == "missing":
+        return f"key '{key}' is missing"
+    if kind == "json_invalid":  # of what we wrote ourselves
+        return "a string is not valid UTF-8"
+    if kind == "value_error":
+        message = str(details["ctx"]["error"])
+        return f"'{key}': {message}" if key else message
+    wanted = "a finite number" if kind == "finite_number" else _words(hint)
+    return f"'{key}' must be {wanted}, not {_short(details['input'])}"
+
+
+def _unknown_key(cls: type, path: tuple[str, ...], holder_place: Sequence[str | int]) -> str:
+    former = getattr(cls, "FORMER_KEYS", {})
+    if (key := ".".join(path)) in former:
+        return f"key '{key}' is of an earlier version: {former[key]}"
+    holder = _dataclass_of(_follow(cls, holder_place)[1])
+    names = [field.name for field in dataclasses.fields(holder) if field.init]
+    close = difflib.get_close_matches(path[-1][:MAX_SHOWN], names, n=1)
+    near = [*_leaves(holder, path[-1], path[:-1]), *(".".join((*path[:-1], name)) for name in close)]
+    right = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(names)}"
+    return f"unknown key {_short(key)}; {right}"
 
 
 def _leaves(cls: type, name: str, path: tuple[str, ...]) -> Iterator[str]:
@@ -276,28 +302,6 @@ def _leaves(cls: type, name: str, path: tuple[str, ...]) -> Iterator[str]:
             yield from _leaves(inside, name, (*path, key))
 
 
-def _problem(cls: type, details: Any) -> str:
-    """One line for one of pydantic's findings: the dotted key, what it must be, and what it is."""
-    path: list[str] = []
-    hint: Any = cls
-    for step in details["loc"]:
-        holder = _dataclass_of(hint)
-        hints = get_type_hints(holder) if holder is not None else {}
-        if get_origin(hint) is dict:
-            hints = {step: get_args(hint)[1]}
-        if step not in hints:
-            break  # an index, or pydantic's word for one alternative of a union
-        path.append(str(step))
-        hint = hints[step]
-    key = ".".join(path)
-    if details["type"] == "missing" and path and details["loc"][-1] == path[-1]:
-        return f"key '{key}' is missing"
-    if details["type"] == "value_error":
-        message = str(details["ctx"]["error"])
-        return f"'{key}': {message}" if key else message
-    return f"'{key}' must be {_words(hint)}, not {_short(details['input'])}"
-
-
 def _short(value: Any) -> str:
     """A value as a message shows it."""
     text = repr(value)
@@ -308,7 +312,7 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_words(alternative) for alternative in get_args(hint) if alternative is not type(None))
+        return " or ".join(map(_words, _alternatives(hint)))
     if get_origin(hint) in (tuple, list):
         items = [_words(argument) for argument in get_args(hint) if argument is not ...]
         alike = ... in get_args(hint) or len(items) == 1
@@ -319,45 +323,12 @@ def _words(hint: Any) -> str:
     return plain.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-# --- TOML values ------------------------------------------------------------------------------------------------------
-
-
 def _toml_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # no TOML; thousands of digits, or of brackets
         return text
     return parsed["value"] if len(parsed) == 1 else text
-
-
-def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    """Values first, then the tables inside, each under its own header."""
-    tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    yield from (f"{_toml_key(key)} = {_toml_text(value)}" for key, value in table.items() if key not in tables)
-    for key, value in tables.items():
-        yield ""
-        yield f"[{'.'.join(map(_toml_key, (*path, key)))}]"
-        yield from _toml_lines(value, (*path, key))
-
-
-def _toml_key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else _toml_text(key)
-
-
-def _toml_text(value: Any) -> str:
-    if isinstance(value, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ConfigError(f"{value!r} is no text that a TOML file can hold")
-        # JSON's escapes are TOML's too, but for delete, which TOML wants escaped
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml_key(key)} = {_toml_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, Sequence):
-        return "[" + ", ".join(map(_toml_text, value)) + "]"
-    return repr(value)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -60,15 +60,16 @@ class ImageSizeError(ImageError):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """What the model is fed: `size` pixels square, minus `mean`, divided by `std` (of pixels scaled to 0..1).
-
-    `resize`: "shortest" brings the shorter side to `size` and crops the centre, "squash" ignores the aspect ratio.
-    """
+    """How an image becomes the square of pixels that the model reads."""
 
     size: int = 224
+    """Height and width in pixels."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Subtracted from pixels scaled to 0..1; red, green, blue."""
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Divides what is left; red, green, blue."""
     resize: Literal["shortest", "squash"] = "shortest"
+    """`shortest` resizes the shorter side to `size` and crops the centre; `squash` ignores the aspect ratio."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -79,12 +80,14 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """Random crops and mirror images for training: `crop_scale` is the share of the picture's area that a crop keeps,
-    `crop_ratio` the range of its width over its height, `flip` the probability of a mirror image."""
+    """Random crops and mirror images for training."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Smallest and largest share of the image's area that a crop keeps."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest ratio of a crop's width to its height."""
     flip: float = 0.0
+    """Probability of a mirror image."""
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

@@ -15,21 +15,22 @@ CAPTION_CHUNK = CONTRASTIVE_CHUNK = 4096  # rows and columns that are scored at 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the two losses in their sum; a weight of 0 skips that branch of the model. Source: CoCa, section
-    3.2, 1 : 2.
+    """Weights of the two losses in their sum; a weight of 0 skips that branch of the model.
 
-    Attributes:
-        chunk: rows that the captioning loss scores at a time; 0 for what `captioning_loss` takes by itself. A number
-            above those of the batch holds all scores at once.
+    Source: CoCa (arXiv 2205.01917), section 3.2, for 1 : 2.
     """
 
     contrastive: float = 1.0
+    """Weight of the contrastive loss."""
     captioning: float = 2.0
+    """Weight of the captioning loss."""
     chunk: int = 0
+    """Rows that the captioning loss scores at a time; 0 chooses by the device. A number above the rows of a batch
+    keeps all scores in memory at once."""
 
     def __post_init__(self) -> None:
         if self.chunk < 0:
-            raise ValueError(f"loss.chunk is {self.chunk}; it must be above 0, or 0 for what is usual")
+            raise ValueError(f"loss.chunk is {self.chunk}; it must be above 0, or 0 to choose by the device")
         if min(self.contrastive, self.captioning) < 0 or self.contrastive == self.captioning == 0:
             raise ValueError("loss weights must not be negative, and one must be above 0")
 

@@ -68,7 +68,20 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
             {"evaluation": {"tasks": {"x": {"dta": "shards"}}}},
             "unknown key 'evaluation.tasks.x.dta'; did you mean 'evaluation.tasks.x.data'",
         ),
-        ({"steps": 10**19}, "'steps' must be below 2"),
+        (
+            {"data": {"train": {"a": {"shards": "x", "weight": 0}}, "batch_size": 8}},
+            r"^'data\.train\.a': weight is 0\.0; it must be above 0$",
+        ),
+        (
+            {"data": {"train": {"a": {"shard": "x"}}, "batch_size": 8}},
+            r"^unknown key 'data\.train\.a\.shard'; did you mean 'data\.train\.a\.shards'\?$",
+        ),
+        ({"out": "caf\udce9"}, "not valid UTF-8"),
+        (
+            {"data": {"train": "x", "validation": ["a", 1], "batch_size": 8}},
+            r"^'data\.validation\.1' must be a string, not 1$",
+        ),
+        ({"steps": 10**19}, "steps is 10,000,.*; it must be at most"),
         ({"steps": 10**18}, "steps is 1,000,.*; it must be at most"),
         (
             {"data": {"train": "x", "batch_size": 10**11}},

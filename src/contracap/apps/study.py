@@ -27,22 +27,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What is trained, what differs, and what is measured.
-
-    Attributes:
-        out: folder of the runs, each in `ARM-SEED`, and of the comparisons.
-        seeds: of the runs of each arm. Arms with the same seed see the same samples in the same order.
-        recipe: the run that the arms have in common, as a recipe file's values; `out`, `seed` and `resume` are given
-            by the study.
-        arms: by name, their changes to the recipe. The first is compared with each of the others.
-        tasks: what is measured of each run whose losses teach it.
-    """
+    """What is trained, what differs, and what is measured."""
 
     out: str
+    """Folder for the runs, each in `ARM-SEED`, and the comparisons."""
     seeds: tuple[int, ...]
+    """Seeds of the runs of each arm. Arms with the same seed see the same samples in the same order."""
     recipe: dict[str, Any]
+    """The recipe that all arms share, as in a recipe file; the study sets `out`, `seed` and `resume`."""
     arms: dict[str, dict[str, Any]]
+    """Changes to the recipe, by name of the arm. The first arm is compared with each of the others."""
     tasks: dict[str, TaskConfig]
+    """What is measured of each run whose losses train it."""
 
     def __post_init__(self) -> None:
         require_paths(self, "out")

@@ -10,21 +10,19 @@ from contracap.data.shards import Sample, SampleError, texts_in
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig:
-    """The rule.
-
-    Attributes:
-        use: a `random` caption of the picture each time it comes, its `first`, or `all`, one after the other.
-        weights: fields of the `.json` and how often the caption is taken from each, such as
-            `{ caption = 0.3, recaption = 0.7 }`: of those that a sample has, in proportion. Empty: its captions.
-        lines: each line of a `.txt` is a caption; else the whole is one.
-        max_tokens: captions are cut to so many tokens in training, start and end included; by default to the model's
-            context. Short texts first make a long run cheaper (CLIPA, arXiv 2305.07017).
-    """
+    """Which of an image's captions are used, and how."""
 
     use: Literal["random", "first", "all"] = "random"
+    """Use a `random` caption of the image each time it is drawn, its `first` caption, or `all` of them, one after
+    the other."""
     weights: dict[str, float] = field(default_factory=dict)
+    """How often the caption is taken from each field of the `.json`, such as `{ caption = 0.3, recaption = 0.7 }`,
+    in proportion among the fields that a sample has. Empty: the sample's captions are used."""
     lines: bool = True
+    """Whether each line of a `.txt` is a caption; otherwise the whole file is one."""
     max_tokens: int | None = None
+    """Captions are cut to this many tokens in training, start and end token included. The default is the model's
+    context. Short texts first make a long run cheaper (CLIPA, arXiv 2305.07017)."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 3:

@@ -16,17 +16,14 @@ MAX_WORKERS = 1024  # of one rank
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One data set of a mixture.
-
-    Attributes:
-        shards: folders of tar shards, or shards.
-        weight: how often it is drawn from, in proportion to the others; see `DataConfig.weighting`.
-        replacement: draw whole shards at random, again and again, in place of epochs that hold each sample once.
-    """
+    """One data set of a mixture."""
 
     shards: str | tuple[str, ...]
+    """Tar shards, or folders of tar shards."""
     weight: float = 1.0
+    """How often the source is drawn from, relative to the others; see `data.weighting`."""
     replacement: bool = False
+    """Draw whole shards at random, again and again, instead of epochs that contain each sample once."""
 
     def __post_init__(self) -> None:
         require_paths(self, "shards")
@@ -38,48 +35,43 @@ class SourceConfig:
 class DataConfig:
     """What is read, and in which order.
 
-    Attributes:
-        train: folders of tar shards, or shards; or a mixture, as a table of named sources.
-        validation: likewise, without mixtures.
-        batch_size: pictures with their captions in a step.
-        weighting: what the weights of a mixture mean: the `probability` that a sample comes from the source, or how
-            often each of its `samples` comes, so that large sources come more often.
-        shuffle_buffer: samples that are shuffled together, all streams taken together. Twice as many encoded pictures
-            are in memory: the next ones are read while these are used.
-        streams: independent orders that fill each batch together, an equal part each. They decide the order, unlike
-            the number of workers and ranks, which each read some of them: a multiple of every number of ranks that a
-            run may have. By default the largest of 1, 2, 4, 8, 16 that divides the batch.
-        workers: processes that read and decode, for each rank; 0: the calling one.
-        epoch_end: how an epoch ends within a batch: the batch `continue`s with the next epoch; or an epoch has a whole
-            number of batches, and the last samples `drop` out, or the first ones come again to `pad` the last batch.
-        captions: which captions stand for a picture.
-        length_buckets: batches of captions of about equal length, from those in the shuffle buffer. Epochs must have a
-            whole number of batches then.
-        augmentation: of the pictures.
-        scaled_decoding: decode large JPEG pictures at a fraction of their size, no less than twice what the model
-            sees: faster, with slightly other pixels.
-        smallest_side: pictures with a shorter side, in pixels, are bad samples.
-        max_bad_share: the run stops when more than this share of a thousand samples in a row of a stream is bad, or of
-            an epoch is lost in broken shards.
-
     Raises:
         ValueError: if a number is out of range, or the streams do not divide the batch.
     """
 
     train: str | tuple[str, ...] | dict[str, SourceConfig]
+    """Tar shards, or folders of tar shards; or a mixture, as a table of named sources."""
     validation: str | tuple[str, ...] | None = None
+    """Tar shards, or folders of tar shards, without mixtures."""
     batch_size: int
+    """Images in a step, over all ranks, each with a caption."""
     weighting: Literal["probability", "samples"] = "probability"
+    """What the weights of a mixture mean: the `probability` that a sample comes from the source, or how often each
+    of its `samples` is drawn, so that large sources are drawn more often."""
     shuffle_buffer: int = 10_000
+    """Samples that are shuffled together, over all streams. Twice as many encoded images are in memory, because the
+    next ones are read while these are used."""
     streams: int | None = None
+    """Independent orders that each supply an equal part of every batch. They determine the order of the data; the
+    numbers of workers and ranks do not. Use a multiple of every number of ranks that the run may have. The default
+    is the largest of 1, 2, 4, 8 and 16 that divides the batch."""
     workers: int = 0
+    """Processes that read and decode, on each rank; 0 reads in the training process."""
     epoch_end: Literal["continue", "drop", "pad"] = "continue"
+    """What happens when an epoch ends within a batch. `continue`: the batch continues with the next epoch. `drop`:
+    the last samples are left out. `pad`: the first samples are repeated to complete the last batch."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     length_buckets: bool = False
+    """Make batches of captions of similar length from the shuffle buffer. Needs `epoch_end` `drop` or `pad`."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     scaled_decoding: bool = False
+    """Decode large JPEG images at a fraction of their size, but at least twice the size that the model sees:
+    faster, with slightly different pixels."""
     smallest_side: int = 8
+    """An image whose shorter side has fewer pixels is a bad sample."""
     max_bad_share: float = 0.05
+    """The run stops when more than this share of any thousand consecutive samples of a stream is bad, or of an
+    epoch is lost in broken shards."""
 
     def __post_init__(self) -> None:
         require_paths(self, "train", "validation")

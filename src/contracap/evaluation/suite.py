@@ -24,15 +24,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCaptionsConfig:
-    """Captions to read, in captions.jsonl and on the boards.
-
-    Attributes:
-        data: folders of tar shards, or shards.
-        samples: pictures, the first ones.
-    """
+    """Captions for people to read, in captions.jsonl and TensorBoard."""
 
     data: Shards
+    """Tar shards, or folders of tar shards."""
     samples: int = 16
+    """Number of images, from the start of the data."""
 
     def __post_init__(self) -> None:
         require_paths(self, "data")
@@ -42,15 +39,12 @@ class SampleCaptionsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured on the way, beside the losses; with none of it, nothing.
-
-    Attributes:
-        every: steps from one time to the next; there is always one at the end.
-        tasks: by name; a figure is recorded as `NAME/figure`.
-    """
+    """What is measured during training, besides the losses; by default nothing."""
 
     every: int = 1000
+    """Steps between evaluations; there is always one at the end."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Tasks by name; metrics are recorded as `NAME/metric`."""
     captions: SampleCaptionsConfig | None = None
 
     def __post_init__(self) -> None:

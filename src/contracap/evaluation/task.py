@@ -71,47 +71,44 @@ def _named_metrics(value: object) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """A task: of the command line, of a recipe, or of a file of tasks.
-
-    Attributes:
-        task: what is measured.
-        data: folders of tar shards, or shards; for `zeroshot` also a folder with a subfolder of pictures for each
-            class, for `vqa` a file of questions of VQAv2 or OK-VQA, behind it the folder of its pictures if they lie
-            elsewhere.
-        classes: for `zeroshot`: a published set, such as `imagenet1k`, or a JSON list of names, in the order of the
-            labels, or a JSON object with such a list `classes`; by default the names of the subfolders.
-        templates: for `zeroshot`: likewise, {} where the name goes; by default those of the published set, or eight of
-            photographs.
-        caption_lines: for `retrieval` and `captioning`: each line of a `.txt` is a caption; else the whole is one.
-        metrics: for `captioning`: which to compute; by default all but `cider_plain`, as far as they can run.
-        tokenizer: for `captioning`: `java` is the one of the published figures, and taken where it can run.
-        corenlp_dir: for SPICE: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR.
-        spice_memory: for SPICE: the most that Java may use, as its option -Xmx takes it; by default 8g.
-        clipscore: for `captioning`: weights that judge captions and pictures, for CLIPScore and RefCLIPScore; `self` is
-            the model that writes the captions.
-        answers: for `vqa`: a JSON list of answers to choose from, or a JSON object with such a list `answers`; by
-            default the model writes.
-        prompt: for `vqa`: what comes before an answer, {} where the question goes; by default `question: {} answer:`.
-        strategy: for `captioning` and `vqa`: how words are chosen; by default beam search for captions, and the
-            likeliest word for answers. Whichever it is, `max_tokens` and `min_tokens` are those of the task, 30 and 5
-            for captions, 76 and 0 for answers, if no setting says otherwise.
-        settings: of the strategy, `key=value` each.
-    """
+    """One task, from the command line, a recipe or a file of tasks."""
 
     task: Task
+    """What is measured."""
     data: Shards
+    """Tar shards, or folders of tar shards. For `zeroshot` also a folder with a subfolder of images for each class.
+    For `vqa` also a file of questions in the format of VQAv2 or OK-VQA, followed by the folder of its images if
+    that is elsewhere."""
     classes: str | None = None
+    """For `zeroshot`: a published set, such as `imagenet1k`, or a JSON file with a list of names in the order of
+    the labels, or with an object whose `classes` is such a list. The default is the names of the subfolders."""
     templates: str | None = None
+    """For `zeroshot`: a published set or a JSON file, like `classes`, with {} where the name goes. The default is
+    the templates of the published classes, or eight for photographs."""
     caption_lines: bool = True
+    """For `retrieval` and `captioning`: whether each line of a `.txt` is a caption; otherwise the whole file is one."""
     metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_named_metrics)] = ()
+    """For `captioning`: the metrics to compute. The default is all that can run, except `cider_plain`."""
     tokenizer: TokenizerName | None = None
+    """For `captioning`: `java` is the tokenizer behind published figures, and the default where it can run."""
     corenlp_dir: str | None = None
+    """For SPICE: folder with the jars of CoreNLP 3.6.0. The default is $CONTRACAP_CORENLP_DIR."""
     spice_memory: str | None = None
+    """For SPICE: the most memory that Java may use, in the form of its option -Xmx. The default is 8g."""
     clipscore: str | None = None
+    """For `captioning`: weights that compute CLIPScore and RefCLIPScore; `self` is the model that writes the
+    captions."""
     answers: str | None = None
+    """For `vqa`: a JSON file with a list of answers to choose from, or with an object whose `answers` is such a
+    list. By default the model writes the answer."""
     prompt: str | None = None
+    """For `vqa`: the text before an answer, with {} where the question goes. The default is `question: {} answer:`."""
     strategy: str | None = None
+    """For `captioning` and `vqa`: the decoding strategy. The default is beam search for captions and greedy
+    decoding for answers. Unless `settings` say otherwise, `max_tokens` and `min_tokens` are 30 and 5 for captions,
+    76 and 0 for answers."""
     settings: tuple[str, ...] = ()
+    """Settings of the strategy, `key=value` each."""
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -37,15 +37,6 @@ class BeamSearch:
     Where phrases are forced, continuations by their next tokens and the best of each beam are looked at as well, and
     the places are shared out evenly over how many tokens of the phrases a continuation has met.
 
-    Attributes:
-        width: beams of a picture, and texts kept.
-        max_tokens: longest sequence, start and end token included.
-        min_tokens: the end token is forbidden while the sequence, start token included, is shorter than this.
-        length_penalty: above 0 favours long texts, below 0 short ones; 1 ranks by the mean log-probability of a token.
-        groups: how many searches the width is divided into.
-        diversity: nats that a token loses for each beam of an earlier group that took it; 0.5 is usual.
-        rules: what a text must and must not hold.
-
     Source: `GenerationMixin._beam_search` of transformers 4.50 and later, with `early_stopping="never"`: the same
         lengths, candidates and finished texts. Its default, `early_stopping=False`, estimates what a beam can reach
         from its present length, and may stop before a longer and better text is found. Vijayakumar et al. 2016
@@ -54,12 +45,19 @@ class BeamSearch:
     """
 
     width: int = 6
+    """Beams of an image, and texts kept."""
     max_tokens: int = 30
+    """Longest sequence, start and end token included."""
     min_tokens: int = 5
+    """The end token is forbidden while the sequence, start token included, is shorter than this."""
     length_penalty: float = 1.0
+    """Above 0 favours long texts, below 0 short ones; 1 ranks by the mean log-probability of a token."""
     groups: int = 1
+    """Number of searches that the width is divided into."""
     diversity: float = 0.0
+    """Nats that a token loses for each beam of an earlier group that took it; 0.5 is usual."""
     rules: Rules = Rules()
+    """What a text must and must not contain."""
 
     def __post_init__(self) -> None:
         require_count("width", self.width, 1, "beams of a picture", most=MAX_ROWS)

@@ -27,17 +27,15 @@ class LegacyBeamSearch:
     the figures of 2023 were made, the length with it in 4.49. The sums are no log-probabilities and depend on constants
     added to the logits; `BeamSearch` is the better search. Prompts and rules it does not know.
 
-    Attributes:
-        year: 2023 for transformers 4.26.1, 2024 for 4.49.
-        max_tokens: longest sequence, start and end token included.
-        min_tokens: the end token is forbidden while the sequence, start token included, is shorter than this.
-
     Source: open_clip 3.3.0, `CoCa._generate_beamsearch`; `BeamSearchScorer` of transformers.
     """
 
     year: int
+    """2023 for transformers 4.26.1, 2024 for 4.49."""
     max_tokens: int = 30
+    """Longest sequence, start and end token included."""
     min_tokens: int = 5
+    """The end token is forbidden while the sequence, start token included, is shorter than this."""
 
     def __post_init__(self) -> None:
         if self.year not in (2023, 2024):

@@ -13,12 +13,10 @@ class ContrastiveReranking:
 
     The search gives the texts with their own scores; the captioner embeds them, and their score becomes the cosine,
     from -1 to 1. A contrastive captioner has both embeddings, so this needs no other model.
-
-    Attributes:
-        of: what writes the texts.
     """
 
     of: Sampling | BeamSearch = Sampling(samples=8)
+    """The strategy that writes the texts."""
 
     @property
     def max_tokens(self) -> int:

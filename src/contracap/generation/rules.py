@@ -31,23 +31,21 @@ class Rules:
     A text, for these rules, is the prompt and what was generated. Where rules contradict each other, `forced` goes
     before `no_repeat_ngram`, and a prompt before all.
 
-    Attributes:
-        repetition_penalty: tokens that were generated before have their logits divided by this where above 0, else
-            multiplied; 1 changes nothing, 1.2 is usual. It changes which tokens are chosen, and how beam search ranks
-            texts; the log-probabilities that are reported stay the model's own.
-        no_repeat_ngram: no sequence of this many tokens comes twice.
-        banned: words or phrases that must not occur as whole words, however they are cut into tokens. Words are the
-            tokenizer's: a run of letters, a digit, a run of other signs. What is not ASCII counts as letters.
-        forced: words or phrases that must occur as whole words: the text does not end before, and when the room left
-            is what they need, nothing else is written. Beam search looks for good places for them.
-
     Source: Keskar et al. 2019 (arXiv 1909.05858), section 4.1, for the penalty; for `forced` see `BeamSearch`.
     """
 
     repetition_penalty: float = 1.0
+    """Logits of tokens that were generated before are divided by this if above 0, else multiplied. 1 changes
+    nothing, 1.2 is usual. It affects which tokens are chosen and how beam search ranks texts; the reported
+    log-probabilities stay the model's own."""
     no_repeat_ngram: int | None = None
+    """No sequence of this many tokens occurs twice."""
     banned: Phrases = ()
+    """Words or phrases that must not occur as whole words, however they are split into tokens. A word is one to the
+    tokenizer: a run of letters, a digit, or a run of other characters. Everything outside ASCII counts as letters."""
     forced: Phrases = ()
+    """Words or phrases that must occur as whole words. The text does not end before they do, and once only the room
+    they need is left, nothing else is written. Beam search looks for good places for them."""
 
     def __post_init__(self) -> None:
         check_number("repetition_penalty", self.repetition_penalty, 0.1, 10.0, "1 changes nothing")

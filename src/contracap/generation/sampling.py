@@ -22,16 +22,14 @@ class Greedy:
     """Always the likeliest next token (the lowest id among equals); the same ids as `BeamSearch(width=1)`.
 
     The score is the mean log-probability of a token.
-
-    Attributes:
-        max_tokens: longest sequence, start and end token included; a text without an end token stops there.
-        min_tokens: the end token is forbidden while the sequence, start token included, is shorter than this.
-        rules: what a text must and must not hold.
     """
 
     max_tokens: int = 30
+    """Longest sequence, start and end token included; a text without an end token stops there."""
     min_tokens: int = 5
+    """The end token is forbidden while the sequence, start token included, is shorter than this."""
     rules: Rules = Rules()
+    """What a text must and must not contain."""
 
     def __post_init__(self) -> None:
         check_lengths(self.max_tokens, self.min_tokens)
@@ -58,30 +56,28 @@ class Sampling:
     drawn depends on the seed, the picture's number in the call, the sample's number and the length of the text, but not
     on the other pictures or the size of batches.
 
-    Attributes:
-        temperature: above 1 flattens the distribution, below sharpens it.
-        top_k: tokens kept; None keeps all.
-        top_p: probability kept, above 0 and at most 1; None keeps all.
-        min_p: least probability of a token, relative to the likeliest, from 0 to 1; None keeps all.
-        seed: the same seed gives the same texts.
-        samples: texts a picture.
-        max_tokens: longest sequence, start and end token included; a text without an end token stops there.
-        min_tokens: the end token is forbidden while the sequence, start token included, is shorter than this.
-        rules: what a text must and must not hold.
-
     Source: Fan et al. 2018 (arXiv 1805.04833) for top-k; Holtzman et al. 2020 (arXiv 1904.09751) for top-p; Nguyen et
         al. 2024 (arXiv 2407.01082) for min-p.
     """
 
     temperature: float = 1.0
+    """Above 1 flattens the distribution, below 1 sharpens it."""
     top_k: int | None = None
+    """Number of tokens kept; None keeps all."""
     top_p: float | None = None
+    """Probability kept, above 0 and at most 1; None keeps all."""
     min_p: float | None = None
+    """Least probability of a token relative to the likeliest one, from 0 to 1; None keeps all."""
     seed: int = 0
+    """The same seed gives the same texts."""
     samples: int = 1
+    """Texts for each image."""
     max_tokens: int = 30
+    """Longest sequence, start and end token included; a text without an end token stops there."""
     min_tokens: int = 5
+    """The end token is forbidden while the sequence, start token included, is shorter than this."""
     rules: Rules = Rules()
+    """What a text must and must not contain."""
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0.01, 100.0, "1 samples from the model as it is")

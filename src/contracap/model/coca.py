@@ -23,13 +23,10 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 @dataclass(frozen=True, kw_only=True)
 class CoCaConfig:
-    """Sizes of a contrastive captioner; without a decoder it is a CLIP.
-
-    Attributes:
-        embed_dim: width of the contrastive embedding and of the caption tokens.
-    """
+    """Sizes of a contrastive captioner; without a decoder it is a CLIP."""
 
     embed_dim: int
+    """Width of the contrastive embedding and of the caption tokens."""
     vision: VisionConfig
     pooler: PoolerConfig = field(default_factory=PoolerConfig)
     text: TextConfig

@@ -17,23 +17,20 @@ from contracap.model.cache import Unprojected
 
 @dataclass(frozen=True, kw_only=True)
 class PoolerConfig:
-    """How image tokens become one contrastive vector and a sequence of caption tokens.
-
-    Attributes:
-        kind: `shared`, one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the
-            released layout); `cascade`, a contrastive query on top of all caption tokens, and `parallel`, a
-            contrastive query beside them (both the paper's); `class_token`, no queries at all: CLIP's vector, and no
-            caption tokens.
-        queries: learned queries, the contrastive one included where it is `shared`.
-        adds_positions: whether learned positions are added to the normalised image tokens that the caption tokens are
-            pooled from. They let a small model tell which of two objects stands where; the released models have none.
-            See docs/decisions/0005-positions-in-the-pooler.md.
-    """
+    """How image tokens become one contrastive vector and a sequence of caption tokens."""
 
     kind: Literal["shared", "cascade", "parallel", "class_token"] = "shared"
+    """`shared`: one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the
+    released layout). `cascade`: a contrastive query on top of all caption tokens (the paper's). `parallel`: a
+    contrastive query next to them (the paper's). `class_token`: no queries, CLIP's vector, and no caption tokens."""
     queries: int = 256
+    """Learned queries; in a `shared` pooler the contrastive one is among them."""
     heads: int = 8
+    """Attention heads."""
     adds_positions: bool = False
+    """Add learned positions to the normalised image tokens before the caption tokens are pooled. They let a small
+    model tell which of two objects is where; the released models have none. See
+    docs/decisions/0005-positions-in-the-pooler.md."""
 
     def __post_init__(self) -> None:
         require_positive(self, "heads")

@@ -22,24 +22,25 @@ ClsMask = Literal["legacy", "correct"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Sizes of the text encoder.
-
-    Attributes:
-        context: longest text in tokens, start and end included; the class token comes on top.
-        vocab_size: tokens of the tokenizer; the last two are start and end.
-        pool: where the contrastive vector is read: at a class token after the text (CoCa), or at the end token (CLIP).
-        cls_mask: what the class token sees. `correct`: the text and itself. `legacy`, as the released weights were
-            trained: the text, the first token of padding after it, and itself only if the text fills the context.
-    """
+    """Sizes of the text encoder."""
 
     context: int = 76
+    """Longest text in tokens, start and end token included; the class token is added to it."""
     vocab_size: int = 49408
+    """Tokens of the tokenizer; the last two are start and end."""
     width: int
+    """Channels of each token."""
     layers: int
+    """Transformer blocks."""
     heads: int
+    """Attention heads."""
     mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers, relative to `width`."""
     pool: Literal["class_token", "end_token"] = "class_token"
+    """Where the contrastive vector is read: at a class token after the text (CoCa), or at the end token (CLIP)."""
     cls_mask: ClsMask = "correct"
+    """What the class token sees. `correct`: the text and itself. `legacy`, as the released weights were trained:
+    the text, the first padding token after it, and itself only if the text fills the context."""
 
     def __post_init__(self) -> None:
         require_positive(self, "context", "vocab_size", "width", "layers", "heads", "mlp_ratio")
@@ -57,8 +58,11 @@ class DecoderConfig:
     """Sizes of the text decoder: `layers` self-attention blocks, each followed by a cross-attention block."""
 
     layers: int
+    """Self-attention blocks, each followed by a cross-attention block."""
     heads: int
+    """Attention heads."""
     mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers, relative to the text width."""
 
     def __post_init__(self) -> None:
         require_positive(self, "layers", "heads", "mlp_ratio")

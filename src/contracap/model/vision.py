@@ -20,16 +20,22 @@ LOWEST_FREQUENCY = 0.35  # stands for the mean, which has none
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the image encoder, in pixels, channels and counts."""
+    """Sizes of the image encoder."""
 
     image_size: int
+    """Height and width of an image in pixels."""
     patch_size: int
+    """Height and width of a patch in pixels."""
     width: int
+    """Channels of each token."""
     layers: int
+    """Transformer blocks."""
     heads: int
+    """Attention heads."""
     mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers, relative to `width`."""
     patch_dropout: float = 0.0
-    """Share of the patches left out of each training step (FLIP, arXiv 2212.00794); none in evaluation."""
+    """Share of the patches dropped in each training step (FLIP, arXiv 2212.00794); none in evaluation."""
 
     def __post_init__(self) -> None:
         require_positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")

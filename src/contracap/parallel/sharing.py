@@ -21,20 +21,16 @@ Kind = Literal["ddp", "fsdp", "hsdp"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a model runs on its devices, and how many ranks share it; one rank alone has all of it.
-
-    Attributes:
-        kind: what `wrapped` does. `ddp`: each rank holds everything. `fsdp`: each holds a share of every parameter, its
-            gradient and its moments. `hsdp`: shares within a machine, copies between machines.
-            A run can go on with another.
-        recompute: `blocks`: of each transformer block only the input is kept, and its activations are computed again in
-            the backward pass: less memory, more time.
-        compile: whether `torch.compile` fuses what each block does. Meant for GPUs: see docs/performance.md.
-    """
+    """How a model runs on its devices, and how ranks share it."""
 
     kind: Kind = "ddp"
+    """`ddp`: each rank holds the whole model. `fsdp`: each rank holds a share of every parameter, its gradient and
+    its moments. `hsdp`: shares within a machine, copies across machines. A run can be resumed with another kind."""
     recompute: Literal["none", "blocks"] = "none"
+    """`blocks`: keep only the input of each transformer block and compute its activations again in the backward
+    pass. Takes less memory and more time."""
     compile: bool = False
+    """Fuse the operations of each block with `torch.compile`. Meant for GPUs: see docs/performance.md."""
 
 
 class Replica(nn.Module):

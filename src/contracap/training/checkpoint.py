@@ -35,17 +35,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which stay.
-
-    Attributes:
-        every: steps between checkpoints; one is always written at the end.
-        keep: newest checkpoints that stay.
-        keep_every: checkpoints after a multiple of so many steps stay for good; 0: none does.
-    """
+    """When checkpoints are written, and which are kept."""
 
     every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
+    """Number of newest checkpoints that are kept."""
     keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:

@@ -13,21 +13,22 @@ from contracap.model.coca import CoCa
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay.
-
-    Attributes:
-        learning_rate: the highest, reached after `warmup_steps`.
-        min_learning_rate: where the cosine ends.
-        clip_norm: largest global norm of the gradient; 0 for none.
-    """
+    """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: float = 1e-3
+    """Highest learning rate, reached after `warmup_steps`."""
     min_learning_rate: float = 0.0
+    """Learning rate at the end of the cosine."""
     warmup_steps: int = 100
+    """Steps of linear warm-up."""
     weight_decay: float = 0.1
+    """Decay of matrices; norms, biases, embeddings, positions and queries do not decay."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of AdamW's averages of the gradient and of its square."""
     epsilon: float = 1e-6
+    """Term added to AdamW's denominator."""
     clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or not 0 <= self.min_learning_rate <= self.learning_rate:

@@ -30,56 +30,52 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run. Fine-tuning, CLIP and caption-only training are recipes too.
-
-    Attributes:
-        size: a row of the size table.
-        model: fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`.
-        steps: updates of the weights; this, or `epochs`.
-        epochs: passes over the samples of all sources, in place of `steps`; they are counted when the run starts.
-        out: the run folder.
-        seed: of initial weights, data order, augmentation and patch dropout.
-        resume: go on from the run folder's last checkpoint, or start if there is none.
-        initialise_from: weights to start from, anything `contracap.load` reads; positions are interpolated to
-            another picture size.
-        frozen: parameters that stay as they are, by the beginning of their names: `["vision", "text.token_embedding"]`.
-        device: `auto` is CUDA when there is one, else the CPU.
-        precision: `bf16` runs the forward pass under autocast; weights and optimizer stay float32. `auto` is that where
-            the device multiplies bf16 matrices in hardware, else `fp32`; the run folder's recipe says which it was.
-        accumulation: parts a batch is cut into, one forward and backward each; losses and gradients are those of the
-            whole batch. With a contrastive loss each part is embedded once more (GradCache).
-        ema_decay: of the moving average of the weights, per step; 0 keeps none.
-        nonfinite: what a NaN or infinite loss or gradient does: `stop` the run, or `skip` that step.
-        log_every: steps between records in metrics.jsonl and TensorBoard.
-        validate_every: steps between passes over `data.validation`; 0 for none.
-        wandb: project at Weights & Biases that the run is shown in, too.
-        peak_tflops: what one device can do, in multiplications and additions of 10**12 a second: what `mfu` is a share
-            of. GPUs of the table in `plan.gpus` are known.
-        stall_seconds: after which a rank is reported that has not got on with waiting for data, a step, a checkpoint or
-            an evaluation; the first step may take four times that. 0 watches nothing.
-        profile: write a trace of steps 13 to 15 on each rank, for Perfetto: `profile/rank-N.json.gz`.
-    """
+    """One training run. Fine-tuning, CLIP and caption-only training are recipes too."""
 
     size: str
+    """Name of a row of the size table."""
     model: dict[str, Any] = field(default_factory=dict)
+    """Fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
     steps: int = 0
+    """Updates of the weights; give this or `epochs`."""
     epochs: float | None = None
+    """Passes over the samples of all sources, instead of `steps`; the samples are counted when the run starts."""
     out: str
+    """The run folder."""
     seed: int = 0
+    """Seed of the initial weights, the data order, augmentation and patch dropout."""
     resume: bool = False
+    """Continue from the last checkpoint in the run folder, or start from scratch if there is none."""
     initialise_from: str | None = None
+    """Weights to start from: anything `contracap.load` reads. Positions are interpolated to another image size."""
     frozen: tuple[str, ...] = ()
+    """Parameters that are not trained, given by the start of their names: `["vision", "text.token_embedding"]`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is CUDA if there is a GPU, else the CPU."""
     precision: Precision = "auto"
+    """`bf16` runs the forward pass under autocast; weights and optimizer stay float32. `auto` is `bf16` where the
+    device multiplies bf16 matrices in hardware, else `fp32`; the recipe in the run folder says which one was used."""
     accumulation: int = 1
+    """Number of parts that a batch is split into, each with its own forward and backward pass. Losses and gradients
+    are those of the whole batch. With a contrastive loss each part is embedded once more (GradCache)."""
     ema_decay: float = 0.0
+    """Decay per step of the moving average of the weights; 0 keeps no average."""
     nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is NaN or infinite: `stop` the run, or `skip` the step."""
     log_every: int = 20
+    """Steps between records in metrics.jsonl and TensorBoard."""
     validate_every: int = 0
+    """Steps between passes over `data.validation`; 0 for none."""
     wandb: str | None = None
+    """Project at Weights & Biases that also shows the run."""
     peak_tflops: float | None = None
+    """Peak speed of one device in TFLOP/s, of which `mfu` is a share. Not needed for the GPUs that `contracap plan`
+    knows."""
     stall_seconds: float = 300.0
+    """Seconds after which a rank is reported that is stuck waiting for data or in a step, a checkpoint or an
+    evaluation. The first step may take four times as long. 0 turns the watchdog off."""
     profile: bool = False
+    """Write a trace of steps 13 to 15 on each rank, for Perfetto: `profile/rank-N.json.gz`."""
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
