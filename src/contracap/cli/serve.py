@@ -8,7 +8,7 @@ from typing import Annotated
 from contracap.cli.options import Settings, Size, StrategyName, WeightsName, arg, keep_few_kernels, load_model
 
 API_KEY = "CONTRACAP_API_KEY"
-PACKAGES = ("fastapi", "fastapi_offline", "python_multipart", "starlette", "uvicorn")
+PACKAGES = ("fastapi", "fastapi_offline", "prometheus_client", "python_multipart", "starlette", "uvicorn")
 
 
 def serve(

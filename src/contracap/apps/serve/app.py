@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -160,6 +161,8 @@ def build_app(
     usual, turns = _tokens(default.strategy({})), Turns()
     batcher = Batcher(batching, turns=turns, observe=metrics.batch_sizes.observe)
     heavy = Batcher(batching, turns=turns, heavy=True, observe=metrics.batch_sizes.observe)
+    metrics.queue_length.set_function(lambda: batcher.waiting + heavy.waiting)
+    metrics.under_way.set_function(lambda: len(under_way.bodies))
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
     large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
 
@@ -286,8 +289,7 @@ def build_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> PlainTextResponse:
         """Give counts and times for Prometheus."""
-        text = metrics.exposition(waiting=batcher.waiting + heavy.waiting, under_way=len(under_way.bodies))
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/", include_in_schema=False)
     async def root() -> HTMLResponse:

@@ -1,84 +1,46 @@
-"""What the server has done so far, as Prometheus reads it.
+"""What the server has done so far, as Prometheus reads it."""
 
-Source: Prometheus' text exposition format 0.0.4.
-"""
-
-import bisect
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from time import perf_counter
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-CLIENT_GONE = 499  # nginx's word for a request that nobody waited for
+CLIENT_GONE = 499  # nginx's status for a request whose client has left
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Histogram:
-    """How many observed values are at most each of some bounds."""
-
-    def __init__(self, bounds: Sequence[float | int]):
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)  # the last: above all bounds
-        self.total = 0.0
-
-    def observe(self, value: float | int) -> None:
-        """Count one value."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def lines(self, name: str, labels: str = "") -> Iterator[str]:
-        """Its cumulative counts, its sum and its count; `labels` such as `route="/v1/caption"`."""
-        before, inside = (f"{labels},", f"{{{labels}}}") if labels else ("", "")
-        cumulative = 0
-        for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
-            cumulative += count
-            yield f'{name}_bucket{{{before}le="{bound}"}} {cumulative}'
-        yield f"{name}_sum{inside} {self.total}"
-        yield f"{name}_count{inside} {cumulative}"
-
-
 class Metrics:
-    """Requests by route and status, their seconds by route, and the sizes of batches."""
+    """The metrics of one application, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.seconds: dict[str, Histogram] = {}
-        self.batch_sizes = Histogram(BATCH_SIZES)
-
-    def count(self, route: str, status: int, seconds: float) -> None:
-        """One answered request."""
-        self.requests[route, status] += 1
-        self.seconds.setdefault(route, Histogram(SECONDS)).observe(seconds)
-
-    def exposition(self, *, waiting: int, under_way: int) -> str:
-        """All of it as text, with what is the case now: items in the queue, and requests under way."""
-        lines = ["# HELP contracap_requests_total Requests answered.", "# TYPE contracap_requests_total counter"]
-        for (route, status), count in sorted(self.requests.items()):
-            lines.append(f'contracap_requests_total{{route="{route}",status="{status}"}} {count}')
-        lines += [
-            "# HELP contracap_request_seconds From a request's head to the end of its answer.",
-            "# TYPE contracap_request_seconds histogram",
-        ]
-        for route, histogram in sorted(self.seconds.items()):
-            lines += histogram.lines("contracap_request_seconds", f'route="{route}"')
-        lines += [
-            "# HELP contracap_batch_size Pictures or texts that went through the model together.",
-            "# TYPE contracap_batch_size histogram",
-            *self.batch_sizes.lines("contracap_batch_size"),
-            "# HELP contracap_queue_length Pictures and texts that no batch has taken yet.",
-            "# TYPE contracap_queue_length gauge",
-            f"contracap_queue_length {waiting}",
-            "# HELP contracap_requests_under_way Requests with a body that are being read or answered.",
-            "# TYPE contracap_requests_under_way gauge",
-            f"contracap_requests_under_way {under_way}",
-        ]
-        return "\n".join(lines) + "\n"
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("contracap_requests", "Requests answered.", ("route", "status"), registry=registry)
+        self.seconds = Histogram(
+            "contracap_request_seconds",
+            "Seconds from a request's head to the end of its answer.",
+            ("route",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.batch_sizes = Histogram(
+            "contracap_batch_size",
+            "Images or texts that went through the model together.",
+            buckets=BATCH_SIZES,
+            registry=registry,
+        )
+        self.queue_length = Gauge(
+            "contracap_queue_length", "Images and texts that wait for a batch.", registry=registry
+        )
+        self.under_way = Gauge(
+            "contracap_requests_under_way",
+            "Requests with a body that are being read or answered.",
+            registry=registry,
+        )
 
 
 class CountRequests:
-    """Middleware that counts every request; those to no known route together, for anybody can make up paths."""
+    """Middleware that counts every request. Unknown routes are counted together, because anyone can make up paths."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str]):
         self.app, self.metrics, self.routes = app, metrics, routes
@@ -98,8 +60,9 @@ class CountRequests:
         try:
             await self.app(scope, receive, counted)
         except Exception:
-            status = 500  # what is sent for it, further out
+            status = 500  # which is sent further out
             raise
         finally:
             route = scope["path"] if scope["path"] in self.routes else "other"
-            self.metrics.count(route, status, perf_counter() - start)
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(perf_counter() - start)
