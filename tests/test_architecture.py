@@ -56,6 +56,7 @@ FOREIGN = {  # and where they are at home, if anywhere
     "ray": "apps.bulk.cluster",
     "gradio": "apps.demo cli.demo",
     "fastapi": "apps.demo apps.serve",
+    "prometheus_client": "apps.serve",
     "torchao": "model.quantised",
     "matplotlib": "apps.compare.figure",
 }

@@ -97,11 +97,14 @@ def _connections() -> tuple[int, int]:
 
 
 class _Connection(H11Protocol):
-    """Uvicorn's connection, for which it has no limit of time before a head is complete, and none of their number.
+    """Uvicorn's connection, with limits on the time until a head is complete and on the number of connections.
 
     Attributes:
         since: when it was made, or its last answer was sent, on the event loop's clock.
     """
+
+    # Uvicorn's own do not suffice: timeout_keep_alive starts after an answer, so a head may take for ever, and
+    # limit_concurrency refuses newcomers while idle connections hold all places.
 
     aborted = False
 
@@ -194,6 +197,7 @@ def limited(scope: Scope, receive: Receive, most: int | float) -> Receive:
 
     They are counted as they come, so a length that is missing or wrong changes nothing.
     """
+    # Starlette's RequestBodyLimitMiddleware answers by itself, in a fixed text; here the answer names the limit.
     said = dict(scope["headers"]).get(b"content-length", b"")
     too_large, came = said.isdigit() and float(said) > most, 0
 

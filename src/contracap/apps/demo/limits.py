@@ -3,12 +3,13 @@
 import re
 from collections.abc import Container
 
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from contracap.apps.web import MIB, BodyTooLargeError, limited
+from contracap.apps.web import MIB
 
-MAX_QUESTION_MIB = 1  # whatever is asked but uploads: texts and numbers
+MAX_QUESTION_MIB = 1  # body of every request but an upload: texts and numbers
 UPLOAD = "/gradio_api/upload"
 # Gradio has more: routes that ask other servers, write files, or call functions of its components.
 READ = re.compile(
@@ -26,6 +27,7 @@ class LimitVisitors:
     def __init__(self, app: ASGIApp, *, published: Container[str]):
         """`published`: names that may follow call/v2, where gradio fails on others."""
         self.app, self.published = app, published
+        self.small = RequestBodyLimitMiddleware(app, MAX_QUESTION_MIB * MIB)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,36 +37,10 @@ class LimitVisitors:
         elif scope["path"] == UPLOAD:
             await self.app(scope, receive, send)
         else:
-            await self._limited(scope, receive, send)
+            await self.small(scope, receive, send)
 
     def _has(self, method: str, path: str) -> bool:
         """Whether the page needs this route."""
         found = ROUTES[method].fullmatch(path) if method in ROUTES else None
         name = found.groupdict().get("name") if found else None
         return found is not None and (name is None or name in self.published)
-
-    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        counted = limited(scope, receive, MAX_QUESTION_MIB * MIB)
-        refused = False
-
-        async def checked() -> Message:
-            nonlocal refused
-            try:
-                return await counted()
-            except BodyTooLargeError:
-                refused = True
-                raise
-
-        async def written(message: Message) -> None:
-            if not refused:
-                await send(message)
-
-        try:
-            await self.app(scope, checked, written)
-        except Exception:
-            if not refused:
-                raise
-        if refused:
-            await PlainTextResponse(f"a request may have {MAX_QUESTION_MIB} MiB, the maximum here", 413)(
-                scope, receive, send
-            )

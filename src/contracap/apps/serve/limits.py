@@ -53,6 +53,7 @@ class UnderWay:
     @property
     def full(self) -> bool:
         """Whether another one is refused."""
+        # Uvicorn's limit_concurrency counts idle connections and would refuse /health and /metrics too.
         return len(self.bodies) >= self.limits.max_requests or self.too_many_bytes
 
     @property
