@@ -112,7 +112,16 @@ def test_version_is_that_of_the_package(run: Run) -> None:
 
 
 def test_help_shows_no_default_that_says_nothing(run: Run) -> None:
-    verbs = [["caption"], ["evaluate"], ["train"], ["plan"], ["shards", "make"], ["bulk", "caption"], ["score"]]
+    verbs = [
+        ["caption"],
+        ["evaluate"],
+        ["train"],
+        ["plan"],
+        ["shards", "make"],
+        ["bulk", "caption"],
+        ["score"],
+        ["serve"],
+    ]
     for verb in verbs:
         _, out, _ = run(*verb, "--help")
         text = " ".join(out.replace("│", " ").split())

@@ -1,25 +1,24 @@
-"""The verbs of many shards: what they write is for machines, one parquet file for each shard."""
+"""The verbs for many shards. They write one parquet file for each shard."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from contracap.apps.bulk.cluster_config import ClusterConfig
 from contracap.cli.errors import fail, say
-from contracap.cli.options import PathText, Settings, Size, StrategyName, WeightsName, arg
+from contracap.cli.options import Flags, PathText, Settings, Size, StrategyName, WeightsName, arg
 
 if TYPE_CHECKING:
     from contracap.apps.bulk.parts import BulkConfig
 
 Shards = Annotated[
     tuple[PathText, ...],
-    arg(metavar="SHARDS [SHARDS ...]", help="a folder of tar shards, or shards; URLs and {000..331} too"),
+    arg(metavar="SHARDS [SHARDS ...]", help="A folder of tar shards, or shards; also URLs and {000..331}."),
 ]
-Out = Annotated[PathText, arg(metavar="FOLDER", help="for a parquet file a shard: a folder, or one of s3:// or gs://")]
-Address = Annotated[str | None, arg(help="a Ray cluster's, or auto for this machine's; by default Ray starts here")]
-BulkWorkers = Annotated[
-    int | None, arg(metavar="N", help="processes with the model; by default one a GPU, else one for 4 cores")
+Out = Annotated[
+    PathText, arg(metavar="FOLDER", help="Folder for the parquet files, one for each shard; also s3:// or gs://.")
 ]
-GPUs = Annotated[float | None, arg(metavar="0|1|SHARE", help="of each worker; by default 1 where there are any")]
-BatchSize = Annotated[int, arg(help="pictures at a time")]
+Cluster = Annotated[ClusterConfig, Flags]
+BatchSize = Annotated[int, arg(help="Images in a batch.")]
 Precision = Literal["float32", "float16"]
 
 
@@ -31,16 +30,14 @@ def caption(
     out: Out,
     strategy: StrategyName = "beam",
     settings: Settings = (),
-    prompt: Annotated[str, arg(metavar="TEXT", help="how each caption begins")] = "",
-    embed: Annotated[bool, arg(help="write the embeddings of the pictures too")] = False,
-    precision: Annotated[Precision | None, arg(help="of the embeddings; by default float32")] = None,
-    address: Address = None,
-    workers: BulkWorkers = None,
-    gpus_per_worker: GPUs = None,
+    prompt: Annotated[str, arg(metavar="TEXT", help="The beginning of each caption.")] = "",
+    embed: Annotated[bool, arg(help="Write the embeddings of the images too.")] = False,
+    precision: Annotated[Precision | None, arg(help="Number format of the embeddings; float32 by default.")] = None,
+    cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
     size: Size = None,
 ) -> int:
-    """Write captions of tar shards on one machine or many. The same command goes on where it was interrupted."""
+    """Write captions of tar shards on one machine or many. The same command continues where it was interrupted."""
     _require_extras()
     from contracap.apps.bulk.parts import BulkConfig
     from contracap.generation.choice import build_strategy
@@ -53,7 +50,7 @@ def caption(
         embedding=precision or "float32" if embed else None,
         batch_size=batch_size,
     )
-    return _run(weights, shards, out, config, address, workers, gpus_per_worker, size)
+    return _run(weights, shards, out, config, cluster, size)
 
 
 def embed(
@@ -62,27 +59,16 @@ def embed(
     /,
     *,
     out: Out,
-    precision: Annotated[Precision, arg(help="of the embeddings")] = "float32",
-    address: Address = None,
-    workers: BulkWorkers = None,
-    gpus_per_worker: GPUs = None,
+    precision: Annotated[Precision, arg(help="Number format of the embeddings.")] = "float32",
+    cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
     size: Size = None,
 ) -> int:
-    """Write embeddings of tar shards on one machine or many. The same command goes on where it was interrupted."""
+    """Write embeddings of tar shards on one machine or many. The same command continues where it was interrupted."""
     _require_extras()
     from contracap.apps.bulk.parts import BulkConfig
 
-    return _run(
-        weights,
-        shards,
-        out,
-        BulkConfig(embedding=precision, batch_size=batch_size),
-        address,
-        workers,
-        gpus_per_worker,
-        size,
-    )
+    return _run(weights, shards, out, BulkConfig(embedding=precision, batch_size=batch_size), cluster, size)
 
 
 def _require_extras() -> None:
@@ -92,20 +78,12 @@ def _require_extras() -> None:
 
 
 def _run(
-    weights: str,
-    shards: tuple[str, ...],
-    out: str,
-    config: "BulkConfig",
-    address: str | None,
-    workers: int | None,
-    gpus_per_worker: float | None,
-    size: str | None,
+    weights: str, shards: tuple[str, ...], out: str, config: "BulkConfig", cluster: ClusterConfig, size: str | None
 ) -> int:
-    from contracap.apps.bulk.cluster import ClusterConfig, run
+    from contracap.apps.bulk.cluster import run
     from contracap.data.shards import list_shards
     from contracap.pretrained import load
 
-    cluster = ClusterConfig(address=address, workers=workers, gpus_per_worker=gpus_per_worker)
     listed = list_shards(shards)
     model, processor = load(weights, size=size)
     done = run(listed, out, config, model, processor, weights=weights, cluster=cluster)

@@ -1,19 +1,27 @@
 """What several verbs take, and what they make of it."""
 
+import dataclasses
 import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro.conf
 from tyro.conf import FlagCreatePairsOff
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from contracap.cli.errors import EmptyPathError, message
-from contracap.config import require_count
+from contracap.config import field_docstrings, require_count
 from contracap.files import try_place
 
 if TYPE_CHECKING:
@@ -80,16 +88,33 @@ def _optional_choice_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec
     )
 
 
+Flags = tyro.conf.arg(name="")
+"""Annotates a dataclass whose fields are flags of the verb."""
+
+
+@registry.struct_rule
+def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Make a flag of each field of a dataclass. The docstring under the field is the help."""
+    if not dataclasses.is_dataclass(info.type) or not info.type.__module__.startswith("contracap."):
+        return None
+    help = field_docstrings(info.type)
+    fields = list[StructFieldSpec]()
+    for name, hint in get_type_hints(info.type, include_extras=True).items():
+        flag: Any = Annotated[hint, arg(help=help[name])]
+        fields.append(StructFieldSpec(name=name, type=flag, default=getattr(info.default, name)))
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+
+
 WeightsName = Annotated[
     PathText,
-    arg(metavar="WEIGHTS", help="a run or its checkpoint, a file, a folder, an hf-hub: name, or coca_ViT-L-14/mscoco"),
+    arg(metavar="WEIGHTS", help="A run or its checkpoint, a file, a folder, an hf-hub: name, or coca_ViT-L-14/mscoco."),
 ]
 AllowCommands = Annotated[
-    FlagCreatePairsOff[bool], arg(help="run the commands of sources that begin with pipe:, with all your permissions")
+    FlagCreatePairsOff[bool], arg(help="Run the commands of sources that begin with pipe:, with all your permissions.")
 ]
-Size = Annotated[str | None, arg(metavar="NAME", help="the model's size, if the weights do not tell")]
-ResultFile = Annotated[Path | None, arg(metavar="OUT", help="file for the result")]
-_STRATEGY = arg(metavar="NAME", help="for captions, how words are chosen: greedy, beam, sample, legacy or rerank")
+Size = Annotated[str | None, arg(metavar="NAME", help="The model's size, if the weights do not tell.")]
+ResultFile = Annotated[Path | None, arg(metavar="OUT", help="File for the result.")]
+_STRATEGY = arg(metavar="NAME", help="Decoding strategy for captions: greedy, beam, sample, legacy or rerank.")
 StrategyName = Annotated[str, _STRATEGY]
 OptionalStrategyName = Annotated[str | None, _STRATEGY]
 Settings = Annotated[
@@ -97,15 +122,17 @@ Settings = Annotated[
     arg(
         name="set",
         metavar="[KEY=VALUE ...]",
-        help="the strategy's settings, such as width=3 length_penalty=0; `--set help` lists them",
+        help="Settings of the strategy, such as width=3 length_penalty=0; `--set help` lists them.",
     ),
 ]
 Int8 = Annotated[
     FlagCreatePairsOff[bool],
-    arg(help="round the weights that each step of a caption reads to 8 bits: docs/captioning.md"),
+    arg(help="Round the weights that each decoding step reads to 8 bits: docs/captioning.md."),
 ]
-Device = Annotated[str | None, arg(metavar="NAME", help="such as cpu or cuda:1; by default the GPU if there is one")]
-Workers = Annotated[int | None, arg(metavar="N", help="processes; by default one for each core")]
+Device = Annotated[
+    str | None, arg(metavar="NAME", help="Such as cpu or cuda:1; the default is the GPU if there is one.")
+]
+Workers = Annotated[int | None, arg(metavar="N", help="Processes; the default is one for each core.")]
 
 
 def worker_count(wanted: int | None) -> int:

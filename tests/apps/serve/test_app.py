@@ -18,9 +18,9 @@ from fastapi import FastAPI
 from openapi_spec_validator import validate
 
 import contracap
-from contracap.apps.serve.app import AccessConfig, DefaultStrategy, build_app
+from contracap.apps.serve.app import DefaultStrategy, build_app
 from contracap.apps.serve.batching import BatchingConfig
-from contracap.apps.serve.limits import LimitsConfig
+from contracap.apps.serve.config import AccessConfig, LimitsConfig
 from contracap.apps.serve.model import ServedModel
 from contracap.config import ConfigError
 from contracap.evaluation.zeroshot import classifier

@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 
 import torch
 
+from contracap.apps.bulk.cluster_config import CORES, ClusterConfig
 from contracap.apps.bulk.folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, located, part_name, settings
 from contracap.apps.bulk.settings import description
-from contracap.config import require_count
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.progress import progress_bar
@@ -40,7 +40,6 @@ except ImportError:  # not on Windows, where folders of runs that were killed st
 ATTEMPTS = 4  # at a shard; one that takes its workers' memory would kill them for ever
 BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
 PATIENCE = 5.0  # seconds for a cluster to answer in; Ray itself would wait for minutes, deaf to signals
-CORES = 4  # of a worker without a GPU, if nobody says how many workers there are
 SESSION_PREFIX = "contracap-ray-"
 SETTLED = 60.0  # seconds after which a folder without a lock has lost its run: a younger one may be about to take it
 ENVIRONMENT = {
@@ -55,27 +54,6 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray listens at the
 
 class BulkError(RuntimeError):
     """A run that cannot start, or cannot go on; the message says why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """Where a run works.
-
-    Attributes:
-        address: of a Ray cluster, `auto` for the one this machine belongs to; None: one is started here, for the run.
-        workers: processes that each hold the model; None: one for each GPU, else for every `CORES` cores.
-        gpus_per_worker: 0, 1 or the fraction of one; None: 1 where there are GPUs.
-    """
-
-    address: str | None = None
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.workers is not None:
-            require_count("workers", self.workers, 1, "processes that each hold the model", most=100_000)
-        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker <= 1:
-            raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}; it must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

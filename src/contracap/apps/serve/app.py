@@ -39,7 +39,8 @@ from contracap.apps.serve.answers import (
     Texts,
 )
 from contracap.apps.serve.batching import Batcher, BatchError, BatchingConfig, Turns
-from contracap.apps.serve.limits import LimitRequests, LimitsConfig, RequireKey, UnderWay, problem
+from contracap.apps.serve.config import AccessConfig, LimitsConfig
+from contracap.apps.serve.limits import LimitRequests, RequireKey, UnderWay, problem
 from contracap.apps.serve.metrics import CountRequests, Metrics
 from contracap.apps.serve.model import Picture, ServedModel
 from contracap.config import ConfigError
@@ -93,23 +94,6 @@ SETTINGS = {
         },
     ]
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccessConfig:
-    """Who may ask.
-
-    Attributes:
-        api_key: what requests to `/v1/...` must bring; None: nothing.
-        cors_origins: of the pages in whose scripts a browser lets these answers be read; `*` is all.
-    """
-
-    api_key: str | None = None
-    cors_origins: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
-            raise ValueError("api_key must be at least one visible ASCII character")
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
-    """How requests go through the model together.
-
-    Attributes:
-        max_batch: pictures or texts at most.
-        max_wait_ms: milliseconds that a request waits for others while the model is idle.
-    """
+    """How requests go through the model together."""
 
     max_batch: int = 16
+    """Images or texts that go through the model together, at most."""
     max_wait_ms: float = 5.0
+    """Milliseconds that a request waits for others while the model is idle."""
 
     def __post_init__(self) -> None:
         require_count("max_batch", self.max_batch, 1, "pictures that go through the model together", most=4096)

@@ -8,35 +8,11 @@ from textwrap import shorten
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from contracap.apps.web import MAX_CONNECTIONS, MIB, BodyTooLargeError, limited
+from contracap.apps.serve.config import LimitsConfig
+from contracap.apps.web import MIB, BodyTooLargeError, limited
 
 SMALL_BODY = 1  # MiB, of what is not a picture: it is parsed between other requests
 BODIES = 16  # times `max_body_mib` that all bodies under way may take together
-
-
-@dataclass(frozen=True, kw_only=True)
-class LimitsConfig:
-    """Limits of a request.
-
-    Attributes:
-        max_body_mib: MiB of a body; more is refused as soon as it is said, or comes.
-        timeout_s: seconds that a body may take to come, and then its answer.
-        max_requests: requests with a body under way at once, uploads included.
-    """
-
-    max_body_mib: float = 20.0
-    timeout_s: float = 60.0
-    max_requests: int = 128
-
-    def __post_init__(self) -> None:
-        if not 0 < self.max_body_mib <= 4096:
-            raise ValueError(f"max_body_mib must be above 0 and at most 4096 MiB, not {self.max_body_mib}")
-        if not 0 < self.timeout_s <= 86400:
-            raise ValueError(f"timeout_s must be above 0 and at most 86400 seconds, not {self.timeout_s}")
-        if not 1 <= self.max_requests <= MAX_CONNECTIONS:
-            raise ValueError(
-                f"max_requests must be at least 1 request and at most {MAX_CONNECTIONS}, not {self.max_requests}"
-            )
 
 
 @dataclass
@@ -169,7 +145,7 @@ class LimitRequests:
             return {"type": "http.request", "body": piece, "more_body": bool(body)}
 
         async def written(message: Message) -> None:
-            nonlocal started
+            nonlocal start_process_group
             started = True
             await send(message)
 
