@@ -145,7 +145,7 @@ class LimitRequests:
             return {"type": "http.request", "body": piece, "more_body": bool(body)}
 
         async def written(message: Message) -> None:
-            nonlocal start_process_group
+            nonlocal started
             started = True
             await send(message)
 
