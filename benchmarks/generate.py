@@ -25,7 +25,6 @@ from contracap.apps.bulk.outputs import SideCars, one_line
 from contracap.apps.bulk.rows import caption_rows
 from contracap.generation import BeamSearch, Caption, Captioner, Greedy, LegacyBeamSearch
 from contracap.generation.strategy import Strategy
-from contracap.model.quantised import int8
 from contracap.pretrained import load
 
 B_32, L_14, SMALL = "coca_ViT-B-32", "coca_ViT-L-14", "flickr8k"
@@ -59,37 +58,6 @@ def caption_row(run: Run, *, size: str, images: int, name: str, ours: Strategy, 
             items=images,
             unit="captions/s",
         )
-
-
-def int8_row(run: Run, *, size: str, images: int) -> Row:
-    """Captions by weights of 8 bits, next to those by weights of 32."""
-    (exact, pixels), (quantised, _) = (random_captioner(size, run, images=images) for _ in range(2))
-    int8(quantised.model)
-    return compare(
-        f"{size}, beam {BEAMS}, {images} pictures, int8 weights beside ours in fp32",
-        run=run,
-        ours=partial(quantised.generate, pixels, BEAM),
-        checked_peer=lambda: (
-            partial(exact.generate, pixels, BEAM),
-            describe_change(*(each.generate(pixels, BeamSearch()) for each in (exact, quantised))),
-        ),
-        items=images,
-        unit="captions/s",
-    )
-
-
-def describe_change(exact: Sequence[Caption], quantised: Sequence[Caption]) -> str:
-    """How many captions int8 weights change, and by how much the probabilities of tokens in those that stay."""
-    same = [pair for pair in zip(exact, quantised, strict=True) if pair[0].token_ids == pair[1].token_ids]
-    changes = [
-        abs(ours - theirs)
-        for pair in same
-        for ours, theirs in zip(*(caption.token_log_probabilities for caption in pair), strict=True)
-    ]
-    note = f"{len(exact) - len(same)} of {len(exact)} captions change, with random weights"
-    if not changes:
-        return note
-    return f"{note}; in the others a token's log-probability changes by {np.mean(changes):.1e} nats on average"
 
 
 def folder_row(run: Run) -> Row:
@@ -162,7 +130,6 @@ BENCHMARK = Benchmark(
         "top-k-1": partial(caption_row, size=B_32, images=1, name="top-k", ours=GREEDY, peer="top_k"),
         "top-k-8": partial(caption_row, size=B_32, images=8, name="top-k", ours=GREEDY, peer="top_k"),
         "l-14-beam-1": partial(caption_row, size=L_14, images=1, name=f"beam {BEAMS}", ours=BEAM),
-        "int8": partial(int8_row, size=B_32, images=8),
         "folder": folder_row,
     },
     cuda=True,

@@ -57,7 +57,6 @@ FOREIGN = {  # and where they are at home, if anywhere
     "gradio": "apps.demo cli.demo",
     "fastapi": "apps.demo apps.serve",
     "prometheus_client": "apps.serve",
-    "torchao": "model.quantised",
     "matplotlib": "apps.compare.figure",
 }
 

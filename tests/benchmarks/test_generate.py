@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import captioners, generate, open_clip_captions
 from benchmarks.captioners import random_captioner, require_equal_beams, require_equal_greedy
-from benchmarks.generate import BEAM, GREEDY, LEGACY, caption_row, folder_row, int8_row
+from benchmarks.generate import BEAM, GREEDY, LEGACY, caption_row, folder_row
 from benchmarks.harness import Run, UnequalError
 from benchmarks.open_clip_captions import PACKAGES, OpenClipCaptions
 from contracap.generation import BeamSearch
@@ -62,11 +62,6 @@ def test_without_the_peer_s_packages_only_ours_is_timed(
     monkeypatch.setattr(open_clip_captions, "PACKAGES", tmp_path / "none")
     row = caption_row(run, size="tiny", name="beam 6", images=1, ours=generate.BEAM)
     assert row.ours > 0 and row.ratio is None and row.reason.endswith(f"{tmp_path / 'none'}: make setup")
-
-
-def test_int8_row_says_what_changes(run: Run) -> None:
-    row = int8_row(run, size="tiny", images=2)
-    assert row.ratio and "of 2 captions change" in row.note
 
 
 def test_folder_with_the_captions_of_its_tensors_is_timed_and_others_are_not(

@@ -14,7 +14,6 @@ from contracap.cli.options import (
     MAX_WORKERS,
     Device,
     Flags,
-    Int8,
     PathText,
     ResultFile,
     Settings,
@@ -63,7 +62,6 @@ def caption(
     workers: Annotated[
         int | None, arg(metavar="N", help="Threads that read, fetch and decode; the default is four for each core.")
     ] = None,
-    int8: Int8 = False,
     compiled: Annotated[
         FlagCreatePairsOff[bool], arg(help="Faster steps after a slow first batch: docs/captioning.md.")
     ] = False,
@@ -99,7 +97,7 @@ def caption(
         from contracap.model.compiling import require_compiler
 
         require_compiler()
-    captioner = Captioner(*load_model(weights, size, int8=int8, device=device), compiled=compiled)
+    captioner = Captioner(*load_model(weights, size, device=device), compiled=compiled)
     captioner.check(chosen, prompt)
     if isinstance(output, SideCars | Table):
         decided = caption_settings(chosen, prompt, captioner.model, captioner.processor)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from contracap.cli.errors import interruption, written
 from contracap.cli.options import (
     AllowCommands,
-    Int8,
     OptionalStrategyName,
     PathText,
     ResultFile,
@@ -91,7 +90,6 @@ def evaluate(
         arg(metavar="OUT.json", help="for one task, captioning or vqa: file for what the model writes"),
     ] = None,
     allow_commands: AllowCommands = False,
-    int8: Int8 = False,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
@@ -141,7 +139,7 @@ def evaluate(
     for path in data:
         if not path.endswith(".json") and not Path(path).is_dir():  # questions, and images in a folder for each class
             list_shards(path, key="--data")
-    model, processor = load_model(weights, size, int8=int8)
+    model, processor = load_model(weights, size)
     if model.config.decoder is None and (writing := [name for name, each in wanted.items() if each.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
     kept = list[bool]()

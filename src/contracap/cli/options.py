@@ -125,10 +125,6 @@ Settings = Annotated[
         help="Settings of the strategy, such as width=3 length_penalty=0; `--set help` lists them.",
     ),
 ]
-Int8 = Annotated[
-    FlagCreatePairsOff[bool],
-    arg(help="Round the weights that each decoding step reads to 8 bits: docs/captioning.md."),
-]
 Device = Annotated[
     str | None, arg(metavar="NAME", help="Such as cpu or cuda:1; the default is the GPU if there is one.")
 ]
@@ -184,19 +180,12 @@ def command_line() -> str:
     return shlex.join(["contracap", *sys.argv[1:]])
 
 
-def load_model(
-    weights: str, size: str | None, *, int8: bool = False, device: str | None = None
-) -> "tuple[CoCa, Processor]":
-    """Any weights, on a device, by default the GPU if there is one; with `int8` what captions read is rounded.
+def load_model(weights: str, size: str | None, *, device: str | None = None) -> "tuple[CoCa, Processor]":
+    """Load any weights on a device, by default the GPU if there is one.
 
     Raises: ValueError: if there is no such device.
     """
     from contracap.pretrained import check_device, load_on_device
 
     check_device(device)
-    model, processor = load_on_device(weights, size=size, device=device)
-    if int8:
-        from contracap.model import quantised
-
-        quantised.int8(model)
-    return model, processor
+    return load_on_device(weights, size=size, device=device)

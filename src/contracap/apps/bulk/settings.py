@@ -76,6 +76,5 @@ def _digest(model: CoCa, processor: Processor) -> str:
     digest = hashlib.sha256(json.dumps([to_dict(model.config), to_dict(processor.image_config)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        plain = tensor.detach() if type(tensor.detach()) is torch.Tensor else tensor.dequantize()  # 8 bits by torchao
-        digest.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
