@@ -4,7 +4,7 @@ import errno
 import hashlib
 import io
 import os
-import sqlite3
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -130,22 +130,13 @@ class SideCars(Output):
         self.suffix, self.existing, self.embed = suffix, existing, embed
         self._roots, self._folder = [Path(os.path.abspath(root)) for root in roots], folder
         self.settings, self._records = settings, dict[Path, Record | None]()  # None: they are written
+        self._origins = dict[bytes, str]()  # of side-cars, by a digest: some 150 bytes a picture
         if existing == "overwrite":
             self.resumption = "the same command begins anew"
         if folder is not None:
             if folder.exists() and not folder.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
             require_folder(folder)
-
-    def __enter__(self) -> "SideCars":
-        # A file of SQLite's own that is gone at the end: memory does not grow with the pictures, come as they may.
-        self._pictures = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._pictures.execute("CREATE TABLE picture (side_car TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID")
-        self._pictures.execute("BEGIN")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pictures.close()
 
     def check(self, item: Item) -> None:
         require_folder(self._place(item).parent)
@@ -207,17 +198,14 @@ class SideCars(Output):
 
     def _take(self, place: Path, picture: Path) -> None:
         """Raises: ValueError: if the side-car of a picture is that of another one."""
-        side_car = place.with_suffix(self.suffix)
-        key, name = (os.fsencode(os.path.abspath(path)) for path in (side_car, picture))
-        try:
-            self._pictures.execute("INSERT OR IGNORE INTO picture VALUES (?, ?)", (key, name))
-            query = "SELECT name FROM picture WHERE side_car = ?"
-            (first,) = self._pictures.execute(query, (key,)).fetchone()
-        except sqlite3.OperationalError as error:
-            raise OSError(f"cannot keep in a temporary file which pictures have side-cars: {error}") from error
-        if first != name:
-            other = Path(os.fsdecode(first))
-            shown = other.name if other.parent == Path(os.path.abspath(picture)).parent else other
+        side_car, source = (Path(os.path.abspath(path)) for path in (place.with_suffix(self.suffix), picture))
+        digest = hashlib.blake2b(os.fsencode(side_car), digest_size=16).digest()
+        # The picture but for its stem, which is the side-car's: all pictures of a folder share this string.
+        origin = sys.intern(str(source.with_name(f"*{source.suffix}")))
+        first = Path(self._origins.setdefault(digest, origin))
+        if first != Path(origin):
+            other = first.with_name(f"{source.stem}{first.suffix}")
+            shown = other.name if other.parent == source.parent else other
             raise ValueError(
                 f"{picture}: its side-car {side_car.name} is that of {shown}; rename one of them, or take "
                 "--format jsonl, csv or parquet"
