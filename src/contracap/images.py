@@ -100,14 +100,11 @@ class AugmentationConfig:
             raise ValueError(f"augmentation flip is {self.flip}; a probability is 0 to 1")
 
 
-def decode(
-    source: str | Path | bytes | Image.Image, name: str | None = None, *, shorter_side: int | None = None
-) -> UInt8[Tensor, "3 height width"]:
+def decode(source: str | Path | bytes | Image.Image, name: str | None = None) -> UInt8[Tensor, "3 height width"]:
     """RGB pixels of a picture file (a path or its bytes) or a Pillow picture, turned upright by its EXIF orientation.
 
     Transparent parts become white, 16 bits are scaled to 8, of an animation the first frame counts. `name` stands for
-    the picture in errors; without it that is the path. With `shorter_side`, a JPEG is decoded at the smallest of the
-    fractions 1/8 to 8/8 that leaves so many pixels: faster, but the pixels are not quite those of a resized picture.
+    the picture in errors; without it that is the path.
 
     Raises: FileNotFoundError: if the path does not exist. ImageError: if the file is broken, cut, empty, of another
     format than `FORMATS`, or of more than `PIXEL_LIMIT` pixels.
@@ -128,7 +125,7 @@ def decode(
         raise TypeError(f"a picture is a path, bytes or a Pillow picture, not {type(source).__name__}")
     if not data:
         raise ImageError(f"{name}: the file is empty")
-    pixels = _jpeg_pixels(data, name, shorter_side)
+    pixels = _jpeg_pixels(data, name)
     if pixels is None:
         pixels = _pillow_pixels(data, name)
     return _to_tensor(pixels)
@@ -196,7 +193,7 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: to
     return values[0].reshape(3, 1, 1), values[1].reshape(3, 1, 1)
 
 
-def _jpeg_pixels(data: bytes, name: str, shorter_side: int | None) -> np.ndarray | None:
+def _jpeg_pixels(data: bytes, name: str) -> np.ndarray | None:
     """Upright RGB of a grey or colour JPEG; None where Pillow has to say: other formats, CMYK, damaged files."""
     if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -207,9 +204,7 @@ def _jpeg_pixels(data: bytes, name: str, shorter_side: int | None) -> np.ndarray
         if colours not in ("YCbCr", "Gray", "RGB"):
             return None
         _check_scans(data, height * width, name)
-        share = min(1.0, (shorter_side or math.inf) / min(height, width))
-        least = [math.ceil(share * side) for side in (height, width)]
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
+        pixels = simplejpeg.decode_jpeg(data, "RGB")
     except ImageError:
         raise
     except ValueError:

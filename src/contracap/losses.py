@@ -24,13 +24,8 @@ class LossConfig:
     """Weight of the contrastive loss."""
     captioning: float = 2.0
     """Weight of the captioning loss."""
-    chunk: int = 0
-    """Rows that the captioning loss scores at a time; 0 chooses by the device. A number above the rows of a batch
-    keeps all scores in memory at once."""
 
     def __post_init__(self) -> None:
-        if self.chunk < 0:
-            raise ValueError(f"loss.chunk is {self.chunk}; it must be above 0, or 0 to choose by the device")
         if min(self.contrastive, self.captioning) < 0 or self.contrastive == self.captioning == 0:
             raise ValueError("loss weights must not be negative, and one must be above 0")
 

@@ -196,35 +196,14 @@ def test_more_workers_than_streams_are_not_started(folder: Path, uninterrupted: 
     assert_equal(list(islice(training(folder, workers=5), 3)), uninterrupted[:3])
 
 
-@pytest.mark.parametrize(("rule", "batches"), [("drop", 6), ("pad", 7)])
-def test_epochs_of_whole_batches_drop_the_rest_or_pad_it(tmp_path: Path, rule: str, batches: int) -> None:
-    make_shard(tmp_path / "0.tar", range(25))
-    made = training(tmp_path, epoch_end=rule, streams=4)
-    for _ in range(3):
-        keys = [key for batch in islice(made, batches) for key in batch.keys]
-        assert len(keys) == 4 * batches
-        assert len(set(keys)) == min(25, 4 * batches)
-
-
-def test_epoch_without_a_whole_batch_is_refused(tmp_path: Path) -> None:
-    make_shard(tmp_path / "0.tar", range(3))
-    with pytest.raises(ValueError, match="drops all of 3 samples, less than a batch of 4"):
-        training(tmp_path, epoch_end="drop")
-
-
 def test_mixture_of_named_sources(tmp_path: Path) -> None:
     make_shard(tmp_path / "a.tar", range(10))
     make_shard(tmp_path / "b.tar", range(100, 130))
     sources = {"a": SourceConfig(shards=str(tmp_path / "a.tar")), "b": SourceConfig(shards=str(tmp_path / "b.tar"))}
-
-    def share(weighting: str) -> float:
-        config = DataConfig(train=sources, batch_size=8, weighting=weighting)
-        batches = TrainingBatches(config, image=ImageConfig(size=16), tokenizer=TOKENIZER, seed=0)
-        keys = [key for batch in islice(batches, 50) for key in batch.keys]
-        return sum(key < "0100" for key in keys) / len(keys)
-
-    assert 0.42 < share("probability") < 0.58
-    assert 0.17 < share("samples") < 0.33
+    config = DataConfig(train=sources, batch_size=8)
+    batches = TrainingBatches(config, image=ImageConfig(size=16), tokenizer=TOKENIZER, seed=0)
+    keys = [key for batch in islice(batches, 50) for key in batch.keys]
+    assert 0.42 < sum(key < "0100" for key in keys) / len(keys) < 0.58
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -248,7 +227,7 @@ def test_tiny_pictures_are_bad_samples(tmp_path: Path) -> None:
     assert set(next(iter(batches)).keys) == {"a"}
     (skip, *_) = batches.take_skips()
     assert skip.kind == "picture_size"
-    assert "1 x 1 pixels; smallest_side is 8" in skip.reason
+    assert "1 x 1 pixels; the shorter side must have 8" in skip.reason
 
 
 def test_cut_shard_is_told_of_and_its_rest_left_out(tmp_path: Path) -> None:
@@ -301,21 +280,6 @@ def test_data_without_a_usable_sample_is_an_error_instead_of_an_endless_search(t
     assert len(batches.take_skips()) == 51
 
 
-def test_large_jpegs_can_be_decoded_at_a_fraction(tmp_path: Path) -> None:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((800, 600)).save(
-        file, "JPEG"
-    )
-    write_shard(tmp_path / "0.tar", [("a", {"jpg": file.getvalue(), "txt": b"a"})])
-    same = AugmentationConfig(crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3))
-    exact, scaled = (
-        next(iter(training(tmp_path, batch_size=1, streams=1, augmentation=same, scaled_decoding=scaled))).pixels
-        for scaled in (False, True)
-    )
-    assert not torch.equal(exact, scaled)
-    assert (exact.float() - scaled.float()).abs().mean() < 4
-
-
 def test_reading_draws_no_random_numbers_of_the_model(folder: Path) -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -350,9 +314,7 @@ def test_resuming_with_other_shards_is_refused(folder: Path, tmp_path: Path) -> 
     ("values", "message"),
     [
         ({"streams": 3}, "streams is 3; it must divide batch_size 4"),
-        ({"length_buckets": True}, "length_buckets needs epoch_end"),
         ({"max_bad_share": 1.0}, "max_bad_share is 1.0"),
-        ({"epoch_end": "pad", "captions": CaptionConfig(use="all")}, "epoch_end = 'pad' needs one data set"),
         ({"batch_size": 0}, "batch_size must be at least 1, is 0"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be at least 1, is 0"),
         ({"workers": -1}, "workers must be at least 0, is -1"),

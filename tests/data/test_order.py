@@ -1,6 +1,5 @@
 import json
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,7 @@ def test_stream_resumed_anywhere_goes_on_as_if_never_stopped(
         sources.append(make_shards(folder, [3, 4], name="other"))
     settings = {
         "buffer": data.draw(st.integers(1, 30), label="buffer"),
-        "bucket": data.draw(st.sampled_from([None, 2]), label="bucket"),
         "captions": CaptionConfig(use=data.draw(st.sampled_from(["random", "all"]), label="use")),
-        "quota": data.draw(st.sampled_from([None, 5]), label="quota") if len(sources) == 1 else None,
         "max_bad_share": 0.9,
     }
     whole = order(*sources, **settings)
@@ -185,29 +182,6 @@ def test_all_captions_of_an_epoch_come_once(tmp_path: Path) -> None:
     captions = [stream.draw(caption_of) for _ in range(27)]
     assert len(set(captions)) == 27
     assert captions != sorted(captions)
-
-
-def test_length_buckets_give_all_streams_equal_lengths_and_leave_out_nothing(tmp_path: Path) -> None:
-    lengths = np.random.default_rng(0).permutation(np.repeat(np.arange(1, 33), 4))
-    shards = captioned(tmp_path / "0.tar", [{"captions": ["x" * int(length)]} for length in lengths])
-    streams = streams_of(order(shards, streams=2, buffer=32, bucket=4, quota=64))
-    epochs = [[[len(s.draw(caption_of)) for s in streams for _ in range(4)] for _ in range(16)] for _ in range(3)]
-    batches = [batch for epoch in epochs for batch in epoch]
-    for epoch in epochs:
-        assert sorted(length for batch in epoch for length in batch) == sorted(lengths.tolist())
-    spreads = [max(batch) - min(batch) for batch in batches]
-    assert np.mean(spreads) < 10  # 30 or so at random
-    means = [np.mean(batch) for batch in batches]
-    assert any(before > after for before, after in pairwise(means))  # not in the order of their lengths
-
-
-@pytest.mark.parametrize(("quota", "epochs"), [(4, {4}), (6, {5})])
-def test_quota_ends_epochs_early_or_fills_them_up(tmp_path: Path, quota: int, epochs: set[int]) -> None:
-    stream = SampleStream(order(make_shards(tmp_path, [3, 2]), quota=quota, buffer=3))
-    for epoch in range(4):
-        assert epoch_of(stream) == epoch
-        keys = [key for key, _ in drawn(stream, quota)]
-        assert {len(set(keys))} == epochs
 
 
 def test_bad_samples_and_cut_shards_are_skipped_and_counted(tmp_path: Path) -> None:

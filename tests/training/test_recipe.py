@@ -44,6 +44,11 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
             {"optimizer": {"learning_rte": 1e-3}},
             "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'",
         ),
+        (
+            {"optimizer": {"peak_rate": 1e-3}},
+            "'optimizer.peak_rate' is of an earlier version: it is .*learning_rate now",
+        ),
+        ({"loss": {"chunk": 64}}, "'loss.chunk' is of an earlier version: delete it"),
         ({"steps": 0}, "at least 1"),
         ({"out": ""}, "out is empty"),
         ({"initialise_from": " "}, "initialise_from is empty"),

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from contracap.config import require_paths
 from contracap.data.captions import CaptionConfig
@@ -21,7 +20,7 @@ class SourceConfig:
     shards: str | tuple[str, ...]
     """Tar shards, or folders of tar shards."""
     weight: float = 1.0
-    """How often the source is drawn from, relative to the others; see `data.weighting`."""
+    """How often the source is drawn from, relative to the others, whatever their sizes."""
     replacement: bool = False
     """Draw whole shards at random, again and again, instead of epochs that contain each sample once."""
 
@@ -45,9 +44,6 @@ class DataConfig:
     """Tar shards, or folders of tar shards, without mixtures."""
     batch_size: int
     """Images in a step, over all ranks, each with a caption."""
-    weighting: Literal["probability", "samples"] = "probability"
-    """What the weights of a mixture mean: the `probability` that a sample comes from the source, or how often each
-    of its `samples` is drawn, so that large sources are drawn more often."""
     shuffle_buffer: int = 10_000
     """Samples that are shuffled together, over all streams. Twice as many encoded images are in memory, because the
     next ones are read while these are used."""
@@ -57,18 +53,8 @@ class DataConfig:
     is the largest of 1, 2, 4, 8 and 16 that divides the batch."""
     workers: int = 0
     """Processes that read and decode, on each rank; 0 reads in the training process."""
-    epoch_end: Literal["continue", "drop", "pad"] = "continue"
-    """What happens when an epoch ends within a batch. `continue`: the batch continues with the next epoch. `drop`:
-    the last samples are left out. `pad`: the first samples are repeated to complete the last batch."""
     captions: CaptionConfig = field(default_factory=CaptionConfig)
-    length_buckets: bool = False
-    """Make batches of captions of similar length from the shuffle buffer. Needs `epoch_end` `drop` or `pad`."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    scaled_decoding: bool = False
-    """Decode large JPEG images at a fraction of their size, but at least twice the size that the model sees:
-    faster, with slightly different pixels."""
-    smallest_side: int = 8
-    """An image whose shorter side has fewer pixels is a bad sample."""
     max_bad_share: float = 0.05
     """The run stops when more than this share of any thousand consecutive samples of a stream is bad, or of an
     epoch is lost in broken shards."""
@@ -79,23 +65,15 @@ class DataConfig:
             ("batch_size", 1, MAX_BATCH),
             ("shuffle_buffer", 1, MAX_BUFFER),
             ("workers", 0, MAX_WORKERS),
-            ("smallest_side", 1, None),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, is {getattr(self, name)}")
-            if most is not None and getattr(self, name) > most:
+            if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most:,}, is {getattr(self, name):,}")
         if self.streams is not None and (self.streams < 1 or self.batch_size % self.streams):
             raise ValueError(f"streams is {self.streams}; it must divide batch_size {self.batch_size}")
         if not 0 <= self.max_bad_share < 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; it must be at least 0 and below 1")
-        if self.epoch_end != "continue" and (isinstance(self.train, dict) or self.captions.use == "all"):
-            raise ValueError(
-                f"epoch_end = {self.epoch_end!r} needs one data set and one caption a picture, else nobody knows where "
-                "an epoch ends: leave it out"
-            )
-        if self.length_buckets and self.epoch_end == "continue":
-            raise ValueError("length_buckets needs epoch_end = 'drop' or 'pad', else streams drift apart")
 
     @property
     def sources(self) -> dict[str, SourceConfig]:

@@ -29,6 +29,8 @@ from contracap.tokenizer import Tokenizer, text_lengths
 
 logger = logging.getLogger(__name__)
 
+SMALLEST_SIDE = 8  # pixels; what is smaller, such as a web page's 1 x 1, is a bad sample
+
 
 class TrainingBatches:
     """Endless batches in an order that depends on the data, the seed, the streams and the shuffle buffer only.
@@ -84,7 +86,7 @@ class TrainingBatches:
 
     @property
     def samples(self) -> int:
-        """Samples of all sources together, of which an epoch has each once where nothing else is said."""
+        """Samples of all sources together."""
         return sum(source.samples for source in self._order.sources)
 
     @property
@@ -207,28 +209,14 @@ def _order(config: DataConfig, seed: int, *, counts: Sequence[tuple[int, ...]] |
     counted = counts or [tuple(samples_in(shards)) for shards in listed]
     sources = []
     for source, shards, held in zip(config.sources.values(), listed, counted, strict=True):
-        weight = source.weight * (sum(held) if config.weighting == "samples" else 1)
-        sources.append(Source(shards=shards, counts=held, weight=weight, replacement=source.replacement))
+        sources.append(Source(shards=shards, counts=held, weight=source.weight, replacement=source.replacement))
     streams = config.stream_count
-    rows = config.batch_size // streams
-    buffer = -(-config.shuffle_buffer // streams)
-    quota = None
-    if config.epoch_end != "continue":
-        batches = sources[0].samples / config.batch_size
-        quota = rows * (math.floor(batches) if config.epoch_end == "drop" else math.ceil(batches))
-        if not quota:
-            raise ValueError(
-                f"epoch_end = 'drop' drops all of {sources[0].samples} samples, less than a batch of "
-                f"{config.batch_size}: say 'pad' or 'continue'"
-            )
     return Order(
         sources=tuple(sources),
         seed=seed,
         streams=streams,
-        buffer=-(-buffer // rows) * rows if config.length_buckets else buffer,  # buckets end with the buffer
+        buffer=math.ceil(config.shuffle_buffer / streams),
         captions=config.captions,
-        bucket=rows if config.length_buckets else None,
-        quota=quota,
         max_bad_share=config.max_bad_share,
     )
 
@@ -245,8 +233,6 @@ def _description(order: Order) -> dict[str, Any]:
         "streams": order.streams,
         "shuffle_buffer": order.buffer,
         "captions": [order.captions.use, order.captions.weights, *([] if order.captions.lines else ["whole texts"])],
-        "length_buckets": order.bucket is not None,
-        "samples_an_epoch": order.quota,
         "mixture": [[source.weight, source.replacement] for source in order.sources],
         "samples": sum(source.samples for source in order.sources),
         "shards": len(content),
@@ -288,8 +274,6 @@ class _BatchMaker:
 
     def __init__(self, config: DataConfig, order: Order, *, image: ImageConfig, tokenizer: Tokenizer) -> None:
         self._config, self.order, self._image, self._tokenizer = config, order, image, tokenizer
-        shorter = 2 * image.size / math.sqrt(config.augmentation.crop_scale[0])  # a crop is twice the model's size then
-        self._shorter_side = math.ceil(shorter) if config.scaled_decoding else None
         self._states: dict[int, dict[str, Any]] = {}
 
     def start(self, states: dict[int, dict[str, Any]]) -> None:
@@ -318,10 +302,10 @@ class _BatchMaker:
         self, sample: Sample, caption: str, generator: np.random.Generator
     ) -> tuple[UInt8[Tensor, "3 size size"], str, str]:
         name = f"{sample.key} of {sample.shard}"
-        picture = decode(sample.image, name=name, shorter_side=self._shorter_side)
+        picture = decode(sample.image, name=name)
         height, width = picture.shape[1:]
-        if min(height, width) < self._config.smallest_side:
-            raise ImageSizeError(f"{name}: {width} x {height} pixels; smallest_side is {self._config.smallest_side}")
+        if min(height, width) < SMALLEST_SIDE:
+            raise ImageSizeError(f"{name}: {width} x {height} pixels; the shorter side must have {SMALLEST_SIDE}")
         return augment(picture, self._image, self._config.augmentation, generator), caption, sample.key
 
 

@@ -25,7 +25,7 @@ from contracap.images import ImageError
 
 T = TypeVar("T")
 
-DEAL, SHUFFLE, DRAW, PICK, BUCKET = range(5)  # what a random generator is for, so that no two uses share numbers
+DEAL, SHUFFLE, DRAW, PICK = range(4)  # what a random generator is for, so that no two uses share numbers
 WINDOW = 1000  # samples tried in a stream, among which the share of bad ones is counted
 MOST_BROKEN_SHARDS = 20  # in a row, without a sample in between
 
@@ -98,8 +98,6 @@ class Order:
         streams: independent orders that fill each batch together, an equal part each.
         buffer: samples of a stream that are shuffled together.
         captions: which captions stand for a picture.
-        bucket: rows of a stream in a batch, if batches are to hold captions of about equal length, else None.
-        quota: samples that a stream hands out in an epoch, if that is fixed, else None: all it has.
         max_bad_share: the largest share of bad samples among `WINDOW` that a stream puts up with. What broken shards
             lose does not count here.
     """
@@ -109,8 +107,6 @@ class Order:
     streams: int
     buffer: int
     captions: CaptionConfig = CaptionConfig()
-    bucket: int | None = None
-    quota: int | None = None
     max_bad_share: float = 0.05
 
     def __post_init__(self) -> None:
@@ -134,7 +130,7 @@ class SampleStream:
         ]
         weights = np.array([source.weight for source in order.sources])
         self._bounds = np.cumsum(weights / weights.sum())[:-1]
-        self._draws = self._rows = self._tried = self._bad = 0
+        self._draws = self._tried = self._bad = 0
         self._in_vain = 0  # groups without a picture since the last sample
         self._skipped = Counter[str]()
         self._skips: list[Skip] = []
@@ -168,10 +164,6 @@ class SampleStream:
             self._in_vain = 0
             if self._tried >= WINDOW:  # what came before fades
                 self._tried, self._bad = self._tried // 2, self._bad // 2
-            self._rows += 1
-            if self._rows == self._order.quota:
-                source.next_epoch()
-                self._rows = 0
             return prepared
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,7 +171,6 @@ class SampleStream:
         return {
             "sources": [source.position() for source in self._sources],
             "draws": self._draws,
-            "rows": self._rows,
             "tried": self._tried,
             "bad": self._bad,
             "skipped": dict(self._skipped),
@@ -189,7 +180,7 @@ class SampleStream:
         """Takes up the position of a stream of the same order."""
         for source, position in zip(self._sources, state["sources"], strict=True):
             source.take_up(position)
-        self._draws, self._rows, self._tried, self._bad = (state[name] for name in ("draws", "rows", "tried", "bad"))
+        self._draws, self._tried, self._bad = (state[name] for name in ("draws", "tried", "bad"))
         self._skipped = Counter(state["skipped"])
 
     def take_skips(self) -> list[Skip]:
@@ -232,7 +223,7 @@ class _SlotStream:
     def __init__(self, source: Source, order: Order, stream: int, *, seed: int) -> None:
         self._source, self._order, self._stream, self._seed = source, order, stream, seed
         self._broken_in_a_row = 0
-        self._start((0, 0, 0), fills=0)
+        self._start((0, 0, 0))
 
     def next(self) -> Entry:
         """The next slot.
@@ -242,35 +233,30 @@ class _SlotStream:
         """
         while not self._buffer:
             self._fill()
-            if not self._buffer:  # the epoch's end; where it has a quota, samples come again until that is met
-                self._start((self._position[0] + (self._order.quota is None), 0, 0), fills=0)
+            if not self._buffer:  # the epoch's end
+                self._start((self._position[0] + 1, 0, 0))
         self._handed_out += 1
         self._ahead += islice(self._reader, len(self._ahead) < self._order.buffer)  # one for one: no long halts
         return self._buffer.pop()
 
-    def next_epoch(self) -> None:
-        """Leave out what is left of this epoch."""
-        self._start((self._position[0] + 1, 0, 0), fills=0)
-
     def position(self) -> dict[str, int]:
         """Where the buffer began, and how far it is handed out."""
-        names = ("epoch", "shard", "member", "fills", "handed_out")
-        return dict(zip(names, (*self._buffer_start, self._fills, self._handed_out), strict=True))
+        names = ("epoch", "shard", "member", "handed_out")
+        return dict(zip(names, (*self._buffer_start, self._handed_out), strict=True))
 
     def take_up(self, position: dict[str, int]) -> None:
-        self._start((position["epoch"], position["shard"], position["member"]), fills=position["fills"])
+        self._start((position["epoch"], position["shard"], position["member"]))
         if position["handed_out"]:
-            self._fills -= 1
             self._fill()
             self._handed_out = position["handed_out"]
             del self._buffer[max(0, len(self._buffer) - self._handed_out) :]
 
-    def _start(self, position: tuple[int, int, int], *, fills: int) -> None:
+    def _start(self, position: tuple[int, int, int]) -> None:
         self._position = self._buffer_start = self._ahead_start = position
         self._reader = self._read()
         self._buffer: list[Entry] = []
         self._ahead: list[Slot] = []  # of the next buffer
-        self._fills, self._handed_out = fills, 0
+        self._handed_out = 0
 
     def _fill(self) -> None:
         """The next buffer, in its order."""
@@ -281,9 +267,6 @@ class _SlotStream:
         generator = np.random.default_rng([self._seed, SHUFFLE, self._stream, *self._buffer_start])
         entries = [entry for slot in slots for entry in self._entries(slot)]
         self._buffer = [entries[index] for index in generator.permutation(len(entries))]
-        if self._order.bucket is not None:
-            self._buffer = self._bucketed(self._buffer, self._order.bucket, generator)
-        self._fills += 1
 
     def _entries(self, slot: Slot) -> list[Entry]:
         """One for each caption that is to stand for the picture. A bad record is one: drawing it tells why."""
@@ -294,25 +277,6 @@ class _SlotStream:
             except SampleError:
                 pass
         return [(slot, None)]
-
-    def _bucketed(self, entries: list[Entry], rows: int, generator: np.random.Generator) -> list[Entry]:
-        """The same, with captions chosen, in runs of `rows` whose captions are of about equal length.
-
-        All streams put their runs in the same order, so that a batch gets runs of equal rank from all of them.
-        """
-        chosen = list[Entry]()
-        for slot, caption in entries:
-            try:
-                if caption is None and isinstance(slot, Record):
-                    sample = parse(slot, lines=self._order.captions.lines)
-                    caption = choose_caption(sample, self._order.captions, generator)
-            except SampleError:
-                pass  # drawing it tells why
-            chosen.append((slot, caption))
-        chosen.sort(key=lambda entry: len(entry[1] or ""))  # characters: close enough to tokens, and at hand
-        runs = [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
-        shared = np.random.default_rng([self._seed, BUCKET, self._buffer_start[0], self._fills])
-        return [entry for run in shared.permutation(len(runs)) for entry in runs[run]]
 
     def _read(self) -> Iterator[Slot]:
         """The slots from the present position to the end of its epoch; the position keeps pace."""

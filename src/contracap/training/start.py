@@ -29,7 +29,6 @@ FREE = (
     "steps",
     "device",
     "accumulation",
-    "loss.chunk",
     "nonfinite",
     "log_every",
     "validate_every",

@@ -90,8 +90,8 @@ def losses(
         return forward(normalise(batch.pixels, config.image), batch.ids, batch.lengths)
 
     def captioning(captions: TokenStates) -> Tensor:
-        vocabulary, chunk = model.require_decoder().vocabulary.weight, config.loss.chunk or None
-        return captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens, chunk=chunk)
+        vocabulary = model.require_decoder().vocabulary.weight
+        return captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens)
 
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         if not config.loss.captioning:

@@ -143,7 +143,7 @@ def memory_parts(
         "pictures": parts * rows * 3 * config.vision.image_size**2,
         "activations": activations,
         "vocabulary gradient": config.text.width * config.text.vocab_size * (tokens.decoder > 0) * EXACT,
-        "captioning scores": captioning_scores(config, tokens, rows=rows, product=product, chunk=recipe.loss.chunk),
+        "captioning scores": captioning_scores(config, tokens, rows=rows, product=product),
         "contrastive scores": scores if parts == 1 else max(0.0, scores - activations),
         "gradients of features": 2 * parts * rows * config.embed_dim * EXACT * (parts > 1 and tokens.contrastive),
     }
@@ -170,10 +170,10 @@ def _fetched(shares: Shares, activations: float, product: int) -> Mapping[str, f
     }
 
 
-def captioning_scores(config: CoCaConfig, tokens: Tokens, *, rows: float, product: int, chunk: int = 0) -> float:
+def captioning_scores(config: CoCaConfig, tokens: Tokens, *, rows: float, product: int) -> float:
     """Bytes of a chunk's scores, of their shares in float32, and of the vocabulary matrix and its newest gradient as
-    they are multiplied; `chunk` as in `LossConfig`."""
-    scored = min(float(chunk or CAPTION_CHUNK), tokens.decoder * rows)
+    they are multiplied."""
+    scored = min(float(CAPTION_CHUNK), tokens.decoder * rows)
     narrow = product < EXACT
     matrix = 2 * config.text.width * config.text.vocab_size * product * (narrow and scored > 0)
     return scored * config.text.vocab_size * (product + EXACT * narrow) + matrix
