@@ -66,7 +66,7 @@ def caption_pictures(
     progress: bool = True,
     total: Callable[[], int | None] = lambda: None,
 ) -> Outcome:
-    """Describe all pictures and write what is said of them; memory does not depend on how many there are.
+    """Describe all pictures and write what is said of them; a few batches are in memory at a time.
 
     Args:
         items: taken once, as they are needed.

@@ -130,7 +130,7 @@ class SideCars(Output):
         self.suffix, self.existing, self.embed = suffix, existing, embed
         self._roots, self._folder = [Path(os.path.abspath(root)) for root in roots], folder
         self.settings, self._records = settings, dict[Path, Record | None]()  # None: they are written
-        self._origins = dict[bytes, str]()  # of side-cars, by a digest: some 150 bytes a picture
+        self._origins = dict[bytes, str]()  # of side-cars, by a digest: about 100 bytes a picture
         if existing == "overwrite":
             self.resumption = "the same command begins anew"
         if folder is not None:
