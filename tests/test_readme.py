@@ -1,84 +1,135 @@
-"""The README, and the pages on captions and on evaluation, are held to the tree and to the package."""
+"""What the README and the docs tell a reader to type or to open works: links, commands, Python, recipes."""
 
+import functools
 import re
 import shlex
-import subprocess
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from contracap.cli import main
-from contracap.pretrained import load, save, save_open_clip
+import contracap
+from contracap import cli
+from contracap.pretrained import load, save
+from contracap.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = README + "".join(
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("captioning", "evaluation")
-)
-PYTHON = re.findall(r"```python\n(.*?)```", PAGES, flags=re.DOTALL)
-COMMANDS = re.findall(r"^    (?:\.venv/bin/)?contracap (.*)$", PAGES, flags=re.MULTILINE)
+TEXTS = {
+    path: path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("runs/*.md")])
+}
+GUIDES = {
+    path: text for path, text in TEXTS.items() if path.name not in ("CHANGELOG.md", "log.md")
+}  # those are history
+FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"^    .*$", re.MULTILINE)
+COMMAND = re.compile(r"^ *(?:\$ |\.venv/bin/|torchrun .*-m |python -m )*contracap ([a-z].*?)(?:  +#.*)?$", re.MULTILINE)
 
 
-def test_the_tree_names_every_file_of_the_package() -> None:
-    tracked = subprocess.run(["git", "ls-files", "src", "recipes", "docs"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("not a git checkout")
-    tree = README[README.index("## The tree") :]
-    files = [Path(line) for line in tracked.stdout.split()]
-    skipped = {"py.typed"}
-    named_by_folder = {"vocabulary", "decisions", "classes"}
-    missing = [
-        str(file)
-        for file in files
-        if file.name not in skipped
-        and not named_by_folder & set(file.parts)
-        and not (file.name == "__init__.py" and len(file.parts) > 3)
-        and f" {file.name} " not in tree
-        and f" {file} " not in tree
+def prose(text: str) -> str:
+    return INDENTED.sub("", FENCED.sub("", text))
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (path.name, block) for path, text in GUIDES.items() for kind, block in FENCED.findall(text) if kind == language
     ]
-    assert not missing
 
 
-@pytest.fixture
-def a_finished_quickstart(tmp_path: Path, monkeypatch) -> Path:
-    """What the README's lines need: a run's checkpoint, a drawn picture, a photograph, released weights."""
+def commands() -> list[tuple[str, str]]:
+    """The page and the words after `contracap`, of each line of code that is a command."""
+    code = {
+        path.name: "\n".join([*INDENTED.findall(text), *(block for _, block in FENCED.findall(text))])
+        for path, text in GUIDES.items()
+    }
+    return [(page, command) for page, lines in code.items() for command in COMMAND.findall(lines)]
+
+
+def mentions() -> list[tuple[str, str]]:
+    """The same of commands in a sentence, which may leave out what a verb needs."""
+    return [
+        (path.name, " ".join(mention.split()))
+        for path, text in GUIDES.items()
+        for mention in re.findall(r"`contracap ([a-z][^`]*)`", prose(text))
+    ]
+
+
+def targets(text: str) -> list[str]:
+    text = re.sub(r"`[^`\n]*`", "", prose(text))
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)", text, re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def without_work(verbs: cli.Verbs) -> cli.Verbs:
+    """The same verbs, which parse what they are given and do nothing."""
+
+    def parse_only(verb: Callable) -> Callable:
+        return functools.wraps(verb)(lambda *_, **__: 0)
+
+    return {
+        name: cli.Group(verb.help, without_work(verb.verbs)) if isinstance(verb, cli.Group) else parse_only(verb)
+        for name, verb in verbs.items()
+    }
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_a_file_and_a_heading(path: Path) -> None:
+    for target in targets(TEXTS[path]):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            linked = (path.parent / name).resolve() if name else path
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_commands_parse(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "VERBS", without_work(cli.VERBS))
+    assert cli.main(shlex.split(command)) == 0
+
+
+@pytest.mark.parametrize(("page", "mention"), mentions())
+def test_verbs_and_flags_in_sentences_exist(page: str, mention: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = mention.split()
+    verb = words[:2] if isinstance(cli.VERBS.get(words[0]), cli.Group) else words[:1]
+    with pytest.raises(SystemExit):
+        cli.main([*verb, "--help"])
+    options = capsys.readouterr().out
+    assert options.startswith("usage: ")
+    assert [word for word in words if word.startswith("--") and word not in options] == []
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_benchmarks_and_make_targets_exist(path: Path) -> None:
+    names = re.findall(r"python -m benchmarks ([a-z]\w*)", GUIDES[path])
+    assert [name for name in names if not (ROOT / "benchmarks" / f"{name}.py").is_file()] == []
+    known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^ *)make ([a-z-]+)", GUIDES[path], re.MULTILINE)) <= set(known)
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("python"))
+def test_python_parses_and_names_what_exists(page: str, block: str) -> None:
+    compile(block, page, "exec")
+    assert set(re.findall(r"\bcontracap\.([A-Za-z]\w*)\(", block)) <= set(contracap.__all__)
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("toml"))
+def test_toml_parses_and_whole_recipes_load(page: str, block: str, tmp_path: Path) -> None:
+    if "size" in tomllib.loads(block):
+        (tmp_path / "recipe.toml").write_text(block, encoding="utf-8")
+        load_recipe(tmp_path / "recipe.toml")
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model, processor = load("tiny", weights="random", seed=0)
-    checkpoint = Path("quickstart/run/checkpoints/last/model.safetensors")
-    save(checkpoint, model, processor)
-    for name in ("quickstart/sample.png", "photograph.jpg"):
-        Image.new("RGB", (60, 50), "orange").save(name)
-    save_open_clip(Path("hub"), model=model.config, image=processor.image_config, state=model.state_dict())
-    return tmp_path
-
-
-def test_python_blocks_run(a_finished_quickstart: Path, monkeypatch, capsys) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda _, name, **__: str(a_finished_quickstart / "hub" / name)
-    )
-    assert len(PYTHON) == 3
-    for block in PYTHON:
-        exec(compile(block, "README.md", "exec"), {})
-    assert "over a small red plain circle" in capsys.readouterr().out
-
-
-def test_the_caption_command_runs(a_finished_quickstart: Path, capsys) -> None:
-    command = next(command for command in COMMANDS if command.startswith("caption "))
-    assert main(command.split()) == 0
-    assert capsys.readouterr().out.startswith("quickstart/sample.png\t")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood_though_its_weights_and_shards_are_missing(
-    command: str, a_finished_quickstart: Path, capsys
-) -> None:
-    (a_finished_quickstart / "recipes").symlink_to(ROOT / "recipes")
-    assert main(shlex.split(command)) in (0, 1)  # what cannot be parsed ends the process with 2
-    assert len(capsys.readouterr().err.splitlines()) <= 1
-
-
-def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 14
+    save("quickstart/run/checkpoints/last/model.safetensors", *load("tiny", weights="random", seed=0))
+    Image.new("RGB", (60, 50), "orange").save("quickstart/sample.png")
+    for page, block in blocks("python"):
+        if page == "README.md":
+            exec(compile(block, page, "exec"), {})
