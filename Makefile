@@ -1,36 +1,36 @@
-# The same words on a laptop and in CI. Everything runs in .venv, which is made when it is missing.
+# The same commands on a laptop and in CI. Everything runs in .venv, which is created when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
-# Packages that open_clip's captioning wants and that cannot be beside ours; only a child process of the benchmark sees them.
+# Packages that open_clip's captioning needs and that conflict with ours; only a child process of a benchmark sees them.
 PEERS := .venv/peers/transformers-4.49
 INSTALLED := .venv/.installed
 READY := .venv/.ready
-# Keeps every pip command below at the tested torch; with a source of CPU wheels configured this is the CPU build.
+# Holds every pip command below to the tested torch; if pip is configured with CPU wheels, that is the CPU build.
 export PIP_CONSTRAINT := constraints/cpu.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-slow bench check
 
-help: ## this list
+help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-setup: $(READY) ## make .venv with all that tests and evaluation need
+setup: $(READY) ## create .venv with everything that tests and evaluation need
 
-quickstart: $(INSTALLED) ## train a small model on drawn pictures, then look at quickstart/report.html
+quickstart: $(INSTALLED) ## train a small model on drawn scenes, and write quickstart/report.html
 	rm -rf quickstart
 	$(BIN)/contracap quickstart --out quickstart
 
-test: $(READY) ## the tests, without the slow ones, on two cores
+test: $(READY) ## run the tests, without the slow ones, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(READY) ## the slow tests
+test-slow: $(READY) ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY) ## speed and memory next to open_clip, clip_benchmark and pycocoevalcap, some hours
 	for name in data train generate zeroshot retrieval score; do $(BIN)/python -m benchmarks $$name --json runs/benchmarks/$$name.json || exit; done
 
-check: $(READY) ## formatter, linter, type checker, import directions
+check: $(READY) ## check format, lint, types and import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
@@ -40,12 +40,13 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contracap needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv .venv
 
-# The package and what it needs, for those who use it.
+# The package and its dependencies, for users.
 $(INSTALLED): pyproject.toml constraints/cpu.txt | $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	@touch $(INSTALLED)
 
-# open_clip and its needs, pycocoevalcap and clip_benchmark are oracles of the tests. They come without dependencies of their own, so that nothing replaces torch.
+# The tests compare with open_clip, pycocoevalcap and clip_benchmark. They are installed without their dependencies, so that
+# nothing replaces torch.
 $(READY): pyproject.toml constraints/cpu.txt Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
 	$(BIN)/python -m pip install --no-deps open_clip_torch==3.3.0 torchvision==0.28.0 timm==1.0.31 pycocoevalcap==1.2 clip_benchmark==1.6.2
