@@ -24,7 +24,7 @@ def test_there_are_recipes_to_plan() -> None:
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_head_of_a_recipe_plans_it_without_a_warning(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = head(PLANNED[name])
-    assert text.startswith(f"# contracap train recipes/{name}.toml | ")
+    assert text.startswith(f"# contracap train recipes/{name}.toml\n")
     (command,) = re.findall(rf"^# contracap (plan recipes/{name}\.toml --gpus \d+ --gpu [\w-]+)", text, re.MULTILINE)
     verb, recipe, *options = command.split()
     assert main([verb, str(FOLDER.parent / recipe), *options]) == 0
