@@ -449,7 +449,7 @@ def test_a_request_that_ends_at_once_promises_no_checkpoint(capfd: pytest.Captur
 def test_shutdown_signal_while_the_optimizer_is_read_blames_no_checkpoint(recipe_values: dict, monkeypatch) -> None:
     train(build(Recipe, recipe_values))
     monkeypatch.setattr(dcp.FileSystemReader, "read_data", lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted, match="the same command goes on from .*step-00000008"):
+    with pytest.raises(Interrupted, match=r"the same command goes on from .*step-00000008"):
         train(build(Recipe, recipe_values | {"resume": True, "steps": 9}))
 
 
