@@ -284,7 +284,7 @@ def test_captions_are_measured_by_the_context_and_vocabulary_of_the_recipe(
     text = "extraordinarily " * 5
     path = shard(tmp_path / "s.tar", [sample(encoded(40, 40), text), sample(encoded(40, 41), "a dog")])
     recipe = tmp_path / "r.toml"
-    recipe.write_text('size = "tiny"\nsteps = 99\nout = "r"\n[data]\ntrain = "s"\nbatch_size = 2\n')
+    recipe.write_text('size = "tiny"\nsteps = 9999\nout = "r"\n[data]\ntrain = "s"\nbatch_size = 2\n')
     assert main(["shards", "show", str(path), "--recipe", str(recipe), "--out", str(tmp_path / "p.html")]) == 0
     said = capsys.readouterr().out
     assert "50 % are cut by a context of 16 tokens" in said

@@ -147,7 +147,7 @@ def test_batch_larger_than_the_data_is_named(folder: Path, capsys: pytest.Captur
     make_shards(folder / "t.csv", folder / "shards")
     words = ["epochs=8", "data.train=shards", "data.batch_size=96", "optimizer.warmup_steps=10"]
     line = said(["train", "r.toml", *words], capsys)
-    assert "data.batch_size 96 exceeds the 3 samples" in line and "8 epochs of 3 samples give 1 step:" in line
+    assert "data.batch_size 96 exceeds the 3 samples" in line and "8 epochs of 3 samples are 1 step:" in line
 
 
 def test_captions_that_the_context_cuts_are_told_at_the_start(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -177,6 +177,16 @@ def test_dotted_names_are_joined_in_the_advice(folder: Path, capsys: pytest.Capt
 def test_every_mistake_of_a_recipe_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "r.toml", "stepz=1", "data.batchsize=4"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("rank", "out"), [("0", "last\n"), ("1", "")])
+def test_one_of_the_ranks_says_where_the_checkpoint_is(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, out: str
+) -> None:
+    monkeypatch.setattr("contracap.training.trainer.train", lambda *_, **__: Path("last"))
+    monkeypatch.setenv("RANK", rank)
+    assert main(["train", "r.toml"]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_images_in_another_folder_are_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

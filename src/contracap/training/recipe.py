@@ -179,10 +179,11 @@ def in_steps(recipe: Recipe) -> Recipe:
     try:
         return replace(recipe, epochs=None, steps=steps)
     except ValueError as error:
-        said = f"{recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)} of {samples:,} sample{'s' * (samples != 1)} give "
-        said += f"{steps:,} step{'s' * (steps != 1)}: {error}"
+        epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs:g} epochs"
+        verb, found = "is" if recipe.epochs == 1 else "are", f"{samples:,} sample{'s' * (samples != 1)}"
+        said = f"{epochs} of {found} {verb} {steps:,} step{'s' * (steps != 1)}: {error}"
         if batch_size > samples:
-            said = f"data.batch_size {batch_size:,} exceeds the {samples:,} samples: lower it ({said})"
+            said = f"data.batch_size {batch_size:,} exceeds the {found}: lower it ({said})"
         raise ConfigError(said) from None
 
 
