@@ -208,8 +208,8 @@ def test_an_interrupted_verb_says_what_the_same_command_does(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     places = (
-        "bulk.rows.normalise",
-        "bulk.embedding.finite",
+        "apps.bulk.rows.normalise",
+        "apps.bulk.embedding.finite",
         "evaluation.task.measure_task",
         "data.survey.parse",
         "data.index.describe",

@@ -261,7 +261,7 @@ def _problems(cls: type, error: pydantic.ValidationError) -> list[str]:
     for details, path, hint in unknown or found:
         # Where one alternative of a union fits but for something inside, only that is wrong.
         if not any(len(deeper) > len(path) and deeper[: len(path)] == path for _, deeper, _ in found):
-            problems.append(_problem(cls, details, path, hint))
+            problems += _problem(cls, details, path, hint).splitlines()  # a dataclass may tell several
     return list(dict.fromkeys(problems))
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from contracap.apps.show import LENGTH_BINS, _binned, survey_lines, write_page
+from contracap.apps.show import _binned, length_bins, survey_lines, write_page
 from contracap.cli import main
 from contracap.data.index import index_folder
 from contracap.data.shards import write_shard
@@ -68,8 +69,8 @@ def mixed(tmp_path: Path) -> Path:
 def test_everything_in_the_shards_is_counted(mixed: Path) -> None:
     found = survey(mixed)
     assert (found.shards, found.shards_read, found.complete) == (2, 2, True)
-    assert found.read.samples == 8
-    assert found.read.captions == 7
+    assert found.samples == 8
+    assert found.captions == 7
     assert found.captions_per_picture == {0: 1, 1: 5, 2: 1}
     assert found.formats == {"JPEG": 5, "PNG": 1}
     assert found.shorter_sides == {50: 1, 60: 1, 90: 1, 300: 3}
@@ -98,7 +99,7 @@ def test_only_the_first_messages_of_a_kind_are_kept(tmp_path: Path) -> None:
 
 
 def test_caption_lengths_are_those_of_the_tokenizer_with_start_and_end(mixed: Path) -> None:
-    counts = survey(mixed).read
+    counts = survey(mixed)
     tokenizer = Tokenizer()
     assert counts.caption_lengths[4] == 3  # start, a, dog, end; and twice more
     assert counts.caption_lengths[102] == 1
@@ -131,7 +132,7 @@ def test_a_shown_picture_that_is_damaged_behind_its_header_is_skipped(tmp_path: 
 @given(lengths=st.lists(st.integers(1, 300), max_size=50))
 def test_bins_lose_no_count_and_hold_what_they_say(lengths: list[int]) -> None:
     counts = {length: lengths.count(length) for length in lengths}
-    bins = _binned(counts, LENGTH_BINS)
+    bins = _binned(counts, length_bins(76))
     assert sum(bins.values()) == len(lengths)
     for name, count in bins.items():
         low, _, high = name.rstrip("+").partition("-")
@@ -141,30 +142,27 @@ def test_bins_lose_no_count_and_hold_what_they_say(lengths: list[int]) -> None:
 
 
 def test_the_last_bin_of_captions_holds_those_that_are_cut() -> None:
-    assert _binned({76: 2, 77: 3}, LENGTH_BINS) == {"73-76": 2, "77+": 3}
+    assert _binned({76: 2, 77: 3}, length_bins(76)) == {"73-76": 2, "77+": 3}
 
 
 def test_a_limit_reads_the_first_samples_only(tmp_path: Path) -> None:
     for name in "012":
         numbered(tmp_path / f"{name}.tar", 4)
     found = survey(tmp_path, limit=6)
-    assert (found.read.samples, found.shards, found.shards_read, found.complete) == (6, 3, 2, False)
-    assert found.counts == found.read
+    assert (found.samples, found.shards, found.shards_read, found.complete) == (6, 3, 2, False)
     assert survey(tmp_path, limit=12).complete
     assert "the first 6 of an unknown number" in "\n".join(survey_lines(found))
 
 
-def test_behind_a_limit_the_index_tells_of_all_shards(tmp_path: Path) -> None:
+def test_behind_a_limit_the_index_tells_how_many_samples_there_are(tmp_path: Path) -> None:
     for name in "01":
         numbered(tmp_path / f"{name}.tar", 4)
-    whole = survey(tmp_path)
     index_folder(tmp_path)
     found = survey(tmp_path, limit=2)
-    assert found.indexed == whole.read
-    assert found.read.samples == 2
+    assert (found.samples, found.captions, found.total_samples) == (2, 2, 8)  # only the total is about the rest
     assert "the first 2 of 8" in "\n".join(survey_lines(found))
     numbered(tmp_path / "1.tar", 40)
-    assert survey(tmp_path, limit=2).indexed is None  # the index is older than the shard
+    assert survey(tmp_path, limit=2).total_samples is None  # the index is older than the shard
 
 
 def test_the_draw_is_fair_and_no_larger_than_asked(tmp_path: Path) -> None:
@@ -252,7 +250,7 @@ def test_shards_without_anything_usable_give_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(b"not a tar")
     found = survey(tmp_path / "s.tar")
     write_page(found, tmp_path / "page.html")
-    assert found.read.samples == 0
+    assert found.samples == 0
     assert found.skipped["broken_shard"].count == 1
     assert "broken_shard 1" in "\n".join(survey_lines(found))
 
@@ -275,9 +273,28 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[str,
 
 def test_photographs_of_flickr8k_are_all_usable(data_folder: Path) -> None:
     found = survey(data_folder / "flickr8k" / "val", limit=100, sample_count=4)
-    assert found.read.samples == found.pictures == 100
+    assert found.samples == found.pictures == 100
     assert found.captions_per_picture == {5: 100}
     assert not found.skipped
+
+
+def test_captions_are_measured_by_the_context_and_vocabulary_of_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "extraordinarily " * 5
+    path = shard(tmp_path / "s.tar", [sample(encoded(40, 40), text), sample(encoded(40, 41), "a dog")])
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('size = "tiny"\nsteps = 9999\nout = "r"\n[data]\ntrain = "s"\nbatch_size = 2\n')
+    assert main(["shards", "show", str(path), "--recipe", str(recipe), "--out", str(tmp_path / "p.html")]) == 0
+    said = capsys.readouterr().out
+    assert "50 % are cut by a context of 16 tokens" in said
+    assert re.search(r"^ +17\+ .* 1$", said, re.MULTILINE)
+
+
+def test_shards_without_a_usable_sample_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shard(tmp_path / "s.tar", [sample(b"broken", "x")])
+    assert main(["shards", "show", str(path), "--out", str(tmp_path / "page.html")]) == 1
+    assert "no sample can be used, of 1 that were read: sample k000" in capsys.readouterr().err
 
 
 def test_shards_of_which_nothing_can_be_read_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,6 +190,17 @@ def test_a_wrong_study_says_what_is_wrong(values: dict, change: dict, message: s
         build(StudyConfig, values | change)
 
 
+def test_every_mistake_of_a_study_takes_a_line(values: dict) -> None:
+    wrong = {"recipe": values["recipe"] | {"stepz": 1}, "arms": {"coca": BOTH | {"lr": 1}, "clip": CLIP | {"sede": 1}}}
+    with pytest.raises(ConfigError) as error:
+        build(StudyConfig, values | wrong)
+    assert [each.partition(";")[0] for each in error.value.problems] == [
+        "recipe: unknown key 'stepz'",
+        "arm coca: unknown key 'lr'",
+        "arm clip: unknown key 'sede'",
+    ]
+
+
 def test_a_study_takes_epochs(values: dict) -> None:
     recipe = {key: value for key, value in values["recipe"].items() if key != "steps"} | {"epochs": 0.5}
     changed = values | {"recipe": recipe, "seeds": [3], "tasks": {"pairs": values["tasks"]["pairs"]}}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracap.data import shards
+from contracap.data import shards, tar
 from contracap.data.captions import require_captions
 from contracap.data.shards import (
     SAMPLE_SUFFIXES,
@@ -323,7 +323,7 @@ def test_members_of_one_sample_are_not_read_beyond_the_limit_of_one(tmp_path: Pa
 def test_a_sample_that_costs_more_than_one_may_ends_its_shard(tmp_path, monkeypatch, limit: str, members) -> None:
     shard = zeros(tmp_path / "0.tgz", members, samples=3)
     assert len(list(records(shard))) >= 3
-    monkeypatch.setattr(shards, limit, 100_000)
+    monkeypatch.setattr(tar, limit, 100_000)
     for read in (lambda: list(records(shard)), lambda: count_samples(shard)):
         with pytest.raises(ShardError, match=r"0\.tgz .* more than 100,000 bytes") as error:
             read()
@@ -332,7 +332,7 @@ def test_a_sample_that_costs_more_than_one_may_ends_its_shard(tmp_path, monkeypa
 
 def test_many_samples_may_take_more_together_than_one(tmp_path: Path, monkeypatch) -> None:
     for limit in ("MAX_HEADER_BYTES", "MAX_UNFOLDED_BYTES"):
-        monkeypatch.setattr(shards, limit, 30_000)
+        monkeypatch.setattr(tar, limit, 30_000)
     assert count_samples(zeros(tmp_path / "0.tgz", [("b.jpg", 25_000)], samples=100)) == 101
 
 

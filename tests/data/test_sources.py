@@ -97,7 +97,7 @@ def test_caption_cell_may_be_a_list(tmp_path: Path, suffix: str) -> None:
 
 def test_table_may_name_urls_absolute_paths_and_columns_of_its_own(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", "photo,url,alt\nhttps://x.org/1.jpg,u,one\n/data/2.jpg,u,two\n../3.jpg,u,three\n")
-    source = read_source(path, image_column="photo", caption_column="alt", pictures=tmp_path)
+    source = read_source(path, image_column="photo", caption_columns=("alt",), pictures=tmp_path)
     assert [item.picture for item in source.items] == ["https://x.org/1.jpg", "/data/2.jpg", str(tmp_path / "../3.jpg")]
     assert [item.fields for item in source.items] == [{"url": "u"}] * 3
 
@@ -403,7 +403,7 @@ def test_absent_source_or_pictures_folder_is_named(tmp_path: Path) -> None:
     [
         ({"splits": ("train",)}, "--split is for karpathy, table; .* is read as coco"),
         ({"image_column": "x"}, "--image-column is for table"),
-        ({"caption_column": "x"}, "--caption-column is for table, imagefolder"),
+        ({"caption_columns": ("x",)}, "--caption-column is for table, imagefolder"),
     ],
 )
 def test_option_that_does_not_apply_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from contracap import cli
@@ -443,6 +444,13 @@ def test_a_request_that_ends_at_once_promises_no_checkpoint(capfd: pytest.Captur
     with shutdown_signal() as shutdown, pytest.raises(ShutdownRequested), shutdown.at_once():
         signal.raise_signal(signal.SIGINT)
     assert "checkpoint" not in capfd.readouterr().err
+
+
+def test_shutdown_signal_while_the_optimizer_is_read_blames_no_checkpoint(recipe_values: dict, monkeypatch) -> None:
+    train(build(Recipe, recipe_values))
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"the same command goes on from .*step-00000008"):
+        train(build(Recipe, recipe_values | {"resume": True, "steps": 9}))
 
 
 def test_of_several_ranks_one_tells_of_the_end(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:

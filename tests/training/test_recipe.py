@@ -222,7 +222,7 @@ def test_epochs_stand_for_steps(tmp_path: Path) -> None:
     for wrong in ({"epochs": 2.0, "steps": 10}, {"epochs": 0.0}, {}):
         with pytest.raises(ConfigError, match="epochs"):
             build(Recipe, values | {"data": data} | wrong)
-    with pytest.raises(ConfigError, match=r"1 epochs of 20 samples are 3 steps: optimizer\.warmup_steps 3 must be"):
+    with pytest.raises(ConfigError, match=r"1 epoch of 20 samples is 3 steps: optimizer\.warmup_steps 3 must be"):
         in_steps(build(Recipe, values | {"data": data, "epochs": 1.0}))
 
 

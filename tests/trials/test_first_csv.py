@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import signal
+import tarfile
 from io import BytesIO
 from pathlib import Path
 
@@ -99,6 +100,93 @@ def test_columns_of_parquet_are_known_by_the_suffix_of_their_images(folder: Path
     with pytest.raises(SourceError, match="--image-column") as error:
         read_source("t.parquet")
     assert "line above" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [("caption1", "caption2", "caption10"), ("Caption_0", "caption_1", "caption_2")])
+def test_numbered_columns_are_captions_of_one_image(folder: Path, names: tuple[str, ...]) -> None:
+    Path("t.csv").write_text(f"image,{names[1]},{names[0]},{names[2]}\n0.png,b,a,c\n1.png,,x,\n")
+    items = read_source("t.csv").items
+    assert [item.captions for item in items] == [("a", "b", "c"), ("x",)] and not items[0].fields
+
+
+def test_captions_of_all_named_columns_are_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.csv").write_text("image,short,long,caption\n0.png,a,b,c\n")
+    make = ["shards", "make", "t.csv", "--out", "out", "--workers", "1"]
+    assert main([*make, "--caption-column", "short", "long"]) == 0
+    assert next(samples("out/00000.tar")).captions == ("a", "b")
+    assert main([*make, "--caption-column", "short", "--caption-column", "long"]) == 2
+    assert "--caption-column is given twice" in capsys.readouterr().err
+    assert "has no column short or none" in said([*make, "--caption-column", "short", "none"], capsys)
+
+
+@pytest.mark.parametrize("cell", ["NaN", "nan", "null", "None"])
+def test_missing_values_of_a_table_of_text_are_not_captions(folder: Path, cell: str) -> None:
+    Path("t.csv").write_text(f"image,caption\n0.png,{cell}\n1.png,{cell} of them\n")
+    source = read_source("t.csv")
+    assert [item.captions for item in source.items] == [(f"{cell} of them",)]
+    assert [refused.kind for refused in source.refused] == ["no_caption"]
+
+
+def test_repeated_captions_of_an_image_are_kept_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.csv").write_text("image,caption\n0.png,a\n0.png,a\n1.png,a\n")
+    for _ in range(2):
+        assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 0
+        assert "2 samples with 3 captions" in (out := capsys.readouterr().out) and "1 repeated caption, kept" in out
+
+
+@pytest.mark.parametrize("words", [["--set", "epochs=1"], ["--epochs", "1"], ["--epochs=1"], ["--log-every", "2"]])
+def test_change_that_is_written_as_an_option_is_told_how(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert main(["train", "r.toml", *words]) == 2
+    change = "log_every=2" if "2" in words else "epochs=1"
+    assert f"changes to a recipe are written KEY=VALUE: {change}\n" in capsys.readouterr().err
+
+
+def test_batch_larger_than_the_data_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(folder / "t.csv", folder / "shards")
+    words = ["epochs=8", "data.train=shards", "data.batch_size=96", "optimizer.warmup_steps=10"]
+    line = said(["train", "r.toml", *words], capsys)
+    assert "data.batch_size 96 exceeds the 3 samples" in line and "8 epochs of 3 samples are 1 step:" in line
+
+
+def test_captions_that_the_context_cuts_are_told_at_the_start(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path("t.csv").write_text("image,caption\n" + "".join(f"{number}.png,{'dog ' * 30}\n" for number in range(3)))
+    make_shards(folder / "t.csv", folder / "shards")
+    data = ["data.train=shards", "data.batch_size=2", "data.streams=1", "data.shuffle_buffer=2", "steps=1"]
+    train(load_recipe("r.toml", data))
+    assert caplog.text.count("captions fill the context of 16 tokens") == 1
+
+
+def test_shards_need_not_be_made_into_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(folder / "t.csv", folder / "shards")
+    assert "shards already: use shards as it is" in said(["shards", "make", "shards", "--out", "out"], capsys)
+    assert "shard already" in said(["shards", "make", "shards/00000.tar", "--out", "out"], capsys)
+
+
+def test_images_without_texts_are_told_which_were_looked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no .txt" in said(["shards", "make", ".", "--out", "out", "--workers", "1"], capsys)
+
+
+def test_dotted_names_are_joined_in_the_advice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open("s.tar", "w") as archive:
+        archive.add("0.png", "v1.0.png")
+    assert "such as v1_0.png" in said(["shards", "show", "s.tar"], capsys)
+
+
+def test_every_mistake_of_a_recipe_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "r.toml", "stepz=1", "data.batchsize=4"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("rank", "out"), [("0", "last\n"), ("1", "")])
+def test_one_of_the_ranks_says_where_the_checkpoint_is(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, out: str
+) -> None:
+    monkeypatch.setattr("contracap.training.trainer.train", lambda *_, **__: Path("last"))
+    monkeypatch.setenv("RANK", rank)
+    assert main(["train", "r.toml"]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_images_in_another_folder_are_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from contracap.apps.page import Html, bars, charts, page, pairs, paragraph, picture, table, text
-from contracap.data.survey import CONTEXT, EXAMPLES, Survey, share
+from contracap.data.survey import EXAMPLES, Survey, share
 from contracap.files import write_text
 
-LENGTH_BINS = range(1, CONTEXT + 2, 4)  # where bins begin; the last one begins behind the context
 SIDE_BINS = (1, 8, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
 BAR = 40  # characters of the longest bar on the terminal
 
@@ -58,11 +57,11 @@ def write_page(survey: Survey, path: str | Path) -> None:
 
 def _rows(survey: Survey) -> list[tuple[str, str]]:
     """What there is, in words, by name."""
-    read, counts = survey.read, survey.counts
-    shards, samples, captions = f"{survey.shards:,}", f"{counts.samples:,}", f"{counts.captions:,}"
+    shards, samples, captions = f"{survey.shards:,}", f"{survey.samples:,}", f"{survey.captions:,}"
     if not survey.complete:
         shards += f", {survey.shards_read:,} of them opened"
-        samples = f"the first {read.samples:,} of {samples if survey.indexed else 'an unknown number'}"
+        total = "an unknown number" if survey.total_samples is None else f"{survey.total_samples:,}"
+        samples = f"the first {samples} of {total}; what follows is about these"
     if survey.captions_per_picture:
         fewest, most = min(survey.captions_per_picture), max(survey.captions_per_picture)
         captions += f", {fewest if fewest == most else f'{fewest} to {most}'} a picture"
@@ -73,7 +72,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
     return [
         ("shards", shards),
         ("samples", samples),
-        ("captions", f"{captions}; {_percent(counts.cut_share)} are cut by a context of {CONTEXT} tokens"),
+        ("captions", f"{captions}; {_percent(survey.cut_share)} are cut by a context of {survey.context} tokens"),
         (
             "pictures",
             f"{formats or 'none'}; {_percent(survey.enlarged_share)} are smaller than {survey.image.size} pixels",
@@ -81,7 +80,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         (
             "repeated",
             f"{survey.repeated_pictures:,} pictures ({_percent(share(survey.repeated_pictures, survey.pictures))}), "
-            f"{survey.repeated_captions:,} captions ({_percent(share(survey.repeated_captions, read.captions))})",
+            f"{survey.repeated_captions:,} captions ({_percent(share(survey.repeated_captions, survey.captions))})",
         ),
         ("skipped", skipped or "none"),
     ]
@@ -89,18 +88,9 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
 
 def _extent(survey: Survey) -> str:
     """What was counted and what was only sampled."""
-    if survey.complete:
-        extent = "Every sample of every shard was read."
-    elif survey.indexed:
-        extent = (
-            f"Only the first {survey.read.samples:,} samples were read. How many samples and captions there are, and "
-            "how long the captions, is known for all shards, from index.json; the rest is about what was read."
-        )
-    else:
-        extent = (
-            f"Only the first {survey.read.samples:,} samples were read, and all that follows is about these alone: no "
-            "index.json tells of the rest."
-        )
+    extent = "Every sample of every shard was read."
+    if not survey.complete:
+        extent = f"Only the first {survey.samples:,} samples were read, and all that follows is about these alone."
     return (
         f"{extent} Pictures were measured by their headers, and only those shown below were decoded: one that is "
         "damaged further in may have passed. Repeated is what came before, byte for byte."
@@ -110,11 +100,16 @@ def _extent(survey: Survey) -> str:
 def _histograms(survey: Survey) -> dict[str, dict[str, int]]:
     """Bars by title, where there are any."""
     histograms = {
-        "caption length, tokens": _binned(survey.counts.caption_lengths, LENGTH_BINS),
+        "caption length, tokens": _binned(survey.caption_lengths, length_bins(survey.context)),
         "shorter side, pixels": _binned(survey.shorter_sides, SIDE_BINS),
         "width : height, the nearest of these": survey.aspect_ratios,
     }
     return {title: counts for title, counts in histograms.items() if counts}
+
+
+def length_bins(context: int) -> list[int]:
+    """Where bins of lengths begin, in tokens; the last one holds what the context cuts."""
+    return [*range(1, context + 1, 4), context + 1]
 
 
 def _binned(counts: Mapping[int, int], starts: Sequence[int]) -> dict[str, int]:

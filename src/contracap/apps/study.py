@@ -55,19 +55,25 @@ class StudyConfig:
         }.items():
             if taken := given & values.keys():
                 raise ValueError(f"{where}: {', '.join(sorted(taken))} is given by the study: leave it out")
-        recipes = list[Recipe]()
+        recipes, problems = list[Recipe](), dict[str, list[str]]()
         for arm in self.arms:
             if Path(arm).name != arm:
                 raise ValueError(f"arm {arm!r} names a folder: leave out slashes")
             try:
                 recipe = replace(self.run(arm, self.seeds[0]), out=self.out)
             except ConfigError as error:
-                raise ValueError(f"arm {arm}: {error}") from None
+                for each in error.problems:
+                    problems.setdefault(each, []).append(arm)
+                continue
             if recipe in recipes:
                 raise ValueError(f"arm {arm} is the same as another one before it: a gap between them tells nothing")
             recipes.append(recipe)
-            if not self.common_tasks(arm):
+            if not problems and not self.common_tasks(arm):
                 raise ValueError(f"arm {arm}: no task measures what its losses teach and those of the first arm")
+
+        if problems:
+            where = {each: f"arm {', '.join(arms)}" for each, arms in problems.items() if len(arms) < len(self.arms)}
+            raise ValueError("\n".join(f"{where.get(each, 'recipe')}: {each}" for each in problems))
 
     def run(self, arm: str, seed: int) -> Recipe:
         """The recipe of one run."""

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from io import TextIOWrapper
 
 try:
@@ -28,7 +29,7 @@ from contracap.cli.score import score
 from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show
 from contracap.cli.weights import convert, inspect
-from contracap.config import SettingsHelp
+from contracap.config import ConfigError, SettingsHelp
 
 BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 CANNOT_PARSE = 2
@@ -102,6 +103,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     if (problem := _unknown_verb(VERBS, arguments)) is not None:
         return fail(problem, status=CANNOT_PARSE)
+    if twice := _given_twice(arguments):
+        return fail(f"{twice} is given twice: give it once, with all its values after it", status=CANNOT_PARSE)
+    if change := _change_as_option(arguments):
+        noun = "study" if arguments[0] == "study" else "recipe"
+        return fail(f"changes to a {noun} are written KEY=VALUE: {change}", status=CANNOT_PARSE)
     try:
         status = _app(VERBS).cli(
             prog="contracap",
@@ -121,7 +127,8 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         if verbosity.verbose:
             traceback.print_exc()
-        return fail(message(error), status=getattr(error, "exit_status", 1))
+        problems = error.problems if isinstance(error, ConfigError) else [message(error)]
+        return max(fail(problem, status=getattr(error, "exit_status", 1)) for problem in problems)
     return status or 0
 
 
@@ -133,6 +140,33 @@ def _app(verbs: Verbs) -> SubcommandApp:
         else:
             app.command(name=name)(verb)
     return app
+
+
+def _given_twice(arguments: Sequence[str]) -> str | None:
+    """The first option that comes again, of which only the last would count."""
+    options = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--") and word != "--"]
+    return next((option for place, option in enumerate(options) if option in options[:place]), None)
+
+
+def _change_as_option(arguments: Sequence[str]) -> str | None:
+    """The change to a recipe or a study that was meant by an option that its verb does not have; None if none was."""
+    verb = VERBS.get(arguments[0]) if arguments else None
+    if not callable(verb) or "overrides" not in (parameters := signature(verb).parameters):
+        return None
+    options = [
+        "--help",
+        *(f"--{each.name}".replace("_", "-") for each in parameters.values() if each.kind == each.KEYWORD_ONLY),
+    ]
+    for word, value in zip(arguments, [*arguments[1:], "--"], strict=True):
+        option, equals, given = word.partition("=")
+        if not option.startswith("--") or difflib.get_close_matches(option.replace("_", "-"), options, n=1, cutoff=0.8):
+            continue
+        key = option.removeprefix("--").replace("-", "_")
+        if equals and key:
+            return f"{key}={given}"
+        if not value.startswith("--"):
+            return value if "=" in value else f"{key}={value}"
+    return None
 
 
 def _unknown_verb(verbs: Verbs, arguments: Sequence[str], before: str = "contracap") -> str | None:

@@ -1,6 +1,7 @@
 """The verbs that make a run, or plan one."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,9 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_signal():
-        print(run(load_recipe(recipe, overrides), allow_commands=allow_commands))
+        checkpoint = run(load_recipe(recipe, overrides), allow_commands=allow_commands)
+        if os.environ.get("RANK", "0") == "0":  # of the ranks of torchrun, one
+            print(checkpoint)
 
 
 def study(

@@ -24,7 +24,9 @@ def make(
         arg(help="of Karpathy's JSON, a table with such a column, or a folder of Parquet files; by default all"),
     ] = (),
     image_column: Annotated[str | None, arg(metavar="NAME", help="of a table, if it is not called as usual")] = None,
-    caption_column: Annotated[str | None, arg(metavar="NAME", help="likewise")] = None,
+    caption_column: Annotated[
+        tuple[str, ...], arg(metavar="NAME [NAME ...]", help="likewise; the captions of several columns are all taken")
+    ] = (),
     caption_lines: Annotated[bool, arg(help="each line of a .txt is a caption; else the whole text is one")] = True,
     shorter_side: Annotated[
         int | None, arg(metavar="PIXELS", help="make larger pictures smaller, as JPEG; by default all stay as they are")
@@ -42,7 +44,7 @@ def make(
         pictures=pictures,
         splits=split,
         image_column=image_column,
-        caption_column=caption_column,
+        caption_columns=caption_column,
         caption_lines=caption_lines,
         shorter_side=shorter_side,
         samples_per_shard=samples_per_shard,
@@ -51,6 +53,8 @@ def make(
     captions = f" with {made.captions} caption{'s' * (made.captions != 1)}" if made.captions else ""  # questions: none
     samples, shards = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((made.samples, "sample"), (made.shards, "shard")))
     say(f"{samples}{captions} in {shards}: {out}")
+    if repeated := made.repeated_captions:
+        say(f"{repeated} repeated caption{'s' * (repeated != 1)}, kept: the image has the same text already")
     for reason, number in made.skipped.items():
         say(f"skipped {number}: {reason}")
     if made.skipped:
@@ -90,18 +94,29 @@ def show(
     from contracap.data.shards import ShardError
     from contracap.data.survey import survey
     from contracap.images import AugmentationConfig, ImageConfig
+    from contracap.tokenizer import Tokenizer
     from contracap.training.recipe import load_recipe
 
-    image, augmentation, lines = ImageConfig(), AugmentationConfig(), True
+    image, augmentation, tokenizer, lines = ImageConfig(), AugmentationConfig(), Tokenizer(), True
     if recipe is not None:
         run = load_recipe(recipe)
-        image, augmentation = ImageConfig(size=run.model_config.vision.image_size), run.data.augmentation
-        lines = run.data.captions.lines
+        model, captions = run.model_config, run.data.captions
+        image, augmentation, lines = ImageConfig(size=model.vision.image_size), run.data.augmentation, captions.lines
+        context = min(model.text.context, captions.max_tokens or model.text.context)
+        tokenizer = Tokenizer(context, model.text.vocab_size)
     found = survey(
-        paths, limit=limit, sample_count=samples, seed=seed, image=image, augmentation=augmentation, lines=lines
+        paths,
+        limit=limit,
+        sample_count=samples,
+        seed=seed,
+        image=image,
+        augmentation=augmentation,
+        tokenizer=tokenizer,
+        lines=lines,
     )
-    if broken := found.counts.samples == 0 and found.skipped.get("broken_shard"):
-        raise ShardError(f"nothing could be read: {broken.examples[0]}")
+    if not found.pictures:
+        why = next((each.examples[0] for each in found.skipped.values()), "the shards are empty")
+        raise ShardError(f"no sample can be used, of {found.samples:,} that were read: {why}")
     write_page(found, out)
     for line in (*survey_lines(found), f"the page: {out}"):
         say(line)

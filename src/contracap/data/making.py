@@ -43,12 +43,18 @@ class MakingError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What stands in the folder at the end. `skipped`: how many of each kind gave no sample."""
+    """What stands in the folder at the end.
+
+    Attributes:
+        skipped: how many of each kind gave no sample.
+        repeated_captions: captions that the same image has already; they are kept.
+    """
 
     shards: int
     samples: int
     captions: int
     skipped: dict[str, int]
+    repeated_captions: int = 0
 
 
 def make_shards(
@@ -59,7 +65,7 @@ def make_shards(
     pictures: str | Path | None = None,
     splits: Sequence[str] = (),
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_columns: Sequence[str] = (),
     caption_lines: bool = True,
     shorter_side: int | None = None,
     samples_per_shard: int = 1000,
@@ -96,7 +102,7 @@ def make_shards(
         pictures=pictures,
         splits=splits,
         image_column=image_column,
-        caption_column=caption_column,
+        caption_columns=caption_columns,
         caption_lines=caption_lines,
     )
     out, items = Path(out), read.items
@@ -124,7 +130,8 @@ def make_shards(
             done = sum(task.is_done() for task in tasks)
             words = f"interrupted: {done} of {len(tasks)} shards are in {out}; the same command goes on from there"
             raise KeyboardInterrupt(words) from None
-    return _finish(out, plan, [task.read_note() for task in tasks], read.refused)
+    repeated = sum(len(item.captions) - len(set(item.captions)) for item in items)
+    return _finish(out, plan, [task.read_note() for task in tasks], read.refused, repeated)
 
 
 def _parts(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
@@ -201,7 +208,9 @@ def _begin(out: Path, plan: dict[str, Any]) -> Making | None:
     return build(Making, {"captions": sum(entry.captions for entry in entries.values()), **begun["outcome"]})
 
 
-def _finish(out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Sequence[Refused]) -> Making:
+def _finish(
+    out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Sequence[Refused], repeated: int
+) -> Making:
     """The index and the report; then the notes go."""
     entries = [note.entry for note in notes if note.entry is not None]
     skipped = [*refused, *(one for note in notes for one in note.refused)]
@@ -210,6 +219,7 @@ def _finish(out: Path, plan: dict[str, Any], notes: Sequence[_Note], refused: Se
         samples=sum(entry.samples for entry in entries),
         captions=sum(entry.captions for entry in entries),
         skipped=dict(sorted(Counter(one.kind for one in skipped).items())),
+        repeated_captions=repeated,
     )
     write_text(out / SKIPPED_FILE, "".join(json.dumps(_plain(asdict(one))) + "\n" for one in skipped))
     if entries:

@@ -12,17 +12,16 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from contracap.data.remote import WEB, expand, files_in, opened
+from contracap.data.remote import WEB, expand, files_in
+from contracap.data.tar import GZIP_SUFFIXES, file_part, is_tar, open_tar
 from contracap.files import replacing
 
-GZIP_SUFFIXES = (".tar.gz", ".tgz")
 SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
 PICTURE_SUFFIXES = (  # a sample with several has the first of them
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm"),
@@ -31,11 +30,9 @@ PICTURE_SUFFIXES = (  # a sample with several has the first of them
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = ("json", "txt", "cls")
 SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, *TEXT_SUFFIXES))  # of the members that `parse` looks at
-# What one sample may cost. A gzipped shard, or one with holes, can claim anything in a few bytes.
+# What one sample may cost, besides what `open_tar` allows it. A shard can claim anything in a few bytes.
 MOST_MEMBER_BYTES = 256 * 2**20  # of a member, and of all that are read together
 MAX_TEXT_BYTES = 4 * 2**20  # of a `.json`, `.txt`, `.cls` or `.npy` member
-MAX_HEADER_BYTES = 4 * 2**20  # about 8,000 members
-MAX_UNFOLDED_BYTES = 2**30  # of all members, in a gzipped shard, which has to be decompressed to get past them
 SORT = "write the tar anew with `tar --sort=name`"
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
 
@@ -136,7 +133,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _shards_at(name: str, key: str) -> list[str]:
-    if name.startswith("pipe:") or ("://" in name and _file_part(name).endswith(SHARD_SUFFIXES)):
+    if name.startswith("pipe:") or ("://" in name and file_part(name).endswith(SHARD_SUFFIXES)):
         return [name]
     if name.startswith(WEB):
         from contracap.data.index import read_index  # which imports this module
@@ -153,7 +150,7 @@ def _shards_at(name: str, key: str) -> list[str]:
         files = sorted(str(file) for file in Path(name).iterdir())
         files = [f"./{file}" if file.startswith("pipe:") else file for file in files]  # a name is no command
     elif Path(name).exists():
-        if os.path.isfile(name) and not name.endswith(SHARD_SUFFIXES) and not _is_tar(name):
+        if os.path.isfile(name) and not name.endswith(SHARD_SUFFIXES) and not is_tar(name):
             make = f"make shards from it: contracap shards make {name!r} --out DIR"
             raise ShardError(f"{key}{name!r} is not a tar shard; {make}")
         return [name]
@@ -165,11 +162,6 @@ def _shards_at(name: str, key: str) -> list[str]:
             f"{key}no shards (*.tar, *.tar.gz, *.tgz) in the folder {name}: make some with contracap shards make"
         )
     return shards
-
-
-def _file_part(url: str) -> str:
-    """A URL without what may follow the name of its file on a web server, such as a signature."""
-    return re.split(r"[?#]", url, maxsplit=1)[0] if url.startswith(WEB) else url
 
 
 def samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sample]:
@@ -316,9 +308,10 @@ def _without_picture(name: str, record: Record) -> SampleError:
     dotted = [suffix for suffix in record.members if suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
     if dotted:
         base = record.key.rpartition("/")[2]
+        stem, _, suffix = f"{base}.{dotted[0]}".rpartition(".")
         reason = (
-            f"has a picture that is called {base}.{dotted[0]}: a key ends at the first dot of a name, and what follows "
-            f"must be the suffix alone. Rename the members, such as {base}.{dotted[0].rpartition('.')[2]}"
+            f"has a picture that is called {stem}.{suffix}: a key ends at the first dot of a name, and what follows "
+            f"must be the suffix alone. Rename the members, such as {stem.replace('.', '_')}.{suffix}"
         )
         return SampleError(f"{name} {reason}", kind="dotted_name")
     return SampleError(f"{name} has no picture (members: {', '.join(sorted(record.members))})", kind="no_picture")
@@ -355,73 +348,6 @@ def _write(stream: io.BufferedIOBase, records: Iterable[tuple[str, Mapping[str, 
                 archive.addfile(member, io.BytesIO(content))
 
 
-class _Metered:
-    """The bytes of a tar file, and how many of them one sample may still take."""
-
-    def __init__(self, stream: io.BufferedIOBase, *, seeking: bool, gzipped: bool) -> None:
-        self._stream, self._seeking, self._gzipped = stream, seeking, gzipped
-        self.seek, self.tell = stream.seek, stream.tell
-        self.begin_sample()
-
-    def begin_sample(self) -> None:
-        self._left, self._unfolded = MAX_HEADER_BYTES, 0
-
-    def read(self, size: int) -> bytes:
-        """For `tarfile`."""
-        self._left -= size
-        if self._left < 0:
-            reason = f"the headers of one sample take more than {MAX_HEADER_BYTES:,} bytes"
-            raise tarfile.ReadError(f"{reason} (a key ends at the first dot of a name)")
-        return self._stream.read(size)
-
-    def charge(self, member: tarfile.TarInfo, *, wanted: bool) -> None:
-        """Count the content of a member, whether it will be read or passed over."""
-        self._unfolded += member.size
-        if self._gzipped and self._unfolded > MAX_UNFOLDED_BYTES:
-            raise tarfile.ReadError(f"one sample unfolds to more than {MAX_UNFOLDED_BYTES:,} bytes")
-        if wanted or not self._seeking:  # a stream is read where it is passed over, too
-            self._left += member.size
-
-
-@contextmanager
-def _opened(shard: str) -> Generator[tuple[tarfile.TarFile, _Metered], None, None]:
-    gzipped = _file_part(shard).endswith(GZIP_SUFFIXES) and not shard.startswith("pipe:")
-    with opened(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
-        seeking = file.seekable() and not gzipped  # passes over members without reading them, and reads faster
-        metered = _Metered(cast(io.BufferedIOBase, stream), seeking=seeking, gzipped=gzipped)
-        with tarfile.open(
-            fileobj=cast(IO[bytes], metered), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
-        ) as archive:
-            yield archive, metered
-
-
-def _is_tar(file: str) -> bool:
-    try:
-        with _opened(file):
-            return True
-    except OSError:
-        raise
-    except Exception:  # damaged bytes make tarfile raise nearly anything
-        return False
-
-
-class _StrictHeader(tarfile.TarInfo):
-    """Only the end-of-archive mark ends a shard: `tarfile` by itself takes a broken or missing header for the end."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # pyrefly: ignore
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # pyrefly: ignore[missing-attribute]
-            if any(cast(IO[bytes], archive.fileobj).read(tarfile.BLOCKSIZE)):  # the mark is two blocks of zeros
-                raise tarfile.ReadError(f"a block of zeros at byte {archive.offset}, and more behind it") from None
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
-        except (ValueError, LookupError, TypeError) as error:  # of sparse members, of which tarfile checks little
-            raise tarfile.ReadError(f"a header of a kind that no shard has at byte {archive.offset}") from error
-
-
 def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterator[Record]:
     """Every group; the members of the first `unread` are empty."""
     record, begun, size = None, 0, 0
@@ -434,7 +360,7 @@ def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterato
         return record if earlier is None else replace(record, repeated=True, scattered=earlier.isdisjoint(found))
 
     try:
-        with _opened(shard) as (archive, metered):
+        with open_tar(shard) as (archive, metered):
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
                 key, suffix = _key_and_suffix(member) or (None, "")

@@ -22,7 +22,6 @@ from contracap.data.datasets.bulk import is_bulk, read_bulk
 from contracap.data.datasets.coco import read_coco, read_karpathy
 from contracap.data.datasets.flickr import is_flickr, read_flickr
 from contracap.data.datasets.tables import (
-    CAPTION_COLUMNS,
     PICTURE_COLUMNS,
     cell_captions,
     is_lines,
@@ -30,7 +29,7 @@ from contracap.data.datasets.tables import (
     read_table,
 )
 from contracap.data.datasets.vqa import read_vqa
-from contracap.data.shards import PICTURE_SUFFIXES, text_lines, texts_in
+from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES, text_lines, texts_in
 from contracap.data.walk import PassedOver, files_in, is_picture, pictures_in
 from contracap.files import check_regular
 
@@ -75,7 +74,7 @@ def read_source(
     pictures: str | Path | None = None,
     splits: Sequence[str] = (),
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_columns: Sequence[str] = (),
     caption_lines: bool = True,
 ) -> Source:
     """All that a source says, but for the pictures themselves; it takes about 1 kB of memory for each of them.
@@ -92,7 +91,7 @@ def read_source(
         splits: those to take of Karpathy's JSON, of a table with the column `split`, or of a folder of Parquet files;
             none: all.
         image_column: of a table, the column with paths or URLs, if it is not called as usual.
-        caption_column: of a table or of metadata, the column with captions, if it is not called as usual.
+        caption_columns: of a table or of metadata, the columns with captions, if they are not called as usual.
         caption_lines: of text files next to images, each line is a caption; else the whole text is.
 
     Raises:
@@ -110,7 +109,7 @@ def read_source(
         ("--pictures", pictures, NAMES_PICTURES),
         ("--split", splits, ("karpathy", "table")),
         ("--image-column", image_column, ("table", "imagefolder")),
-        ("--caption-column", caption_column, ("table", "imagefolder")),
+        ("--caption-column", caption_columns, ("table", "imagefolder")),
         ("--no-caption-lines", not caption_lines, ("folder", "bulk")),
     ):
         if given and kind not in kinds:
@@ -119,7 +118,6 @@ def read_source(
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of pictures: {folder}")
     picture_columns = (image_column,) if image_column else PICTURE_COLUMNS
-    caption_columns = (caption_column,) if caption_column else CAPTION_COLUMNS
     match kind:
         case "folder":
             entries = _read_folder(path, caption_lines)
@@ -186,7 +184,10 @@ def _merged(entries: Iterable[Entry | Refused], kind: Kind, folder: Path, *, may
             message = f"the name leads out of the folder of pictures, {folder}"
             refused.append(Refused(source=name, kind="unsafe_path", message=message))
         elif not captions and kind != "vqa":
-            refused.append(Refused(source=name, kind="no_caption", message="no caption, or only empty ones"))
+            message = "no caption, or only empty ones"
+            if kind == "folder":
+                message = f"no {', '.join(SIDE_CAR_SUFFIXES)} of the same name holds a caption"
+            refused.append(Refused(source=name, kind="no_caption", message=message))
         else:
             inside = key if isinstance(key, Inside) else None
             picture = inside.file if inside else name if kind == "table" and "://" in name else str(folder / name)
@@ -210,7 +211,7 @@ def _words(file: Path) -> list[str]:
 
 
 def _kind_of_folder(folder: Path) -> Kind:
-    kind = table = None
+    kind = table = shard = None
     for file in files_in(folder, PassedOver()):
         if file.name in METADATA_FILES:
             return "imagefolder"
@@ -218,8 +219,12 @@ def _kind_of_folder(folder: Path) -> Kind:
             kind = "folder"
         elif table is None and file.suffix.lower() == ".parquet":
             table = folder / file
+        elif shard is None and file.name.endswith(SHARD_SUFFIXES):
+            shard = folder / file
     if kind is None and table is not None:
         kind = _kind_of_file(table)
+    if kind is None and shard is not None:
+        raise SourceError(f"{folder} holds tar shards already: use {shard.parent} as it is, as data.train of a recipe")
     if kind is None:
         metadata = ", ".join(METADATA_FILES)
         raise SourceError(f"{folder} has neither pictures nor a metadata file ({metadata}), nor Parquet files")
@@ -248,6 +253,8 @@ def _kind_of_file(path: Path) -> Kind:
             return "flickr"
         if suffix in (*TABLE_SUFFIXES, ".json"):
             return "table"
+        if path.name.endswith(SHARD_SUFFIXES):
+            raise SourceError(f"{path} is a tar shard already: use it as it is, as data.train of a recipe")
     raise SourceError(
         f"cannot tell what {path} is; looked for a table ({', '.join(TABLE_SUFFIXES)}), the JSON of COCO captions, of "
         "Karpathy's splits, of VQA questions or of a list of objects, and a Flickr token file: name it with --kind"

@@ -25,7 +25,6 @@ from contracap.images import AugmentationConfig, ImageConfig, ImageError, ImageS
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 
-CONTEXT = 76  # tokens of the released models' texts; what is longer is cut
 EXAMPLES = 5  # messages kept of each kind of skip
 SHOWN_SIDE = 256  # longest side, in pixels, of the pictures that are kept to be shown
 ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
@@ -38,23 +37,6 @@ class Skipped:
 
     count: int = 0
     examples: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Samples, usable or not, and the number of captions of each length (tokens, start and end included, not cut)."""
-
-    samples: int
-    caption_lengths: dict[int, int]
-
-    @property
-    def captions(self) -> int:
-        return sum(self.caption_lengths.values())
-
-    @property
-    def cut_share(self) -> float:
-        """The share of the captions that a context of `CONTEXT` tokens cuts."""
-        return share(sum(count for length, count in self.caption_lengths.items() if length > CONTEXT), self.captions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +66,9 @@ class Survey:
         shards: how many there are.
         shards_read: how many of them were opened.
         complete: whether all was read, or the limit ended the reading.
-        read: counts of what was read.
-        indexed: counts of all shards, if the reading was not complete and an index tells.
+        samples: those that were read, usable or not. All that follows is about these.
+        total_samples: of all shards; None if the reading was not complete and no index tells.
+        caption_lengths: captions by length: tokens, start and end included, not cut.
         captions_per_picture: samples by their number of captions.
         formats: pictures by format.
         shorter_sides: pictures by shorter side, pixels.
@@ -96,14 +79,16 @@ class Survey:
         skipped: by kind, what a trainer passes over.
         shown: samples drawn at random, in the order of the shards.
         image: what the crops were made for.
+        context: tokens to which a model cuts captions.
         seed: of the draw and the crops.
     """
 
     shards: int
     shards_read: int
     complete: bool
-    read: Counts
-    indexed: Counts | None
+    samples: int
+    total_samples: int | None
+    caption_lengths: dict[int, int]
     captions_per_picture: dict[int, int]
     formats: dict[str, int]
     shorter_sides: dict[int, int]
@@ -114,12 +99,19 @@ class Survey:
     skipped: dict[str, Skipped]
     shown: tuple[ShownSample, ...]
     image: ImageConfig
+    context: int
     seed: int
 
     @property
-    def counts(self) -> Counts:
-        """Those of all shards where they are known, else of what was read."""
-        return self.indexed or self.read
+    def captions(self) -> int:
+        return sum(self.caption_lengths.values())
+
+    @property
+    def cut_share(self) -> float:
+        """The share of the captions that the context cuts."""
+        return share(
+            sum(count for length, count in self.caption_lengths.items() if length > self.context), self.captions
+        )
 
     @property
     def pictures(self) -> int:
@@ -140,6 +132,7 @@ def survey(
     seed: int = 0,
     image: ImageConfig = ImageConfig(),
     augmentation: AugmentationConfig = AugmentationConfig(),
+    tokenizer: Tokenizer | None = None,
     lines: bool = True,
 ) -> Survey:
     """Reads shards and counts what is in them.
@@ -154,6 +147,7 @@ def survey(
         seed: of the draw and the crops.
         image: what the trainer makes pictures ready for.
         augmentation: how it crops and mirrors them.
+        tokenizer: what measures and cuts captions; by default that of the released models.
         lines: each line of a `.txt` is a caption; else the whole is one.
 
     Raises:
@@ -165,12 +159,13 @@ def survey(
     require_count("samples", sample_count, 0, "samples on the page", most=10_000)
     require_count("seed", seed, 0, "of the samples and their crops", most=2**63 - 1)
     shards = list_shards(paths)
-    told = indexed(shards)
-    tally = _Tally(sample_count, seed, lines)
+    told = indexed_samples(shards)
+    tokenizer = tokenizer or Tokenizer()
+    tally = _Tally(sample_count, seed, lines, tokenizer)
     complete = True
     known = [limit] if limit else []
     if told:
-        known.append(told.samples)
+        known.append(told)
     with progress_bar(total=min(known, default=None), desc="reading", unit=" samples") as progress:
         for record in tally.records(shards):
             if tally.samples == limit:
@@ -183,8 +178,9 @@ def survey(
         shards=len(shards),
         shards_read=tally.shards_read,
         complete=complete,
-        read=Counts(samples=tally.samples, caption_lengths=_sorted(tally.caption_lengths)),
-        indexed=None if complete else told,
+        samples=tally.samples,
+        total_samples=tally.samples if complete else told,
+        caption_lengths=_sorted(tally.caption_lengths),
         captions_per_picture=_sorted(tally.captions_per_picture),
         formats=dict(tally.formats.most_common()),
         shorter_sides=_sorted(tally.shorter_sides),
@@ -195,6 +191,7 @@ def survey(
         skipped=dict(sorted(tally.skipped.items())),
         shown=shown,
         image=image,
+        context=tokenizer.context,
         seed=seed,
     )
 
@@ -211,6 +208,7 @@ class _Tally:
     sample_count: int
     seed: int
     lines: bool
+    tokenizer: Tokenizer
     shards_read: int = 0
     samples: int = 0
     captions_per_picture: Counter[int] = field(default_factory=Counter)
@@ -225,7 +223,6 @@ class _Tally:
 
     def __post_init__(self) -> None:
         self._generator = np.random.default_rng(self.seed)
-        self._tokenizer = Tokenizer()
         self._drawn: list[tuple[int, Sample, int, int]] = []  # number, sample, width, height
 
     def records(self, shards: Iterable[str]) -> Iterator[Record]:
@@ -280,7 +277,7 @@ class _Tally:
             self._skip(error.kind, str(error))
         for caption in sample.captions:
             self.captions_of_lines += len(caption.splitlines()) > 1
-            self.caption_lengths[len(self._tokenizer.encode(caption)) + 2] += 1
+            self.caption_lengths[len(self.tokenizer.encode(caption)) + 2] += 1
             self.captions.append(_hash(caption.encode("utf-8", "surrogatepass")))
 
     def _draw(self, sample: Sample, width: int, height: int) -> None:
@@ -296,20 +293,16 @@ class _Tally:
         self.skipped[kind] = Skipped(count=known.count + 1, examples=(*known.examples, message)[:EXAMPLES])
 
 
-def indexed(shards: Sequence[str]) -> Counts | None:
-    """Counts of local shards from the indexes beside them; None if one lacks a shard, or the shard has changed."""
+def indexed_samples(shards: Sequence[str]) -> int | None:
+    """How many samples local shards hold, from the indexes next to them; None if one lacks a shard, or the shard has
+    changed."""
     paths = [Path(shard) for shard in shards]
     if not all(path.is_file() for path in paths):
         return None
     indexes = {folder: read_index(folder) for folder in {path.parent for path in paths}}
-    samples, lengths = 0, Counter[int]()
-    for path in paths:
-        entry = indexes[path.parent].get(path.name)
-        if entry is None or entry.bytes != path.stat().st_size:
-            return None
-        samples += entry.samples
-        lengths.update(entry.caption_lengths)
-    return Counts(samples=samples, caption_lengths=_sorted(lengths))
+    entries = [indexes[path.parent].get(path.name) for path in paths]
+    fresh = [entry for entry, path in zip(entries, paths, strict=True) if entry and entry.bytes == path.stat().st_size]
+    return sum(entry.samples for entry in fresh) if len(fresh) == len(paths) else None
 
 
 def _measure(image: bytes, name: str) -> tuple[int, int, str]:

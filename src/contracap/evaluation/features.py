@@ -17,7 +17,7 @@ from contracap.data.folders import ClassFolders
 from contracap.data.loader import evaluation_samples
 from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample, list_shards
-from contracap.data.survey import indexed
+from contracap.data.survey import indexed_samples
 from contracap.data.workers import prepared
 from contracap.images import ImageError
 from contracap.model.coca import CoCa
@@ -105,8 +105,7 @@ def progress(source: Source) -> tqdm:
     total = len(source) if isinstance(source, Sized) and not isinstance(source, str) else None
     if isinstance(source, str | Path) or (isinstance(source, Sequence) and not isinstance(source[0], Sample)):
         with suppress(OSError, ValueError):  # who reads it will say what is wrong
-            counts = indexed(list_shards(source))
-            total = counts.samples if counts else None
+            total = indexed_samples(list_shards(source))
     return progress_bar(total=total, desc="evaluate", unit=" images", leave=False)
 
 

@@ -61,6 +61,22 @@ SIZES: dict[str, CoCaConfig] = {
     ),
 }
 
+PURPOSES = {
+    "coca_ViT-B-32": "the released CoCa",
+    "coca_ViT-L-14": "the large released CoCa",
+    "ViT-B-32": "CLIP without captions",
+    "ViT-L-14": "large CLIP without captions",
+    "flickr8k": "photographs on a laptop",
+    "scenes": "drawings of the quickstart",
+    "tiny": "for tests",
+}
+
+
+def describe_size(name: str) -> str:
+    """What a size is for and what it reads, such as `for tests, 32 pixels, 16 tokens`."""
+    config = SIZES[name]
+    return f"{PURPOSES[name]}, {config.vision.image_size} pixels, {config.text.context} tokens"
+
 
 def find_size(name: str) -> CoCaConfig:
     """The row `name` of the table.
@@ -68,5 +84,6 @@ def find_size(name: str) -> CoCaConfig:
     Raises: ValueError: if there is none.
     """
     if name not in SIZES:
-        raise ValueError(f"unknown size {name!r}; the sizes are {', '.join(SIZES)}")
+        sizes = "; ".join(f"{each} ({describe_size(each)})" for each in SIZES)
+        raise ValueError(f"unknown size {name!r}; the sizes are {sizes}")
     return SIZES[name]

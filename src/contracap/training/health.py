@@ -263,20 +263,26 @@ class ShutdownSignal:
 
     def __init__(self) -> None:
         self.received = False
-        self._at_once = False
+        self._at_once = self._raised = False
 
     @contextmanager
     def at_once(self, holds: bool = True) -> Iterator[None]:
         """A context in which the signal raises at once; with `holds` false, one in which it only is noted.
 
-        Raises: ShutdownRequested: if the signal has come, also before the context was entered.
+        Raises: ShutdownRequested: if the signal has come, also before the context was entered, and if a library has
+            made another error of it on the way, as torch does while it reads a checkpoint.
         """
-        before, self._at_once = self._at_once, holds
+        before = self._at_once, self._raised
+        self._at_once, self._raised = holds, False
         try:
             self._check()
             yield
+        except Exception:
+            if self._raised:
+                raise ShutdownRequested from None
+            raise
         finally:
-            self._at_once = before
+            self._at_once, self._raised = before
 
     @property
     def ends_at_once(self) -> bool:
@@ -290,6 +296,7 @@ class ShutdownSignal:
 
     def _check(self) -> None:
         if self.received and self._at_once:
+            self._raised = True
             raise ShutdownRequested
 
 

@@ -33,7 +33,7 @@ class Recipe:
     """One training run. Fine-tuning, CLIP and caption-only training are recipes too."""
 
     size: str
-    """Name of a row of the size table."""
+    """coca_ViT-B-32, coca_ViT-L-14, ViT-B-32, ViT-L-14, flickr8k, scenes or tiny; docs/training.md describes them."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
     steps: int = 0
@@ -174,11 +174,17 @@ def in_steps(recipe: Recipe) -> Recipe:
         return recipe
     shards = [list_shards(paths, key=key) for key, paths in recipe.data.training_paths.items()]
     samples = sum(sum(samples_in(each)) for each in shards)
-    steps = math.ceil(recipe.epochs * samples / recipe.data.batch_size)
+    batch_size = recipe.data.batch_size
+    steps = math.ceil(recipe.epochs * samples / batch_size)
     try:
         return replace(recipe, epochs=None, steps=steps)
     except ValueError as error:
-        raise ConfigError(f"{recipe.epochs:g} epochs of {samples:,} samples are {steps:,} steps: {error}") from None
+        epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs:g} epochs"
+        verb, found = "is" if recipe.epochs == 1 else "are", f"{samples:,} sample{'s' * (samples != 1)}"
+        said = f"{epochs} of {found} {verb} {steps:,} step{'s' * (steps != 1)}: {error}"
+        if batch_size > samples:
+            said = f"data.batch_size {batch_size:,} exceeds the {found}: lower it ({said})"
+        raise ConfigError(said) from None
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 
 from contracap.config import to_dict, to_toml
+from contracap.data.batch import Batch
 from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import OrderError
 from contracap.data.remote import require_consent
@@ -51,6 +52,7 @@ from contracap.training.utilisation import ModelUtilisation, find_peak
 from contracap.training.validation import require_validation, validation_losses
 from contracap.training.writer import CheckpointWriter
 
+MAX_FULL_SHARE = 0.05  # of the first captions may fill the context without a warning
 Found = TypeVar("Found")
 logger = logging.getLogger(__name__)
 
@@ -292,7 +294,9 @@ class _Run:
         events.append(Event(1, self.agreeing))
         start = state.step
         try:
-            repeat_steps(state, self.batches, config, monitor=self.monitor, events=events, nonfinite=recipe.nonfinite)
+            repeat_steps(
+                state, self.watched_batches(), config, monitor=self.monitor, events=events, nonfinite=recipe.nonfinite
+            )
         except TrainingError as error:
             self.writer.wait()
             remedy = "Lower optimizer.learning_rate, or say nonfinite=skip to leave such steps out"
@@ -332,6 +336,19 @@ class _Run:
         total = sum(map(Counter, self.state.process_group.all_gather(self.batches.skipped)), Counter[str]())
         with self.monitor.phase(RECORD), self.recording():
             self.monitor.log({f"skipped/{kind}": float(number) for kind, number in total.items()})
+
+    def watched_batches(self) -> Iterator[Batch]:
+        """The batches. A line says so if many captions of the first fill the context, and are most likely cut."""
+        context = self.state.model.config.text.context
+        for number, batch in enumerate(self.batches):
+            full = int((batch.lengths == context).sum())  # none is so long where captions.max_tokens cuts them earlier
+            if number == 0 and self.state.process_group.rank == 0 and full > MAX_FULL_SHARE * len(batch):
+                logger.warning(
+                    "%d of the first %d captions fill the context of %d tokens and are likely cut: "
+                    "raise model.text.context, or take a size that reads longer texts",
+                    *(full, len(batch), context),
+                )
+            yield batch
 
     def validating(self, validate: Callable[[], Mapping[str, float]]) -> None:
         """Record losses on other pairs."""

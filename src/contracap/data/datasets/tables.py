@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PICTURE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "text", "captions", "title", "raw", "sentences", "comment")
 
+MISSING = ("NaN", "nan", "null", "None")  # in a cell of text, what pandas and others write where there is no value
 DELIMITERS = ("\t", ",", ";", "|")
 JSON_SUFFIXES = (".json", ".jsonl")
 TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -39,18 +41,21 @@ def read_table(
     path: Path,
     *,
     picture_columns: Sequence[str] = PICTURE_COLUMNS,
-    caption_columns: Sequence[str] = CAPTION_COLUMNS,
+    caption_columns: Sequence[str] = (),
     splits: Sequence[str] = (),
 ) -> Iterator[Entry | Refused]:
-    """The rows of a table; the columns besides the two become fields. A row that cannot be used is refused.
+    """The rows of a table; the columns besides picture and captions become fields. A row that cannot be used is
+    refused.
 
     Args:
+        caption_columns: names of columns, whose captions are all taken; none: the usual names.
         splits: those to take, of a table with the column `split`; none: all.
 
     Raises:
         SourceError: if the file is not what its suffix says, or lacks the columns or a split.
     """
-    lacking, picture_column, caption_column = None, None, None
+    lacking, picture_column, groups = None, None, tuple[tuple[str, ...], ...]()
+    missing = () if path.suffix.lower() in (".parquet", *JSON_SUFFIXES) else MISSING
     found = set[str]()
     for number, row in enumerate(_rows(path, picture_columns, caption_columns), 1):
         if isinstance(row, Refused):
@@ -63,18 +68,21 @@ def read_table(
                 continue
         elif splits:
             continue
-        if picture_column not in row or caption_column not in row:
+        if picture_column not in row:
             picture_column = column(row, picture_columns) or picture_column
-            caption_column = column(row, caption_columns) or caption_column
-        if picture_column is None or caption_column is None:
+        groups = _caption_groups(tuple(row), tuple(caption_columns)) or groups
+        if picture_column is None or not groups:
             lacking = lacking or _lacks(path, row, picture_columns, caption_columns)
             if path.suffix.lower() not in JSON_SUFFIXES:  # whose rows have each its own columns
                 break
             yield Refused(source=source, kind="bad_row", message=f"its columns are {_listed(row)}")
             continue
-        picture, captions = row.pop(picture_column, None), cell_captions(row.pop(caption_column, None))
-        if not captions and (other := column(row, caption_columns)) is not None:
-            captions = cell_captions(row.pop(other))
+        picture, captions = row.pop(picture_column, None), ()
+        for group in groups:
+            cells = [row.pop(name, None) for name in group]
+            captions = tuple(text for cell in cells if cell not in missing for text in cell_captions(cell))
+            if captions:
+                break
         if isinstance(picture, dict) and picture.get("bytes") is None:  # as Hugging Face has images
             picture = picture.get("path")
         if isinstance(picture, Embedded):
@@ -91,7 +99,7 @@ def read_table(
                 "store the images as files, or name another column with --image-column"
             )
             yield Refused(source=source, kind="no_picture", message=message)
-    if lacking is not None and (picture_column is None or caption_column is None):
+    if lacking is not None and (picture_column is None or not groups):
         raise lacking
     if absent := [split for split in splits if split not in found]:
         there = f"no row of the split {absent[0]}, but of {_listed(sorted(found)[:20])}" if found else "no column split"
@@ -123,6 +131,24 @@ def column(names: Any, wanted: Sequence[str]) -> str | None:
     return next((there[name.lower()] for name in wanted if name.lower() in there), None)
 
 
+@lru_cache(maxsize=256)
+def _caption_groups(names: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Columns whose captions belong together, the group to be preferred first: those wanted, if all are there; without
+    a wish each usual name, with its numbered columns, such as `caption_0` and `caption1`."""
+    if wanted:
+        there = tuple(name for each in wanted if (name := column(names, (each,))) is not None)
+        return (there,) if len(there) == len(wanted) else ()
+    groups = []
+    for usual in CAPTION_COLUMNS:
+        numbered = [(int(found[1] or -1), name) for name in names if (found := _is_numbered(usual, name))]
+        groups.append(tuple(name for _, name in sorted(numbered)))
+    return tuple(filter(None, groups))
+
+
+def _is_numbered(usual: str, name: str) -> re.Match[str] | None:
+    return re.fullmatch(rf"{usual}(?:[ _.-]?(\d{{1,9}}))?", name, re.IGNORECASE)
+
+
 def is_table(document: Any) -> bool:
     """Whether JSON holds rows: a list of objects, or kohya's objects by the names of their images."""
     if isinstance(document, list):
@@ -136,13 +162,13 @@ def _is_kohya(document: dict[str, Any]) -> bool:
 
 
 def _lacks(path: Path, row: dict[str, Any], pictures: Sequence[str], captions: Sequence[str]) -> SourceError:
-    wanted, purpose = (pictures, "pictures, --image-column")
+    wanted, remedy = pictures, "name the one with the pictures, --image-column"
     if column(row, pictures) is not None:
-        wanted, purpose = (captions, "captions, --caption-column")
+        wanted, remedy = captions or CAPTION_COLUMNS, "name those with captions, --caption-column NAME [NAME ...]"
     problem = f"{path} has no column {' or '.join(wanted)}, but {_listed(row)}"
     if path.suffix.lower() not in (".parquet", *JSON_SUFFIXES) and any(_names_image(name) for name in row):
         return SourceError(f"{problem}: write the names of the columns into a line above the first row")
-    return SourceError(f"{problem}: name the one with the {purpose}")
+    return SourceError(f"{problem}: {remedy}")
 
 
 def _listed(names: Any) -> str:
@@ -164,7 +190,7 @@ def _rows(path: Path, pictures: Sequence[str], captions: Sequence[str]) -> Itera
         case ".json" | ".jsonl":
             return _json_rows(path)
         case _:
-            return _csv_rows(path, (*pictures, *captions))
+            return _csv_rows(path, (*pictures, *(captions or CAPTION_COLUMNS)))
 
 
 def is_lines(path: Path) -> bool:

@@ -1,0 +1,90 @@
+"""Tar files, opened so that damage is an error and what one sample may cost is bounded."""
+
+import gzip
+import io
+import re
+import tarfile
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from typing import IO, cast
+
+from contracap.data.remote import WEB, opened
+
+GZIP_SUFFIXES = (".tar.gz", ".tgz")
+# What one sample may cost. A gzipped shard, or one with holes, can claim anything in a few bytes.
+MAX_HEADER_BYTES = 4 * 2**20  # about 8,000 members
+MAX_UNFOLDED_BYTES = 2**30  # of all members, in a gzipped shard, which has to be decompressed to get past them
+
+
+def file_part(url: str) -> str:
+    """A URL without what may follow the name of its file on a web server, such as a signature."""
+    return re.split(r"[?#]", url, maxsplit=1)[0] if url.startswith(WEB) else url
+
+
+class Metered:
+    """The bytes of a tar file, and how many of them one sample may still take."""
+
+    def __init__(self, stream: io.BufferedIOBase, *, seeking: bool, gzipped: bool) -> None:
+        self._stream, self._seeking, self._gzipped = stream, seeking, gzipped
+        self.seek, self.tell = stream.seek, stream.tell
+        self.begin_sample()
+
+    def begin_sample(self) -> None:
+        self._left, self._unfolded = MAX_HEADER_BYTES, 0
+
+    def read(self, size: int) -> bytes:
+        """For `tarfile`."""
+        self._left -= size
+        if self._left < 0:
+            reason = f"the headers of one sample take more than {MAX_HEADER_BYTES:,} bytes"
+            raise tarfile.ReadError(f"{reason} (a key ends at the first dot of a name)")
+        return self._stream.read(size)
+
+    def charge(self, member: tarfile.TarInfo, *, wanted: bool) -> None:
+        """Count the content of a member, whether it will be read or passed over."""
+        self._unfolded += member.size
+        if self._gzipped and self._unfolded > MAX_UNFOLDED_BYTES:
+            raise tarfile.ReadError(f"one sample unfolds to more than {MAX_UNFOLDED_BYTES:,} bytes")
+        if wanted or not self._seeking:  # a stream is read where it is passed over, too
+            self._left += member.size
+
+
+@contextmanager
+def open_tar(shard: str) -> Generator[tuple[tarfile.TarFile, Metered], None, None]:
+    """Yield a tar file to iterate over, and the meter of what its samples take. Damage raises an error."""
+    gzipped = file_part(shard).endswith(GZIP_SUFFIXES) and not shard.startswith("pipe:")
+    with opened(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
+        seeking = file.seekable() and not gzipped  # passes over members without reading them, and reads faster
+        metered = Metered(cast(io.BufferedIOBase, stream), seeking=seeking, gzipped=gzipped)
+        with tarfile.open(
+            fileobj=cast(IO[bytes], metered), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
+        ) as archive:
+            yield archive, metered
+
+
+def is_tar(file: str) -> bool:
+    """Whether a local file is one, as far as its first header tells."""
+    try:
+        with open_tar(file):
+            return True
+    except OSError:
+        raise
+    except Exception:  # damaged bytes make tarfile raise nearly anything
+        return False
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """Only the end-of-archive mark ends a shard: `tarfile` by itself takes a broken or missing header for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # pyrefly: ignore
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # pyrefly: ignore[missing-attribute]
+            if any(cast(IO[bytes], archive.fileobj).read(tarfile.BLOCKSIZE)):  # the mark is two blocks of zeros
+                raise tarfile.ReadError(f"a block of zeros at byte {archive.offset}, and more behind it") from None
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+        except (ValueError, LookupError, TypeError) as error:  # of sparse members, of which tarfile checks little
+            raise tarfile.ReadError(f"a header of a kind that no shard has at byte {archive.offset}") from error
