@@ -13,7 +13,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import IO, Any, cast
 
 from contracap.data.remote import WEB, expand, files_in, opened
 from contracap.files import replacing
+from contracap.formats import HEAD_BYTES, image_format, other_format
+from contracap.wording import counted
 
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
 SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
@@ -37,6 +39,7 @@ MAX_TEXT_BYTES = 4 * 2**20  # of a `.json`, `.txt`, `.cls` or `.npy` member
 MAX_HEADER_BYTES = 4 * 2**20  # about 8,000 members
 MAX_UNFOLDED_BYTES = 2**30  # of all members, in a gzipped shard, which has to be decompressed to get past them
 SORT = "write the tar anew with `tar --sort=name`"
+DOTTED = "dotted_name"  # the kind of samples whose images have names with several dots
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
 
 
@@ -312,15 +315,20 @@ def _may_be_texts(value: Any) -> bool:
     )
 
 
+def is_image_suffix(suffix: str) -> bool:
+    """Whether what follows the first dot of a member's name ends as the name of an image does."""
+    return suffix.rpartition(".")[2] in PICTURE_SUFFIXES
+
+
 def _without_picture(name: str, record: Record) -> SampleError:
-    dotted = [suffix for suffix in record.members if suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
-    if dotted:
-        base = record.key.rpartition("/")[2]
+    dotted = next(filter(is_image_suffix, record.members), None)
+    if dotted is not None:
+        base, (stem, _, suffix) = record.key.rpartition("/")[2], dotted.rpartition(".")
         reason = (
-            f"has a picture that is called {base}.{dotted[0]}: a key ends at the first dot of a name, and what follows "
-            f"must be the suffix alone. Rename the members, such as {base}.{dotted[0].rpartition('.')[2]}"
+            f"has an image that is called {base}.{dotted}: a key ends at the first dot of a name, and what follows "
+            f"must be the suffix alone. Rename the members, such as {base}_{stem.replace('.', '_')}.{suffix}"
         )
-        return SampleError(f"{name} {reason}", kind="dotted_name")
+        return SampleError(f"{name} {reason}", kind=DOTTED)
     return SampleError(f"{name} has no picture (members: {', '.join(sorted(record.members))})", kind="no_picture")
 
 
@@ -361,6 +369,7 @@ class _Metered:
     def __init__(self, stream: io.BufferedIOBase, *, seeking: bool, gzipped: bool) -> None:
         self._stream, self._seeking, self._gzipped = stream, seeking, gzipped
         self.seek, self.tell = stream.seek, stream.tell
+        self.head = b""
         self.begin_sample()
 
     def begin_sample(self) -> None:
@@ -372,7 +381,9 @@ class _Metered:
         if self._left < 0:
             reason = f"the headers of one sample take more than {MAX_HEADER_BYTES:,} bytes"
             raise tarfile.ReadError(f"{reason} (a key ends at the first dot of a name)")
-        return self._stream.read(size)
+        content = self._stream.read(size)
+        self.head = self.head or content[:HEAD_BYTES]
+        return content
 
     def charge(self, member: tarfile.TarInfo, *, wanted: bool) -> None:
         """Count the content of a member, whether it will be read or passed over."""
@@ -389,10 +400,24 @@ def _opened(shard: str) -> Generator[tuple[tarfile.TarFile, _Metered], None, Non
     with opened(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
         seeking = file.seekable() and not gzipped  # passes over members without reading them, and reads faster
         metered = _Metered(cast(io.BufferedIOBase, stream), seeking=seeking, gzipped=gzipped)
-        with tarfile.open(
-            fileobj=cast(IO[bytes], metered), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
-        ) as archive:
+        with ExitStack() as stack:
+            try:
+                archive = stack.enter_context(
+                    tarfile.open(
+                        fileobj=cast(IO[bytes], metered), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
+                    )
+                )
+            except tarfile.ReadError as error:
+                raise tarfile.ReadError(_kind_of_file(metered.head) or str(error)) from error
             yield archive, metered
+
+
+def _kind_of_file(head: bytes) -> str:
+    """What a file is that is not a tar file, by its first bytes; "" if they do not say."""
+    if not head:
+        return "it is empty"
+    kind = image_format(head) or other_format(head)
+    return f"it is {'an image, ' if image_format(head) else ''}{kind.partition(':')[0]}" if kind else ""
 
 
 def _is_tar(file: str) -> bool:
@@ -456,7 +481,8 @@ def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterato
                     size += len(record.members[suffix])
     except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
         complete = max(0, begun - 1)  # the last group begun may lack members
-        message = f"cannot read shard {shard} beyond its first {complete} samples: {_reason(error)}"
+        beyond = f" beyond its first {counted(complete, 'sample(s)')}" if complete else ""
+        message = f"cannot read shard {shard}{beyond}: {_reason(error)}"
         raise ShardError(message, whole=complete) from error
     if record is not None:
         yield whole(record)
