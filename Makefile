@@ -18,7 +18,6 @@ help: ## this list
 setup: $(READY) ## make .venv with all that tests and evaluation need
 
 quickstart: $(INSTALLED) ## train a small model on drawn pictures, then look at quickstart/report.html
-	rm -rf quickstart
 	$(BIN)/contracap quickstart --out quickstart
 
 test: $(READY) ## the tests, without the slow ones, on two cores
