@@ -18,7 +18,6 @@ help: ## show this list
 setup: $(READY) ## create .venv with everything that tests and evaluation need
 
 quickstart: $(INSTALLED) ## train a small model on drawn scenes, and write quickstart/report.html
-	rm -rf quickstart
 	$(BIN)/contracap quickstart --out quickstart
 
 test: $(READY) ## run the tests, without the slow ones, on two cores

@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "config": "",
     "files": "",
     "progress": "",
+    "wording": "",
     "tokenizer": "",
     "formats": "",
     "images": "formats",
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "cli": "*",
     "__main__": "cli",
 }
-OPEN = {"config", "files", "progress"}
+OPEN = {"config", "files", "progress", "wording"}
 FOREIGN = {  # and where they are at home, if anywhere
     "benchmarks": "",
     "torchvision": "",

@@ -64,6 +64,16 @@ def test_embed_writes_the_embeddings_of_encode_image(weights: Path, images: Path
     torch.testing.assert_close(torch.from_numpy(embeddings), expected)
 
 
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_embed_replaces_no_file(
+    weights: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    out = tmp_path / f"e.{suffix}"
+    out.write_bytes(b"mine")
+    assert main(["embed", str(weights), str(images), "--out", str(out)]) == 1
+    assert f"{out} is there already" in capsys.readouterr().err and out.read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

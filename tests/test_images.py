@@ -195,6 +195,11 @@ def test_float_pixels_are_refused_with_the_reason() -> None:
         with pytest.raises(ImageError, match="pixels are floats") as caught:
             decode(source)
         assert "broken" not in str(caught.value)
+    tags = {256: 2, 257: 2, 258: 64, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: 32, 339: 3}  # Pillow writes no such
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<I", 40) + bytes(32) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    with pytest.raises(ImageError, match=r"^picture: pixels are 64-bit floats, which have no agreed white"):
+        decode(data)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -264,6 +269,14 @@ def test_a_cut_file_raises_an_error_with_its_name(decoder: str, kind: str, share
     data = packed(scene(200, 150), kind)
     with pytest.raises(ImageError, match="cut: "):
         decode(data[: int(share * len(data))], name="cut")
+
+
+def test_that_a_file_is_broken_is_said_once() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (150, 200, 3), dtype=np.uint8)
+    data = packed(Image.fromarray(noise), "PNG")
+    for broken in (data[: len(data) // 2], data[:300] + bytes(9) + data[309:]):
+        with pytest.raises(ImageError, match=r"^picture: broken or cut off$"):
+            decode(broken)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "JPEG2000"])

@@ -1,4 +1,5 @@
 import json
+import logging
 import pickle
 import zipfile
 from dataclasses import replace
@@ -52,6 +53,21 @@ def test_our_own_file_says_everything_itself(tmp_path: Path, state) -> None:
         assert processor.image_config == IMAGE
         assert_holds(model, state)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_state_dict_of_our_own_names_is_read_by_its_shapes_or_by_a_size(tmp_path: Path, state) -> None:
+    torch.save(state, tmp_path / "tiny.pt")
+    torch.save({"model": state}, tmp_path / "checkpoint.pt")
+    for name, size in (("tiny.pt", None), ("checkpoint.pt", "tiny")):
+        found = read_weights(tmp_path / name, size=size)
+        assert (found.layout, found.model) == ("contracap", TINY)
+        assert_holds(load(tmp_path / name, size=size)[0], state)
+    other = {**state, "logit_scale": torch.zeros(3)}
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="fits no known size"):
+        load(tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="1 misshapen: logit_scale"):
+        load(tmp_path / "other.pt", size="tiny")
 
 
 def test_open_clips_folder_is_read_and_written(tmp_path: Path, state) -> None:
@@ -108,6 +124,7 @@ def test_a_hub_name_is_downloaded_by_the_hubs_library(tmp_path: Path, state, mon
         return str(tmp_path / name)
 
     def offline(*_, **__) -> str:
+        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)  # of its attempts
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

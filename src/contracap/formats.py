@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 
-from PIL import BmpImagePlugin, IcoImagePlugin, Image
+from PIL import BmpImagePlugin, IcoImagePlugin, Image, TiffImagePlugin
 
 # Formats that Pillow reads by itself; EPS, for one, would start a foreign program on the file.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO")
@@ -93,17 +93,33 @@ def image_format(head: bytes) -> str | None:
     return next((name for name, pattern in _HEADS.items() if re.match(pattern, head, re.DOTALL)), None)
 
 
+def other_format(head: bytes) -> str | None:
+    """What the first bytes of a file announce that no decoder of images knows, and what to do about it."""
+    return next((what for what, pattern in _NOT_IMAGES.items() if re.match(pattern, head, _FLAGS)), None)
+
+
 def not_an_image(head: bytes) -> str:
     """What a file is whose first bytes no decoder of images knows, and what to do about it."""
-    for what, pattern in _NOT_IMAGES.items():
-        if re.match(pattern, head, _FLAGS):
-            return what
+    if kind := other_format(head):
+        return kind
     if not head.strip(b"\0"):
         return "nothing but zero bytes, as an interrupted download leaves"
     start = head[:40].decode("utf-8", errors="ignore")
     if start.replace("\n", "").replace("\t", "").replace("\r", "").isprintable() and len(start) >= len(head[:40]) // 2:
         return f"a text that begins {start!r}"
     return f"none of {', '.join(FORMATS)}"
+
+
+def tiff_float_bits(data: bytes) -> int:
+    """Bits of each number of a TIFF whose pixels are floats; 0 if they are not, or it does not tell."""
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        (file := _Reader(data)).seek(directory.next)
+        directory.load(file)
+        is_float = 3 in directory.get(TiffImagePlugin.SAMPLEFORMAT, ())
+        return int(directory[TiffImagePlugin.BITSPERSAMPLE][0]) if is_float else 0
+    except Exception:  # a damaged directory makes Pillow raise almost anything
+        return 0
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -1,6 +1,7 @@
 """Pictures to pixels: decoding of any picture file, then sizes, crops and normalisation as the released weights saw."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from contracap.formats import (
     jpeg_scans,
     not_an_image,
     open_image,
+    tiff_float_bits,
     unfolds,
 )
 
@@ -240,13 +242,16 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
                 return _pillow_pixels(bare, name)  # its metadata may be what is too large, or damaged
             if isinstance(error, Image.UnidentifiedImageError):
                 raise ImageError(f"{name}: {_unidentified(source)}") from error
-            raise ImageError(f"{name}: broken or cut off: {error}") from error
+            says_more = not re.search("truncated|broken data stream", str(error))
+            raise ImageError(f"{name}: broken or cut off{f': {error}' if says_more else ''}") from error
 
 
 def _unidentified(source: bytes | Image.Image) -> str:
     """What a file is that no decoder takes."""
     head = source[:HEAD_BYTES] if isinstance(source, bytes) else b""
     format = image_format(head)
+    if format == "TIFF" and isinstance(source, bytes) and (bits := tiff_float_bits(source)):
+        return f"pixels are {bits}-bit floats, which have no agreed white: store 8 or 16 bits"
     return (
         f"a {format} file, broken, cut off, or of a kind that Pillow does not read"
         if format

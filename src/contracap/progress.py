@@ -1,16 +1,56 @@
-"""Progress bars, on a terminal alone, and none where log lines of warnings are off."""
+"""Progress bars on a terminal, and log lines elsewhere; neither where log lines of warnings are off."""
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from threading import Thread
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from tqdm import tqdm
 
-PAUSE = 30.0  # seconds between log lines of what is waited for
+from contracap.wording import counted
+
+PAUSE = 30.0  # seconds between log lines
 
 logger = logging.getLogger(__name__)
+
+
+class ProgressBar(tqdm):
+    """A bar of tqdm; where none is shown, a log line every `PAUSE` seconds, as there are updates."""
+
+    def __init__(self, iterable: Iterable[Any] | None, *, log: bool, unit: str, **options: Any) -> None:
+        super().__init__(iterable, unit=unit, **options)
+        self._logs = log and self.disable
+        self._begun = self._logged = time.monotonic()
+        self._start = self.n
+        if self.disable:  # tqdm then sets neither
+            self.unit, self.desc = unit, options.get("desc") or ""
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.disable:
+            yield from super().__iter__()
+            return
+        for each in self.iterable:
+            yield each
+            self.update()
+
+    def update(self, n: int | float | None = 1) -> bool | None:
+        """So many steps more are done."""
+        if not self.disable:
+            return super().update(n)
+        self.n += n or 0
+        if self._logs and time.monotonic() >= self._logged + PAUSE:
+            self._logged = time.monotonic()
+            logger.warning(self._line())
+        return None
+
+    def _line(self) -> str:
+        unit, rate = self.unit.strip(), (self.n - self._start) / max(time.monotonic() - self._begun, 1e-9)
+        what = self.desc.removesuffix(": ")
+        total = f" of {self.total:,}" if self.total else ""
+        left = f", {tqdm.format_interval((self.total - self.n) / rate)} left" if self.total and rate else ""
+        return f"{what}{': ' if what else ''}{self.n:,}{total} {unit}, {rate:.1f} {unit}/s{left}"
 
 
 def progress_bar(
@@ -18,20 +58,44 @@ def progress_bar(
     *,
     total: int | Callable[[], int | None] | None = None,
     disable: bool = False,
+    log: bool = True,
+    unit: str = "it",
     **options: Any,
-) -> tqdm:
-    """A bar of tqdm. `--quiet` is known by the level of the package's logger.
+) -> ProgressBar:
+    """A bar. `--quiet` is known by the level of the package's logger.
 
     Args:
         total: how many steps there are, or what counts them, in a thread of its own.
+        disable: neither a bar nor log lines.
+        log: whether there are log lines where no bar is shown.
         options: tqdm's.
     """
-    quiet = not logging.getLogger("contracap").isEnabledFor(logging.WARNING)
+    silent = disable or not logging.getLogger("contracap").isEnabledFor(logging.WARNING)
     known = None if callable(total) else total
-    bar = tqdm(iterable, total=known, disable=True if disable or quiet else None, **options)
-    if callable(total) and not bar.disable:
+    bar = ProgressBar(
+        iterable, total=known, disable=True if silent else None, log=log and not silent, unit=unit, **options
+    )
+    if callable(total) and not silent:
         Thread(target=_set_total, args=(bar, total), daemon=True).start()
     return bar
+
+
+@contextmanager
+def logging_on(bar: ProgressBar) -> Iterator[None]:
+    """A context in which log lines come though updates are far apart."""
+    ended = Event()
+
+    def log() -> None:
+        while not ended.wait(1.0):
+            bar.update(0)
+
+    thread = Thread(target=log, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def waiting(bar: tqdm) -> Callable[[int, str], None]:
@@ -45,7 +109,9 @@ def waiting(bar: tqdm) -> Callable[[int, str], None]:
             bar.set_postfix_str(f"waiting for {what}" if what else "")
         elif what and time.monotonic() >= told + PAUSE:
             told = time.monotonic()
-            logger.warning("waiting for %s; %s images are done", what, f"{done:,}")
+            logger.warning(
+                "waiting for %s; %s done", what, counted(done, "image(s)") + (" is" if done == 1 else " are")
+            )
 
     return tell
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import contracap.apps.quickstart
+import contracap.training.trainer
 from contracap.apps.quickstart import (
     CHANCE,
     TARGETS,
@@ -24,6 +27,8 @@ from contracap.data.shards import Sample
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
 from contracap.tokenizer import Tokenizer
+from contracap.training.health import Interrupted
+from contracap.training.logging import read_metrics
 from contracap.training.recipe import load_recipe
 
 NAMES = {
@@ -180,3 +185,33 @@ def test_a_second_quickstart_in_the_same_folder_is_refused_in_one_line(whole) ->
     assert again.returncode == 1
     assert again.stderr.startswith("contracap: error: ")
     assert "Traceback" not in again.stderr
+
+
+def test_an_interrupted_quickstart_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    out, drawn = tmp_path / "out", list[int]()
+    draw = contracap.apps.quickstart.draw_scenes
+    monkeypatch.setattr("contracap.apps.quickstart.draw_scenes", lambda *given: drawn.append(1) or draw(*given))
+    save = contracap.training.trainer.Recorder.record
+    monkeypatch.setattr(  # in its first step
+        "contracap.training.trainer.Recorder.record", lambda *given: signal.raise_signal(signal.SIGTERM) or save(*given)
+    )
+    with pytest.raises(Interrupted, match=r"the same command goes on from .*step-"):
+        quickstart(out, SHORT)
+    monkeypatch.setattr("contracap.training.trainer.Recorder.record", save)
+    result = quickstart(out, SHORT)
+    assert len(drawn) == 1
+    assert result.figures["seconds"] is None and "interrupted" in result.reasons["seconds"]
+    assert [record["step"] for record in read_metrics(out / "run")] == [1, 2, 3]
+
+
+def test_scenes_that_were_not_all_drawn_are_drawn_anew(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "scenes.partial" / "train").mkdir(parents=True)
+    (tmp_path / "scenes.partial" / "train" / "000099.tar").write_bytes(b"of another call")
+
+    def trained(recipe) -> Path:
+        assert [path.name for path in (tmp_path / "scenes" / "train").iterdir()] == ["000000.tar"]
+        raise Interrupted("here")
+
+    monkeypatch.setattr("contracap.apps.quickstart.train", trained)
+    with pytest.raises(Interrupted, match="here"):
+        quickstart(tmp_path, SHORT)

@@ -55,7 +55,7 @@ def test_captions_are_joined_with_the_samples_they_were_written_for(shards: Path
         write_part(tmp_path / "made" / f"{number}-0a.parquet", rows)
     (tmp_path / "made" / "bulk.json").write_text("{}")
     made = make_shards(tmp_path / "made", tmp_path / "out")
-    assert (made.shards, made.samples, made.skipped) == (2, 6, {"no_caption": 2})
+    assert (made.shards, made.samples, made.skipped) == (2, 6, {"broken_picture": 2})
     found = read(tmp_path / "out")
     assert [(sample.captions, sample.fields["recaption"]) for sample in found] == [
         (("web 00",), ["made 00"]),
@@ -83,7 +83,7 @@ def test_shard_or_sample_that_is_gone_is_counted(shards: Path, tmp_path: Path) -
     rows = [*written(shards), {"key": "none", "shard": str(shards / "0.tar"), "caption": "x", "error": None}]
     (shards / "1.tar").unlink()
     made = make_shards(write_part(tmp_path / "made" / "part.parquet", rows), tmp_path / "out")
-    assert (made.samples, made.skipped) == (3, {"missing_sample": 4, "no_caption": 2})
+    assert (made.samples, made.skipped) == (3, {"broken_picture": 2, "missing_sample": 4})
 
 
 def test_embeddings_without_captions_are_told_from_captions(tmp_path: Path) -> None:

@@ -261,9 +261,8 @@ def test_a_server_that_never_recovers_is_reported(
     server.ranges = False  # so that no attempt gets farther than the one before
     server.faults = repeat(fault)
     where = rf"{server.url}/s\.tar"
-    message = (
-        rf"cannot read shard {where} beyond its first \d samples: {where}: failed at byte {position} after 2 attempts"
-    )
+    beyond = r"( beyond its first \d samples?)?"
+    message = rf"cannot read shard {where}{beyond}: {where}: failed at byte {position} after 2 attempts"
     with pytest.raises(ShardError, match=f"{message}: .*({reason})") as caught:
         records_of(f"{server.url}/s.tar")
     assert isinstance(caught.value.__cause__, RemoteError)
@@ -294,14 +293,14 @@ def test_a_refusal_is_final(server: Server, status: int) -> None:
 def test_a_missing_file_is_asked_for_once(server: Server) -> None:
     with pytest.raises(FileNotFoundError, match=f"{server.url}/none.tar"):
         content_of(f"{server.url}/none.tar")
-    with pytest.raises(ShardError, match=r"/none\.tar beyond its first 0 samples: no such file"):
+    with pytest.raises(ShardError, match=r"/none\.tar: no such file"):
         records_of(f"{server.url}/none.tar")
     assert len(server.requests) == 2
 
 
 def test_a_shard_that_is_cut_on_the_server_is_an_error(server: Server, tmp_path: Path) -> None:
     server.files["/s.tar"] = shard_bytes(tmp_path)[:-20_000]
-    with pytest.raises(ShardError, match=r"/s\.tar beyond its first \d+ samples: unexpected end of data"):
+    with pytest.raises(ShardError, match=r"/s\.tar beyond its first \d+ samples?: unexpected end of data"):
         records_of(f"{server.url}/s.tar")
 
 

@@ -138,7 +138,7 @@ def test_garbage_in_a_shard_is_one_error_that_names_it(tmp_path: Path, suffix: s
 @pytest.mark.parametrize("content", [b"", b"not a tar file" * 100, b"\x1f\x8b broken"])
 def test_file_that_is_no_tar_is_a_shard_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s.tar").write_bytes(content)
-    with pytest.raises(ShardError, match="beyond its first 0 samples"):
+    with pytest.raises(ShardError, match=r"s\.tar: [^0]*"):
         our_records(str(tmp_path / "s.tar"))
 
 
@@ -325,7 +325,7 @@ def test_a_sample_that_costs_more_than_one_may_ends_its_shard(tmp_path, monkeypa
     assert len(list(records(shard))) >= 3
     monkeypatch.setattr(tar, limit, 100_000)
     for read in (lambda: list(records(shard)), lambda: count_samples(shard)):
-        with pytest.raises(ShardError, match=r"0\.tgz .* more than 100,000 bytes") as error:
+        with pytest.raises(ShardError, match=r"0\.tgz.* more than 100,000 bytes") as error:
             read()
         assert error.value.whole <= 1
 

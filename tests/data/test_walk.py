@@ -35,7 +35,7 @@ def test_files_without_a_known_suffix_are_judged_by_their_content(tmp_path: Path
     fill(tmp_path, **files, **others, scan=picture("TIFF"))
     found, passed = walked(tmp_path)
     assert found == ["a", "b.jpg_large", "c.42", "d.bin", "scan"]
-    assert passed == {".mp4": 2, "without suffix": 1, ".nef": 1}
+    assert passed == {".mp4": 2, "file(s) without suffix": 1, ".nef": 1}
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "jp2", "heic", "heif", "ico", "JPG", "pgm"])
@@ -56,7 +56,7 @@ def test_linked_folders_are_followed_once_and_never_in_circles(tmp_path: Path) -
     (elsewhere / "file.jpg").symlink_to(folder / "sub" / "1.jpg")
     found, passed = walked(folder)
     assert found == ["linked/2.jpg", "linked/file.jpg", "sub/1.jpg"]
-    assert passed == {"link back": 3, "folder met before": 1, "broken link": 2}
+    assert passed == {"link(s) to a folder that is already read": 3, "folder(s) met before": 1, "broken link(s)": 2}
 
 
 def test_only_regular_files_are_pictures(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_only_regular_files_are_pictures(tmp_path: Path) -> None:
         server.bind(os.path.relpath(tmp_path / "d.jpg"))
         found, passed = walked(tmp_path)
     assert found == ["a.jpg"]
-    assert passed == {"named pipe": 2, "device": 1, "socket": 1, "hidden": 1}
+    assert passed == {"named pipe(s)": 2, "device(s)": 1, "socket(s)": 1, "hidden file(s) or folder(s)": 1}
 
 
 def test_what_is_passed_over_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -82,7 +82,7 @@ def test_what_is_passed_over_is_told_in_one_line(tmp_path: Path, caplog: pytest.
 def test_files_of_our_own_are_neither_images_nor_counted(tmp_path: Path) -> None:
     ours = (".contracap.txt.json", ".c.csv.settings.json", ".k2j.partial", "c.csv.partial", "c.csv.partial-journal")
     fill(tmp_path, **dict.fromkeys(ours, b""), **{"a.jpg": picture(), ".hidden": b""})
-    assert walked(tmp_path) == (["a.jpg"], {"hidden": 1})
+    assert walked(tmp_path) == (["a.jpg"], {"hidden file(s) or folder(s)": 1})
 
 
 def test_a_subfolder_that_cannot_be_read_is_counted_and_the_rest_is_found(
@@ -98,6 +98,6 @@ def test_a_subfolder_that_cannot_be_read_is_counted_and_the_rest_is_found(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert walked(tmp_path) == (["z/b.jpg"], {"unreadable folder": 1})
+    assert walked(tmp_path) == (["z/b.jpg"], {"unreadable folder(s)": 1})
     with pytest.raises(PermissionError):
         walked(tmp_path / "lost+found")

@@ -67,6 +67,7 @@ GOOD = {"captions": ["a dog"], "prediction": "dog"}
     ("content", "message"),
     [
         ("{", r"own\.json is not JSON"),
+        ('{"path": "a.jpg"}\n{"path": "b.jpg"}\n', r"own\.json is JSON lines; wanted is one JSON list"),
         ({}, r"own\.json must be a JSON list of at least one entry"),
         ([], r"own\.json must be a JSON list of at least one entry"),
         ([GOOD, "dog"], r"own\.json, entry 1 \(counted from 0\): must be an object, not str"),

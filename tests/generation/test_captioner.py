@@ -142,7 +142,7 @@ def test_no_pictures_have_no_captions_and_wrong_shapes_are_said(pair, pictures):
     pixels = captioner.processor.images(pictures)
     for strategy in STRATEGIES:
         assert captioner.generate(pixels[:0], strategy) == []
-    with pytest.raises(ValueError, match="2 numbers for 6 pictures: give one for each"):
+    with pytest.raises(ValueError, match="2 numbers for 6 images: give one for each"):
         captioner.generate(pixels, Greedy(8), numbers=[0, 1])
 
 
@@ -216,7 +216,7 @@ def test_prompts_that_leave_no_room_or_are_too_few_are_refused(pair, pictures):
     captioner = Captioner(*pair)
     with pytest.raises(ValueError, match=r"a prompt takes 15 tokens.* max_tokens is 14: nothing can follow"):
         captioner(pictures, Greedy(14), prompts=" ".join("abcdefghijklmn"))
-    with pytest.raises(ValueError, match="2 prompts for 6 pictures: give one for all, or one for each"):
+    with pytest.raises(ValueError, match="2 prompts for 6 images: give one for all, or one for each"):
         captioner(pictures, Greedy(14), prompts=["a", "b"])
 
 

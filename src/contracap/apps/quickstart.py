@@ -6,6 +6,7 @@ The model is measured on colour-shape pairs that it never saw in training; see `
 import json
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,6 @@ from contracap.generation.sampling import Greedy
 from contracap.model.coca import CoCa
 from contracap.pretrained import load
 from contracap.processor import Processor
-from contracap.training.health import Interrupted
 from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe, load_recipe
 from contracap.training.trainer import train
@@ -82,7 +82,7 @@ CHANCE = {
     "text_to_image_recall@1": 1 / TWIN_SCENES,
     "image_to_text_recall@1": 1 / TWIN_SCENES,
 }
-GO_ON = "remove {}, then the same command begins again"
+GO_ON = "the same command goes on"
 logger = logging.getLogger(__name__)
 
 
@@ -123,7 +123,7 @@ class Measured:
 
 
 def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
-    """Draw, train, measure, and print a table.
+    """Draw, train, measure, and print a table. The same call goes on where an earlier one was interrupted.
 
     Writes to the folder `out`: `results.json`, `report.html`, the drawn `scenes`, the `run`, and one test picture,
     `sample.png`.
@@ -133,36 +133,48 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
         overrides: changes to the recipe, `key.path=value` each, as for `contracap train`.
 
     Raises:
-        ValueError: if the folder holds a quickstart already, or an override is refused.
+        ValueError: if the folder holds a finished quickstart, or an override is refused.
+        Interrupted: if training was; it says how to go on.
     """
     started = time.monotonic()
     run, scenes = out / "run", out / "scenes"
-    for folder in (run, scenes):
-        if folder.exists():
-            raise ValueError(f"{folder} is there already: remove it, or choose another folder for --out")
+    if (out / "results.json").exists():
+        raise ValueError(
+            f"{out / 'results.json'} is there already: look at {out / 'report.html'}; for another quickstart remove "
+            f"{out}, or choose another folder for --out"
+        )
     paths = [f"out={json.dumps(str(run))}", f"data.train={json.dumps(str(scenes / 'train'))}"]
-    recipe = load_recipe(find_recipe(), [*paths, *overrides])
-    count = min(TRAINING_SCENES, recipe.steps * recipe.data.batch_size)
-    logger.info("drawing %d scenes; of %d colour-shape pairs %d are held out", count, len(PAIRS), len(HELD_OUT))
-    draw_scenes(scenes, recipe, count)
+    recipe = load_recipe(find_recipe(), [*paths, "resume=true", *overrides])
+    is_resumed = scenes.exists()
+    if is_resumed:
+        logger.info("going on with what is in %s", out)
+    else:
+        partial = out / "scenes.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a call that ended while it drew them
+        count = min(TRAINING_SCENES, recipe.steps * recipe.data.batch_size)
+        logger.info("drawing %d scenes; of %d colour-shape pairs %d are held out", count, len(PAIRS), len(HELD_OUT))
+        draw_scenes(partial, recipe, count)
+        partial.rename(scenes)
     logger.info("training for %d steps of %d scenes", recipe.steps, recipe.data.batch_size)
-    try:
-        model, processor = load(train(recipe))
-    except Interrupted:
-        raise Interrupted(f"interrupted: {GO_ON.format(out)}") from None
+    model, processor = load(train(recipe))
     logger.info("measuring on held-out pairs")
     measured = measure(model, processor, scenes)
-    figures = measured.figures | {"seconds": time.monotonic() - started}
+    figures, reasons = dict(measured.figures), dict[str, str]()
+    if is_resumed:
+        reasons["seconds"] = "the quickstart was interrupted, and went on later"
+    else:
+        figures["seconds"] = time.monotonic() - started
     result = Result(
         command=shlex.join(["contracap", *sys.argv[1:]]),
         seed=recipe.seed,
         samples=measured.samples,
-        figures=figures,
+        figures=figures | dict.fromkeys(reasons),
+        reasons=reasons,
         details={"chance": CHANCE, "targets": TARGETS, "recipe": to_dict(recipe)},
     )
     write_text(out / "report.html", report(measured, figures, recipe))
-    with replacing(out / "sample.png") as partial:
-        partial.write_bytes(measured.twins[0].image)
+    with replacing(out / "sample.png") as sample:
+        sample.write_bytes(measured.twins[0].image)
     result.write(out / "results.json")
     print(figures_as_text(figures))
     logger.info(
@@ -278,4 +290,5 @@ def _figure_rows(figures: Mapping[str, float]) -> list[tuple[str, str, str, str]
         if name in CHANCE
         else (words, f"{figures[name]:.0f}", "", f"<= {TARGETS[name]:.0f}")
         for name, words in WORDS.items()
+        if name in figures
     ]

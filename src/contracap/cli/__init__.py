@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0, 1 for wrong input, or 75 where the same call can go on. A call that
     cannot be parsed exits with 2, one that Ctrl-C or SIGTERM ended with 130 or 143, one whose reader has gone, as with
     `| head`, with 141."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # here, because `catch_warnings` does not work in threads
     for stream in (sys.stdout, sys.stderr):  # the name of a file may hold bytes that are no text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

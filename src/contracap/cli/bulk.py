@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from contracap.apps.bulk.cluster_config import ClusterConfig
 from contracap.cli.errors import fail, say
 from contracap.cli.options import Flags, PathText, Settings, Size, StrategyName, WeightsName, arg
+from contracap.wording import counted
 
 if TYPE_CHECKING:
     from contracap.apps.bulk.parts import BulkConfig
@@ -81,6 +82,8 @@ def _run(
     weights: str, shards: tuple[str, ...], out: str, config: "BulkConfig", cluster: ClusterConfig, size: str | None
 ) -> int:
     from contracap.apps.bulk.cluster import run
+    from contracap.apps.bulk.inputs import OTHER_IMAGE
+    from contracap.apps.bulk.parts import NAMED
     from contracap.data.shards import list_shards
     from contracap.pretrained import load
 
@@ -88,14 +91,23 @@ def _run(
     model, processor = load(weights, size=size)
     done = run(listed, out, config, model, processor, weights=weights, cluster=cluster)
     rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))
-    before = f", beside {done.before} that were there" if done.before else ""
-    say(f"{rows - unreadable} pictures of {len(done.outcomes) - len(done.broken)} shards{before}: {out}")
+    before = f"; {counted(done.before, 'shard(s)')} had a file before" if done.before else ""
+    images = f"{rows - unreadable:,} of {rows:,} images" if unreadable else counted(rows, "image(s)")
+    say(f"{images} of {counted(len(done.outcomes) - len(done.broken), 'shard(s)')}{before}: {out}")
     if without := sum(outcome.without_image for outcome in done.outcomes):
-        say(f"contracap: passed over {without:,} groups without an image, or apart from it", to_stderr=True)
+        say(f"contracap: passed over {counted(without, 'group(s) without an image, or apart from it')}", to_stderr=True)
+    if others := sum(outcome.other_images for outcome in done.outcomes):
+        say(f"contracap: passed over {counted(others, OTHER_IMAGE)}", to_stderr=True)
     for outcome in done.broken:
         fail(outcome.problem)
     if done.broken:
-        fail(f"{len(done.broken)} of {len(listed)} shards cannot be read and have no file in {out}")
-    if unreadable:
-        fail(f"{unreadable} pictures cannot be read; the column error of their rows says why")
+        fail(f"{len(done.broken)} of {counted(len(listed), 'shard(s)')} cannot be read and have no file in {out}")
+    troubled = [outcome for outcome in done.outcomes if outcome.unreadable]
+    for outcome in troubled[:NAMED]:
+        more = max(0, outcome.unreadable - NAMED)
+        named = outcome.first_unreadable + (f" and {more:,} more" if more else "")
+        fail(f"{counted(outcome.unreadable, 'image(s)')} of {outcome.shard} cannot be read: {named}")
+    if troubled:
+        total = f"{counted(unreadable, 'image(s)')} of {counted(len(troubled), 'shard(s)')} cannot be read"
+        fail(f"{total}; the column error in {out} says why")
     return 1 if done.broken or unreadable else 0

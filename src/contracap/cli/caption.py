@@ -127,8 +127,7 @@ def caption(
         )
     if json is not None:
         _result(rows, outcome).write(json)
-    if not isinstance(output, Lines):
-        say(outcome.summary(), to_stderr=table is not None and is_stream(table))
+    say(outcome.summary(), to_stderr=isinstance(output, Lines) or (table is not None and is_stream(table)))
     for error in outcome.broken:
         fail(message(error))
     return 1 if outcome.broken else 0

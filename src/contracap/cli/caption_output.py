@@ -66,6 +66,8 @@ class CaptionOutput:
                 raise ValueError(
                     f"cannot tell the format of {out} by its name: give --format jsonl, csv, parquet or metadata"
                 )
+        if out is not None and format in FORMATS.values() and FORMATS.get(out.suffix, format) != format:
+            raise ValueError(f"--format {format} does not go with --out {out}, which ends in {out.suffix}: change one")
         if self.ext is not None and format != "sidecar":
             raise ValueError("--ext is for --format sidecar")
         if format is None:

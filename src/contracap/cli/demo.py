@@ -33,4 +33,4 @@ def demo(
     found = pictures_under(pictures) if pictures is not None else None
     with bound(host, port) as address:
         model, processor = load_model(weights, size)
-        serve(model, processor, address=address, pictures=found)
+        serve(model, processor, address=address, pictures=found, folder=pictures)

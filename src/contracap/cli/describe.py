@@ -19,6 +19,7 @@ from contracap.cli.options import (
     command_line,
     load_model,
 )
+from contracap.wording import counted
 
 if TYPE_CHECKING:
     from contracap.apps.bulk.embedding import EmbeddingBatch
@@ -110,6 +111,8 @@ def embed(
     if kind != "npz" and kind != "parquet":
         raise ValueError(f"--out {str(out)!r} must end in .npz or .parquet")
     check_outputs([weights, *paths], out=out)
+    if out.exists() and not is_stream(out):
+        raise FileExistsError(f"{out} is there already: remove it, or name another --out")
     broken = list[Exception]()
 
     def batches() -> "Iterator[EmbeddingBatch]":
@@ -118,7 +121,7 @@ def embed(
             yield batch
 
     count = write_embeddings(out, kind, batches())
-    say(f"{count} embeddings: {out}", to_stderr=is_stream(out))
+    say(f"{counted(count, 'embedding(s)')}: {out}", to_stderr=is_stream(out))
     return _report(broken)
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from contracap.wording import escaped
+
 
 class EmptyPathError(Exception):
     """An empty text where a path belongs."""
@@ -78,11 +80,7 @@ def sigterm_interrupts() -> Iterator[Callable[[], int]]:
 
 def fail(message: str, *, status: int = 1) -> int:
     """Print one line on stderr and return the exit status. Line breaks and control characters are escaped."""
-    line = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in message.strip()
-    )
-    print(f"contracap: error: {line}", file=sys.stderr)
+    print(f"contracap: error: {escaped(message.strip())}", file=sys.stderr)
     return status
 
 

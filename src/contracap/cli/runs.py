@@ -13,13 +13,14 @@ from contracap.cli.options import AllowCommands, ResultFile, arg, command_line
 def quickstart(
     *, out: Annotated[Path, arg(metavar="DIR", help="folder for results.json, report.html and the run")]
 ) -> None:
-    """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download."""
+    """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download. The same
+    command goes on where it was interrupted."""
     from contracap.apps.quickstart import GO_ON
     from contracap.apps.quickstart import quickstart as run
     from contracap.training.health import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_on_signal(GO_ON.format(out)):
+    with exit_on_signal(GO_ON):
         run(out)
 
 

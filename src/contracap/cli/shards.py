@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from contracap.cli.errors import interruption, say
 from contracap.cli.options import PathText, Workers, arg, worker_count
+from contracap.wording import counted
 
 
 def make(
@@ -50,11 +51,10 @@ def make(
         samples_per_shard=samples_per_shard,
         workers=worker_count(workers),
     )
-    captions = f" with {made.captions} caption{'s' * (made.captions != 1)}" if made.captions else ""  # questions: none
-    samples, shards = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((made.samples, "sample"), (made.shards, "shard")))
-    say(f"{samples}{captions} in {shards}: {out}")
+    captions = f" with {counted(made.captions, 'caption(s)')}" if made.captions else ""  # questions: none
+    say(f"{counted(made.samples, 'sample(s)')}{captions} in {counted(made.shards, 'shard(s)')}: {out}")
     if repeated := made.repeated_captions:
-        say(f"{repeated} repeated caption{'s' * (repeated != 1)}, kept: the image has the same text already")
+        say(f"{counted(repeated, 'repeated caption(s)')}, kept: the image has the same text already")
     for reason, number in made.skipped.items():
         say(f"skipped {number}: {reason}")
     if made.skipped:
@@ -73,7 +73,8 @@ def index(
 
     entries = index_folder(folder, workers=worker_count(workers), out=out)
     samples, captions = (sum(getattr(entry, name) for entry in entries) for name in ("samples", "captions"))
-    say(f"{samples} samples with {captions} captions in {len(entries)} shards: {(out or Path(folder)) / INDEX_FILE}")
+    held = f"{counted(samples, 'sample(s)')} with {counted(captions, 'caption(s)')}"
+    say(f"{held} in {counted(len(entries), 'shard(s)')}: {(out or Path(folder)) / INDEX_FILE}")
 
 
 @interruption()

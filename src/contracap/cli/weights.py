@@ -13,12 +13,12 @@ def inspect(
 ) -> None:
     """Print what a weights file holds, and how it differs from a size."""
     from contracap.model.sizes import SIZES, find_size
-    from contracap.pretrained import METADATA_KEY, find_weights, read_tensors
+    from contracap.pretrained import METADATA_KEY, OUR_NAME, find_weights, read_tensors
     from contracap.pretrained.names import at_own_grid, differences, match_size, printable, shapes_of
 
     path = find_weights(file)
     tensors, metadata = read_tensors(path)
-    ours, shapes = METADATA_KEY in metadata, shapes_of(tensors)
+    ours, shapes = METADATA_KEY in metadata or OUR_NAME in tensors, shapes_of(tensors)
     size = size or match_size(shapes, ours=ours)
     if size is None:
         fit = f"none fits exactly; --size NAME compares with one of {', '.join(SIZES)}"
@@ -36,7 +36,7 @@ def inspect(
     print(f"parameters     {parts.total() / 1e6:.2f} million")
     for part, count in parts.most_common():
         print(f"  {printable(part):12} {count / 1e6:.2f}")
-    if ours:
+    if METADATA_KEY in metadata:
         print(f"configuration  {printable(metadata[METADATA_KEY])}")
     print(f"size           {printable(fit)}")
 

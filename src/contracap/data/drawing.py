@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from contracap.data.grammar import describe, hint
 from contracap.data.scenes import Color, Scene, Shape, Size, Thing, training_scenes
 from contracap.data.shards import write_shard
+from contracap.progress import progress_bar
 
 SHARD_SCENES = 2000
 TRAINING_CAPTIONS = 4
@@ -62,14 +63,20 @@ def write_training_shards(folder: Path, count: int, *, size: int, seed: int) -> 
     ]
     # Spawned, not forked: the caller may have threads of torch running, which a fork would leave behind half dead.
     workers = min(len(jobs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_write_training_shard, *zip(*jobs, strict=True)))
+    with (
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+        progress_bar(total=count, unit=" scenes", desc="drawing") as bar,
+    ):
+        for drawn in pool.map(_write_training_shard, *zip(*jobs, strict=True)):
+            bar.update(drawn)
 
 
-def _write_training_shard(path: Path, count: int, size: int, seed: tuple[int, int]) -> None:
+def _write_training_shard(path: Path, count: int, size: int, seed: tuple[int, int]) -> int:
+    """Draw one shard; return how many scenes it has."""
     generator = np.random.default_rng(seed)
     scenes = islice(training_scenes(generator), count)
     write_shard(path, scene_records(scenes, generator, size=size, captions=TRAINING_CAPTIONS))
+    return count
 
 
 def draw(scene: Scene, generator: np.random.Generator, *, size: int) -> Image.Image:

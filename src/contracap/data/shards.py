@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 from contracap.data.remote import WEB, expand, files_in
 from contracap.data.tar import GZIP_SUFFIXES, file_part, is_tar, open_tar
 from contracap.files import replacing
+from contracap.wording import counted
 
 SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
 PICTURE_SUFFIXES = (  # a sample with several has the first of them
@@ -34,6 +35,7 @@ SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, *TEXT_SUFFIXES))  # of the membe
 MOST_MEMBER_BYTES = 256 * 2**20  # of a member, and of all that are read together
 MAX_TEXT_BYTES = 4 * 2**20  # of a `.json`, `.txt`, `.cls` or `.npy` member
 SORT = "write the tar anew with `tar --sort=name`"
+DOTTED = "dotted_name"  # the kind of samples whose images have names with several dots
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
 
 
@@ -304,16 +306,20 @@ def _may_be_texts(value: Any) -> bool:
     )
 
 
+def is_image_suffix(suffix: str) -> bool:
+    """Whether what follows the first dot of a member's name ends as the name of an image does."""
+    return suffix.rpartition(".")[2] in PICTURE_SUFFIXES
+
+
 def _without_picture(name: str, record: Record) -> SampleError:
-    dotted = [suffix for suffix in record.members if suffix.rpartition(".")[2] in PICTURE_SUFFIXES]
-    if dotted:
-        base = record.key.rpartition("/")[2]
-        stem, _, suffix = f"{base}.{dotted[0]}".rpartition(".")
+    dotted = next(filter(is_image_suffix, record.members), None)
+    if dotted is not None:
+        base, (stem, _, suffix) = record.key.rpartition("/")[2], dotted.rpartition(".")
         reason = (
-            f"has a picture that is called {stem}.{suffix}: a key ends at the first dot of a name, and what follows "
-            f"must be the suffix alone. Rename the members, such as {stem.replace('.', '_')}.{suffix}"
+            f"has an image that is called {base}.{dotted}: a key ends at the first dot of a name, and what follows "
+            f"must be the suffix alone. Rename the members, such as {base}_{stem.replace('.', '_')}.{suffix}"
         )
-        return SampleError(f"{name} {reason}", kind="dotted_name")
+        return SampleError(f"{name} {reason}", kind=DOTTED)
     return SampleError(f"{name} has no picture (members: {', '.join(sorted(record.members))})", kind="no_picture")
 
 
@@ -382,7 +388,8 @@ def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterato
                     size += len(record.members[suffix])
     except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
         complete = max(0, begun - 1)  # the last group begun may lack members
-        message = f"cannot read shard {shard} beyond its first {complete} samples: {_reason(error)}"
+        beyond = f" beyond its first {counted(complete, 'sample(s)')}" if complete else ""
+        message = f"cannot read shard {shard}{beyond}: {_reason(error)}"
         raise ShardError(message, whole=complete) from error
     if record is not None:
         yield whole(record)

@@ -5,10 +5,11 @@ import io
 import re
 import tarfile
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import IO, cast
 
 from contracap.data.remote import WEB, opened
+from contracap.formats import HEAD_BYTES, image_format, other_format
 
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
 # What one sample may cost. A gzipped shard, or one with holes, can claim anything in a few bytes.
@@ -27,6 +28,7 @@ class Metered:
     def __init__(self, stream: io.BufferedIOBase, *, seeking: bool, gzipped: bool) -> None:
         self._stream, self._seeking, self._gzipped = stream, seeking, gzipped
         self.seek, self.tell = stream.seek, stream.tell
+        self.head = b""
         self.begin_sample()
 
     def begin_sample(self) -> None:
@@ -38,7 +40,9 @@ class Metered:
         if self._left < 0:
             reason = f"the headers of one sample take more than {MAX_HEADER_BYTES:,} bytes"
             raise tarfile.ReadError(f"{reason} (a key ends at the first dot of a name)")
-        return self._stream.read(size)
+        content = self._stream.read(size)
+        self.head = self.head or content[:HEAD_BYTES]
+        return content
 
     def charge(self, member: tarfile.TarInfo, *, wanted: bool) -> None:
         """Count the content of a member, whether it will be read or passed over."""
@@ -56,10 +60,23 @@ def open_tar(shard: str) -> Generator[tuple[tarfile.TarFile, Metered], None, Non
     with opened(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
         seeking = file.seekable() and not gzipped  # passes over members without reading them, and reads faster
         metered = Metered(cast(io.BufferedIOBase, stream), seeking=seeking, gzipped=gzipped)
-        with tarfile.open(
-            fileobj=cast(IO[bytes], metered), mode="r:" if seeking else "r|", tarinfo=_StrictHeader
-        ) as archive:
+        mode = "r:" if seeking else "r|"
+        with ExitStack() as stack:
+            try:
+                archive = stack.enter_context(
+                    tarfile.open(fileobj=cast(IO[bytes], metered), mode=mode, tarinfo=_StrictHeader)
+                )
+            except tarfile.ReadError as error:
+                raise tarfile.ReadError(_kind_of_file(metered.head) or str(error)) from error
             yield archive, metered
+
+
+def _kind_of_file(head: bytes) -> str:
+    """What a file is that is not a tar file, by its first bytes; "" if they do not say."""
+    if not head:
+        return "it is empty"
+    kind = image_format(head) or other_format(head)
+    return f"it is {'an image, ' if image_format(head) else ''}{kind.partition(':')[0]}" if kind else ""
 
 
 def is_tar(file: str) -> bool:

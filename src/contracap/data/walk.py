@@ -10,6 +10,7 @@ from pathlib import Path
 from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES
 from contracap.files import special_kind
 from contracap.formats import HEAD_BYTES, image_format
+from contracap.wording import counted, escaped
 
 logger = logging.getLogger(__name__)
 
@@ -20,30 +21,30 @@ OURS = re.compile(r"\.contracap|.*\.partial(-journal)?$|\..*\.settings\.json$", 
 
 
 class PassedOver:
-    """Counts of what was left out of folders, by kind, such as `.mp4` or `named pipe`."""
+    """Counts of what was left out of folders, by kind, such as `.mp4` or `named pipe(s)`."""
 
     def __init__(self) -> None:
         self.counts = Counter[str]()
 
     def __str__(self) -> str:
         """In one line, the most frequent first; empty where nothing was left out."""
-        return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common())
+        return ", ".join(counted(count, escaped(kind)) for kind, count in self.counts.most_common())
 
     def add(self, file: Path) -> None:
         """Count what is not an image, a file under its suffix."""
         if os.path.isdir(file):
-            self.counts["folder"] += 1
+            self.counts["folder(s)"] += 1
         elif not os.path.exists(file):
-            self.counts["broken link"] += 1
+            self.counts["broken link(s)"] += 1
         elif not os.path.isfile(file):
-            self.counts[special_kind(file.stat().st_mode)] += 1
+            self.counts[f"{special_kind(file.stat().st_mode)}(s)"] += 1
         elif not file.name.lower().endswith(COMPANIONS) and not OURS.match(file.name):
-            self.counts[file.suffix.lower() or "without suffix"] += 1
+            self.counts[file.suffix.lower() or "file(s) without suffix"] += 1
 
     def report(self, where: str | Path) -> None:
         """Log the line, if there is anything to tell."""
         if self.counts:
-            logger.warning(f"{where}: passed over {self}")
+            logger.warning(f"{escaped(str(where))}: passed over {self}")
 
 
 def pictures_in(folder: Path, passed: PassedOver | None = None) -> Iterator[Path]:
@@ -116,14 +117,14 @@ def folders_in(folder: Path, passed: PassedOver) -> Iterator[tuple[Path, list[tu
         except OSError:
             if not place.parts:
                 raise
-            passed.counts["unreadable folder"] += 1
+            passed.counts["unreadable folder(s)"] += 1
             continue
         for entry in entries:
             kind, identity = _kind(entry, root)
             if identity is None:
                 others.append((entry.name, kind))
             elif kind != "folder" or identity in seen:
-                passed.counts["folder met before" if kind == "folder" else kind] += 1
+                passed.counts["folder(s) met before" if kind == "folder" else kind] += 1
             else:
                 seen.add(identity)
                 subfolders.append(place / entry.name)
@@ -134,16 +135,16 @@ def folders_in(folder: Path, passed: PassedOver) -> Iterator[tuple[Path, list[tu
 def _kind(entry: os.DirEntry[str], root: str) -> tuple[str, tuple[int, int] | None]:
     """`file`, `folder`, or what it is passed over as; with the identity of a folder."""
     if entry.name.startswith("."):
-        return "hidden", None
+        return "hidden file(s) or folder(s)", None
     try:
         if entry.is_file():
             return "file", None
         if entry.is_dir():
             back = entry.is_symlink() and _leads_back(entry.path, root)
-            return "link back" if back else "folder", _identity(entry.path)
-        return special_kind(entry.stat().st_mode), None
+            return "link(s) to a folder that is already read" if back else "folder", _identity(entry.path)
+        return f"{special_kind(entry.stat().st_mode)}(s)", None
     except OSError:  # a link in a circle, or to what is gone
-        return "broken link", None
+        return "broken link(s)", None
 
 
 def _leads_back(link: str, root: str) -> bool:

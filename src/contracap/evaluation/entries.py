@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from contracap.data.annotations import read_json
+from contracap.data.datasets.tables import is_lines
 from contracap.data.shards import texts_in
 from contracap.evaluation.scores import domain_name
 from contracap.evaluation.tokens import has_word
@@ -44,6 +45,11 @@ def read_entries(path: Path, references: Mapping[str, Entry] | None = None) -> l
         FileNotFoundError: if there is no such file.
         ValueError: if a file has another layout; names it, and the first entry that is wrong.
     """
+    if is_lines(path):
+        raise ValueError(
+            f"{path} is JSON lines; wanted is one JSON list of objects with `captions` and `prediction`, or, with "
+            "--references, of objects with `image_id` and `caption`"
+        )
     found = read_json(path)
     if not isinstance(found, list) or not found:
         raise ValueError(f"{path} must be a JSON list of at least one entry")

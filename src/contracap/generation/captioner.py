@@ -17,6 +17,7 @@ from contracap.generation.strategy import Hypothesis, Prompts, SearchStrategy, S
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 from contracap.tokenizer import join_marks
+from contracap.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,9 @@ class Captioner:
             raise ValueError(f"pixels must be [batch 3 height width], not {list(pixels.shape)}")
         numbers = range(len(pixels)) if numbers is None else numbers
         if len(numbers) != len(pixels):
-            raise ValueError(f"{len(numbers)} numbers for {len(pixels)} pictures: give one for each")
+            raise ValueError(
+                f"{counted(len(numbers), 'number(s)')} for {counted(len(pixels), 'image(s)')}: give one for each"
+            )
         self._split(strategy)
         begun = self._begun(prompts, len(pixels))
         return self.write(self.encode(pixels), strategy, begun, numbers, go_on) if len(pixels) else []
@@ -183,7 +186,8 @@ class Captioner:
         """The tokens that each caption begins with, behind the start token."""
         texts = [prompts] * pictures if isinstance(prompts, str) else list(prompts)
         if len(texts) != pictures:
-            raise ValueError(f"{len(texts)} prompts for {pictures} pictures: give one for all, or one for each")
+            given = f"{counted(len(texts), 'prompt(s)')} for {counted(pictures, 'image(s)')}"
+            raise ValueError(f"{given}: give one for all, or one for each")
         tokenizer = self.processor.tokenizer
         begun = [tokenizer.encode(text) for text in texts]
         for text, ids in zip(texts, begun, strict=True):

@@ -43,6 +43,8 @@ def build_strategy(name: str, settings: Mapping[str, Any] | Sequence[str] = ()) 
     try:
         values: dict[str, Any] = dict(settings) if isinstance(settings, Mapping) else {}
         for setting in () if isinstance(settings, Mapping) else settings:
+            if "=" not in setting:
+                raise ConfigError(f"{setting!r} is not a setting (name=value): put paths before --set")
             assign(values, setting)
         return reranking(values) if name == "rerank" else build(STRATEGIES[name], values)
     except ConfigError as error:

@@ -36,6 +36,7 @@ from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
 MAX_CONFIGURATION = 100_000  # bytes of JSON
+OUR_NAME = "vision.patch_embedding.weight"  # of a tensor that every model has
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,11 @@ def read_weights(name: str | Path, *, size: str | None = None) -> Weights:
         with _naming(path):
             require_fit(tensors, model, ours=True)
         return Weights(path, "contracap", model, image, tensors)
+    if OUR_NAME in tensors:
+        model, image = _bare_configuration(path, shapes_of(tensors), size, ours=True)
+        with _naming(path):
+            require_fit(tensors, model, ours=True)
+        return Weights(path, "contracap", model, image, tensors)
     model, image = _foreign_configuration(path, tensors, size)
     with _naming(path):
         return Weights(path, "open_clip", model, image, from_open_clip(tensors, model))
@@ -217,16 +223,18 @@ def _foreign_configuration(path: Path, tensors: Mapping, size: str | None) -> tu
         return model, image
 
 
-def _bare_configuration(path: Path, shapes: Shapes, size: str | None) -> tuple[CoCaConfig, ImageConfig]:
+def _bare_configuration(
+    path: Path, shapes: Shapes, size: str | None, *, ours: bool = False
+) -> tuple[CoCaConfig, ImageConfig]:
     """Of a file that says none: a size of the table, at the image size that the file's positions are for."""
-    size = size or match_size(shapes)
+    size = size or match_size(shapes, ours=ours)
     if size is None:
         raise WeightsError(
             f"{path} has no configuration and fits no known size: name one with --size: {', '.join(SIZES)}"
         )
-    model = at_own_grid(find_size(size), shapes)
+    model = at_own_grid(find_size(size), shapes, ours=ours)
     # A file of open_clip without a word on its CLS mask means the legacy one.
-    if model.text.pool == "class_token":
+    if model.text.pool == "class_token" and not ours:
         model = with_cls_mask(model, "legacy")
     return model, ImageConfig(size=model.vision.image_size)
 

@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -94,6 +96,18 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """A context in which the hub's library does not tell of its attempts; what it fails with is an error."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(before)
+
+
 def _from_hub(repository: str) -> Path:
     """The weights of a hub repository, in the hub's own cache, its configuration next to them.
 
@@ -110,7 +124,8 @@ def _from_hub(repository: str) -> Path:
         nonlocal online, unknown
         if online:
             try:
-                return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
+                with _quiet_hub():
+                    return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
             except errors.LocalEntryNotFoundError:  # no connection, and not in the cache
                 online = False
             except errors.EntryNotFoundError:

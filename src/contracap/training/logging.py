@@ -46,7 +46,7 @@ class Recorder:
                 _forget_after(folder / name, start)
         self._warnings = 0
         self._bar = progress_bar(
-            total=total_steps, initial=start, unit="step", dynamic_ncols=True, disable=folder is None
+            total=total_steps, initial=start, unit="step", dynamic_ncols=True, disable=folder is None, log=False
         )
         now = time.monotonic()  # tqdm's own clock may be set back, and its rates become negative
         vars(self._bar).update(_time=time.monotonic, start_t=now, last_print_t=now)

@@ -128,7 +128,7 @@ def test_pictures_that_would_share_a_side_car_are_listed_each_time(run: Run, wei
     for told in ("7 captions", "0 captions"):
         status, out, err = run("caption", weights, "pictures", "--format", "sidecar")
         assert status == 1 and out.startswith(told) and err.count("\n") == 1
-        assert "pictures/1.png: its side-car 1.txt is that of 1.jpg" in err
+        assert "pictures/1.png: 1.jpg has the same side-car, 1.txt" in err
 
 
 def test_broken_pictures_are_listed_at_the_end_and_tell_the_status(run: Run, weights: Path, here: Path) -> None:
@@ -151,7 +151,7 @@ def test_broken_pictures_are_listed_at_the_end_and_tell_the_status(run: Run, wei
     assert result["samples"] == 7 and result["figures"]["unreadable"] == 3  # 1.jpg was met twice
     (here / "pictures" / "0.jpg").write_bytes(picture(0))
     status, told, err = run(*call[:3], "--out", "c.jsonl")
-    assert status == 1 and told.startswith("1 captions") and err.count("\n") == 1
+    assert status == 1 and told.startswith("1 caption ") and err.count("\n") == 1
     assert rows_of(here / "c.jsonl")[-1]["path"] == "pictures/0.jpg"
 
 
@@ -291,7 +291,7 @@ def test_what_is_waited_for_is_told(
     status, _, err = run("caption", weights, "list.txt", "--out", "c.csv", "--strategy", "greedy")
     told = err if is_shown else caplog.text
     assert status == 0 and re.search(r"waiting for http://silent/a\.jpg \(a URL is given up after 60 s", told)
-    assert is_shown or "1 images are done" in told
+    assert is_shown or "1 image is done" in told
 
 
 def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, here: Path) -> None:
@@ -299,6 +299,8 @@ def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, her
     model, processor = random_model(SIZES["ViT-B-32"].__class__(**clip_fields()), seed=0)
     save(clip, model, processor)
     (here / "file").write_text("")
+    (here / "t.csv").write_text("path,caption\n")
+    (here / "dangling.jpg").symlink_to("gone.jpg")
     write_shard(here / "0.tar", [("a", {"jpg": picture(0)})])
     before = files(here)
     none = here / "none.safetensors"  # what is wrong is told before weights are looked for
@@ -307,6 +309,14 @@ def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, her
         ([none, "0.tar", "--format", "sidecar"], "no file can lie beside it"),
         ([none, "pictures", "--out", "file/c.csv"], "Not a directory: file"),
         ([none, "pictures", "--out", "c.xml"], "cannot tell the format of c.xml"),
+        ([none, "pictures", "--format", "csv", "--out", "c.jsonl"], "--format csv does not go with --out c.jsonl"),
+        (
+            [none, "--set", "max_tokens=8", "list.txt"],
+            "'list.txt' is not a setting (name=value): put paths before --set",
+        ),
+        ([none, "t.csv"], "t.csv is a table"),
+        ([none, "-"], "stdin is not read"),
+        ([none, "dangling.jpg"], "dangling.jpg is a broken link"),
         ([none, "pictures", "--format", "csv"], "name it with --out FILE"),
         ([none, "pictures", "--format", "sidecar", "--out", "c.csv"], "--out c.csv is one file"),
         ([none, "pictures", "--format", "metadata", "--out", "new/metadata.jsonl"], "no file in the folder of"),
@@ -366,7 +376,7 @@ def test_captions_of_other_settings_are_refused_and_the_line_says_what_to_do(
         status, out, err = run(*call, *change)
         assert (status, out, err.count("\n")) == (1, "", 1)
         assert said in err and "--append" in err and "--overwrite" in err
-    assert run(*call, "--limit", 3)[1].startswith("1 captions")
+    assert run(*call, "--limit", 3)[1].startswith("1 caption ")
     assert run(*call, "--prompt", "a", "--append", "--limit", 3)[1].startswith("3 captions")
     assert run(*call, "--prompt", "b", "--overwrite")[1].startswith("7 captions")
     assert run(*call, "--prompt", "b")[1].startswith("0 captions")
@@ -400,14 +410,31 @@ def test_an_output_may_be_called_as_long_as_names_may_be(run: Run, weights: Path
     call = ["caption", weights, "pictures", "--out", out, "--strategy", "greedy"]
     assert run(*call, "--limit", 2)[0] == 0
     status, _, err = run(*call, "--prompt", "a")
-    assert status == 1 and "prompt was" in err
+    assert status == 1 and "prompt: '' -> 'a'" in err
     assert run(*call)[1].startswith("5 captions") and len(rows_of(here / out)) == 7
 
 
 def test_append_says_what_it_added(run: Run, weights: Path, here: Path) -> None:
     call = ["caption", weights, "pictures", "--out", "c.csv", "--strategy", "greedy"]
     assert run(*call, "--limit", 3)[0] == 0
-    assert "4 of them added, 3 were there already" in run(*call, "--append")[1]
+    told = run(*call, "--append")[1]
+    assert told.startswith("4 captions") and "3 had one before" in told
+
+
+@pytest.mark.parametrize("where", [["--out", "c.csv"], ["--format", "sidecar"]])
+@pytest.mark.parametrize("existing", [[], ["--overwrite"]])
+def test_repeated_lines_of_a_list_are_told(
+    run: Run, weights: Path, here: Path, where: list[str], existing: list[str]
+) -> None:
+    (here / "list.txt").write_text("pictures/0.jpg\npictures/1.jpg\n" * 2)
+    call = ["caption", weights, "list.txt", *where, *existing, "--strategy", "greedy", "--batch-size"]
+    for size in ("1", "4"):
+        told = run(*call, size, *([] if existing or size == "1" else ["--overwrite"]))[1]
+        assert told.startswith("2 captions") and told.endswith("images/s, 2 repeated in the list\n")
+    if not existing:
+        assert re.search(
+            r"^0 captions .*/s, (2 had one before, 2 repeated in the list|4 had one before)$", run(*call, "4")[1]
+        )
 
 
 def test_side_cars_may_lie_in_a_folder_of_their_own(run: Run, weights: Path, here: Path) -> None:
@@ -425,7 +452,7 @@ def test_side_cars_may_lie_in_a_folder_of_their_own(run: Run, weights: Path, her
         "texts",
     ]
     status, out, err = run(*call)
-    assert status == 1 and out.startswith("8 captions") and "more/0.jpg: its side-car 0.txt is that of" in err
+    assert status == 1 and out.startswith("8 captions") and "has the same side-car, 0.txt" in err
     made = {path.relative_to(here / "texts").as_posix() for path in (here / "texts").rglob("*.txt")}
     assert made == {*(f"{number}.txt" for number in range(5)), "sub/5.txt", "sub/6.txt", "x.txt"}
     assert not list((here / "pictures").rglob("*.txt"))
@@ -467,7 +494,7 @@ def test_an_output_that_is_not_a_file_is_never_read_nor_replaced(
     if device == "full":
         assert err == f"contracap: error: No space left on device: {out}\n"
     else:
-        assert err.startswith("1 captions") and err.count("\n") == 1
+        assert err.startswith("1 caption ") and err.count("\n") == 1
     assert out.is_char_device() if minor else json.loads(told.splitlines()[0])["path"] == "pictures/0.jpg"
     assert not [name for folder in (here, "/dev") for name in os.listdir(folder) if "partial" in name]
 

@@ -98,12 +98,13 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
     done = start(*call)
     out, complaints = done.communicate()
     assert done.returncode == 1
-    assert out == f"31 pictures of 4 shards: {tmp_path / 'out'}\n"
+    assert out == f"31 of 32 images of 4 shards: {tmp_path / 'out'}\n"
     broken = tmp_path / "more" / "broken.tar"
     assert complaints.splitlines() == [
-        f"contracap: error: cannot read shard {broken} beyond its first 0 samples: invalid header at byte 0",
+        f"contracap: error: cannot read shard {broken}: invalid header at byte 0",
         f"contracap: error: 1 of 5 shards cannot be read and have no file in {tmp_path / 'out'}",
-        "contracap: error: 1 pictures cannot be read; the column error of their rows says why",
+        f"contracap: error: 1 image of {tmp_path / 'more' / '000.tar'} cannot be read: b",
+        f"contracap: error: 1 image of 1 shard cannot be read; the column error in {tmp_path / 'out'} says why",
     ]
     more = str(tmp_path / "more" / "000.tar")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, [*shards, more]), "_bulk.json"}
@@ -119,7 +120,7 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
 
     again = start(*call)  # tries the broken shard alone
     out, complaints = again.communicate()
-    assert (again.returncode, out) == (1, f"0 pictures of 0 shards, beside 4 that were there: {tmp_path / 'out'}\n")
+    assert (again.returncode, out) == (1, f"0 images of 0 shards; 4 shards had a file before: {tmp_path / 'out'}\n")
     assert "1 of 5 shards cannot be read" in complaints
 
 

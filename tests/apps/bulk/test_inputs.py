@@ -1,4 +1,6 @@
+import io
 import os
+import tarfile
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -101,7 +103,7 @@ def test_groups_of_a_shard_without_an_image_are_counted_and_texts_may_lie_anywhe
     found = list(items(["0.tar"]))
     assert [item.name for item in found] == ["0.tar/b", "0.tar/a"] and found[1].content() == picture(0)
     (line,) = caplog.messages
-    assert "2 group without an image" in line and "1 group apart from its image" in line and "--sort=name" in line
+    assert "2 groups without an image" in line and "1 group apart from the image" in line and "--sort=name" in line
     write_shard(here / "1.tar", [("a", text)])
     with pytest.raises(FileNotFoundError, match="1 group without an image"):
         list(first_items(["1.tar"]))
@@ -215,3 +217,48 @@ def test_a_shard_without_an_image_is_told_and_the_rest_is_read(here: Path, caplo
     assert all(name in caplog.text for name in ("empty.tar", "junk.tar"))
     with pytest.raises(FileNotFoundError, match=r"empty\.tar"):
         list(first_items(["empty.tar", "junk.tar"]))
+
+
+def write_tar(path: Path, names: list[str]) -> str:
+    """A tar file of images that are called so."""
+    with tarfile.open(path, "w") as archive:
+        for seed, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = len(content := picture(seed))
+            archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def test_images_whose_names_have_dots_are_an_error_that_names_rule_and_remedy(here: Path) -> None:
+    rule = r"v1\.0\.jpg: a key ends at the first dot of a name.*Rename the members, such as v1_0\.jpg\. 2 groups"
+    write_tar(here / "dots.tar", ["v1.0.jpg", "v1.1.jpg", "v2.0.jpg"])
+    for paths in (["dots.tar"], ["dots.tar", "dots.tar"]):
+        with pytest.raises(FileNotFoundError, match=rule):
+            list(first_items(paths))
+    write_tar(here / "mixed.tar", ["0.input.jpg", "1.jpg", "2.input.jpg"])
+    assert [item.name for item in first_items(["mixed.tar"])] == ["mixed.tar/1"]
+    good, bad = items(["mixed.tar"])
+    assert (good.name, bad.name) == ("mixed.tar/1", "mixed.tar/0")
+    with pytest.raises(SampleError, match=r"0\.input\.jpg.*such as 0_input\.jpg\. 2 groups"):
+        bad.content()
+
+
+def test_further_images_of_a_group_are_counted(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(here / "0.tar", ["a.jpg", "a.png", "b.png", "c.jpg", "c.png"])
+    assert names("0.tar") == ["0.tar/a", "0.tar/b", "0.tar/c"]
+    assert caplog.messages == ["0.tar: passed over 2 further images of a group, of which the first is taken"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "0.tar: it is empty"),
+        (b"<html>" * 200, r"0.tar: it is a web page \(HTML\)$"),
+        (b"no" * 600, "0.tar: inval"),
+    ],
+)
+def test_a_shard_that_is_not_a_tar_file_is_told_for_what_it_is(here: Path, content: bytes, said: str) -> None:
+    (here / "0.tar").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=said) as caught:
+        list(first_items(["0.tar"]))
+    assert "0 samples" not in str(caught.value)

@@ -237,10 +237,11 @@ def test_side_cars_hold_a_caption_a_line(tmp_path: Path, existing: Existing) -> 
 
 def test_a_side_car_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = rows(tmp_path, "x", "y")
-    SideCars(".txt", "skip", embed=False).write(made[:1])
+    with SideCars(".txt", "skip", embed=False) as output:
+        output.write(made[:1])
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError) as caught:
-        SideCars(".txt", "overwrite", embed=False).write(made)
+    with pytest.raises(OSError) as caught, SideCars(".txt", "overwrite", embed=False) as output:
+        output.write(made)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "0.txt"))
     assert os.listdir(tmp_path) == ["0.txt"] and (tmp_path / "0.txt").read_text() == "x\n"
 
@@ -282,23 +283,36 @@ def test_a_read_only_file_system_is_told_at_once_and_by_its_name(read_only: Path
 
 
 def test_the_second_picture_of_a_name_has_no_side_car_in_whatever_order_they_come(tmp_path: Path) -> None:
-    def item(name: str) -> Item:
-        return Item(name=name, source=tmp_path / name)
+    def captioned(output: SideCars, name: str) -> str:
+        """Why an image has no caption; "" if it has one."""
+        item = Item(name=name, source=tmp_path / name)
+        try:
+            broken = [] if output.has(item) else output.write([(item, Row(path=name, caption="x", score=None))])
+        except ValueError as error:
+            broken = [error]
+        return "".join(map(str, broken))
 
     for existing in ("skip", "skip", "overwrite", "append"):
         with SideCars(".txt", existing, embed=False) as output:
-            for name in ("a.png", "a/a.jpg", "b.jpg", "a.png"):  # one of them twice, which is no other picture
-                output.has(item(name))
-            for name, first in {"a.jpg": r"a\.png", "a/a.png": r"a\.jpg", "b.JPG": r"b\.jpg"}.items():
-                with pytest.raises(ValueError, match=rf"{name}: its side-car \w\.txt is that of {first};"):
-                    output.has(item(name))
-        (tmp_path / "a.txt").write_text("x\n")
+            for name in ("a.png", "a/a.jpg", "b.jpg", "a.png"):  # one of them twice, which is no other image
+                assert captioned(output, name) == ""
+            assert output.repeated == 1
+            for name, first in {"a.jpg": "a.png", "a/a.png": "a.jpg", "b.JPG": "b.jpg"}.items():
+                assert f"{name}: {first} has the same side-car, {name[-5]}.txt: rename" in captioned(output, name)
+
+
+def test_a_side_car_is_that_of_the_first_image_that_can_be_read(tmp_path: Path) -> None:
+    broken, good = (Item(name=name, source=tmp_path / name) for name in ("x.jpg", "x.png"))
+    with SideCars(".txt", "skip", embed=False) as output:
+        assert not output.has(broken) and not output.has(good)
+        assert output.write([(good, Row(path="x.png", caption="a cat", score=None))]) == []
+    assert (tmp_path / "x.txt").read_text() == "a cat\n"
 
 
 def test_a_line_is_a_path_a_tab_and_a_text_whatever_the_path_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    row = Row(path="a\tb  c\nd.jpg", caption="x\ty", score=None)
+    row = Row(path="a\tb  c\nd\x1b[31m.jpg", caption="x\ty", score=None)
     Lines().write([(Item(name=row.path, source=Path(row.path)), row)])
-    assert capsys.readouterr().out == "a b  c d.jpg\tx y\n"
+    assert capsys.readouterr().out == "a b  c d\\x1b[31m.jpg\tx y\n"
 
 
 def test_embeddings_of_a_csv_file_take_the_place_of_no_other_file(tmp_path: Path) -> None:

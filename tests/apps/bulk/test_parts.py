@@ -83,7 +83,7 @@ def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> 
     write_shard(shard, [("a", {"jpg": broken}), ("b", {"jpg": picture(0)}), ("c", {"txt": b"x"}), ("d", {"jpg": b""})])
     made = writer(tiny, BulkConfig(strategy=BEAMS, embedding="float32", batch_size=1))  # no picture in three batches
     assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(
-        shard=shard, rows=3, unreadable=2, without_image=1
+        shard=shard, rows=3, unreadable=2, first_unreadable="a, d", without_image=1
     )
     found = rows(tmp_path / "out", shard)
     assert [row["key"] for row in found] == ["a", "b", "d"]

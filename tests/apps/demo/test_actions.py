@@ -10,8 +10,9 @@ import torch
 import contracap
 from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.collection import Collection, pictures_under
-from contracap.apps.demo.examples import find_examples
+from contracap.apps.demo.examples import Examples, find_examples
 from contracap.apps.demo.overlay import overlay
+from contracap.apps.demo.page import build_page
 from contracap.apps.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Phrases, chosen
 from contracap.apps.demo.uploads import Uploads
 from contracap.data.scenes import COLORS
@@ -112,12 +113,12 @@ def test_a_collection_finds_a_picture_by_itself_and_counts_what_it_skipped(actio
     picture(folder / ".hidden.png")
     found = pictures_under(tmp_path)
     assert found == paths
-    collection = Collection(actions, found)
+    collection = Collection(actions, found, folder=tmp_path)
     assert list(collection.fill()) == [16, 20]
     assert collection.state == "19 pictures to search; 1 skipped, for they cannot be read."
     assert collection.skipped[0].startswith("19.png: not a picture")
     best, *others = collection.search_picture(str(paths[7]))
-    assert best.name == "07.png" and best.score == pytest.approx(1, abs=1e-4)
+    assert best.name == "pictures/deep/07.png" and best.score == pytest.approx(1, abs=1e-4)
     assert len(others) == 11 and others[0].score < best.score - 1e-4
 
 
@@ -228,3 +229,11 @@ def test_every_default_lies_within_its_bounds() -> None:
     amounts = [setting for settings in OWN.values() for setting in settings if isinstance(setting, Amount)]
     assert len(amounts) > 10
     assert all(setting.low <= setting.default <= setting.high for setting in amounts)
+
+
+def test_only_what_visitors_do_has_a_published_name(actions: Actions, tmp_path: Path) -> None:
+    examples = Examples(pictures=[], labels=["a"], templates=["{}"])
+    for collection in (None, Collection(actions, [picture(tmp_path / "a.png")])):
+        events = build_page(actions, collection, examples).fns.values()
+        published = {event.api_name for event in events if event.api_visibility == "public"}
+        assert published - {"read"} == {"caption", "classify", "search_text", "search_picture"}

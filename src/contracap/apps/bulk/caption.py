@@ -16,6 +16,7 @@ from contracap.apps.bulk.pictures import picture_batches
 from contracap.apps.bulk.rows import Row
 from contracap.images import ImageConfig
 from contracap.progress import progress_bar, waiting
+from contracap.wording import counted
 
 Describe = Callable[[Sequence[str], UInt8[Tensor, "batch 3 height width"]], list[Row]]
 """Names and pixels of a batch to a row for each; `caption_rows` with its other arguments filled in."""
@@ -26,9 +27,10 @@ class Outcome:
     """What became of the pictures.
 
     Attributes:
-        captioned: new captions.
+        captioned: captions that were made.
         added: those of them that the output did not have.
-        skipped: pictures that had one.
+        skipped: images that had one.
+        repeated: images that came before in the same run; they are among the skipped, or captioned but not added.
         broken: why each of the others has none.
         seconds: that it took.
     """
@@ -36,6 +38,7 @@ class Outcome:
     captioned: int = 0
     added: int = 0
     skipped: int = 0
+    repeated: int = 0
     broken: list[Exception] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -46,12 +49,11 @@ class Outcome:
 
     def summary(self) -> str:
         """In one line."""
-        again = self.captioned - self.added
-        added = f", {self.added} of them added, {again} were there already" if again else ""
-        skipped = f", {self.skipped} had one before" if self.skipped else ""
-        broken = f", {len(self.broken)} cannot be used" if self.broken else ""
+        before = self.captioned - self.added + self.skipped - self.repeated
         rate = self.captioned / self.seconds if self.seconds else 0.0
-        return f"{self.captioned} captions in {self.seconds:.1f} s, {rate:.1f} pictures/s{added}{skipped}{broken}"
+        numbers = {"had one before": before, "repeated in the list": self.repeated, "cannot be used": len(self.broken)}
+        others = "".join(f", {number:,} {what}" for what, number in numbers.items() if number)
+        return f"{counted(self.added, 'caption(s)')} in {self.seconds:.1f} s, {rate:.1f} images/s{others}"
 
 
 def caption_pictures(
@@ -110,7 +112,7 @@ def caption_pictures(
             take(written.result())
         bar.update(outcome.seen - bar.n)
         output.finish()
-    outcome.seconds = time.monotonic() - begun
+    outcome.seconds, outcome.repeated = time.monotonic() - begun, output.repeated
     return outcome
 
 
@@ -120,7 +122,7 @@ def _told(outcome: Outcome, output: Output) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        done = f"{outcome.captioned} captions, {outcome.skipped} were there before"
+        done = f"{counted(outcome.captioned, 'caption(s)')}, {outcome.skipped:,} were there before"
         raise KeyboardInterrupt(f"interrupted after {done}; {output.resumption}") from None
 
 

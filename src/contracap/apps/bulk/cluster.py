@@ -30,7 +30,7 @@ from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, loca
 from contracap.apps.bulk.settings import description
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
-from contracap.progress import progress_bar
+from contracap.progress import logging_on, progress_bar
 
 try:
     import fcntl
@@ -232,12 +232,13 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: boo
     outcomes = list[ShardOutcome]()
     bar = progress_bar(desc=f"0 of {len(shards)} shards", unit=" images", disable=not progress)
     try:
-        for row in rows.iter_rows():
-            if failure := row.pop("failure"):
-                raise BulkError(f"stopped at {row['shard']}: {failure}")
-            outcomes.append(ShardOutcome(**row))
-            bar.set_description(f"{len(outcomes)} of {len(shards)} shards", refresh=False)
-            bar.update(outcomes[-1].rows)
+        with logging_on(bar):
+            for row in rows.iter_rows():
+                if failure := row.pop("failure"):
+                    raise BulkError(f"stopped at {row['shard']}: {failure}")
+                outcomes.append(ShardOutcome(**row))
+                bar.set_description(f"{len(outcomes)} of {len(shards)} shards", refresh=False)
+                bar.update(outcomes[-1].rows)
     except ray.exceptions.RayTaskError:  # a mistake of ours, with the traceback of the worker
         raise
     except ray.exceptions.RayError as error:
@@ -278,7 +279,7 @@ def _ray(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
     with ending, redirect_stdout(said):
         try:
             yield ray
-        except BulkError:
+        except (BulkError, KeyboardInterrupt):
             ray.shutdown()
             said.truncate(0)
             raise

@@ -13,25 +13,30 @@ from pathlib import Path
 from contracap.data.download import download
 from contracap.data.remote import WEB
 from contracap.data.shards import (
+    DOTTED,
     PICTURE_SUFFIXES,
     SHARD_SUFFIXES,
     SORT,
     Record,
     SampleError,
     ShardError,
+    is_image_suffix,
     list_shards,
     parse,
     records,
 )
+from contracap.data.sources import TABLE_SUFFIXES
 from contracap.data.walk import PassedOver, folders_in, is_picture, pictures_in
 from contracap.files import check_regular, path_text, read_regular
+from contracap.wording import counted
 
 logger = logging.getLogger(__name__)
 LIST_SUFFIX = ".txt"
 WITHOUT_IMAGE = {  # groups of a shard, by the kind of their error: as they are counted
-    "no_picture": "group without an image",
-    "unsorted": f"group apart from its image ({SORT})",
+    "no_picture": "group(s) without an image",
+    "unsorted": f"group(s) apart from the image ({SORT})",
 }
+OTHER_IMAGE = "further image(s) of a group, of which the first is taken"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,10 +119,11 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
         raise ValueError("nothing to read: give images, folders, patterns, lists (.txt) or tar shards")
     empty = list[str]()
     for path in paths:
-        passed = PassedOver()
+        passed, dotted = PassedOver(), list[str]()
         with closing(_items_of(path, recursive, passed)) as found:
             try:
-                first = next(found, None)
+                while (first := next(found, None)) is not None and _is_dotted(first.source):
+                    dotted.append(str(first.source))
             except ShardError as error:
                 if not Path(path).exists():
                     raise
@@ -125,6 +131,7 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
                 continue
         if first is None:
             problem = _nothing_at(path) + (f" (passed over {passed})" if passed.counts else "")
+            problem = dotted[0] if dotted else problem
             if not path.endswith(SHARD_SUFFIXES):
                 raise FileNotFoundError(problem)
             empty.append(problem)
@@ -173,6 +180,8 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
             yield path
         elif local.suffix == LIST_SUFFIX:
             yield from _of_list(local)
+        elif local.suffix.lower() in TABLE_SUFFIXES:
+            raise ValueError(f"{path} is a table, which contracap shards make reads; a list of images is a .txt file")
         else:
             yield _file(local)
     elif has_magic(path):
@@ -185,6 +194,10 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
                 passed.add(match)
     elif path.endswith(SHARD_SUFFIXES):
         yield path
+    elif path == "-":
+        raise FileNotFoundError("stdin is not read: write the list of images to a .txt file, and name that")
+    elif local.is_symlink():
+        raise FileNotFoundError(f"{path} is a broken link: {os.readlink(path)} is not there")
     else:
         raise FileNotFoundError(f"no such picture or folder: {path}")
 
@@ -241,22 +254,36 @@ def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
 
 
 def images_of(shard: str, passed: PassedOver) -> Generator[Item, None, None]:
-    """The images of a shard, in order; `passed` counts the groups without one.
+    """The images of a shard, in order; `passed` counts the groups without one, and further images of a group. Groups
+    whose images all have names with dots are one item at the end, which says so.
 
     Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
     """
+    dotted, count = None, 0
     for record in records(shard, suffixes=PICTURE_SUFFIXES):
-        item = _item_of(record)
-        if isinstance(item.source, SampleError) and item.source.kind in WITHOUT_IMAGE:
-            passed.counts[WITHOUT_IMAGE[item.source.kind]] += 1
+        images = {suffix: content for suffix, content in record.members.items() if is_image_suffix(suffix)}
+        item = _item_of(record, images)
+        kind = item.source.kind if isinstance(item.source, SampleError) else ""
+        if kind in WITHOUT_IMAGE:
+            passed.counts[WITHOUT_IMAGE[kind]] += 1
+        elif _is_dotted(item.source):
+            dotted, count = dotted or item, count + 1
         else:
+            if len(images) > 1:
+                passed.counts[OTHER_IMAGE] += len(images) - 1
             yield item
+    if dotted is not None:
+        error = SampleError(f"{dotted.source}. {counted(count, 'group(s)')} of the shard cannot be used", kind=DOTTED)
+        yield replace(dotted, source=error)
 
 
-def _item_of(record: Record) -> Item:
+def _is_dotted(source: object) -> bool:
+    return isinstance(source, SampleError) and source.kind == DOTTED
+
+
+def _item_of(record: Record, images: dict[str, bytes]) -> Item:
     """The image of a sample; the item says why if it has none that can be used. Its texts may lie anywhere."""
     name = path_text(f"{record.shard}/{record.key}")
-    images = {suffix: content for suffix, content in record.members.items() if suffix in PICTURE_SUFFIXES}
     if record.scattered and images:
         record = replace(record, scattered=False, repeated=False)
     try:

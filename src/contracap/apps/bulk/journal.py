@@ -50,11 +50,16 @@ class Journal:
         with self._errors():
             return self._database.execute("SELECT count(*) FROM row").fetchone()[0]
 
-    def __contains__(self, path: str) -> bool:
-        """Whether a picture has a caption; a blank one is none."""
-        query = "SELECT 1 FROM row WHERE path = ? AND caption != '' LIMIT 1"
+    def number(self, path: str) -> int:
+        """The number, from 1, of the last row with a caption of an image; 0 if there is none. A blank one is none."""
+        query = "SELECT coalesce(max(rowid), 0) FROM row WHERE path = ? AND caption != ''"
         with self._errors():
-            return self._database.execute(query, (path,)).fetchone() is not None
+            return self._database.execute(query, (path,)).fetchone()[0]
+
+    def last_number(self) -> int:
+        """The number of the last row."""
+        with self._errors():
+            return self._database.execute("SELECT coalesce(max(rowid), 0) FROM row").fetchone()[0]
 
     def __iter__(self) -> Iterator[Row]:
         with self._errors():
@@ -68,18 +73,19 @@ class Journal:
             vector = None if embedding is None else np.frombuffer(embedding, dtype=np.float32)
             yield Row(path=path, caption=caption, score=score, embedding=vector)
 
-    def add(self, rows: Iterable[Row]) -> int:
-        """Take rows in, but for those that are there, and in place of those without a caption; return how many."""
-        count = 0
+    def add(self, rows: Iterable[Row]) -> list[Row]:
+        """Take rows in, but for those that are there, and in place of those without a caption; return the former."""
+        there = list[Row]()
         for row in rows:
             caption = row.caption if row.caption.strip() else ""
             values = (row.path, caption, row.score, None if row.embedding is None else row.embedding.tobytes())
             with self._errors():
                 self._database.execute("DELETE FROM row WHERE path = ? AND caption = ''", (row.path,))
-                count += self._database.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?)", values).rowcount
+                if not self._database.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?)", values).rowcount:
+                    there.append(row)
         if time.monotonic() > self._committed + COMMIT_SECONDS:
             self.commit()
-        return count
+        return there
 
     def commit(self) -> None:
         """Have on disk all that was added."""

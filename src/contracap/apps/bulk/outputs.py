@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from contracap.apps.bulk.rows import Row
 from contracap.apps.bulk.settings import Record, Settings, SettingsError
 from contracap.apps.bulk.tables import TableError, TableFormat, read_table, require_pyarrow, vectors_beside, write_table
 from contracap.files import is_stream, path_text, replacing
+from contracap.wording import escaped
 
 Existing = Literal["skip", "overwrite", "append"]
 """What becomes of a picture that has a caption: nothing; a new one in its place; one more, if it is another."""
@@ -46,10 +48,11 @@ class Output(ABC):
 
     Attributes:
         added: captions that the output did not have.
+        repeated: images that came before in the same run.
         resumption: what the user can do after an interruption.
     """
 
-    added = 0
+    added = repeated = 0
     resumption = "the same command goes on"
 
     def check(self, item: Item) -> None:
@@ -87,8 +90,8 @@ def one_line(text: str) -> str:
 
 
 def path_in_one_line(path: str) -> str:
-    """The path without tabs and line breaks; two blanks in a name stay two."""
-    return " ".join(path.replace("\t", " ").splitlines())
+    """The path without tabs and line breaks, and with control characters escaped; two blanks in a name stay two."""
+    return escaped(" ".join(path.replace("\t", " ").splitlines()))
 
 
 class Lines(Output):
@@ -99,6 +102,7 @@ class Lines(Output):
     def write(self, rows: Sequence[tuple[Item, Row]]) -> list[Exception]:
         for _, row in rows:
             print(f"{path_in_one_line(row.path)}\t{one_line(row.caption)}", flush=True)
+        self.added += len(rows)
         return []
 
 
@@ -106,8 +110,8 @@ class SideCars(Output):
     """A text file beside each picture, a line for each caption; its embedding in a `.npy` file, float32. One that is
     empty or blank counts as none.
 
-    Pictures whose names differ in their suffixes alone have one side-car between them: it is that of the first which is
-    asked for, and there is no place for those that follow.
+    Images whose names differ in their suffixes alone have one side-car between them: it is that of the first which has
+    a caption, and there is no place for those that follow.
 
     Args:
         suffix: of the text file, such as ".txt".
@@ -131,6 +135,7 @@ class SideCars(Output):
         self._roots, self._folder = [Path(os.path.abspath(root)) for root in roots], folder
         self.settings, self._records = settings, dict[Path, Record | None]()  # None: they are written
         self._origins = dict[bytes, str]()  # of side-cars, by a digest: about 100 bytes a picture
+        self._lock = threading.Lock()  # images are looked for in one thread, and captions written in another
         if existing == "overwrite":
             self.resumption = "the same command begins anew"
         if folder is not None:
@@ -143,7 +148,6 @@ class SideCars(Output):
 
     def has(self, item: Item) -> bool:
         place = self._place(item)
-        self._take(place, self._source(item))
         self._require_settings(place.parent)
         vector = place.with_suffix(".npy")
         has_vector = not self.embed or (vector.is_file() and vector.stat().st_size > 0)
@@ -152,14 +156,18 @@ class SideCars(Output):
             raise ValueError(
                 f"{text} is not UTF-8, so no line can be added: save it as UTF-8, or give --overwrite or another --ext"
             )
-        return bool(captions) and self.existing == "skip" and has_vector
+        is_done = bool(captions) and self.existing == "skip" and has_vector
+        if is_done:
+            self._take(place, self._source(item))
+        return is_done
 
     def write(self, rows: Sequence[tuple[Item, Row]]) -> list[Exception]:
         broken = list[Exception]()
         for item, row in rows:
             try:
                 place = self._place(item)
-                self._write_one(place, row)
+                if self._take(place, self._source(item)):
+                    self._write_one(place, row)
             except (OSError, ValueError) as error:
                 if not is_of_one_image(error):
                     raise
@@ -196,20 +204,27 @@ class SideCars(Output):
             record.check(str(folder), remedy)
         self._records[folder] = record
 
-    def _take(self, place: Path, picture: Path) -> None:
-        """Raises: ValueError: if the side-car of a picture is that of another one."""
+    def _take(self, place: Path, picture: Path) -> bool:
+        """Give the image its side-car, unless it came before in this run; return whether it did not.
+
+        Raises: ValueError: if the side-car is that of another image.
+        """
         side_car, source = (Path(os.path.abspath(path)) for path in (place.with_suffix(self.suffix), picture))
         digest = hashlib.blake2b(os.fsencode(side_car), digest_size=16).digest()
         # The picture but for its stem, which is the side-car's: all pictures of a folder share this string.
         origin = sys.intern(str(source.with_name(f"*{source.suffix}")))
-        first = Path(self._origins.setdefault(digest, origin))
+        with self._lock:
+            is_new = digest not in self._origins
+            first = Path(self._origins.setdefault(digest, origin))
+            self.repeated += not is_new and first == Path(origin)
         if first != Path(origin):
             other = first.with_name(f"{source.stem}{first.suffix}")
             shown = other.name if other.parent == source.parent else other
             raise ValueError(
-                f"{picture}: its side-car {side_car.name} is that of {shown}; rename one of them, or take "
+                f"{picture}: {shown} has the same side-car, {side_car.name}: rename one of them, or take "
                 "--format jsonl, csv or parquet"
             )
+        return is_new
 
     def _source(self, item: Item) -> Path:
         if not isinstance(item.source, Path):
@@ -266,6 +281,7 @@ class Table(Output):
     ) -> None:
         self.path, self.kind, self.existing, self.embed, self.settings = path, kind, existing, embed, settings
         self._record: Record | None = None
+        self._last_before = 0  # number of the last row that was there before
         self._is_stream = is_stream(path)
         if kind == "parquet":
             require_pyarrow()
@@ -303,6 +319,7 @@ class Table(Output):
                     self._journal.add(read_table(self.path, self.kind))
                 elif self.kind == "csv" and os.path.exists(beside := vectors_beside(self.path)):
                     raise TableError(f"{beside} is there without {self.path.name}: give another --out, or --overwrite")
+            self._last_before = self._journal.last_number()
             first = next(iter(self._journal), None)
             if first is not None and (first.embedding is not None) != self.embed:
                 has, option = ("no embeddings", "without") if self.embed else ("embeddings", "with")
@@ -318,15 +335,18 @@ class Table(Output):
         self._name(item)
 
     def has(self, item: Item) -> bool:
-        name = self._name(item)
-        return self.existing == "skip" and name in self._journal
+        number = self._journal.number(self._name(item)) if self.existing == "skip" else 0
+        self.repeated += number > self._last_before
+        return number > 0
 
     def write(self, rows: Sequence[tuple[Item, Row]]) -> list[Exception]:
         if self._record is not None and rows:  # the captions are of these settings from now on
             self._record.write()
             self._record = None
         self._grown = self._grown or bool(rows)  # first: whatever ends the next line may end it after a commit
-        self.added += self._journal.add(replace(row, path=self._name(item)) for item, row in rows)
+        there = self._journal.add(replace(row, path=self._name(item)) for item, row in rows)
+        self.added += len(rows) - len(there)
+        self.repeated += sum(self._journal.number(row.path) > self._last_before for row in there)
         return []
 
     def finish(self) -> None:

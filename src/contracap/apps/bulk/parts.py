@@ -17,7 +17,7 @@ from pyarrow.parquet import ParquetWriter
 from torch import Tensor
 
 from contracap.apps.bulk.folder import Folder
-from contracap.apps.bulk.inputs import images_of
+from contracap.apps.bulk.inputs import OTHER_IMAGE, Item, images_of
 from contracap.apps.bulk.pictures import PictureBatch, picture_batches
 from contracap.apps.bulk.rows import caption_rows
 from contracap.apps.bulk.settings import caption_settings
@@ -35,6 +35,7 @@ from contracap.processor import Processor
 
 Precision = Literal["float32", "float16"]
 
+NAMED = 3  # images that cannot be read, for each shard
 METADATA_KEY = "contracap"  # of the parquet schema, as of our weights files
 
 
@@ -64,13 +65,16 @@ class BulkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOutcome:
-    """What became of one shard: rows of its part, those of them without a result because the picture cannot be read,
-    and groups without an image, which have no row; or why there is no part."""
+    """What became of one shard: rows of its part, those of them without a result because the image cannot be read, and
+    the keys of the first of these; groups without an image, which have no row, and images next to the one that is taken
+    of a group; or why there is no part."""
 
     shard: str
     rows: int = 0
     unreadable: int = 0
+    first_unreadable: str = ""
     without_image: int = 0
+    other_images: int = 0
     problem: str = ""
 
 
@@ -133,7 +137,7 @@ class PartWriter:
             OSError: if the part cannot be written.
             ValueError: if the model gives numbers that are not finite.
         """
-        rows = unreadable = 0
+        rows, unreadable = 0, list[str]()
         passed = PassedOver()
         try:
             with (
@@ -145,14 +149,26 @@ class PartWriter:
                 for batch in batches:
                     waiting.append(self._rows(shard, batch))
                     rows += len(batch.items)
-                    unreadable += len(batch.broken)
+                    unreadable += [self._key(shard, batch.items[place]) for place in batch.broken]
                     if sum(map(len, waiting)) >= ROW_GROUP:
                         writer.write_table(pa.Table.from_batches(waiting))
                         waiting = []
                 writer.write_table(pa.Table.from_batches(waiting, self._schema))
         except ShardError as error:
             return ShardOutcome(shard=shard, problem=str(error))
-        return ShardOutcome(shard=shard, rows=rows, unreadable=unreadable, without_image=passed.counts.total())
+        other_images = passed.counts[OTHER_IMAGE]
+        return ShardOutcome(
+            shard=shard,
+            rows=rows,
+            unreadable=len(unreadable),
+            first_unreadable=", ".join(unreadable[:NAMED]),
+            without_image=passed.counts.total() - other_images,
+            other_images=other_images,
+        )
+
+    @staticmethod
+    def _key(shard: str, item: Item) -> str:
+        return item.name.removeprefix(f"{path_text(shard)}/")
 
     def _batches(self, shard: str, passed: PassedOver) -> Generator[PictureBatch, None, None]:
         image, batch_size = self._processor.image_config, self._config.batch_size
@@ -160,7 +176,7 @@ class PartWriter:
 
     def _rows(self, shard: str, batch: PictureBatch) -> pa.RecordBatch:
         columns: dict[str, list[Any]] = {name: [None] * len(batch.items) for name in self._schema.names}
-        columns["key"] = [item.name.removeprefix(f"{path_text(shard)}/") for item in batch.items]
+        columns["key"] = [self._key(shard, item) for item in batch.items]
         columns["shard"] = [path_text(shard)] * len(batch.items)
         for place, error in batch.broken.items():
             columns["error"][place] = str(error).encode(errors="backslashreplace").decode()

@@ -15,6 +15,7 @@ from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.overlay import to_thumbnail
 from contracap.data.walk import PassedOver, pictures_in
 from contracap.images import ImageError
+from contracap.wording import counted
 
 BATCH = 16  # pictures embedded at a time
 READERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes up to 805 MB while it is decoded
@@ -44,9 +45,11 @@ class Collection:
         searchable: pictures that a search looks at by now.
     """
 
-    def __init__(self, actions: Actions, paths: Iterable[str | Path]):
+    def __init__(self, actions: Actions, paths: Iterable[str | Path], *, folder: Path | None = None):
+        """`folder`: where the names that are shown start; None: they are those of the files alone."""
         self.actions = actions
         self.paths = [Path(path) for path in paths]
+        self._folder = folder
         self.skipped: list[str] = []
         self.searchable = 0
         self._readable: list[Path] = []
@@ -65,7 +68,7 @@ class Collection:
     def state(self) -> str:
         """A sentence on how far it is."""
         unread = self.unread
-        parts = [f"{self.searchable:,} pictures to search"]
+        parts = [f"{counted(self.searchable, 'picture(s)')} to search"]
         parts += [f"{unread:,} still to be read"] if unread else []
         parts += [f"{len(self.skipped):,} skipped, for they cannot be read"] if self.skipped else []
         return "; ".join(parts) + "."
@@ -119,7 +122,8 @@ class Collection:
         matches = []
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
             path = self._readable[place]
-            matches.append(Match(path.name, to_thumbnail(self.actions.read(path), SHOWN), score))
+            name = path.name if self._folder is None else path.relative_to(self._folder).as_posix()
+            matches.append(Match(name, to_thumbnail(self.actions.read(path), SHOWN), score))
         return matches
 
 

@@ -85,7 +85,9 @@ def build_page(actions: Actions, collection: Collection | None, examples: Exampl
         with gradio.Tab("Classify"):
             _classify_tab(actions, examples, alone)
         with gradio.Tab("Search"):
-            _search_tab(actions, collection, alone)
+            state = _search_tab(actions, collection, alone)
+        if collection is not None:
+            page.load(lambda: collection.state, None, state, queue=False, api_visibility="private")
     return page.queue(max_size=WAITING)
 
 
@@ -195,7 +197,8 @@ def _classify_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) -
     _on_example(shown_examples, examples, actions.classify, inputs, outputs, alone)
 
 
-def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str, Any]) -> None:
+def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str, Any]) -> gradio.Markdown:
+    """The tab; returns where it says how many images can be searched."""
     with gradio.Row(elem_classes="sides"):
         with gradio.Column(elem_classes="given"):
             files = None
@@ -207,7 +210,7 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
             picture = picture_input("Or a picture")
             by_picture = gradio.Button("Search by picture")
         with gradio.Column(elem_classes="shown"):
-            state = gradio.Markdown((lambda: collection.state) if collection is not None else "")
+            state = gradio.Markdown()
             found = _gallery("found", format="jpeg")
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
@@ -250,6 +253,7 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
         **alone,
     )
     _on_picture(picture, by_picture, search_picture, [picture, own], [found, state], "search_picture", alone)
+    return state
 
 
 def _given(collection: Collection | None) -> Collection:

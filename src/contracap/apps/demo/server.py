@@ -25,18 +25,26 @@ from contracap.processor import Processor
 PATIENCE = 1  # seconds; a page that is open would never end by itself
 
 
-def serve(model: CoCa, processor: Processor, *, address: socket.socket, pictures: Sequence[Path] | None) -> None:
+def serve(
+    model: CoCa,
+    processor: Processor,
+    *,
+    address: socket.socket,
+    pictures: Sequence[Path] | None,
+    folder: Path | None = None,
+) -> None:
     """Serve the page until SIGINT or SIGTERM. What visitors upload is deleted then, if not before.
 
     Args:
         pictures: to search in; they are embedded while the page is served.
+        folder: that holds them; the page shows their names below it.
 
     Raises: ValueError: if the model has no text decoder.
     """
     actions = Actions(model, processor)
-    collection = Collection(actions, pictures or ())
-    with tempfile.TemporaryDirectory(prefix="contracap-demo-") as folder, _filling(collection):
-        app = application(actions, collection if pictures is not None else None, Uploads(Path(folder)))
+    collection = Collection(actions, pictures or (), folder=folder)
+    with tempfile.TemporaryDirectory(prefix="contracap-demo-") as temporary, _filling(collection):
+        app = application(actions, collection if pictures is not None else None, Uploads(Path(temporary)))
         greeting = f"the page is at {url(address)}; Ctrl-C ends it"
         run(app, address, greeting=greeting, patience=PATIENCE, log_level="warning")
 

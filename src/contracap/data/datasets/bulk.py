@@ -39,7 +39,7 @@ def read_bulk(path: Path, folder: Path | None = None) -> Iterator[Entry | Refuse
         if not isinstance(shard, str) or not isinstance(key, str):
             yield Refused(source=f"{path.name}, row {number}", kind="bad_row", message="shard and key must be texts")
         elif row.get("error"):
-            yield Refused(source=f"{shard}/{key}", kind="no_caption", message=str(row["error"]))
+            yield Refused(source=f"{shard}/{key}", kind="broken_picture", message=str(row["error"]))
         else:
             file = shard if folder is None else str(folder / shard.rpartition("/")[2])
             if file.startswith("pipe:"):  # also of a folder `.`
