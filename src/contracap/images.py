@@ -242,7 +242,7 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
                 return _pillow_pixels(bare, name)  # its metadata may be what is too large, or damaged
             if isinstance(error, Image.UnidentifiedImageError):
                 raise ImageError(f"{name}: {_unidentified(source)}") from error
-            says_more = not re.search("truncated|broken data stream", str(error))
+            says_more = not re.search("truncated|broken data stream", str(error), re.IGNORECASE)
             raise ImageError(f"{name}: broken or cut off{f': {error}' if says_more else ''}") from error
 
 

@@ -26,7 +26,7 @@ from contracap.data.scenes import PAIRS, random_scene, twin_scenes
 from contracap.data.shards import Sample
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
-from contracap.tokenizer import Tokenizer
+from contracap.tokenizer import Tokenizer, text_lengths
 from contracap.training.health import Interrupted
 from contracap.training.logging import read_metrics
 from contracap.training.recipe import load_recipe

@@ -231,6 +231,7 @@ def test_every_default_lies_within_its_bounds() -> None:
     assert all(setting.low <= setting.default <= setting.high for setting in amounts)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gradio closes no event loop
 def test_only_what_visitors_do_has_a_published_name(actions: Actions, tmp_path: Path) -> None:
     examples = Examples(pictures=[], labels=["a"], templates=["{}"])
     for collection in (None, Collection(actions, [picture(tmp_path / "a.png")])):
