@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "tokenizer": "",
     "formats": "",
     "images": "formats",
-    "processor": "tokenizer images data.download",
+    "download": "",
+    "processor": "tokenizer images download",
     "losses": "",
     "model.cache": "",
     "model.packing": "",
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     "model.transformer": "model.cache model.packing model.attention",
     "model": "model tokenizer",
     "pretrained": "pretrained model tokenizer images processor",
-    "data": "data tokenizer images formats",
+    "data": "data download tokenizer images formats",
     "parallel.process_group": "",
     "parallel": "parallel losses model",
     "generation.strategy": "tokenizer",
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "training.recipe": "training evaluation parallel model losses data",
     "training.trainer": "training evaluation parallel model pretrained data",
     "training": "training parallel model pretrained losses data tokenizer images processor",
-    "apps": "apps training evaluation generation parallel losses pretrained model data tokenizer images formats "
+    "apps": "apps training evaluation generation parallel losses pretrained model data download tokenizer images formats "
     "processor",
     "cli": "*",
     "__main__": "cli",

@@ -17,7 +17,7 @@ CAPTION_CHUNK = CONTRASTIVE_CHUNK = 4096  # rows and columns that are scored at 
 class LossConfig:
     """Weights of the two losses in their sum; a weight of 0 skips that branch of the model.
 
-    Source: CoCa (arXiv 2205.01917), section 3.2, for 1 : 2.
+    Source: CoCa (arXiv 2205.01917), equation 4; section 4.1 for 1 : 2.
     """
 
     contrastive: float = 1.0
@@ -49,9 +49,8 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     """Mean of picture-to-text and text-to-picture cross-entropy of these rows among the rows of all ranks.
 
-    On many ranks the mean of what they return is the loss of the global batch. Each rank's gradients are those of the
-    *sum* over ranks towards its own features, so that parameters get the gradient of one process on the global batch
-    once they are averaged over ranks, as DDP and FSDP do.
+    The value is this rank's mean. Its gradient is that of the sum over all ranks, so that averaging over ranks, as DDP
+    and FSDP do, gives the gradient of one process on the global batch.
 
     Args:
         image_features: unit rows, float32 or finer; row i belongs to row i of `text_features`.
@@ -134,7 +133,7 @@ def captioning_loss(
         tokens: labels of the whole batch, which may be larger than what is given here; above 0.
         chunk: rows that are scored at a time; by default 512 on a CPU, 4096 elsewhere.
 
-    Source: CoCa (arXiv 2205.01917), equation 4.
+    Source: CoCa (arXiv 2205.01917), equation 3.
     """
     if chunk is None:
         chunk = 512 if states.device.type == "cpu" else CAPTION_CHUNK

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from contracap.data.download import download
+from contracap.download import download
 from contracap.images import ImageConfig, ImageError, decode, normalise, resize_and_crop
 from contracap.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from contracap.apps.plan.run import plan_run
 from contracap.config import ConfigError, build, load_toml, to_toml
 from contracap.data.shards import write_shard
 from contracap.training.recipe import Recipe, in_steps, load_recipe
-from contracap.training.start import require_means
+from contracap.training.start import check_inputs
 from contracap.training.trainer import train
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -210,7 +210,7 @@ def test_weights_of_the_hub_are_not_looked_for_before_the_start(name: str, tmp_p
     monkeypatch.setattr("contracap.pretrained.find._from_hub", lambda *_: pytest.fail("asks the hub"))
     write_shard(tmp_path / "a.tar", [("x", {"jpg": b"x"})])
     data = {"train": str(tmp_path / "a.tar"), "batch_size": 8}
-    require_means(build(Recipe, LEAST | {"initialise_from": name, "data": data}), 1)
+    check_inputs(build(Recipe, LEAST | {"initialise_from": name, "data": data}), 1)
 
 
 def test_epochs_stand_for_steps(tmp_path: Path) -> None:

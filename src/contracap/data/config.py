@@ -56,7 +56,7 @@ class DataConfig:
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     max_bad_share: float = 0.05
-    """The run stops when more than this share of any thousand consecutive samples of a stream is bad, or of an
+    """The run stops when more than this share of about a thousand recent samples of a stream is bad, or of an
     epoch is lost in broken shards."""
 
     def __post_init__(self) -> None:

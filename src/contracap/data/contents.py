@@ -8,9 +8,9 @@ from pathlib import Path
 
 from contracap.data.annotations import Refused, SourceError
 from contracap.data.datasets.parquet import parquet_images
-from contracap.data.download import DownloadError, download
 from contracap.data.shards import SAMPLE_SUFFIXES, SampleError, ShardError, parse, records, texts_in
 from contracap.data.sources import Item, find_image
+from contracap.download import DownloadError, download
 from contracap.files import read_regular
 
 RECAPTION = "recaption"  # the field for captions that were written for samples of shards

@@ -14,7 +14,7 @@ from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 
 POOLER_POSITIONS = ("pooler.pool.position", "pooler.caption_pool.position")
-IMAGE_POSITIONS = ("vision.position", *POOLER_POSITIONS)  # a row for each patch
+IMAGE_POSITIONS = ("vision.position", *POOLER_POSITIONS)  # a row for each image token, the class token's first
 OPEN_CLIP_POSITIONS = "visual.positional_embedding"
 
 

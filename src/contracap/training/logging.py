@@ -144,7 +144,7 @@ WANDB_ID_FILE = "wandb-id.txt"
 
 
 class LoggerError(RuntimeError):
-    """A run_logger that cannot be opened; the message says what would do."""
+    """A logger that cannot be opened. The message says what to do."""
 
 
 @runtime_checkable
@@ -168,7 +168,7 @@ def open_loggers(folder: Path, *, start: int, wandb: str | None, settings: Mappi
     """The loggers of the run in `folder`.
 
     Args:
-        start: steps done before; what was shown beyond it, of a run that was cut off, is hidden where a run_logger can.
+        start: steps done before; a logger hides, where it can, what an interrupted run showed after them.
         wandb: project of Weights & Biases.
         settings: of the run, for those who compare runs.
 

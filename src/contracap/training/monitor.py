@@ -1,7 +1,7 @@
 """What one rank sees of its own run: its speed, its memory, and steps that are not as usual."""
 
 import logging
-import resource
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,11 @@ from contracap.data.batch import Batch
 from contracap.parallel import ProcessGroup
 from contracap.training.health import DATA, STEP, Spike, Spikes, Watchdog
 from contracap.training.logging import SPIKES_FILE, Profile, Recorder
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 QUIET = 100  # steps without a further warning after one of a spike
 # The share of a device's peak that is used, from samples a second of one device and the mean length of their texts.
@@ -204,6 +209,8 @@ class Throughput:
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             return float(peak)
+        if resource is None:
+            return math.nan
         unit = 1 if sys.platform == "darwin" else 1024
         return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 

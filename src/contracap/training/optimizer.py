@@ -46,7 +46,10 @@ class OptimizerConfig:
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
-    """Learning rate at `step` (updates done, from 0): linear warm-up, then half a cosine down to the lowest."""
+    """Learning rate at `step` (updates done, from 0): linear warm-up, then half a cosine down to the lowest.
+
+    Deviation from the paper, which decays linearly: as open_clip trains.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -58,7 +61,7 @@ def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) ->
 
 def decays(module: nn.Module, parameter_name: str) -> bool:
     """Whether weight decay applies: to matrices that multiply a signal, not to norms, biases, embeddings, positions
-    and queries."""
+    and queries. open_clip leaves out only what has less than two dimensions."""
     return parameter_name == "weight" and isinstance(module, nn.Linear)
 
 
@@ -103,6 +106,6 @@ def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
 
 
 def freeze_unused(model: CoCa, loss: LossConfig) -> None:
-    """Likewise of what only a loss that the run does without would train."""
+    """Freeze the parameters that only a loss of weight 0 would train."""
     freeze(model, [] if loss.contrastive else model.only_for_contrastive())
     freeze(model, [] if loss.captioning else model.only_for_captioning())

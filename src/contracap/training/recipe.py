@@ -33,7 +33,7 @@ class Recipe:
     """One training run. Fine-tuning, CLIP and caption-only training are recipes too."""
 
     size: str
-    """coca_ViT-B-32, coca_ViT-L-14, ViT-B-32, ViT-L-14, flickr8k, scenes or tiny; docs/training.md describes them."""
+    """coca_ViT-B-32, coca_ViT-L-14, ViT-B-32, ViT-L-14, flickr8k, scenes or tiny; docs/model.md describes them."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
     steps: int = 0

@@ -23,7 +23,7 @@ from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recip
 
 # What a resumed run may change: none of it changes the updates by more than rounding, but for `steps`, which draws the
 # cosine out, and `device` and `accumulation`, as the number of ranks: with them, other patches are dropped.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "resume",
     "out",
     "steps",
@@ -46,7 +46,7 @@ FREE = (
 )
 
 
-def require_means(recipe: Recipe, ranks: int) -> None:
+def check_inputs(recipe: Recipe, ranks: int) -> None:
     """Look for what a run needs of this machine, before anything is read from afar, built or counted.
 
     Raises:
@@ -92,7 +92,8 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
     changed = [
         f"{key} was {before.get(key)} and is now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in FREE))
+        if before.get(key) != now.get(key)
+        and not f"{key}.".startswith(tuple(f"{free}." for free in MAY_CHANGE_ON_RESUME))
     ]
     if changed:
         raise CheckpointError(

@@ -46,7 +46,7 @@ from contracap.training.loop import Event, TrainingError, repeat_steps
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
 from contracap.training.recipe import RECIPE_FILE, Recipe, in_steps
-from contracap.training.start import device_of, precision_on, require_means, require_same_run, starting_model
+from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model
 from contracap.training.step import StepConfig, TrainingState
 from contracap.training.utilisation import ModelUtilisation, find_peak
 from contracap.training.validation import require_validation, validation_losses
@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
             be written to.
         TrainingError: at a NaN or infinite loss, unless the recipe skips such steps.
         OrderError: if too much of the data is bad.
-        ParallelError: if the ranks cannot be start_process_group, or cannot share the batch.
+        ParallelError: if the ranks cannot be started, or cannot share the batch.
         Interrupted: after a checkpoint, if any of the ranks got SIGTERM or SIGUSR1, or by Ctrl-C.
     """
     require_consent(recipe.commands, allow_commands)
@@ -105,7 +105,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
             f"data.batch_size {recipe.data.batch_size} cannot be shared by {world_size} ranks in parts of "
             f"accumulation {recipe.accumulation}: make it a multiple of {world_size * recipe.accumulation}"
         )
-    require_means(recipe, world_size)
+    check_inputs(recipe, world_size)
     recipe = in_steps(recipe)
     recipe = replace(recipe, precision=precision_on(process_group.device, recipe.precision))
     if checkpoint:

@@ -10,7 +10,6 @@ from glob import has_magic
 from itertools import islice
 from pathlib import Path
 
-from contracap.data.download import download
 from contracap.data.remote import WEB
 from contracap.data.shards import (
     DOTTED,
@@ -27,6 +26,7 @@ from contracap.data.shards import (
 )
 from contracap.data.sources import TABLE_SUFFIXES
 from contracap.data.walk import PassedOver, folders_in, is_picture, pictures_in
+from contracap.download import download
 from contracap.files import check_regular, path_text, read_regular
 from contracap.wording import counted
 

@@ -10,8 +10,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from contracap.apps.bulk.inputs import Item
-from contracap.data.download import LONGEST
 from contracap.data.workers import in_threads
+from contracap.download import LONGEST
 from contracap.images import ImageConfig, decode, resize_and_crop
 
 

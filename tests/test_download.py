@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from contracap.data import download as module
-from contracap.data.download import DownloadError, download
+from contracap.download import DownloadError, download
 
 CONTENT = bytes(range(256)) * 500
 FAILURES = {"/once-503": [503], "/twice-503": [503, 429], "/always-503": [503] * 9, "/404": [404] * 9}
