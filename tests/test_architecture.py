@@ -44,8 +44,8 @@ MAY_IMPORT = {
     "training.recipe": "training evaluation parallel model losses data",
     "training.trainer": "training evaluation parallel model pretrained data",
     "training": "training parallel model pretrained losses data tokenizer images processor",
-    "apps": "apps training evaluation generation parallel losses pretrained model data download tokenizer images formats "
-    "processor",
+    "apps": "apps training evaluation generation parallel losses pretrained model data download tokenizer images "
+    "formats processor",
     "cli": "*",
     "__main__": "cli",
 }

@@ -182,7 +182,7 @@ def build_evaluator(
     path is found before hours of work, not after.
 
     Args:
-        process_group: the ranks that run it together. Retrieval is shared between them; each runs the other tasks whole.
+        process_group: the ranks that run it together. They share retrieval; each of them runs the other tasks whole.
         on_predictions: called with what the model wrote, before it is scored; for `captioning` and `vqa`.
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
