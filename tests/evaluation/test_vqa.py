@@ -9,7 +9,8 @@ from contracap.data.shards import Sample, write_shard
 from contracap.evaluation import answering
 from contracap.evaluation.answering import Asked, Chosen, Written
 from contracap.evaluation.result import digest
-from contracap.evaluation.task import TaskConfig, build_evaluator
+from contracap.evaluation.task import build_evaluator
+from contracap.evaluation.task_config import TaskConfig
 from contracap.evaluation.vqa import answering as answerer
 from contracap.evaluation.vqa import evaluate_vqa, load_answers
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, Sampling
