@@ -25,9 +25,9 @@ class CaptionOutput:
     `metadata`: the metadata.jsonl of Hugging Face's image folders. The default is the ending of --out; without --out,
     lines on stdout: path, tab, text."""
     out: Annotated[Path | None, "FILE|DIR"] = None
-    """One file for all captions, or the folder of the side-cars."""
+    """One file for all captions, or the folder for side-cars."""
     ext: Literal[".txt", ".caption"] | None = None
-    """Ending of the side-cars; .txt by default."""
+    """Ending of side-cars, .txt by default."""
     skip_existing: FlagCreatePairsOff[bool] = False
     """Skip images that have a caption in the output; this is the default."""
     overwrite: FlagCreatePairsOff[bool] = False
