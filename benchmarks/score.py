@@ -9,7 +9,7 @@ from functools import cache, partial
 from benchmarks.harness import Benchmark, Row, Run, Work, compare, data_path, require_equal
 from benchmarks.peers import peer_module
 from contracap.evaluation.entries import Entry, read_entries
-from contracap.evaluation.scores import CaptionScorer, MetricName
+from contracap.evaluation.metrics.scores import CaptionScorer, MetricName
 
 CAPTIONS = "caption_metrics/magic_coco_magic.json"  # a model's captions of COCO's test images
 METRICS: tuple[MetricName, ...] = ("bleu", "rouge_l", "cider", "meteor")

@@ -20,7 +20,7 @@ from contracap.cli.options import (
     command_line,
     load_model,
 )
-from contracap.evaluation.scores import ONE_IMAGE
+from contracap.evaluation.metrics.scores import ONE_IMAGE
 from contracap.evaluation.task_config import TaskConfig
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.errors import say, written
 from contracap.cli.options import PathText, ResultFile, Size, arg, check_outputs, command_line, load_model
-from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
-from contracap.evaluation.spice import MEMORY
-from contracap.evaluation.tokens import TokenizerName
+from contracap.evaluation.metrics.scores import METRICS, ONE_IMAGE, metric_names
+from contracap.evaluation.metrics.spice import MEMORY
+from contracap.evaluation.metrics.tokens import TokenizerName
 
 if TYPE_CHECKING:
     from contracap.evaluation.entries import Entry
@@ -67,8 +67,8 @@ def score(
 ) -> int:
     """Score captions against those that people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
     from contracap.evaluation.entries import read_entries, read_references
+    from contracap.evaluation.metrics.scores import CaptionScorer
     from contracap.evaluation.result import Result
-    from contracap.evaluation.scores import CaptionScorer
 
     if clipscore is None and (images is not None or size is not None):
         raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
@@ -86,7 +86,7 @@ def score(
         )
     judge, pictures = None, list[Path]()
     if clipscore is not None:
-        from contracap.evaluation.clipscore import ClipScorer
+        from contracap.evaluation.metrics.clipscore import ClipScorer
 
         pictures = _pictures(entries, images)
         judge = ClipScorer(*load_model(clipscore, size), name=clipscore)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from contracap.data.shards import Sample
 from contracap.data.workers import prepared
-from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.distributed import run_on_every_rank, run_on_rank_0
 from contracap.evaluation.features import Source, picture_pixels, sample_batches, with_progress
+from contracap.evaluation.metrics.clipscore import ClipScorer
+from contracap.evaluation.metrics.scores import CaptionScorer, Scores, domain_name
+from contracap.evaluation.metrics.tokens import has_word
 from contracap.evaluation.result import Result
-from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
-from contracap.evaluation.tokens import has_word
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy

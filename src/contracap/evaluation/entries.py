@@ -11,8 +11,8 @@ from typing import Any
 from contracap.data.annotations import read_json
 from contracap.data.datasets.tables import is_lines
 from contracap.data.shards import texts_in
-from contracap.evaluation.scores import domain_name
-from contracap.evaluation.tokens import has_word
+from contracap.evaluation.metrics.scores import domain_name
+from contracap.evaluation.metrics.tokens import has_word
 
 
 @dataclass(frozen=True, kw_only=True)

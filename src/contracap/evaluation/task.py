@@ -11,12 +11,12 @@ from contracap.data.captions import require_captions
 from contracap.data.questions import questions
 from contracap.data.shards import SampleError, layout_fault
 from contracap.evaluation.captioning import Prediction, evaluate_captioning
-from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.features import opened, sample_batches
+from contracap.evaluation.metrics.clipscore import ClipScorer
+from contracap.evaluation.metrics.scores import CaptionScorer
+from contracap.evaluation.metrics.spice import MEMORY
 from contracap.evaluation.result import Evaluator, Result
 from contracap.evaluation.retrieval import evaluate_retrieval
-from contracap.evaluation.scores import CaptionScorer
-from contracap.evaluation.spice import MEMORY
 from contracap.evaluation.task_config import Task, TaskConfig
 from contracap.evaluation.vqa import PROMPT, Answered, answering, check_prompt, evaluate_vqa, load_answers
 from contracap.evaluation.zeroshot import (

@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from contracap.config import SettingsHelp, assign, build, keys_text, require_paths, to_dict
-from contracap.evaluation.scores import metric_names
-from contracap.evaluation.tokens import TokenizerName
+from contracap.evaluation.metrics.scores import metric_names
+from contracap.evaluation.metrics.tokens import TokenizerName
 
 if TYPE_CHECKING:
     from contracap.generation.strategy import Strategy

@@ -11,9 +11,9 @@ from contracap.data.questions import Question, questions
 from contracap.data.shards import Sample
 from contracap.evaluation.answering import Answering, Asked, Chosen, Written
 from contracap.evaluation.features import Source, picture_batches
-from contracap.evaluation.overlap import mean
+from contracap.evaluation.metrics.overlap import mean
+from contracap.evaluation.metrics.vqa_accuracy import accuracy
 from contracap.evaluation.result import Result
-from contracap.evaluation.vqa_accuracy import accuracy
 from contracap.generation.sampling import Greedy
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
@@ -52,7 +52,7 @@ def evaluate_vqa(
 ) -> Result:
     """Return the accuracy of answers to questions about pictures, by the rule of the VQA challenge, from 0 to 1.
 
-    The questions are the field `qa` of the samples. See `contracap.evaluation.vqa_accuracy`. The predictions are a list
+    The questions are the field `qa` of the samples. See `metrics.vqa_accuracy`. The predictions are a list
     of `Answered`, in the order of the questions; each picture's value is what its questions add to the accuracy.
 
     Args:
