@@ -24,7 +24,7 @@ from contracap.evaluation.metrics.scores import ONE_IMAGE
 from contracap.evaluation.task_config import TaskConfig
 
 if TYPE_CHECKING:
-    from contracap.evaluation.captioning import Prediction
+    from contracap.evaluation.predictions import Prediction
     from contracap.evaluation.result import Result
     from contracap.evaluation.vqa import Answered
 
@@ -58,6 +58,7 @@ def evaluate(
     from contracap.evaluation.predictions import write_predictions
     from contracap.evaluation.suite import measure_tasks
     from contracap.evaluation.task import build_evaluator
+    from contracap.evaluation.vqa import write_answers
 
     # What is asked for is refused before the weights are read, and looked at before anything is computed.
     if predictions is not None and given.get("task") not in ("captioning", "vqa"):
@@ -73,7 +74,8 @@ def evaluate(
 
     def keep(found: "Sequence[Prediction | Answered]") -> None:
         if predictions is not None:
-            kept.append(written(write_predictions, predictions, found))
+            write = write_answers if given["task"] == "vqa" else write_predictions
+            kept.append(written(write, predictions, found))
 
     if tasks is not None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # figures of a task as soon as it is done

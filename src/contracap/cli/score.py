@@ -12,7 +12,7 @@ from contracap.evaluation.metrics.spice import MEMORY
 from contracap.evaluation.metrics.tokens import TokenizerName
 
 if TYPE_CHECKING:
-    from contracap.evaluation.entries import Entry
+    from contracap.evaluation.predictions import Prediction
 
 
 def score(
@@ -66,8 +66,8 @@ def score(
     json: ResultFile = None,
 ) -> int:
     """Score captions against those that people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
-    from contracap.evaluation.entries import read_entries, read_references
     from contracap.evaluation.metrics.scores import CaptionScorer
+    from contracap.evaluation.predictions import read_predictions, read_references
     from contracap.evaluation.result import Result
 
     if clipscore is None and (images is not None or size is not None):
@@ -77,7 +77,7 @@ def score(
         metrics=metric_names(metrics), tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory
     )
     known = None if references is None else read_references(references)
-    entries = read_entries(file, known)
+    entries = read_predictions(file, known)
     if known is not None and len(entries) < len(known):
         say(
             f"contracap: {len(known) - len(entries):,} of {len(known):,} images of {references} are not in {file}: "
@@ -113,7 +113,7 @@ def score(
     return 1 if not kept or (metrics and set(scores.reasons.values()) - {ONE_IMAGE}) else 0
 
 
-def _pictures(entries: "list[Entry]", folder: Path | None) -> list[Path]:
+def _pictures(entries: "list[Prediction]", folder: Path | None) -> list[Path]:
     """The picture of each entry.
 
     Raises: ValueError, FileNotFoundError: naming the first that has none.

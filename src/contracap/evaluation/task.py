@@ -10,11 +10,12 @@ from contracap.config import build, to_dict
 from contracap.data.captions import require_captions
 from contracap.data.questions import questions
 from contracap.data.shards import SampleError, layout_fault
-from contracap.evaluation.captioning import Prediction, evaluate_captioning
+from contracap.evaluation.captioning import evaluate_captioning
 from contracap.evaluation.features import opened, sample_batches
 from contracap.evaluation.metrics.clipscore import ClipScorer
 from contracap.evaluation.metrics.scores import CaptionScorer
 from contracap.evaluation.metrics.spice import MEMORY
+from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Evaluator, Result
 from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.task_config import Task, TaskConfig

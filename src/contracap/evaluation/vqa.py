@@ -1,6 +1,6 @@
 """Visual question answering: answers of a model, beside those that people gave."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from contracap.evaluation.answering import Answering, Asked, Chosen, Written
 from contracap.evaluation.features import Source, picture_batches
 from contracap.evaluation.metrics.overlap import mean
 from contracap.evaluation.metrics.vqa_accuracy import accuracy
+from contracap.evaluation.predictions import write_list
 from contracap.evaluation.result import Result
 from contracap.generation.sampling import Greedy
 from contracap.generation.strategy import Strategy
@@ -141,6 +142,17 @@ def _by_type(predictions: Sequence[Answered], kind: str) -> dict[str, float]:
     for answer in predictions:
         found[getattr(answer.question, kind)].append(answer.accuracy or 0.0)
     return {name: mean(values) for name, values in sorted(found.items()) if name}
+
+
+def write_answers(path: str | Path, answers: Sequence[Answered]) -> None:
+    """Write answers in the layout of VQA's results, `question_id` and `answer`, whole or not at all. If a question has
+    no id, each answer has the image's `key` and the `number` of the question among those of the image, from 0."""
+    named, numbers, entries = all(one.question.identity is not None for one in answers), Counter[str](), list[Any]()
+    for one in answers:
+        place = {"question_id": one.question.identity} if named else {"key": one.key, "number": numbers[one.key]}
+        entries.append(place | {"answer": one.prediction})
+        numbers[one.key] += 1
+    write_list(path, entries)
 
 
 def load_answers(path: str | Path) -> tuple[str, ...]:
