@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness import MIN_ROUNDS, Benchmark, Run, UnequalError, table
 from benchmarks.machine import release_memory, this_machine
-from contracap.evaluation.java import UnavailableError
+from contracap.evaluation.metrics.java import UnavailableError
 from contracap.evaluation.result import versions
 from contracap.files import try_place, write_text
 

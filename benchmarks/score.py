@@ -8,8 +8,8 @@ from functools import cache, partial
 
 from benchmarks.harness import Benchmark, Row, Run, Work, compare, data_path, require_equal
 from benchmarks.peers import peer_module
-from contracap.evaluation.entries import Entry, read_entries
-from contracap.evaluation.scores import CaptionScorer, MetricName
+from contracap.evaluation.metrics.scores import CaptionScorer, MetricName
+from contracap.evaluation.predictions import Prediction, read_predictions
 
 CAPTIONS = "caption_metrics/magic_coco_magic.json"  # a model's captions of COCO's test images
 METRICS: tuple[MetricName, ...] = ("bleu", "rouge_l", "cider", "meteor")
@@ -17,9 +17,9 @@ TOLERANCE = 1e-9
 
 
 @cache
-def entries() -> Sequence[Entry]:
+def entries() -> Sequence[Prediction]:
     """One caption for each of 4,982 images, with COCO's captions."""
-    return read_entries(data_path(CAPTIONS))
+    return read_predictions(data_path(CAPTIONS))
 
 
 def score_row(run: Run) -> Row:

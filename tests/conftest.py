@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from contracap.evaluation import meteor
+from contracap.evaluation.metrics import meteor
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, write_weights
 

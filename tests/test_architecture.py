@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "generation.choice": "generation.strategy generation.sampling generation.beam generation.legacy "
     "generation.reranking",
     "generation": "generation model tokenizer images processor",
+    "evaluation.metrics": "evaluation.metrics evaluation.features evaluation.distributed parallel.process_group model "
+    "processor",
     "evaluation.task": "evaluation parallel.process_group pretrained model data generation processor",
     "evaluation": "evaluation parallel.process_group model data generation tokenizer images processor",
     "training.recipe": "training evaluation parallel model losses data",

@@ -210,7 +210,7 @@ def test_an_interrupted_verb_says_what_the_same_command_does(
     places = (
         "apps.bulk.rows.normalise",
         "apps.bulk.embedding.finite",
-        "evaluation.task.measure_task",
+        "evaluation.task.evaluate_retrieval",
         "data.survey.parse",
         "data.index.describe",
     )
@@ -465,7 +465,7 @@ def test_demo_without_gradio_says_what_to_install() -> None:
 def test_an_empty_path_is_refused_by_every_verb(run: Run, call: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, err = run(*("" if word == "{}" else word for word in call.split()))
-    assert (status, out, err.count("\n")) == (1, "", 1) and "a path is empty" in err
+    assert (status, out, err.count("\n")) == (1, "", 1) and "is empty" in err
     assert not os.listdir(tmp_path)
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from contracap.apps.compare.comparison import compare
 from contracap.apps.compare.results import load_result
 from contracap.cli import main
-from contracap.evaluation.java import JavaError
-from contracap.evaluation.meteor import Meteor
-from contracap.evaluation.scores import CaptionScorer
+from contracap.evaluation.metrics.java import JavaError
+from contracap.evaluation.metrics.meteor import Meteor
+from contracap.evaluation.metrics.scores import CaptionScorer
 from tests.evaluation.programs import without_java
 
 Run = Callable[..., tuple[int, str, str]]
@@ -187,7 +187,9 @@ def test_what_belongs_to_clipscore_is_refused_without_it(run, file, flag: list[s
 def test_a_damaged_picture_is_found_before_any_metric_is_computed(
     run, file, weights: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("contracap.evaluation.scores.CaptionScorer.score", lambda *_, **__: pytest.fail("too early"))
+    monkeypatch.setattr(
+        "contracap.evaluation.metrics.scores.CaptionScorer.score", lambda *_, **__: pytest.fail("too early")
+    )
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"cut off")
     status, _, err = run(file, "--clipscore", weights, "--images", tmp_path)

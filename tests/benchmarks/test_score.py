@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import score
 from benchmarks.harness import Run, UnequalError
-from contracap.evaluation.scores import CaptionScorer
+from contracap.evaluation.metrics.scores import CaptionScorer
 from tests.evaluation.programs import needs_java
 
 ENTRIES = [

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation import java
-from contracap.evaluation.java import find_jar, find_java
+from contracap.evaluation.metrics import java
+from contracap.evaluation.metrics.java import find_jar, find_java
 
 needs_java = pytest.mark.skipif(
     not (find_java() and find_jar("tokenizer/stanford-corenlp-3.4.1.jar")),
@@ -36,7 +36,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr("subprocess.run", refuse)
-    monkeypatch.setattr("contracap.evaluation.meteor.Popen", refuse)
+    monkeypatch.setattr("contracap.evaluation.metrics.meteor.Popen", refuse)
 
 
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import torch
 
 from contracap.data.making import make_shards
 from contracap.evaluation import distributed
-from contracap.evaluation.captioning import Prediction, evaluate_captioning
-from contracap.evaluation.clipscore import ClipScorer
-from contracap.evaluation.java import UnavailableError
-from contracap.evaluation.overlap import mean
+from contracap.evaluation.captioning import evaluate_captioning
+from contracap.evaluation.metrics.clipscore import ClipScorer
+from contracap.evaluation.metrics.java import UnavailableError
+from contracap.evaluation.metrics.overlap import mean
+from contracap.evaluation.metrics.scores import CaptionScorer
+from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Result
-from contracap.evaluation.scores import CaptionScorer
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.reranking import ContrastiveReranking

@@ -14,9 +14,10 @@ import torch
 
 from contracap.config import build
 from contracap.data.shards import write_shard
-from contracap.evaluation import ranking, retrieval
+from contracap.evaluation import retrieval
 from contracap.evaluation.distributed import run_on_every_rank
-from contracap.evaluation.ranking import ranks
+from contracap.evaluation.metrics import ranking
+from contracap.evaluation.metrics.ranking import ranks
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features, evaluate_retrieval
 from contracap.evaluation.suite import EvaluationConfig, build_suite

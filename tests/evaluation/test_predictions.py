@@ -3,208 +3,123 @@ from pathlib import Path
 
 import pytest
 
-from contracap.cli import main
-from contracap.cli.options import check_outputs, load_model
-from contracap.data.shards import write_shard
-from contracap.evaluation.captioning import Prediction
-from contracap.evaluation.entries import read_entries
-from contracap.evaluation.predictions import write_predictions
-from contracap.evaluation.vqa import evaluate_vqa
-from contracap.model.sizes import SIZES
-from contracap.pretrained import random_model
+from contracap.evaluation.predictions import Prediction, read_predictions, read_references, write_predictions
 
-from .programs import refusing, stand_in
-from .test_vqa import Told
-from .worlds import COLOURS, processor, record, sample
-
-COUNTED = ["--metrics", "bleu", "rouge_l", "cider", "--tokenizer", "python"]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    pictures = [
-        record(name, name, captions=[f" A {name} wall.", "", f"all is {name} \ud83d"], domain=f"{domain}-domain")
-        for name, domain in zip(COLOURS, ["in", "near", "near", "out", "in", "far"], strict=True)
-    ]
-    write_shard(folder / "0.tar", pictures)
-    return folder
+NOCAPS = {
+    "images": [
+        {"id": 0, "file_name": "a.jpg", "domain": "in-domain"},
+        {"id": 1, "file_name": "b.jpg", "domain": "out-domain"},
+        {"id": 2, "file_name": "c.jpg", "domain": "near-domain"},
+    ],
+    "annotations": [
+        {"image_id": 1, "caption": "two cats", "id": 0},
+        {"image_id": 0, "caption": "a dog", "id": 1},
+        {"image_id": 1, "caption": "", "id": 2},
+        {"image_id": 1, "caption": " cats\n", "id": 3},
+    ],
+}
 
 
-def test_captions_are_kept_as_score_reads_them_with_the_same_figures(weights, shards, tmp_path: Path) -> None:
-    kept, evaluated, scored = (tmp_path / name for name in ("kept.json", "evaluated.json", "scored.json"))
-    task = ["--task", "captioning", "--data", shards, *COUNTED, "--predictions", kept, "--json", evaluated]
-    assert main(list(map(str, ["evaluate", weights, *task]))) == 0
-    assert main(list(map(str, ["score", kept, *COUNTED, "--json", scored]))) == 0
-    ours, again = (json.loads(path.read_text()) for path in (evaluated, scored))
-    assert {"CIDEr", "CIDEr_in", "CIDEr_near", "CIDEr_out"} < set(ours["figures"])
-    for part in ("figures", "per_sample", "samples", "tokenizer", "bleu_stats", "domains"):
-        assert ours[part] == again[part]
-    assert [entry["image_name"] for entry in json.loads(kept.read_text())] == list(COLOURS)
+def write(folder: Path, name: str, content: object) -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
 
 
-def folder_later(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Once the weights are read, a folder stands where a file was to be written."""
-
-    def load(*given, **more):
-        path.mkdir()
-        return load_model(*given, **more)
-
-    monkeypatch.setattr("contracap.cli.measure.load_model", load)
-
-
-def test_captions_are_kept_where_a_metric_fails(weights, shards, tmp_path: Path, monkeypatch, capsys) -> None:
-    stand_in(monkeypatch, tmp_path, "sys.exit('no heap')", jar=tmp_path / "tokenizer.jar")
-    task = ["--task", "captioning", "--data", shards, "--metrics", "cider", "--tokenizer", "java"]
-    assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "kept.json"]))) == 1
-    failed = "contracap: error: the Java tokenizer failed (exit status 1): no heap\n"
-    assert capsys.readouterr().err == failed
-    assert len(json.loads((tmp_path / "kept.json").read_text())) == 6
-    folder_later(monkeypatch, tmp_path / "lost.json")
-    assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "lost.json"]))) == 1
-    assert capsys.readouterr().err == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\n{failed}"
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_a_metric_that_was_named_and_failed_is_told_by_the_exit_status(
-    weights, shards, tmp_path: Path, monkeypatch, capsys, several: bool
-) -> None:
-    refusing(monkeypatch)
-    task = ["--task", "captioning", "--data", shards, "--metrics", "cider", "meteor", "--tokenizer", "python"]
-    if several:
-        file = tmp_path / "tasks.toml"
-        settings = 'metrics = ["cider", "meteor"]\ntokenizer = "python"'
-        file.write_text(f'[tasks.coco]\ntask = "captioning"\ndata = "{shards}"\n{settings}\n')
-        task = ["--tasks", file]
-    assert main(list(map(str, ["evaluate", weights, *task, "--json", tmp_path / "result.json"]))) == 1
-    name = "coco/METEOR" if several else "METEOR"
-    assert f"no figures of {name}: METEOR could not be run" in capsys.readouterr().err.splitlines()[-1]
-    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
-    missing = {figure for figure, value in figures.items() if value is None}
-    assert {figure for figure in missing if "CIDEr_" not in figure} == {name} < set(figures)  # of domains of one image
-    folder_later(monkeypatch, tmp_path / "lost.json")
-    assert main(list(map(str, ["evaluate", weights, *task, "--json", tmp_path / "lost.json"]))) == 1
-    out, err = capsys.readouterr()
-    lost, missed = err.splitlines()[-2:]
-    assert lost == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}"
-    assert name.replace("METEOR", "CIDEr") in out and f"no figures of {name}: METEOR could not be run" in missed
-
-
-@pytest.mark.parametrize("option", ["--predictions", "--json"])
-def test_figures_are_shown_where_a_file_cannot_be_written(
-    weights, shards, tmp_path: Path, monkeypatch, capsys, option: str
-) -> None:
-    folder_later(monkeypatch, tmp_path / "lost.json")
-    places = {"--predictions": tmp_path / "kept.json", "--json": tmp_path / "result.json"}
-    places[option] = tmp_path / "lost.json"
-    task = ["--task", "captioning", "--data", shards, *COUNTED, *(part for place in places.items() for part in place)]
-    assert main(list(map(str, ["evaluate", weights, *task]))) == 1
-    out, err = capsys.readouterr()
-    assert "CIDEr" in out and err == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\n"
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [
-        "result.json" if option == "--predictions" else "kept.json"
+def test_a_list_with_its_references_is_read_in_order(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "own.json",
+        [
+            {"captions": ["a dog", " ", "a hound"], "prediction": "dog", "image_name": "a.jpg", "split": "test"},
+            {"captions": ["two cats"], "prediction": "", "domain": "example.org"},
+            {"captions": ["a man"], "prediction": "man", "image_name": "b.jpg", "domain": "near-domain"},
+        ],
+    )
+    assert read_predictions(path) == [
+        Prediction(key="a.jpg", prediction="dog", captions=("a dog", "a hound"), picture="a.jpg"),
+        Prediction(key="df8d6d3a5c8bf987", prediction="", captions=("two cats",)),
+        Prediction(key="b.jpg", prediction="man", captions=("a man",), picture="b.jpg", domain="near"),
     ]
 
 
-@pytest.mark.parametrize("option", ["--predictions", "--json"])
-def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_read(
-    tmp_path: Path, capsys, option: str
-) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    for place, reason in (
-        ("folder", "Is a directory"),
-        ("file/x.json", "File exists"),
-        ("file/a/x.json", "Not a directory"),
-    ):
-        task = ["--task", "captioning", "--data", "data", option, str(tmp_path / place)]
-        assert main(["evaluate", "none.safetensors", *task]) == 1
-        err = capsys.readouterr().err
-        assert err.startswith(f"contracap: error: {option} {tmp_path / place} cannot be written: {reason}: ")
-        assert err.count("\n") == 1
+def test_results_of_coco_find_their_references_by_id(tmp_path: Path) -> None:
+    results = write(tmp_path, "results.json", [{"image_id": 1, "caption": "cats"}, {"image_id": "0", "caption": "dog"}])
+    assert read_predictions(results, read_references(write(tmp_path, "nocaps.json", NOCAPS))) == [
+        Prediction(key="1", prediction="cats", captions=("two cats", "cats"), picture="b.jpg", domain="out"),
+        Prediction(key="0", prediction="dog", captions=("a dog",), picture="a.jpg", domain="in"),
+    ]
 
 
-@pytest.mark.parametrize("other", [["--json"], ["--answers"]])
-def test_no_other_file_is_overwritten(tmp_path: Path, capsys, other: list[str]) -> None:
-    task = ["--task", "vqa", "--data", str(tmp_path), *other, str(tmp_path / "x.json")]
-    assert main(["evaluate", "none.safetensors", *task, "--predictions", str(tmp_path / "x.json")]) == 1
-    assert "x.json would take the place of another file" in capsys.readouterr().err
+def test_references_need_no_list_of_pictures(tmp_path: Path, data_folder: Path) -> None:
+    references = data_folder / "caption_metrics" / "coco_karpathy_val_gt.json"
+    first = json.loads(references.read_text())["annotations"][0]["image_id"]
+    results = write(tmp_path, "results.json", [{"image_id": first, "caption": "a child"}])
+    (entry,) = read_predictions(results, read_references(references))
+    assert len(entry.captions) >= 5
+    assert entry.picture is None
+
+
+GOOD = {"captions": ["a dog"], "prediction": "dog"}
 
 
 @pytest.mark.parametrize(
-    ("task", "options"),
+    ("content", "message"),
     [
-        (["own", "--task", "captioning", "--data", "data"], ["--predictions", "--json"]),
-        (["weights", "--task", "captioning", "--data", "data", "--clipscore", "own"], ["--predictions", "--json"]),
-        (["weights", "--task", "captioning", "--data", "data", "own"], ["--predictions", "--json"]),
-        (["weights", "--task", "vqa", "--data", "data", "--answers", "own"], ["--predictions", "--json"]),
-        (["weights", "--tasks", "own"], ["--json"]),
-        (["weights", "--tasks", "tasks.toml"], ["--json"]),
+        ("{", r"own\.json is not JSON"),
+        ('{"path": "a.jpg"}\n{"path": "b.jpg"}\n', r"own\.json is JSON lines; wanted is one JSON list"),
+        ({}, r"own\.json must be a JSON list of at least one entry"),
+        ([], r"own\.json must be a JSON list of at least one entry"),
+        ([GOOD, "dog"], r"own\.json, entry 1 \(counted from 0\): must be an object, not str"),
+        ([GOOD, {"captions": ["a dog"]}], r"entry 1 .*: needs a text under `prediction`"),
+        ([GOOD, GOOD | {"prediction": ["dog"]}], r"entry 1 .*: needs a text under `prediction`"),
+        ([GOOD | {"captions": "a dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
+        ([GOOD | {"captions": ["a dog", 3]}], r"entry 0 .*: needs a list of texts under `captions`"),
+        ([{"prediction": "dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
+        ([GOOD | {"captions": [" "]}], r"entry 0 .*: has no reference in `captions`"),
+        ([GOOD, GOOD | {"captions": ["...", "!"]}], r"entry 1 .*: has no reference in `captions` with a word"),
+        ([GOOD | {"image_name": "a.jpg"}] * 2, r"entry 1 .*: is the second one of picture a\.jpg"),
+        ([{"image_id": 3, "caption": "dog"}], r"entry 0 .*: has no `captions`, but an `image_id`.*--references FILE"),
     ],
 )
-def test_no_file_that_is_read_is_overwritten(
-    tmp_path: Path, monkeypatch, capsys, task: list[str], options: list[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = '[tasks.a]\ntask = "zeroshot"\ndata = "data"\nclasses = "own"\n'
-    for name in ("own", "tasks.toml"):
-        Path(name).write_text(text)
-    Path("link").symlink_to("own")
-    for option in options:
-        assert main(["evaluate", *task, option, "link"]) == 1
-        expected = f"contracap: error: {option} link would take the place of another file: name one of its own\n"
-        assert capsys.readouterr().err == expected
-        assert Path("own").read_text() == text
+def test_a_malformed_list_is_refused_with_the_entry(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_predictions(write(tmp_path, "own.json", content))
 
 
-def test_a_name_of_weights_takes_no_place(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    check_outputs(["coca_ViT-B-32", "hf-hub:laion/CoCa-ViT-B-32", None], json=Path("out.json"), predictions=None)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        (
+            [{"image_id": 0, "caption": "dog"}, {"image_id": 7, "caption": "dog"}],
+            "entry 1 .*: the image_id 7 is not among the references",
+        ),
+        ([{"image_id": 2, "caption": "dog"}], "entry 0 .*: the image_id 2 is not .* one of theirs is"),
+        ([{"image_id": 0, "caption": "dog"}] * 2, "entry 1 .*: is the second one of picture 0"),
+        ([{"image_id": 0}], "entry 0 .*: needs a text under `caption`"),
+        ([GOOD], "entry 0 .*: needs an `image_id`"),
+    ],
+)
+def test_malformed_results_are_refused_with_the_entry(tmp_path: Path, results: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_predictions(
+            write(tmp_path, "results.json", results), read_references(write(tmp_path, "nocaps.json", NOCAPS))
+        )
+
+
+@pytest.mark.parametrize("content", [[], {"images": []}, {"annotations": [{"image_id": 1}]}, {"annotations": 3}])
+def test_references_of_another_layout_are_refused(tmp_path: Path, content: object) -> None:
+    with pytest.raises(ValueError, match=r"refs\.json does not have the layout of COCO's annotations"):
+        read_references(write(tmp_path, "refs.json", content))
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        read_predictions(tmp_path / "none.json")
 
 
 def test_pictures_with_one_key_have_no_name_to_be_told_apart_by(tmp_path: Path) -> None:
     predictions = [Prediction(key=key, prediction="red", captions=("red",)) for key in ("a", "b", "a")]
     write_predictions(tmp_path / "kept.json", predictions)
     assert [entry.get("image_name") for entry in json.loads((tmp_path / "kept.json").read_text())] == [None, "b", None]
-    assert len(read_entries(tmp_path / "kept.json", None)) == 3
-
-
-@pytest.mark.parametrize("what", [["--task", "retrieval"], ["--task", "zeroshot"], ["--tasks", "tasks.toml"], []])
-def test_what_writes_nothing_or_is_several_is_refused_before_the_weights_are_read(capsys, what: list[str]) -> None:
-    assert main(["evaluate", "none.safetensors", *what, "--predictions", "kept.json"]) == 1
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(
-        "contracap: error: --predictions keeps what a model writes for --task captioning or --task vqa"
-    )
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"),
-    [
-        (
-            (7, "x", 0),
-            [
-                {"question_id": 7, "answer": "one"},
-                {"question_id": "x", "answer": "two"},
-                {"question_id": 0, "answer": "3"},
-            ],
-        ),
-        (
-            (7, None, 0),
-            [
-                {"key": "a", "number": 0, "answer": "one"},
-                {"key": "a", "number": 1, "answer": "two"},
-                {"key": "b", "number": 0, "answer": "3"},
-            ],
-        ),
-    ],
-)
-def test_answers_are_kept_by_the_ids_of_their_questions_or_by_their_places(tmp_path: Path, ids, expected) -> None:
-    first, second, third = ({"question": "so?", "answer": "yes", "question_id": identity} for identity in ids)
-    samples = [sample("a", "red", qa=[first, second]), sample("b", "blue", qa=[third])]
-    model = random_model(SIZES["tiny"], seed=0)[0]
-    result = evaluate_vqa(model, processor(), samples, answer=Told("one", "two", "3"))
-    write_predictions(tmp_path / "kept.json", result.predictions)
-    assert json.loads((tmp_path / "kept.json").read_text()) == expected
+    assert len(read_predictions(tmp_path / "kept.json", None)) == 3

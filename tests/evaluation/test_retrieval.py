@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contracap.data.shards import write_shard
-from contracap.evaluation import ranking, retrieval
-from contracap.evaluation.ranking import places, ranks
+from contracap.evaluation import retrieval
+from contracap.evaluation.metrics import ranking
+from contracap.evaluation.metrics.ranking import places, ranks
 from contracap.evaluation.retrieval import Features, evaluate_retrieval, recall
 
 from .oracles import reference

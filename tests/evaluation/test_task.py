@@ -5,9 +5,10 @@ import pytest
 import contracap
 from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
-from contracap.evaluation.spice import CORENLP_JARS
+from contracap.evaluation.metrics.spice import CORENLP_JARS
 from contracap.evaluation.suite import measure_tasks
-from contracap.evaluation.task import TaskConfig, asked, build_evaluator, seed_of
+from contracap.evaluation.task import asked, build_evaluator, seed_of
+from contracap.evaluation.task_config import TaskConfig
 from contracap.generation import BeamSearch, ContrastiveReranking, Sampling
 from contracap.pretrained import load
 

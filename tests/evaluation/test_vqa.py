@@ -9,9 +9,10 @@ from contracap.data.shards import Sample, write_shard
 from contracap.evaluation import answering
 from contracap.evaluation.answering import Asked, Chosen, Written
 from contracap.evaluation.result import digest
-from contracap.evaluation.task import TaskConfig, build_evaluator
+from contracap.evaluation.task import build_evaluator
+from contracap.evaluation.task_config import TaskConfig
 from contracap.evaluation.vqa import answering as answerer
-from contracap.evaluation.vqa import evaluate_vqa, load_answers
+from contracap.evaluation.vqa import evaluate_vqa, load_answers, write_answers
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, Sampling
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
@@ -19,7 +20,7 @@ from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 from contracap.processor import Processor
 
-from .worlds import COLOURS, record, sample
+from .worlds import COLOURS, processor, record, sample
 
 ANSWERS = ["red", "a red wall", "no", "the", "of", "in", "and", "to", "on", "is", "for", "at", "it", "green"]
 QUESTIONS = ["is it red?", "what colour is the wall?", "is it?", "how many walls are there in the picture?"]
@@ -299,3 +300,33 @@ def test_answers_are_read_from_a_list_or_a_manifest(tmp_path: Path, content) -> 
         (tmp_path / "wrong.json").write_text(wrong)
         with pytest.raises(ValueError, match=r"wrong\.json holds no answers; give a JSON list"):
             load_answers(tmp_path / "wrong.json")
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (
+            (7, "x", 0),
+            [
+                {"question_id": 7, "answer": "one"},
+                {"question_id": "x", "answer": "two"},
+                {"question_id": 0, "answer": "3"},
+            ],
+        ),
+        (
+            (7, None, 0),
+            [
+                {"key": "a", "number": 0, "answer": "one"},
+                {"key": "a", "number": 1, "answer": "two"},
+                {"key": "b", "number": 0, "answer": "3"},
+            ],
+        ),
+    ],
+)
+def test_answers_are_kept_by_the_ids_of_their_questions_or_by_their_places(tmp_path: Path, ids, expected) -> None:
+    first, second, third = ({"question": "so?", "answer": "yes", "question_id": identity} for identity in ids)
+    samples = [sample("a", "red", qa=[first, second]), sample("b", "blue", qa=[third])]
+    model = random_model(SIZES["tiny"], seed=0)[0]
+    result = evaluate_vqa(model, processor(), samples, answer=Told("one", "two", "3"))
+    write_answers(tmp_path / "kept.json", result.predictions)
+    assert json.loads((tmp_path / "kept.json").read_text()) == expected

@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import write_shard
-from contracap.evaluation import classification
-from contracap.evaluation.classification import accuracy_parts, mean_average_precision
+from contracap.evaluation.metrics import classification
+from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.published import published
 from contracap.evaluation.result import digest
 from contracap.evaluation.zeroshot import (

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from contracap.cli import main
-from contracap.evaluation.tokens import tokenize
+from contracap.evaluation.metrics.tokens import tokenize
 
 
 def score(capsys, *words: object) -> tuple[int, str]:

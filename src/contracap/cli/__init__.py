@@ -75,9 +75,11 @@ VERBS: Verbs = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 for wrong input, or 75 where the same call can go on. A call that
-    cannot be parsed exits with 2, one that Ctrl-C or SIGTERM ended with 130 or 143, one whose reader has gone, as with
-    `| head`, with 141."""
+    """Run one verb and return the exit status: 0, 1 for wrong input, or 75 where the same command can continue.
+
+    A call that cannot be parsed exits with 2, one that Ctrl-C or SIGTERM ended with 130 or 143, one whose reader has
+    gone, as with `| head`, with 141.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # here, because `catch_warnings` does not work in threads
     for stream in (sys.stdout, sys.stderr):  # the name of a file may hold bytes that are no text
         if isinstance(stream, TextIOWrapper):
@@ -87,9 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with sigterm_interrupts() as interrupted:
                 try:
                     return _run(arguments)
-                except (
-                    KeyboardInterrupt
-                ) as interrupt:  # a verb may say what is done, and whether the same command goes on
+                except KeyboardInterrupt as interrupt:  # a verb may say what is done, and what the same command does
                     return fail(str(interrupt) or "interrupted", status=interrupted())
         finally:
             verbosity.take([])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff
-from tyro.conf import arg as tyro_arg
 
 if TYPE_CHECKING:
     from contracap.apps.bulk.outputs import Existing, Output
@@ -25,10 +24,10 @@ class CaptionOutput:
     """`sidecar`: a text file next to each image. `jsonl`, `csv` and `parquet`: all captions in the file --out.
     `metadata`: the metadata.jsonl of Hugging Face's image folders. The default is the ending of --out; without --out,
     lines on stdout: path, tab, text."""
-    out: Annotated[Path | None, tyro_arg(metavar="FILE|DIR")] = None
-    """One file for all captions, or the folder of the side-cars."""
+    out: Annotated[Path | None, "FILE|DIR"] = None
+    """One file for all captions, or the folder for side-cars."""
     ext: Literal[".txt", ".caption"] | None = None
-    """Ending of the side-cars; .txt by default."""
+    """Ending of side-cars, .txt by default."""
     skip_existing: FlagCreatePairsOff[bool] = False
     """Skip images that have a caption in the output; this is the default."""
     overwrite: FlagCreatePairsOff[bool] = False

@@ -6,7 +6,7 @@ from typing import Annotated
 from contracap.cli.errors import say
 from contracap.cli.options import arg, command_line
 
-Results = Annotated[Path, arg(metavar="RESULTS.json", help="what contracap evaluate or score wrote with --json")]
+Results = Annotated[Path, arg(metavar="RESULTS.json", help="Written by contracap evaluate or score, with --json.")]
 
 
 def compare(
@@ -16,10 +16,10 @@ def compare(
     *,
     names: Annotated[
         tuple[str, str] | None,
-        arg(metavar="A B", help="of the two systems; by default those of their files or folders"),
+        arg(metavar="A B", help="Names of the two systems; the default is those of their files or folders."),
     ] = None,
     out: Annotated[
-        Path, arg(metavar="DIR", help="folder for compare.svg, .png, .html, .md, .csv, .tex and results.json")
+        Path, arg(metavar="DIR", help="Folder for compare.svg, .png, .html, .md, .csv, .tex and results.json.")
     ] = Path("comparison"),
 ) -> None:
     """Draw two results side by side: scores, gaps with intervals, and tables."""
@@ -38,8 +38,8 @@ def compare(
     say(f"the page: {out / 'compare.html'}")
 
 
-def report(run: Annotated[Path, arg(metavar="RUN", help="a run folder, the `out` of contracap train")], /) -> None:
-    """Show a run on one page, RUN/report.html: curves, figures, captions, retrieval, confusions."""
+def report(run: Annotated[Path, arg(metavar="RUN", help="A run folder: the `out` of contracap train.")], /) -> None:
+    """Write a page about a run, RUN/report.html: curves, figures, captions, retrieval, confusions."""
     import logging
 
     from contracap.apps.report.run import write_report

@@ -11,11 +11,11 @@ def demo(
     /,
     *,
     host: Annotated[
-        str, arg(help="address to serve at; 0.0.0.0 is all of this machine's, open to others")
+        str, arg(help="Address to listen at; 0.0.0.0 is all of them, open to other machines.")
     ] = "127.0.0.1",
-    port: int = 7860,
+    port: Annotated[int, arg(help="Port; 0 takes any that is free.")] = 7860,
     pictures: Annotated[
-        Path | None, arg(metavar="FOLDER", help="pictures that visitors can search, in folders of it, too")
+        Path | None, arg(metavar="FOLDER", help="Folder of images that visitors can search, with its subfolders.")
     ] = None,
     size: Size = None,
 ) -> None:

@@ -30,10 +30,10 @@ Images = Annotated[
     tuple[PathText, ...],
     arg(
         metavar="PATH [PATH ...]",
-        help="images and their URLs, folders with their subfolders, patterns, .txt lists, tar shards",
+        help="Images and their URLs, folders with their subfolders, patterns, .txt lists, tar shards.",
     ),
 ]
-BatchSize = Annotated[int, arg(metavar="N", help="images that go through the model together")]
+BatchSize = Annotated[int, arg(metavar="N", help="Images in a batch.")]
 
 
 @interruption("interrupted: the lines above are all; the same command begins anew")
@@ -42,17 +42,17 @@ def classify(
     paths: Images,
     /,
     *,
-    labels: Annotated[tuple[str, ...], arg(metavar="LABEL [LABEL ...]", help="the classes to choose from")],
+    labels: Annotated[tuple[str, ...], arg(metavar="LABEL [LABEL ...]", help="Labels to choose from.")],
     templates: Annotated[
         tuple[str, ...],
-        arg(metavar="TEXT", help="prompts with {} where the label goes; their embeddings are averaged"),
+        arg(metavar="TEXT", help="Prompts, with {} where the label goes; their embeddings are averaged."),
     ] = ("a photo of a {}.",),
     batch_size: BatchSize = 64,
     device: Device = None,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
-    """Choose among labels for each image, without training. Prints a line for each: path, best label, probability."""
+    """Choose a label for each image, without training, and print a line for each: path, label, probability."""
     from contracap.apps.bulk.outputs import path_in_one_line
     from contracap.evaluation.result import Result
     from contracap.evaluation.zeroshot import check_templates, classifier
@@ -94,14 +94,14 @@ def embed(
         Path,
         arg(
             metavar="FILE",
-            help=".npz: NumPy arrays `paths` and `embeddings`; .parquet: columns `path` and `embedding`",
+            help="An .npz file with arrays `paths` and `embeddings`, or .parquet with columns `path` and `embedding`.",
         ),
     ],
     batch_size: BatchSize = 64,
     device: Device = None,
     size: Size = None,
 ) -> int:
-    """Write the contrastive embedding of each image, a row of unit length, to one file."""
+    """Write the contrastive embedding of each image to one file. Embeddings have unit length."""
     from contracap.apps.bulk.embedding import write_embeddings
     from contracap.files import is_stream
 

@@ -4,10 +4,10 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import tyro.conf
 from tyro.conf import FlagCreatePairsOff
@@ -89,20 +89,60 @@ def _optional_choice_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec
 
 
 Flags = tyro.conf.arg(name="")
-"""Annotates a dataclass whose fields are flags of the verb."""
+"""Annotates a dataclass, or a `Given`, whose fields are flags of the verb."""
+
+FLAG_NAMES = {"settings": "set"}
+"""Flags that are not called as the field is."""
+
+
+class Given(dict[str, Any]):
+    """The fields of a dataclass that were given as flags, for a verb that builds it later, or without them does
+    something else. No flag is required."""
+
+    of: ClassVar[type]
+
+    def flags(self) -> list[str]:
+        """Return the flags as they are typed."""
+        words = {name: FLAG_NAMES.get(name, name).replace("_", "-") for name in self}
+        return [f"--no-{words[name]}" if value is False else f"--{words[name]}" for name, value in self.items()]
 
 
 @registry.struct_rule
 def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Make a flag of each field of a dataclass. The docstring under the field is the help."""
+    """Make a flag of each field of a dataclass."""
     if not dataclasses.is_dataclass(info.type) or not info.type.__module__.startswith("contracap."):
         return None
-    help = field_docstrings(info.type)
+    defaults = {field.name: getattr(info.default, field.name) for field in dataclasses.fields(info.type)}
+    return StructConstructorSpec(instantiate=info.type, fields=_flags(info.type, defaults))
+
+
+@registry.struct_rule
+def _given_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    if not isinstance(info.type, type) or not issubclass(info.type, Given):
+        return None
+    made, fields = info.type, dataclasses.fields(info.type.of)
+    defaults = {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields}
+
+    def instantiate(**values: Any) -> Given:
+        return made({name: value for name, value in values.items() if value != defaults[name]})
+
+    return StructConstructorSpec(instantiate=instantiate, fields=_flags(made.of, defaults))
+
+
+def _flags(cls: type, defaults: Mapping[str, Any]) -> tuple[StructFieldSpec, ...]:
+    """A flag for each field. Its help is the docstring under the field; a text in `Annotated` is its metavar."""
+    help = field_docstrings(cls)
     fields = list[StructFieldSpec]()
-    for name, hint in get_type_hints(info.type, include_extras=True).items():
-        flag: Any = Annotated[hint, arg(help=help[name])]
-        fields.append(StructFieldSpec(name=name, type=flag, default=getattr(info.default, name)))
-    return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        type_, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        several = [option for option in get_args(type_) if get_origin(option) is tuple]
+        type_ = several[0] if several else type_  # one value or several: here always a list
+        type_ = type_ | None if defaults[name] is None else type_
+        metavar = next((note for note in notes if isinstance(note, str)), None)
+        described = arg(help=help[name], name=FLAG_NAMES.get(name), metavar=metavar)
+        flag: Any = Annotated[type_, *(note for note in notes if note is not metavar), described]
+        fields.append(StructFieldSpec(name=name, type=flag, default=defaults[name]))
+    return tuple(fields)
 
 
 WeightsName = Annotated[

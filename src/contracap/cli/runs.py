@@ -11,10 +11,10 @@ from contracap.cli.options import AllowCommands, ResultFile, arg, command_line
 
 
 def quickstart(
-    *, out: Annotated[Path, arg(metavar="DIR", help="folder for results.json, report.html and the run")]
+    *, out: Annotated[Path, arg(metavar="DIR", help="Folder for results.json, report.html and the run.")]
 ) -> None:
-    """Train a small model on pictures it draws itself, then caption, classify and retrieve; no download. The same
-    command goes on where it was interrupted."""
+    """Train a small model on images that it draws itself, then caption, classify and retrieve. Downloads nothing. The
+    same command continues where it was interrupted."""
     from contracap.apps.quickstart import GO_ON
     from contracap.apps.quickstart import quickstart as run
     from contracap.training.health import exit_on_signal
@@ -25,23 +25,20 @@ def quickstart(
 
 
 def train(
-    recipe: Annotated[
-        Path | None, arg(metavar="RECIPE.toml", help="what to train, on what, how long, and where it goes")
-    ] = None,
+    recipe: Annotated[Path | None, arg(metavar="RECIPE.toml", help="Model, data, steps and run folder.")] = None,
     overrides: Annotated[
         tuple[str, ...],
         arg(
-            metavar="[KEY.PATH=VALUE ...]", help="changes to it, such as out=runs/first data.batch_size=64 resume=true"
+            metavar="[KEY.PATH=VALUE ...]",
+            help="Changes to the recipe, such as out=runs/first data.batch_size=64 resume=true.",
         ),
     ] = (),
     /,
     *,
     allow_commands: AllowCommands = False,
-    keys: Annotated[
-        FlagCreatePairsOff[bool], arg(help="list every key that a recipe may have, and train nothing")
-    ] = False,
+    keys: Annotated[FlagCreatePairsOff[bool], arg(help="List all keys of recipes, and train nothing.")] = False,
 ) -> None:
-    """Train as a recipe says; its key `out` is the run folder."""
+    """Train a model by a recipe. Its key `out` is the run folder."""
     from contracap.config import keys_text
     from contracap.training.recipe import Recipe, load_recipe
 
@@ -61,14 +58,14 @@ def train(
 
 
 def study(
-    study: Annotated[Path, arg(metavar="STUDY.toml", help="what is trained in which arms, and what is measured")],
-    overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),
+    study: Annotated[Path, arg(metavar="STUDY.toml", help="The recipe, the arms, the seeds and what to measure.")],
+    overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="Changes to the study.")] = (),
     /,
     *,
     allow_commands: AllowCommands = False,
 ) -> None:
-    """Train one recipe in several arms with several seeds, measure and compare them; the same call goes on with what
-    is not done."""
+    """Train one recipe in several arms with several seeds, then measure and compare them. The same command continues
+    where it was interrupted."""
     from contracap.apps.compare.tables import markdown
     from contracap.apps.study import StudyConfig
     from contracap.apps.study import study as run
@@ -83,22 +80,27 @@ def study(
 
 
 def plan(
-    recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="the run")],
-    overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="changes to it")] = (),
+    recipe: Annotated[Path, arg(metavar="RECIPE.toml", help="The run to plan.")],
+    overrides: Annotated[tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="Changes to the recipe.")] = (),
     /,
     *,
-    gpus: Annotated[int, arg(metavar="N", help="how many share each batch")],
-    gpu: Annotated[str, arg(metavar="NAME", help="a100-40g, a100-80g, h100-80g, h200-141g, l40s or rtx-4090")],
-    gpus_per_machine: Annotated[int, arg(help="they reach each other faster; under hsdp they share a model")] = 8,
-    efficiency: Annotated[float, arg(help="share of the GPU's dense peak that forward and backward pass reach")] = 0.5,
+    gpus: Annotated[int, arg(metavar="N", help="GPUs that share each batch.")],
+    gpu: Annotated[str, arg(metavar="NAME", help="One of a100-40g, a100-80g, h100-80g, h200-141g, l40s and rtx-4090.")],
+    gpus_per_machine: Annotated[
+        int, arg(help="GPUs of a machine, whose links are faster; with hsdp they share a model.")
+    ] = 8,
+    efficiency: Annotated[
+        float, arg(help="Share of the GPU's dense peak that the forward and backward passes reach.")
+    ] = 0.5,
     text_tokens: Annotated[
-        float | None, arg(help="mean length of the captions; by default that of index.json, else the whole context")
+        float | None,
+        arg(help="Mean length of the captions; the default is that of index.json, or else the whole context."),
     ] = None,
-    hours_between_failures: Annotated[float, arg(help="of one GPU")] = 50_000.0,
+    hours_between_failures: Annotated[float, arg(help="Mean hours until one GPU fails.")] = 50_000.0,
     allow_commands: AllowCommands = False,
     json: ResultFile = None,
 ) -> None:
-    """Say what a run costs before it is paid for: memory, time and traffic, on paper."""
+    """Estimate the memory, time and traffic of a run, without running it."""
     from contracap.apps.plan.run import plan_run
     from contracap.training.recipe import load_recipe
 

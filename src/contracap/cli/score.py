@@ -7,52 +7,68 @@ from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.errors import say, written
 from contracap.cli.options import PathText, ResultFile, Size, arg, check_outputs, command_line, load_model
-from contracap.evaluation.scores import METRICS, ONE_IMAGE, metric_names
-from contracap.evaluation.spice import MEMORY
-from contracap.evaluation.tokens import TokenizerName
+from contracap.evaluation.metrics.scores import METRICS, ONE_IMAGE, metric_names
+from contracap.evaluation.metrics.spice import MEMORY
+from contracap.evaluation.metrics.tokens import TokenizerName
 
 if TYPE_CHECKING:
-    from contracap.evaluation.entries import Entry
+    from contracap.evaluation.predictions import Prediction
 
 
 def score(
     file: Annotated[
-        Path, arg(metavar="FILE.json", help='a list of {"captions": [...], "prediction": "..."}, or results as of COCO')
+        Path,
+        arg(
+            metavar="FILE.json",
+            help='A list of {"captions": [...], "prediction": "..."}, or results in the format of COCO.',
+        ),
     ],
     /,
     *,
     references: Annotated[
         Path | None,
-        arg(metavar="FILE", help='annotations as of COCO, for results as of COCO: a list of {"image_id", "caption"}'),
+        arg(
+            metavar="FILE",
+            help="For results in the format of COCO: the annotations with the captions that people wrote.",
+        ),
     ] = None,
     metrics: Annotated[
         tuple[str, ...],
-        arg(metavar="NAME", help=f"some of {', '.join(METRICS)}; by default all but the last that can run"),
+        arg(
+            metavar="NAME", help=f"Some of {', '.join(METRICS)}. The default is all that can run, except {METRICS[-1]}."
+        ),
     ] = (),
     tokenizer: Annotated[
-        TokenizerName | None, arg(help="java is the one of the published figures, and taken where it can run")
+        TokenizerName | None,
+        arg(help="`java` is the tokenizer behind published figures, and the default where it can run."),
     ] = None,
     corenlp_dir: Annotated[
         Path | None,
-        arg(metavar="DIR", help="for spice: the jars of CoreNLP 3.6.0; by default CONTRACAP_CORENLP_DIR"),
+        arg(
+            metavar="DIR",
+            help="For SPICE: folder with the jars of CoreNLP 3.6.0. The default is $CONTRACAP_CORENLP_DIR.",
+        ),
     ] = None,
     spice_memory: Annotated[
-        str, arg(metavar="SIZE", help="for spice: the most that Java may use, such as 4g")
+        str, arg(metavar="SIZE", help="For SPICE: the most memory that Java may use, such as 4g.")
     ] = MEMORY,
     clipscore: Annotated[
-        PathText | None, arg(metavar="WEIGHTS", help="adds CLIPScore and RefCLIPScore by this model")
+        PathText | None, arg(metavar="WEIGHTS", help="Weights that compute CLIPScore and RefCLIPScore.")
     ] = None,
     images: Annotated[
         Path | None,
-        arg(metavar="DIR", help="for clipscore: where the pictures are (`image_name`, or `file_name` of COCO)"),
+        arg(
+            metavar="DIR",
+            help="For --clipscore: folder of the images, whose names are under `image_name`, or COCO's `file_name`.",
+        ),
     ] = None,
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
-    """Score captions against those people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
-    from contracap.evaluation.entries import read_entries, read_references
+    """Score captions against those that people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
+    from contracap.evaluation.metrics.scores import CaptionScorer
+    from contracap.evaluation.predictions import read_predictions, read_references
     from contracap.evaluation.result import Result
-    from contracap.evaluation.scores import CaptionScorer
 
     if clipscore is None and (images is not None or size is not None):
         raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
@@ -61,7 +77,7 @@ def score(
         metrics=metric_names(metrics), tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory
     )
     known = None if references is None else read_references(references)
-    entries = read_entries(file, known)
+    entries = read_predictions(file, known)
     if known is not None and len(entries) < len(known):
         say(
             f"contracap: {len(known) - len(entries):,} of {len(known):,} images of {references} are not in {file}: "
@@ -70,7 +86,7 @@ def score(
         )
     judge, pictures = None, list[Path]()
     if clipscore is not None:
-        from contracap.evaluation.clipscore import ClipScorer
+        from contracap.evaluation.metrics.clipscore import ClipScorer
 
         pictures = _pictures(entries, images)
         judge = ClipScorer(*load_model(clipscore, size), name=clipscore)
@@ -97,7 +113,7 @@ def score(
     return 1 if not kept or (metrics and set(scores.reasons.values()) - {ONE_IMAGE}) else 0
 
 
-def _pictures(entries: "list[Entry]", folder: Path | None) -> list[Path]:
+def _pictures(entries: "list[Prediction]", folder: Path | None) -> list[Path]:
     """The picture of each entry.
 
     Raises: ValueError, FileNotFoundError: naming the first that has none.

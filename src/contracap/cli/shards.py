@@ -9,33 +9,43 @@ from contracap.wording import counted
 
 
 def make(
-    source: Annotated[Path, arg(metavar="SOURCE", help="a folder, a table, JSON or a token file: docs/data.md")],
+    source: Annotated[Path, arg(metavar="SOURCE", help="A folder, a table, JSON or a token file: docs/data.md.")],
     /,
     *,
-    out: Annotated[Path, arg(metavar="DIR", help="folder for the shards, index.json and skipped.jsonl")],
+    out: Annotated[Path, arg(metavar="DIR", help="Folder for the shards, index.json and skipped.jsonl.")],
     kind: Annotated[
         Literal["auto", "folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder", "bulk"],
-        arg(help="what the source is; auto finds out"),
+        arg(help="Kind of the source; auto finds out."),
     ] = "auto",
     pictures: Annotated[
-        Path | None, arg(metavar="DIR", help="where the names of pictures start, if not beside the source")
+        Path | None, arg(metavar="DIR", help="Folder of the images, if it is not that of the source.")
     ] = None,
     split: Annotated[
         tuple[str, ...],
-        arg(help="of Karpathy's JSON, a table with such a column, or a folder of Parquet files; by default all"),
+        arg(
+            help="Splits of Karpathy's JSON, a table with such a column, or a folder of Parquet files; all by default."
+        ),
     ] = (),
-    image_column: Annotated[str | None, arg(metavar="NAME", help="of a table, if it is not called as usual")] = None,
-    caption_column: Annotated[
-        tuple[str, ...], arg(metavar="NAME [NAME ...]", help="likewise; the captions of several columns are all taken")
-    ] = (),
-    caption_lines: Annotated[bool, arg(help="each line of a .txt is a caption; else the whole text is one")] = True,
-    shorter_side: Annotated[
-        int | None, arg(metavar="PIXELS", help="make larger pictures smaller, as JPEG; by default all stay as they are")
+    image_column: Annotated[
+        str | None, arg(metavar="NAME", help="Column of images in a table, if it does not have a usual name.")
     ] = None,
-    samples_per_shard: Annotated[int, arg(help="pictures for each shard")] = 1000,
+    caption_column: Annotated[
+        tuple[str, ...],
+        arg(metavar="NAME [NAME ...]", help="Columns of captions in a table, if they do not have a usual name."),
+    ] = (),
+    caption_lines: Annotated[
+        bool, arg(help="Whether each line of a .txt is a caption; otherwise the whole file is one.")
+    ] = True,
+    shorter_side: Annotated[
+        int | None,
+        arg(
+            metavar="PIXELS", help="Scale larger images down to this, as JPEG; by default all images stay as they are."
+        ),
+    ] = None,
+    samples_per_shard: Annotated[int, arg(help="Samples in a shard.")] = 1000,
     workers: Workers = None,
 ) -> None:
-    """Make tar shards of a source. The same command goes on where it was interrupted."""
+    """Make tar shards of a source. The same command continues where it was interrupted."""
     from contracap.data.making import SKIPPED_FILE, make_shards
 
     made = make_shards(
@@ -62,13 +72,15 @@ def make(
 
 
 def index(
-    folder: Annotated[PathText, arg(metavar="DIR", help="a folder of tar shards, or its URL")],
+    folder: Annotated[PathText, arg(metavar="DIR", help="A folder of tar shards, or its URL.")],
     /,
     *,
-    out: Annotated[Path | None, arg(metavar="DIR", help="another folder for index.json, as a remote DIR needs")] = None,
+    out: Annotated[
+        Path | None, arg(metavar="DIR", help="Another folder for index.json; needed if DIR is a URL.")
+    ] = None,
     workers: Workers = None,
 ) -> None:
-    """Write index.json beside shards: what each holds. Training then need not count their samples."""
+    """Write the numbers of samples and captions of shards to index.json, so that training need not count them."""
     from contracap.data.index import INDEX_FILE, index_folder
 
     entries = index_folder(folder, workers=worker_count(workers), out=out)
@@ -79,18 +91,18 @@ def index(
 
 @interruption()
 def show(
-    paths: Annotated[tuple[PathText, ...], arg(metavar="PATH [PATH ...]", help="a folder of tar shards, or shards")],
+    paths: Annotated[tuple[PathText, ...], arg(metavar="PATH [PATH ...]", help="Folders of tar shards, or shards.")],
     /,
     *,
-    out: Annotated[Path, arg(metavar="FILE.html", help="the page")] = Path("shards.html"),
+    out: Annotated[Path, arg(metavar="FILE.html", help="File for the page.")] = Path("shards.html"),
     recipe: Annotated[
-        Path | None, arg(metavar="RECIPE.toml", help="read and crop the samples as this run would")
+        Path | None, arg(metavar="RECIPE.toml", help="Read and crop the samples as this run would.")
     ] = None,
-    limit: Annotated[int | None, arg(help="samples to read, the first ones; by default all")] = None,
-    samples: Annotated[int, arg(help="samples on the page")] = 48,
-    seed: Annotated[int, arg(help="of the samples and their crops")] = 0,
+    limit: Annotated[int | None, arg(metavar="N", help="Read only the first N samples.")] = None,
+    samples: Annotated[int, arg(help="Samples on the page.")] = 48,
+    seed: Annotated[int, arg(help="Seed of the samples that are shown, and of their crops.")] = 0,
 ) -> None:
-    """Count what is in shards, and show some of their samples on a page as the trainer will see them."""
+    """Count what is in shards, and show some samples on a page as the trainer will see them."""
     from contracap.apps.show import survey_lines, write_page
     from contracap.data.shards import ShardError
     from contracap.data.survey import survey

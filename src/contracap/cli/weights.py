@@ -9,7 +9,7 @@ from contracap.cli.options import Size, WeightsName, arg
 
 
 def inspect(
-    file: WeightsName, /, *, size: Annotated[str | None, arg(metavar="NAME", help="a size to compare with")] = None
+    file: WeightsName, /, *, size: Annotated[str | None, arg(metavar="NAME", help="Size to compare with.")] = None
 ) -> None:
     """Print what a weights file holds, and how it differs from a size."""
     from contracap.model.sizes import SIZES, find_size
@@ -43,20 +43,20 @@ def inspect(
 
 def convert(
     file: WeightsName,
-    out: Annotated[Path, arg(metavar="OUT", help="a folder for open_clip, a .safetensors file for contracap")],
+    out: Annotated[Path, arg(metavar="OUT", help="A folder for open_clip, a .safetensors file for contracap.")],
     /,
     *,
     to: Annotated[
         Literal["open_clip", "contracap"] | None,
-        arg(help="the layout to write; by default the one the file does not have"),
+        arg(help="Layout to write; the default is the one that the file does not have."),
     ] = None,
     size: Size = None,
 ) -> None:
     """Write weights in the other layout, bit-equal.
 
     open_clip 3.3.0 computes the same as contracap with models that were trained with text.cls_mask = "legacy", the
-    full vocabulary of 49,408 tokens, and a shared pooler without positions, as the sizes coca_ViT-B-32 and
-    coca_ViT-L-14 are. Of other models the weights are written too, and what open_clip makes of them is printed.
+    full vocabulary of 49,408 tokens, and a shared pooler without positions, such as coca_ViT-B-32 and coca_ViT-L-14.
+    The weights of other models are written too, and how far open_clip's results differ is printed.
     """
     from contracap.pretrained import read_weights, save_open_clip, write_weights
     from contracap.pretrained.fidelity import changes_in_open_clip

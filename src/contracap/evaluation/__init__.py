@@ -1,1 +1,1 @@
-"""Evaluators: objects with one shape, whose `run(model)` yields the name and the value of each figure."""
+"""Evaluators: functions of a model that return a `Result`."""

@@ -1,7 +1,7 @@
 """Captioning: captions a model writes, scored against those people wrote."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -10,35 +10,19 @@ from torch import Tensor
 
 from contracap.data.shards import Sample
 from contracap.data.workers import prepared
-from contracap.evaluation.clipscore import ClipScorer
 from contracap.evaluation.distributed import run_on_every_rank, run_on_rank_0
 from contracap.evaluation.features import Source, picture_pixels, sample_batches, with_progress
+from contracap.evaluation.metrics.clipscore import ClipScorer
+from contracap.evaluation.metrics.scores import CaptionScorer, Scores, domain_name
+from contracap.evaluation.metrics.tokens import has_word
+from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Result
-from contracap.evaluation.scores import CaptionScorer, Scores, domain_name
-from contracap.evaluation.tokens import has_word
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What a model wrote for one picture.
-
-    Attributes:
-        captions: what people wrote.
-        cider: of this picture within the set, from 0 to 10; None if CIDEr is not among the metrics, or not yet known.
-        domain: part of NoCaps that the picture belongs to, such as `near`.
-    """
-
-    key: str
-    prediction: str
-    captions: tuple[str, ...]
-    cider: float | None = None
-    domain: str | None = None
 
 
 def evaluate_captioning(

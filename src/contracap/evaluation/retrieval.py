@@ -15,7 +15,7 @@ from contracap.data.captions import require_captions
 from contracap.data.shards import Sample
 from contracap.evaluation.distributed import encode_in_shares, run_on_every_rank
 from contracap.evaluation.features import Source, finite, picture_pixels, progress, sample_batches
-from contracap.evaluation.ranking import ranks, share
+from contracap.evaluation.metrics.ranking import ranks, share
 from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
 from contracap.parallel.process_group import ProcessGroup

@@ -12,7 +12,8 @@ from contracap.data.shards import list_shards
 from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.features import picture_pixels, sample_batches
 from contracap.evaluation.result import Evaluator, PerSample, Result, unexpected
-from contracap.evaluation.task import Shards, TaskConfig, build_evaluator, seed_of
+from contracap.evaluation.task import build_evaluator, seed_of
+from contracap.evaluation.task_config import Shards, TaskConfig
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup

@@ -1,27 +1,25 @@
 """One thing that can be measured of a model, and the evaluator that measures it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator
-
-from contracap.config import SettingsHelp, assign, build, keys_text, require_paths, to_dict
+from contracap.config import build, to_dict
 from contracap.data.captions import require_captions
 from contracap.data.questions import questions
 from contracap.data.shards import SampleError, layout_fault
-from contracap.evaluation.captioning import Prediction, evaluate_captioning
-from contracap.evaluation.clipscore import ClipScorer
+from contracap.evaluation.captioning import evaluate_captioning
 from contracap.evaluation.features import opened, sample_batches
+from contracap.evaluation.metrics.clipscore import ClipScorer
+from contracap.evaluation.metrics.scores import CaptionScorer
+from contracap.evaluation.metrics.spice import MEMORY
+from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Evaluator, Result
 from contracap.evaluation.retrieval import evaluate_retrieval
-from contracap.evaluation.scores import CaptionScorer, MetricName, metric_names
-from contracap.evaluation.spice import MEMORY
-from contracap.evaluation.tokens import TokenizerName
+from contracap.evaluation.task_config import Task, TaskConfig
 from contracap.evaluation.vqa import PROMPT, Answered, answering, check_prompt, evaluate_vqa, load_answers
-from contracap.evaluation.vqa import STRATEGY as ANSWERING
 from contracap.evaluation.zeroshot import (
     check_templates,
     evaluate_zeroshot,
@@ -31,131 +29,12 @@ from contracap.evaluation.zeroshot import (
     named_classes,
     templates_of,
 )
-from contracap.generation.beam import BeamSearch
-from contracap.generation.choice import build_strategy
 from contracap.generation.reranking import split
 from contracap.generation.sampling import Sampling
-from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
 from contracap.pretrained import load_on_device
 from contracap.processor import Processor
-
-Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
-Shards = str | tuple[str, ...]
-
-COMMON = ("task", "data")
-TAKES: dict[Task, tuple[str, ...]] = {
-    "retrieval": ("caption_lines",),
-    "captioning": (
-        "caption_lines",
-        "metrics",
-        "tokenizer",
-        "corenlp_dir",
-        "spice_memory",
-        "clipscore",
-        "strategy",
-        "settings",
-    ),
-    "zeroshot": ("classes", "templates"),
-    "vqa": ("answers", "prompt", "strategy", "settings"),
-}
-STRATEGIES: dict[Task, Strategy] = {"captioning": BeamSearch(), "vqa": ANSWERING}
-
-
-def _named_metrics(value: object) -> object:
-    names = [value] if isinstance(value, str) else value
-    is_texts = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return metric_names(names) if is_texts else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """One task, from the command line, a recipe or a file of tasks."""
-
-    task: Task
-    """What is measured."""
-    data: Shards
-    """Tar shards, or folders of tar shards. For `zeroshot` also a folder with a subfolder of images for each class.
-    For `vqa` also a file of questions in the format of VQAv2 or OK-VQA, followed by the folder of its images if
-    that is elsewhere."""
-    classes: str | None = None
-    """For `zeroshot`: a published set, such as `imagenet1k`, or a JSON file with a list of names in the order of
-    the labels, or with an object whose `classes` is such a list. The default is the names of the subfolders."""
-    templates: str | None = None
-    """For `zeroshot`: a published set or a JSON file, like `classes`, with {} where the name goes. The default is
-    the templates of the published classes, or eight for photographs."""
-    caption_lines: bool = True
-    """For `retrieval` and `captioning`: whether each line of a `.txt` is a caption; otherwise the whole file is one."""
-    metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_named_metrics)] = ()
-    """For `captioning`: the metrics to compute. The default is all that can run, except `cider_plain`."""
-    tokenizer: TokenizerName | None = None
-    """For `captioning`: `java` is the tokenizer behind published figures, and the default where it can run."""
-    corenlp_dir: str | None = None
-    """For SPICE: folder with the jars of CoreNLP 3.6.0. The default is $CONTRACAP_CORENLP_DIR."""
-    spice_memory: str | None = None
-    """For SPICE: the most memory that Java may use, in the form of its option -Xmx. The default is 8g."""
-    clipscore: str | None = None
-    """For `captioning`: weights that compute CLIPScore and RefCLIPScore; `self` is the model that writes the
-    captions."""
-    answers: str | None = None
-    """For `vqa`: a JSON file with a list of answers to choose from, or with an object whose `answers` is such a
-    list. By default the model writes the answer."""
-    prompt: str | None = None
-    """For `vqa`: the text before an answer, with {} where the question goes. The default is `question: {} answer:`."""
-    strategy: str | None = None
-    """For `captioning` and `vqa`: the decoding strategy. The default is beam search for captions and greedy
-    decoding for answers. Unless `settings` say otherwise, `max_tokens` and `min_tokens` are 30 and 5 for captions,
-    76 and 0 for answers."""
-    settings: tuple[str, ...] = ()
-    """Settings of the strategy, `key=value` each."""
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("there is nothing to measure on: --data PATH, a folder of tar shards, or shards")
-        require_paths(self, "data", "classes", "templates", "corenlp_dir", "clipscore", "answers")
-        first = self.data if isinstance(self.data, str) else self.data[0]
-        if first.endswith(".json") and self.task != "vqa":
-            raise ValueError(
-                f"{first} is no tar shard; {self.task} wants it made into some: contracap shards make {first} --out DIR"
-            )
-        taken = (*COMMON, *TAKES[self.task])
-        for field in fields(self):
-            if getattr(self, field.name) != field.default and field.name not in taken:
-                raise ValueError(
-                    f"{self.task} takes no {field.name}; what it takes is {', '.join((*COMMON[1:], *TAKES[self.task]))}"
-                )
-        if self.answers is not None and (self.strategy or self.settings):
-            raise ValueError("an answer is chosen from `answers` or written by a strategy: leave one of them out")
-        if self.writes:
-            self.build_strategy()
-
-    @property
-    def writes(self) -> bool:
-        """Whether the model must have a decoder."""
-        return self.task in ("captioning", "vqa")
-
-    @property
-    def reads(self) -> list[str]:
-        """The paths it reads, or the names of what has no path, as of published classes."""
-        data = [self.data] if isinstance(self.data, str) else self.data
-        named = (self.classes, self.templates, self.clipscore, self.answers)
-        return [*data, *(name for name in named if name is not None)]
-
-    def build_strategy(self) -> Strategy:
-        """How words are chosen: by the named strategy, or as the task has it, with these settings; texts are as long
-        as the task has them, if no setting says otherwise."""
-        usual = STRATEGIES[self.task]
-        if self.strategy is not None:
-            of = "of." if self.strategy == "rerank" else ""
-            lengths = (f"{of}{name}={to_dict(usual)[name]}" for name in ("max_tokens", "min_tokens"))
-            return build_strategy(self.strategy, (*lengths, *self.settings))
-        if "help" in self.settings:
-            raise SettingsHelp(keys_text(type(usual)))
-        values = to_dict(usual)
-        for setting in self.settings:
-            assign(values, setting)
-        return build(type(usual), values)
 
 
 def seed_of(*tasks: TaskConfig) -> int | None:

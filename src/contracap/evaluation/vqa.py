@@ -1,6 +1,6 @@
 """Visual question answering: answers of a model, beside those that people gave."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,10 @@ from contracap.data.questions import Question, questions
 from contracap.data.shards import Sample
 from contracap.evaluation.answering import Answering, Asked, Chosen, Written
 from contracap.evaluation.features import Source, picture_batches
-from contracap.evaluation.overlap import mean
+from contracap.evaluation.metrics.overlap import mean
+from contracap.evaluation.metrics.vqa_accuracy import accuracy
+from contracap.evaluation.predictions import write_list
 from contracap.evaluation.result import Result
-from contracap.evaluation.vqa_accuracy import accuracy
 from contracap.generation.sampling import Greedy
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
@@ -52,7 +53,7 @@ def evaluate_vqa(
 ) -> Result:
     """Return the accuracy of answers to questions about pictures, by the rule of the VQA challenge, from 0 to 1.
 
-    The questions are the field `qa` of the samples. See `contracap.evaluation.vqa_accuracy`. The predictions are a list
+    The questions are the field `qa` of the samples. See `metrics.vqa_accuracy`. The predictions are a list
     of `Answered`, in the order of the questions; each picture's value is what its questions add to the accuracy.
 
     Args:
@@ -141,6 +142,17 @@ def _by_type(predictions: Sequence[Answered], kind: str) -> dict[str, float]:
     for answer in predictions:
         found[getattr(answer.question, kind)].append(answer.accuracy or 0.0)
     return {name: mean(values) for name, values in sorted(found.items()) if name}
+
+
+def write_answers(path: str | Path, answers: Sequence[Answered]) -> None:
+    """Write answers in the layout of VQA's results, `question_id` and `answer`, whole or not at all. If a question has
+    no id, each answer has the image's `key` and the `number` of the question among those of the image, from 0."""
+    named, numbers, entries = all(one.question.identity is not None for one in answers), Counter[str](), list[Any]()
+    for one in answers:
+        place = {"question_id": one.question.identity} if named else {"key": one.key, "number": numbers[one.key]}
+        entries.append(place | {"answer": one.prediction})
+        numbers[one.key] += 1
+    write_list(path, entries)
 
 
 def load_answers(path: str | Path) -> tuple[str, ...]:

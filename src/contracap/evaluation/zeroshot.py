@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 from contracap.data.annotations import read_list
 from contracap.data.folders import ClassFolders, class_folders
 from contracap.data.shards import Sample
-from contracap.evaluation.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.features import READY, Source, embed_pictures, embed_texts, full_precision, picture_batches
+from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.published import IMAGENET, Published, is_published, published
 from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating

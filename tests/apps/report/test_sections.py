@@ -7,7 +7,7 @@ from contracap.apps.report.grids import best_pictures, best_texts, caption_grid,
 from contracap.apps.report.pictures import SIDE, chosen_samples, thumbnail
 from contracap.apps.report.sections import captioned, confused, spread
 from contracap.data.shards import Sample
-from contracap.evaluation.captioning import Prediction
+from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.retrieval import Features
 from tests.evaluation.worlds import sample
 

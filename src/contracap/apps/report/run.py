@@ -20,7 +20,8 @@ from contracap.evaluation.captioning import evaluate_captioning
 from contracap.evaluation.features import Source, opened
 from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected
 from contracap.evaluation.retrieval import evaluate_retrieval
-from contracap.evaluation.task import TaskConfig, build_evaluator
+from contracap.evaluation.task import build_evaluator
+from contracap.evaluation.task_config import TaskConfig
 from contracap.files import read_regular, write_text
 from contracap.pretrained import load_on_device
 from contracap.processor import Processor

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contracap.apps.page import Html, gallery, heat_table, paragraph, table, text
 from contracap.apps.report.grids import best_pictures, best_texts, caption_grid, picture_grid
 from contracap.apps.report.pictures import chosen_samples, shown
-from contracap.evaluation.captioning import Prediction
 from contracap.evaluation.features import Source
+from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features
 from contracap.evaluation.zeroshot import Classification

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation.java import JavaError, UnavailableError, find_jar
-from contracap.evaluation.overlap import cider, mean
-from contracap.evaluation.scores import CaptionScorer, domain_name, metric_names
-from contracap.evaluation.spice import CORENLP_JARS
+from contracap.evaluation.metrics.java import JavaError, UnavailableError, find_jar
+from contracap.evaluation.metrics.overlap import cider, mean
+from contracap.evaluation.metrics.scores import CaptionScorer, domain_name, metric_names
+from contracap.evaluation.metrics.spice import CORENLP_JARS
 
-from .programs import needs_java, refusing, stand_in, without_java
+from ..programs import needs_java, refusing, stand_in, without_java
 
 COUNTED = ("bleu", "rouge_l", "cider")
 FIGURES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]

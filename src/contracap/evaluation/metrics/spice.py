@@ -16,8 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from contracap.evaluation.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar, running
-from contracap.evaluation.overlap import check
+from contracap.evaluation.metrics.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar, running
+from contracap.evaluation.metrics.overlap import check
 
 JAR = "spice/spice-1.0.jar"
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from contracap.evaluation.java import LOCALE, JavaError, failure, find_jar, find_java, java_and_jar, running
+from contracap.evaluation.metrics.java import LOCALE, JavaError, failure, find_jar, find_java, java_and_jar, running
 
 TokenizerName = Literal["java", "python"]
 

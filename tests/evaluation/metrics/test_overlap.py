@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from contracap.evaluation.overlap import bleu, cider, common_length, mean, rouge_l
+from contracap.evaluation.metrics.overlap import bleu, cider, common_length, mean, rouge_l
 
-from .oracles import reference
+from ..oracles import reference
 
 WORDS = "a man dog red ball on the grass with two cats runs jumps over small bench".split()  # noqa: SIM905
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation.java import JavaError, UnavailableError, find_java
-from contracap.evaluation.tokens import choose_tokenizer, has_word, python_tokens, tokenize
+from contracap.evaluation.metrics.java import JavaError, UnavailableError, find_java
+from contracap.evaluation.metrics.tokens import choose_tokenizer, has_word, python_tokens, tokenize
 
-from .programs import needs_java, stand_in, without_java
+from ..programs import needs_java, stand_in, without_java
 
 BOTH = [pytest.param("python"), pytest.param("java", marks=needs_java)]
 
@@ -101,7 +101,7 @@ def test_without_java_the_python_tokenizer_is_taken(monkeypatch) -> None:
 
 def test_without_the_jar_the_message_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
     stand_in(monkeypatch, tmp_path, "")
-    monkeypatch.setattr("contracap.evaluation.java.find_spec", lambda name: None)
+    monkeypatch.setattr("contracap.evaluation.metrics.java.find_spec", lambda name: None)
     assert choose_tokenizer() == "python"
     with pytest.raises(UnavailableError, match=r"pip install 'contracap\[coco\]'"):
         tokenize(["a dog"], "java")

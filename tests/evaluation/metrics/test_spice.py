@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation.java import JavaError, UnavailableError, find_java
-from contracap.evaluation.spice import CORENLP_JARS, Spice
+from contracap.evaluation.metrics.java import JavaError, UnavailableError, find_java
+from contracap.evaluation.metrics.spice import CORENLP_JARS, Spice
 
-from .programs import needs_java, stand_in, without_java
+from ..programs import needs_java, stand_in, without_java
 
 MODULES = "if arguments == ['--list-modules']: print('jdk.compiler@17'); sys.exit()\n"
 # Answers with the share of the references' words that the caption has, and tells nothing of captions without words.
@@ -162,5 +162,5 @@ def test_the_scores_are_asked_of_the_program_without_its_own_output(monkeypatch,
     with zipfile.ZipFile(jar, "w") as archive:
         for file in sources.glob("*.class"):
             archive.write(file, file.relative_to(tmp_path))
-    monkeypatch.setattr("contracap.evaluation.java.find_jar", lambda name: jar)
+    monkeypatch.setattr("contracap.evaluation.metrics.java.find_jar", lambda name: jar)
     assert Spice(corenlp).score([["a dog"]], ["a dog"]) == [0.25]

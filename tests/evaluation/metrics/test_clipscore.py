@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from contracap.evaluation.clipscore import ClipScorer
+from contracap.evaluation.metrics.clipscore import ClipScorer
 from contracap.images import ImageError
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 
-from .worlds import COLOURS, ColourModel, picture, processor
+from ..worlds import COLOURS, ColourModel, picture, processor
 
 NAMES = list(COLOURS)
 PICTURES = [picture(COLOURS[name]) for name in NAMES]
@@ -60,7 +60,7 @@ def test_cosines_are_in_full_precision_where_the_model_is_not(judge: ClipScorer)
 def test_scores_do_not_depend_on_the_batch(judge: ClipScorer, monkeypatch) -> None:
     captions, written = [f"a {name} wall" for name in NAMES], [["a red wall"], ["blue", "green"]] * 3
     whole = judge.score(PICTURES, captions, written)
-    monkeypatch.setattr("contracap.evaluation.clipscore.BATCH", 4)
+    monkeypatch.setattr("contracap.evaluation.metrics.clipscore.BATCH", 4)
     for ours, expected in zip(judge.score(PICTURES, captions, written), whole, strict=True):
         assert ours == pytest.approx(expected, abs=1e-6)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from contracap.evaluation import meteor
-from contracap.evaluation.java import JavaError, UnavailableError
-from contracap.evaluation.meteor import OPTIONS, Meteor, MeteorScores
+from contracap.evaluation.metrics import meteor
+from contracap.evaluation.metrics.java import JavaError, UnavailableError
+from contracap.evaluation.metrics.meteor import OPTIONS, Meteor, MeteorScores
 
-from .programs import needs_java, refusing, stand_in, without_java
+from ..programs import needs_java, refusing, stand_in, without_java
 
 # Answers as METEOR does: three numbers for a picture, then how many words each caption has.
 ECHO = """
@@ -159,7 +159,7 @@ def test_without_java_or_jar_the_message_says_what_to_install(monkeypatch, tmp_p
             "Debian/Ubuntu: apt install default-jre-headless. Or leave it out: --metrics bleu rouge_l cider"
         )
     stand_in(monkeypatch, tmp_path, ECHO)
-    monkeypatch.setattr("contracap.evaluation.java.find_spec", lambda name: None)
+    monkeypatch.setattr("contracap.evaluation.metrics.java.find_spec", lambda name: None)
     with pytest.raises(UnavailableError) as found:
         Meteor()
     assert str(found.value) == "METEOR needs pycocoevalcap: pip install 'contracap[coco]'"

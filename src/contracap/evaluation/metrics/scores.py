@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from contracap.evaluation.java import JavaError, UnavailableError
-from contracap.evaluation.meteor import Meteor
-from contracap.evaluation.overlap import bleu, check, cider, mean, rouge_l
-from contracap.evaluation.spice import MEMORY, Spice
-from contracap.evaluation.tokens import TokenizerName, choose_tokenizer, tokenize
+from contracap.evaluation.metrics.java import JavaError, UnavailableError
+from contracap.evaluation.metrics.meteor import Meteor
+from contracap.evaluation.metrics.overlap import bleu, check, cider, mean, rouge_l
+from contracap.evaluation.metrics.spice import MEMORY, Spice
+from contracap.evaluation.metrics.tokens import TokenizerName, choose_tokenizer, tokenize
 
 MetricName = Literal["bleu", "rouge_l", "cider", "meteor", "spice", "cider_plain"]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)

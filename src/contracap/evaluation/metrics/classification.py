@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from contracap.evaluation.ranking import places
+from contracap.evaluation.metrics.ranking import places
 
 ROWS = 1024  # pictures ranked at a time
 

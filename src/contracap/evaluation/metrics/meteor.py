@@ -15,8 +15,8 @@ from threading import Event, Thread, Timer
 from types import TracebackType
 from typing import IO, cast
 
-from contracap.evaluation.java import LOCALE, JavaError, failure, java_and_jar, running
-from contracap.evaluation.overlap import check
+from contracap.evaluation.metrics.java import LOCALE, JavaError, failure, java_and_jar, running
+from contracap.evaluation.metrics.overlap import check
 
 JAR = "meteor/meteor-1.5.jar"
 # One thread for garbage: the default takes twice the memory, and the other core is for the other metrics.

@@ -4,7 +4,7 @@ from hashlib import sha256
 
 import pytest
 
-from contracap.evaluation.vqa_accuracy import CONTRACTIONS, accuracy, normalised
+from contracap.evaluation.metrics.vqa_accuracy import CONTRACTIONS, accuracy, normalised
 
 
 def by_the_letter(prediction: str, answers: list[str]) -> float:

@@ -1,0 +1,125 @@
+"""One thing that can be measured of a model. Imports no torch: the command line makes its flags from this."""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from contracap.config import SettingsHelp, assign, build, keys_text, require_paths, to_dict
+from contracap.evaluation.metrics.scores import metric_names
+from contracap.evaluation.metrics.tokens import TokenizerName
+
+if TYPE_CHECKING:
+    from contracap.generation.strategy import Strategy
+
+Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
+Shards = str | tuple[str, ...]
+
+# The fields of each task, besides `task` and `data`
+TAKES: dict[Task, tuple[str, ...]] = {
+    "retrieval": ("caption_lines",),
+    "captioning": (
+        "caption_lines",
+        "metrics",
+        "tokenizer",
+        "corenlp_dir",
+        "spice_memory",
+        "clipscore",
+        "strategy",
+        "settings",
+    ),
+    "zeroshot": ("classes", "templates"),
+    "vqa": ("answers", "prompt", "strategy", "settings"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One task, from the command line, a recipe or a file of tasks."""
+
+    task: Task
+    """What is measured."""
+    data: Annotated[Shards, "PATH [PATH ...]"]
+    """Tar shards, or folders of tar shards. For `zeroshot` also a folder with a subfolder of images for each class.
+    For `vqa` also a file of questions in the format of VQAv2 or OK-VQA, followed by the folder of its images if
+    that is elsewhere."""
+    classes: Annotated[str | None, "NAME|FILE"] = None
+    """For `zeroshot`: a published set, such as `imagenet1k`, or a JSON file with a list of names in the order of
+    the labels, or with an object whose `classes` is such a list. The default is the names of the subfolders."""
+    templates: Annotated[str | None, "NAME|FILE"] = None
+    """For `zeroshot`: a published set or a JSON file, like `classes`, with {} where the name goes. The default is
+    the templates of the published classes, or eight for photographs."""
+    caption_lines: bool = True
+    """For `retrieval` and `captioning`: whether each line of a `.txt` is a caption; otherwise the whole file is one."""
+    metrics: Annotated[str | tuple[str, ...], "NAME"] = ()
+    """For `captioning`: bleu, rouge_l, cider, meteor, spice or cider_plain. The default is all that can run, except
+    `cider_plain`."""
+    tokenizer: TokenizerName | None = None
+    """For `captioning`: `java` is the tokenizer behind published figures, and the default where it can run."""
+    corenlp_dir: Annotated[str | None, "DIR"] = None
+    """For SPICE: folder with the jars of CoreNLP 3.6.0. The default is $CONTRACAP_CORENLP_DIR."""
+    spice_memory: Annotated[str | None, "SIZE"] = None
+    """For SPICE: the most memory that Java may use, in the form of its option -Xmx. The default is 8g."""
+    clipscore: Annotated[str | None, "WEIGHTS"] = None
+    """For `captioning`: weights that compute CLIPScore and RefCLIPScore; `self` is the model that writes the
+    captions."""
+    answers: Annotated[str | None, "FILE"] = None
+    """For `vqa`: a JSON file with a list of answers to choose from, or with an object whose `answers` is such a
+    list. By default the model writes the answer."""
+    prompt: Annotated[str | None, "TEXT"] = None
+    """For `vqa`: the text before an answer, with {} where the question goes. The default is `question: {} answer:`."""
+    strategy: Annotated[str | None, "NAME"] = None
+    """For `captioning` and `vqa`: greedy, beam, sample, legacy or rerank. The default is beam search for captions and
+    greedy decoding for answers. Unless settings say otherwise, `max_tokens` and `min_tokens` are 30 and 5 for captions,
+    76 and 0 for answers."""
+    settings: Annotated[tuple[str, ...], "[KEY=VALUE ...]"] = ()
+    """Settings of the strategy, such as `width=3`; the word `help` lists them."""
+
+    def __post_init__(self) -> None:
+        names = (self.metrics,) if isinstance(self.metrics, str) else self.metrics
+        object.__setattr__(self, "metrics", metric_names(names))
+        if not self.data:
+            raise ValueError("there is nothing to measure on: --data PATH, a folder of tar shards, or shards")
+        require_paths(self, "data", "classes", "templates", "corenlp_dir", "clipscore", "answers")
+        first = self.data if isinstance(self.data, str) else self.data[0]
+        if first.endswith(".json") and self.task != "vqa":
+            raise ValueError(
+                f"{first} is no tar shard; {self.task} wants it made into some: contracap shards make {first} --out DIR"
+            )
+        taken = ("data", *TAKES[self.task])
+        for field in fields(self):
+            if getattr(self, field.name) != field.default and field.name not in ("task", *taken):
+                raise ValueError(f"{self.task} takes no {field.name}; what it takes is {', '.join(taken)}")
+        if self.answers is not None and (self.strategy or self.settings):
+            raise ValueError("an answer is chosen from `answers` or written by a strategy: leave one of them out")
+        if self.writes:
+            self.build_strategy()
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model must have a decoder."""
+        return self.task in ("captioning", "vqa")
+
+    @property
+    def reads(self) -> list[str]:
+        """The paths it reads, or the names of what has no path, as of published classes."""
+        data = [self.data] if isinstance(self.data, str) else self.data
+        named = (self.classes, self.templates, self.clipscore, self.answers)
+        return [*data, *(name for name in named if name is not None)]
+
+    def build_strategy(self) -> "Strategy":
+        """Return the named strategy, or the default of the task, with these settings. Unless a setting says otherwise,
+        texts are as long as those of the default."""
+        from contracap.evaluation.vqa import STRATEGY as ANSWERING
+        from contracap.generation.beam import BeamSearch
+        from contracap.generation.choice import build_strategy
+
+        usual: Strategy = ANSWERING if self.task == "vqa" else BeamSearch()
+        if self.strategy is not None:
+            of = "of." if self.strategy == "rerank" else ""
+            lengths = (f"{of}{name}={to_dict(usual)[name]}" for name in ("max_tokens", "min_tokens"))
+            return build_strategy(self.strategy, (*lengths, *self.settings))
+        if "help" in self.settings:
+            raise SettingsHelp(keys_text(type(usual)))
+        values = to_dict(usual)
+        for setting in self.settings:
+            assign(values, setting)
+        return build(type(usual), values)
