@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contracap.data import download as module
+from contracap import download as module
 from contracap.download import DownloadError, download
 
 CONTENT = bytes(range(256)) * 500

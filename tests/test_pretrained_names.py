@@ -14,7 +14,7 @@ from contracap.pretrained.names import (
 )
 from contracap.pretrained.open_clip import config_from_open_clip, config_to_open_clip, not_for_open_clip
 
-from .tiny_models import TINY, tiny_clip, with_pooler
+from tests.model.tiny_models import TINY, tiny_clip, with_pooler
 
 EVERY_KIND = {
     "shared": with_pooler("shared"),

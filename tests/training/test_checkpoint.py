@@ -464,7 +464,7 @@ def test_of_several_ranks_one_tells_of_the_end(capfd: pytest.CaptureFixture[str]
 
 def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict, monkeypatch) -> None:
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("contracap.training.trainer.Validation.run", lambda *args: pytest.fail("evaluates"))
+    monkeypatch.setattr("contracap.training.trainer.validation_losses", lambda *args: pytest.fail("evaluates"))
     with pytest.raises(Interrupted, match="interrupted after step 3 of 8"):
         train(build(Recipe, recipe_values | {"validate_every": 3}))
 

@@ -213,6 +213,10 @@ def test_the_page_of_the_same_run_is_the_same(run: Path, shards: Path) -> None:
     assert write_report(run).read_bytes() == first
 
 
+def edit(path: Path, before: str, after: str) -> None:
+    path.write_text(path.read_text().replace(before, after))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -224,7 +228,7 @@ def test_the_page_of_the_same_run_is_the_same(run: Path, shards: Path) -> None:
         (lambda run: (run / "captions.jsonl").write_text("{\n"), "captions.jsonl holds a line that is not JSON"),
         (lambda run: (run / "captions.jsonl").write_text('{"key": 1}\n'), "captions.jsonl holds a line that is no re"),
         (lambda run: (run / "captions.jsonl").write_text("[1]\n"), "captions.jsonl holds a line that is no record"),
-        (lambda run: (run / "recipe.toml").write_text("size = 3"), "size"),
+        (lambda run: edit(run / "recipe.toml", 'size = "tiny"', "size = 3"), "size"),
         (lambda run: (run / "checkpoints/last/model.safetensors").write_bytes(b"x"), "is not a weights file"),
     ],
 )
