@@ -159,6 +159,10 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
         (["evaluate", weights, "--task", "retrieval", "--data", empty], "no shards"),
         (["evaluate", weights], "say what to measure: --task retrieval"),
         (["evaluate", weights, "--task", "retrieval", "--tasks", tasks], "one of them"),
+        (
+            ["evaluate", weights, "--tasks", tasks, "--set", "width=3", "--no-caption-lines"],
+            "--no-caption-lines, --set",
+        ),
         (["evaluate", weights, "--tasks", tasks], "task pairs: no such shard or folder"),
     ]
     for arguments, message in calls:
