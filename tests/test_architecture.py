@@ -31,12 +31,12 @@ MAY_IMPORT = {
     "generation.strategy": "tokenizer",
     "generation.texts": "generation.strategy",
     "generation.phrases": "tokenizer",
-    "generation.rules": "generation.strategy generation.texts generation.phrases tokenizer",
-    "generation.sampling": "generation.strategy generation.texts generation.rules tokenizer",
-    "generation.beam": "generation.strategy generation.texts generation.phrases generation.rules tokenizer",
+    "generation.constraints": "generation.strategy generation.texts generation.phrases tokenizer",
+    "generation.sampling": "generation.strategy generation.texts generation.constraints tokenizer",
+    "generation.beam": "generation.strategy generation.texts generation.phrases generation.constraints tokenizer",
     "generation.legacy": "generation.strategy generation.texts tokenizer",
     "generation.reranking": "generation.strategy generation.sampling generation.beam",
-    "generation.choice": "generation.strategy generation.sampling generation.beam generation.legacy "
+    "generation.registry": "generation.strategy generation.sampling generation.beam generation.legacy "
     "generation.reranking",
     "generation": "generation model tokenizer images processor",
     "evaluation.metrics": "evaluation.metrics evaluation.features evaluation.distributed parallel.process_group model "

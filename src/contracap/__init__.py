@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from contracap.evaluation.task import evaluate
     from contracap.generation.beam import BeamSearch
     from contracap.generation.captioner import Captioner
+    from contracap.generation.constraints import Rules
     from contracap.generation.legacy import LegacyBeamSearch
     from contracap.generation.reranking import ContrastiveReranking
-    from contracap.generation.rules import Rules
     from contracap.generation.sampling import Greedy, Sampling
     from contracap.pretrained import load, save
     from contracap.training.recipe import load_recipe
@@ -44,7 +44,7 @@ _HOMES = {
     "ContrastiveReranking": "contracap.generation.reranking",
     "Greedy": "contracap.generation.sampling",
     "LegacyBeamSearch": "contracap.generation.legacy",
-    "Rules": "contracap.generation.rules",
+    "Rules": "contracap.generation.constraints",
     "Sampling": "contracap.generation.sampling",
     "evaluate": "contracap.evaluation.task",
     "load": "contracap.pretrained",

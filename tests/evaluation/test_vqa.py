@@ -129,8 +129,8 @@ def test_questions_of_like_length_are_answered_together(pair, monkeypatch, strat
     pixels = processor.images([sample("", colour).image for colour in ("red", "green", "blue", "yellow")])
     prompts = [tuple(processor.tokenizer.encode(question)) for question in (QUESTIONS[2], QUESTIONS[3])]
     asked = [Asked(picture=i, number=i, prompt=prompts[i % 2], name="") for i in range(4)]
-    steps, score = [], CoCa.score
-    monkeypatch.setattr(CoCa, "score", lambda self, *inputs: steps.append(1) or score(self, *inputs))
+    steps, next_logits = [], CoCa.next_logits
+    monkeypatch.setattr(CoCa, "next_logits", lambda self, *inputs: steps.append(1) or next_logits(self, *inputs))
     monkeypatch.setattr(answering, "QUESTIONS", 2)
 
     def answered(some: list[Asked]) -> tuple[list[str], int]:
@@ -262,8 +262,8 @@ def test_the_last_question_with_room_for_an_answer_is_asked(pair) -> None:
 
 def test_short_answers_do_not_wait_for_long_ones(pair, monkeypatch) -> None:
     model, processor = pair
-    calls, decode = [], CoCa.decode
-    monkeypatch.setattr(CoCa, "decode", lambda self, *inputs: calls.append(1) or decode(self, *inputs))
+    calls, next_logits = [], CoCa.next_logits
+    monkeypatch.setattr(CoCa, "next_logits", lambda self, *inputs: calls.append(1) or next_logits(self, *inputs))
     monkeypatch.setattr(answering, "ROWS", 2)
     asked = [Asked(picture=0, number=0, prompt=(1,), name="")]
     answers = ["red", "a red wall of the", "no", "is it a red"]

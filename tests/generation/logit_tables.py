@@ -19,7 +19,7 @@ START, END, VOCAB = WORDS, WORDS + 1, WORDS + 2
 
 @dataclass(frozen=True)
 class Table:
-    """Logits after each beginning, for each picture; the larger the `spread`, the surer the model."""
+    """Logits after each beginning, for each image; the larger the `spread`, the surer the model."""
 
     images: tuple[int, ...]
     seed: int
@@ -33,7 +33,7 @@ class Table:
         return self.spread * torch.randn(VOCAB, generator=generator)
 
     def only(self, image: int) -> "Table":
-        """The table of one picture alone."""
+        """The table of one image alone."""
         return replace(self, images=(image,))
 
 
@@ -69,7 +69,7 @@ def run(
 ) -> list[list[Hypothesis]]:
     """Decode as the captioner does; `held` stands for the key/value cache and shows each row's beginning.
 
-    `compact` takes finished pictures out of the batch at once.
+    `compact` takes finished images out of the batch at once.
     """
     images = list(range(len(table.images)))
     prompts = Prompts.empty(len(images), START) if prompts is None else prompts
@@ -83,7 +83,7 @@ def run(
             found = search.hypotheses()
             results |= {image: texts for image, texts, ended in zip(images, found, finished, strict=True) if ended}
             places = [place for place, ended in enumerate(finished) if not ended]
-            search.keep(torch.tensor(places, dtype=torch.int64))
+            search.select(torch.tensor(places, dtype=torch.int64))
             images, held = [images[place] for place in places], [held[place] for place in places]
             continue
         last = search.last.tolist()

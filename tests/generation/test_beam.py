@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.generation import BeamSearch, Greedy, Rules
-from contracap.generation.texts import CHUNK, best
+from contracap.generation.texts import CHUNK, stable_topk
 
 from .logit_tables import VOCAB, Table, begin, every_text, plain_beam_search, prompts_of, run
 
@@ -145,7 +145,7 @@ def test_search_stops_before_the_longest_length_where_it_can(penalty):
 
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), width=st.integers(1, 4), penalty=penalties)
-def test_a_batch_of_pictures_gives_what_each_gives_alone(seed, width, penalty):
+def test_a_batch_of_images_gives_what_each_gives_alone(seed, width, penalty):
     table, strategy = Table(tuple(range(4)), seed), BeamSearch(width, 8, 2, penalty)
     assert run(strategy, table) == [run(strategy, table.only(image))[0] for image in range(4)]
 
@@ -196,12 +196,12 @@ def test_equals_are_ranked_by_beam_then_by_token():
     count=st.integers(1, 12),
     levels=st.sampled_from([2, 5, 10**6]),
 )
-def test_best_equals_a_stable_sort(seed, columns, count, levels):
+def test_stable_topk_equals_a_stable_sort(seed, columns, count, levels):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, levels, (3, columns), generator=generator).float()
     scores[scores == 0] = -torch.inf
     count = min(count, columns)
-    values, places = best(scores, count)
+    values, places = stable_topk(scores, count)
     expected = scores.sort(dim=1, descending=True, stable=True)
     assert torch.equal(values, expected.values[:, :count])
     assert torch.equal(places, expected.indices[:, :count])

@@ -1,4 +1,4 @@
-"""The captioner with the tiny model: cached decoding against full forward passes, batches against single pictures."""
+"""The captioner with the tiny model: cached decoding against full forward passes, batches against single images."""
 
 import io
 import math
@@ -44,7 +44,7 @@ def pair() -> tuple[CoCa, Processor]:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [Image.new("RGB", (40, 50), colour) for colour in ("red", "green", "blue", "white", "black", "gray")]
 
 
@@ -70,16 +70,16 @@ def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokeniz
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_cached_decoding_equals_full_forward_also_after_beams_are_reordered(pair, pictures, strategy, dtype):
+def test_cached_decoding_equals_full_forward_also_after_beams_are_reordered(pair, images, strategy, dtype):
     model, processor = pair
-    pixels = processor.images(pictures).to(dtype)
+    pixels = processor.images(images).to(dtype)
     model.to(dtype)
     try:
         captions = Captioner(model, processor).generate(pixels, strategy)
         expected = uncached(model, pixels, strategy, processor.tokenizer)
     finally:
         model.float()
-    assert len({caption.token_ids for caption in captions}) > 1, "the model should look at the pictures"
+    assert len({caption.token_ids for caption in captions}) > 1, "the model should look at the images"
     assert len({len(caption.token_ids) for caption in captions}) > 1, "some captions should end before others"
     for caption, hypotheses in zip(captions, expected, strict=True):
         assert [text.token_ids for text in caption.alternatives] == [text.token_ids for text in hypotheses]
@@ -90,9 +90,9 @@ def test_cached_decoding_equals_full_forward_also_after_beams_are_reordered(pair
 @pytest.mark.parametrize(
     "strategy", [strategy for strategy in STRATEGIES if not isinstance(strategy, LegacyBeamSearch)]
 )
-def test_prompts_of_several_lengths_in_one_batch_give_what_full_forward_passes_give(pair, pictures, strategy):
+def test_prompts_of_several_lengths_in_one_batch_give_what_full_forward_passes_give(pair, images, strategy):
     model, processor = pair
-    tokenizer, pixels = processor.tokenizer, processor.images(pictures)
+    tokenizer, pixels = processor.tokenizer, processor.images(images)
     begun = [[tokenizer.start, *tokenizer.encode(prompt)] for prompt in PROMPTS]
     longest = max(map(len, begun))
     ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in begun])
@@ -106,40 +106,40 @@ def test_prompts_of_several_lengths_in_one_batch_give_what_full_forward_passes_g
         assert caption.log_probability == pytest.approx(hypotheses[0].log_probability, rel=1e-4)
 
 
-def test_a_caption_begins_with_its_prompt_whose_tokens_do_not_count(pair, pictures):
+def test_a_caption_begins_with_its_prompt_whose_tokens_do_not_count(pair, images):
     captioner = Captioner(*pair)
     prompt = tuple(captioner.processor.tokenizer.encode("a photo of"))
     assert len(prompt) == 4
-    for caption in captioner(pictures, Greedy(14, 14), prompts="A photo  of"):
+    for caption in captioner(images, Greedy(14, 14), prompts="A photo  of"):
         assert caption.text.startswith("a photo of ") and caption.token_ids[:4] == prompt
         assert len(caption.token_ids) == 13 and len(caption.token_log_probabilities) == 9
         assert caption.log_probability == pytest.approx(sum(caption.token_log_probabilities), rel=1e-6)
         assert caption.score == pytest.approx(caption.log_probability / 9, rel=1e-6)
 
 
-def test_looking_less_often_for_what_is_finished_changes_no_caption(pair, pictures, monkeypatch):
+def test_looking_less_often_for_what_is_finished_changes_no_caption(pair, images, monkeypatch):
     captioner, prompts = Captioner(*pair), ["", "a", "the", "x", "of", "q"]
     for strategy in (Greedy(14, 0), BeamSearch(2, 14, 0), Sampling(top_k=3, samples=2, max_tokens=14, min_tokens=0)):
-        monkeypatch.setattr("contracap.generation.engine.LOOK_EVERY", {})
-        often = captioner(pictures, strategy, prompts=prompts)
-        monkeypatch.setattr("contracap.generation.engine.LOOK_EVERY", {"cpu": 4})
-        for one, other in zip(often, captioner(pictures, strategy, prompts=prompts), strict=True):
+        monkeypatch.setattr("contracap.generation.decoding.CHECK_EVERY", {})
+        often = captioner(images, strategy, prompts=prompts)
+        monkeypatch.setattr("contracap.generation.decoding.CHECK_EVERY", {"cpu": 4})
+        for one, other in zip(often, captioner(images, strategy, prompts=prompts), strict=True):
             assert [text.token_ids for text in one.alternatives] == [text.token_ids for text in other.alternatives]
 
 
-def test_a_prompt_that_names_the_end_token_is_refused_before_it_reaches_a_batch(pair, pictures):
+def test_a_prompt_that_names_the_end_token_is_refused_before_it_reaches_a_batch(pair, images):
     captioner = Captioner(*pair)
     for call in (
         lambda prompt: captioner.check(Greedy(14), prompt),
-        lambda prompt: captioner(pictures, prompts=prompt),
+        lambda prompt: captioner(images, prompts=prompt),
     ):
         with pytest.raises(ValueError, match="'a <end_of_text> b' names the start or the end token"):
             call("a <end_of_text> b")
 
 
-def test_no_pictures_have_no_captions_and_wrong_shapes_are_said(pair, pictures):
+def test_no_images_have_no_captions_and_wrong_shapes_are_said(pair, images):
     captioner = Captioner(*pair)
-    pixels = captioner.processor.images(pictures)
+    pixels = captioner.processor.images(images)
     for strategy in STRATEGIES:
         assert captioner.generate(pixels[:0], strategy) == []
     with pytest.raises(ValueError, match="2 numbers for 6 images: give one for each"):
@@ -148,27 +148,27 @@ def test_no_pictures_have_no_captions_and_wrong_shapes_are_said(pair, pictures):
 
 def test_all_that_a_step_reads_is_packed_and_nothing_else(pair):
     model, processor = pair
-    packed = set(Captioner(model, processor).engine._packed._layers)
+    packed = set(Captioner(model, processor).decoding._packed._layers)
     config = model.config
     assert config.decoder is not None and len(packed) == 4 * config.text.layers + 8 * config.decoder.layers + 1
     assert not packed & {block.attention.key_value for block in model.decoder.cross_blocks}
 
 
-def test_captions_follow_weights_that_change_in_any_way(pair, pictures):
+def test_captions_follow_weights_that_change_in_any_way(pair, images):
     model, processor = pair
     captioner, vocabulary = Captioner(model, processor), model.decoder.vocabulary.weight
-    before, kept = captioner(pictures[:2], Greedy(8)), vocabulary.detach().clone()
+    before, kept = captioner(images[:2], Greedy(8)), vocabulary.detach().clone()
     try:
         vocabulary.data.copy_(vocabulary.data.roll(7, dims=0))
-        assert captioner(pictures[:2], Greedy(8)) == Captioner(model, processor)(pictures[:2], Greedy(8)) != before
+        assert captioner(images[:2], Greedy(8)) == Captioner(model, processor)(images[:2], Greedy(8)) != before
     finally:
         vocabulary.data.copy_(kept)
 
 
-def test_an_engine_of_fixed_shapes_writes_the_same_and_outlives_a_picture_that_is_not_finite(pair, pictures):
+def test_decoding_with_fixed_shapes_writes_the_same_and_survives_an_image_that_is_not_finite(pair, images):
     plain, whole = Captioner(*pair), Captioner(*pair)
-    whole.engine.compiled = True  # the shapes alone, without the compiler
-    pixels = plain.processor.images(pictures)
+    whole.decoding.compiled = True  # the shapes alone, without the compiler
+    pixels = plain.processor.images(images)
     for strategy in (BeamSearch(3, 12, 3), Greedy(12, 3), Sampling(samples=2, max_tokens=12)):
         for half in (pixels[:3], pixels[3:]):
             ours, theirs = (
@@ -187,51 +187,51 @@ def test_an_engine_of_fixed_shapes_writes_the_same_and_outlives_a_picture_that_i
         )
 
 
-def test_steps_of_fixed_shapes_read_the_very_tensors_that_stay_in_place(pair, pictures):
+def test_steps_of_fixed_shapes_read_the_very_tensors_that_stay_in_place(pair, images):
     model, processor = pair
     with torch.no_grad():
-        _, caption_tokens = model.encode_caption_tokens(processor.images(pictures[:2]))
-        memory = model.decoder.project(caption_tokens)
-    cache = model.start_decoding(memory, prompt=1, texts=2, max_tokens=6, whole=True)
-    cache.stay_in_place()
-    cache.step(1)
-    cache.follow(torch.zeros(2, 2, dtype=torch.int64))
-    step = cache.step(2)
+        _, caption_tokens = model.encode_caption_tokens(processor.images(images[:2]))
+        projected = model.decoder.project(caption_tokens)
+    cache = model.new_cache(projected, prompt=1, rows=2, max_tokens=6, fixed_shapes=True)
+    cache.mark_static()
+    cache.add_prompt(1)
+    cache.reorder(torch.zeros(2, 2, dtype=torch.int64))
+    step = cache.add_tokens(2)
     for layer in (*step.text, *step.decoder):
         for tensor in (layer.keys, layer.values):
             assert getattr(tensor, "_dynamo_static_input_type", None) == "unguarded"
 
 
-def test_rules_that_leave_no_token_are_an_error_for_every_strategy(pair, pictures):
+def test_rules_that_leave_no_token_are_an_error_for_every_strategy(pair, images):
     captioner, rules = Captioner(*pair), Rules(banned=("x",))
     with pytest.MonkeyPatch.context() as patch:
-        forbid_all = "contracap.generation.phrases.Banned.forbid"
+        forbid_all = "contracap.generation.phrases.BannedPhrases.forbid"
         patch.setattr(forbid_all, lambda self, scores, *rest, **more: scores.fill_(-math.inf))
         for strategy in (Greedy(8, rules=rules), BeamSearch(2, 8, rules=rules), Sampling(max_tokens=8, rules=rules)):
             with pytest.raises(ValueError, match="no text was found"):
-                captioner(pictures[:1], strategy)
+                captioner(images[:1], strategy)
 
 
-def test_prompts_that_leave_no_room_or_are_too_few_are_refused(pair, pictures):
+def test_prompts_that_leave_no_room_or_are_too_few_are_refused(pair, images):
     captioner = Captioner(*pair)
     with pytest.raises(ValueError, match=r"a prompt takes 15 tokens.* max_tokens is 14: nothing can follow"):
-        captioner(pictures, Greedy(14), prompts=" ".join("abcdefghijklmn"))
+        captioner(images, Greedy(14), prompts=" ".join("abcdefghijklmn"))
     with pytest.raises(ValueError, match="2 prompts for 6 images: give one for all, or one for each"):
-        captioner(pictures, Greedy(14), prompts=["a", "b"])
+        captioner(images, Greedy(14), prompts=["a", "b"])
 
 
-def test_the_embedding_of_a_caption_is_that_of_its_picture(pair, pictures):
+def test_the_embedding_of_a_caption_is_that_of_its_image(pair, images):
     model, processor = pair
-    captions = Captioner(model, processor)(pictures, Greedy(8), batch_size=4)
+    captions = Captioner(model, processor)(images, Greedy(8), batch_size=4)
     with torch.no_grad():
-        expected = model.encode_image(processor.images(pictures))
+        expected = model.encode_image(processor.images(images))
     torch.testing.assert_close(torch.stack([caption.embedding for caption in captions]), expected, rtol=0, atol=1e-6)
 
 
-def test_reranking_ranks_what_was_written_by_the_cosine_of_text_and_picture(pair, pictures):
+def test_reranking_ranks_what_was_written_by_the_cosine_of_text_and_image(pair, images):
     model, processor = pair
     captioner, sampling = Captioner(model, processor), Sampling(samples=5, max_tokens=12)
-    drawn, ranked = captioner(pictures, sampling), captioner(pictures, ContrastiveReranking(sampling))
+    drawn, ranked = captioner(images, sampling), captioner(images, ContrastiveReranking(sampling))
     moved = 0
     for before, after in zip(drawn, ranked, strict=True):
         assert {text.token_ids for text in before.alternatives} == {text.token_ids for text in after.alternatives}
@@ -249,26 +249,28 @@ def test_reranking_ranks_what_was_written_by_the_cosine_of_text_and_picture(pair
 @pytest.mark.parametrize(
     "strategy", [Greedy(14, 0), BeamSearch(2, 14, 0), Sampling(top_k=3, samples=2, max_tokens=14, min_tokens=0)]
 )
-def test_pictures_that_are_finished_leave_the_batch_and_change_no_other_caption(pair, pictures, strategy, monkeypatch):
+def test_images_that_are_finished_leave_the_batch_and_change_no_other_caption(pair, images, strategy, monkeypatch):
     captioner, sizes = Captioner(*pair), []
-    score = captioner.engine._score
-    monkeypatch.setattr(captioner.engine, "_score", lambda ids, *rest: sizes.append(len(ids)) or score(ids, *rest))
-    left = captioner(pictures, strategy)
+    next_logits = captioner.decoding._next_logits
+    monkeypatch.setattr(
+        captioner.decoding, "_next_logits", lambda ids, *rest: sizes.append(len(ids)) or next_logits(ids, *rest)
+    )
+    left = captioner(images, strategy)
     assert 0 < sizes[-1] < 6 and sizes == sorted(sizes, reverse=True)
-    monkeypatch.setattr("contracap.generation.engine.LEAVING", 2.0)
+    monkeypatch.setattr("contracap.generation.decoding.MIN_LEAVING", 2.0)
     sizes.clear()
-    stayed = captioner(pictures, strategy)
+    stayed = captioner(images, strategy)
     assert set(sizes) == {6}
     for one, other in zip(left, stayed, strict=True):
         assert [text.token_ids for text in one.alternatives] == [text.token_ids for text in other.alternatives]
 
 
 @torch.no_grad()
-def test_greedy_ids_are_the_argmax_of_a_teacher_forced_forward(pair, pictures):
+def test_greedy_ids_are_the_argmax_of_a_teacher_forced_forward(pair, images):
     model, processor = pair
     start, end = processor.tokenizer.start, processor.tokenizer.end
-    pixels = processor.images(pictures)
-    for index, caption in enumerate(Captioner(model, processor)(pictures, Greedy(14, 5))):
+    pixels = processor.images(images)
+    for index, caption in enumerate(Captioner(model, processor)(images, Greedy(14, 5))):
         text = [start, *caption.token_ids, end]
         values = torch.log_softmax(model(pixels[index : index + 1], torch.tensor([text])).logits[0], dim=-1)
         values[:, start] = -math.inf
@@ -280,24 +282,24 @@ def test_greedy_ids_are_the_argmax_of_a_teacher_forced_forward(pair, pictures):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_batch_of_pictures_gives_what_single_pictures_give(pair, pictures, strategy):
+def test_a_batch_of_images_gives_what_single_images_give(pair, images, strategy):
     captioner = Captioner(*pair)
-    single = captioner(pictures, strategy, batch_size=1)
+    single = captioner(images, strategy, batch_size=1)
     for batch_size in (4, 6):
-        for one, other in zip(single, captioner(pictures, strategy, batch_size=batch_size), strict=True):
+        for one, other in zip(single, captioner(images, strategy, batch_size=batch_size), strict=True):
             assert [text.token_ids for text in one.alternatives] == [text.token_ids for text in other.alternatives]
             assert one.score == pytest.approx(other.score, rel=1e-4)
 
 
-def test_greedy_equals_a_beam_of_one(pair, pictures):
+def test_greedy_equals_a_beam_of_one(pair, images):
     captioner = Captioner(*pair)
-    greedy, beam = captioner(pictures, Greedy(14, 3)), captioner(pictures, BeamSearch(1, 14, 3))
+    greedy, beam = captioner(images, Greedy(14, 3)), captioner(images, BeamSearch(1, 14, 3))
     assert [caption.token_ids for caption in greedy] == [caption.token_ids for caption in beam]
 
 
-def test_a_caption_is_the_first_of_its_alternatives(pair, pictures):
+def test_a_caption_is_the_first_of_its_alternatives(pair, images):
     model, processor = pair
-    for caption in Captioner(model, processor)(pictures, BeamSearch(5, 12, 3)):
+    for caption in Captioner(model, processor)(images, BeamSearch(5, 12, 3)):
         first = caption.alternatives[0]
         assert len(caption.alternatives) == 5 and first.alternatives == ()
         assert (caption.text, caption.token_ids, caption.score, caption.log_probability) == (
@@ -312,31 +314,31 @@ def test_a_caption_is_the_first_of_its_alternatives(pair, pictures):
         assert 2 <= len(caption.token_ids) <= 11
 
 
-def test_pictures_may_be_paths_bytes_or_pil_and_none_at_all(pair, pictures, tmp_path):
+def test_images_may_be_paths_bytes_or_pil_and_none_at_all(pair, images, tmp_path):
     captioner = Captioner(*pair)
     path, memory = tmp_path / "one.png", io.BytesIO()
-    pictures[0].save(path)
-    pictures[0].save(memory, "png")
-    texts = [caption.text for caption in captioner([pictures[0], path, str(path), memory.getvalue()], Greedy(8, 3))]
+    images[0].save(path)
+    images[0].save(memory, "png")
+    texts = [caption.text for caption in captioner([images[0], path, str(path), memory.getvalue()], Greedy(8, 3))]
     assert len(set(texts)) == 1
     assert captioner([]) == []
 
 
-def test_the_default_is_beam_search_and_max_tokens_is_cut_to_the_models_context(pair, pictures):
+def test_the_default_is_beam_search_and_max_tokens_is_cut_to_the_models_context(pair, images):
     model, _ = pair
     captioner = Captioner(*pair)
-    within = captioner(pictures[:2], BeamSearch(max_tokens=model.config.text.context))
+    within = captioner(images[:2], BeamSearch(max_tokens=model.config.text.context))
     assert model.config.text.context < BeamSearch().max_tokens
-    assert captioner(pictures[:2]) == captioner(pictures[:2], BeamSearch(max_tokens=500)) == within
+    assert captioner(images[:2]) == captioner(images[:2], BeamSearch(max_tokens=500)) == within
 
 
-def test_training_mode_is_left_as_it_was_and_not_used(pair, pictures):
+def test_training_mode_is_left_as_it_was_and_not_used(pair, images):
     model, processor = pair
-    captioner, expected = Captioner(model, processor), Captioner(model, processor)(pictures[:1], Greedy(8))
+    captioner, expected = Captioner(model, processor), Captioner(model, processor)(images[:1], Greedy(8))
     model.train()
     model.text.eval()
     try:
-        assert captioner(pictures[:1], Greedy(8)) == expected
+        assert captioner(images[:1], Greedy(8)) == expected
         assert model.training and model.vision.training and not model.text.training
     finally:
         model.eval()
@@ -355,30 +357,30 @@ def test_a_processor_of_another_vocabulary_is_refused(pair):
         Captioner(model, Processor(processor.image_config, Tokenizer(context=16, vocab_size=2048)))
 
 
-def test_wrong_arguments_are_refused_in_one_clear_line(pair, pictures):
+def test_wrong_arguments_are_refused_in_one_clear_line(pair, images):
     captioner = Captioner(*pair)
     with pytest.raises(ValueError, match="batch_size must be"):
-        captioner(pictures, batch_size=0)
-    with pytest.raises(ValueError, match="the strategy must be one such as"):
-        captioner(pictures, BeamSearch)  # pyrefly: ignore[bad-argument-type]
-    with pytest.raises(ValueError, match="give a list of pictures"):
-        captioner(pictures[0].tobytes())
+        captioner(images, batch_size=0)
+    with pytest.raises(ValueError, match="the strategy must be an object such as"):
+        captioner(images, BeamSearch)  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(ValueError, match="the images must be a list"):
+        captioner(images[0].tobytes())
 
 
-def test_an_unreadable_picture_is_named(pair, tmp_path):
+def test_an_unreadable_image_is_named(pair, tmp_path):
     path = tmp_path / "broken.jpg"
-    path.write_bytes(b"no picture")
+    path.write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"broken\.jpg"):
         Captioner(*pair)([path])
 
 
 @pytest.mark.parametrize("strategy", [Greedy(8), BeamSearch(3, 8)])
-def test_broken_weights_are_an_error_not_a_caption(pictures, strategy):
+def test_broken_weights_are_an_error_not_a_caption(images, strategy):
     model, processor = contracap.load("tiny", weights="random", seed=0)
     assert model.decoder is not None
     torch.nn.init.constant_(model.decoder.vocabulary.weight, math.nan)
     with pytest.raises(ValueError, match="not finite"):
-        Captioner(model, processor)(pictures[:1], strategy)
+        Captioner(model, processor)(images[:1], strategy)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ def test_greedy_takes_the_likeliest_allowed_token_and_equals_a_beam_of_one(seed,
         assert found[image] == beams[image]
 
 
-def test_a_batch_of_pictures_gives_what_each_gives_alone():
+def test_a_batch_of_images_gives_what_each_gives_alone():
     table = Table(tuple(range(5)), seed=1)
     together = run(Greedy(9, 2), table)
-    assert len({len(texts[0].token_ids) for texts in together}) > 1, "the pictures should end at different steps"
+    assert len({len(texts[0].token_ids) for texts in together}) > 1, "the images should end at different steps"
     assert together == [run(Greedy(9, 2), table.only(image))[0] for image in range(5)]
 
 
@@ -85,7 +85,7 @@ def test_among_equal_tokens_the_lowest_id_wins():
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"min_tokens": -1}, "min_tokens"),
-        ({"max_tokens": 4}, "min_tokens is 5, above max_tokens, 4"),
+        ({"max_tokens": 4}, "min_tokens is 5, above max_tokens \\(4\\)"),
     ],
 )
 @pytest.mark.parametrize("strategy", [Greedy, BeamSearch, Sampling])
@@ -177,7 +177,7 @@ def test_a_seed_gives_the_same_texts_again_and_another_seed_others():
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_samples_of_a_picture_and_pictures_alike_are_drawn_apart():
+def test_samples_of_one_image_and_of_equal_images_are_independent():
     class Alike(Table):
         def logits(self, image, beginning):
             return super().logits(0, beginning)

@@ -1,10 +1,10 @@
-"""What holds for every strategy: batches, prompts and pictures that leave the batch change no result."""
+"""What holds for every strategy: batches, prompts and images that leave the batch change no result."""
 
 import pytest
 import torch
 
 from contracap.generation import BeamSearch, Greedy, LegacyBeamSearch, Rules, Sampling
-from contracap.generation.choice import build_strategy
+from contracap.generation.registry import build_strategy
 from contracap.generation.strategy import Prompts
 
 from .logit_tables import END, START, Table, begin, prompts_of, run
@@ -34,7 +34,7 @@ def test_prompts_of_mixed_length_give_what_each_gives_alone(strategy):
 
 
 @pytest.mark.parametrize("strategy", [*WITH_PROMPTS, LegacyBeamSearch(2023, 12), LegacyBeamSearch(2024, 12)], ids=str)
-def test_pictures_that_leave_the_batch_when_they_are_finished_change_no_result(strategy):
+def test_images_that_leave_the_batch_when_they_are_finished_change_no_result(strategy):
     table = Table(IMAGES, seed=2, spread=4.0)
     prompts = None if isinstance(strategy, LegacyBeamSearch) else prompts_of(PROMPTS)
     assert run(strategy, table, prompts, compact=True) == run(strategy, table, prompts)
@@ -59,7 +59,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(strategy):
         begin(strategy, 2, prompts_of([[], [0, 1, 2]]))
 
 
-def test_searches_begin_with_one_row_a_picture_and_spread_in_their_first_step():
+def test_searches_begin_with_one_row_per_image_and_expand_in_their_first_step():
     for strategy in (
         Sampling(samples=3),
         BeamSearch(4),

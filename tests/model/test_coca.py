@@ -91,7 +91,7 @@ def test_each_query_starts_at_the_place_of_its_number(kind: str) -> None:
 
 def test_positions_and_patch_dropout_exclude_each_other() -> None:
     config = with_pooler("shared", positions=True)
-    with pytest.raises(ValueError, match=r"set vision\.patch_dropout to 0, it is 0\.5"):
+    with pytest.raises(ValueError, match=r"patch_dropout is 0\.5, but .*: set vision\.patch_dropout to 0"):
         replace(config, vision=replace(config.vision, patch_dropout=0.5))
 
 
@@ -125,7 +125,7 @@ def test_lengths_given_and_lengths_read_from_the_ids_give_the_same() -> None:
     assert torch.equal(given.logits, read.logits)
 
 
-def test_a_later_word_changes_no_earlier_logit_and_the_picture_changes_all() -> None:
+def test_a_later_word_changes_no_earlier_logit_and_the_image_changes_all() -> None:
     model, _ = random_model(TINY, seed=0)
     pixels, ids = images(1), texts(8)
     changed = ids.clone()
@@ -147,13 +147,13 @@ def test_patch_dropout_is_for_training_only() -> None:
     assert not torch.allclose(model.encode_image(pixels), model.encode_image(pixels))
 
 
-def test_cached_decoding_equals_full_forward_also_where_texts_go_on_from_others_and_pictures_leave() -> None:
+def test_cached_decoding_equals_full_forward_also_where_texts_continue_others_and_images_leave() -> None:
     model, _ = random_model(TINY, seed=0)
     model.double()
     _, caption_tokens = model.encode_caption_tokens(images(3).double())
-    cache = model.start_decoding(model.decoder.project(caption_tokens), prompt=3, texts=4, max_tokens=10)
-    texts_so_far = torch.randint(1, 1000, (3, 1, 3))  # a prompt of three tokens, another for each picture
-    logits = model.decode(texts_so_far[:, 0], cache)
+    cache = model.new_cache(model.decoder.project(caption_tokens), prompt=3, rows=4, max_tokens=10)
+    texts_so_far = torch.randint(1, 1000, (3, 1, 3))  # a prompt of three tokens, another for each image
+    logits = model.prefill(texts_so_far[:, 0], cache)
     for length, rows in enumerate(
         [(0, 0, 0), (2, 0, 0), (1, 2, 1, 0), (3, 3, 1, 2), (0, 1, 2, 3), (2, 1), (0, 0, 1)], 3
     ):
@@ -163,14 +163,14 @@ def test_cached_decoding_equals_full_forward_also_where_texts_go_on_from_others_
             expected = model.decoder.logits(model.decoder(states, caption_tokens))[:, length - 1]
             torch.testing.assert_close(logits[:, text].double(), expected, rtol=1e-5, atol=1e-6)
         assert cache.length == length
-        chosen = torch.tensor([rows, rows[::-1], rows])[: len(caption_tokens)]
+        parents = torch.tensor([rows, rows[::-1], rows])[: len(caption_tokens)]
         if length == 6:
             kept = torch.tensor([0, 2])
-            cache.keep(kept)
-            texts_so_far, caption_tokens, chosen = texts_so_far[kept], caption_tokens[kept], chosen[kept]
-        cache.follow(chosen)
-        continued = texts_so_far.gather(1, chosen[:, :, None].expand(-1, -1, length))
-        newest = torch.randint(1, 1000, (*chosen.shape, 1))
+            cache.select(kept)
+            texts_so_far, caption_tokens, parents = texts_so_far[kept], caption_tokens[kept], parents[kept]
+        cache.reorder(parents)
+        continued = texts_so_far.gather(1, parents[:, :, None].expand(-1, -1, length))
+        newest = torch.randint(1, 1000, (*parents.shape, 1))
         texts_so_far = torch.cat([continued, newest], dim=2)
         logits = model.decode(newest[:, :, 0], cache)
     with pytest.raises(ValueError, match="larger max_tokens"):

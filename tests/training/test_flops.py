@@ -9,13 +9,13 @@ from contracap.losses import LossConfig, captioning_loss
 from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
-from contracap.training.flops import Texts, count_flops, tokens_of
+from contracap.training.flops import TextLengths, count_flops, tokens_of
 from tests.model.tiny_models import POOLERS, TINY, tiny_clip, with_pooler
 
-FULL = Texts(mean=76.0, longest=76)
+FULL = TextLengths(mean=76.0, longest=76)
 
 
-def gflop(size: str, texts: Texts, *, mask: str = "correct", captioning: float = 2.0) -> float:
+def gflop(size: str, texts: TextLengths, *, mask: str = "correct", captioning: float = 2.0) -> float:
     config = SIZES[size]
     config = replace(config, text=replace(config.text, cls_mask=mask))
     return sum(count_flops(config, LossConfig(captioning=captioning), texts).parts.values()) / 1e9
@@ -39,32 +39,33 @@ def test_a_sample_of_the_whole_context_takes_the_published_operations(
 
 @pytest.mark.parametrize(("size", "forward"), [("ViT-B-32", 14.78), ("ViT-L-14", 175.33)])
 def test_a_sample_of_clip_takes_the_published_operations(size: str, forward: float) -> None:
-    counted = gflop(size, Texts(mean=77.0, longest=77), captioning=0.0)
+    counted = gflop(size, TextLengths(mean=77.0, longest=77), captioning=0.0)
     assert f"{counted:.2f}" == f"{forward:.2f}"
 
 
 @pytest.mark.parametrize(("size", "forward"), [("coca_ViT-B-32", 14.34), ("coca_ViT-L-14", 174.65)])
 def test_a_sample_of_sixteen_tokens_takes_the_published_operations(size: str, forward: float) -> None:
-    assert gflop(size, Texts(mean=16.0, longest=16), mask="legacy") == pytest.approx(forward, abs=0.005)
+    assert gflop(size, TextLengths(mean=16.0, longest=16), mask="legacy") == pytest.approx(forward, abs=0.005)
 
 
 @pytest.mark.parametrize(("size", "rows"), [("coca_ViT-B-32", 56), ("coca_ViT-L-14", 54)])
 def test_texts_are_absorbed_up_to_the_published_break_even(size: str, rows: int) -> None:
     config = SIZES[size]
     absorbed = [
-        tokens_of(config, LossConfig(), Texts(mean=4.0, longest=longest)).absorbed for longest in (rows + 1, rows + 2)
+        tokens_of(config, LossConfig(), TextLengths(mean=4.0, longest=longest)).absorbed
+        for longest in (rows + 1, rows + 2)
     ]
     assert absorbed == [True, False]
 
 
 def test_a_mean_length_counts_linear_layers_and_the_longest_text_counts_attention() -> None:
-    uniform, mixed = Texts(mean=10.0, longest=10), Texts(mean=10.0, longest=20)
-    between = Texts(mean=10.5, longest=20)
+    uniform, mixed = TextLengths(mean=10.0, longest=10), TextLengths(mean=10.0, longest=20)
+    between = TextLengths(mean=10.5, longest=20)
     assert gflop("flickr8k", uniform) < gflop("flickr8k", mixed) < gflop("flickr8k", between)
 
 
 def test_what_is_computed_again_is_all_but_the_ends_of_the_parts() -> None:
-    counted = count_flops(SIZES["coca_ViT-L-14"], LossConfig(), Texts(mean=16.0, longest=16))
+    counted = count_flops(SIZES["coca_ViT-L-14"], LossConfig(), TextLengths(mean=16.0, longest=16))
     left = {part: flops - counted.blocks.get(part, 0.0) for part, flops in counted.parts.items()}
     assert left["image encoder"] == pytest.approx(2 * 256 * 3 * 14**2 * 1024)  # patches
     assert left["text encoder"] == pytest.approx(2 * 768**2)  # the projection
@@ -101,7 +102,7 @@ def test_the_parts_are_all_that_a_pass_of_real_tensors_takes(config: CoCaConfig,
             captions = model(pixels, ids).captions if loss.contrastive else model.captions(pixels, ids)
             matrix = model.require_decoder().vocabulary.weight
             captioning_loss(captions.states, matrix, labels=captions.labels, tokens=1)
-    counted = count_flops(config, loss, Texts(mean=float(length), longest=length)).parts
+    counted = count_flops(config, loss, TextLengths(mean=float(length), longest=length)).parts
     assert counter.get_total_flops() == pytest.approx(rows * sum(counted.values()), rel=1e-9)
 
 
@@ -115,7 +116,7 @@ def test_forward_and_backward_take_three_times_the_forward_pass() -> None:
         matrix = model.require_decoder().vocabulary.weight
         loss = captioning_loss(output.captions.states, matrix, labels=output.captions.labels, tokens=1)
         (loss + output.image_features.sum() + output.text_features.sum()).backward()
-    planned = count_flops(TINY, LossConfig(), Texts(mean=7.0, longest=7)).parts
+    planned = count_flops(TINY, LossConfig(), TextLengths(mean=7.0, longest=7)).parts
     to_pixels = 2 * 16 * 3 * 8**2 * 48  # nobody asks for a gradient of the pictures
     in_place = planned["vocabulary"]  # torch does not count what is added to the matrix's gradient in place
     assert counter.get_total_flops() == pytest.approx(64 * (3 * sum(planned.values()) - to_pixels - in_place), rel=1e-3)

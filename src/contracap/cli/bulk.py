@@ -41,7 +41,7 @@ def caption(
     """Write captions of tar shards on one machine or many. The same command continues where it was interrupted."""
     _require_extras()
     from contracap.apps.bulk.parts import BulkConfig
-    from contracap.generation.choice import build_strategy
+    from contracap.generation.registry import build_strategy
 
     if precision is not None and not embed:
         raise ValueError("--precision is of embeddings: give --embed too")

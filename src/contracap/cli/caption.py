@@ -78,7 +78,7 @@ def caption(
     from contracap.apps.bulk.settings import caption_settings
     from contracap.files import is_stream
     from contracap.generation.captioner import Captioner
-    from contracap.generation.choice import build_strategy
+    from contracap.generation.registry import build_strategy
 
     # All that can be wrong is found before the weights are read
     chosen = build_strategy(strategy, settings)

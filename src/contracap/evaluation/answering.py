@@ -112,14 +112,14 @@ class Chosen:
         found = torch.empty(len(asked), len(tokens))
         with evaluating(model):
             _, caption_tokens = model.encode_caption_tokens(pixels.to(next(model.vision.parameters())))
-            memory = decoder.project(caption_tokens)
+            projected = decoder.project(caption_tokens)
             for group in _alike(asked, most=max(1, ROWS // len(tokens))):
                 pictures = torch.tensor([asked[place].picture for place in group], device=model.device)
-                read = [layer.of(pictures) for layer in memory]
+                selected = [layer.select(pictures) for layer in projected]
                 prompt = torch.tensor([(processor.tokenizer.start, *asked[place].prompt) for place in group])
                 for some in by_length.split(ROWS):  # they take as many steps as the longest of them
                     behind = [tokens[number] for number in some]
-                    scores = _scored(model, read, prompt.to(model.device), behind, end=processor.tokenizer.end)
+                    scores = _scored(model, selected, prompt.to(model.device), behind, end=processor.tokenizer.end)
                     found[torch.tensor(group)[:, None], some] = scores.cpu()
         return found
 
@@ -142,7 +142,12 @@ def _check_room(asked: Sequence[Asked], processor: Processor, *, most: int, answ
 
 
 def _scored(
-    model: CoCa, memory: list[Projected], prompt: Int64[Tensor, "question column"], texts: list[list[int]], *, end: int
+    model: CoCa,
+    caption_tokens: list[Projected],
+    prompt: Int64[Tensor, "question column"],
+    texts: list[list[int]],
+    *,
+    end: int,
 ) -> Float32[Tensor, "question text"]:
     """Sums of the log-probabilities of each text and the end token, behind each prompt."""
     (questions, columns), steps = prompt.shape, max(map(len, texts)) + 1
@@ -150,15 +155,15 @@ def _scored(
     for number, text in enumerate(texts):
         ids[: len(text), number] = torch.tensor(text, device=ids.device)
     lengths = torch.tensor([len(text) + 1 for text in texts], device=ids.device)
-    cache = model.start_decoding(memory, prompt=columns, texts=len(texts), max_tokens=columns + steps - 1)
-    gains = model.decode(prompt, cache).log_softmax(dim=-1)  # of what follows the prompt, which all texts share
-    sums = gains[:, 0, ids[0]]
-    cache.follow(prompt.new_zeros(questions, len(texts)))
+    cache = model.new_cache(caption_tokens, prompt=columns, rows=len(texts), max_tokens=columns + steps - 1)
+    log_probs = model.prefill(prompt, cache).log_softmax(dim=-1)
+    scores = log_probs[:, 0, ids[0]]
+    cache.reorder(prompt.new_zeros(questions, len(texts)))  # every text continues the prompt
     for step in range(1, steps):
-        gains = model.decode(ids[step - 1].expand(questions, -1), cache).log_softmax(dim=-1)
-        gains = gains.gather(2, ids[step].expand(questions, -1)[:, :, None]).squeeze(2)
-        sums = sums + gains.masked_fill(step >= lengths, 0.0)
-    return sums
+        log_probs = model.decode(ids[step - 1].expand(questions, -1), cache).log_softmax(dim=-1)
+        token_log_probs = log_probs.gather(2, ids[step].expand(questions, -1)[:, :, None]).squeeze(2)
+        scores = scores + token_log_probs.masked_fill(step >= lengths, 0.0)
+    return scores
 
 
 def _alike(asked: Sequence[Asked], *, most: int) -> Iterator[list[int]]:

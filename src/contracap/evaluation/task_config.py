@@ -110,7 +110,7 @@ class TaskConfig:
         texts are as long as those of the default."""
         from contracap.evaluation.vqa import STRATEGY as ANSWERING
         from contracap.generation.beam import BeamSearch
-        from contracap.generation.choice import build_strategy
+        from contracap.generation.registry import build_strategy
 
         usual: Strategy = ANSWERING if self.task == "vqa" else BeamSearch()
         if self.strategy is not None:

@@ -1,11 +1,11 @@
-"""Captions: strategies of decoding, and the captioner that runs them."""
+"""Captioning: decoding strategies, and the captioner that runs them."""
 
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Caption, Captioner
-from contracap.generation.choice import build_strategy
+from contracap.generation.constraints import Rules
 from contracap.generation.legacy import LegacyBeamSearch
+from contracap.generation.registry import build_strategy
 from contracap.generation.reranking import ContrastiveReranking
-from contracap.generation.rules import Rules
 from contracap.generation.sampling import Greedy, Sampling
 
 __all__ = [

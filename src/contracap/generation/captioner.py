@@ -1,5 +1,6 @@
-"""Pictures to sentences."""
+"""The captioner: images to sentences."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from contracap.config import require_count
 from contracap.generation.beam import BeamSearch
-from contracap.generation.engine import Engine
+from contracap.generation.decoding import DecodingLoop
 from contracap.generation.reranking import split
 from contracap.generation.strategy import Hypothesis, Prompts, SearchStrategy, Strategy
 from contracap.model.coca import CoCa, evaluating
@@ -22,15 +23,15 @@ from contracap.wording import counted
 
 @dataclass(frozen=True, kw_only=True)
 class Caption(Hypothesis):
-    """One finished text about one image, as words.
+    """A finished text about one image.
 
     Attributes:
-        text: the sentence, with the prompt that it begins with, written as people do: "a star, above it a circle".
-        raw_text: the same with a blank after every word and mark, as the vocabulary has them and as open_clip prints
-            it: "a star , above it a circle". Figures are of this one.
-        token_ids: its ids with those of the prompt, between the start and the end token, neither included.
-        embedding: of the picture, from the same pass: what `encode_image` gives; float32, on the CPU.
-        alternatives: the n best for this picture, best first; the first is this caption itself. Alternatives have no
+        text: the sentence, including the prompt, with normal punctuation: "a star, above it a circle".
+        raw_text: the same with a space after every word and punctuation mark, as open_clip prints it: "a star , above
+            it a circle". Metrics use this one.
+        token_ids: ids of the prompt and the generated tokens, without start and end token.
+        embedding: contrastive embedding of the image, as `encode_image` returns it; float32, on the CPU.
+        alternatives: the n best captions of this image, best first; the first is this one. Alternatives have no
             alternatives of their own.
     """
 
@@ -42,21 +43,21 @@ class Caption(Hypothesis):
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """What the model reads of some images: an embedding of each, and the tokens that captions are written from."""
+    """Contrastive embeddings and caption tokens of images."""
 
     embeddings: Float[Tensor, "image embed"]
-    caption_tokens: Float[Tensor, "image token dim"]
+    caption_tokens: Float[Tensor, "image caption_token embed"]
 
-    def select(self, rows: Sequence[int]) -> "EncodedImages":
-        """Return these images; one may come several times."""
-        return EncodedImages(self.embeddings[rows], self.caption_tokens[rows])
+    def select(self, images: Sequence[int]) -> "EncodedImages":
+        """Return these images; an image may be repeated."""
+        return EncodedImages(self.embeddings[images], self.caption_tokens[images])
 
 
 class Captioner:
-    """Writes captions with a model and the processor that was loaded with it.
+    """Writes captions with a model and its processor.
 
     Args:
-        compiled: as in `Engine`: faster steps after a slow first batch.
+        compiled: as in `DecodingLoop`: faster steps after a slow first batch.
 
     Raises: ValueError: if the model has no text decoder (a CLIP), or the processor's vocabulary is not the model's.
     """
@@ -66,11 +67,11 @@ class Captioner:
         tokens, known = processor.tokenizer.vocab_size, model.config.text.vocab_size
         if tokens != known:
             raise ValueError(
-                f"the processor's vocabulary has {tokens} tokens, the model's {known}; "
-                "use the pair that contracap.load gives"
+                f"the processor's vocabulary has {tokens} tokens, the model's {known}: "
+                "use a model and a processor from the same call of contracap.load"
             )
         self.model, self.processor = model, processor
-        self.engine = Engine(model, compiled=compiled)
+        self.decoding = DecodingLoop(model, compiled=compiled)
 
     def __call__(
         self,
@@ -79,29 +80,29 @@ class Captioner:
         batch_size: int = 16,
         prompts: str | Sequence[str] = "",
     ) -> list[Caption]:
-        """A caption for each picture (PIL image, path or bytes), in order.
+        """Return a caption for each image (PIL image, path or bytes), in order.
 
         Args:
-            strategy: such as `BeamSearch(...)`; its `max_tokens` is cut to the model's context.
-            batch_size: pictures at a time; does not change the captions.
-            prompts: what the captions begin with, such as "a photo of": one for all pictures, or one for each.
+            strategy: such as `BeamSearch(...)`; its `max_tokens` is limited to the model's context.
+            batch_size: images at a time; does not change the captions.
+            prompts: the beginning of the captions, such as "a photo of": one for all images, or one for each.
 
         Raises:
-            ValueError: if a setting is wrong, a prompt leaves no room for a caption, or the model gives numbers that
-                are not finite.
-            ImageError: if a picture cannot be read; names it.
+            ValueError: if a setting is wrong, a prompt leaves no room for a caption, or the model's logits are not
+                finite.
+            ImageError: if an image cannot be read; names it.
         """
         if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
-            raise ValueError(f"give a list of pictures, such as [picture], not {type(sources).__name__}")
-        require_count("batch_size", batch_size, 1, "pictures at a time")
+            raise ValueError(f"the images must be a list, such as [image], not {type(sources).__name__}")
+        require_count("batch_size", batch_size, 1, "images at a time")
         self._split(strategy)
-        begun = self._begun(prompts, len(sources))
+        prompt_ids = self._encode_prompts(prompts, len(sources))
         captions: list[Caption] = []
         for first in range(0, len(sources), batch_size):
             last = first + batch_size
             pixels = self.processor.images(sources[first:last])
             numbers = range(first, first + len(pixels))
-            captions += self.write(self.encode(pixels), strategy, begun[first:last], numbers)
+            captions += self.write(self.encode(pixels), strategy, prompt_ids[first:last], numbers)
         return captions
 
     def generate(
@@ -110,15 +111,15 @@ class Captioner:
         strategy: Strategy = BeamSearch(),
         prompts: str | Sequence[str] = "",
         numbers: Sequence[int] | None = None,
-        go_on: Callable[[], object] = lambda: None,
+        before_step: Callable[[], object] = lambda: None,
     ) -> list[Caption]:
-        """A caption for each picture of one batch, as `processor.images` gives it.
+        """Return a caption for each image of one batch, as returned by `processor.images`.
 
         Args:
-            numbers: of the pictures; what is sampled depends on the seed and on these alone. By default their places.
-            go_on: called before each token; what it raises ends the work.
+            numbers: one per image; samples depend on them and the seed. By default the positions in the batch.
+            before_step: called before each token; an exception that it raises ends decoding.
 
-        Raises: ValueError: as a call does.
+        Raises: ValueError: as `__call__` does.
         """
         if pixels.ndim != 4:
             raise ValueError(f"pixels must be [batch 3 height width], not {list(pixels.shape)}")
@@ -128,19 +129,19 @@ class Captioner:
                 f"{counted(len(numbers), 'number(s)')} for {counted(len(pixels), 'image(s)')}: give one for each"
             )
         self._split(strategy)
-        begun = self._begun(prompts, len(pixels))
-        return self.write(self.encode(pixels), strategy, begun, numbers, go_on) if len(pixels) else []
+        prompt_ids = self._encode_prompts(prompts, len(pixels))
+        return self.write(self.encode(pixels), strategy, prompt_ids, numbers, before_step) if len(pixels) else []
 
     def check(self, strategy: Strategy, prompt: str = "") -> None:
-        """Raises: ValueError: if this model cannot write so, whatever the picture."""
+        """Raises: ValueError: if this model cannot use the strategy and the prompt, whatever the image."""
         tokenizer = self.processor.tokenizer
-        prompts = _prompts(self._begun(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
+        prompts = _pad_prompts(self._encode_prompts(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
         writer, _ = self._split(strategy)
         writer.begin(prompts, tokenizer)
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
-        """Return what `write` reads of the images."""
+        """Return the embeddings and caption tokens of normalised images."""
         with evaluating(self.model):
             return EncodedImages(*self.model.encode_caption_tokens(pixels.to(next(self.model.vision.parameters()))))
 
@@ -149,92 +150,93 @@ class Captioner:
         self,
         images: EncodedImages,
         strategy: Strategy,
-        begun: Sequence[Sequence[int]],
+        prompt_ids: Sequence[Sequence[int]],
         numbers: Sequence[int],
-        go_on: Callable[[], object] = lambda: None,
+        before_step: Callable[[], object] = lambda: None,
     ) -> list[Caption]:
         """Return a caption for each image.
 
         Args:
-            begun: the tokens of each prompt, without the start token.
-            numbers, go_on: as in `generate`.
+            prompt_ids: the tokens of each prompt, without the start token.
+            numbers, before_step: as in `generate`.
 
-        Raises: ValueError: as a call does.
+        Raises: ValueError: as `__call__` does.
         """
         writer, is_reranked = self._split(strategy)
         model, tokenizer = self.model, self.processor.tokenizer
-        prompts = _prompts(begun, numbers, start=tokenizer.start, device=model.device)
+        prompts = _pad_prompts(prompt_ids, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
-            found = self.engine.write(images.caption_tokens, writer, prompts, tokenizer, go_on)
-            texts = [
-                self._texts(hypotheses, prompt, embedding)
-                for hypotheses, prompt, embedding in zip(found, begun, images.embeddings.float().cpu(), strict=True)
+            found = self.decoding.run(images.caption_tokens, writer, prompts, tokenizer, before_step)
+            embeddings = images.embeddings.float().cpu()
+            captions = [
+                self._captions(hypotheses, prompt, embedding)
+                for hypotheses, prompt, embedding in zip(found, prompt_ids, embeddings, strict=True)
             ]
             if is_reranked:
-                texts = self._reranked(texts)
-        return [replace(alternatives[0], alternatives=tuple(alternatives)) for alternatives in texts]
+                captions = self._rerank(captions)
+        return [replace(alternatives[0], alternatives=tuple(alternatives)) for alternatives in captions]
 
     def _split(self, strategy: Strategy) -> tuple[SearchStrategy, bool]:
-        """Return what writes, as far as this model's context reaches, and whether its texts are ranked again."""
+        """Return the strategy that writes, limited to this model's context, and whether its texts are reranked."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
-            raise ValueError(f"the strategy must be one such as Greedy() or BeamSearch(width=6), not {strategy!r}")
+            raise ValueError(f"the strategy must be an object such as BeamSearch(width=6), not {strategy!r}")
         writer, is_reranked = split(strategy)
         context = self.model.config.text.context
         return replace(writer, max_tokens=min(writer.max_tokens, context)), is_reranked
 
-    def _begun(self, prompts: str | Sequence[str], pictures: int) -> list[list[int]]:
-        """The tokens that each caption begins with, behind the start token."""
-        texts = [prompts] * pictures if isinstance(prompts, str) else list(prompts)
-        if len(texts) != pictures:
-            given = f"{counted(len(texts), 'prompt(s)')} for {counted(pictures, 'image(s)')}"
+    def _encode_prompts(self, prompts: str | Sequence[str], images: int) -> list[list[int]]:
+        """Return the tokens of each image's prompt, without the start token."""
+        texts = [prompts] * images if isinstance(prompts, str) else list(prompts)
+        if len(texts) != images:
+            given = f"{counted(len(texts), 'prompt(s)')} for {counted(images, 'image(s)')}"
             raise ValueError(f"{given}: give one for all, or one for each")
         tokenizer = self.processor.tokenizer
-        begun = [tokenizer.encode(text) for text in texts]
-        for text, ids in zip(texts, begun, strict=True):
+        prompt_ids = [tokenizer.encode(text) for text in texts]
+        for text, ids in zip(texts, prompt_ids, strict=True):
             if tokenizer.start in ids or tokenizer.end in ids:
-                raise ValueError(f"the prompt {text!r} names the start or the end token, which stand around a caption")
-        return begun
+                raise ValueError(f"the prompt {text!r} names the start or the end token: remove it")
+        return prompt_ids
 
-    def _texts(
+    def _captions(
         self, hypotheses: list[Hypothesis], prompt: Sequence[int], embedding: Float[Tensor, "embed"]
     ) -> list[Caption]:
+        """Turn the hypotheses about one image into captions."""
         if not hypotheses or not math.isfinite(hypotheses[0].score):
             raise ValueError(
-                "no text was found: the model's logits are not finite (NaN or infinite), since its weights are broken "
-                "or the pixels are; or the rules and lengths leave no text"
+                "no text was found. Either the logits are not finite (NaN or infinite): check the weights and pixels. "
+                "Or the rules and lengths allow no text: relax them"
             )
-        decode = self.processor.tokenizer.decode
-        raw = [decode([*prompt, *found.token_ids]) for found in hypotheses]
-        return [
-            Caption(
-                text=join_marks(text),
-                raw_text=text,
-                **vars(found) | {"token_ids": (*prompt, *found.token_ids)},
-                embedding=embedding,
-            )
-            for found, text in zip(hypotheses, raw, strict=True)
-        ]
+        captions = []
+        for hypothesis in hypotheses:
+            token_ids = (*prompt, *hypothesis.token_ids)
+            raw_text = self.processor.tokenizer.decode(token_ids)
+            values = vars(hypothesis) | {"token_ids": token_ids, "raw_text": raw_text, "text": join_marks(raw_text)}
+            captions.append(Caption(**values, embedding=embedding))
+        return captions
 
-    def _reranked(self, texts: list[list[Caption]]) -> list[list[Caption]]:
-        """The texts about each picture, by the cosine of their embeddings to its own."""
+    def _rerank(self, captions: list[list[Caption]]) -> list[list[Caption]]:
+        """Rank the captions of each image by the cosine of text and image embedding."""
         tokenizer, context = self.processor.tokenizer, self.model.config.text.context
-        ids = torch.full((sum(map(len, texts)), context), tokenizer.end)
-        for row, text in zip(ids, (text for alternatives in texts for text in alternatives), strict=True):
-            kept = text.token_ids[: context - 2]  # the end token stands in the last place at the latest
-            row[: len(kept) + 1] = torch.tensor([tokenizer.start, *kept])
-        embeddings = self.model.encode_text(ids.to(self.model.device)).float().cpu()
+        ids = torch.full((sum(map(len, captions)), context), tokenizer.end)
+        for row, caption in zip(ids, itertools.chain.from_iterable(captions), strict=True):
+            tokens = caption.token_ids[: context - 2]  # leaves room for start and end token
+            row[: len(tokens) + 1] = torch.tensor([tokenizer.start, *tokens])
+        text_embeddings = self.model.encode_text(ids.to(self.model.device)).float().cpu()
         ranked = []
-        for alternatives, own in zip(texts, embeddings.split([len(found) for found in texts]), strict=True):
-            cosines = (own @ alternatives[0].embedding).tolist()
-            scored = (replace(text, score=cosine) for text, cosine in zip(alternatives, cosines, strict=True))
-            ranked.append(sorted(scored, key=lambda text: -text.score))
+        for alternatives, embeddings in zip(captions, text_embeddings.split(list(map(len, captions))), strict=True):
+            cosines = (embeddings @ alternatives[0].embedding).tolist()
+            scored = (replace(caption, score=cosine) for caption, cosine in zip(alternatives, cosines, strict=True))
+            ranked.append(sorted(scored, key=lambda caption: -caption.score))
         return ranked
 
 
-def _prompts(begun: Sequence[Sequence[int]], numbers: Sequence[int], *, start: int, device: torch.device) -> Prompts:
-    longest = max((len(tokens) for tokens in begun), default=0) + 1
-    ids = torch.full((len(begun), longest), start)
-    for row, tokens in zip(ids, begun, strict=True):
+def _pad_prompts(
+    prompt_ids: Sequence[Sequence[int]], numbers: Sequence[int], *, start: int, device: torch.device
+) -> Prompts:
+    """Put a start token before each prompt, and pad them to one length."""
+    longest = max((len(tokens) for tokens in prompt_ids), default=0) + 1
+    ids = torch.full((len(prompt_ids), longest), start)
+    for row, tokens in zip(ids, prompt_ids, strict=True):
         row[1 : len(tokens) + 1] = torch.tensor(tokens, dtype=torch.int64)
-    lengths = torch.tensor([len(tokens) + 1 for tokens in begun], dtype=torch.int64)
+    lengths = torch.tensor([len(tokens) + 1 for tokens in prompt_ids], dtype=torch.int64)
     return Prompts(*(values.to(device) for values in (ids, lengths, torch.tensor(numbers, dtype=torch.int64))))

@@ -1,4 +1,4 @@
-"""The beam search of open_clip's releases, for the sake of their published figures."""
+"""The beam search of open_clip's releases, which reproduces their published figures."""
 
 import math
 from dataclasses import dataclass
@@ -8,24 +8,26 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from contracap.generation.strategy import Hypothesis, Prompts, check_lengths
-from contracap.generation.texts import Finished, Texts, best
+from contracap.generation.texts import FinishedTexts, PartialTexts, stable_topk
 from contracap.tokenizer import Tokenizer
 
-WIDTH = 2  # 6 beams in 3 groups there; nothing tells the groups apart, so they stay alike
+WIDTH = 2  # the release has 6 beams in 3 groups, but nothing makes the groups differ
 
 
 @dataclass(frozen=True)
 class LegacyBeamSearch:
     """What open_clip calls 6 beams in 3 groups: 2 beams, ranked by sums of raw logits.
 
-    A step adds the logits to the sums and looks at the best 4 continuations. An end token among the first 2 closes a
-    text, which scores its sum / divisor; one behind them is passed over; the others go on. The 2 best texts are kept. A
-    picture stops once 2 exist and the worse is no worse than the best of the 4 sums / divisor. Texts that reach
-    `max_tokens` are finished as they stand and score their sum / `max_tokens`.
+    A step adds the logits to the sums and takes the best 4 continuations. If one of the first 2 is an end token, that
+    text is finished and scores its sum / divisor; an end token after the first 2 is ignored. The best 2 continuations
+    without an end token become the next beams.
 
-    The divisor depends on the release of transformers beside it: the length before the end token in 4.26.1, with which
-    the figures of 2023 were made, the length with it in 4.49. The sums are no log-probabilities and depend on constants
-    added to the logits; `BeamSearch` is the better search. Prompts and rules it does not know.
+    The 2 best finished texts are kept. An image stops once it has 2 and the worse is at least as good as the best of
+    the 4 sums / divisor. Texts that reach `max_tokens` are finished as they are and score their sum / `max_tokens`.
+
+    The divisor depends on the installed release of transformers. In 4.26.1, with which the figures of 2023 were
+    made, it is the length without the end token; in 4.49 it includes the end token. The sums are not log-probabilities
+    and depend on constants added to the logits: `BeamSearch` is the better search. Prompts and rules are not supported.
 
     Source: open_clip 3.3.0, `CoCa._generate_beamsearch`; `BeamSearchScorer` of transformers.
     """
@@ -44,27 +46,27 @@ class LegacyBeamSearch:
 
     @property
     def rows(self) -> int:
-        """Rows a picture takes at most."""
+        """Maximum number of rows per image."""
         return WIDTH
 
     def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "LegacyBeams":
-        """The state before the first step.
+        """Return the state before the first step.
 
         Raises: ValueError: if there is a prompt.
         """
         if (prompts.lengths != 1).any():
-            raise ValueError("LegacyBeamSearch takes no prompts, the releases had none; use BeamSearch")
+            raise ValueError("LegacyBeamSearch takes no prompts, as in the releases: use BeamSearch")
         return LegacyBeams(self, prompts, tokenizer)
 
 
 class LegacyBeams:
-    """The state of one batch."""
+    """The state of decoding one batch."""
 
     def __init__(self, strategy: LegacyBeamSearch, prompts: Prompts, tokenizer: Tokenizer):
         self.strategy, self.end = strategy, tokenizer.end
-        self.texts = Texts.begin(prompts, strategy.max_tokens)
-        self.sums = torch.zeros_like(self.texts.gains[:, :, 0])
-        self.kept = Finished(self.texts, WIDTH)
+        self.texts = PartialTexts.from_prompts(prompts, strategy.max_tokens)
+        self.scores = torch.zeros_like(self.texts.token_log_probs[:, :, 0])
+        self.finished_texts = FinishedTexts(self.texts, WIDTH)
         self.stopped = torch.zeros(len(prompts.ids), dtype=torch.bool, device=prompts.ids.device)
 
     @property
@@ -74,41 +76,42 @@ class LegacyBeams:
 
     @property
     def finished(self) -> Bool[Tensor, "images"]:
-        """The pictures that have stopped."""
-        return self.stopped | self.texts.full
+        """True for images that have stopped."""
+        return self.stopped | self.texts.is_full
 
     def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images width"]:
-        """Spread both beams by one token and keep the best; returns the row that each new row continues."""
+        """Extend both beams by one token and keep the best; return the row that each new row continues."""
         vocab, length = logits.shape[-1], self.texts.length
-        log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         logits = logits.float()
         if length < self.strategy.min_tokens:
             logits = logits.index_fill(-1, torch.tensor([self.end], device=logits.device), -math.inf)
-        sums, places = best((self.sums[:, :, None] + logits).flatten(1), 2 * WIDTH)
-        parents, token = places // vocab, places % vocab
-        texts = self.texts.grown(token, log_probabilities.flatten(1).gather(1, places), parents)
+        scores, indices = stable_topk((self.scores[:, :, None] + logits).flatten(1), 2 * WIDTH)
+        parents, token = indices // vocab, indices % vocab
+        texts = self.texts.append(token, log_probs.flatten(1).gather(1, indices), parents)
 
-        ended = token == self.end
-        accepted = ended & ~self.stopped[:, None]
-        accepted[:, WIDTH:] = False
+        has_ended = token == self.end
+        is_accepted = has_ended & ~self.stopped[:, None]
+        is_accepted[:, WIDTH:] = False
         divisor = length if self.strategy.year == 2023 else length + 1
-        self.kept.add(texts, (sums / divisor).masked_fill(~accepted, -math.inf))
-        worse = self.kept.scores[:, -1]
-        self.stopped = self.stopped | ((worse > -math.inf) & (worse >= sums[:, 0] / divisor))
+        self.finished_texts.add(texts, (scores / divisor).masked_fill(~is_accepted, -math.inf))
+        worse = self.finished_texts.scores[:, -1]
+        self.stopped = self.stopped | ((worse > -math.inf) & (worse >= scores[:, 0] / divisor))
 
-        self.sums, chosen = best(sums.masked_fill(ended, -math.inf), WIDTH)
-        self.texts = texts.chosen(chosen)
-        if self.texts.full:
-            open_sums = self.sums.masked_fill(self.stopped[:, None], -math.inf)
-            self.kept.add(self.texts, open_sums / self.strategy.max_tokens)
-        return parents.gather(1, chosen)
+        self.scores, rows = stable_topk(scores.masked_fill(has_ended, -math.inf), WIDTH)
+        self.texts = texts.reorder(rows)
+        if self.texts.is_full:
+            unfinished_scores = self.scores.masked_fill(self.stopped[:, None], -math.inf)
+            self.finished_texts.add(self.texts, unfinished_scores / self.strategy.max_tokens)
+        return parents.gather(1, rows)
 
-    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
-        """Forget all other pictures."""
-        self.texts = self.texts.of(pictures)
-        self.sums, self.stopped = self.sums[pictures], self.stopped[pictures]
-        self.kept.keep(pictures)
+    def select(self, images: Int64[Tensor, "selected"]) -> None:
+        """Keep these images only."""
+        self.texts = self.texts.select(images)
+        self.scores, self.stopped = self.scores[images], self.stopped[images]
+        self.finished_texts.select(images)
 
     def hypotheses(self) -> list[list[Hypothesis]]:
-        """For each picture its 2 best texts; the log-probabilities are the model's, the score is the rule's."""
-        return self.kept.hypotheses(self.end)
+        """Return the 2 best texts of each image; the log-probabilities are the model's, the score is that of the
+        release."""
+        return self.finished_texts.hypotheses(self.end)

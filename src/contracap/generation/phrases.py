@@ -1,7 +1,7 @@
-"""Banned and forced phrases, followed in the bytes of a text, so that it does not matter how it is cut into tokens.
+"""Banned and forced phrases. They are matched in the bytes of a text, so it does not matter how it is cut into tokens.
 
-The text of a row is written as the tokenizer reads it: a space in front, and one behind each word that is complete. A
-phrase is a run of complete words, such as " red ball ". A token writes part of a word, or the end of one and its space.
+The text of a row is what the tokenizer reads, with one space before each word and one after the last complete word. A
+phrase is a run of complete words, such as " red ball ". A token writes part of a word, or its last part and a space.
 """
 
 import math
@@ -16,7 +16,7 @@ from contracap.tokenizer import END_OF_WORD, Tokenizer
 
 
 class Vocabulary:
-    """What each token writes; the start and the end token write nothing."""
+    """The bytes that each token writes; start and end token write none."""
 
     def __init__(self, tokenizer: Tokenizer):
         ending = END_OF_WORD.encode()
@@ -30,54 +30,57 @@ class Vocabulary:
     @staticmethod
     @lru_cache(maxsize=2)
     def of(tokenizer: Tokenizer) -> "Vocabulary":
-        """That of a tokenizer, made once."""
+        """Return the vocabulary of a tokenizer, which is built once."""
         return Vocabulary(tokenizer)
 
     def text(self, ids: Sequence[int]) -> bytes:
-        """What these tokens write."""
+        """Return the text that these tokens write."""
         return b" " + b"".join([self.pieces[token] for token in ids])
 
     def texts(self, ids: Int64[Tensor, "images rows length"]) -> list[list[bytes]]:
-        """What each row writes."""
+        """Return the text of each row."""
         return [[self.text(row) for row in rows] for rows in ids.tolist()]
 
     def phrase(self, words: str) -> list[bytes]:
-        """The pieces that the tokenizer writes a phrase with.
+        """Split a phrase into pieces, as the tokenizer does.
 
         Raises: ValueError: if it names the start or the end token.
         """
         pieces = [self.pieces[token] for token in self.tokenizer.encode(words)]
         if not all(pieces):
-            raise ValueError(f"the phrase {words!r} names a special token; rules are about words")
+            raise ValueError(f"the phrase {words!r} names a special token: give words only")
         return pieces
 
     def mask(self, tokens: Sequence[int], device: torch.device) -> Tensor:
-        """True at these tokens."""
+        """Return a mask of the vocabulary that is true for these tokens."""
         mask = torch.zeros(len(self.pieces), dtype=torch.bool, device=device)
         mask[torch.tensor(tokens, dtype=torch.int64, device=device)] = True
         return mask
 
 
-class Banned:
+class BannedPhrases:
     """Phrases that must not occur.
 
-    For each way in which a token can end a phrase, the token is forbidden where the text holds the rest of it. So that
-    "red." is no way around "red", tokens that the tokenizer would never put there are forbidden too: white space,
-    capital letters, a digit that does not end a word, and a change between letters, digits and other signs inside one.
+    A phrase may be completed by several tokens, each of which writes its last part. Such a token is forbidden where the
+    text ends with the rest of the phrase.
+
+    A model could evade a ban with tokens that the tokenizer would never put there, such as "red." for "red". These are
+    forbidden too: white space, capital letters, a digit that does not end a word, and a change between letters, digits
+    and other characters inside a word.
     """
 
     def __init__(self, phrases: Sequence[str], vocabulary: Vocabulary, device: torch.device):
-        self.words = sorted({b" " + b"".join(vocabulary.phrase(phrase)) for phrase in phrases})
-        self.endings = _endings(self.words, vocabulary)
-        self.cut_endings = _endings([words[:-1] for words in self.words], vocabulary)
-        # what a phrase may begin with: behind it, the next word is not free
-        self.beginnings = sorted({words[: place + 1] for words in self.words for place in _spaces(words)[1:-1]})
-        strange = [token for token, piece in enumerate(vocabulary.pieces) if piece and _is_strange(piece)]
-        self.strange = vocabulary.mask(strange, device)
+        self.phrases = sorted({b" " + b"".join(vocabulary.phrase(phrase)) for phrase in phrases})
+        self.endings = _endings(self.phrases, vocabulary)
+        self.cut_endings = _endings([phrase[:-1] for phrase in self.phrases], vocabulary)
+        # The complete words that a phrase may begin with: after them, not every word is allowed.
+        self.beginnings = sorted({phrase[: space + 1] for phrase in self.phrases for space in _spaces(phrase)[1:-1]})
+        unwritten = [token for token, piece in enumerate(vocabulary.pieces) if piece and not _is_written(piece)]
+        self.unwritten = vocabulary.mask(unwritten, device)
         kinds = [_kind(piece[:1]) for piece in vocabulary.pieces]
-        self.other_kind = {
-            here: vocabulary.mask([token for token, there in enumerate(kinds) if there not in ("", here)], device)
-            for here in ("letter", "digit", "other")
+        self.other_kinds = {
+            kind: vocabulary.mask([token for token, other in enumerate(kinds) if other not in ("", kind)], device)
+            for kind in ("letter", "digit", "other")
         }
 
     def forbid(self, scores: Float[Tensor, " vocab"], text: bytes, end: int, *, last: bool) -> None:
@@ -88,45 +91,47 @@ class Banned:
         """
         endings = self.endings + self.cut_endings if last else self.endings
         forbidden = [token for beginning, token in endings if text.endswith(beginning)]
-        if any(text.endswith(words[:-1]) for words in self.words):
+        if any(text.endswith(phrase[:-1]) for phrase in self.phrases):
             forbidden.append(end)
         scores[forbidden] = -math.inf
-        scores.masked_fill_(self.strange, -math.inf)
+        scores.masked_fill_(self.unwritten, -math.inf)
         if not text.endswith(b" "):
-            scores.masked_fill_(self.other_kind[_kind(text[-1:])], -math.inf)
+            scores.masked_fill_(self.other_kinds[_kind(text[-1:])], -math.inf)
 
-    def between(self, text: bytes, words: bytes) -> bool:
-        """Whether a phrase would come about where `words`, which hold none, follow `text`."""
-        return any(phrase in text[-len(phrase) + 1 :] + words for phrase in self.words)
+    def arises_between(self, text: bytes, words: bytes) -> bool:
+        """Return whether a phrase arises where `words`, which hold none, are appended to `text`."""
+        return any(phrase in text[-len(phrase) + 1 :] + words for phrase in self.phrases)
 
 
-class Forced:
+class ForcedPhrases:
     """Phrases that must occur.
 
-    `need` counts the tokens that a text still wants; a token is allowed while the room behind it holds what the text
-    wants then. A phrase begins after a complete word, and where nothing banned comes about; so where phrases of several
-    words are banned, room for one more word is kept between the forced ones.
+    `tokens_needed` counts the tokens that a text still needs. A token is allowed if the room after it suffices for what
+    the text then needs. A phrase begins after a complete word, and where it completes no banned phrase. If phrases of
+    several words are banned, room for one more word is kept between the forced ones.
 
     Raises: ValueError: if a phrase cannot occur because it, or part of it, is banned.
     """
 
-    def __init__(self, phrases: Sequence[str], vocabulary: Vocabulary, banned: Banned | None, device: torch.device):
+    def __init__(
+        self, phrases: Sequence[str], vocabulary: Vocabulary, banned: BannedPhrases | None, device: torch.device
+    ):
         self.vocabulary, self.banned = vocabulary, banned
         pieces = {b" " + b"".join(found): found for found in map(vocabulary.phrase, phrases)}
-        for words in pieces:
-            for other in banned.words if banned is not None else ():
-                if other in words:
+        for phrase in pieces:
+            for other in banned.phrases if banned is not None else ():
+                if other in phrase:
                     raise ValueError(
-                        f"'{other.decode().strip()}' is banned and part of '{words.decode().strip()}', "
-                        "which is forced; take it out of the one or the other"
+                        f"'{other.decode().strip()}' is banned and part of '{phrase.decode().strip()}', "
+                        "which is forced: remove one of them"
                     )
-        # what is part of another phrase occurs with it
-        self.words = [words for words in pieces if not any(words in other and words != other for other in pieces)]
-        self.counts = [len(pieces[words]) for words in self.words]
-        # for each phrase, what a text in the midst of it ends with, and the token that goes on
+        # A phrase that is part of another one occurs with it.
+        self.phrases = [phrase for phrase in pieces if not any(phrase in other and phrase != other for other in pieces)]
+        self.lengths = [len(pieces[phrase]) for phrase in self.phrases]
+        # For each phrase and number of tokens written: how the text then ends, and the next token.
         self.steps = [
-            [(b" " + b"".join(found[:done]), vocabulary.ids[piece]) for done, piece in enumerate(found)]
-            for found in (pieces[words] for words in self.words)
+            [(b" " + b"".join(found[:written]), vocabulary.ids[piece]) for written, piece in enumerate(found)]
+            for found in (pieces[phrase] for phrase in self.phrases)
         ]
         self.avoided = _endings(banned.beginnings, vocabulary) if banned is not None else []
         self.spare = 1 if self.avoided else 0
@@ -134,53 +139,53 @@ class Forced:
         self.unfinished = ~vocabulary.mask(closing, device)
 
     def check_room(self, text: bytes, room: int) -> None:
-        """Raises: ValueError: if what must follow `text` takes more than `room` tokens."""
-        need = self.need(text)
-        if need > room:
+        """Raises: ValueError: if `text` needs more than `room` tokens."""
+        needed = self.tokens_needed(text)
+        if needed > room:
             raise ValueError(
-                f"the forced phrases take {need} tokens, and max_tokens leaves room for {room}; "
+                f"the forced phrases take {needed} tokens, and max_tokens leaves room for {room}: "
                 "raise max_tokens or force less"
             )
 
     def missing(self, text: bytes) -> list[int]:
-        """The phrases that `text` does not hold."""
-        return [number for number, words in enumerate(self.words) if words not in text]
+        """Return the numbers of the phrases that `text` does not hold."""
+        return [number for number, phrase in enumerate(self.phrases) if phrase not in text]
 
-    def places(self, text: bytes, number: int) -> list[int]:
-        """How many tokens of a phrase the end of `text` may hold; 0 where it may begin; most first."""
+    def progress(self, text: bytes, number: int) -> list[int]:
+        """Return how many tokens of a phrase the end of `text` may hold, most first; 0 where it may begin."""
         return [
-            done
-            for done, (beginning, _) in reversed(list(enumerate(self.steps[number])))
+            written
+            for written, (beginning, _) in reversed(list(enumerate(self.steps[number])))
             if text.endswith(beginning)
             and not (
                 self.banned is not None
-                and self.banned.between(text[: len(text) - len(beginning) + 1], self.words[number][1:])
+                and self.banned.arises_between(text[: len(text) - len(beginning) + 1], self.phrases[number][1:])
             )
         ]
 
-    def need(self, text: bytes) -> int:
-        """Tokens that must follow until every phrase has occurred."""
+    def tokens_needed(self, text: bytes) -> int:
+        """Return how many tokens must follow until every phrase has occurred."""
         missing = self.missing(text)
         if not missing:
             return 0
-        begun = max((place for number in missing for place in self.places(text, number)), default=-1)
-        return self._total(missing) - begun  # -1: a word must end before
+        written = max((count for number in missing for count in self.progress(text, number)), default=-1)
+        return self._total(missing) - written  # -1: a word must end first
 
-    def met(self, text: bytes) -> int:
-        """Tokens of the phrases that `text` holds, and of the one it is in the midst of."""
+    def tokens_met(self, text: bytes) -> int:
+        """Return how many tokens of the phrases `text` holds, counting the phrase that it has begun."""
         missing = self.missing(text)
-        begun = max((place for number in missing for place in self.places(text, number)), default=0)
-        return sum(self.counts) - sum(self.counts[number] for number in missing) + begun
+        written = max((count for number in missing for count in self.progress(text, number)), default=0)
+        return sum(self.lengths) - sum(self.lengths[number] for number in missing) + written
 
-    def next(self, text: bytes) -> list[int]:
-        """The tokens that begin or go on with a phrase that `text` does not hold."""
+    def next_tokens(self, text: bytes) -> list[int]:
+        """Return the tokens that begin or continue a phrase that `text` does not hold."""
         missing = self.missing(text)
-        return sorted({self.steps[number][place][1] for number in missing for place in self.places(text, number)})
+        return sorted({self.steps[number][count][1] for number in missing for count in self.progress(text, number)})
 
     def forbid(self, scores: Float[Tensor, " vocab"], text: bytes, end: int, room: int) -> bool:
-        """Forbid the tokens after `text` that leave too little room; `room` counts the next token.
+        """Forbid the tokens after `text` that leave too little room; `room` includes the next token.
 
-        Returns: whether the room is so short that this decides what may come.
+        Returns: whether the room is so short that only the forced phrases decide what may come.
         """
         missing = self.missing(text)
         if not missing:
@@ -190,54 +195,56 @@ class Forced:
         if room - 1 > total:
             return False  # whatever comes, there will be room
         pieces = self.vocabulary.pieces
-        allowed = [token for token in self.next(text) if self.need(text + pieces[token]) <= room - 1]
-        kept = scores[allowed]
-        if room - 1 == total:  # room for one more word, behind which every phrase may begin
+        allowed = [token for token in self.next_tokens(text) if self.tokens_needed(text + pieces[token]) <= room - 1]
+        allowed_scores = scores[allowed]
+        if room - 1 == total:  # room for one more word, after which every phrase may begin
             scores.masked_fill_(self.unfinished, -math.inf)
             scores[[token for beginning, token in self.avoided if text.endswith(beginning)]] = -math.inf
         else:
             scores.fill_(-math.inf)
-        scores[allowed] = kept
+        scores[allowed] = allowed_scores
         return True
 
     def _total(self, missing: Sequence[int]) -> int:
-        """Tokens of these phrases, and of the words kept between them."""
-        return sum(self.counts[number] + self.spare for number in missing) - self.spare
+        """Return the tokens of these phrases and of the spare words between them."""
+        return sum(self.lengths[number] + self.spare for number in missing) - self.spare
 
 
 @lru_cache(maxsize=16)
-def followed(
+def compile_phrases(
     banned: tuple[str, ...], forced: tuple[str, ...], vocabulary: Vocabulary, device: torch.device
-) -> tuple[Banned | None, Forced | None]:
-    """What follows these phrases in every batch, made once: it looks at all of the vocabulary.
+) -> tuple[BannedPhrases | None, ForcedPhrases | None]:
+    """Prepare phrases for all batches that use them, which takes one pass over the vocabulary.
 
-    Raises: ValueError: as `Forced` does.
+    Raises: ValueError: as `ForcedPhrases` does.
     """
-    bans = Banned(banned, vocabulary, device) if banned else None
-    return bans, Forced(forced, vocabulary, bans, device) if forced else None
+    bans = BannedPhrases(banned, vocabulary, device) if banned else None
+    return bans, ForcedPhrases(forced, vocabulary, bans, device) if forced else None
 
 
 def _endings(phrases: Sequence[bytes], vocabulary: Vocabulary) -> list[tuple[bytes, int]]:
-    """Each way in which one token can end a phrase: what stands before it, and the token."""
+    """Return each way in which one token can complete a phrase: the text before it, and the token."""
     return [
-        (words[:place], vocabulary.ids[words[place:]])
-        for words in phrases
-        for place in range(words.rindex(b" ", 0, len(words) - 1) + 1, len(words))
-        if words[place:] in vocabulary.ids
+        (phrase[:first], vocabulary.ids[phrase[first:]])
+        for phrase in phrases
+        for first in range(phrase.rindex(b" ", 0, len(phrase) - 1) + 1, len(phrase))
+        if phrase[first:] in vocabulary.ids
     ]
 
 
-def _spaces(words: bytes) -> list[int]:
-    return [place for place, byte in enumerate(words) if byte == ord(" ")]
+def _spaces(phrase: bytes) -> list[int]:
+    return [index for index, byte in enumerate(phrase) if byte == ord(" ")]
 
 
-def _is_strange(piece: bytes) -> bool:
-    """Whether the tokenizer never writes a text with it, for cleaned texts hold no such thing."""
+def _is_written(piece: bytes) -> bool:
+    """Return whether the tokenizer ever writes a cleaned text with this piece."""
     inner = piece.removesuffix(b" ")
-    return inner.split() != [inner] or inner != inner.lower() or (inner.isdigit() and inner == piece)
+    return inner.split() == [inner] and inner == inner.lower() and not (inner.isdigit() and inner == piece)
 
 
-def _kind(sign: bytes) -> str:
-    if not sign.strip():
+def _kind(character: bytes) -> str:
+    if not character.strip():
         return ""
-    return "letter" if sign.isalpha() or sign >= b"\x80" else "digit" if sign.isdigit() else "other"
+    if character.isalpha() or character >= b"\x80":
+        return "letter"
+    return "digit" if character.isdigit() else "other"

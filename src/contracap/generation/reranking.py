@@ -1,4 +1,4 @@
-"""Captions ranked by how well the model's own text embedding fits the image's, once they are written."""
+"""Ranking finished captions by how well their text embedding matches the image embedding."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from contracap.generation.strategy import SearchStrategy, Strategy
 
 @dataclass(frozen=True)
 class ContrastiveReranking:
-    """Write several texts as `of` says, then rank them by the cosine between text and image embedding.
+    """Write several texts with the strategy `of`, then rank them by the cosine of text and image embedding.
 
-    The search gives the texts with their own scores; the captioner embeds them, and their score becomes the cosine,
-    from -1 to 1. A contrastive captioner has both embeddings, so this needs no other model.
+    The captioner embeds the texts that the search returns. Their score becomes the cosine, from -1 to 1. A contrastive
+    captioner has both embeddings, so this needs no other model.
     """
 
     of: Sampling | BeamSearch = Sampling(samples=8)
@@ -25,12 +25,12 @@ class ContrastiveReranking:
 
     @property
     def rows(self) -> int:
-        """Rows an image takes at most."""
+        """Maximum number of rows per image."""
         return self.of.rows
 
 
 def split(strategy: Strategy) -> tuple[SearchStrategy, bool]:
-    """Return what writes the texts, and whether they are ranked again once they are written."""
+    """Return the strategy that writes the texts, and whether they are reranked afterwards."""
     if isinstance(strategy, ContrastiveReranking):
         return strategy.of, True
     assert isinstance(strategy, SearchStrategy)  # there is no other kind

@@ -1,4 +1,4 @@
-"""One sequence at a time: the likeliest token at each step, or one drawn by its probability."""
+"""Greedy decoding and sampling: each text is written on its own, token by token."""
 
 import hashlib
 import math
@@ -9,17 +9,17 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from contracap.config import require_count
-from contracap.generation.rules import NextTokens, Rules
+from contracap.generation.constraints import Constraints, Rules
 from contracap.generation.strategy import MAX_ROWS, Hypothesis, Prompts, check_lengths, check_number
-from contracap.generation.texts import Texts, best, finish_text
+from contracap.generation.texts import PartialTexts, build_hypothesis, stable_topk
 from contracap.tokenizer import Tokenizer
 
-RESOLUTION = 2**48  # of the numbers drawn: as fine as a probability can matter, and below 1 also when multiplied
+RESOLUTION = 2**48  # of the random numbers: finer than any probability that matters, and exact when multiplied
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """Always the likeliest next token (the lowest id among equals); the same ids as `BeamSearch(width=1)`.
+    """Take the likeliest next token (the lowest id among equals); gives the same ids as `BeamSearch(width=1)`.
 
     The score is the mean log-probability of a token.
     """
@@ -36,25 +36,26 @@ class Greedy:
 
     @property
     def rows(self) -> int:
-        """Rows a picture takes."""
+        """Number of rows per image."""
         return 1
 
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SingleSearch":
-        """The state before the first step."""
-        return SingleSearch(self, prompts, tokenizer)
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "GreedySearch":
+        """Return the state before the first step."""
+        return GreedySearch(self, prompts, tokenizer)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Each next token drawn by its probability, for `samples` independent texts a picture, best first.
+    """Draw each next token by its probability, for `samples` independent texts per image, best first.
 
-    The logits are divided by `temperature`; of the tokens that are not forbidden the `top_k` likeliest are kept; of
-    these the fewest likeliest whose probabilities, made to sum to 1, reach `top_p`; of these the tokens at least
-    `min_p` times as likely as the likeliest. One is drawn of what is left. Among equals the lower id is kept first.
+    The logits are divided by `temperature`. Then `top_k`, `top_p` and `min_p` filter the tokens that are not forbidden,
+    in this order. `top_k` keeps the likeliest tokens. `top_p` keeps the fewest likeliest of them whose probabilities,
+    scaled to a sum of 1, reach it. `min_p` keeps those at least this many times as likely as the likeliest. Among
+    equally likely tokens the lower id is kept first.
 
-    The score is the mean log-probability of a token: the model's own, of the whole vocabulary at temperature 1. What is
-    drawn depends on the seed, the picture's number in the call, the sample's number and the length of the text, but not
-    on the other pictures or the size of batches.
+    The score is the mean log-probability of a token under the model itself, at temperature 1 and without filters. What
+    is drawn depends on the seed, the image's number in the call, the sample's number and the length of the text. It
+    does not depend on the other images or the batch size.
 
     Source: Fan et al. 2018 (arXiv 1805.04833) for top-k; Holtzman et al. 2020 (arXiv 1904.09751) for top-p; Nguyen et
         al. 2024 (arXiv 2407.01082) for min-p.
@@ -88,26 +89,26 @@ class Sampling:
         if self.min_p is not None:
             check_number("min_p", self.min_p, 0.0, 1.0, "probability relative to the likeliest token's")
         require_count("seed", self.seed, 0, "the same seed gives the same texts", most=2**63 - 1)
-        require_count("samples", self.samples, 1, "texts a picture", most=MAX_ROWS)
+        require_count("samples", self.samples, 1, "texts per image", most=MAX_ROWS)
         check_lengths(self.max_tokens, self.min_tokens)
 
     @property
     def rows(self) -> int:
-        """Rows a picture takes."""
+        """Number of rows per image."""
         return self.samples
 
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SampleSearch":
-        """The state before the first step."""
-        return SampleSearch(self, prompts, tokenizer)
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SamplingSearch":
+        """Return the state before the first step."""
+        return SamplingSearch(self, prompts, tokenizer)
 
 
-class SingleSearch:
-    """Sequences that do not compete: each goes on with the token that `choose` picks, here the likeliest."""
+class GreedySearch:
+    """The state of decoding texts that do not compete: each continues with the token that `choose` returns."""
 
     def __init__(self, strategy: Greedy | Sampling, prompts: Prompts, tokenizer: Tokenizer):
         self.end, self.rows = tokenizer.end, strategy.rows
-        self.texts = Texts.begin(prompts, strategy.max_tokens)
-        self.next_tokens = NextTokens(
+        self.texts = PartialTexts.from_prompts(prompts, strategy.max_tokens)
+        self.constraints = Constraints(
             prompts,
             tokenizer,
             max_tokens=strategy.max_tokens,
@@ -116,8 +117,8 @@ class SingleSearch:
         )
         images, device = len(prompts.ids), prompts.ids.device
         self.ended = torch.zeros((images, 1), dtype=torch.bool, device=device)
-        self.generated = torch.zeros((images, 1), dtype=torch.int64, device=device)
-        self.sums = torch.zeros((images, 1), device=device)
+        self.num_generated = torch.zeros((images, 1), dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros((images, 1), device=device)
 
     @property
     def last(self) -> Int64[Tensor, "images rows"]:
@@ -126,103 +127,109 @@ class SingleSearch:
 
     @property
     def finished(self) -> Bool[Tensor, "images"]:
-        """The pictures whose texts have their end tokens, or are full."""
-        return self.ended.all(dim=1) | self.texts.full
+        """True for images whose texts have all ended or reached `max_tokens`."""
+        return self.ended.all(dim=1) | self.texts.is_full
 
     def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"] | None:
-        """Append the chosen token to every text that has not ended; the first step spreads to all samples."""
-        log_probabilities, choice = self.next_tokens(logits, self.texts)
-        spread = None
+        """Append a token to every text that has not ended; the first step expands one row to all samples."""
+        log_probs, scores = self.constraints(logits, self.texts)
+        parents = None
         if logits.shape[1] < self.rows:
-            spread = torch.zeros((len(logits), self.rows), dtype=torch.int64, device=logits.device)
-            log_probabilities, choice = (values.expand(-1, self.rows, -1) for values in (log_probabilities, choice))
-            self.ended, self.generated, self.sums = (
-                values.repeat(1, self.rows) for values in (self.ended, self.generated, self.sums)
+            parents = torch.zeros((len(logits), self.rows), dtype=torch.int64, device=logits.device)
+            log_probs, scores = (values.expand(-1, self.rows, -1) for values in (log_probs, scores))
+            self.ended, self.num_generated, self.log_probs = (
+                values.repeat(1, self.rows) for values in (self.ended, self.num_generated, self.log_probs)
             )
-        token = torch.where(self.ended, self.end, self.choose(choice))
-        gain = log_probabilities.gather(-1, token[..., None]).squeeze(-1)
-        writing = ~self.ended & (self.texts.prompted <= self.texts.length)[:, None]
-        allowed = choice.gather(-1, token[..., None]).squeeze(-1) > -math.inf  # else nothing was
-        self.sums = self.sums + gain.masked_fill(~allowed, -math.inf).masked_fill(~writing, 0.0)
-        self.generated = self.generated + writing
+        token = torch.where(self.ended, self.end, self.choose(scores))
+        token_log_prob = log_probs.gather(-1, token[..., None]).squeeze(-1)
+        is_allowed = scores.gather(-1, token[..., None]).squeeze(-1) > -math.inf  # false only if every token is not
+        is_generated = ~self.ended & (self.texts.prompt_lengths <= self.texts.length)[:, None]
+        self.log_probs = self.log_probs + token_log_prob.masked_fill(~is_allowed, -math.inf).masked_fill(
+            ~is_generated, 0.0
+        )
+        self.num_generated = self.num_generated + is_generated
         self.ended = self.ended | (token == self.end)
-        self.texts = self.texts.grown(token, gain, spread)
-        return spread
+        self.texts = self.texts.append(token, token_log_prob, parents)
+        return parents
 
-    def choose(self, choice: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
-        """The next token of each row."""
-        return choice.max(dim=-1).indices  # the first among equals
+    def choose(self, scores: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
+        """Return the next token of each row."""
+        return scores.max(dim=-1).indices  # the first among equals
 
-    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
-        """Forget all other pictures."""
-        self.texts = self.texts.of(pictures)
-        self.next_tokens.keep(pictures)
-        self.ended, self.generated, self.sums = (values[pictures] for values in (self.ended, self.generated, self.sums))
+    def select(self, images: Int64[Tensor, "selected"]) -> None:
+        """Keep these images only."""
+        self.texts = self.texts.select(images)
+        self.constraints.select(images)
+        self.ended, self.num_generated, self.log_probs = (
+            values[images] for values in (self.ended, self.num_generated, self.log_probs)
+        )
 
     def hypotheses(self) -> list[list[Hypothesis]]:
-        """For each picture its texts, best first; equals in the order they were drawn."""
-        scores = self.sums / self.generated
-        tables = (self.texts.ids, self.texts.gains, self.generated, scores, self.texts.prompted)
+        """Return the texts of each image, best first; texts of equal score in the order of their samples."""
+        scores, texts = self.log_probs / self.num_generated, self.texts
+        columns = (texts.ids, texts.token_log_probs, self.num_generated, scores, texts.prompt_lengths)
         results = []
-        for *rows, first in zip(*(values.tolist() for values in tables), strict=True):
-            texts = [
-                finish_text(ids[first : first + count], gains[first : first + count], score, self.end)
-                for ids, gains, count, score in zip(*rows, strict=True)
+        for *rows, first in zip(*(values.tolist() for values in columns), strict=True):
+            found = [
+                build_hypothesis(ids[first : first + count], token_log_probs[first : first + count], score, self.end)
+                for ids, token_log_probs, count, score in zip(*rows, strict=True)
             ]
-            results.append(sorted(texts, key=lambda text: -text.score))
+            results.append(sorted(found, key=lambda text: -text.score))
         return results
 
 
-class SampleSearch(SingleSearch):
-    """Sequences that go on with tokens drawn by their probability."""
+class SamplingSearch(GreedySearch):
+    """The state of decoding texts whose tokens are drawn by their probability."""
 
     def __init__(self, strategy: Sampling, prompts: Prompts, tokenizer: Tokenizer):
         super().__init__(strategy, prompts, tokenizer)
         self.strategy = strategy
         numbers = range(len(prompts.ids)) if prompts.numbers is None else prompts.numbers.tolist()
-        drawn = [uniform(strategy.seed, number, strategy.samples, strategy.max_tokens) for number in numbers]
-        self.drawn = torch.stack(drawn).to(prompts.ids.device)
+        uniform = [uniform_numbers(strategy.seed, number, strategy.samples, strategy.max_tokens) for number in numbers]
+        self.uniform = torch.stack(uniform).to(prompts.ids.device)
 
-    def choose(self, choice: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
+    def choose(self, scores: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
         """Draw the next token of each row."""
-        return draw(choice, self.drawn[:, :, self.texts.length], self.strategy)
+        return draw(scores, self.uniform[:, :, self.texts.length], self.strategy)
 
-    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
-        """Forget all other pictures."""
-        super().keep(pictures)
-        self.drawn = self.drawn[pictures]
+    def select(self, images: Int64[Tensor, "selected"]) -> None:
+        """Keep these images only."""
+        super().select(images)
+        self.uniform = self.uniform[images]
 
 
-def uniform(seed: int, number: int, samples: int, count: int) -> Float64[Tensor, "samples count"]:
-    """For the picture of this number, random numbers from 0 to below 1: the same on every device, and for a sample the
-    same whatever the other counts are."""
-    drawn = []
+def uniform_numbers(seed: int, number: int, samples: int, count: int) -> Float64[Tensor, "samples count"]:
+    """Return random numbers from 0 to below 1 for the image of this number.
+
+    They are the same on every device. Those of one sample do not depend on `samples`.
+    """
+    rows = []
     for sample in range(samples):
         digest = hashlib.blake2b(f"{seed} {number} {sample}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") // 2)
-        drawn.append(torch.randint(RESOLUTION, (count,), generator=generator).double() / RESOLUTION)
-    return torch.stack(drawn)
+        rows.append(torch.randint(RESOLUTION, (count,), generator=generator).double() / RESOLUTION)
+    return torch.stack(rows)
 
 
 def draw(
-    choice: Float[Tensor, "images rows vocab"], uniform: Float64[Tensor, "images rows"], strategy: Sampling
+    scores: Float[Tensor, "images rows vocab"], uniform: Float64[Tensor, "images rows"], strategy: Sampling
 ) -> Int64[Tensor, "images rows"]:
-    """The token whose stretch of the cumulative distribution `uniform` falls into."""
-    scores = (choice / strategy.temperature).flatten(0, 1)
+    """Return the tokens at which the cumulative distributions pass the numbers in `uniform`."""
+    logits = (scores / strategy.temperature).flatten(0, 1)
     tokens = None
-    if strategy.top_k is not None and strategy.top_k < scores.shape[1]:
-        scores, tokens = best(scores, strategy.top_k)
+    if strategy.top_k is not None and strategy.top_k < logits.shape[1]:
+        logits, tokens = stable_topk(logits, strategy.top_k)
     elif strategy.top_p is not None:
-        scores, tokens = scores.sort(dim=1, descending=True, stable=True)
-    probabilities = torch.softmax(scores, dim=1, dtype=torch.float64)
+        logits, tokens = logits.sort(dim=1, descending=True, stable=True)
+    probabilities = torch.softmax(logits, dim=1, dtype=torch.float64)
     if strategy.top_p is not None and strategy.top_p < 1:
         before = probabilities.cumsum(dim=1) - probabilities
         probabilities = probabilities.masked_fill(before >= strategy.top_p, 0.0)
     if strategy.min_p is not None:
-        least = strategy.min_p * probabilities.amax(dim=1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        minimum = strategy.min_p * probabilities.amax(dim=1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < minimum, 0.0)
     cumulative = probabilities.cumsum(dim=1)
     target = uniform.reshape(-1, 1) * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
-    token = place if tokens is None else tokens.gather(1, place)
-    return token.view(choice.shape[:2])
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
+    token = index if tokens is None else tokens.gather(1, index)
+    return token.view(scores.shape[:2])

@@ -1,7 +1,7 @@
-"""What every decoding strategy shares with the engine that runs it.
+"""The interface between a decoding strategy and the decoding loop.
 
-A `Strategy` is a frozen record of settings. The `begin` of a `SearchStrategy` makes a `Search`: the state of decoding
-one batch, which is fed logits and never sees a model.
+A `Strategy` is a frozen record of settings. `SearchStrategy.begin` returns a `Search`: the state of decoding one batch,
+which receives logits and never sees a model.
 """
 
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ MAX_ROWS = 1000  # texts of one image that are searched together
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
-    """One finished text.
+    """A finished text.
 
     Attributes:
-        token_ids: what was generated, without the start token, the prompt and the end token.
+        token_ids: the generated tokens, without the start token, the prompt and the end token.
         log_probability: the sum of `token_log_probabilities`.
-        score: what ranks texts, higher is better; each strategy says what that is.
-        token_log_probabilities: what the model gave each generated token, in nats; the end token included, which a text
-            that `max_tokens` cut does not have.
+        score: ranks texts, higher is better; each strategy documents its own.
+        token_log_probabilities: the model's log-probability of each generated token, in nats. The end token is
+            included, unless `max_tokens` cut the text.
     """
 
     token_ids: tuple[int, ...]
@@ -38,13 +38,13 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the text of each picture begins with.
+    """The beginning of each image's text.
 
     Attributes:
-        ids: the start token, then the prompt's; columns behind a prompt are unspecified.
-        lengths: tokens of each prompt, the start token included: at least 1.
-        numbers: the number of each picture among all that are captioned together: what sampling draws depends on it,
-            not on the batch. None: their places in this batch.
+        ids: the start token, then the prompt; columns after a prompt are unspecified.
+        lengths: tokens of each prompt, including the start token: at least 1.
+        numbers: the number of each image among all that are captioned together. Sampling depends on it, and not on
+            the batch. None: the positions in this batch.
     """
 
     ids: Int64[Tensor, "images longest"]
@@ -53,7 +53,7 @@ class Prompts:
 
     @classmethod
     def empty(cls, images: int, start: int, device: torch.device | str = "cpu") -> "Prompts":
-        """The start token alone, for each picture."""
+        """Return prompts that hold the start token alone."""
         lengths = torch.ones(images, dtype=torch.int64, device=device)
         return cls(start * lengths[:, None], lengths)
 
@@ -62,12 +62,16 @@ class Prompts:
         """Tokens of the shortest prompt: the length at which a search begins."""
         return int(self.lengths.min()) if len(self.lengths) else 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(self.lengths.max()) if len(self.lengths) else 1
+
     def check(self, max_tokens: int) -> None:
         """Raises: ValueError: if a prompt leaves no room for a token."""
-        longest = int(self.lengths.max()) if len(self.lengths) else 1
-        if longest >= max_tokens:
+        if self.longest >= max_tokens:
             raise ValueError(
-                f"a prompt takes {longest} tokens, the start token included, and max_tokens is {max_tokens}: "
+                f"a prompt takes {self.longest} tokens, the start token included, and max_tokens is {max_tokens}: "
                 "nothing can follow it; shorten the prompt or raise max_tokens"
             )
 
@@ -76,51 +80,51 @@ class Prompts:
 class Search(Protocol):
     """The state of decoding one batch.
 
-    All texts have one length, which starts at `Prompts.shared` and grows by one a step; while a prompt is longer, its
-    next token is the only one possible. Every picture that is still in the search has the same number of rows.
+    All texts have the same length. It starts at `Prompts.shared` and grows by one in each step. Where a prompt is
+    longer, its next token is the only possible one. Every image in the search has the same number of rows.
     """
 
     @property
     def last(self) -> Int64[Tensor, "images rows"]:
-        """The newest token of each row, the one the model has not seen yet."""
+        """The newest token of each row, which the model has not read yet."""
         ...
 
     @property
     def finished(self) -> Bool[Tensor, "images"]:
-        """The pictures whose result cannot change any more: all of them once the length is `max_tokens`."""
+        """True for images whose result is final; for all of them once the length is `max_tokens`."""
         ...
 
     def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"] | None:
         """Append one token to every row, given the logits after `last`.
 
-        Returns: for each new row the old row of its picture that it continues; None where each continues itself. Their
-            number may change: a search may begin with one row a picture, and spread in its first step.
+        Returns: the row of its image that each new row continues; None if each row continues itself. The number of
+            rows may change: a search may begin with one row per image and expand in its first step.
         """
         ...
 
-    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
-        """Forget all pictures but these (places among those still in it)."""
+    def select(self, images: Int64[Tensor, "selected"]) -> None:
+        """Keep these images only, given by their positions among those still in the search."""
         ...
 
     def hypotheses(self) -> list[list[Hypothesis]]:
-        """For each picture that is still in it its results, best first."""
+        """Return the results of each image that is still in the search, best first."""
         ...
 
 
 @runtime_checkable
 class Strategy(Protocol):
-    """The settings of a way to decode, a frozen dataclass."""
+    """The settings of a way to decode: a frozen dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence, start and end token included."""
+        """Longest sequence, including start and end token."""
         ...
 
     @property
     def rows(self) -> int:
-        """Rows a picture takes at most."""
+        """Maximum number of rows per image."""
         ...
 
 
@@ -129,9 +133,9 @@ class SearchStrategy(Strategy, Protocol):
     """A strategy that writes texts by a search of its own."""
 
     def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> Search:
-        """The state before the first step, on the device of the prompts.
+        """Return the state before the first step, on the device of the prompts.
 
-        Raises: ValueError: if a prompt leaves no room, or the strategy cannot follow what was asked.
+        Raises: ValueError: if a prompt leaves no room, or the strategy does not support a prompt or rule.
         """
         ...
 
@@ -143,7 +147,7 @@ def check_lengths(max_tokens: int, min_tokens: int) -> None:
     require_count("min_tokens", min_tokens, 0, "0 allows the end token from the first step")
     if min_tokens > max_tokens:
         raise ValueError(
-            f"min_tokens is {min_tokens}, above max_tokens, {max_tokens}; lower the one or raise the other"
+            f"min_tokens is {min_tokens}, above max_tokens ({max_tokens}): lower min_tokens or raise max_tokens"
         )
 
 

@@ -1,4 +1,4 @@
-"""Texts while they are written, the best of those that are finished, and how the best are found."""
+"""Texts while they are written, and the best of those that are finished."""
 
 import math
 from collections.abc import Sequence
@@ -11,28 +11,28 @@ from torch.nn import functional
 
 from contracap.generation.strategy import Hypothesis, Prompts
 
-CHUNK = 256  # scores looked at together by `best`; 128 to 256 was fastest for 6 beams of 49,408 tokens
+CHUNK = 256  # scores that `stable_topk` compares at once; 128 to 256 was fastest for 6 beams of 49,408 tokens
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The texts of one batch as far as they are written; all have one length.
+class PartialTexts:
+    """The unfinished texts of a batch, which all have the same length.
 
     Attributes:
-        ids: start token, prompt and what was generated; columns from `length` on are unspecified.
-        gains: the model's log-probability of each token; those of prompts are unspecified.
+        ids: start token, prompt and generated tokens; columns from `length` on are unspecified.
+        token_log_probs: the model's log-probability of each token; unspecified for the prompt.
         length: tokens of each text.
-        prompted: tokens of each picture's prompt, the start token included.
+        prompt_lengths: tokens of each image's prompt, including the start token.
     """
 
     ids: Int64[Tensor, "images rows max_tokens"]
-    gains: Float[Tensor, "images rows max_tokens"]
+    token_log_probs: Float[Tensor, "images rows max_tokens"]
     length: int
-    prompted: Int64[Tensor, "images"]
+    prompt_lengths: Int64[Tensor, "images"]
 
     @classmethod
-    def begin(cls, prompts: Prompts, max_tokens: int) -> "Texts":
-        """One row a picture: what all prompts have columns for.
+    def from_prompts(cls, prompts: Prompts, max_tokens: int) -> "PartialTexts":
+        """Start one text per image with as many tokens as the shortest prompt has.
 
         Raises: ValueError: if a prompt leaves no room for a token.
         """
@@ -42,117 +42,125 @@ class Texts:
         return cls(ids, torch.zeros_like(ids, dtype=torch.float32), prompts.shared, prompts.lengths)
 
     @classmethod
-    def side_by_side(cls, parts: Sequence["Texts"]) -> "Texts":
-        """The rows of all parts."""
+    def concatenate(cls, parts: Sequence["PartialTexts"]) -> "PartialTexts":
+        """Join the rows of several searches of the same images."""
         first = parts[0]
-        ids, gains = torch.cat([part.ids for part in parts], dim=1), torch.cat([part.gains for part in parts], dim=1)
-        return cls(ids, gains, first.length, first.prompted)
+        ids = torch.cat([part.ids for part in parts], dim=1)
+        token_log_probs = torch.cat([part.token_log_probs for part in parts], dim=1)
+        return cls(ids, token_log_probs, first.length, first.prompt_lengths)
 
     @property
     def last(self) -> Int64[Tensor, "images rows"]:
-        """The newest token of each."""
+        """The newest token of each text."""
         return self.ids[:, :, self.length - 1]
 
     @property
-    def full(self) -> bool:
-        """Whether no token fits any more."""
+    def is_full(self) -> bool:
+        """Whether the texts have reached `max_tokens`."""
         return self.length == self.ids.shape[2]
 
     @property
-    def generated(self) -> Int64[Tensor, "images"]:
-        """Tokens behind the prompt."""
-        return (self.length - self.prompted).clamp(min=0)
+    def num_generated(self) -> Int64[Tensor, "images"]:
+        """Tokens after the prompt."""
+        return (self.length - self.prompt_lengths).clamp(min=0)
 
-    def grown(
+    def append(
         self,
-        token: Int64[Tensor, "images new"],
-        gain: Float[Tensor, "images new"],
-        parents: Int64[Tensor, "images new"] | None = None,
-    ) -> "Texts":
-        """Each new text is the one `parents` names, by default the one in its place, and one more token."""
-        ids, gains = (self.ids.clone(), self.gains.clone()) if parents is None else self._rows(parents)
+        token: Int64[Tensor, "images new_rows"],
+        token_log_prob: Float[Tensor, "images new_rows"],
+        parents: Int64[Tensor, "images new_rows"] | None = None,
+    ) -> "PartialTexts":
+        """Return texts that are one token longer.
+
+        Args:
+            parents: the row that each new row continues; None if each row continues itself.
+        """
+        if parents is None:
+            ids, token_log_probs = self.ids.clone(), self.token_log_probs.clone()
+        else:
+            ids, token_log_probs = gather_rows(self.ids, parents), gather_rows(self.token_log_probs, parents)
         ids[:, :, self.length] = token
-        gains[:, :, self.length] = gain
-        return Texts(ids, gains, self.length + 1, self.prompted)
+        token_log_probs[:, :, self.length] = token_log_prob
+        return PartialTexts(ids, token_log_probs, self.length + 1, self.prompt_lengths)
 
-    def chosen(self, rows: Int64[Tensor, "images new"]) -> "Texts":
-        """These rows of each picture."""
-        return Texts(*self._rows(rows), self.length, self.prompted)
+    def reorder(self, rows: Int64[Tensor, "images new_rows"]) -> "PartialTexts":
+        """Return these rows of each image."""
+        ids, token_log_probs = gather_rows(self.ids, rows), gather_rows(self.token_log_probs, rows)
+        return PartialTexts(ids, token_log_probs, self.length, self.prompt_lengths)
 
-    def of(self, pictures: Int64[Tensor, "kept"]) -> "Texts":
-        """Those of these pictures."""
-        return Texts(self.ids[pictures], self.gains[pictures], self.length, self.prompted[pictures])
-
-    def _rows(self, rows: Int64[Tensor, "images new"]) -> tuple[Tensor, Tensor]:
-        return rows_of(self.ids, rows), rows_of(self.gains, rows)
+    def select(self, images: Int64[Tensor, "selected"]) -> "PartialTexts":
+        """Return the texts of these images."""
+        return PartialTexts(self.ids[images], self.token_log_probs[images], self.length, self.prompt_lengths[images])
 
 
-class Finished:
-    """The `count` best finished texts of each picture, best first; among equals the earlier one stays ahead."""
+class FinishedTexts:
+    """The `count` best finished texts of each image, best first; of two equal scores the earlier text comes first."""
 
-    def __init__(self, texts: Texts, count: int):
+    def __init__(self, texts: PartialTexts, count: int):
         images, _, max_tokens = texts.ids.shape
         self.ids = texts.ids.new_zeros((images, count, max_tokens))
-        self.gains = texts.gains.new_zeros((images, count, max_tokens))
-        self.scores = texts.gains.new_full((images, count), -math.inf)
+        self.token_log_probs = texts.token_log_probs.new_zeros((images, count, max_tokens))
+        self.scores = texts.token_log_probs.new_full((images, count), -math.inf)
         self.lengths = torch.zeros_like(self.scores, dtype=torch.int64)
-        self.prompted = texts.prompted
+        self.prompt_lengths = texts.prompt_lengths
 
-    def add(self, texts: Texts, scores: Float[Tensor, "images rows"]) -> None:
-        """Enter texts as they stand, but for those whose score is -inf."""
+    def add(self, texts: PartialTexts, scores: Float[Tensor, "images rows"]) -> None:
+        """Add texts as they are; a score of -inf leaves a text out."""
         count = self.scores.shape[1]
-        self.scores, chosen = best(torch.cat([self.scores, scores], dim=1), count)
+        self.scores, rows = stable_topk(torch.cat([self.scores, scores], dim=1), count)
         lengths = torch.full_like(scores, texts.length, dtype=torch.int64)
-        self.lengths = torch.cat([self.lengths, lengths], dim=1).gather(1, chosen)
-        self.ids = rows_of(torch.cat([self.ids, texts.ids], dim=1), chosen)
-        self.gains = rows_of(torch.cat([self.gains, texts.gains], dim=1), chosen)
+        self.lengths = torch.cat([self.lengths, lengths], dim=1).gather(1, rows)
+        self.ids = gather_rows(torch.cat([self.ids, texts.ids], dim=1), rows)
+        self.token_log_probs = gather_rows(torch.cat([self.token_log_probs, texts.token_log_probs], dim=1), rows)
 
-    def keep(self, pictures: Int64[Tensor, "kept"]) -> None:
-        """Forget the texts of all other pictures."""
-        for name in ("ids", "gains", "scores", "lengths", "prompted"):
-            setattr(self, name, getattr(self, name)[pictures])
+    def select(self, images: Int64[Tensor, "selected"]) -> None:
+        """Keep the texts of these images only."""
+        for name in ("ids", "token_log_probs", "scores", "lengths", "prompt_lengths"):
+            setattr(self, name, getattr(self, name)[images])
 
     def hypotheses(self, end: int) -> list[list[Hypothesis]]:
-        """For each picture its texts, best first: `count` of them, fewer only where fewer were entered."""
-        kept = (values.tolist() for values in (self.ids, self.gains, self.lengths, self.scores, self.prompted))
+        """Return the texts of each image, best first: `count` of them, or fewer if fewer were added."""
+        columns = (self.ids, self.token_log_probs, self.lengths, self.scores, self.prompt_lengths)
         return [
             [
-                finish_text(ids[prompted:length], gains[prompted:length], score, end)
-                for ids, gains, length, score in zip(*texts, strict=True)
+                build_hypothesis(ids[prompt_length:length], token_log_probs[prompt_length:length], score, end)
+                for ids, token_log_probs, length, score in zip(*texts, strict=True)
                 if score > -math.inf
             ]
-            for *texts, prompted in zip(*kept, strict=True)
+            for *texts, prompt_length in zip(*(values.tolist() for values in columns), strict=True)
         ]
 
 
-def finish_text(ids: list[int], gains: list[float], score: float, end: int) -> Hypothesis:
-    """A result of generated tokens, which the end token may close."""
-    inner = ids[:-1] if ids and ids[-1] == end else ids
+def build_hypothesis(ids: list[int], token_log_probs: list[float], score: float, end: int) -> Hypothesis:
+    """Return a finished text; `ids` are its generated tokens, with or without the end token."""
     return Hypothesis(
-        token_ids=tuple(inner), log_probability=sum(gains, 0.0), score=score, token_log_probabilities=tuple(gains)
+        token_ids=tuple(ids[:-1] if ids and ids[-1] == end else ids),
+        log_probability=sum(token_log_probs, 0.0),
+        score=score,
+        token_log_probabilities=tuple(token_log_probs),
     )
 
 
-def rows_of(
-    table: Shaped[Tensor, "image row column"], rows: Int64[Tensor, "image chosen"]
-) -> Shaped[Tensor, "image chosen column"]:
-    """The rows of `table` that `rows` names, picture by picture."""
+def gather_rows(
+    table: Shaped[Tensor, "image row column"], rows: Int64[Tensor, "image new_row"]
+) -> Shaped[Tensor, "image new_row column"]:
+    """Return the rows with these numbers, image by image."""
     return table.gather(1, rows[:, :, None].expand(-1, -1, table.shape[-1]))
 
 
-def best(
+def stable_topk(
     scores: Float[Tensor, "image candidates"], count: int
 ) -> tuple[Float[Tensor, "image count"], Int64[Tensor, "image count"]]:
-    """The `count` best scores and their places, best first; among equals the lower place.
+    """Return the `count` highest scores and their indices, best first; of two equal scores the lower index comes first.
 
-    `torch.topk` leaves the choice among equals open, and a stable sort of a whole vocabulary is slow. But only the
-    `count` chunks with the best maxima can hold a winner; sorting these alone is as fast as `topk`.
+    `torch.topk` does not specify the order of equal scores, and a stable sort of a whole vocabulary is slow. Only the
+    `count` chunks with the highest maxima can hold a winner. Sorting those alone is as fast as `topk`.
     """
     if count > scores.shape[1]:
-        raise ValueError(f"{count} candidates were asked for, there are {scores.shape[1]}")
+        raise ValueError(f"cannot take the {count} best of {scores.shape[1]} scores: ask for at most {scores.shape[1]}")
     chunks = functional.pad(scores, (0, -scores.shape[1] % CHUNK), value=-math.inf).unflatten(1, (-1, CHUNK))
     by_maximum = chunks.amax(dim=-1).sort(dim=1, descending=True, stable=True).indices
     chunk = by_maximum[:, :count].sort(dim=1).values
-    values, places = rows_of(chunks, chunk).flatten(1).sort(dim=1, descending=True, stable=True)
-    values, places = values[:, :count], places[:, :count]
-    return values, chunk.gather(1, places // CHUNK) * CHUNK + places % CHUNK
+    values, indices = gather_rows(chunks, chunk).flatten(1).sort(dim=1, descending=True, stable=True)
+    values, indices = values[:, :count], indices[:, :count]
+    return values, chunk.gather(1, indices // CHUNK) * CHUNK + indices % CHUNK

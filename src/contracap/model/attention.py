@@ -1,4 +1,4 @@
-"""Attention of a sequence to itself and to another one."""
+"""Multi-head self-attention and cross-attention."""
 
 import torch
 from einops import einsum, rearrange
@@ -20,7 +20,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
-        """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""
+        """Initialise the weights for a residual stream of `depth` blocks. Source: model.text.TextEncoder."""
         width = self.out.in_features
         nn.init.normal_(self.query_key_value.weight, std=width**-0.5)
         nn.init.normal_(self.out.weight, std=(width * 2 * depth) ** -0.5)
@@ -39,10 +39,10 @@ class SelfAttention(nn.Module):
         """Attend within each sequence.
 
         Args:
-            layout: how the sequences lie in `tokens`.
-            causal: each token sees itself and what comes before.
-            mask: given in place of `causal`; true where a token looks.
-            cache: keys and values of earlier tokens, which these follow; theirs are put into it.
+            layout: how the sequences are stored in `tokens`.
+            causal: each token sees itself and earlier ones.
+            mask: replaces `causal`; true where a query may attend to a key.
+            cache: keys and values of earlier tokens; those of `tokens` are added to it.
         """
         query, key, value = rearrange(
             layout.pad(self.query_key_value(tokens)),
@@ -60,9 +60,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of a sequence, or of learned queries, to a memory of another width.
 
-    A memory is read in one of two ways, to the same end. `Projected`: keys and values are made of each of its rows.
-    `Unprojected`: their matrices are multiplied into the queries and the outputs instead, and the memory is read as it
-    is, which is less work for short texts.
+    There are two ways to compute it. `Projected`: each row of the memory is projected to keys and values.
+    `Unprojected`: the projections are multiplied into queries and outputs instead, which is less work for short texts.
     """
 
     def __init__(self, width: int, heads: int, *, memory_width: int):
@@ -73,7 +72,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
-        """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""
+        """Initialise the weights for a residual stream of `depth` blocks. Source: model.text.TextEncoder."""
         width, memory_width = self.out.in_features, self.key_value.in_features
         nn.init.normal_(self.query.weight, std=width**-0.5)
         nn.init.normal_(self.key_value.weight, std=memory_width**-0.5)
@@ -82,15 +81,15 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def absorbs(self, *, queries: int, memory: int) -> bool:
-        """Whether so many queries read so many rows of memory with fewer operations if those are not projected."""
+        """Return whether `Unprojected` takes fewer operations for these numbers of queries and rows of memory."""
         width, memory_width = self.key_value.out_features // 2, self.key_value.in_features
-        # Half the operations for keys or values, and as many again for scores or sums; once for each picture.
+        # Per image, half of the operations: keys and scores. Values and weighted sums take the same.
         projected = memory * memory_width * width + queries * memory * width
         absorbed = queries * width * memory_width + queries * self.heads * memory * memory_width
         return absorbed < projected
 
     def project(self, memory: Float[Tensor, "images memory memory_width"]) -> Projected:
-        """Keys and values of a memory, once for all the queries that will read it."""
+        """Project a memory to keys and values, once for all queries."""
         key, value = rearrange(
             self.key_value(memory),
             "images memory (part head dim) -> part images head memory dim",
@@ -102,7 +101,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, queries: Float[Tensor, "*rows width"], memory: Memory, *, layout: Grid = GRID
     ) -> Float[Tensor, "*rows width"]:
-        """Attend to a memory. `layout` is how the sequences lie in `queries`."""
+        """Attend to a memory. `layout` says how the sequences are stored in `queries`."""
         if isinstance(memory, Unprojected):
             return self.out(self._absorbed(self.query(queries), memory, layout))
         query = rearrange(
@@ -114,14 +113,14 @@ class CrossAttention(nn.Module):
     def _absorbed(
         self, query: Float[Tensor, "*rows width"], memory: Unprojected, layout: Grid
     ) -> Float[Tensor, "*rows width"]:
-        """Attention to the memory's rows instead of keys and values, by queries as wide as these are.
+        """Attend to the rows of the memory instead of keys and values, with queries of the same width.
 
-        A score q (W_k (g x + b) + c) is (g W_k^T q) x, but for a term that all of a row's scores share, which softmax
-        ignores. A sum of p (W_v (g x + b) + c) is W_v g (sum of p x) + W_v b + c, for the shares p add up to 1.
+        A score q (W_k (g x + b) + c) equals (g W_k^T q) x plus a term that does not depend on x, which softmax ignores.
+        A sum of p (W_v (g x + b) + c) equals W_v g (sum of p x) + W_v b + c, because the weights p add up to 1.
         """
         key_matrix, value_matrix = self.key_value.weight.chunk(2)
         gain, shift = memory.norm.weight, memory.norm.bias
-        # Read alike by keys and values; one conversion, and gradients of all layers meet in the tokens' own type.
+        # Keys and values share one conversion, and gradients of all layers are summed in the type of the tokens.
         tokens = memory.tokens.to(query.dtype)
         wide = einsum(
             rearrange(query, "... (head dim) -> ... head dim", head=self.heads),
@@ -129,7 +128,7 @@ class CrossAttention(nn.Module):
             "... head dim, head dim memory_width -> ... head memory_width",
         )
         grid = layout.pad(wide.flatten(-2))
-        read = plain_attention(  # no fused kernel takes heads as wide as the memory
+        attended = plain_attention(  # no fused kernel supports heads as wide as the memory
             rearrange(
                 grid,
                 "images column (head memory_width) -> images 1 (column head) memory_width",
@@ -139,7 +138,7 @@ class CrossAttention(nn.Module):
             tokens[:, None],
             scale=(query.shape[-1] // self.heads) ** -0.5,
         )
-        sums = layout.unpad(read.reshape(grid.shape))
+        sums = layout.unpad(attended.reshape(grid.shape))
         values = einsum(
             rearrange(sums, "... (head memory_width) -> ... head memory_width", head=self.heads),
             rearrange(value_matrix * gain, "(head dim) memory_width -> head dim memory_width", head=self.heads),
@@ -157,7 +156,7 @@ def attend(
     causal: bool = False,
     mask: Bool[Tensor, "batch 1 token key"] | None = None,
 ) -> Float[Tensor, "batch head token dim"]:
-    """`scaled_dot_product_attention`, or plain products where those are faster: see docs/performance.md."""
+    """Call `scaled_dot_product_attention`, or plain matrix products where those are faster: docs/performance.md."""
     # On the CPU the fused kernel's backward pass in bf16 takes 2.5 to 4 times as long as plain matrix products.
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
         if causal:
@@ -174,7 +173,7 @@ def plain_attention(
     mask: Bool[Tensor, "batch 1 token key"] | Bool[Tensor, "token key"] | None = None,
     scale: float,
 ) -> Float[Tensor, "batch head token dim"]:
-    """Attention by matrix products, which holds all scores."""
+    """Compute attention by matrix products, with all scores in memory."""
     scores = (query * scale) @ key.mT
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)

@@ -1,4 +1,4 @@
-"""What attention reads besides the tokens it is given: the picture, and keys and values of earlier tokens."""
+"""What attention reads besides the tokens it is given: caption tokens, and keys and values of earlier tokens."""
 
 from dataclasses import dataclass
 
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Projected:
-    """A memory's keys and values, of one layer."""
+    """Keys and values of a memory in one cross-attention layer."""
 
     key: Float[Tensor, "images head memory dim"]
     value: Float[Tensor, "images head memory dim"]
 
-    def of(self, pictures: Int64[Tensor, "chosen"]) -> "Projected":
-        """Of these pictures alone."""
-        return Projected(self.key[pictures], self.value[pictures])
+    def select(self, images: Int64[Tensor, "selected"]) -> "Projected":
+        """Return the keys and values of these images."""
+        return Projected(self.key[images], self.value[images])
 
 
 @dataclass(frozen=True)
 class Unprojected:
-    """A memory of which no keys and values are made.
+    """A memory without keys and values.
 
     Attributes:
-        tokens: each scaled to mean 0 and deviation 1, the same for all layers.
-        norm: of the layer that reads it; its gain and shift are still to be applied.
+        tokens: normalised to mean 0 and variance 1, the same for all layers.
+        norm: the norm of the layer that reads it; its weight and bias are still to be applied.
     """
 
     tokens: Float[Tensor, "images memory memory_width"]
@@ -37,7 +37,7 @@ Memory = Projected | Unprojected
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of earlier tokens in one self-attention layer. Each token of each text has a slot of its own.
+    """Keys and values of earlier tokens in one self-attention layer. Each token of each text has its own slot.
 
     Attributes:
         slots: where the next tokens go.
@@ -50,21 +50,21 @@ class LayerCache:
     def append(
         self, keys: Float[Tensor, "images head column dim"], values: Float[Tensor, "images head column dim"]
     ) -> None:
-        """Put the next tokens where they go."""
+        """Write keys and values of the next tokens to their slots."""
         self.keys.index_copy_(2, self.slots, keys)
         self.values.index_copy_(2, self.slots, values)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the text side reads in one step of decoding, besides its new tokens and the picture.
+    """What the text side reads in one step of decoding, besides its new tokens and the caption tokens.
 
     Attributes:
-        positions: of the new tokens.
+        positions: the positions of the new tokens.
         text: one cache per layer of the text encoder.
         decoder: one cache per self-attention layer of the text decoder.
-        mask: the slots that each column sees; None if that is all of them, or with `causal` those up to its own.
-        causal: whether the columns are one text's tokens, one after the other.
+        mask: true for the slots that each column sees. None: all of them or, with `causal`, those up to its own.
+        causal: whether the columns are consecutive tokens of one text, as in prefill.
     """
 
     positions: Int64[Tensor, "column"]
@@ -75,91 +75,104 @@ class Step:
 
 
 class DecodingCache:
-    """The texts that are being written about each picture of a batch: they have one length, and begin with a prompt
-    that those of a picture share.
+    """Keys and values of the texts that are being written about each image of a batch.
 
-    Keys and values are written once, and never moved or copied for another text: when a text goes on from another
-    one, as beams do, it only sees other slots.
+    All texts have the same length; those of one image begin with the same prompt. Keys and values are written once and
+    never moved or copied: a text that continues another one, as in beam search, only sees other slots.
 
     Attributes:
-        memory: per cross-attention layer, the caption tokens; once for each picture.
+        caption_tokens: their keys and values in each cross-attention layer, once per image.
         length: tokens of each text so far.
     """
 
     def __init__(
         self,
-        memory: list[Projected],
+        caption_tokens: list[Projected],
         text: list[tuple[Tensor, Tensor]],
         decoder: list[tuple[Tensor, Tensor]],
         *,
-        whole: bool = False,
+        fixed_shapes: bool = False,
     ):
         """
         Args:
-            text, decoder: keys and values of each layer, [images head slot dim], finite.
-            whole: whether each step reads all slots, those without a token masked, so that all steps have the same
-                shapes.
+            text, decoder: finite keys and values of each layer, [images head slot dim].
+            fixed_shapes: whether each decoding step reads all slots, with empty ones masked.
         """
-        self.memory, self._text, self._decoder, self._whole = memory, text, decoder, whole
+        self.caption_tokens, self._text, self._decoder = caption_tokens, text, decoder
+        self._fixed_shapes = fixed_shapes
         keys = text[0][0]
         self.length = 0
         self._used = 0
-        self._sees = torch.zeros(len(keys), 1, keys.shape[2], dtype=torch.bool, device=keys.device)
+        self._visible = torch.zeros(len(keys), 1, keys.shape[2], dtype=torch.bool, device=keys.device)
 
-    def step(self, columns: int) -> Step:
-        """Make room for new tokens: at first those of the prompt, later one for each text of a picture.
+    def add_prompt(self, columns: int) -> Step:
+        """Reserve slots for the prompt, which all texts of an image share."""
+        slots = self._reserve(columns)
+        self._visible[:, :, slots] = True
+        self.length = columns
+        text, decoder = self._layers(slots, shown=self._used)
+        return Step(slots, text, decoder, mask=None, causal=True)
 
-        Raises: ValueError: if there is no room.
+    def add_tokens(self, columns: int) -> Step:
+        """Reserve slots for one more token of each text."""
+        slots = self._reserve(columns)
+        self._visible[:, torch.arange(columns, device=slots.device), slots] = True
+        positions = torch.full_like(slots, self.length)
+        self.length += 1
+        shown = self._visible.shape[2] if self._fixed_shapes else self._used
+        text, decoder = self._layers(slots, shown=shown)
+        sees_all = columns == 1 and not self._fixed_shapes
+        mask = None if sees_all else self._visible[:, None, :, :shown]
+        return Step(positions, text, decoder, mask, causal=False)
+
+    def _reserve(self, columns: int) -> Int64[Tensor, "column"]:
+        """Return the next slots.
+
+        Raises: ValueError: if too few are left.
         """
-        begins, first, self._used = self.length == 0, self._used, self._used + columns
-        if self._used > self._sees.shape[2]:
+        first, self._used = self._used, self._used + columns
+        num_slots = self._visible.shape[2]
+        if self._used > num_slots:
             raise ValueError(
-                f"the cache holds {self._sees.shape[2]} tokens a picture; {self._used} were asked for. Give a larger "
-                "max_tokens."
+                f"the cache holds {num_slots} tokens per image, but {self._used} are needed: give a larger max_tokens"
             )
-        slots = torch.arange(first, self._used, device=self._sees.device)
-        if begins:
-            self._sees[:, :, slots] = True
-            positions, self.length = slots, columns
-        else:
-            self._sees[:, torch.arange(columns, device=slots.device), slots] = True
-            positions, self.length = torch.full_like(slots, self.length), self.length + 1
-        shown = self._sees.shape[2] if self._whole and not begins else self._used
+        return torch.arange(first, self._used, device=self._visible.device)
 
-        def parts(layers: list[tuple[Tensor, Tensor]]) -> list[LayerCache]:
-            if self._whole and not begins:  # themselves: a part of them would not be known to stay in place
-                return [LayerCache(keys, values, slots) for keys, values in layers]
-            return [LayerCache(keys[:, :, :shown], values[:, :, :shown], slots) for keys, values in layers]
+    def _layers(self, slots: Int64[Tensor, "column"], shown: int) -> tuple[list[LayerCache], list[LayerCache]]:
+        """Return the first `shown` slots of each layer of the text encoder, and of the text decoder."""
 
-        sees_all = begins or (self._sees.shape[1] == 1 and not self._whole)
-        mask = None if sees_all else self._sees[:, None, :, :shown]
-        return Step(positions, parts(self._text), parts(self._decoder), mask, causal=begins)
+        def layer(keys: Tensor, values: Tensor) -> LayerCache:
+            if shown < keys.shape[2]:
+                keys, values = keys[:, :, :shown], values[:, :, :shown]
+            return LayerCache(keys, values, slots)  # not a view, if whole: torch.compile knows the tensor as static
 
-    def follow(self, texts: Int64[Tensor, "images text"]) -> None:
-        """Let each picture's text i go on from what its text `texts[:, i]` was; their number may change."""
-        self._sees = self._sees.gather(1, texts[:, :, None].expand(-1, -1, self._sees.shape[2]))
+        return [layer(*each) for each in self._text], [layer(*each) for each in self._decoder]
 
-    def restart(self, memory: list[Projected]) -> None:
-        """Forget all texts; as many other pictures take the place of those at hand, in the same memory."""
-        for held, new in zip(self.memory, memory, strict=True):
-            held.key.copy_(new.key)
-            held.value.copy_(new.value)
-        for keys, values in (*self._text, *self._decoder):  # a NaN would be seen behind a mask, too
+    def reorder(self, parents: Int64[Tensor, "images row"]) -> None:
+        """Let row i of each image continue what was its row `parents[:, i]`; the number of rows may change."""
+        self._visible = self._visible.gather(1, parents[:, :, None].expand(-1, -1, self._visible.shape[2]))
+
+    def select(self, images: Int64[Tensor, "selected"]) -> None:
+        """Keep these images only."""
+        self.caption_tokens = [layer.select(images) for layer in self.caption_tokens]
+        self._text, self._decoder = (
+            [(keys[images], values[images]) for keys, values in layers] for layers in (self._text, self._decoder)
+        )
+        self._visible = self._visible[images]
+
+    def restart(self, caption_tokens: list[Projected]) -> None:
+        """Forget all texts, and copy the caption tokens of equally many other images over the present ones."""
+        for present, new in zip(self.caption_tokens, caption_tokens, strict=True):
+            present.key.copy_(new.key)
+            present.value.copy_(new.value)
+        for keys, values in (*self._text, *self._decoder):  # NaN passes through a mask
             keys.zero_()
             values.zero_()
         self.length = self._used = 0
-        self._sees = torch.zeros_like(self._sees[:, :1])
+        self._visible = torch.zeros_like(self._visible[:, :1])
 
-    def stay_in_place(self) -> None:
-        """Tell `torch.compile` that keys and values stay where they are, so that CUDA graphs may write them."""
-        for tensors in (*self._text, *self._decoder, *((layer.key, layer.value) for layer in self.memory)):
+    def mark_static(self) -> None:
+        """Tell `torch.compile` that keys and values keep their addresses, so that CUDA graphs may write to them."""
+        for tensors in (*self._text, *self._decoder, *((layer.key, layer.value) for layer in self.caption_tokens)):
             for tensor in tensors:
                 torch._dynamo.mark_static_address(tensor)
-
-    def keep(self, pictures: Int64[Tensor, "chosen"]) -> None:
-        """Forget all other pictures."""
-        self.memory = [layer.of(pictures) for layer in self.memory]
-        self._text, self._decoder = (
-            [(keys[pictures], values[pictures]) for keys, values in layers] for layers in (self._text, self._decoder)
-        )
-        self._sees = self._sees[pictures]

@@ -1,4 +1,4 @@
-"""The contrastive captioner: the parts joined."""
+"""The contrastive captioner: vision encoder, pooler, text encoder and text decoder."""
 
 import math
 from collections.abc import Iterator
@@ -38,8 +38,8 @@ class CoCaConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of the pooler's {self.pooler.heads} heads")
         if self.pooler.adds_positions and self.vision.patch_dropout:
             raise ValueError(
-                "pooler.adds_positions needs every patch at its place: set vision.patch_dropout to 0, "
-                f"it is {self.vision.patch_dropout}"
+                f"vision.patch_dropout is {self.vision.patch_dropout}, but pooler.adds_positions needs every patch: "
+                "set vision.patch_dropout to 0"
             )
         if self.decoder is None:
             return
@@ -58,13 +58,13 @@ class CoCaConfig:
 
 @dataclass(frozen=True)
 class CoCaOutput:
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
         image_features: [batch embed], unit rows.
         text_features: [batch embed], unit rows.
-        captions: the decoder's states and the labels that the captioning loss compares them with; without a decoder,
-            the text encoder's.
+        captions: the decoder's states, and the labels for the captioning loss; without a decoder, the states of the
+            text encoder.
         logit_scale: scalar, already exponentiated.
     """
 
@@ -76,8 +76,10 @@ class CoCaOutput:
 
     @cached_property
     def logits(self) -> Float[Tensor, "batch positions vocabulary"] | None:
-        """[batch context-1 vocabulary], computed when first asked for; row i scores token i + 1, rows beyond the text
-        are unspecified. None without a decoder."""
+        """[batch context-1 vocabulary], computed on first use; None without a decoder.
+
+        Row i scores token i + 1. Rows after the text are unspecified.
+        """
         if self.decoder is None:
             return None
         with torch.set_grad_enabled(self.captions.states.requires_grad):
@@ -103,7 +105,7 @@ class CoCa(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     def initialise(self) -> None:
-        """Fill every parameter with its initial value, from torch's global generator."""
+        """Set every parameter to its initial value, drawn from torch's global generator."""
         self.vision.initialise()
         self.pooler.initialise()
         self.text.initialise()
@@ -113,7 +115,7 @@ class CoCa(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.logit_scale.device
 
     def forward(
@@ -122,11 +124,11 @@ class CoCa(nn.Module):
         ids: Int64[Tensor, "batch tokens"],
         lengths: Lengths | None = None,
     ) -> CoCaOutput:
-        """Both embeddings and the states of the captions, of matching images and texts.
+        """Return both embeddings and the states of the captions, for matching images and texts.
 
         Args:
-            lengths: tokens of each text, start and end included, as a `Batch` carries them. If they are not given they
-                are read from the ids, which waits for the device.
+            lengths: tokens of each text, start and end included, as in `Batch`. If None, they are read from the ids,
+                which waits for the device.
 
         Raises: ValueError: if a text is longer than the context.
         Source: CoCa (arXiv 2205.01917), figure 2 and section 3.2.
@@ -143,7 +145,7 @@ class CoCa(nn.Module):
         ids: Int64[Tensor, "batch tokens"],
         lengths: Lengths | None = None,
     ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch embed"]]:
-        """`image_features` and `text_features` of a forward pass, without what only captions need."""
+        """Return `image_features` and `text_features` of a forward pass, without computing the captions."""
         return unit(self.pooler.contrastive(self.vision(pixels))), unit(self.text.contrastive(ids, lengths))
 
     def captions(
@@ -152,19 +154,18 @@ class CoCa(nn.Module):
         ids: Int64[Tensor, "batch tokens"],
         lengths: Lengths | None = None,
     ) -> TokenStates:
-        """`captions` of a forward pass, without what only the embeddings need."""
+        """Return `captions` of a forward pass, without computing the embeddings."""
         caption_tokens = self.pooler.caption_tokens(self.vision(pixels))
         return self.require_decoder()(self.text.token_states(ids, lengths), caption_tokens)
 
     def encode_image(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embed"]:
-        """Contrastive embedding of normalised images, unit rows."""
+        """Return the contrastive embeddings of normalised images, unit rows."""
         return unit(self.pooler.contrastive(self.vision(pixels)))
 
     def encode_text(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed"]:
-        """Contrastive embedding of texts, unit rows; a text ends at its first end token.
+        """Return the contrastive embeddings of texts, unit rows; a text ends at its first end token.
 
-        What texts have in common at their beginning is computed once: prompts that follow one template are best
-        encoded together.
+        A common beginning of several texts is computed once, so encode prompts of the same template together.
 
         Raises: ValueError: if a text is longer than the context.
         """
@@ -172,96 +173,96 @@ class CoCa(nn.Module):
 
     def encode_caption_tokens(
         self, pixels: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
-        """Contrastive embedding (unit rows) and caption tokens of images, from one pass."""
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+        """Return contrastive embeddings (unit rows) and caption tokens of images from one pass."""
         self.require_decoder()
         embedding, caption_tokens = self.pooler(self.vision(pixels))
         return unit(embedding), caption_tokens
 
-    def start_decoding(
+    def new_cache(
         self,
-        memory: list[Projected],
+        caption_tokens: list[Projected],
         *,
         prompt: int,
-        texts: int,
+        rows: int,
         max_tokens: int,
-        whole: bool = False,
+        fixed_shapes: bool = False,
     ) -> DecodingCache:
-        """A cache for the texts that are to be written about each picture, at most `texts` at a time.
+        """Return an empty cache for decoding up to `rows` texts per image.
 
         Args:
-            memory: the caption tokens as `TextDecoder.project` gives them.
-            prompt: tokens that they begin with, the start token included; given to the first call of `decode`.
-            max_tokens: of a text, its prompt included.
-            whole: as in `DecodingCache`.
+            caption_tokens: the result of `TextDecoder.project`.
+            prompt: tokens that `prefill` will read, including the start token.
+            max_tokens: longest text, including the prompt.
+            fixed_shapes: as in `DecodingCache`.
 
         Raises: ValueError: if `max_tokens` exceeds the context.
         """
         decoder, text = self.require_decoder(), self.config.text
         if max_tokens > text.context:
             raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
-        slots, keys = prompt + texts * (max_tokens - prompt), memory[0].key
+        slots, keys = prompt + rows * (max_tokens - prompt), caption_tokens[0].key
 
         def empty(layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
             size = (len(keys), heads, slots, text.width // heads)
             return [(keys.new_zeros(size), keys.new_zeros(size)) for _ in range(layers)]
 
         return DecodingCache(
-            memory,
+            caption_tokens,
             empty(text.layers, text.heads),
             empty(decoder.config.layers, decoder.config.heads),
-            whole=whole,
+            fixed_shapes=fixed_shapes,
         )
 
-    def decode(
+    def prefill(
         self, ids: Int64[Tensor, "images column"], cache: DecodingCache
-    ) -> Float[Tensor, "images text vocabulary"]:
-        """Add tokens to the texts in the cache, and score what follows them; float32 logits.
+    ) -> Float[Tensor, "images 1 vocabulary"]:
+        """Read the prompts into an empty cache; return float32 logits of the token that follows."""
+        return self.next_logits(ids, cache.caption_tokens, cache.add_prompt(ids.shape[1]))
 
-        Args:
-            ids: in the first call the prompt, which gives one text of logits; later the newest token of each text.
-        """
-        return self.score(ids, cache.memory, cache.step(ids.shape[1]))
+    def decode(self, ids: Int64[Tensor, "images row"], cache: DecodingCache) -> Float[Tensor, "images row vocabulary"]:
+        """Read the newest token of each text into the cache; return float32 logits of the token that follows."""
+        return self.next_logits(ids, cache.caption_tokens, cache.add_tokens(ids.shape[1]))
 
-    def score(
-        self, ids: Int64[Tensor, "images column"], memory: list[Projected], step: Step
-    ) -> Float[Tensor, "images text vocabulary"]:
-        """What `decode` does, of tensors alone."""
+    def next_logits(
+        self, ids: Int64[Tensor, "images column"], caption_tokens: list[Projected], step: Step
+    ) -> Float[Tensor, "images row vocabulary"]:
+        """Do the work of `prefill` and `decode` on tensors alone, so that it can be compiled."""
         decoder = self.require_decoder()
-        states = decoder.next_states(self.text.next_states(ids, step), memory, step)
+        states = decoder.next_states(self.text.next_states(ids, step), caption_tokens, step)
         return decoder.vocabulary(states[:, -1:] if step.causal else states).float()
 
     def only_for_contrastive(self) -> list[str]:
-        """Beginnings of the names of the parameters that the captioning loss does not reach."""
+        """Return name prefixes of the parameters that the captioning loss does not reach."""
         pool = "pooler.contrastive_pool" if self.config.pooler.kind in ("cascade", "parallel") else "pooler.projection"
         names = ["logit_scale", "text.norm_out", "text.projection", pool]
         return names + (["text.class_token"] if self.config.text.pool == "class_token" else [])
 
     def only_for_captioning(self) -> list[str]:
-        """Beginnings of the names of the parameters that the contrastive loss does not reach."""
+        """Return name prefixes of the parameters that the contrastive loss does not reach."""
         pools = ["pooler.caption_pool"] if self.config.pooler.kind == "parallel" else []
         return pools + (["decoder"] if self.decoder is not None else [])
 
     def require_decoder(self) -> TextDecoder:
-        """The text decoder.
+        """Return the text decoder.
 
         Raises: ValueError: if the model is a CLIP, which has none.
         """
         if self.decoder is None:
             raise ValueError(
-                "this model has no text decoder (it is a CLIP): it cannot caption; load or train a coca size"
+                "this model has no text decoder (it is a CLIP), so it cannot caption: load or train a coca size"
             )
         return self.decoder
 
 
 def unit(embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:
-    """Rows of length 1, at least in float32."""
+    """Scale rows to length 1, in float32 or higher precision."""
     return normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no patch dropout); afterwards each module is as it was."""
+    """Put the model in evaluation mode (no patch dropout); afterwards restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

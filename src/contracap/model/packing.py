@@ -1,4 +1,4 @@
-"""Texts of several lengths, packed row after row; only attention sees them padded to a grid."""
+"""Packing: texts of different lengths are stored without padding; only attention sees them padded to a grid."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,18 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
-ROWS = 64  # packed rows come in multiples of this: oneDNN keeps a kernel for every number (docs/performance.md)
+ROWS = 64  # the number of packed rows is a multiple of it: oneDNN caches a kernel per number (docs/performance.md)
 
 
 class Grid:
-    """Sequences of one length, which need no padding: image tokens, learned queries, texts that are being written."""
+    """Layout of sequences of equal length, without padding: image tokens, learned queries, texts during decoding."""
 
     def pad(self, tokens: Float[Tensor, "batch column width"]) -> Float[Tensor, "batch column width"]:
-        """The tokens as attention reads them."""
+        """Return the tokens as attention reads them."""
         return tokens
 
     def unpad(self, grid: Shaped[Tensor, "batch column *width"]) -> Shaped[Tensor, "batch column *width"]:
-        """The tokens as every other layer reads them."""
+        """Return the tokens as all other layers read them."""
         return grid
 
 
@@ -29,18 +29,18 @@ GRID = Grid()
 
 @dataclass(frozen=True, eq=False)
 class Packed(Grid):
-    """Texts without padding: a row for each token, text after text.
+    """Layout of packed texts: one row for each token, text after text.
 
-    After the rows of the texts come some for padding, up to a multiple of `ROWS`, but never more than the grid has
-    cells. What is computed for them is finite, and nothing else depends on it.
+    Padding rows after the texts fill up to a multiple of `ROWS`, but never to more rows than the grid has cells. Their
+    values are finite, and no other row depends on them.
 
     Attributes:
         tokens: rows of each text that hold its tokens.
         lengths: rows of each text; those after its tokens are for a class token.
         columns: rows of the longest text.
-        cells: the cell of the grid that each row belongs to.
-        sources: the row that each cell shows; a cell of padding repeats its text's last row. Texts that begin alike may
-            share rows, which several cells then show.
+        cells: the grid cell of each row.
+        sources: the row that each cell copies; padding cells copy the last row of their text. Texts with a common
+            beginning may share rows: several cells then copy the same row.
     """
 
     tokens: Int64[Tensor, "batch"]
@@ -51,29 +51,29 @@ class Packed(Grid):
 
     @property
     def last_rows(self) -> Int64[Tensor, "batch"]:
-        """The last row of each text."""
+        """The index of the last row of each text."""
         last = rearrange(self.lengths - 1, "batch -> batch 1").clamp(min=0)
         return rearrange(self.sources, "(batch column) -> batch column", column=self.columns).gather(1, last)[:, 0]
 
     def pad(self, tokens: Float[Tensor, "rows width"]) -> Float[Tensor, "batch column width"]:
-        """The rows on a grid with a text a line."""
+        """Copy the rows to a grid with one text per line."""
         return rearrange(
             tokens.index_select(0, self.sources), "(batch column) width -> batch column width", column=self.columns
         )
 
     def unpad(self, grid: Shaped[Tensor, "batch column *width"]) -> Shaped[Tensor, "rows *width"]:
-        """The rows back from the grid."""
+        """Copy the rows back from the grid."""
         return grid.flatten(0, 1).index_select(0, self.cells)
 
     def fit(self, ids: Int64[Tensor, "batch tokens"], *, padding: int) -> Int64[Tensor, "batch column"]:
-        """Ids on the grid; whatever stands after a text's tokens becomes `padding`."""
+        """Cut or extend ids to the columns of the grid; set everything after a text's tokens to `padding`."""
         fitted = pad(ids, (0, max(0, self.columns - ids.shape[1])), value=padding)[:, : self.columns]
         is_padding = torch.arange(self.columns, device=ids.device) >= self.tokens[:, None]
         return fitted.masked_fill(is_padding, padding)
 
 
 def pack(tokens: Int64[np.ndarray, "batch"], lengths: Int64[np.ndarray, "batch"], *, device: torch.device) -> Packed:
-    """The layout of texts with `lengths` rows each, of which the first `tokens` hold tokens."""
+    """Return the layout of texts with `lengths` rows each, the first `tokens` of which hold tokens."""
     columns = max(1, int(lengths.max()))
     column = np.arange(columns)
     taken = (column < lengths[:, None]).ravel()
@@ -92,10 +92,9 @@ def pack_sharing(
     *,
     device: torch.device,
 ) -> Packed:
-    """The same for texts whose common beginnings have their rows once, which is right where no row depends on later
-    ones.
+    """Return a layout in which texts share the rows of common beginnings. No row may depend on later ones.
 
-    Sorted by their ids, each text has its longest common beginning with the one before it.
+    In an order sorted by ids, each text has its longest common beginning with the text before it.
     """
     columns = max(1, int(lengths.max()))
     column = np.arange(columns)
@@ -104,14 +103,14 @@ def pack_sharing(
     differs = column >= tokens[order, None]
     differs[0] = True
     differs[1:] |= padded[1:] != padded[:-1]
-    new = np.logical_or.accumulate(differs, axis=1) & (column < lengths[order, None])  # as does all that follows it
+    new = np.logical_or.accumulate(differs, axis=1) & (column < lengths[order, None])  # so is all after it
     text, place = new.nonzero()
     cells = order[text] * columns + place
     rows = min(-(-len(cells) // ROWS) * ROWS, new.size)
     newest = np.zeros(new.shape, dtype=np.int64)
     newest[new] = np.arange(len(cells))
     sources = np.empty_like(newest)
-    sources[order] = np.maximum.accumulate(newest, axis=0)  # a cell that is not new shows what the one above shows
+    sources[order] = np.maximum.accumulate(newest, axis=0)  # a shared cell copies the cell above
     sources = np.take_along_axis(sources, np.minimum(column, lengths[:, None] - 1), axis=1).ravel()
     cells = np.concatenate([cells, np.repeat(cells[:1], rows - len(cells))])
     return _packed(tokens, lengths, columns, cells, sources, device)
@@ -125,10 +124,10 @@ def _packed(
     sources: Int64[np.ndarray, "cells"],
     device: torch.device,
 ) -> Packed:
-    def sent(array: np.ndarray) -> Tensor:
+    def send(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         if device.type == "cuda":
-            tensor = tensor.pin_memory()  # a copy from other memory would wait for the device
+            tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the device
         return tensor.to(device, non_blocking=True)
 
-    return Packed(sent(tokens), sent(lengths), columns, sent(cells), sent(sources))
+    return Packed(send(tokens), send(lengths), columns, send(cells), send(sources))

@@ -1,4 +1,4 @@
-"""Attentional pooling: learned queries make the contrastive vector and the caption tokens out of the image tokens."""
+"""Attentional pooling: learned queries read the image tokens and return the contrastive vector and caption tokens."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -28,25 +28,27 @@ class PoolerConfig:
     heads: int = 8
     """Attention heads."""
     adds_positions: bool = False
-    """Add learned positions to the normalised image tokens before the caption tokens are pooled. They let a small
-    model tell which of two objects is where; the released models have none. See
+    """Add learned positions to the normalised image tokens before they are pooled to caption tokens. Positions help a
+    small model to tell which of two objects is where; the released models have none. See
     docs/decisions/0005-positions-in-the-pooler.md."""
 
     def __post_init__(self) -> None:
         require_positive(self, "heads")
         least = {"shared": 2, "cascade": 1, "parallel": 1, "class_token": 0}[self.kind]
         if self.queries < least:
-            raise ValueError(f"pooler.queries is {self.queries}; a {self.kind} pooler needs at least {least}")
+            raise ValueError(f"pooler.queries is {self.queries}: a {self.kind} pooler needs at least {least}")
         if self.adds_positions and self.kind == "class_token":
-            raise ValueError("pooler.adds_positions is true, but a class_token pooler has no caption tokens to place")
+            raise ValueError(
+                "pooler.adds_positions is true, but a class_token pooler has no caption tokens: set it to false"
+            )
 
 
 class AttentionalPool(nn.Module):
-    """Learned queries attend to a memory once; no residual, no feed-forward.
+    """Learned queries attend to a memory once, without residual connection or feed-forward.
 
     Args:
-        positions: rows of the memory, which get a learned position each; None for none. Deviation from DETR (arXiv
-            2005.12872), which adds them for the keys alone: here the values carry them on.
+        positions: number of learned positions, one per row of the memory; None for none. Deviation from DETR (arXiv
+            2005.12872), which adds positions to the keys alone: here they are added to the values too.
 
     Source: Set Transformer (arXiv 1810.00825).
     """
@@ -60,7 +62,7 @@ class AttentionalPool(nn.Module):
         self.position = nn.Parameter(torch.empty(positions, memory_width)) if positions is not None else None
 
     def initialise(self) -> None:
-        """Fill what the pool owns; with positions, query i starts where position i is.
+        """Initialise the parameters; with positions, query i starts by attending to position i.
 
         Source: docs/decisions/0005-positions-in-the-pooler.md.
         """
@@ -78,10 +80,10 @@ class AttentionalPool(nn.Module):
                 self.queries[: len(placed)].copy_(placed)
 
     def forward(
-        self, memory: Float[Tensor, "batch memory memory_width"], chosen: slice = slice(None)
+        self, memory: Float[Tensor, "batch memory memory_width"], selected: slice = slice(None)
     ) -> Float[Tensor, "batch query width"]:
-        """Outputs of the `chosen` queries; each is independent of the others."""
-        queries = repeat(self.query_norm(self.queries[chosen]), "query width -> batch query width", batch=len(memory))
+        """Return the outputs of the selected queries, each of which is independent of the others."""
+        queries = repeat(self.query_norm(self.queries[selected]), "query width -> batch query width", batch=len(memory))
         if self.position is None and self.attention.absorbs(queries=queries.shape[1], memory=memory.shape[1]):
             tokens = layer_norm(memory, memory.shape[-1:], eps=self.memory_norm.eps)
             return self.attention(queries, Unprojected(tokens, self.memory_norm))
@@ -92,29 +94,29 @@ class AttentionalPool(nn.Module):
 
 
 class Pooler(nn.Module, ABC):
-    """What the model asks of every kind of pooler."""
+    """The interface of all poolers."""
 
     @abstractmethod
     def initialise(self) -> None:
-        """Fill what the pooler owns."""
+        """Initialise the parameters."""
 
     @abstractmethod
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
-        """The contrastive vector alone, not of unit length."""
+        """Return the contrastive vector alone, not of unit length."""
 
     @abstractmethod
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
-        """The caption tokens alone."""
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+        """Return the caption tokens alone."""
 
     @abstractmethod
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
-        """Contrastive vector and caption tokens."""
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+        """Return the contrastive vector and the caption tokens."""
 
 
 class SharedPooler(Pooler):
-    """One pool; query 0 is projected to the contrastive vector, the others are the caption tokens as they are."""
+    """One pool: query 0 is projected to the contrastive vector, the outputs of the others are the caption tokens."""
 
     def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int, positions: int | None):
         super().__init__()
@@ -134,25 +136,26 @@ class SharedPooler(Pooler):
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
-        """The contrastive vector alone, by one query."""
+        """Return the contrastive vector, using one query only."""
         return self.projection(self.norm_out(self.pool(tokens, slice(0, 1)))[:, 0])
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
         return self.norm_out(self.pool(tokens, slice(1, None)))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
         pooled = self.norm_out(self.pool(tokens))
         return self.projection(pooled[:, 0]), pooled[:, 1:]
 
 
 class TwoPoolers(Pooler):
-    """The paper's: one pool for the caption tokens, and one query of its own for the contrastive vector.
+    """The poolers of the paper: one for the caption tokens, and one with a single query for the contrastive vector.
 
-    In a cascade that query reads the caption tokens, in parallel it reads the image tokens. Image tokens are
-    normalised before the pools, and nothing is projected after them. Source: CoCa (arXiv 2205.01917), section 3.2,
-    attentional poolers.
+    In a cascade, that query reads the caption tokens; in parallel, it reads the image tokens. Image tokens are
+    normalised before the pools, and there is no projection after them.
+
+    Source: CoCa (arXiv 2205.01917), section 3.2, attentional poolers.
     """
 
     def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int, positions: int | None):
@@ -176,23 +179,23 @@ class TwoPoolers(Pooler):
         self.contrastive_pool.initialise()
 
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
-        """The contrastive vector alone; a cascade has to pool the caption tokens for it."""
+        """Return the contrastive vector alone, for which a cascade must pool the caption tokens first."""
         tokens = self.norm_in(tokens)
         return self.contrastive_pool(self.caption_pool(tokens) if self.cascade else tokens)[:, 0]
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch memory embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
         return self.caption_pool(self.norm_in(tokens))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch memory embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
         tokens = self.norm_in(tokens)
         caption_tokens = self.caption_pool(tokens)
         return self.contrastive_pool(caption_tokens if self.cascade else tokens)[:, 0], caption_tokens
 
 
 class ClassTokenPooler(Pooler):
-    """CLIP's: the class token, normalised and projected. There are no caption tokens."""
+    """The pooler of CLIP: the class token, normalised and projected. There are no caption tokens."""
 
     def __init__(self, *, embed_dim: int, vision_width: int):
         super().__init__()
@@ -216,7 +219,7 @@ class ClassTokenPooler(Pooler):
 
 
 def build_pooler(config: PoolerConfig, *, embed_dim: int, vision_width: int, image_tokens: int) -> Pooler:
-    """The pooler that `config.kind` names, for pictures of `image_tokens` tokens."""
+    """Return a pooler of `config.kind` for images of `image_tokens` tokens."""
     if config.kind == "class_token":
         return ClassTokenPooler(embed_dim=embed_dim, vision_width=vision_width)
     pooler = SharedPooler if config.kind == "shared" else TwoPoolers

@@ -1,4 +1,4 @@
-"""The text side: a unimodal encoder with a class token, and a multimodal decoder on top of its token states."""
+"""Text encoder and text decoder: a unimodal encoder, and a multimodal decoder on top of its token states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from contracap.model.packing import GRID, Grid, Packed, pack, pack_sharing
 from contracap.model.transformer import CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import Lengths, text_lengths
 
-IGNORED = -100  # a label that the captioning loss leaves out, as it does every negative one
+IGNORED = -100  # a label that the captioning loss ignores, like all negative ones
 ClsMask = Literal["legacy", "correct"]
 
 
@@ -39,8 +39,8 @@ class TextConfig:
     pool: Literal["class_token", "end_token"] = "class_token"
     """Where the contrastive vector is read: at a class token after the text (CoCa), or at the end token (CLIP)."""
     cls_mask: ClsMask = "correct"
-    """What the class token sees. `correct`: the text and itself. `legacy`, as the released weights were trained:
-    the text, the first padding token after it, and itself only if the text fills the context."""
+    """What the class token attends to. `correct`: the text and itself. `legacy`, with which the released weights were
+    trained: the text, the first padding token after it, and itself only if the text fills the context."""
 
     def __post_init__(self) -> None:
         require_positive(self, "context", "vocab_size", "width", "layers", "heads", "mlp_ratio")
@@ -70,11 +70,11 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class TokenStates:
-    """A state for every token of packed texts but each text's last one, which nothing follows.
+    """States of packed texts: one for each token except the last of each text, which has no next token.
 
     Attributes:
-        states: [rows width]; the rows after the texts' are padding.
-        labels: [rows]; the token that follows each, `IGNORED` for padding.
+        states: [rows width]; padding rows come last.
+        labels: [rows]; the next token, `IGNORED` for padding.
         layout: which row belongs to which text.
     """
 
@@ -84,11 +84,11 @@ class TokenStates:
 
 
 class TextEncoder(nn.Module):
-    """Causal transformer over the text; a class token after the text reads it for the contrastive vector.
+    """Causal transformer over the text; a class token after the text gives the contrastive vector.
 
-    No token sees the class token, so the token states are those of a plain causal language model, and can be cached.
-    Texts are packed: no padding is computed. Their `lengths` (tokens, start and end included) come with the batch;
-    where they are not given they are read from the ids, which waits for the device.
+    No token attends to the class token, so the token states are those of a causal language model and can be cached.
+    Texts are packed: nothing is computed for padding. Their `lengths` (tokens, start and end included) come with the
+    batch. If they are None, they are read from the ids, which waits for the device.
 
     Source: CoCa (arXiv 2205.01917), section 3.2, decoupled text decoder; initial values as CLIP's text tower.
     """
@@ -105,7 +105,7 @@ class TextEncoder(nn.Module):
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
 
     def initialise(self) -> None:
-        """Fill what the encoder owns."""
+        """Initialise the parameters."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
         if self.class_token is not None:
@@ -117,7 +117,7 @@ class TextEncoder(nn.Module):
     def forward(
         self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None
     ) -> tuple[Float[Tensor, "batch embed"], TokenStates]:
-        """Contrastive vector, not of unit length, and the states that the decoder goes on from.
+        """Return the contrastive vector, not of unit length, and the token states that the decoder reads.
 
         Raises: ValueError: if a text is longer than the context.
         """
@@ -130,12 +130,12 @@ class TextEncoder(nn.Module):
     def contrastive(
         self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None, *, sharing: bool = False
     ) -> Float[Tensor, "batch embed"]:
-        """The contrastive vector alone. `sharing`: beginnings that texts have in common are computed once."""
+        """Return the contrastive vector alone. `sharing`: compute common beginnings of texts once."""
         layout = self.layout(ids, self.checked_lengths(ids, lengths), sharing=sharing)
         return self.project(self.states(ids, layout), layout)
 
     def token_states(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None) -> TokenStates:
-        """The token states alone, for which no class token is needed."""
+        """Return the token states alone, which need no class token."""
         captions = self.caption_layout(ids, self.checked_lengths(ids, lengths))
         states = self.embed(captions.fit(ids, padding=0), captions)
         for block in self.blocks:
@@ -143,26 +143,27 @@ class TextEncoder(nn.Module):
         return TokenStates(states, next_tokens(ids, captions), captions)
 
     def next_states(self, ids: Int64[Tensor, "images column"], step: Step) -> Float[Tensor, "images column width"]:
-        """States of tokens that follow those in the caches of `step`."""
+        """Return the states of tokens that follow those in the caches of `step`."""
         states = self.embed(ids, GRID, step.positions)
         for block, cache in zip(self.blocks, step.text, strict=True):
             states = block(states, causal=step.causal, mask=step.mask, cache=cache)
         return states
 
     def checked_lengths(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None) -> Lengths:
-        """The lengths, read from the ids if they are not given.
+        """Return the lengths, read from the ids if they are None.
 
         Raises: ValueError: if a text is longer than the context.
         """
         lengths = text_lengths(ids, self.config.end) if lengths is None else lengths
         if (longest := int(lengths.max())) > self.config.context:
             raise ValueError(
-                f"a text has {longest} tokens; this model takes {self.config.context}, start and end included"
+                f"a text has {longest} tokens; this model takes {self.config.context}, start and end included: "
+                "shorten it"
             )
         return lengths
 
     def layout(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths, *, sharing: bool = False) -> Packed:
-        """The rows of each text: its tokens, with `legacy` one token of padding, then the class token."""
+        """Return the layout of each text's rows: its tokens, one padding token with `legacy`, then the class token."""
         rows = lengths
         if self.class_token is not None:
             rows = (lengths + 1).clip(max=self.config.context) if self.config.cls_mask == "legacy" else lengths
@@ -172,20 +173,20 @@ class TextEncoder(nn.Module):
         return pack(lengths, rows, device=ids.device)
 
     def caption_layout(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths) -> Packed:
-        """The rows of each text that predict its next token: all tokens but the last."""
+        """Return the layout of the rows that predict a next token: all tokens of each text except the last."""
         return pack(lengths - 1, lengths - 1, device=ids.device)
 
     def embed(
         self, ids: Int64[Tensor, "batch column"], layout: Grid, positions: Int64[Tensor, "column"] | None = None
     ) -> Float[Tensor, "*rows width"]:
-        """Token and position; the columns' `positions` are 0, 1, 2 and so on, if not given."""
+        """Return the sum of token and position embeddings; `positions` default to 0, 1, 2 and so on."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         positions = layout.unpad(positions.expand_as(ids))
         return self.token_embedding(layout.unpad(ids)) + embedding(positions, self.position)
 
     def states(self, ids: Int64[Tensor, "batch tokens"], layout: Packed) -> Float[Tensor, "rows width"]:
-        """States of all rows of `layout`, the class token's included."""
+        """Return the states of all rows of `layout`, including the class token's."""
         ids = layout.fit(ids, padding=0)
         states, mask = self.embed(ids, layout), self.mask(ids, layout)
         if self.class_token is not None:
@@ -196,15 +197,15 @@ class TextEncoder(nn.Module):
         return states
 
     def project(self, states: Float[Tensor, "rows width"], layout: Packed) -> Float[Tensor, "batch embed"]:
-        """The contrastive vector, read at the last row of each text."""
+        """Return the contrastive vector, read at the last row of each text."""
         return self.projection(self.norm_out(states.index_select(0, layout.last_rows)))
 
     def mask(self, ids: Int64[Tensor, "batch column"], layout: Packed) -> Bool[Tensor, "batch 1 column column"] | None:
-        """What each row sees; None if that is what comes before it and itself. See `TextConfig.cls_mask`."""
+        """Return the attention mask, or None if attention is plainly causal. See `TextConfig.cls_mask`."""
         if self.class_token is None or self.config.cls_mask == "correct":
             return None
-        # The release tested the id before each key, so that the class token sees one token of padding, and not itself:
-        # the padding id 0 hides a key one place late. See docs/decisions/0003-cls-mask.md.
+        # The release tested the id before each key, so the padding id 0 hides a key one position late: the class token
+        # attends to one padding token, and not to itself. See docs/decisions/0003-cls-mask.md.
         shown = pad(ids != 0, (1, -1), value=True)
         column = torch.arange(layout.columns, device=ids.device)
         is_class = column == layout.lengths[:, None] - 1
@@ -213,14 +214,14 @@ class TextEncoder(nn.Module):
 
 
 def next_tokens(ids: Int64[Tensor, "batch tokens"], captions: Packed) -> Int64[Tensor, "rows"]:
-    """The token after each row's, `IGNORED` for padding."""
+    """Return the token after each row's, `IGNORED` for padding."""
     return captions.unpad(captions.fit(ids[:, 1:], padding=IGNORED))
 
 
 class TextDecoder(nn.Module):
-    """Multimodal half of the text side: token states attend to themselves and, layer by layer, to the caption tokens.
+    """Multimodal decoder: self-attention over the token states, and cross-attention to the caption tokens, by turns.
 
-    Deviation from the paper, as in the released models: each cross-attention is a block with a feed-forward of its own.
+    Deviation from the paper, as in the released models: each cross-attention block has its own feed-forward.
     """
 
     def __init__(self, config: DecoderConfig, text: TextConfig):
@@ -232,46 +233,49 @@ class TextDecoder(nn.Module):
         self.vocabulary = nn.Linear(width, text.vocab_size, bias=False)
 
     def initialise(self) -> None:
-        """Fill what the decoder owns, the vocabulary matrix by N(0, 1 / width)."""
+        """Initialise the parameters, the vocabulary matrix from N(0, 1 / width)."""
         self.self_blocks.initialise()
         self.cross_blocks.initialise()
         self.norm_out.reset_parameters()
         nn.init.normal_(self.vocabulary.weight, std=self.vocabulary.in_features**-0.5)
 
-    def forward(self, token_states: TokenStates, caption_tokens: Float[Tensor, "images memory width"]) -> TokenStates:
-        """The same rows, each now with the image in it, and normalised: `vocabulary` turns them into logits."""
+    def forward(
+        self, token_states: TokenStates, caption_tokens: Float[Tensor, "images caption_token width"]
+    ) -> TokenStates:
+        """Return normalised states of the same rows, from which `vocabulary` computes logits."""
         layout = token_states.layout
         states = token_states.states
-        for self_block, cross_block, memory in zip(
-            self.self_blocks, self.cross_blocks, self.memories(caption_tokens, layout.columns), strict=True
-        ):
+        prepared = self.prepare(caption_tokens, columns=layout.columns)
+        for self_block, cross_block, layer_tokens in zip(self.self_blocks, self.cross_blocks, prepared, strict=True):
             states = self_block(states, layout=layout, causal=True)
-            states = cross_block(states, memory, layout=layout)
+            states = cross_block(states, layer_tokens, layout=layout)
         return replace(token_states, states=self.norm_out(states))
 
     def next_states(
-        self, states: Float[Tensor, "images column width"], memories: Sequence[Projected], step: Step
+        self, states: Float[Tensor, "images column width"], caption_tokens: Sequence[Projected], step: Step
     ) -> Float[Tensor, "images column width"]:
-        """The same for tokens that follow those in the caches of `step`."""
-        for self_block, cross_block, memory, cache in zip(
-            self.self_blocks, self.cross_blocks, memories, step.decoder, strict=True
+        """Return the states of tokens that follow those in the caches of `step`."""
+        for self_block, cross_block, layer_tokens, cache in zip(
+            self.self_blocks, self.cross_blocks, caption_tokens, step.decoder, strict=True
         ):
             states = self_block(states, causal=step.causal, mask=step.mask, cache=cache)
-            states = cross_block(states, memory)
+            states = cross_block(states, layer_tokens)
         return self.norm_out(states)
 
     def logits(self, captions: TokenStates) -> Float[Tensor, "batch positions vocabulary"]:
-        """Scores on the grid of the whole context but its last position; row i scores token i + 1."""
+        """Return logits for all positions of the context except the last; row i scores token i + 1."""
         scores = captions.layout.pad(self.vocabulary(captions.states.to(self.vocabulary.weight.dtype)))
         return pad(scores, (0, 0, 0, self.context - 1 - scores.shape[1]))
 
-    def project(self, caption_tokens: Float[Tensor, "images memory width"]) -> list[Projected]:
-        """Each cross-attention's keys and values of the caption tokens, for as many passes as are to come."""
+    def project(self, caption_tokens: Float[Tensor, "images caption_token width"]) -> list[Projected]:
+        """Return the keys and values of the caption tokens in each cross-attention layer, for many decoding steps."""
         return [block.project(caption_tokens) for block in self.cross_blocks]
 
-    def memories(self, caption_tokens: Float[Tensor, "images memory width"], columns: int) -> list[Memory]:
-        """What each cross-attention reads in one pass over texts of so many columns: keys and values, or the caption
-        tokens themselves. See `CrossAttention`."""
+    def prepare(self, caption_tokens: Float[Tensor, "images caption_token width"], *, columns: int) -> list[Memory]:
+        """Return what each cross-attention layer reads in one pass over texts of this many columns.
+
+        It is keys and values, or the caption tokens themselves: see `CrossAttention`.
+        """
         first = next(iter(self.cross_blocks))
         if not first.attention.absorbs(queries=columns, memory=caption_tokens.shape[1]):
             return list(self.project(caption_tokens))

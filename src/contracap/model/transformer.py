@@ -1,4 +1,4 @@
-"""The pre-norm residual blocks that every tower is made of."""
+"""Pre-norm residual blocks, which all towers are built from."""
 
 from collections.abc import Iterator
 from typing import Generic, TypeVar, cast
@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
         self.contract = nn.Linear(hidden, width)
 
     def initialise(self, *, depth: int) -> None:
-        """Fill the weights for a residual stream that `depth` blocks add to. Source: model.text.TextEncoder."""
+        """Initialise the weights for a residual stream of `depth` blocks. Source: model.text.TextEncoder."""
         width = self.expand.in_features
         self.expand.reset_parameters()
         self.contract.reset_parameters()
@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
 
 
 class SelfBlock(nn.Module):
-    """Self-attention, then feed-forward, each on a normalised copy and added back."""
+    """Self-attention, then feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -46,7 +46,7 @@ class SelfBlock(nn.Module):
         self.feed_forward = FeedForward(width, mlp_ratio)
 
     def initialise(self, *, depth: int) -> None:
-        """Fill what the block owns; `depth` is the number of blocks in its stack."""
+        """Initialise the parameters of the block; `depth` is the number of blocks in its stack."""
         self.attention_norm.reset_parameters()
         self.attention.initialise(depth=depth)
         self.feed_forward_norm.reset_parameters()
@@ -61,7 +61,7 @@ class SelfBlock(nn.Module):
         mask: Bool[Tensor, "batch 1 query key"] | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "*rows width"]:
-        """Arguments as in `SelfAttention`."""
+        """Attend within each sequence; arguments as in `SelfAttention`."""
         tokens = tokens + self.attention(
             self.attention_norm(tokens), layout=layout, causal=causal, mask=mask, cache=cache
         )
@@ -69,7 +69,7 @@ class SelfBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention to the caption tokens, then a feed-forward of its own: a whole residual block."""
+    """Cross-attention to the caption tokens, then feed-forward, each with a norm before it and a residual."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -80,31 +80,31 @@ class CrossBlock(nn.Module):
         self.feed_forward = FeedForward(width, mlp_ratio)
 
     def initialise(self, *, depth: int) -> None:
-        """Fill what the block owns; `depth` is the number of blocks in its stack."""
+        """Initialise the parameters of the block; `depth` is the number of blocks in its stack."""
         for norm in (self.attention_norm, self.memory_norm, self.feed_forward_norm):
             norm.reset_parameters()
         self.attention.initialise(depth=depth)
         self.feed_forward.initialise(depth=depth)
 
-    def project(self, memory: Float[Tensor, "images memory width"]) -> Projected:
-        """This layer's keys and values of the caption tokens."""
-        return self.attention.project(self.memory_norm(memory))
+    def project(self, caption_tokens: Float[Tensor, "images caption_token width"]) -> Projected:
+        """Return this layer's keys and values of the caption tokens."""
+        return self.attention.project(self.memory_norm(caption_tokens))
 
     def forward(
-        self, tokens: Float[Tensor, "*rows width"], memory: Memory, *, layout: Grid = GRID
+        self, tokens: Float[Tensor, "*rows width"], caption_tokens: Memory, *, layout: Grid = GRID
     ) -> Float[Tensor, "*rows width"]:
-        """Arguments as in `CrossAttention`."""
-        tokens = tokens + self.attention(self.attention_norm(tokens), memory, layout=layout)
+        """Attend to the caption tokens; `layout` as in `CrossAttention`."""
+        tokens = tokens + self.attention(self.attention_norm(tokens), caption_tokens, layout=layout)
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
 
 
 class Stack(nn.ModuleList, Generic[Block]):
-    """Blocks in their order; whoever owns them says how they are run."""
+    """A list of blocks; their owner calls them."""
 
     def __iter__(self) -> Iterator[Block]:
         return cast(Iterator[Block], super().__iter__())
 
     def initialise(self) -> None:
-        """Fill what the blocks own, for a residual stream as deep as the stack."""
+        """Initialise the blocks for a residual stream as deep as the stack."""
         for block in self:
             block.initialise(depth=len(self))

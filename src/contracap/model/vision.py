@@ -1,4 +1,4 @@
-"""The image encoder: a vision transformer that returns every token."""
+"""The image encoder: a vision transformer that returns all tokens."""
 
 import math
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from torch.nn.functional import normalize
 from contracap.config import require_positive
 from contracap.model.transformer import SelfBlock, Stack
 
-# Of the patch embedding's initial rows: what makes each output about as large as its position, measured on photographs.
+# Scales of the patch embedding's initial rows. On photographs, each output is then about as large as its position.
 PATCH_GAIN = 1.65
 COLOR_GAIN = 5.0
-LOWEST_FREQUENCY = 0.35  # stands for the mean, which has none
+LOWEST_FREQUENCY = 0.35  # used for the mean, whose frequency is 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +44,24 @@ class VisionConfig:
         if self.width % self.heads:
             raise ValueError(f"vision width {self.width} is not a multiple of its {self.heads} heads")
         if not 0.0 <= self.patch_dropout < 1.0:
-            raise ValueError(f"patch_dropout is {self.patch_dropout}; it must be at least 0 and below 1")
+            raise ValueError(f"patch_dropout is {self.patch_dropout}: it must be at least 0 and below 1")
 
     @property
     def patches(self) -> int:
-        """Patches per picture."""
+        """Patches per image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def tokens(self) -> int:
-        """Tokens per picture: the class token and the patches."""
+        """Tokens per image: the class token and the patches."""
         return 1 + self.patches
 
 
 class VisionEncoder(nn.Module):
-    """Patches and a class token through pre-norm blocks. Source: ViT (arXiv 2010.11929), with CLIP's norm before the
-    blocks."""
+    """Pre-norm transformer over patches and a class token.
+
+    Source: ViT (arXiv 2010.11929), with CLIP's norm before the blocks.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -71,7 +73,7 @@ class VisionEncoder(nn.Module):
         self.blocks = Stack(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
 
     def initialise(self) -> None:
-        """Fill what the encoder owns."""
+        """Initialise the parameters."""
         self.patch_embedding.reset_parameters()
         waves = cosine_patches(self.config)
         with torch.no_grad():
@@ -82,11 +84,12 @@ class VisionEncoder(nn.Module):
         self.blocks.initialise()
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
-        """Tokens of normalised pictures, the class token first."""
+        """Return the tokens of normalised images, the class token first."""
         size = self.config.image_size
         if images.shape[2:] != (size, size):
             raise ValueError(
-                f"pictures are {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}"
+                f"the images have {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}: "
+                "resize them, as its processor does"
             )
         patches = rearrange(
             images,
@@ -95,7 +98,8 @@ class VisionEncoder(nn.Module):
             width=self.config.patch_size,
         )
         kept = self.kept_patches(patches)
-        patches, position = pick(patches, kept), pick(self.position[1:].expand(len(images), -1, -1), kept)
+        patches = select_patches(patches, kept)
+        position = select_patches(self.position[1:].expand(len(images), -1, -1), kept)
         first = repeat(self.class_token + self.position[0], "dim -> batch 1 dim", batch=len(images))
         tokens = self.norm_in(torch.cat([first, self.patch_embedding(patches) + position], dim=1))
         for block in self.blocks:
@@ -103,27 +107,29 @@ class VisionEncoder(nn.Module):
         return tokens
 
     def kept_patches(self, patches: Float[Tensor, "batch patch pixels"]) -> Int64[Tensor, "batch kept"] | None:
-        """In training with patch dropout, a random subset for each picture; else None, for all."""
+        """Return a random subset of each image's patches in training with patch dropout; otherwise None, for all."""
         if not self.training or not self.config.patch_dropout:
             return None
         kept = max(1, round(patches.shape[1] * (1.0 - self.config.patch_dropout)))
         return torch.rand(patches.shape[:2], device=patches.device).topk(kept, dim=1).indices
 
 
-def pick(
-    rows: Float[Tensor, "batch row dim"], kept: Int64[Tensor, "batch kept"] | None
+def select_patches(
+    patches: Float[Tensor, "batch patch dim"], kept: Int64[Tensor, "batch kept"] | None
 ) -> Float[Tensor, "batch _ dim"]:
-    """The kept rows of each picture."""
-    return rows if kept is None else rows.gather(1, repeat(kept, "batch kept -> batch kept dim", dim=rows.shape[2]))
+    """Return the kept patches of each image."""
+    if kept is None:
+        return patches
+    return patches.gather(1, repeat(kept, "batch kept -> batch kept dim", dim=patches.shape[2]))
 
 
 def cosine_patches(config: VisionConfig) -> Float[Tensor, "kept pixels"]:
-    """Initial rows of the patch embedding: each reads one two-dimensional cosine wave in one colour direction.
+    """Return initial rows of the patch embedding, each a two-dimensional cosine wave in one colour direction.
 
-    Waves of low frequency come first, those of colour at half the resolution of those of brightness, as pictures are
-    stored. Natural pictures are weaker the higher the frequency, in inverse proportion, and a fifth as strong in
-    colour differences as in brightness; the rows make up for both, so that edges and hues are as loud as the mean
-    brightness from the start. At most `width` rows, fewer where a patch has fewer pixels.
+    Waves of low frequency come first; colour waves are ordered by twice their frequency, as JPEG subsamples. In
+    natural images, amplitude is inversely proportional to frequency. Colour differences have a fifth of the amplitude
+    of brightness. The rows compensate for both, so edges and hues start with the same weight as the mean brightness.
+    There are at most `width` rows, and fewer if a patch has fewer pixels.
 
     Deviation from ViT's random rows: see docs/decisions/0004-initial-values.md.
     Source: D. J. Field, J. Opt. Soc. Am. A 4 (1987), for the fall of the spectrum; D. L. Ruderman et al., J. Opt. Soc.
@@ -135,7 +141,7 @@ def cosine_patches(config: VisionConfig) -> Float[Tensor, "kept pixels"]:
     colors = normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]), dim=1)
     frequency = torch.hypot(numbers[:, None], numbers).clamp(min=LOWEST_FREQUENCY)
     rows = einsum(colors, waves, waves, "color rgb, u row, v column -> color u v rgb row column")
-    loudness = rearrange(torch.tensor([1.0, COLOR_GAIN, COLOR_GAIN]), "color -> color 1 1") * frequency
+    gain = rearrange(torch.tensor([1.0, COLOR_GAIN, COLOR_GAIN]), "color -> color 1 1") * frequency
     order = (rearrange(torch.tensor([1.0, 2.0, 2.0]), "color -> color 1 1") * frequency).flatten().argsort(stable=True)
-    rows = rows * rearrange(loudness * PATCH_GAIN / side, "color u v -> color u v 1 1 1")
+    rows = rows * rearrange(gain * PATCH_GAIN / side, "color u v -> color u v 1 1 1")
     return rearrange(rows, "color u v rgb row column -> (color u v) (rgb row column)")[order[: config.width]]

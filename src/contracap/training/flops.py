@@ -26,12 +26,12 @@ BACKWARD = 2  # forward passes that a backward pass takes: one product for the i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
+class TextLengths:
     """Lengths of the captions, in tokens, start and end included.
 
     Attributes:
-        mean: what linear layers compute, whose rows hold no fill.
-        longest: of a batch; the grid that attention works on has so many columns.
+        mean: mean length; linear layers compute no padding.
+        longest: length of the longest text of a batch: the number of columns of attention's grid.
     """
 
     mean: float
@@ -74,7 +74,7 @@ class Tokens:
     contrastive: bool
 
 
-def tokens_of(config: CoCaConfig, loss: LossConfig, texts: Texts) -> Tokens:
+def tokens_of(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Tokens:
     """The rows of a sample whose caption is of mean length. Source: model.text.TextEncoder.layout, for the text."""
     vision, text = config.vision, config.text
     captioning, contrastive = loss.captioning > 0, loss.contrastive > 0
@@ -139,7 +139,7 @@ class Flops:
 
     Attributes:
         parts: by part of the model. The contrastive loss is left out, a few thousandths of the whole.
-        blocks: likewise of the transformer blocks alone, which a backward pass computes again if it has to.
+        blocks: the same for the transformer blocks alone, which activation checkpointing computes again.
     """
 
     parts: Mapping[str, float]
@@ -147,7 +147,7 @@ class Flops:
 
 
 @lru_cache(maxsize=64)
-def count_flops(config: CoCaConfig, loss: LossConfig, texts: Texts) -> Flops:
+def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flops:
     """Count the operations of a forward pass in training, for the losses of weight above 0."""
     with torch.device("meta"):
         model = CoCa(config).train().requires_grad_(False)
@@ -187,7 +187,7 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: Texts) -> Flops:
     return Flops(parts=parts, blocks={part: flops for part, flops in blocks.items() if part in parts})
 
 
-def _lengths(texts: Texts) -> np.ndarray:
+def _lengths(texts: TextLengths) -> np.ndarray:
     """Lengths of this mean, to 1 / 128, of which one is the longest."""
     total = round(texts.mean * SAMPLES / ROWS) * ROWS
     lengths = np.full(SAMPLES, (total - texts.longest) // (SAMPLES - 1))

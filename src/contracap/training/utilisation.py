@@ -6,7 +6,7 @@ import torch
 
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa
-from contracap.training.flops import Texts, count_flops, training_flops
+from contracap.training.flops import TextLengths, count_flops, training_flops
 from contracap.training.gpus import find_gpu
 
 # What the driver calls the GPUs of the table; others of the same family, such as an H100 for PCIe, are slower.
@@ -74,7 +74,7 @@ class ModelUtilisation:
         return (1 - share) * self._counted(shorter) + (share and share * self._counted(shorter + 1))
 
     def _counted(self, tokens: int) -> float:
-        counted = count_flops(self._model.config, self._loss, Texts(mean=float(tokens), longest=tokens))
+        counted = count_flops(self._model.config, self._loss, TextLengths(mean=float(tokens), longest=tokens))
         return sum(training_flops(self._model, counted.parts).values())
 
     def __call__(self, samples_per_second: float, tokens: float) -> float:

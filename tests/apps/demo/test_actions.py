@@ -19,7 +19,7 @@ from contracap.apps.demo.uploads import Uploads
 from contracap.data.scenes import COLORS
 from contracap.evaluation.zeroshot import classifier
 from contracap.generation import BeamSearch, Captioner
-from contracap.generation.choice import STRATEGIES
+from contracap.generation.registry import STRATEGIES
 from contracap.pretrained import random_model
 from tests.apps.demo.uploads import bad_uploads, picture
 from tests.model.tiny_models import tiny_clip

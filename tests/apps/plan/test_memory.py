@@ -24,7 +24,7 @@ from contracap.parallel import ProcessGroup
 from contracap.pretrained import random_model
 from contracap.tokenizer import text_lengths
 from contracap.training.checkpoint import CheckpointConfig, last_checkpoint, moving_average
-from contracap.training.flops import Texts, tokens_of
+from contracap.training.flops import TextLengths, tokens_of
 from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze
 from contracap.training.recipe import Recipe
 from contracap.training.step import StepConfig, TrainingState, losses, train_step
@@ -126,7 +126,7 @@ def test_the_planned_activations_are_what_torch_saves(
 ) -> None:
     # A GPU's kernel keeps no scores; on the CPU, bf16 would take one that does.
     monkeypatch.setattr(contracap.model.attention, "attend", fused)
-    tokens = tokens_of(config, loss, Texts(mean=10.0, longest=16))
+    tokens = tokens_of(config, loss, TextLengths(mean=10.0, longest=16))
     model = random_model(config, seed=0)[0].train()
     for rows in (64, 96, 128):
         parts = memory_parts(recipe(), model, alone(model), tokens, rows=float(rows), product=2 if bf16 else 4)
@@ -173,7 +173,7 @@ def test_the_planned_memory_is_the_peak_of_a_real_step(parts: int, monkeypatch: 
     config = replace(step_config(LossConfig()), accumulation=parts)
     train_step(state, batch_of(4 * parts), config)  # makes the moments
     planned_for = recipe(data={"train": "shards", "batch_size": 8}, accumulation=parts)
-    tokens = tokens_of(TINY, LossConfig(), Texts(mean=10.0, longest=16))
+    tokens = tokens_of(TINY, LossConfig(), TextLengths(mean=10.0, longest=16))
     for rows in (64, 96, 128):
         batch = batch_of(parts * rows)
         moments = [value for kept in state.optimizer.state.values() for value in kept.values()]
@@ -196,7 +196,7 @@ def test_parameters_are_those_of_the_released_models(size: str, millions: tuple[
 
 def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
     whole, part = recipe(ema_decay=0.99), recipe(frozen=["vision"])
-    tokens = tokens_of(TINY, LossConfig(), Texts(mean=10.0, longest=16))
+    tokens = tokens_of(TINY, LossConfig(), TextLengths(mean=10.0, longest=16))
     models = [planned_model(each) for each in (whole, part)]
     shares = [shares_of(model, "ddp", gpus=2, per_machine=8) for model in models]
     before, after = (

@@ -10,7 +10,7 @@ from contracap.apps.plan.traffic import Collective
 from contracap.config import build
 from contracap.data.index import ShardEntry, write_index
 from contracap.parallel import ParallelConfig
-from contracap.training.flops import Texts
+from contracap.training.flops import TextLengths
 from contracap.training.gpus import find_gpu
 from contracap.training.recipe import Recipe, load_recipe
 
@@ -232,8 +232,8 @@ def test_caption_lengths_come_from_the_index_of_the_shards_that_are_read(tmp_pat
     write_index(tmp_path, [entry("0.tar", {5: 2, 20: 2}), entry("1.tar", {9: 4})])
     both = recipe(data={"train": str(tmp_path), "batch_size": 64})
     first = recipe(data={"train": {"one": {"shards": [str(tmp_path / "{0..0}.tar")]}}, "batch_size": 64})
-    assert caption_texts(first.data, 16) == Texts(mean=(5.0 + 16) / 2, longest=16)
-    assert caption_texts(both.data, 16) == Texts(mean=(2 * 5 + 2 * 16 + 4 * 9) / 8, longest=16)
+    assert caption_texts(first.data, 16) == TextLengths(mean=(5.0 + 16) / 2, longest=16)
+    assert caption_texts(both.data, 16) == TextLengths(mean=(2 * 5 + 2 * 16 + 4 * 9) / 8, longest=16)
     assert caption_texts(PUBLISHED.data, 76) is None  # remote
     plan = plan_run(both, gpus=1, gpu="l40s")
     assert "texts of 9.8 tokens" in plan.title and len(plan.assumptions) == 1

@@ -14,9 +14,9 @@ from torch import Tensor
 from contracap.apps.demo.overlay import overlay, to_pillow
 from contracap.evaluation.features import embed_texts, finite
 from contracap.evaluation.zeroshot import check_templates, classifier
-from contracap.generation.attention import attention_map, word_maps
 from contracap.generation.captioner import Caption, Captioner
-from contracap.generation.choice import build_strategy
+from contracap.generation.registry import build_strategy
+from contracap.generation.word_maps import attention_map, word_maps
 from contracap.images import decode, normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -61,7 +61,7 @@ class Actions:
         """A caption, its alternatives, and where each of its words looked.
 
         Args:
-            strategy: a name of `generation.choice`, with its `settings`.
+            strategy: a name of `generation.registry`, with its `settings`.
             prompt: how the caption is to begin; empty for any beginning.
 
         Raises: ValueError: if there is no picture, it cannot be used, or a setting is wrong.

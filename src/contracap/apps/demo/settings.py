@@ -78,7 +78,7 @@ OWN: Mapping[str, tuple[Setting, ...]] = {
 
 
 def chosen(name: str, settings: Sequence[Setting], answers: Sequence[Any]) -> dict[str, Any]:
-    """The answers as `generation.choice` takes them for a strategy; what is off or left empty is left out.
+    """The answers as `generation.registry` takes them for a strategy; what is off or left empty is left out.
 
     Raises: ValueError: if a number is none, or out of its bounds.
     """

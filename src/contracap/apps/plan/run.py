@@ -26,7 +26,7 @@ from contracap.data.index import read_index
 from contracap.data.remote import require_consent
 from contracap.data.shards import list_shards
 from contracap.losses import LossConfig
-from contracap.training.flops import BACKWARD, Texts, count_flops, tokens_of, training_flops
+from contracap.training.flops import BACKWARD, TextLengths, count_flops, tokens_of, training_flops
 from contracap.training.gpus import Gpu, find_gpu
 from contracap.training.recipe import Recipe, in_steps
 
@@ -75,8 +75,10 @@ def plan_run(
         raise ValueError(
             f"text_tokens is {text_tokens}; it must be from 2 to {context}, the longest that the run reads"
         )
-    padded = Texts(mean=float(context), longest=context)
-    known = caption_texts(recipe.data, context) if text_tokens is None else Texts(mean=text_tokens, longest=context)
+    padded = TextLengths(mean=float(context), longest=context)
+    known = (
+        caption_texts(recipe.data, context) if text_tokens is None else TextLengths(mean=text_tokens, longest=context)
+    )
     texts = known or padded
 
     model, tokens = planned_model(recipe), tokens_of(config, recipe.loss, texts)
@@ -162,7 +164,7 @@ def plan_run(
     )
 
 
-def caption_texts(data: DataConfig, context: int) -> Texts | None:
+def caption_texts(data: DataConfig, context: int) -> TextLengths | None:
     """Lengths of the captions, cut to the context, as the indexes beside local shards tell; None if none does.
 
     They are counted in tokens of CLIP's tokenizer, and all captions alike, whatever the weights of a mixture.
@@ -187,7 +189,7 @@ def caption_texts(data: DataConfig, context: int) -> Texts | None:
         return None
     cut = [(min(length, context), count) for length, count in counts.items()]
     mean = sum(length * count for length, count in cut) / counts.total()
-    return Texts(mean=mean, longest=max(length for length, _ in cut))
+    return TextLengths(mean=mean, longest=max(length for length, _ in cut))
 
 
 def _failure_figures(recipe: Recipe, failures: Failures, *, step: float) -> dict[str, float]:

@@ -45,7 +45,7 @@ from contracap.apps.serve.metrics import CountRequests, Metrics
 from contracap.apps.serve.model import Picture, ServedModel
 from contracap.config import ConfigError
 from contracap.evaluation.zeroshot import TEMPLATE, check_templates
-from contracap.generation.choice import build_strategy
+from contracap.generation.registry import build_strategy
 from contracap.generation.strategy import Strategy
 from contracap.images import ImageError, pixel_count
 from contracap.model.coca import CoCa

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.generation import BeamSearch, Greedy, Rules, Sampling
-from contracap.generation.rules import NextTokens
+from contracap.generation.constraints import Constraints
 from contracap.generation.strategy import Prompts
-from contracap.generation.texts import Texts
+from contracap.generation.texts import PartialTexts
 from contracap.tokenizer import Tokenizer
 
 from .logit_tables import END, START, VOCAB, Words, begin, prompts_of
@@ -20,35 +20,37 @@ TOKENIZER = Tokenizer(context=20, vocab_size=900)
 PHRASES = ["red", "a red ball", "ball", "cube", "ball cube", "the", "7", "it's", "two 2 blue!", "re", "b"]
 
 
-def next_tokens(rules: Rules, prompts: Prompts, min_tokens: int = 0, max_tokens: int = 12) -> NextTokens:
-    return NextTokens(prompts, Words(), max_tokens=max_tokens, min_tokens=min_tokens, rules=rules)
+def constraints(rules: Rules, prompts: Prompts, min_tokens: int = 0, max_tokens: int = 12) -> Constraints:
+    return Constraints(prompts, Words(), max_tokens=max_tokens, min_tokens=min_tokens, rules=rules)
 
 
-def texts_of(*ids: list[int], prompted: int = 1) -> Texts:
+def texts_of(*ids: list[int], prompted: int = 1) -> PartialTexts:
     rows = torch.tensor([ids])
-    texts = Texts.begin(Prompts.empty(1, START), 12)
+    texts = PartialTexts.from_prompts(Prompts.empty(1, START), 12)
     table = torch.zeros(1, len(ids), 12, dtype=torch.int64)
     table[:, :, : rows.shape[2]] = rows
-    return Texts(table, torch.zeros(1, len(ids), 12), rows.shape[2], torch.full_like(texts.prompted, prompted))
+    return PartialTexts(
+        table, torch.zeros(1, len(ids), 12), rows.shape[2], torch.full_like(texts.prompt_lengths, prompted)
+    )
 
 
 def test_forbidden_tokens_leave_the_other_probabilities_as_the_model_gave_them():
     logits = torch.randn(1, 2, VOCAB, dtype=torch.float64)
     before = logits.clone()
-    scores = next_tokens(Rules(), Prompts.empty(1, START), min_tokens=5)(logits, texts_of([START, 0], [START, 1]))
-    assert scores.choice.dtype == torch.float32
-    assert (scores.choice[..., [START, END]] == -math.inf).all()
-    torch.testing.assert_close(scores.choice[..., :START], torch.log_softmax(logits, -1).float()[..., :START])
+    scores = constraints(Rules(), Prompts.empty(1, START), min_tokens=5)(logits, texts_of([START, 0], [START, 1]))
+    assert scores.scores.dtype == torch.float32
+    assert (scores.scores[..., [START, END]] == -math.inf).all()
+    torch.testing.assert_close(scores.scores[..., :START], torch.log_softmax(logits, -1).float()[..., :START])
     assert torch.equal(logits, before)
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_generated_tokens():
     logits = torch.tensor([[[2.0, -1.0, 0.5, 0.1, 1.0]]])
     rules, texts = Rules(repetition_penalty=2.0), texts_of([START, 2, 0, 1, 0], prompted=2)
-    scores = next_tokens(rules, Prompts.empty(1, START))(logits, texts)
+    scores = constraints(rules, Prompts.empty(1, START))(logits, texts)
     expected = torch.log_softmax(torch.tensor([1.0, -2.0, 0.5, 0.1, 1.0]), dim=-1)  # id 2 is the prompt's
-    torch.testing.assert_close(scores.choice[0, 0, [0, 1, 2, 4]], expected[[0, 1, 2, 4]])
-    torch.testing.assert_close(scores.log_probabilities[0, 0], torch.log_softmax(logits[0, 0], dim=-1))
+    torch.testing.assert_close(scores.scores[0, 0, [0, 1, 2, 4]], expected[[0, 1, 2, 4]])
+    torch.testing.assert_close(scores.log_probs[0, 0], torch.log_softmax(logits[0, 0], dim=-1))
 
 
 @pytest.mark.parametrize("strategy", [Greedy, BeamSearch])
@@ -69,20 +71,20 @@ def test_a_penalty_changes_the_words_and_not_the_probabilities_that_are_reported
 @given(ids=st.lists(st.integers(0, 2), max_size=9), count=st.integers(1, 4))
 def test_no_sequence_of_that_many_tokens_comes_twice(ids, count):
     text = [START, *ids]
-    scores = next_tokens(Rules(no_repeat_ngram=count), Prompts.empty(1, START))(
+    scores = constraints(Rules(no_repeat_ngram=count), Prompts.empty(1, START))(
         torch.zeros(1, 1, VOCAB), texts_of(text)
     )
     runs = [text[place : place + count] for place in range(len(text) - count + 1)]
     for token in range(3):
         newest = [*text[len(text) - count + 1 :], token]
-        assert (scores.choice[0, 0, token] == -math.inf) == (newest in runs)
+        assert (scores.scores[0, 0, token] == -math.inf) == (newest in runs)
 
 
 def test_a_prompts_tokens_are_the_only_ones_possible_whatever_the_rules():
     rules = Rules(banned=("b",), no_repeat_ngram=1, forced=("c",))
     prompts = prompts_of([[1, 1], [0]])
-    texts = Texts.begin(prompts, 12)
-    scores = next_tokens(rules, prompts)(torch.randn(2, 1, VOCAB), texts).choice
+    texts = PartialTexts.from_prompts(prompts, 12)
+    scores = constraints(rules, prompts)(torch.randn(2, 1, VOCAB), texts).scores
     assert scores.shape == (2, 1, VOCAB) and texts.length == 2
     assert scores[0, 0].tolist() == [-math.inf, 0.0, *[-math.inf] * 3]
     assert scores[1, 0, 1] == -math.inf and scores[1, 0, 2] > -math.inf
@@ -163,9 +165,9 @@ def test_a_banned_word_is_found_however_it_is_cut(text, next_piece, allowed):
         pytest.skip("no such token in this small vocabulary")
     token = pieces.index(next_piece)
     prompts = Prompts(torch.tensor([ids]), torch.tensor([len(ids)]))
-    scorer = NextTokens(prompts, TOKENIZER, max_tokens=20, min_tokens=0, rules=rules)
-    scores = scorer(torch.zeros(1, 1, TOKENIZER.vocab_size), Texts.begin(prompts, 20))
-    assert (scores.choice[0, 0, token] > -math.inf) == allowed
+    scorer = Constraints(prompts, TOKENIZER, max_tokens=20, min_tokens=0, rules=rules)
+    scores = scorer(torch.zeros(1, 1, TOKENIZER.vocab_size), PartialTexts.from_prompts(prompts, 20))
+    assert (scores.scores[0, 0, token] > -math.inf) == allowed
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 
 from contracap.config import ConfigError
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
-from contracap.generation.choice import STRATEGIES, build_strategy
+from contracap.generation.registry import STRATEGIES, build_strategy
 from contracap.generation.reranking import split
 
 

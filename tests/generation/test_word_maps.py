@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contracap.generation.attention import attention_map, word_maps
+from contracap.generation.word_maps import attention_map, word_maps
 from contracap.model.attention import CrossAttention
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.pretrained import random_model
