@@ -13,7 +13,6 @@ from contracap.pretrained.names import (
     to_open_clip,
 )
 from contracap.pretrained.open_clip import config_from_open_clip, config_to_open_clip, not_for_open_clip
-
 from tests.model.tiny_models import TINY, tiny_clip, with_pooler
 
 EVERY_KIND = {

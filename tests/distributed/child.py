@@ -79,7 +79,7 @@ def both_losses(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         output = parallel.model(pixels, ids)
-        vocabulary, captions = model.require_decoder().vocabulary.weight, output.captions
+        vocabulary, captions = model.require_decoder().vocabulary.weight, output.caption_states
         captioning = captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens)
     return captioning, contrastive_loss(
         output.image_features, output.text_features, logit_scale=output.logit_scale, gather=parallel.gather

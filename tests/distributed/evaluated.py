@@ -34,7 +34,7 @@ if __name__ == "__main__":
             torch.manual_seed(0)
             ids = processor.texts(["a red picture", "a green picture"])
             output = shared.model(torch.randn(2, 3, 32, 32), ids)
-            (output.image_features.sum() + output.text_features.sum() + output.captions.states.sum()).backward()
+            (output.image_features.sum() + output.text_features.sum() + output.caption_states.states.sum()).backward()
             norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
             model.zero_grad()
             return norm

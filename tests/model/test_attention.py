@@ -13,7 +13,7 @@ from .tiny_models import POOLERS, TINY, images, perturbed, texts, with_pooler
 def losses_and_gradients(model: CoCa, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     output = model(pixels, ids)
-    states, labels = output.captions.states, output.captions.labels
+    states, labels = output.caption_states.states, output.caption_states.labels
     captioning = captioning_loss(states, model.require_decoder().vocabulary.weight, labels=labels, tokens=10)
     contrastive = contrastive_loss(output.image_features, output.text_features, logit_scale=output.logit_scale)
     (captioning + contrastive).backward()

@@ -110,11 +110,15 @@ def test_cascade_reads_caption_tokens_and_parallel_does_not() -> None:
 def test_one_branch_gives_what_both_give() -> None:
     model, _ = random_model(TINY, seed=0)
     pixels, ids = images(3), texts(4, 7, 5)
-    both, features, captions = model(pixels, ids), model.contrastive_features(pixels, ids), model.captions(pixels, ids)
+    both, features, captions = (
+        model(pixels, ids),
+        model.contrastive_features(pixels, ids),
+        model.caption_states(pixels, ids),
+    )
     torch.testing.assert_close(features, (both.image_features, both.text_features))
     counted = captions.labels >= 0
-    torch.testing.assert_close(captions.states[counted], both.captions.states[counted])
-    assert torch.equal(captions.labels, both.captions.labels)
+    torch.testing.assert_close(captions.states[counted], both.caption_states.states[counted])
+    assert torch.equal(captions.labels, both.caption_states.labels)
 
 
 def test_lengths_given_and_lengths_read_from_the_ids_give_the_same() -> None:

@@ -102,9 +102,9 @@ def test_losses_and_gradients_equal_open_clip(open_clip) -> None:
     ours = model(pixels, ids)
     contrastive = contrastive_loss(ours.image_features, ours.text_features, logit_scale=ours.logit_scale)
     captioning = captioning_loss(
-        ours.captions.states,
+        ours.caption_states.states,
         model.decoder.vocabulary.weight,
-        labels=ours.captions.labels,
+        labels=ours.caption_states.labels,
         tokens=sum(length - 1 for length in TEXT_LENGTHS),
     )
     (contrastive + 2 * captioning).backward()

@@ -24,8 +24,8 @@ def test_packed_texts_give_what_each_gives_alone(reading: str) -> None:
 
     def outcome(rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         output = model(pixels[rows], ids[rows])
-        counted = output.captions.labels >= 0
-        return output.text_features, output.captions.states[counted], output.captions.labels[counted]
+        counted = output.caption_states.labels >= 0
+        return output.text_features, output.caption_states.states[counted], output.caption_states.labels[counted]
 
     def gradients(text_features: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:
         parameters = [

@@ -30,7 +30,7 @@ def gradients_and_kept(config: ParallelConfig) -> tuple[dict[str, Tensor], int]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         made = shared.model(torch.randn(2, 3, 32, 32).double(), ids)
     total = sum(count for place, count in kept.items() if place not in weights)
-    (made.captions.states.square().sum() + (made.image_features * made.text_features).sum()).backward()
+    (made.caption_states.states.square().sum() + (made.image_features * made.text_features).sum()).backward()
     assert dict(model.named_parameters()).keys() == names.keys()
     return {name: parameter.grad for name, parameter in names.items() if parameter.grad is not None}, total
 

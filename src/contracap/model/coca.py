@@ -63,14 +63,14 @@ class CoCaOutput:
     Attributes:
         image_features: [batch embed], unit rows.
         text_features: [batch embed], unit rows.
-        captions: the decoder's states, and the labels for the captioning loss; without a decoder, the states of the
-            text encoder.
+        caption_states: the decoder's states, and the labels for the captioning loss; without a decoder, the text
+            encoder's states.
         logit_scale: scalar, already exponentiated.
     """
 
     image_features: Float[Tensor, "batch embed"]
     text_features: Float[Tensor, "batch embed"]
-    captions: TokenStates
+    caption_states: TokenStates
     logit_scale: Float[Tensor, ""]
     decoder: TextDecoder | None = field(repr=False)
 
@@ -82,8 +82,8 @@ class CoCaOutput:
         """
         if self.decoder is None:
             return None
-        with torch.set_grad_enabled(self.captions.states.requires_grad):
-            return self.decoder.logits(self.captions)
+        with torch.set_grad_enabled(self.caption_states.states.requires_grad):
+            return self.decoder.logits(self.caption_states)
 
 
 class CoCa(nn.Module):
@@ -136,8 +136,10 @@ class CoCa(nn.Module):
         image_tokens = self.vision(pixels)
         image_embedding, caption_tokens = self.pooler(image_tokens)
         text_embedding, token_states = self.text(ids, lengths)
-        captions = self.decoder(token_states, caption_tokens) if self.decoder else token_states
-        return CoCaOutput(unit(image_embedding), unit(text_embedding), captions, self.logit_scale.exp(), self.decoder)
+        caption_states = self.decoder(token_states, caption_tokens) if self.decoder else token_states
+        return CoCaOutput(
+            unit(image_embedding), unit(text_embedding), caption_states, self.logit_scale.exp(), self.decoder
+        )
 
     def contrastive_features(
         self,
@@ -148,13 +150,13 @@ class CoCa(nn.Module):
         """Return `image_features` and `text_features` of a forward pass, without computing the captions."""
         return unit(self.pooler.contrastive(self.vision(pixels))), unit(self.text.contrastive(ids, lengths))
 
-    def captions(
+    def caption_states(
         self,
         pixels: Float[Tensor, "batch 3 height width"],
         ids: Int64[Tensor, "batch tokens"],
         lengths: Lengths | None = None,
     ) -> TokenStates:
-        """Return `captions` of a forward pass, without computing the embeddings."""
+        """Return `caption_states` of a forward pass, without computing the embeddings."""
         caption_tokens = self.pooler.caption_tokens(self.vision(pixels))
         return self.require_decoder()(self.text.token_states(ids, lengths), caption_tokens)
 

@@ -210,7 +210,7 @@ class ClassTokenPooler(Pooler):
         return self.projection(self.norm_out(tokens[:, 0]))
 
     def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch 0 embed"]:
-        return tokens[:, :0] @ self.projection.weight.T
+        return tokens.new_empty(len(tokens), 0, self.projection.out_features)
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]

@@ -46,8 +46,8 @@ class Replica(nn.Module):
     def contrastive_features(self, *batch: Any) -> tuple[Tensor, Tensor]:
         return self.copies("contrastive_features", *batch)
 
-    def captions(self, *batch: Any) -> TokenStates:
-        return self.copies("captions", *batch)
+    def caption_states(self, *batch: Any) -> TokenStates:
+        return self.copies("caption_states", *batch)
 
 
 class _Methods(nn.Module):
@@ -139,7 +139,7 @@ def _sharded(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *
     # share out a scalar.
     scale = model.logit_scale
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params={scale})
-    for method in ("contrastive_features", "captions", "encode_image", "encode_text", "encode_caption_tokens"):
+    for method in ("contrastive_features", "caption_states", "encode_image", "encode_text", "encode_caption_tokens"):
         register_fsdp_forward_method(model, method)
 
     def average(parameter: Tensor) -> None:

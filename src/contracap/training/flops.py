@@ -158,11 +158,11 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
     if not loss.captioning:  # called as `model`, which gives the counts their names
         vars(model)["forward"] = model.contrastive_features
     elif not loss.contrastive:
-        vars(model)["forward"] = model.captions
+        vars(model)["forward"] = model.caption_states
     with counter, sdpa_kernel(SDPBackend.MATH):
         output = model(*batch)
         if loss.captioning:
-            captions = output.captions if loss.contrastive else output
+            captions = output.caption_states if loss.contrastive else output
             model.require_decoder().vocabulary(captions.states)
     counted = {name: sum(counts.values()) / SAMPLES for name, counts in counter.get_flop_counts().items()}
 

@@ -192,8 +192,8 @@ class Watchdog:
 
 
 def verdict(stalls: Mapping[int, Stall], count: int) -> str:
-    """Whom the ranks wait for, of those that stand still: the ones behind in steps, or else at something that nobody
-    else is needed for; or else those that have not said that they stand still.
+    """Name the ranks that the others wait for: first those that have done fewer steps, then those in a phase of their
+    own, then those that have not reported.
 
     Args:
         count: of all ranks.

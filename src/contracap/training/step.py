@@ -98,10 +98,10 @@ def losses(
             images, texts = passed(shared.model.contrastive_features)
             return {"contrastive_loss": contrast(images, texts, logit_scale=model.logit_scale.exp())}
         if not config.loss.contrastive:
-            return {"captioning_loss": captioning(passed(shared.model.captions))}
+            return {"captioning_loss": captioning(passed(shared.model.caption_states))}
         output = passed(shared.model)
         return {
-            "captioning_loss": captioning(output.captions),
+            "captioning_loss": captioning(output.caption_states),
             "contrastive_loss": contrast(output.image_features, output.text_features, logit_scale=output.logit_scale),
         }
 

@@ -54,7 +54,19 @@ def captions(path: Path) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_table_is_read_by_shards_make_whatever_the_captions_hold(tmp_path: Path, kind: TableFormat) -> None:
     out = tmp_path / NAMES[kind]
-    texts = ['a "b", c', "d\te\nf é\u2028g", "h\ri", "j\r\nk", "l\x85\x1em\0n", '"', "'", "\\n", "#,;|", "none of them", "1.5"]
+    texts = [
+        'a "b", c',
+        "d\te\nf é\u2028g",
+        "h\ri",
+        "j\r\nk",
+        "l\x85\x1em\0n",
+        '"',
+        "'",
+        "\\n",
+        "#,;|",
+        "none of them",
+        "1.5",
+    ]
     write(Table(out, kind, "skip", embed=False), rows(tmp_path, *texts), [])
     assert captions(out) == [(f"{number}.jpg", text) for number, text in enumerate(texts)]
     assert [row.caption for row in read_table(out, kind)] == texts
