@@ -35,7 +35,7 @@ def test_settings_are_nested_values_or_assignments(name, settings, expected):
         ("bem", (), "unknown strategy 'bem'; did you mean 'beam'?"),
         ("magic", (), "unknown strategy 'magic'; there are greedy, beam, sample, legacy, rerank"),
         ("beam", ["widht=4"], "strategy 'beam': unknown key 'widht'; did you mean 'width'?"),
-        ("beam", ["width"], "strategy 'beam': override 'width' is not of the form key.path=value"),
+        ("beam", ["width"], "strategy 'beam': 'width' is not a setting (name=value): put paths before --set"),
         ("beam", ["max_tokens=1"], "strategy 'beam': max_tokens must be a whole number of at least 2 (it counts the "
          "whole sequence, start and end token included), not 1"),
         ("beam", ["width=wide"], "strategy 'beam': 'width' must be a whole number, not 'wide'"),
