@@ -177,9 +177,8 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
         sample.write_bytes(measured.twins[0].image)
     result.write(out / "results.json")
     print(figures_as_text(figures))
-    logger.info(
-        "\nthe page: %s\nthe model: contracap caption %s IMAGE...", out / "report.html", run / "checkpoints" / "last"
-    )
+    command = shlex.join(["contracap", "caption", str(out), str(out / "sample.png")])
+    logger.info("\nthe page: %s\ncaption an image: %s", out / "report.html", command)
     return result
 
 

@@ -39,7 +39,10 @@ class UnderWay:
 
     @property
     def refusal(self) -> str:
-        """Why."""
+        """Say why another one is refused."""
+        if self.too_many_bytes:
+            most = BODIES * self.limits.max_body_mib
+            return f"the requests under way take more than {most:g} MiB, the most this server keeps: try again later"
         return f"{len(self.bodies)} requests are under way, as many as this server takes: try again later"
 
 
