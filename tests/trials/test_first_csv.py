@@ -211,7 +211,7 @@ def test_sigterm_ends_the_making_of_shards_as_ctrl_c_does(
     monkeypatch.setattr("contracap.data.making.decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 

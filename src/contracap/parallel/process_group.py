@@ -89,7 +89,7 @@ class Agreement:
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     def ask(self, *claims: bool) -> list[bool]:
-        """Of each claim of the last call, whether any rank made it; of this call's, where one process is alone.
+        """Return for each claim of the last call whether any rank made it; a process alone gets this call's claims.
 
         Every rank must call it at the same steps.
         """

@@ -208,7 +208,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     call: list[object] = ["caption", weights, "waiting", "--batch-size", "4", "--out"]
     status, err = stopped([*call, "c.csv"], lambda: committed(here / "c.csv.partial"), ending)
     if ending == signal.SIGINT:
-        assert status == 130 and "4 captions" in err and "the same command goes on" in err and err.count("\n") == 1
+        assert status == 130 and "4 captions" in err and "the same command continues" in err and err.count("\n") == 1
     else:
         assert (status, err) == (-9, "")
     assert (here / "c.csv.partial").exists() and not (here / "c.csv").exists()

@@ -144,7 +144,7 @@ class LimitRequests:
         async def read() -> Message:
             piece = bytes(body[:MIB])
             del body[:MIB]
-            await asyncio.sleep(0)  # others go on while a form is taken apart
+            await asyncio.sleep(0)  # others continue while a form is taken apart
             return {"type": "http.request", "body": piece, "more_body": bool(body)}
 
         async def written(message: Message) -> None:
