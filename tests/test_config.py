@@ -171,7 +171,7 @@ def test_a_none_that_cannot_be_written_is_refused() -> None:
 
 
 def test_text_that_toml_cannot_hold_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"is no text that a TOML file can hold"):
+    with pytest.raises(ConfigError, match=r"is not text that a TOML file can hold"):
         to_toml({"data": {"train": "caf\udce9"}})
 
 

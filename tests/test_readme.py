@@ -88,6 +88,10 @@ def test_links_lead_to_a_file_and_a_heading(path: Path) -> None:
             assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
 
 
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS[ROOT / "README.md"].split()) <= 900
+
+
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_commands_parse(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "VERBS", without_work(cli.VERBS))

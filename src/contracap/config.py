@@ -27,7 +27,7 @@ STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class SettingsHelp(Exception):
-    """Asked for: every key with what it takes and means, as text."""
+    """Raised when settings are asked for: every key with what it takes and means, as text."""
 
 
 class ConfigError(ValueError):
@@ -68,10 +68,10 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
     Args:
         path: the file.
         cls: a dataclass, as in `build`.
-        overrides: `key.path=value` each, applied in order. A value that is no TOML value is taken as a string.
+        overrides: `key.path=value` each, applied in order. A value that is not TOML is taken as a string.
 
     Raises:
-        ConfigError: if the file is not TOML, an override is no assignment, or `build` refuses the outcome.
+        ConfigError: if the file is not TOML, an override is not an assignment, or `build` refuses the outcome.
         FileNotFoundError: if there is no such file.
     """
     try:
@@ -100,10 +100,10 @@ def _problems_of(cls: type, values: Mapping[str, Any]) -> Sequence[str]:
 
 
 def assign(values: dict[str, Any], override: str) -> None:
-    """Put `key.path=value` into nested values. A value that is no TOML value is taken as a string.
+    """Put `key.path=value` into nested values. A value that is not TOML is taken as a string.
 
     Raises:
-        ConfigError: if it is no assignment, or the path leads through a value.
+        ConfigError: if it is not an assignment, or the path leads through a value.
     """
     key, equals, text = override.partition("=")
     path = [name.strip() for name in key.split(".")]
@@ -213,7 +213,7 @@ def to_toml(config: Any) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         near = error.object[max(0, error.start - 20) : error.end + 20]
-        raise ConfigError(f"{near!r} is no text that a TOML file can hold") from None
+        raise ConfigError(f"{near!r} is not text that a TOML file can hold") from None
     return text
 
 

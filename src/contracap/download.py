@@ -45,7 +45,7 @@ def download(url: str) -> bytes:
             failure = DownloadError(f"{url}: HTTP status {error.code}", f"http_{error.code}")
             if error.code not in PASSING:
                 break
-        except (InvalidURL, ValueError) as error:  # a port that is no number, a host that cannot be encoded
+        except (InvalidURL, ValueError) as error:  # a port that is not a number, a host that cannot be encoded
             raise DownloadError(f"{url}: {error}", "bad_url") from error
         except (OSError, HTTPException) as error:
             failure = DownloadError(f"{url}: {getattr(error, 'reason', None) or error}", "no_answer")

@@ -77,7 +77,7 @@ def _own_stream(path: Path) -> int | None:
 
 
 def _open_stream(path: Path) -> BinaryIO:
-    """`path` to write to; stdout and stderr go on where they are."""
+    """`path` to write to; stdout and stderr continue where they are."""
     descriptor = _own_stream(path)
     return path.open("wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
 

@@ -167,7 +167,7 @@ def jpeg_scans(data: bytes) -> int:
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Marker and content of a JPEG's segments up to its end, with their lengths as Pillow and libjpeg skip them: where
-    decoding goes on after another marker, it goes on right there, whatever length seems to follow."""
+    decoding continues after another marker, it continues right there, whatever length seems to follow."""
     place, scanned = 2, False
     while found := _JPEG_MARKER.search(data, place):
         start, marker = found.end(), data[found.end() - 1]
@@ -249,6 +249,6 @@ def _register_heif() -> None:
 
 
 def _formats() -> tuple[str, ...]:
-    """Those of our formats that this build of Pillow has."""
+    """Names of our formats that this build of Pillow has."""
     Image.init()
     return tuple(name for name in (*FORMATS, "HEIF") if name in Image.OPEN)

@@ -350,8 +350,8 @@ def _resize(
 def _resize_exactly(
     picture: UInt8[Tensor, "3 from_height from_width"], height: int, width: int
 ) -> UInt8[Tensor, "3 {height} {width}"]:
-    """As `_resize`, but by Pillow where a side grows or shrinks to more than 5/8: torch's 16-bit weights would leave
-    one value in a million off by 2 there. Such pictures are small, so the time hardly counts."""
+    """Resize as `_resize` does, but by Pillow where a side grows or shrinks to more than 5/8: torch's 16-bit weights
+    would leave one value in a million off by 2 there. Such pictures are small, so the time hardly counts."""
     sides = ((picture.shape[1], height), (picture.shape[2], width))
     if all(before == after or before >= 1.6 * after for before, after in sides):
         return _resize(picture, height, width)

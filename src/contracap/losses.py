@@ -90,7 +90,7 @@ class _ContrastiveLoss(torch.autograd.Function):
         learning: bool,
     ) -> Float[Tensor, ""]:
         rows = torch.stack([images, texts])
-        # As columns: opposite each side lies the other.
+        # Columns are the other side of each row.
         parts = gather(torch.stack([texts, images], dim=1)).split(chunk)
 
         normaliser = rows.new_full(rows.shape[:2], -torch.inf)

@@ -36,7 +36,7 @@ class ProgressBar(tqdm):
             self.update()
 
     def update(self, n: int | float | None = 1) -> bool | None:
-        """So many steps more are done."""
+        """Note that `n` more steps are done."""
         if not self.disable:
             return super().update(n)
         self.n += n or 0

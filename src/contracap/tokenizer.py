@@ -23,7 +23,7 @@ try:
 except ImportError:
     ftfy = None
 else:
-    # Bytes that go on a character of UTF-8, in any encoding that ftfy knows. Of mojibake at most three follow each
+    # Bytes that continue a character of UTF-8, in any encoding that ftfy knows. Of mojibake at most three follow each
     # other; of a longer run ftfy takes one a pass.
     _GOING_ON = {
         letter
@@ -141,7 +141,7 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace").replace(END_OF_WORD, " ").strip()
 
     def ends_word(self, token: int) -> bool:
-        """Whether a text goes on with a new word after this token."""
+        """Whether a new word follows this token."""
         return token >= self.start or self._bytes[token].endswith(END_OF_WORD.encode())
 
 
@@ -173,7 +173,7 @@ class _Words:
         self._known = dict(specials)
 
     def ids(self, text: str) -> list[int]:
-        """Those of a whole text."""
+        """Return the ids of a whole text."""
         ids: list[int] = []
         for word in (_ASCII_WORD if text.isascii() else _WORD).findall(text):
             known = self._known.get(word)

@@ -195,7 +195,7 @@ def test_an_interrupted_quickstart_goes_on_from_its_checkpoint(tmp_path: Path, m
     monkeypatch.setattr(  # in its first step
         "contracap.training.trainer.Recorder.record", lambda *given: signal.raise_signal(signal.SIGTERM) or save(*given)
     )
-    with pytest.raises(Interrupted, match=r"the same command goes on from .*step-"):
+    with pytest.raises(Interrupted, match=r"the same command continues from .*step-"):
         quickstart(out, SHORT)
     monkeypatch.setattr("contracap.training.trainer.Recorder.record", save)
     result = quickstart(out, SHORT)

@@ -158,7 +158,7 @@ def test_a_run_on_two_ranks_goes_on_on_four(of_four: Runs) -> None:
 
 def test_one_rank_that_is_asked_to_end_ends_all_after_a_checkpoint_that_goes_on_bit_for_bit(runs: Runs) -> None:
     for end in runs.ends("asked to end"):
-        assert end.startswith("Interrupted: interrupted after step 4 of 6: the same command goes on from ")
+        assert end.startswith("Interrupted: interrupted after step 4 of 6: the same command continues from ")
         assert end.endswith("step-00000004")
     assert runs.ends("ended") == ["done"] * runs.count
     assert numbers(runs.folder / "ended") == numbers(runs.folder / "fsdp")

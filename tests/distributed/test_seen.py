@@ -50,8 +50,8 @@ def test_two_ranks_name_the_one_that_is_waited_for_and_put_together_what_they_se
     assert "in pausing\n" in run.stderr
     (verdict,) = re.findall(r"^the ranks wait for .*$", run.stderr, re.M)
     assert verdict.startswith("the ranks wait for rank 1, waiting for data of step 7 ")
-    assert re.search(r"^rank 1 goes on, after \d+ s waiting for data of step 7$", run.stderr, re.M)
-    assert re.search(r"^rank 0 goes on, ", run.stderr, re.M)
+    assert re.search(r"^rank 1 continues, after \d+ s waiting for data of step 7$", run.stderr, re.M)
+    assert re.search(r"^rank 0 continues, ", run.stderr, re.M)
 
     # Counts are of both ranks, the wait is that of the rank that waited more.
     _, *records = read_metrics(Path(recipe.out))

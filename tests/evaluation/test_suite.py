@@ -204,9 +204,9 @@ def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name
         ({"tasks": {"x": {"task": "retrieval", "data": []}}}, "'tasks.x': there is nothing to measure on: --data PATH"),
         (
             {"tasks": {"x": {"task": "retrieval", "data": "dataset_coco.json"}}},
-            r"'tasks.x': dataset_coco\.json is no tar shard; .*: contracap shards make dataset_coco\.json --out DIR",
+            r"'tasks.x': dataset_coco\.json is not a tar shard; .*: contracap shards make dataset_coco\.json --out DIR",
         ),
-        ({"tasks": {"x": {"task": "zeroshot", "data": ["a.json", "pictures"]}}}, "a.json is no tar shard; zeroshot"),
+        ({"tasks": {"x": {"task": "zeroshot", "data": ["a.json", "pictures"]}}}, "a.json is not a tar shard; zeroshot"),
         ({"tasks": {"x": {"task": "vqa", "data": "x", "answers": "x", "strategy": "beam"}}}, "leave one of them out"),
         ({"tasks": {"cifar": {"task": "captioning"}}}, "key 'tasks.cifar.data' is missing"),
         (

@@ -215,7 +215,7 @@ def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> 
     file.unlink()  # it has been read: a look at the first sample and every run need not do it again
     assert [built(model).figures.keys() for _ in range(2)] == [{"accuracy"}] * 2
     file.write_text(json.dumps(put))
-    with pytest.raises(ValueError, match=r"behind the questions .*\.json comes one folder, of pictures, not 2"):
+    with pytest.raises(ValueError, match=r"after the questions .*\.json comes one folder, of pictures, not 2"):
         evaluate_vqa(model, processor, [file, tmp_path, tmp_path])
 
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_written_is_said_at_the_next_step_and_the_last_good_check
     good, failed = tmp_path / "step-00000000", tmp_path / "step-00000001"
     assert str(caught.value) == (
         f"{failed} cannot be written: No space left on device. Last good checkpoint: {good}. "
-        "Put that right, then go on with resume=true"
+        "Put that right, then continue with resume=true"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", good.name]
     assert load(tmp_path / "last")
@@ -303,7 +303,7 @@ def test_a_run_whose_folder_vanishes_stops_and_says_so(
     (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, recipe_values | {"steps": 1000})))
     assert cli.main(["train", str(tmp_path / "recipe.toml")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"contracap: error: {folder}: the run cannot go on: No such file or directory: ")
+    assert error.startswith(f"contracap: error: {folder}: the run cannot continue: No such file or directory: ")
     assert "Last good checkpoint: none yet." in error
     assert not folder.exists()
 
@@ -330,7 +330,8 @@ def test_records_that_cannot_be_written_stop_the_run_and_the_last_good_checkpoin
 
     monkeypatch.setattr(Recorder, "record", fills)
     with pytest.raises(
-        CheckpointError, match=r"run: the run cannot go on: No space left on device\. Last .*: \S+/step-00000004\. Put"
+        CheckpointError,
+        match=r"run: the run cannot continue: No space left on device\. Last .*: \S+/step-00000004\. Put",
     ):
         train(build(Recipe, recipe_values))
 
@@ -354,7 +355,7 @@ def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of
     checkpoints = Path(values["out"]) / "checkpoints"
     *_, error = capsys.readouterr().err.splitlines()
     assert error == (
-        "contracap: error: interrupted after step 3 of 8: the same command goes on from "
+        "contracap: error: interrupted after step 3 of 8: the same command continues from "
         f"{checkpoints / 'step-00000003'}"
     )
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
@@ -381,7 +382,7 @@ def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the
     with monkeypatch.context() as patch:
         patch.setattr(loader, "decode", stands_still)
         at_step(patch, 3, lambda: threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start())
-        with pytest.raises(Interrupted, match=r"after step 3 of 6: the same command with resume=true goes on from"):
+        with pytest.raises(Interrupted, match=r"after step 3 of 6: the same command with resume=true continues from"):
             train(build(Recipe, values))
     train(build(Recipe, values | {"resume": True}))
     ours, theirs = (
@@ -451,7 +452,7 @@ def test_a_request_that_ends_at_once_promises_no_checkpoint(capfd: pytest.Captur
 def test_shutdown_signal_while_the_optimizer_is_read_blames_no_checkpoint(recipe_values: dict, monkeypatch) -> None:
     train(build(Recipe, recipe_values))
     monkeypatch.setattr(dcp.FileSystemReader, "read_data", lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted, match=r"the same command goes on from .*step-00000008"):
+    with pytest.raises(Interrupted, match=r"the same command continues from .*step-00000008"):
         train(build(Recipe, recipe_values | {"resume": True, "steps": 9}))
 
 

@@ -179,7 +179,7 @@ def test_losses_after_kill_9_and_resume_equal_the_uninterrupted_run(recipe_value
 
 def test_a_run_is_not_overwritten_and_not_mixed_with_another(recipe_values: dict) -> None:
     train(build(Recipe, recipe_values))
-    with pytest.raises(CheckpointError, match="already holds a run, up to step-00000008: resume=true goes on"):
+    with pytest.raises(CheckpointError, match="already holds a run, up to step-00000008: resume=true continues"):
         train(build(Recipe, recipe_values))
     changed = {"resume": True, "seed": 5, "model": {"text": {"cls_mask": "legacy"}}}
     with pytest.raises(

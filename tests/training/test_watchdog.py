@@ -44,7 +44,7 @@ def test_a_loader_that_blocks_is_reported_once_with_its_stack(
     (report,) = blocked()
     assert "at contracap/training/" in report.splitlines()[0]  # where the package waits
     assert "in blocking" in report  # and the stack down to what it waits for
-    assert len(reports(caplog, "rank 0 goes on, after ")) >= 1
+    assert len(reports(caplog, "rank 0 continues, after ")) >= 1
 
 
 def test_the_first_step_may_take_four_times_as_long(caplog: pytest.LogCaptureFixture) -> None:

@@ -211,7 +211,7 @@ def test_sigterm_ends_the_making_of_shards_as_ctrl_c_does(
     monkeypatch.setattr("contracap.data.making.decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -225,8 +225,14 @@ def test_mistake_of_the_command_line_is_not_blamed_on_the_file(folder: Path) -> 
             load_recipe("r.toml", [override])
         assert str(error.value).startswith(message)
     (folder / "r.toml").write_text(RECIPE.replace("steps", "step") + "batchsize = 4\n")
-    with pytest.raises(ConfigError, match=r"^r\.toml: unknown key 'step'.*r\.toml: .*'data\.batch_size'.*command line"):
+    with pytest.raises(ConfigError) as error:
         load_recipe("r.toml", ["ou=x"])
+    for mistake in (
+        "r.toml: unknown key 'step'",
+        "r.toml: unknown key 'data.batchsize'",
+        "command line: unknown key 'ou'",
+    ):
+        assert mistake in str(error.value)
 
 
 def test_plan_of_a_tiny_run_has_no_figures_without_meaning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ CHANCE = {
     "text_to_image_recall@1": 1 / TWIN_SCENES,
     "image_to_text_recall@1": 1 / TWIN_SCENES,
 }
-GO_ON = "the same command goes on"
+GO_ON = "the same command continues"
 logger = logging.getLogger(__name__)
 
 
@@ -123,7 +123,7 @@ class Measured:
 
 
 def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
-    """Draw, train, measure, and print a table. The same call goes on where an earlier one was interrupted.
+    """Draw, train, measure, and print a table. The same call continues an interrupted one.
 
     Writes to the folder `out`: `results.json`, `report.html`, the drawn `scenes`, the `run`, and one test picture,
     `sample.png`.
@@ -134,7 +134,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
 
     Raises:
         ValueError: if the folder holds a finished quickstart, or an override is refused.
-        Interrupted: if training was; it says how to go on.
+        Interrupted: if training was; it says how to continue.
     """
     started = time.monotonic()
     run, scenes = out / "run", out / "scenes"
@@ -147,7 +147,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     recipe = load_recipe(find_recipe(), [*paths, "resume=true", *overrides])
     is_resumed = scenes.exists()
     if is_resumed:
-        logger.info("going on with what is in %s", out)
+        logger.info("continuing with what is in %s", out)
     else:
         partial = out / "scenes.partial"
         shutil.rmtree(partial, ignore_errors=True)  # of a call that ended while it drew them
@@ -161,7 +161,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     measured = measure(model, processor, scenes)
     figures, reasons = dict(measured.figures), dict[str, str]()
     if is_resumed:
-        reasons["seconds"] = "the quickstart was interrupted, and went on later"
+        reasons["seconds"] = "the quickstart was interrupted and continued later"
     else:
         figures["seconds"] = time.monotonic() - started
     result = Result(
@@ -177,9 +177,8 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
         sample.write_bytes(measured.twins[0].image)
     result.write(out / "results.json")
     print(figures_as_text(figures))
-    logger.info(
-        "\nthe page: %s\nthe model: contracap caption %s IMAGE...", out / "report.html", run / "checkpoints" / "last"
-    )
+    command = shlex.join(["contracap", "caption", str(out), str(out / "sample.png")])
+    logger.info("\nthe page: %s\ncaption an image: %s", out / "report.html", command)
     return result
 
 

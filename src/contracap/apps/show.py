@@ -117,7 +117,7 @@ def _binned(counts: Mapping[int, int], starts: Sequence[int]) -> dict[str, int]:
     found = [0] * len(starts)
     for value, count in counts.items():
         found[bisect_right(starts, value) - 1] += count
-    names = [*(f"{start}-{behind - 1}" for start, behind in pairwise(starts)), f"{starts[-1]}+"]
+    names = [*(f"{start}-{end - 1}" for start, end in pairwise(starts)), f"{starts[-1]}+"]
     filled = [place for place, count in enumerate(found) if count]
     bins = list(zip(names, found, strict=True))
     return dict(bins[filled[0] : filled[-1] + 1]) if filled else {}

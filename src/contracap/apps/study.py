@@ -86,7 +86,7 @@ class StudyConfig:
         return first.keys() & other.keys()
 
     def tasks_of(self, recipe: Recipe) -> dict[str, TaskConfig]:
-        """Those that the losses of a run teach: writing by the captioning loss, the others by the contrastive one."""
+        """Tasks that the losses of a run teach: writing by the captioning loss, the others by the contrastive one."""
         taught = {True: recipe.loss.captioning > 0, False: recipe.loss.contrastive > 0}
         return {name: task for name, task in self.tasks.items() if taught[task.writes]}
 
@@ -100,7 +100,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
     Raises:
         ImportError: if matplotlib, which draws the comparisons, is not installed.
         FileNotFoundError, ValueError: as training and evaluating do; also if a run was started with other settings.
-        Interrupted: after a checkpoint, if the process is asked to end; the same call goes on.
+        Interrupted: after a checkpoint, if the process is asked to end; the same call continues.
     """
     require_matplotlib()  # hours before it is used
     for task in config.tasks.values():
@@ -170,7 +170,7 @@ def _found(file: Path) -> Result | None:
 
 
 def _require_same_run(recipe: Recipe) -> None:
-    """A run may go on for more steps, or from data that lie elsewhere; a study's runs are each trained in one way.
+    """A run may continue for more steps, or with data that lie elsewhere; a study's runs are each trained in one way.
 
     Raises: ValueError: if the run was started with other settings, or nobody knows how.
     """

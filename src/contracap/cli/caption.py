@@ -127,7 +127,8 @@ def caption(
         )
     if json is not None:
         _result(rows, outcome).write(json)
-    say(outcome.summary(), to_stderr=isinstance(output, Lines) or (table is not None and is_stream(table)))
+    if outcome.captioned or outcome.skipped:  # else the errors say it all
+        say(outcome.summary(), to_stderr=isinstance(output, Lines) or (table is not None and is_stream(table)))
     for error in outcome.broken:
         fail(message(error))
     return 1 if outcome.broken else 0

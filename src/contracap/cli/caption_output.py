@@ -28,10 +28,8 @@ class CaptionOutput:
     """One file for all captions, or the folder for side-cars."""
     ext: Literal[".txt", ".caption"] | None = None
     """Ending of side-cars, .txt by default."""
-    skip_existing: FlagCreatePairsOff[bool] = False
-    """Skip images that have a caption in the output; this is the default."""
     overwrite: FlagCreatePairsOff[bool] = False
-    """Start again and replace the captions that are there."""
+    """Start again and replace the captions that are there, instead of skipping their images."""
     append: FlagCreatePairsOff[bool] = False
     """Add one more caption for each image, on its own line or row."""
     embed: FlagCreatePairsOff[bool] = False
@@ -44,10 +42,8 @@ class CaptionOutput:
 
         Raises: ValueError: if the flags contradict each other.
         """
-        given = {"skip-existing": self.skip_existing, "overwrite": self.overwrite, "append": self.append}
-        chosen = [f"--{name}" for name, is_given in given.items() if is_given]
-        if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} exclude each other: give one of them")
+        if self.overwrite and self.append:
+            raise ValueError("--overwrite and --append exclude each other: give one of them")
         return "overwrite" if self.overwrite else "append" if self.append else "skip"
 
     def open(self, paths: Sequence[str]) -> "Output":

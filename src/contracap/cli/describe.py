@@ -36,7 +36,7 @@ Images = Annotated[
 BatchSize = Annotated[int, arg(metavar="N", help="Images in a batch.")]
 
 
-@interruption("interrupted: the lines above are all; the same command begins anew")
+@interruption("interrupted: the lines above are all; the same command starts again")
 def classify(
     weights: WeightsName,
     paths: Images,

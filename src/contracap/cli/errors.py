@@ -47,7 +47,7 @@ def say(line: str, *, to_stderr: bool = False) -> None:
 
 
 @contextmanager
-def interruption(words: str = "interrupted: nothing was written; the same command begins anew") -> Iterator[None]:
+def interruption(words: str = "interrupted: nothing was written; the same command starts again") -> Iterator[None]:
     """What Ctrl-C says in the block, where that does not say it itself."""
     try:
         yield

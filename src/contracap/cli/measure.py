@@ -33,7 +33,7 @@ class TaskFlags(Given):
     of = TaskConfig
 
 
-@interruption("interrupted: no figure was written; the same command begins anew")
+@interruption("interrupted: no figure was written; the same command starts again")
 def evaluate(
     weights: WeightsName,
     /,

@@ -147,7 +147,10 @@ def _flags(cls: type, defaults: Mapping[str, Any]) -> tuple[StructFieldSpec, ...
 
 WeightsName = Annotated[
     PathText,
-    arg(metavar="WEIGHTS", help="A run or its checkpoint, a file, a folder, an hf-hub: name, or coca_ViT-L-14/mscoco."),
+    arg(
+        metavar="WEIGHTS",
+        help="A run or its checkpoint, a file, a folder, an hf-hub: name, or a release such as coca_ViT-L-14/mscoco.",
+    ),
 ]
 AllowCommands = Annotated[
     FlagCreatePairsOff[bool], arg(help="Run the commands of sources that begin with pipe:, with all your permissions.")
@@ -216,7 +219,7 @@ def keep_few_kernels() -> None:
 
 
 def command_line() -> str:
-    """As it was typed."""
+    """The command line as it was typed."""
     return shlex.join(["contracap", *sys.argv[1:]])
 
 

@@ -11,7 +11,10 @@ from contracap.cli.options import AllowCommands, ResultFile, arg, command_line
 
 
 def quickstart(
-    *, out: Annotated[Path, arg(metavar="DIR", help="Folder for results.json, report.html and the run.")]
+    *,
+    out: Annotated[Path, arg(metavar="DIR", help="Folder for results.json, report.html and the run.")] = Path(
+        "quickstart"
+    ),
 ) -> None:
     """Train a small model on images that it draws itself, then caption, classify and retrieve. Downloads nothing. The
     same command continues where it was interrupted."""

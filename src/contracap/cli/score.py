@@ -40,7 +40,7 @@ def score(
     ] = (),
     tokenizer: Annotated[
         TokenizerName | None,
-        arg(help="`java` is the tokenizer behind published figures, and the default where it can run."),
+        arg(help="`java` is the tokenizer of published figures, and the default where it can run."),
     ] = None,
     corenlp_dir: Annotated[
         Path | None,

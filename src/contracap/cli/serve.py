@@ -1,5 +1,7 @@
 """The verb that answers over HTTP."""
 
+import ipaddress
+import logging
 import math
 import os
 import sys
@@ -11,6 +13,7 @@ from contracap.apps.serve.config import AccessConfig, LimitsConfig
 from contracap.cli.options import Flags, Settings, Size, StrategyName, WeightsName, arg, keep_few_kernels, load_model
 
 API_KEY = "CONTRACAP_API_KEY"
+logger = logging.getLogger(__name__)
 PACKAGES = ("fastapi", "fastapi_offline", "prometheus_client", "python_multipart", "starlette", "uvicorn")
 
 
@@ -39,12 +42,15 @@ def serve(
     default = DefaultStrategy(strategy, settings)
     default.strategy({})  # what is wrong is said before the weights are read
     if access.api_key is None:
-        access = replace(access, api_key=os.environ.get(API_KEY) or None)
+        access = replace(access, api_key=os.environ.get(API_KEY))
     with bound(host, port) as listener:
+        if access.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            logger.warning(f"whoever reaches {url(listener)} can use it: give --api-key KEY or set {API_KEY}")
         model = load_model(weights, size)
         app = build_app(*model, default=default, batching=batching, limits=limits, access=access)
         longest = 2 * limits.timeout_s + HEAD_SECONDS
-        run(app, listener, greeting=url(listener), patience=math.ceil(limits.timeout_s), request_seconds=longest)
+        greeting = f"serving {weights} at {url(listener)} (docs at {url(listener)}/docs); Ctrl-C ends it"
+        run(app, listener, greeting=greeting, patience=math.ceil(limits.timeout_s), request_seconds=longest)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # Python would wait for threads, such as one that decodes a picture which nobody waits for

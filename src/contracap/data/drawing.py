@@ -61,7 +61,7 @@ def write_training_shards(folder: Path, count: int, *, size: int, seed: int) -> 
         (folder / f"{number:06d}.tar", min(SHARD_SCENES, count - start), size, (seed, number))
         for number, start in enumerate(starts)
     ]
-    # Spawned, not forked: the caller may have threads of torch running, which a fork would leave behind half dead.
+    # Spawned, not forked: the caller may have threads of torch running, which a fork would leave half dead.
     workers = min(len(jobs), os.cpu_count() or 1)
     with (
         ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,

@@ -69,9 +69,9 @@ def hint(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def parse(caption: str) -> Scene | None:
-    """What a caption says, or None if it is no complete sentence of this grammar.
+    """What a caption says, or None if it is not a complete sentence of this grammar.
 
-    Case, spacing and a final full stop do not matter; a texture may stand before the colour or behind it, and one that
+    Case, spacing and a final full stop do not matter; a texture may stand before the colour or after it, and one that
     is not mentioned is plain.
     """
     text = " ".join(re.sub(r"([,;.])", r" \1 ", caption.lower()).split()).removesuffix(" .")
@@ -108,7 +108,7 @@ def _read_thing(found: dict[str, Any], name: str) -> Thing:
 
 
 def _thing_pattern(name: str) -> str:
-    """Size, colour, shape, and perhaps a texture before the colour, or behind it if none was said before."""
+    """Size, colour, shape, and perhaps a texture before the colour, or after it if none was said before."""
     size, texture, color, shape = ("|".join(words) for words in (SIZES, TEXTURES, COLORS, SHAPES))
     return (
         rf"a (?P<{name}_size>{size}) (?:(?P<{name}_before>{texture}) )?(?P<{name}_color>{color}) "

@@ -95,8 +95,10 @@ def read_index(folder: str | Path) -> dict[str, ShardEntry]:
         return {}
     except (KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise IndexFileError(f"{path} is no index of shards ({reason}); delete it and index the folder again") from None
-    except Exception as error:  # broken JSON, and whatever the file systems behind fsspec raise
+        raise IndexFileError(
+            f"{path} is not an index of shards ({reason}); delete it and index the folder again"
+        ) from None
+    except Exception as error:  # broken JSON, and whatever fsspec's file systems raise
         raise IndexFileError(f"cannot read the index {path}: {error or type(error).__name__}") from error
     return {entry.name: entry for entry in entries}
 
@@ -141,7 +143,7 @@ def samples_in(shards: Sequence[str]) -> list[int]:
 
 
 def _counted(shard: str, failures: list[ShardError]) -> int:
-    """Of a damaged shard the samples before the damage and one more, for what broke: reading it will tell of that."""
+    """Count a shard; of a damaged one, the samples before the damage and one more, which reading will report."""
     try:
         return count_samples(shard)
     except ShardError as error:
@@ -232,7 +234,7 @@ def index_folder(folder: str | Path, workers: int = 0, *, out: str | Path | None
             else:
                 broken.append(made)
     except KeyboardInterrupt:
-        words = f"interrupted: {len(entries)} of {len(shards)} shards are in the index; the same command goes on"
+        words = f"interrupted: {len(entries)} of {len(shards)} shards are in the index; the same command continues"
         raise KeyboardInterrupt(words) from None
     finally:
         write_index(out, entries)

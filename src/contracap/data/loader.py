@@ -115,7 +115,7 @@ class TrainingBatches:
                 yield self._joined(parts)
 
     def _joined(self, parts: Sequence["_Made"]) -> Batch:
-        """The batch of the workers' parts, behind which the position is then."""
+        """The batch of the workers' parts; the position is then after it."""
         made = []
         for part in parts:
             self._skips += part.skips
@@ -262,7 +262,7 @@ def evaluation_samples(path: str | Path | Sequence[str | Path], *, lines: bool =
 
 @dataclass(frozen=True)
 class _Made:
-    """A worker's part of a batch, or the error that ends it, and the positions of its streams behind it."""
+    """A worker's part of a batch, or the error that ends it, and the positions of its streams after it."""
 
     outcome: Batch | OrderError
     states: dict[int, dict[str, Any]]
@@ -277,7 +277,7 @@ class _BatchMaker:
         self._states: dict[int, dict[str, Any]] = {}
 
     def start(self, states: dict[int, dict[str, Any]]) -> None:
-        """The position from which the next iteration goes on."""
+        """Set the position from which the next iteration continues."""
         self._states = dict(states)
 
     def make(self, worker: int, workers: int) -> Iterator[_Made]:

@@ -74,8 +74,8 @@ def make_shards(
     """Makes tar shards of a source, with `index.json` and, of what was left out and why, `skipped.jsonl`.
 
     A sample is the picture, its bytes untouched, and a `.json` with `captions`, `source` (its name there) and what else
-    the source says. The bytes of the shards depend on the source and the settings only. The same call again goes on
-    where an interrupted one stopped, with the shards that are whole; on a finished folder it does nothing.
+    the source says. The bytes of the shards depend on the source and the settings only. The same call continues an
+    interrupted one, with the shards that are whole; on a finished folder it does nothing.
 
     Args:
         source: what `data.sources.read_source` reads, with `kind`, `pictures`, `splits`, the columns and
@@ -128,7 +128,7 @@ def make_shards(
                 progress.update(made)
         except KeyboardInterrupt:
             done = sum(task.is_done() for task in tasks)
-            words = f"interrupted: {done} of {len(tasks)} shards are in {out}; the same command goes on from there"
+            words = f"interrupted: {done} of {len(tasks)} shards are in {out}; the same command continues from there"
             raise KeyboardInterrupt(words) from None
     repeated = sum(len(item.captions) - len(set(item.captions)) for item in items)
     return _finish(out, plan, [task.read_note() for task in tasks], read.refused, repeated)

@@ -31,7 +31,7 @@ MOST_BROKEN_SHARDS = 20  # in a row, without a sample in between
 
 
 class OrderError(ValueError):
-    """A stream that cannot go on; the message says why."""
+    """A stream that cannot continue; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +70,21 @@ class Source:
         return sum(self.counts)
 
     def span(self, *, seed: int, epoch: int, stream: int, streams: int) -> list[tuple[int, int, int]]:
-        """What a stream reads in an epoch: (shard, first sample, sample behind the last) in their order."""
+        """What a stream reads in an epoch: (shard, first sample, sample after the last) in their order."""
         if self.replacement:
             generator = np.random.default_rng([seed, DEAL, epoch, stream])
             drawn = generator.integers(len(self.shards), size=-(-len(self.shards) // streams))
             return [(int(shard), 0, self.counts[shard]) for shard in drawn]
         order = np.random.default_rng([seed, DEAL, epoch]).permutation(len(self.shards))
         ends = np.cumsum(np.array(self.counts)[order])
-        first, behind = (int(ends[-1]) * number // streams for number in (stream, stream + 1))
+        first, stop = (int(ends[-1]) * number // streams for number in (stream, stream + 1))
         found = []
         for place in range(int(np.searchsorted(ends, first, side="right")), len(order)):
             shard = int(order[place])
             start = int(ends[place]) - self.counts[shard]
-            if start >= behind:
+            if start >= stop:
                 break
-            begin, end = max(first - start, 0), min(behind - start, self.counts[shard])
+            begin, end = max(first - start, 0), min(stop - start, self.counts[shard])
             if begin < end:
                 found.append((shard, begin, end))
         return found

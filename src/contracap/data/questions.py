@@ -71,7 +71,7 @@ class QuestionSamples:
             identity, folder = missing[0].fields["image_id"], Path(missing[0].picture).parent
             raise SourceError(
                 f"{path} asks about {len(source.items)} pictures, of which {len(missing)} are not in {folder}: "
-                f"one is the picture {identity}; name their folder behind the file"
+                f"one is the picture {identity}; name their folder after the file"
             )
         self._items, self._name = source.items, Path(path).name
 

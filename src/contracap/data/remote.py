@@ -69,9 +69,9 @@ def expand(pattern: str) -> list[str]:
 
 
 def commands_in(paths: str | Iterable[str]) -> list[str]:
-    """Those of the paths, or of the names that their braces stand for, that are shell commands: `pipe:` and a command.
+    """Paths, or names that their braces stand for, that are shell commands: `pipe:` and a command.
 
-    A pattern that is no path, as it stands for too many names or for none, is not opened either.
+    A pattern that stands for too many names, or for none, is not a path, and is not opened either.
     """
     found = []
     for path in [paths] if isinstance(paths, str) else paths:
@@ -152,7 +152,7 @@ def upload(path: str | Path, url: str) -> None:
 def opened(name: str) -> Generator[IO[bytes], None, None]:
     """A file as a buffered stream of bytes, to be read from its start to its end.
 
-    Where reading a remote file fails, it is opened anew at the position reached, after a pause (`PAUSES`; the count
+    Where reading a remote file fails, it is opened again at the position reached, after a pause (`PAUSES`; the count
     begins again with every byte). What will not change, such as a missing file or permission, fails at once. http(s),
     s3 and gs have time-outs for each step; whether other protocols notice a silent peer depends on their libraries.
 
@@ -179,7 +179,7 @@ def opened(name: str) -> Generator[IO[bytes], None, None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file read from start to end; where that fails it is opened anew at the position reached."""
+    """A remote file read from start to end; where that fails it is opened again at the position reached."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -273,7 +273,7 @@ class _CommandOutput(io.RawIOBase):
 
 
 def _persistently(attempt: Callable[[], T], url: str, failure: str) -> T:
-    """The result of an attempt, made anew after each of the `PAUSES` while that may help."""
+    """The result of an attempt, repeated after each of the `PAUSES` while that may help."""
     number = 0
     while True:
         number += 1
@@ -283,7 +283,7 @@ def _persistently(attempt: Callable[[], T], url: str, failure: str) -> T:
             raise FileNotFoundError(f"no such file or folder, or no permission to see it: {url}") from error
         except ImportError as error:
             raise RemoteError(f"{url}: {error} (for http, s3 and gs: pip install 'contracap[data]')") from error
-        except Exception as error:  # the libraries behind fsspec raise nearly anything
+        except Exception as error:  # the libraries that fsspec uses raise nearly anything
             reason = " ".join(str(error).split()) or type(error).__name__
             if number > len(PAUSES) or _will_not_change(error):
                 times = "1 attempt" if number == 1 else f"{number} attempts"
@@ -304,7 +304,7 @@ def _will_not_change(error: Exception) -> bool:
 
 
 def _open_at(url: str, position: int) -> tuple[Any, int | None]:
-    """A remote file that goes on at a position, and its size, if that is known."""
+    """A remote file from a position on, and its size, if that is known."""
     system, path = _file_system(url)
     if url.startswith(WEB):
         return _open_web_file_at(system, path, position)

@@ -34,7 +34,7 @@ SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, *TEXT_SUFFIXES))  # of the membe
 # What one sample may cost, besides what `open_tar` allows it. A shard can claim anything in a few bytes.
 MOST_MEMBER_BYTES = 256 * 2**20  # of a member, and of all that are read together
 MAX_TEXT_BYTES = 4 * 2**20  # of a `.json`, `.txt`, `.cls` or `.npy` member
-SORT = "write the tar anew with `tar --sort=name`"
+SORT = "write the tar again with `tar --sort=name`"
 DOTTED = "dotted_name"  # the kind of samples whose images have names with several dots
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
 
@@ -150,7 +150,7 @@ def _shards_at(name: str, key: str) -> list[str]:
         files = files_in(name)
     elif Path(name).is_dir():
         files = sorted(str(file) for file in Path(name).iterdir())
-        files = [f"./{file}" if file.startswith("pipe:") else file for file in files]  # a name is no command
+        files = [f"./{file}" if file.startswith("pipe:") else file for file in files]  # a name is not a command
     elif Path(name).exists():
         if os.path.isfile(name) and not name.endswith(SHARD_SUFFIXES) and not is_tar(name):
             make = f"make shards from it: contracap shards make {name!r} --out DIR"
@@ -287,7 +287,7 @@ def text_lines(text: str) -> list[str]:
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
-    """The captions that a value holds, a text or a list of texts, without empty ones and what is no text."""
+    """The captions that a value holds, a text or a list of texts, without empty ones and what is not text."""
     found = value if isinstance(value, list) else [value]
     stripped = (text.strip() for text in found if isinstance(text, str))
     return tuple(text for text in stripped if text)
@@ -347,7 +347,7 @@ def _write(stream: io.BufferedIOBase, records: Iterable[tuple[str, Mapping[str, 
         for key, members in records:
             base = key.rpartition("/")[2]
             if not base or "." in base:
-                raise ValueError(f"sample key {key!r}: the part behind the last slash must not be empty or have a dot")
+                raise ValueError(f"sample key {key!r}: the part after the last slash must not be empty or have a dot")
             for suffix, content in members.items():
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(content)

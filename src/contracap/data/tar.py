@@ -99,7 +99,7 @@ class _StrictHeader(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # pyrefly: ignore[missing-attribute]
             if any(cast(IO[bytes], archive.fileobj).read(tarfile.BLOCKSIZE)):  # the mark is two blocks of zeros
-                raise tarfile.ReadError(f"a block of zeros at byte {archive.offset}, and more behind it") from None
+                raise tarfile.ReadError(f"a block of zeros at byte {archive.offset}, and more after it") from None
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error

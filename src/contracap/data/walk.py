@@ -27,7 +27,7 @@ class PassedOver:
         self.counts = Counter[str]()
 
     def __str__(self) -> str:
-        """In one line, the most frequent first; empty where nothing was left out."""
+        """Return the counts in one line, the most frequent first; empty if nothing was left out."""
         return ", ".join(counted(count, escaped(kind)) for kind, count in self.counts.most_common())
 
     def add(self, file: Path) -> None:

@@ -17,14 +17,14 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 AHEAD = min(8, os.cpu_count() or 1)  # batches that are prepared at a time, a thread for each
-PATIENCE = 2.0  # seconds that threads get to end in; one that waits for a silent server is left behind
+PATIENCE = 2.0  # seconds that threads get to end in; one that waits for a silent server is not waited for
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class WorkerError(RuntimeError):
-    """A worker process that is no more."""
+    """A worker process that has died."""
 
 
 def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
@@ -83,7 +83,7 @@ def in_threads(
     tasks = SimpleQueue[tuple[Task, Future[Result]] | None]()
     room, stopped = threading.Semaphore(ahead), threading.Event()
 
-    def feed() -> None:  # closes the items where it read them: a shell command that gives a shard must not go on
+    def feed() -> None:  # closes the items where it read them: a shell command that gives a shard must end
         end: BaseException | None = None
         try:
             with closing(items):

@@ -1,4 +1,4 @@
-"""Answers to questions about pictures: written behind the question, or chosen from a list."""
+"""Answers to questions about pictures: written after the question, or chosen from a list."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ Answering = Callable[[CoCa, Processor, Tensor, Sequence[Asked]], list[str]]
 
 
 class Written:
-    """Answers are what a strategy writes behind the prompt."""
+    """Answers are what a strategy writes after the prompt."""
 
     def __init__(self, strategy: Strategy):
         """Raises: ValueError: for a strategy that ranks texts by how well they describe a picture."""
@@ -104,7 +104,7 @@ class Chosen:
     def log_probabilities(
         self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
     ) -> Float32[Tensor, "question answer"]:
-        """Of each answer behind each question, in nats, on the CPU; each picture is encoded once."""
+        """Return that of each answer after each question, in nats, on the CPU; each picture is encoded once."""
         tokens = self._tokens(processor)
         decoder, most = model.require_decoder(), model.config.text.context
         _check_room(asked, processor, most=most, answer=max(map(len, tokens)) + 1)  # and the end
@@ -118,8 +118,8 @@ class Chosen:
                 selected = [layer.select(pictures) for layer in projected]
                 prompt = torch.tensor([(processor.tokenizer.start, *asked[place].prompt) for place in group])
                 for some in by_length.split(ROWS):  # they take as many steps as the longest of them
-                    behind = [tokens[number] for number in some]
-                    scores = _scored(model, selected, prompt.to(model.device), behind, end=processor.tokenizer.end)
+                    answers = [tokens[number] for number in some]
+                    scores = _scored(model, selected, prompt.to(model.device), answers, end=processor.tokenizer.end)
                     found[torch.tensor(group)[:, None], some] = scores.cpu()
         return found
 
@@ -149,7 +149,7 @@ def _scored(
     *,
     end: int,
 ) -> Float32[Tensor, "question text"]:
-    """Sums of the log-probabilities of each text and the end token, behind each prompt."""
+    """Sums of the log-probabilities of each text and the end token, after each prompt."""
     (questions, columns), steps = prompt.shape, max(map(len, texts)) + 1
     ids = torch.full((steps, len(texts)), end, device=prompt.device)
     for number, text in enumerate(texts):

@@ -48,7 +48,7 @@ def opened(source: Source, *, lines: bool = True) -> Source:
     Args:
         lines: of shards, each line of a `.txt` is a caption; else the whole is one.
 
-    Raises: FileNotFoundError, ValueError: at such a file, as `QuestionSamples` does, or if two folders come behind it.
+    Raises: FileNotFoundError, ValueError: at such a file, as `QuestionSamples` does, or if two folders come after it.
     """
     if isinstance(source, READY):
         return source
@@ -58,7 +58,7 @@ def opened(source: Source, *, lines: bool = True) -> Source:
         return source if lines or not paths else WholeTexts(paths)
     file, *folders = paths
     if len(folders) > 1:
-        raise ValueError(f"behind the questions {file} comes one folder, of pictures, not {len(folders)}")
+        raise ValueError(f"after the questions {file} comes one folder, of pictures, not {len(folders)}")
     return QuestionSamples(file, pictures=folders[0] if folders else None)
 
 

@@ -123,14 +123,14 @@ class Result:
             raise ValueError(f"details would overwrite the result's own keys: {', '.join(sorted(taken))}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file; a figure that is no finite number becomes null with a reason."""
+        """The content of the file; a figure that is not a finite number becomes null with a reason."""
         reasons = dict(self.reasons)
         figures: dict[str, float | None] = {}
         for name, value in self.figures.items():
             finite = value is not None and math.isfinite(value)
             figures[name] = value if finite else None
             if not finite:
-                reasons.setdefault(name, f"came out as {value}, which is no finite number")
+                reasons.setdefault(name, f"came out as {value}, which is not a finite number")
         own = {"command": self.command, "versions": versions(), "seed": self.seed, "samples": self.samples}
         content = own | {"figures": figures, "reasons": reasons} | dict(self.details)
         if self.per_sample:

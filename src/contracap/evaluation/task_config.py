@@ -53,7 +53,7 @@ class TaskConfig:
     """For `captioning`: bleu, rouge_l, cider, meteor, spice or cider_plain. The default is all that can run, except
     `cider_plain`."""
     tokenizer: TokenizerName | None = None
-    """For `captioning`: `java` is the tokenizer behind published figures, and the default where it can run."""
+    """For `captioning`: `java` is the tokenizer of published figures, and the default where it can run."""
     corenlp_dir: Annotated[str | None, "DIR"] = None
     """For SPICE: folder with the jars of CoreNLP 3.6.0. The default is $CONTRACAP_CORENLP_DIR."""
     spice_memory: Annotated[str | None, "SIZE"] = None
@@ -82,7 +82,7 @@ class TaskConfig:
         first = self.data if isinstance(self.data, str) else self.data[0]
         if first.endswith(".json") and self.task != "vqa":
             raise ValueError(
-                f"{first} is no tar shard; {self.task} wants it made into some: contracap shards make {first} --out DIR"
+                f"{first} is not a tar shard; {self.task} needs some: contracap shards make {first} --out DIR"
             )
         taken = ("data", *TAKES[self.task])
         for field in fields(self):

@@ -22,7 +22,7 @@ from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
 PROMPT = "question: {} answer:"
-# As many tokens as the context of the released models has, for the question counts; an answer may be a single word.
+# The whole context of the released models, because the question counts; an answer may be a single word.
 STRATEGY = Greedy(max_tokens=76, min_tokens=0)
 
 

@@ -261,7 +261,7 @@ def _marked(content: bytes, classes: int) -> list[int] | None:
 
 
 def _published(source: str | Path) -> Published | None:
-    """The set that is meant by a name; None if a file is: what is no name, and exists or ends as a file does."""
+    """The set that is meant by a name; None if a file is: one that exists, or has a suffix as files do."""
     name = str(source)  # as it is written: ./cifar10 is a file
     if not is_published(name) and (Path(source).exists() or (Path(source).suffix and "{}" not in name)):
         return None

@@ -24,7 +24,7 @@ def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
         _allow_recompilations()
     for block in model.modules():
         if isinstance(block, SelfBlock | CrossBlock):
-            # On the instance, behind the hooks by which FSDP fetches parameters before each call.
+            # On the instance, so that it runs after the hooks by which FSDP fetches parameters before each call.
             forward: Callable[..., Any] = block.forward
             if recompute:
                 forward = _recomputed(forward)

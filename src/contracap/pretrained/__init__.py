@@ -95,7 +95,7 @@ def load(
 
 
 def load_on_device(name: str | Path, *, size: str | None = None, device: str | None = None) -> tuple[CoCa, Processor]:
-    """As `load`, the model on a device; None: the GPU if there is one."""
+    """Load as `load` does, and put the model on a device, by default the GPU if there is one."""
     model, processor = load(name, size=size)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
@@ -226,7 +226,7 @@ def _foreign_configuration(path: Path, tensors: Mapping, size: str | None) -> tu
 def _bare_configuration(
     path: Path, shapes: Shapes, size: str | None, *, ours: bool = False
 ) -> tuple[CoCaConfig, ImageConfig]:
-    """Of a file that says none: a size of the table, at the image size that the file's positions are for."""
+    """Configuration for a file without one: a size of the table, at the image size of the file's positions."""
     size = size or match_size(shapes, ours=ours)
     if size is None:
         raise WeightsError(

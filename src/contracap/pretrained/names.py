@@ -186,7 +186,7 @@ def key_differences(found: Shapes, expected: Shapes, shown: int = 5) -> list[str
 
 
 def meta_state(config: CoCaConfig) -> dict[str, Tensor]:
-    """The model's tensors without memory behind them: names and shapes.
+    """The model's tensors without their memory: names and shapes.
 
     Raises: WeightsError: if there can be no tensors of these sizes.
     """

@@ -149,7 +149,7 @@ def _too_long(path: Path) -> WeightsError:
 
 
 def _require_small_structure(path: Path) -> None:
-    """Looks through the pickles at the start of a file that is no archive: three of its format, what it holds, the
+    """Looks through the pickles at the start of a file that is not an archive: three of its format, what it holds, the
     names of its tensors' memory.
 
     Raises: WeightsError: if they are longer than those of weights. ValueError: if there are no such pickles.

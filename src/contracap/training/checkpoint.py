@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what their folder holds, and how a run goes on from one."""
+"""Checkpoints of a run: what their folder holds, and how a run continues from one."""
 
 import io
 import json
@@ -154,7 +154,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a run goes on from: the one that `last` points to, or without that link, which some copies
+    """The checkpoint that a run continues from: the one that `last` points to, or without that link, which some copies
     leave out, the newest. None if there is none yet.
 
     Raises: CheckpointError: if `last` points to a checkpoint that is gone.

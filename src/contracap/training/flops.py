@@ -167,7 +167,7 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
     counted = {name: sum(counts.values()) / SAMPLES for name, counts in counter.get_flop_counts().items()}
 
     def of(module: str) -> float:
-        """Of the module, or of those within it that were called in its place."""
+        """FLOPs of the module, or of the modules within it that were called in its place."""
         name = f"CoCa.{module}"
         within = [each for each in counted if each == name or each.startswith(f"{name}.")]
         return sum(counted[each] for each in within if not any(each.startswith(f"{other}.") for other in within))

@@ -116,14 +116,14 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The loop does something between its steps; afterwards it goes on with what it did."""
+        """The loop does something between its steps; afterwards it returns to its previous phase."""
         before = self._beat.phase
         self.enter(name)
         yield
         self.enter(before)
 
     def step(self, done: int) -> None:
-        """So many steps are done."""
+        """Note that `done` steps are done."""
         self._beat = Beat(done + 1, self._beat.phase, time.monotonic())
 
     def _watch(self) -> None:
@@ -135,7 +135,7 @@ class Watchdog:
         beat, rank = self._beat, self._process_group.rank
         if self._stalled is not None and beat is not self._stalled:
             seconds, before = beat.since - self._stalled.since, self._stalled
-            logger.warning("rank %d goes on, after %.0f s %s of step %d", rank, seconds, before.phase, before.step)
+            logger.warning("rank %d continues, after %.0f s %s of step %d", rank, seconds, before.phase, before.step)
             self._stalled = self._compare_at = None
             self._publish(None)
         if self._stalled is None and now - beat.since > self._seconds * (FIRST if beat.step == self._first else 1):
@@ -244,7 +244,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT
 
 
 class Interrupted(Exception):
-    """A run that ended because it was asked to, after a checkpoint from which it can go on.
+    """A run that ended because it was asked to, after a checkpoint from which it can continue.
 
     Attributes:
         exit_status: the sysexits.h code of a failure that another try gets over; a scheduler can requeue on it.
@@ -332,9 +332,9 @@ def shutdown_signal() -> Iterator[ShutdownSignal]:
 
 
 @contextmanager
-def exit_on_signal(advice: str = "resume=true goes on from the last checkpoint") -> Iterator[None]:
+def exit_on_signal(advice: str = "resume=true continues from the last checkpoint") -> Iterator[None]:
     """A context in which Ctrl-C and SIGTERM end the process without a traceback, unless `shutdown_signal` notes them.
-    What is on the disk is whole at any moment. `advice`: how to go on.
+    What is on the disk is whole at any moment. `advice`: how to continue.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingError(ValueError):
-    """A run that stopped and cannot go on as it is."""
+    """A run that stopped and cannot continue as it is."""
 
 
 @dataclass(frozen=True)

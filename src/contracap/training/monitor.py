@@ -225,7 +225,7 @@ class Throughput:
 
 
 def figures(ranks: Sequence[Measured], utilisation: Utilisation | None) -> dict[str, float]:
-    """What all ranks did together: `samples_per_second`, `tokens_per_second` and, with `utilisation`, `mfu`; of the
+    """Figures of all ranks together: `samples_per_second`, `tokens_per_second` and, with `utilisation`, `mfu`; of the
     rank with the most, `data_wait_share` and `memory_gib`; `gpu_utilisation` in the mean, if all know theirs. There are
     no rates where a clock has jumped."""
     seconds = max(rank.seconds for rank in ranks)

@@ -88,7 +88,7 @@ class Recipe:
         "parallel.gather": "delete it; the rows of all ranks are always gathered at once",
         "loss.chunk": "delete it; the captioning loss scores 512 tokens at a time on a CPU, 4,096 elsewhere",
         "data.weighting": "delete it; for 'samples' multiply each source's weight by its number of samples",
-        "data.epoch_end": "delete it; a batch always goes on with the next epoch",
+        "data.epoch_end": "delete it; a batch always continues with the next epoch",
         "data.length_buckets": "delete it; texts are packed, so that batches need no equal lengths",
         "data.scaled_decoding": "delete it; `contracap shards make --shorter-side` makes large images smaller",
         "data.smallest_side": "delete it; the shorter side of an image must have 8 pixels",

@@ -112,7 +112,7 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
         model, processor = random_model(recipe.model_config, seed=recipe.seed)
         return model, processor.image_config
     weights = read_weights(recipe.initialise_from)
-    # The mask that the weights were trained with goes on, unless the recipe asks for the other.
+    # The mask that the weights were trained with is kept, unless the recipe asks for the other.
     wanted = recipe.model_config
     if "cls_mask" not in recipe.model.get("text", {}):
         wanted = replace(wanted, text=replace(wanted.text, cls_mask=weights.model.text.cls_mask))

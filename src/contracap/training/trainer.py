@@ -97,7 +97,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
     checkpoint = _from_rank_0(process_group, lambda: last_checkpoint(checkpoints))
     if checkpoint and not recipe.resume:
         raise CheckpointError(
-            f"{folder} already holds a run, up to {checkpoint.name}: resume=true goes on, or choose another out"
+            f"{folder} already holds a run, up to {checkpoint.name}: resume=true continues, or choose another out"
         )
     world_size = process_group.world_size
     if recipe.data.batch_size % (world_size * recipe.accumulation):
@@ -240,7 +240,7 @@ def _go_on(recipe: Recipe, last: Path | None) -> str:
     """How to continue an interrupted run."""
     if last is None:
         return "the same command begins again"
-    return f"the same command{'' if recipe.resume else ' with resume=true'} goes on from {last}"
+    return f"the same command{'' if recipe.resume else ' with resume=true'} continues from {last}"
 
 
 def _recorder(recipe: Recipe, state: TrainingState) -> Recorder:
@@ -315,7 +315,7 @@ class _Run:
             self.recorder.record(state.step, counts)
             raise
         with self.monitor.phase(CHECKPOINT):
-            self.writer.wait()  # a run whose last one cannot be written is no success
+            self.writer.wait()  # a run whose last one cannot be written is not a success
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -370,7 +370,7 @@ class _Run:
                 self.recorder.captions(self.state.step, result.predictions)
 
     def measured(self, measure: Callable[[], Found]) -> Found | None:
-        """Return what was measured; None, and a warning, if that fails on any rank, which is no reason to end a run.
+        """Return what was measured; None, and a warning, if that fails on any rank, which does not end the run.
 
         A rank that fails while the others wait for it, as those that share a model out do, is lost nevertheless.
         """
@@ -433,6 +433,6 @@ class _Run:
 def _stopped(folder: Path, reason: str) -> CheckpointError:
     last = last_checkpoint(folder / CHECKPOINTS) or "none yet"
     return CheckpointError(
-        f"{folder}: the run cannot go on: {reason}. Last good checkpoint: {last}. "
-        "Put that right, then go on with resume=true"
+        f"{folder}: the run cannot continue: {reason}. Last good checkpoint: {last}. "
+        "Put that right, then continue with resume=true"
     )

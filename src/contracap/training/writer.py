@@ -1,4 +1,4 @@
-"""Checkpoints written while the run goes on, whole or not at all, the newest one under the name `last`."""
+"""Checkpoints written while the run continues, whole or not at all, the newest one under the name `last`."""
 
 import json
 import logging
@@ -157,7 +157,7 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{final} cannot be written: {describe(error)}. "
                 f"Last good checkpoint: {last_checkpoint(self._folder) or 'none yet'}. "
-                "Put that right, then go on with resume=true"
+                "Put that right, then continue with resume=true"
             ) from error
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
@@ -214,7 +214,7 @@ def _copied(value: Any) -> Any:
 def _remove(path: Path) -> None:
     """Delete a file or folder that never stands half deleted under its own name.
 
-    What cannot be deleted, such as a file that another machine has open on NFS, is no reason to end a run: the next
+    What cannot be deleted, such as a file that another machine has open on NFS, does not end a run: the next
     checkpoint tries again.
     """
     removed = ".removed.partial"

@@ -99,7 +99,7 @@ def test_pictures_with_captions_are_skipped_overwritten_or_added_to(run: Run, we
     status, told, _ = run(*call)
     assert status == 0 and told.startswith("6 captions") and "1 had one before" in told
     assert side_car.read_text() == "mine\n"
-    assert run(*call, "--skip-existing")[1].startswith("0 captions")
+    assert run(*call)[1].startswith("0 captions")
     assert run(*call, "--append")[0] == 0
     assert len(side_car.read_text().splitlines()) == 2 and (here / "pictures" / "0.txt").read_text().count("\n") == 1
     assert run(*call, "--overwrite")[1].startswith("7 captions")
@@ -208,7 +208,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     call: list[object] = ["caption", weights, "waiting", "--batch-size", "4", "--out"]
     status, err = stopped([*call, "c.csv"], lambda: committed(here / "c.csv.partial"), ending)
     if ending == signal.SIGINT:
-        assert status == 130 and "4 captions" in err and "the same command goes on" in err and err.count("\n") == 1
+        assert status == 130 and "4 captions" in err and "the same command continues" in err and err.count("\n") == 1
     else:
         assert (status, err) == (-9, "")
     assert (here / "c.csv.partial").exists() and not (here / "c.csv").exists()

@@ -337,5 +337,5 @@ def test_a_run_that_sigterm_ends_says_what_is_done(start, tmp_path: Path) -> Non
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out, err.count("\n")) == (143, "", 1), err
-    assert "of 40 shards are done; the same command goes on" in err
+    assert "of 40 shards are done; the same command continues" in err
     await_end(lambda: session_of(run.pid))

@@ -191,7 +191,7 @@ def test_captions_and_maps_are_the_same_while_a_collection_fills(actions: Action
 def test_a_folder_without_pictures_and_no_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no pictures"):
         pictures_under(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         pictures_under(tmp_path / "none")
 
 

@@ -220,14 +220,17 @@ def edit(path: Path, before: str, after: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda run: (run / "recipe.toml").unlink(), "is no run folder: it has no recipe.toml"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "is no run folder: it has no metrics.jsonl"),
+        (lambda run: (run / "recipe.toml").unlink(), "is not a run folder: it has no recipe.toml"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "is not a run folder: it has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl holds a line that is not JSON"),
-        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl holds a line that is no record"),
+        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl holds a line that is not a record"),
         (lambda run: (run / "metrics.jsonl").write_text('{"step": "x"}\n'), "metrics.jsonl holds a line that is no"),
         (lambda run: (run / "captions.jsonl").write_text("{\n"), "captions.jsonl holds a line that is not JSON"),
-        (lambda run: (run / "captions.jsonl").write_text('{"key": 1}\n'), "captions.jsonl holds a line that is no re"),
-        (lambda run: (run / "captions.jsonl").write_text("[1]\n"), "captions.jsonl holds a line that is no record"),
+        (
+            lambda run: (run / "captions.jsonl").write_text('{"key": 1}\n'),
+            "captions.jsonl holds a line that is not a re",
+        ),
+        (lambda run: (run / "captions.jsonl").write_text("[1]\n"), "captions.jsonl holds a line that is not a record"),
         (lambda run: edit(run / "recipe.toml", 'size = "tiny"', "size = 3"), "size"),
         (lambda run: (run / "checkpoints/last/model.safetensors").write_bytes(b"x"), "is not a weights file"),
     ],

@@ -545,6 +545,7 @@ def test_bodies_under_way_have_a_limit_together(pair):
         answers = await asyncio.gather(*(client.post("/v1/caption", content=halves()) for _ in range(30)))
         statuses = Counter(answer.status_code for answer in answers)
         assert set(statuses) == {400, 503} and statuses[400] >= 2  # the others find room as those end
+        assert all("MiB" in answer.json()["error"] for answer in answers if answer.status_code == 503)
         assert (await client.post("/v1/caption", content=picture("red"))).status_code == 200
 
     asked(application(pair, max_body_mib=20_000 / 2**20), test)
@@ -608,7 +609,15 @@ def test_a_key_is_wanted_before_a_body_is_read(pair):
         key = {"Authorization": "Bearer s3cret"}
         assert (await client.post("/v1/embed/image", content=picture("red"), headers=key)).status_code == 200
         assert (await client.get("/health")).status_code == 200
-        assert "security" in (await client.get("/openapi.json")).json()["paths"]["/v1/caption"]["post"]
+
+    asked(application(pair, access=AccessConfig(api_key="s3cret")), test)
+
+
+def test_the_schema_says_which_routes_need_the_key(pair):
+    async def test(client: Client) -> None:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        with_key = {path for path, methods in paths.items() if any("security" in each for each in methods.values())}
+        assert with_key == {path for path in paths if path.startswith("/v1/")} and with_key
 
     asked(application(pair, access=AccessConfig(api_key="s3cret")), test)
 

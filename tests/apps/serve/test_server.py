@@ -35,7 +35,7 @@ def serving(weights: Path, *options: str) -> Iterator[tuple[str, subprocess.Pope
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            address = server.stdout.readline().strip()
+            address = server.stdout.readline().partition(" at ")[2].partition(" ")[0]
             while server.poll() is None:
                 try:
                     httpx.get(f"{address}/health")

@@ -30,12 +30,29 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--max-requests", "0"), "max_requests"),
         (("--max-requests", "100000"), "max_requests"),
         (("--api-key", "two\nlines"), "api_key"),
+        (("--api-key", ""), "api_key"),
         (("--port", "65536"), "65536"),
         (("--host", "nowhere.invalid"), "cannot listen at nowhere.invalid"),
     ],
 )
 def test_a_wrong_option_gets_one_line_before_the_weights_are_read(capsys, arguments, words):
     assert words in refusal(capsys, "none", *arguments)
+
+
+def test_an_empty_key_in_the_environment_gets_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("CONTRACAP_API_KEY", "")
+    assert "api_key" in refusal(capsys, "none")
+
+
+def test_an_address_that_others_reach_without_a_key_gets_a_warning(capsys, caplog):
+    for options, warns in (
+        ((), False),
+        (("--host", "0.0.0.0"), True),
+        (("--host", "0.0.0.0", "--api-key", "k"), False),
+    ):
+        caplog.clear()
+        refusal(capsys, "none", "--port", "0", *options)
+        assert ("whoever reaches" in caplog.text) == warns, options
 
 
 def test_missing_weights_get_one_line(capsys):

@@ -48,7 +48,7 @@ class Outcome:
         return self.captioned + self.skipped + len(self.broken)
 
     def summary(self) -> str:
-        """In one line."""
+        """Return what was done, in one line."""
         before = self.captioned - self.added + self.skipped - self.repeated
         rate = self.captioned / self.seconds if self.seconds else 0.0
         numbers = {"had one before": before, "repeated in the list": self.repeated, "cannot be used": len(self.broken)}
@@ -118,7 +118,7 @@ def caption_pictures(
 
 @contextmanager
 def _told(outcome: Outcome, output: Output) -> Iterator[None]:
-    """An interruption says what is done, and how to go on."""
+    """An interruption says what is done, and how to continue."""
     try:
         yield
     except KeyboardInterrupt:

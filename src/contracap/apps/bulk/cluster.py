@@ -53,7 +53,7 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray listens at the
 
 
 class BulkError(RuntimeError):
-    """A run that cannot start, or cannot go on; the message says why."""
+    """A run that cannot start, or cannot continue; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Summary:
 
     @property
     def broken(self) -> list[ShardOutcome]:
-        """Of the shards without a part."""
+        """Outcomes of the shards without a part."""
         return [outcome for outcome in self.outcomes if outcome.problem]
 
 
@@ -82,7 +82,7 @@ def run(
 ) -> Summary:
     """Writes the parts of all shards that have none in the folder `out`, which no other run may use meanwhile.
 
-    The same call goes on where a run was interrupted, by whatever. Every worker gets the model from here.
+    The same call continues an interrupted run. Every worker gets the model from here.
 
     Args:
         weights: their name, for the readers of the parts.
@@ -122,7 +122,7 @@ def run(
     except KeyboardInterrupt:
         done = sum(part_name(shard) in folder.names() for shard in wanted)
         raise KeyboardInterrupt(
-            f"interrupted: {done} of {len(wanted)} shards are done; the same command goes on"
+            f"interrupted: {done} of {len(wanted)} shards are done; the same command continues"
         ) from None
     finally:  # what ends a run ends its workers, some of them in the middle of a part
         folder.remove_partial()
@@ -201,7 +201,7 @@ class _Worker:
 
 
 def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
-    """As `_outcomes`, on a machine of the cluster: Ray Data cannot be led through Ray's client."""
+    """Call `_outcomes` on a machine of the cluster: Ray Data cannot be led through Ray's client."""
     import ray
 
     try:
@@ -213,7 +213,7 @@ def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) 
 
 
 def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: bool = False) -> list[ShardOutcome]:
-    """Of every shard, in the order in which they end."""
+    """Return the outcome of every shard, in the order in which they end."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -242,7 +242,9 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: boo
     except ray.exceptions.RayTaskError:  # a mistake of ours, with the traceback of the worker
         raise
     except ray.exceptions.RayError as error:
-        raise BulkError(f"Ray cannot go on: {(str(error).strip() or type(error).__name__).splitlines()[-1]}") from error
+        raise BulkError(
+            f"Ray cannot continue: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+        ) from error
     finally:
         bar.close()
     return outcomes

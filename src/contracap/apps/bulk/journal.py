@@ -117,4 +117,4 @@ class Journal:
                     raise OSError(number, os.strerror(number), str(self.path)) from error
                 if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY:
                     raise OSError(f"{self.path}: another process is writing it") from error
-                raise OSError(f"{self.path} cannot be used: {error}; delete it to start anew") from error
+                raise OSError(f"{self.path} cannot be used: {error}; delete it to start again") from error

@@ -44,7 +44,7 @@ def is_of_one_image(error: OSError | ValueError) -> bool:
 
 
 class Output(ABC):
-    """What all of them are: a context that keeps what was written, however it ends.
+    """Where captions go: a context that keeps what was written, however it ends.
 
     Attributes:
         added: captions that the output did not have.
@@ -53,7 +53,7 @@ class Output(ABC):
     """
 
     added = repeated = 0
-    resumption = "the same command goes on"
+    resumption = "the same command continues"
 
     def check(self, item: Item) -> None:
         """Raises: ValueError, OSError: if there is no place for this picture's caption."""
@@ -97,7 +97,7 @@ def path_in_one_line(path: str) -> str:
 class Lines(Output):
     """A line on stdout for each picture: its path, a tab, the text."""
 
-    resumption = "a new call begins anew; --out FILE or --format sidecar keep captions, and go on"
+    resumption = "a new call starts again; --out FILE or --format sidecar keep captions, and continue"
 
     def write(self, rows: Sequence[tuple[Item, Row]]) -> list[Exception]:
         for _, row in rows:
@@ -137,7 +137,7 @@ class SideCars(Output):
         self._origins = dict[bytes, str]()  # of side-cars, by a digest: about 100 bytes a picture
         self._lock = threading.Lock()  # images are looked for in one thread, and captions written in another
         if existing == "overwrite":
-            self.resumption = "the same command begins anew"
+            self.resumption = "the same command starts again"
         if folder is not None:
             if folder.exists() and not folder.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -200,7 +200,7 @@ class SideCars(Output):
             return
         record = Record(folder / f".contracap{self.suffix}.json", self.settings)
         if self.existing == "skip":
-            remedy = "Give --append for one more caption each, --overwrite to begin anew, or another --ext or --out"
+            remedy = "Give --append for one more caption each, --overwrite to start again, or another --ext or --out"
             record.check(str(folder), remedy)
         self._records[folder] = record
 
@@ -264,8 +264,8 @@ def _is_utf8(content: bytes) -> bool:
 
 
 class Table(Output):
-    """One file with a row for each caption. Until it is whole its rows are in `FILE.partial`, from which a run that was
-    stopped goes on; rows of a file that is there are kept, unless it is to be overwritten. A picture whose caption is
+    """One file with a row for each caption. Until it is whole its rows are in `FILE.partial`, from which the same
+    command continues; rows of a file that is there are kept, unless it is to be overwritten. A picture whose caption is
     blank has none. What is not a regular file, such as /dev/stdout, is never read.
 
     Args:
@@ -292,12 +292,12 @@ class Table(Output):
         elif kind == "csv" and embed:
             raise ValueError(f"{path} has no file beside it for embeddings, as csv needs: take jsonl, or a file")
         if self._is_stream:
-            self.resumption = "the same command begins anew"
+            self.resumption = "the same command starts again"
         elif existing == "overwrite":
-            self.resumption = "the same command without --overwrite goes on"
+            self.resumption = "the same command without --overwrite continues"
 
     def __enter__(self) -> "Table":
-        if self._is_stream:  # a device or a pipe holds no captions to go on from
+        if self._is_stream:  # a device or a pipe holds no captions to continue from
             self._journal = Journal(None)
             self._grown = False
             return self
@@ -312,7 +312,7 @@ class Table(Output):
             if self.settings is not None:
                 self._record = Record(_beside(self.path, ".settings.json", hidden=True), self.settings)
                 if self.existing == "skip" and (self.path.exists() or not self._journal.is_new):
-                    remedy = "Give another --out, --append for one more caption each, or --overwrite to begin anew"
+                    remedy = "Give another --out, --append for one more caption each, or --overwrite to start again"
                     self._record.check(str(self.path), remedy)
             if self._journal.is_new and self.existing != "overwrite":
                 if self.path.exists():
@@ -324,7 +324,7 @@ class Table(Output):
             if first is not None and (first.embedding is not None) != self.embed:
                 has, option = ("no embeddings", "without") if self.embed else ("embeddings", "with")
                 raise TableError(
-                    f"{self.path} has {has} so far: go on {option} --embed, give another --out, or --overwrite"
+                    f"{self.path} has {has} so far: continue {option} --embed, give another --out, or --overwrite"
                 )
         except BaseException:
             self.__exit__()
@@ -401,7 +401,7 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An error of writing, which names no file or one that is no more, becomes one on `path`."""
+    """An error of writing, which names no file or one that no longer exists, becomes one on `path`."""
     try:
         yield
     except OSError as error:

@@ -31,7 +31,7 @@ class PictureBatch:
 
     @property
     def usable(self) -> list[Item]:
-        """Those with pixels, in order."""
+        """Items with pixels, in order."""
         return [item for place, item in enumerate(self.items) if place not in self.broken]
 
 

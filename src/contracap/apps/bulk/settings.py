@@ -72,7 +72,7 @@ class Record:
 
 
 def _digest(model: CoCa, processor: Processor) -> str:
-    """Of the configuration and every tensor."""
+    """Return a digest of the configuration and every tensor."""
     digest = hashlib.sha256(json.dumps([to_dict(model.config), to_dict(processor.image_config)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

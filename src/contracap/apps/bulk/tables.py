@@ -132,8 +132,8 @@ def read_table(path: Path, kind: TableFormat) -> Iterator[Row]:
             )
     except (ValueError, TypeError, StopIteration, csv.Error) as error:  # pyarrow's errors are ValueErrors
         raise TableError(
-            f"{path} is no {kind} file of captions that more can be added to: {error or 'rows without an embedding'}; "
-            "give another --out, or --overwrite"
+            f"{path} is not a {kind} file of captions that more can be added to: "
+            f"{error or 'rows without an embedding'}; give another --out, or --overwrite"
         ) from error
 
 
@@ -158,7 +158,7 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in _lines(file):
             values = json.loads(line)
             if not isinstance(values, dict):
-                raise ValueError(f"{line[:40].strip()} is no row")
+                raise ValueError(f"{line[:40].strip()} is not a row")
             yield values
 
 

@@ -42,7 +42,7 @@ class Row:
         figure: `TASK/figure`, or the figure alone.
         a, b, gap: the first system's, the second's, and their difference; None if it is missing in any run.
         gaps: of each pair of runs.
-        low, high: of the gap's interval; None for a figure that is no mean over samples.
+        low, high: of the gap's interval; None for a figure that is not a mean over samples.
         p, p_holm: of the paired test, alone and corrected for all figures that were tested; None likewise, and where
             there are several runs: the test knows nothing of how far runs differ.
         reason: why there is no gap, or no interval.
@@ -203,7 +203,7 @@ def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, 
 def _differences(
     name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]
 ) -> Float64[np.ndarray, "run sample"] | None:
-    """Of each pair of runs and each sample; None if a run has no values of single samples."""
+    """Differences of each pair of runs at each sample; None if a run has no values of single samples."""
     results = [(system, result) for system, side in zip(names, (a, b), strict=True) for result in side]
     found = [(system, result.per_sample[name]) for system, result in results if name in result.per_sample]
     for system, values in found:

@@ -127,7 +127,7 @@ def shown(name: str) -> str:
 
 
 def _color(row: Row) -> str:
-    """Of the system that is ahead for sure; of neither where that may be chance."""
+    """Color of the system that is ahead for sure; a neutral one where that may be chance."""
     if not row.is_sure:
         return NEITHER
     return FIRST if (row.gap or 0.0) > 0 else SECOND

@@ -17,7 +17,7 @@ def load_result(path: str | Path) -> Result:
     """The result in a file.
 
     Raises:
-        ValueError: naming the file and what is wrong, if it is no result, or a figure is not the mean of its values.
+        ValueError: naming the file and what is wrong, if it is not a result, or a figure is not the mean of its values.
     """
     try:
         content = json.loads(read_regular(path))

@@ -129,7 +129,7 @@ class Actions:
         return normalise(resize_and_crop(picture, self.processor.image_config)[None], self.processor.image_config)
 
     def seen(self, picture: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 _ _"]:
-        """As far as the model sees the picture, as large as the page shows it."""
+        """The part of the picture that the model sees, as large as the page shows it."""
         return resize_and_crop(picture, replace(self.processor.image_config, size=SHOWN))
 
 

@@ -135,7 +135,7 @@ def pictures_under(folder: Path) -> list[Path]:
         OSError: if one of its folders cannot be read.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give one that holds pictures")
+        raise ValueError(f"{folder} is not a folder: give one that holds pictures")
     passed = PassedOver()
     found = [folder / path for path in pictures_in(folder, passed)]
     if not found:

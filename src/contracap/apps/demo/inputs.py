@@ -1,7 +1,7 @@
 """Gradio's inputs, made to hand on what they get: what is wrong with it is then said by this package, in one line.
 
 Gradio's own open every picture before the page's code sees it, so that a broken one ends as a traceback, as does a
-number out of its bounds. Here `image.decode` opens pictures, which knows their limits. The inputs are changed one by
+number out of its bounds. Here `images.decode` opens pictures, which knows their limits. The inputs are changed one by
 one, not by subclasses, for which gradio writes files into the package's folder.
 
 Whatever looks like a file in a value, gradio copies to where the page hands it out, be it an address, any file of the

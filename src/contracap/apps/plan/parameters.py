@@ -17,7 +17,7 @@ WEIGHTS_ENTRY, OPTIMIZER_ENTRY = 110, 5850  # bytes beside each parameter's numb
 
 
 def planned_model(recipe: Recipe) -> CoCa:
-    """The recipe's model without memory behind it; what the run will not train requires no gradient."""
+    """The recipe's model without memory for its tensors; what the run will not train requires no gradient."""
     with torch.device("meta"):
         model = CoCa(recipe.model_config)
     freeze(model, recipe.frozen)
@@ -97,7 +97,7 @@ class Shares:
 
     @property
     def trained(self) -> int:
-        """Likewise of those that have a gradient."""
+        """Numbers on each GPU of the parameters that have a gradient."""
         return self.copied.trained + sum(unit.trained for unit in self.shared) // self.shards
 
 

@@ -50,7 +50,7 @@ def plan_run(
     """The plan of a run in which every GPU has an equal part of each batch, and of the model what `parallel.kind` says.
 
     Args:
-        gpu: a row of the table in `plan.gpus`.
+        gpu: a row of the table in `training.gpus`.
         gpus_per_machine: these reach each other faster, and have one copy of the model together under `hsdp`.
         efficiency: share of the GPU's dense peak that forward and backward pass reach.
         text_tokens: mean length of the captions, start and end included; by default that of the index beside local

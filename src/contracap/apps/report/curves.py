@@ -51,5 +51,5 @@ def _neighbours(points: int, most: int = MOST_POINTS) -> int:
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    """Step and value; a number that was NaN or infinite is no point."""
+    """Step and value; a number that was NaN or infinite is not a point."""
     return [(float(record["step"]), record[name]) for record in records if record.get(name) is not None]

@@ -41,12 +41,12 @@ def write_report(run: Path) -> Path:
     """Measures what the last checkpoint reaches, and writes RUN/report.html, whole or not at all; returns where it is.
 
     Raises:
-        FileNotFoundError: if the folder is no run's.
+        FileNotFoundError: if the folder is not that of a run.
         ValueError: if its recipe, its records or its checkpoint cannot be read.
     """
     for name in (RECIPE_FILE, METRICS_FILE):
         if not (run / name).is_file():
-            raise FileNotFoundError(f"{run} is no run folder: it has no {name}; give the `out` of contracap train")
+            raise FileNotFoundError(f"{run} is not a run folder: it has no {name}; give the `out` of contracap train")
     recipe = load_recipe(run / RECIPE_FILE)
     sections: dict[str, list[Html]] = {"": [_facts(recipe)]}
     with _naming(run / METRICS_FILE):
@@ -193,4 +193,4 @@ def _naming(path: Path) -> Iterator[None]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} holds a line that is not JSON: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} holds a line that is no record of a run: {error!r}") from None
+        raise ValueError(f"{path} holds a line that is not a record of a run: {error!r}") from None

@@ -1,1 +1,1 @@
-"""The model behind HTTP: requests that arrive together go through it together."""
+"""The model over HTTP: requests that arrive together go through it together."""

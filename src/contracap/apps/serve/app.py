@@ -166,8 +166,8 @@ def build_app(
         lifespan=lifespan,
         responses={"default": {"model": Problem, "description": "what went wrong"}},
     )
-    if access.api_key is not None:  # RequireKey looks at it; this is for the description
-        app.router.dependencies.append(Security(HTTPBearer(auto_error=False)))
+    # RequireKey checks the key; this only describes it in /openapi.json
+    key = [] if access.api_key is None else [Security(HTTPBearer(auto_error=False))]
 
     async def picture(data: bytes) -> Picture:
         loop = asyncio.get_running_loop()
@@ -187,7 +187,7 @@ def build_app(
 
         return Answers(answers=await _all(one(data) for data in await _files(request)))
 
-    @app.post("/v1/caption", openapi_extra=PICTURE | SETTINGS)
+    @app.post("/v1/caption", openapi_extra=PICTURE | SETTINGS, dependencies=key)
     async def caption(
         request: Request,
         prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="what the caption begins with")] = "",
@@ -218,7 +218,7 @@ def build_app(
 
         return await answer_each(request, answer)
 
-    @app.post("/v1/classify", openapi_extra=PICTURE)
+    @app.post("/v1/classify", openapi_extra=PICTURE, dependencies=key)
     async def classify(
         request: Request,
         label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="once for each label")],
@@ -241,7 +241,7 @@ def build_app(
 
         return await answer_each(request, answer)
 
-    @app.post("/v1/embed/image", openapi_extra=PICTURE)
+    @app.post("/v1/embed/image", openapi_extra=PICTURE, dependencies=key)
     async def embed_image(request: Request) -> PictureEmbedding | Answers[PictureEmbedding]:
         """Put a picture into the space of pictures and texts."""
 
@@ -251,7 +251,7 @@ def build_app(
 
         return await answer_each(request, answer)
 
-    @app.post("/v1/embed/text")
+    @app.post("/v1/embed/text", dependencies=key)
     async def embed_text(texts: Texts) -> TextEmbeddings:
         """Put texts into the space of pictures and texts."""
         _check_characters(sum(map(len, texts.texts)))

@@ -95,7 +95,7 @@ class _Request:
 
 
 class Batcher:
-    """Groups requests and runs one batch at a time in a thread of its own, while the event loop goes on.
+    """Groups requests and runs one batch at a time in a thread of its own, while the event loop continues.
 
     The oldest request decides which group is next. It goes when `max_batch` of its group are there, or when it has
     waited for `max_wait_ms`; all that arrive while a batch runs wait for its end anyway. A failure is that of its

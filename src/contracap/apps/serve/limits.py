@@ -39,7 +39,10 @@ class UnderWay:
 
     @property
     def refusal(self) -> str:
-        """Why."""
+        """Say why another one is refused."""
+        if self.too_many_bytes:
+            most = BODIES * self.limits.max_body_mib
+            return f"the requests under way take more than {most:g} MiB, the most this server keeps: try again later"
         return f"{len(self.bodies)} requests are under way, as many as this server takes: try again later"
 
 
@@ -141,7 +144,7 @@ class LimitRequests:
         async def read() -> Message:
             piece = bytes(body[:MIB])
             del body[:MIB]
-            await asyncio.sleep(0)  # others go on while a form is taken apart
+            await asyncio.sleep(0)  # others continue while a form is taken apart
             return {"type": "http.request", "body": piece, "more_body": bool(body)}
 
         async def written(message: Message) -> None:

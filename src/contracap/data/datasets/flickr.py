@@ -27,7 +27,7 @@ def read_flickr(path: Path) -> Iterator[Entry | Refused]:
     `results.csv` with the head `image_name| comment_number| comment`.
 
     Raises:
-        SourceError: if the file is no text.
+        SourceError: if the file is not text.
     """
     pattern = TOKEN
     for number, line in read_lines(path):

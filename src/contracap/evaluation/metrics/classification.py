@@ -26,10 +26,10 @@ def accuracy_parts(
 
 
 def mean_average_precision(scores: Float32[Tensor, "picture class"], labels: Sequence[tuple[int, ...]]) -> float:
-    """Of a class, the mean over its pictures of the share of its pictures among those that score at least as high; then
-    the mean over all classes. A class without a picture counts 0.
+    """Mean over the classes of average precision: for each picture of a class, the share of the class's pictures among
+    those that score at least as high, averaged over these pictures. A class without a picture counts 0.
 
-    It is no mean over the pictures: what one of them adds depends on which others there are.
+    It is not a mean over the pictures: what one of them adds depends on which others there are.
     """
     wanted = torch.zeros(scores.shape, dtype=torch.float64)
     for row, found in zip(wanted, labels, strict=True):

@@ -1,5 +1,5 @@
 """Java and the jars of `pycocoevalcap`: where they are, and what a failed run had to say. The package is not imported:
-its scorers download at once, write into its own folder, and leave processes behind.
+its scorers download at once, write into its own folder, and leave processes running.
 """
 
 import os

@@ -69,7 +69,7 @@ def _counts(
 def _best_texts(
     own: Float32[Tensor, "text"], image_of_text: Int64[Tensor, "text"], images: int
 ) -> tuple[Float32[Tensor, "image"], Int64[Tensor, "image"]]:
-    """Of each picture the best score among its texts, and the row of the first text that has it."""
+    """Best score of each picture among its texts, and the row of the first text that has it."""
     best = own.new_full((images,), -torch.inf).scatter_reduce(0, image_of_text, own, "amax")
     rows = torch.arange(len(own), device=own.device).where(own == best[image_of_text], len(own))
     return best, rows.new_full((images,), len(own)).scatter_reduce(0, image_of_text, rows, "amin")
@@ -99,7 +99,7 @@ def _before(
 
     Args:
         own: score of the wanted one.
-        wanted: its column; below 0 or beyond the last, if it comes before or behind these candidates.
+        wanted: its column; below 0 or beyond the last, if it comes before or after these candidates.
     """
     candidates = scores.shape[1]
     # Earlier candidates count at an equal score, too: above the float that comes before it.

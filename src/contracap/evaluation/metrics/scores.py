@@ -181,7 +181,7 @@ class CaptionScorer:
     def _tokens(
         self, references: Sequence[Sequence[str]], predictions: Sequence[str]
     ) -> tuple[list[list[str]], list[str], dict[str, Any]]:
-        """Of the references, of the predictions, and how they were made."""
+        """Tokens of the references, tokens of the predictions, and how they were made."""
         captions = [*predictions, *(caption for written in references for caption in written)]
         details: dict[str, Any] = {"tokenizer": self.tokenizer}
         try:
@@ -198,7 +198,7 @@ class CaptionScorer:
     def _add_spice(
         self, scores: Scores, spice: Spice, written: Sequence[Sequence[str]], hypotheses: Sequence[str]
     ) -> None:
-        """coco-caption's mean is no number where one picture's score is none; so it is here, but says why."""
+        """Add SPICE. If an image has no score, the mean is null and `reasons` says why, as in coco-caption."""
         try:
             values = spice.score(written, hypotheses)
         except JavaError as error:

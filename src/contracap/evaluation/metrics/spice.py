@@ -65,7 +65,7 @@ class Spice:
         """
         if not re.fullmatch(r"[1-9]\d*[kKmMgG]", memory):
             raise ValueError(
-                f"memory for SPICE is {memory!r}; it must be a number with k, m or g behind it, such as {MEMORY}"
+                f"memory for SPICE is {memory!r}; it must be a number with k, m or g after it, such as {MEMORY}"
             )
         java, jar = java_and_jar(JAR, what="SPICE", instead=INSTEAD)
         lib = jar.parent / "lib"

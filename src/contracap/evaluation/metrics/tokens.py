@@ -120,7 +120,7 @@ ABBREVIATIONS = """
 CAPITALISED_ABBREVIATIONS = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
 # ... and after these before a number.
 NUMBER_ABBREVIATIONS = "no nos op fig figs pp art"
-# A dot behind a single letter ends the sentence if one of these follows. (Java looks beyond the end of the line for it:
+# A dot after a single letter ends the sentence if one of these follows. (Java looks beyond the end of the line for it:
 # what it makes of a caption that ends in "t." depends on the next caption. The Python tokenizer does not.)
 SENTENCE_STARTS = """
     A After An As At But He Her Here I If In It Many One Our She So Some That The Their Then There These They This
