@@ -232,8 +232,8 @@ def resized(jpeg: bytes, side: int, of: Side) -> bytes:
 
 BENCHMARK = Benchmark(
     rows={
-        "large": partial(pipeline_row, work="tar to batch, 500x375 pictures", side=500, of=max),
-        "small": partial(pipeline_row, work="tar to batch, 256-pixel pictures", side=256, of=min),
+        "large": partial(pipeline_row, work="tar to batch, 500x375 images", side=500, of=max),
+        "small": partial(pipeline_row, work="tar to batch, 256-pixel images", side=256, of=min),
         "tokenizer": tokenizer_row,
         "memory": memory_row,
     },

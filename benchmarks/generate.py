@@ -51,7 +51,7 @@ def caption_row(run: Run, *, size: str, images: int, name: str, ours: Strategy, 
             return work, f"{note}; both write {ours.max_tokens - 1} tokens a caption; {versions}"
 
         return compare(
-            f"{size}, {name}, {images} picture{'s' if images > 1 else ''}",
+            f"{size}, {name}, {images} image{'s' if images > 1 else ''}",
             run=run,
             ours=partial(captioner.generate, pixels, ours),
             checked_peer=checked_peer,
@@ -75,7 +75,7 @@ def folder_row(run: Run) -> Row:
             return partial(caption_tensors, captioner, tensors), "the peer is ours, too; the same captions"
 
         return compare(
-            f"{SMALL}, folder of {IMAGES} pictures of {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} beside tensors in memory",
+            f"{SMALL}, folder of {IMAGES} images of {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} beside tensors in memory",
             run=run,
             ours=partial(caption_folder, captioner, folder),
             checked_peer=checked_peer,

@@ -34,7 +34,7 @@ def score_row(run: Run) -> Row:
         return scorer.score([entry.captions for entry in entries()], [entry.prediction for entry in entries()]).figures
 
     row = compare(
-        f"caption metrics, {len(entries()):,} pictures: {', '.join(METRICS)}",
+        f"caption metrics, {len(entries()):,} images: {', '.join(METRICS)}",
         run=run,
         ours=ours,
         checked_peer=partial(checked_peer, ours),

@@ -52,7 +52,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def varied_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a model that writes different things about different pictures."""
+    """The same of a model that writes different things about different images."""
     return write_tiny(tmp_path_factory.mktemp("varied"), attention=20)
 
 

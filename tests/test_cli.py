@@ -49,7 +49,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     for index in range(3):
         (folder / f"{index}.jpg").write_bytes(picture(80 * index))
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -59,7 +59,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [
         (
             f"{index:03}",
-            {"jpg": picture(20 * index), "txt": f"a flat picture {index}".encode(), "cls": b"%d" % (index % 2)},
+            {"jpg": picture(20 * index), "txt": f"a flat image {index}".encode(), "cls": b"%d" % (index % 2)},
         )
         for index in range(12)
     ]
@@ -145,8 +145,8 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
     calls: list[tuple[list[object], str]] = [
         (["train", tmp_path / "none.toml"], "no such file"),
         (["train", recipe], "unknown key 'step'; did you mean 'steps'?"),
-        (["caption", tmp_path / "none.safetensors", empty], "no pictures in the folder"),
-        (["caption", tmp_path / "none.safetensors", tmp_path / "none.jpg"], "no such picture or folder"),
+        (["caption", tmp_path / "none.safetensors", empty], "no images in the folder"),
+        (["caption", tmp_path / "none.safetensors", tmp_path / "none.jpg"], "no such image or folder"),
         (["caption", weights], "nothing to read"),
         (["weights", "inspect", tmp_path / "none"], "no weights at"),
         (["weights", "inspect", broken], "is not a weights file"),

@@ -81,7 +81,7 @@ def traced(tmp_path: Path) -> Callable[..., set[str]]:
 
 
 def pictures(folder: Path) -> Path:
-    """Four pictures with captions, as a shard and as files."""
+    """Four images with captions, as a shard and as files."""
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     folder.mkdir()
     for number, picture in enumerate(pixels):

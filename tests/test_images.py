@@ -54,7 +54,7 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def scene(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image:
-    """A picture with smooth and rough parts and without symmetry."""
+    """An image with smooth and rough parts and without symmetry."""
     row, column = np.mgrid[0:height, 0:width]
     colours = [255 * column / width, 255 * row / height, 127 + 127 * np.sin(row * column / 50)]
     pixels = np.stack(colours, axis=2) + np.random.default_rng(0).normal(0, 20, (height, width, 3))
@@ -198,7 +198,7 @@ def test_float_pixels_are_refused_with_the_reason() -> None:
     tags = {256: 2, 257: 2, 258: 64, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: 32, 339: 3}  # Pillow writes no such
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     data = b"II*\0" + struct.pack("<I", 40) + bytes(32) + struct.pack("<H", len(tags)) + entries + bytes(4)
-    with pytest.raises(ImageError, match=r"^picture: pixels are 64-bit floats, which have no agreed white"):
+    with pytest.raises(ImageError, match=r"^image: pixels are 64-bit floats, which have no agreed white"):
         decode(data)
 
 
@@ -257,7 +257,7 @@ def test_the_smallest_pictures_are_read(decoder: str, size: tuple[int, int]) -> 
 def test_what_is_no_picture_raises_an_error_with_its_name(decoder: str, data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "no picture.jpg"
     path.write_bytes(data)
-    with pytest.raises(ImageError, match=r"no picture\.jpg: "):
+    with pytest.raises(ImageError, match=r"no image\.jpg: "):
         decode(path)
     with pytest.raises(ImageError, match="sample 7: "):
         decode(data, name="sample 7")
@@ -275,7 +275,7 @@ def test_that_a_file_is_broken_is_said_once() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (150, 200, 3), dtype=np.uint8)
     data = packed(Image.fromarray(noise), "PNG")
     for broken in (data[: len(data) // 2], data[:300] + bytes(9) + data[309:]):
-        with pytest.raises(ImageError, match=r"^picture: broken or cut off$"):
+        with pytest.raises(ImageError, match=r"^image: broken or cut off$"):
             decode(broken)
 
 
@@ -540,7 +540,7 @@ def test_a_large_pillow_picture_is_refused_before_it_is_loaded() -> None:
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"missing\.jpg: no such picture file"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.jpg: no such image file"):
         decode(tmp_path / "missing.jpg")
     with pytest.raises(ImageError, match=f"{tmp_path.name}: cannot be read: Is a directory"):
         decode(tmp_path)

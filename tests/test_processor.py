@@ -47,7 +47,7 @@ def test_a_picture_that_cannot_be_used_is_named(processor: Processor, picture, t
         processor.images([picture, broken])
     with pytest.raises(ImageError, match="image 1: "):
         processor.images([picture, b"not a picture"])
-    with pytest.raises(FileNotFoundError, match=r"missing\.jpg: no such picture file"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.jpg: no such image file"):
         processor.images([tmp_path / "missing.jpg"])
 
 

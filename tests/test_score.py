@@ -165,7 +165,7 @@ def test_clipscore_is_added_where_the_pictures_are_at_hand(run, file, weights: P
     status, _, err = run(*arguments)
     assert status == 1 and "name their folder with --images DIR" in err
     status, _, err = run(*arguments, "--images", tmp_path)
-    assert status == 1 and f"no picture of entry 0 (counted from 0) at {tmp_path / '0.png'}" in err
+    assert status == 1 and f"no image of entry 0 (counted from 0) at {tmp_path / '0.png'}" in err
     for i in range(3):
         content = io.BytesIO()
         Image.new("RGB", (20, 20), (80 * i, 100, 0)).save(content, "PNG")

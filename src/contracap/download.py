@@ -1,4 +1,4 @@
-"""Pictures from the web, fetched politely: few attempts, pauses between them, limits on time and size."""
+"""Images from the web, fetched politely: few attempts, pauses between them, limits on time and size."""
 
 import string
 import time
@@ -12,13 +12,13 @@ from contracap import __version__
 
 PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt
 SILENCE = 10.0  # seconds for a connection, and for each further piece of the answer
-LONGEST = 60.0  # seconds for a whole picture, all attempts together
+LONGEST = 60.0  # seconds for a whole image, all attempts together
 LARGEST = 100 * 2**20  # bytes
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others a moment later
 
 
 class DownloadError(ValueError):
-    """A picture that could not be fetched; the message names its URL, `kind` is what it is counted under."""
+    """An image that could not be fetched; the message names its URL, `kind` is what it is counted under."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)

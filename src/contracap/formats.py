@@ -123,7 +123,7 @@ def tiff_float_bits(data: bytes) -> int:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Pillow's picture of a file, not decoded yet.
+    """Pillow's image of a file, not decoded yet.
 
     Raises: CostlyError: if that could take seconds or gigabytes. Exception: almost any, as Pillow does; ImportError
     where the format needs the extra `heic`.
@@ -225,7 +225,7 @@ def unfolds(tiff: bytes | memoryview) -> bool:
 
 
 def _jpeg_metadata(data: bytes) -> list[bytes]:
-    """A JPEG's EXIF, whose parts readers put together, and its directories of several pictures."""
+    """A JPEG's EXIF, whose parts readers put together, and its directories of several images."""
     exif, found = [], []
     for count, (marker, content) in enumerate(_jpeg_segments(data)):
         if marker == 0xDA:

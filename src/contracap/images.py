@@ -1,4 +1,4 @@
-"""Pictures to pixels: decoding of any picture file, then sizes, crops and normalisation as the released weights saw."""
+"""Images to pixels: decoding of any image file, then sizes, crops and normalisation as the released weights saw."""
 
 import math
 import re
@@ -35,27 +35,27 @@ try:
 except ImportError:
     simplejpeg = None
 
-# Pictures of more pixels are refused before they are decoded: 2^30 / 12, the number above which Pillow warns.
+# Images of more pixels are refused before they are decoded: 2^30 / 12, the number above which Pillow warns.
 PIXEL_LIMIT = 89_478_485
-# One picture takes at most so much memory while it is decoded. What the pixels of a format take at their peak, the
+# One image takes at most so much memory while it is decoded. What the pixels of a format take at their peak, the
 # RGB that is returned included, lowers its limit of pixels; 9 bytes are those of a progressive JPEG.
 MAX_DECODING_BYTES = 9 * PIXEL_LIMIT
 DECODING_BYTES = {"WEBP": 18, "AVIF": 18, "JPEG2000": 36, "HEIF": 18}
 MAX_SCANS = 100  # of a progressive JPEG; encoders make 10
 MAX_SCANNED_PIXELS = 24 * PIXEL_LIMIT  # pixels times scans
 STRIP_PIXELS = 2**20  # that are converted to RGB at a time
-# A picture longer than this many times its shorter side loses its far ends, outside every centre crop, before resizing.
+# An image longer than this many times its shorter side loses its far ends, outside every centre crop, before resizing.
 LONGEST_RATIO = 1000
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names it, `kind` is what it is counted under."""
+    """An image that cannot be used; the message names it, `kind` is what it is counted under."""
 
     kind = "broken_picture"
 
 
 class ImageSizeError(ImageError):
-    """A picture of too many pixels, or of too few."""
+    """An image of too many pixels, or of too few."""
 
     kind = "picture_size"
 
@@ -103,10 +103,10 @@ class AugmentationConfig:
 
 
 def decode(source: str | Path | bytes | Image.Image, name: str | None = None) -> UInt8[Tensor, "3 height width"]:
-    """RGB pixels of a picture file (a path or its bytes) or a Pillow picture, turned upright by its EXIF orientation.
+    """RGB pixels of an image file (a path or its bytes) or a Pillow image, turned upright by its EXIF orientation.
 
     Transparent parts become white, 16 bits are scaled to 8, of an animation the first frame counts. `name` stands for
-    the picture in errors; without it that is the path.
+    the image in errors; without it that is the path.
 
     Raises: FileNotFoundError: if the path does not exist. ImageError: if the file is broken, cut, empty, of another
     format than `FORMATS`, or of more than `PIXEL_LIMIT` pixels.
@@ -118,13 +118,13 @@ def decode(source: str | Path | bytes | Image.Image, name: str | None = None) ->
         try:
             data = read_regular(source)
         except FileNotFoundError:
-            raise FileNotFoundError(f"{name}: no such picture file") from None
+            raise FileNotFoundError(f"{name}: no such image file") from None
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
             raise ImageError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     elif isinstance(source, bytes):
         name, data = name or "picture", source
     else:
-        raise TypeError(f"a picture is a path, bytes or a Pillow picture, not {type(source).__name__}")
+        raise TypeError(f"an image is a path, bytes or a Pillow image, not {type(source).__name__}")
     if not data:
         raise ImageError(f"{name}: the file is empty")
     pixels = _jpeg_pixels(data, name)
@@ -145,7 +145,7 @@ def pixel_count(data: bytes) -> int:
 def resize_and_crop(
     picture: UInt8[Tensor, "3 height width"], config: ImageConfig
 ) -> UInt8[Tensor, "3 {config.size} {config.size}"]:
-    """The picture as evaluation sees it: resized by `config.resize`, then its centre.
+    """The image as evaluation sees it: resized by `config.resize`, then its centre.
 
     Source: sizes and offsets are those of torchvision's Resize and CenterCrop, as in open_clip's evaluation transform.
     """
@@ -169,7 +169,7 @@ def augment(
     augmentation: AugmentationConfig,
     generator: np.random.Generator,
 ) -> UInt8[Tensor, "3 {config.size} {config.size}"]:
-    """A random crop of the picture, resized, perhaps mirrored; a function of the generator's state.
+    """A random crop of the image, resized, perhaps mirrored; a function of the generator's state.
 
     Source: torchvision's RandomResizedCrop, whose rule this is: area uniform, logarithm of the aspect ratio uniform.
     """
@@ -219,7 +219,7 @@ def _jpeg_pixels(data: bytes, name: str) -> np.ndarray | None:
 
 
 def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
-    """Upright RGB of any picture, by Pillow."""
+    """Upright RGB of any image, by Pillow."""
     # Damaged files make Pillow raise almost anything; whatever it is, the file cannot be used.
     with _silent_pillow():
         try:
@@ -255,7 +255,7 @@ def _unidentified(source: bytes | Image.Image) -> str:
     return (
         f"a {format} file, broken, cut off, or of a kind that Pillow does not read"
         if format
-        else f"not a picture: {not_an_image(head)}"
+        else f"not an image: {not_an_image(head)}"
     )
 
 
@@ -273,7 +273,7 @@ def _check_size(height: int, width: int, name: str, bytes_per_pixel: int = 9) ->
             f"{name}: {width} x {height} pixels are more than the {limit} allowed; scale it down first"
         )
     if height * width == 0:
-        raise ImageSizeError(f"{name}: {width} x {height}: a picture without pixels")
+        raise ImageSizeError(f"{name}: {width} x {height}: an image without pixels")
 
 
 def _check_scans(data: bytes, pixels: int, name: str) -> None:
@@ -284,7 +284,7 @@ def _check_scans(data: bytes, pixels: int, name: str) -> None:
 
 
 def _upright_rgb(picture: Image.Image) -> np.ndarray:
-    """8-bit RGB of a loaded picture, strip by strip: conversions of the whole would take several times its memory."""
+    """8-bit RGB of a loaded image, strip by strip: conversions of the whole would take several times its memory."""
     orientation = _orientation(picture)
     width, height = picture.size
     pixels = np.empty((width, height, 3) if orientation in (5, 6, 7, 8) else (height, width, 3), np.uint8)
@@ -297,7 +297,7 @@ def _upright_rgb(picture: Image.Image) -> np.ndarray:
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:
-    """8-bit RGB of a loaded picture of any mode."""
+    """8-bit RGB of a loaded image of any mode."""
     if picture.mode == "I" or picture.mode.startswith("I;16"):  # Pillow keeps 16-bit grey in both; its convert() clips
         values = np.asarray(picture).astype(np.int64).clip(0, 65535)
         grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
@@ -323,7 +323,7 @@ def _orientation(source: bytes | Image.Image) -> int:
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Upright view [height, width, 3] of a picture stored in this EXIF orientation; unknown ones change nothing."""
+    """Upright view [height, width, 3] of an image stored in this EXIF orientation; unknown ones change nothing."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -351,7 +351,7 @@ def _resize_exactly(
     picture: UInt8[Tensor, "3 from_height from_width"], height: int, width: int
 ) -> UInt8[Tensor, "3 {height} {width}"]:
     """Resize as `_resize` does, but by Pillow where a side grows or shrinks to more than 5/8: torch's 16-bit weights
-    would leave one value in a million off by 2 there. Such pictures are small, so the time hardly counts."""
+    would leave one value in a million off by 2 there. Such images are small, so the time hardly counts."""
     sides = ((picture.shape[1], height), (picture.shape[2], width))
     if all(before == after or before >= 1.6 * after for before, after in sides):
         return _resize(picture, height, width)

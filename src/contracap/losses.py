@@ -71,7 +71,7 @@ def contrastive_loss(
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """Contrastive loss of scaled pictures and texts, of whose scores no more than `chunk` columns are ever held.
+    """Contrastive loss of scaled images and texts, of whose scores no more than `chunk` columns are ever held.
 
     Two passes over the columns: the first sums up what each row's scores are normalised by, the second forms the
     gradients. A row is also a column of the other side's rows, on all ranks; what those are normalised by is gathered

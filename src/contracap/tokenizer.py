@@ -65,7 +65,7 @@ _ASCII_WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:s|t|re|ve|m|ll|d)|[
 MAX_CHARACTERS = 2**16  # of a text that `encode` looks at
 MAX_ROW_CHARACTERS = 4096  # that are looked at to fill a row, or with a long context so many for each of its tokens:
 MAX_TOKEN_CHARACTERS = 64
-MOST_WORDS, LONGEST_WORD = 2**16, 64  # whose ids are remembered: some tens of megabytes at most
+MAX_WORDS, LONGEST_WORD = 2**16, 64  # whose ids are remembered: some tens of megabytes at most
 
 
 class Tokenizer:
@@ -181,7 +181,7 @@ class _Words:
         return ids
 
     def _learn(self, word: str) -> list[int]:
-        if len(self._known) >= MOST_WORDS:
+        if len(self._known) >= MAX_WORDS:
             self._known = dict(self._specials)
         symbols = "".join(self._symbols[byte] for byte in word.encode())
         ids = [token.id for token in self._model.tokenize(symbols)]

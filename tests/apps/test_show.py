@@ -42,7 +42,7 @@ def shard(path: Path, members: Sequence[dict[str, bytes]], *, prefix: str = "k")
 
 
 def numbered(path: Path, count: int) -> Path:
-    return shard(path, [sample(encoded(40, 30, shade=number), f"picture {number}") for number in range(count)])
+    return shard(path, [sample(encoded(40, 30, shade=number), f"image {number}") for number in range(count)])
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def mixed(tmp_path: Path) -> Path:
         [
             sample(encoded(400, 300), "a dog", "a cat"),
             sample(encoded(300, 400, shade=1), LONG),
-            sample(encoded(400, 300), "a dog"),  # the first one's picture, and a caption of it
+            sample(encoded(400, 300), "a dog"),  # the first one's image, and a caption of it
             sample(b"no picture at all", "a broken one"),
             sample(encoded(50, 50, shade=2)),
             {"txt": b"no picture here"},
@@ -259,7 +259,7 @@ def test_lines_hold_counts_and_bars(mixed: Path) -> None:
     lines = survey_lines(survey(mixed))
     assert "shards    2" in lines
     assert "samples   8" in lines
-    assert any(line.startswith("captions  7, 0 to 2 a picture; 14.3 % are cut") for line in lines)
+    assert any(line.startswith("captions  7, 0 to 2 an image; 14.3 % are cut") for line in lines)
     assert any(line.split() == ["256-319", "#" * 40, "3"] for line in lines)
 
 

@@ -16,9 +16,9 @@ BOTH, CLIP = {"loss": {"contrastive": 1.0, "captioning": 1.0}}, {"loss": {"contr
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict:
-    """A study of two steps a run on twelve pictures."""
+    """A study of two steps a run on twelve images."""
     pictures = [
-        record(f"{index:04d}", colour, captions=[f"a {colour} picture", f"something {colour}"], label=index % 6)
+        record(f"{index:04d}", colour, captions=[f"a {colour} image", f"something {colour}"], label=index % 6)
         for index, colour in enumerate([*COLOURS, *COLOURS])
     ]
     write_shard(tmp_path / "shards" / "0.tar", pictures)

@@ -68,7 +68,7 @@ def test_a_picture_beside_the_folders_is_refused(tmp_path) -> None:
 
 def test_a_folder_without_a_picture_is_refused(tmp_path) -> None:
     make(tmp_path, "cat/1.jpg", "dog/README.md")
-    with pytest.raises(ValueError, match=r"dog holds no picture; fill or remove"):
+    with pytest.raises(ValueError, match=r"dog holds no image; fill or remove"):
         class_folders(tmp_path)
 
 

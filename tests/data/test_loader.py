@@ -35,14 +35,14 @@ def jpeg(number: int) -> bytes:
 
 def make_shard(path: Path, keys: range) -> None:
     def captions(key: int) -> bytes:
-        return json.dumps({"captions": [f"picture {key}", f"again {key}", f"the third of {key}"]}).encode()
+        return json.dumps({"captions": [f"image {key}", f"again {key}", f"the third of {key}"]}).encode()
 
     write_shard(path, ((f"{key:04}", {"jpg": jpeg(key), "json": captions(key)}) for key in keys))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four shards with 5, 6, 7 and 8 pictures, one of them broken."""
+    """Four shards with 5, 6, 7 and 8 images, one of them broken."""
     folder = tmp_path_factory.mktemp("shards")
     start = 0
     for number, size in enumerate((5, 6, 7)):
@@ -141,7 +141,7 @@ def test_captions_and_crops_vary_between_epochs(folder: Path) -> None:
         for key, ids, pixels in zip(batch.keys, batch.ids, batch.pixels, strict=True):
             texts.setdefault(key, set()).add(TOKENIZER.decode(ids.tolist()))
             crops.setdefault(key, set()).add(pixels.numpy().tobytes())
-    assert texts["0003"] == {"picture 3", "again 3", "the third of 3"}
+    assert texts["0003"] == {"image 3", "again 3", "the third of 3"}
     assert len(crops["0003"]) == 12
 
 

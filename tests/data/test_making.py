@@ -30,7 +30,7 @@ def picture(number: int, *, format: str = "JPEG", size: tuple[int, int] = (9, 7)
 
 
 def make_folder(folder: Path, count: int) -> Path:
-    """Pictures with side-car texts."""
+    """Images with side-car texts."""
     folder.mkdir()
     for number in range(count):
         (folder / f"{number:03}.jpg").write_bytes(picture(number))
@@ -337,7 +337,7 @@ def test_folder_with_foreign_shards_or_a_broken_plan_is_refused(tmp_path: Path) 
 def test_source_without_a_usable_picture_is_an_error_and_can_be_tried_again(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("image,caption\na.jpg,one\n")
-    with pytest.raises(MakingError, match=r"not one picture .*skipped\.jsonl .* missing_file: no such file: .*a\.jpg"):
+    with pytest.raises(MakingError, match=r"not one image .*skipped\.jsonl .* missing_file: no such file: .*a\.jpg"):
         make_shards(table, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == ["skipped.jsonl"]
     (tmp_path / "a.jpg").write_bytes(picture(0))

@@ -14,7 +14,7 @@ def sample(**fields: Any) -> Sample:
 
 
 def write(folder: Path, *, version: str = "v2_", pictures: tuple[int, ...] = (42, 7), **answer: str) -> Path:
-    """Files as VQAv2 and OK-VQA lay them out, about the pictures 42 and 7."""
+    """Files as VQAv2 and OK-VQA lay them out, about the images 42 and 7."""
     asked = [(420, 42, "what is it?"), (70, 7, "is it red?"), (421, 42, "how many?")]
     said = [
         {
@@ -59,9 +59,7 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
 
 def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path: Path) -> None:
     path = write(tmp_path, pictures=(42,))
-    with pytest.raises(
-        SourceError, match=r"asks about 2 pictures, of which 1 are not in .*: one is the picture 7; name "
-    ):
+    with pytest.raises(SourceError, match=r"asks about 2 images, of which 1 are not in .*: one is the image 7; name "):
         QuestionSamples(path)
     with pytest.raises(FileNotFoundError, match="no such source"):
         QuestionSamples(tmp_path / "other.json")

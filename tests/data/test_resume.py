@@ -39,7 +39,7 @@ def jpeg(number: int) -> bytes:
 
 
 def members(number: int) -> dict[str, bytes]:
-    return {"jpg": jpeg(number), "json": json.dumps({"caption": f"picture {number}"}).encode()}
+    return {"jpg": jpeg(number), "json": json.dumps({"caption": f"image {number}"}).encode()}
 
 
 @pytest.fixture(scope="module")

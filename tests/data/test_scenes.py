@@ -1,4 +1,4 @@
-"""Drawn scenes: the captions mean what they say, held-out pairs stay out, and a seed draws the same pictures."""
+"""Drawn scenes: the captions mean what they say, held-out pairs stay out, and a seed draws the same images."""
 
 import json
 from dataclasses import replace

@@ -215,7 +215,7 @@ def test_each_line_of_a_text_is_a_caption(text: bytes) -> None:
 
 
 def test_sample_without_picture_is_an_error_that_lists_the_members() -> None:
-    with pytest.raises(SampleError, match=r"no picture \(members: json, txt\)"):
+    with pytest.raises(SampleError, match=r"no image \(members: json, txt\)"):
         parse(Record(key="k", members={"txt": b"t", "json": b"{}"}, shard="s.tar"))
 
 
@@ -297,7 +297,7 @@ def zeros(path: Path, members: list[tuple[str, int]], *, samples: int = 1) -> st
 
 
 def test_members_of_one_sample_are_not_read_beyond_the_limit_of_one(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "MOST_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 10_000)
     monkeypatch.setattr(shards, "MAX_TEXT_BYTES", 1000)
     shard = zeros(tmp_path / "0.tgz", [("b.json", 2000), ("b.txt", 20), ("b.gif", 6000), ("b.jpg", 6000)], samples=2)
     found = list(records(shard))
@@ -339,7 +339,7 @@ def test_many_samples_may_take_more_together_than_one(tmp_path: Path, monkeypatc
 def test_groups_without_a_picture_are_passed_over_and_counted(tmp_path: Path, caplog) -> None:
     write_shard(tmp_path / "0.tar", [("notes", {"json": b"{}"}), ("a", {"jpg": b"p"}), ("more", {"txt": b"t"})])
     assert [sample.key for sample in samples(str(tmp_path / "0.tar"))] == ["a"]
-    assert "2 groups without a picture" in caplog.text
+    assert "2 groups without an image" in caplog.text
 
 
 def test_members_of_other_suffixes_are_left_empty_when_asked_for(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_karpathy_splits_are_selected(tmp_path: Path) -> None:
     assert source.items[1].fields == {"split": "restval", "cocoid": 7}
     assert len(read_source(path).items) == 3
     with pytest.raises(
-        SourceError, match=r"dataset_coco\.json has no pictures in the split test; .* train, val, restval"
+        SourceError, match=r"dataset_coco\.json has no images in the split test; .* train, val, restval"
     ):
         read_source(path, splits=("test",))
 
@@ -267,7 +267,7 @@ def test_question_without_its_answer_is_refused_and_one_with_two_pictures_an_err
     vqa(tmp_path)
     write(tmp_path / "a_9.jpg", "")
     write(tmp_path / "b_0009.jpg", "")
-    with pytest.raises(SourceError, match=r"picture 9 .* may be a_9\.jpg or b_0009\.jpg"):
+    with pytest.raises(SourceError, match=r"image 9 .* may be a_9\.jpg or b_0009\.jpg"):
         read_source(vqa(tmp_path))
 
 
@@ -328,7 +328,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
         (
             "x.csv",
             "a,b\n1,2\n",
-            r"x\.csv has no column image or .* but 'a', 'b': name the one with the pictures, --image-column",
+            r"x\.csv has no column image or .* but 'a', 'b': name the one with the images, --image-column",
         ),
         ("x.csv", "image,b\n1,2\n", "no column caption or text .* --caption-column"),
         ("x.csv", "", "holds nothing"),
@@ -340,7 +340,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
         ("x.json", {"images": [], "annotations": [{"caption": "x"}]}, "layout of coco: it lacks 'image_id'"),
         ("x.json", {"images": [{"sentences": 3, "split": "a", "filename": "b"}]}, "layout of karpathy: "),
         ("x.txt", "any text", "cannot tell what"),
-        ("x/readme.md", "any text", "neither pictures nor a metadata file"),
+        ("x/readme.md", "any text", "neither images nor a metadata file"),
     ],
 )
 def test_wrong_source_is_one_line_that_says_what_was_looked_for(
@@ -394,7 +394,7 @@ def test_json_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
 def test_absent_source_or_pictures_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such source: .*nothing\.json"):
         read_source(tmp_path / "nothing.json")
-    with pytest.raises(FileNotFoundError, match=r"no such folder of pictures: .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder of images: .*nowhere"):
         read_source(write(tmp_path / "c.json", coco()), pictures=tmp_path / "nowhere")
 
 

@@ -116,7 +116,7 @@ def backward(
 
 
 def update(kind: str, process_group: ProcessGroup | None = None) -> dict[str, Any]:
-    """`backward` in float64, then clipping and AdamW; from rank 0 the weights, and this rank's picture embeddings."""
+    """`backward` in float64, then clipping and AdamW; from rank 0 the weights, and this rank's image embeddings."""
     process_group = process_group or ProcessGroup()
     model, found = backward(kind, torch.float64, process_group=process_group)
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
         def gradient_norm() -> float:
             torch.manual_seed(0)
-            ids = processor.texts(["a red picture", "a green picture"])
+            ids = processor.texts(["a red image", "a green image"])
             output = shared.model(torch.randn(2, 3, 32, 32), ids)
             (output.image_features.sum() + output.text_features.sum() + output.caption_states.states.sum()).backward()
             norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()

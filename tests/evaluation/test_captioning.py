@@ -169,7 +169,7 @@ def test_a_picture_in_whose_captions_java_finds_no_word_is_named(monkeypatch, ti
     samples, kept = [sample("red", "red", "a red wall")], list[Prediction]()
     scorer = CaptionScorer(metrics=COUNTED, tokenizer="java")
     options = {"strategy": Greedy(10, 4), "scorer": scorer, "on_predictions": kept.extend}
-    with pytest.raises(ValueError, match=r"^picture red has no reference in which the tokenizer \(java\) finds"):
+    with pytest.raises(ValueError, match=r"^image red has no reference in which the tokenizer \(java\) finds"):
         evaluate_captioning(model, processor, samples, **options)
     assert [one.key for one in kept] == ["red"]
 

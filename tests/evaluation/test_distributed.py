@@ -95,7 +95,7 @@ def test_recall_in_shares_is_that_of_one_process_to_the_bit(count: int) -> None:
         return evaluate_retrieval(model, processor(), samples, batch_size=4, **shares), model
 
     alone, _ = evaluate()
-    rounds, text_rounds = -(-4 // count), -(-8 // count)  # 15 pictures are 4 batches, 30 texts are 8
+    rounds, text_rounds = -(-4 // count), -(-8 // count)  # 15 images are 4 batches, 30 texts are 8
     for found, model in in_threads(count, lambda thread: evaluate(process_group=thread)):
         assert found == alone
         assert torch.equal(found.predictions.images, alone.predictions.images)

@@ -78,7 +78,7 @@ GOOD = {"captions": ["a dog"], "prediction": "dog"}
         ([{"prediction": "dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
         ([GOOD | {"captions": [" "]}], r"entry 0 .*: has no reference in `captions`"),
         ([GOOD, GOOD | {"captions": ["...", "!"]}], r"entry 1 .*: has no reference in `captions` with a word"),
-        ([GOOD | {"image_name": "a.jpg"}] * 2, r"entry 1 .*: is the second one of picture a\.jpg"),
+        ([GOOD | {"image_name": "a.jpg"}] * 2, r"entry 1 .*: is the second one of image a\.jpg"),
         ([{"image_id": 3, "caption": "dog"}], r"entry 0 .*: has no `captions`, but an `image_id`.*--references FILE"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_malformed_list_is_refused_with_the_entry(tmp_path: Path, content: obj
             "entry 1 .*: the image_id 7 is not among the references",
         ),
         ([{"image_id": 2, "caption": "dog"}], "entry 0 .*: the image_id 2 is not .* one of theirs is"),
-        ([{"image_id": 0, "caption": "dog"}] * 2, "entry 1 .*: is the second one of picture 0"),
+        ([{"image_id": 0, "caption": "dog"}] * 2, "entry 1 .*: is the second one of image 0"),
         ([{"image_id": 0}], "entry 0 .*: needs a text under `caption`"),
         ([GOOD], "entry 0 .*: needs an `image_id`"),
     ],

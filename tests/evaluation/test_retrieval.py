@@ -18,7 +18,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def embeddings(images: int, captions: tuple[int, int], seed: int, width: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """Random unit rows, texts near their pictures, from `captions[0]` to `captions[1]` of them a picture, shuffled."""
+    """Random unit rows, texts near their images, from `captions[0]` to `captions[1]` of them an image, shuffled."""
     draw = torch.Generator().manual_seed(seed)
     counts = torch.randint(captions[0], captions[1] + 1, (images,), generator=draw)
     owner = torch.arange(images).repeat_interleave(counts)
@@ -103,13 +103,13 @@ def test_a_collapsed_model_is_at_chance() -> None:
         "text_to_image_recall@1": 0.1,
         "text_to_image_recall@5": 0.5,
         "image_to_text_recall@1": 0.1,
-        "image_to_text_recall@5": 0.3,  # the captions of three pictures
+        "image_to_text_recall@5": 0.3,  # the captions of three images
     }
 
 
 def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
     images, texts, owner = embeddings(4, (3, 3), 0)
-    with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs at least 5 pictures .*; there are 4"):
+    with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs at least 5 images .*; there are 4"):
         recall(images, texts, owner, (1, 5))
     with pytest.raises(ValueError, match=r"recall@0 needs a K from 1"):
         recall(images, texts, owner, (0,))
@@ -132,9 +132,9 @@ def test_a_picture_without_a_text_is_refused() -> None:
 def test_a_text_without_a_picture_and_a_world_of_nothing_are_refused() -> None:
     images, texts, owner = embeddings(4, (1, 1), 0)
     for wrong in (owner - 1, owner + 1):
-        with pytest.raises(ValueError, match="needs the row of its picture, and there are 4 pictures"):
+        with pytest.raises(ValueError, match="needs the row of its image, and there are 4 images"):
             ranks(images, texts, wrong)
-    with pytest.raises(ValueError, match=r"each text, at least one, needs .* there are 0 pictures"):
+    with pytest.raises(ValueError, match=r"each text, at least one, needs .* there are 0 images"):
         ranks(images[:0], texts[:0], owner[:0])
 
 
@@ -145,7 +145,7 @@ def test_a_picture_with_most_of_the_texts_needs_no_more_memory_than_its_texts(mo
     images, texts = (torch.randint(-1, 2, (rows, 3), generator=draw).float() for rows in (50, 1000))
     with Largest() as largest:
         _, image_ranks = ranks(images, texts, owner)
-    assert largest.elements == 64 * 64  # a tile; not pictures x most texts, 47,550
+    assert largest.elements == 64 * 64  # a tile; not images x most texts, 47,550
     right = owner == torch.arange(50)[:, None]
     assert image_ranks.tolist() == places_by_definition(images @ texts.T, right)
 
@@ -175,7 +175,7 @@ def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:
         "image_to_text_recall@10": 1.0,
     }
     assert result.reasons == {
-        "text_to_image_recall@10": "text_to_image_recall@10 needs at least 10 pictures to choose from; there are 6"
+        "text_to_image_recall@10": "text_to_image_recall@10 needs at least 10 images to choose from; there are 6"
     }
     assert (result.samples, result.details["captions"]) == (6, 12)
     assert result.predictions.keys == names
@@ -185,7 +185,7 @@ def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:
 def test_evaluator_counts_wrong_captions() -> None:
     colours = [*COLOURS][:3]
     samples = [sample(name, name, f"a {name} wall") for name in colours]
-    samples += [sample("odd", "yellow", "a red wall", "a yellow wall")]  # the first is nearer to the picture of red
+    samples += [sample("odd", "yellow", "a red wall", "a yellow wall")]  # the first is nearer to the image of red
     result = evaluate_retrieval(ColourModel(), processor(), samples, ks=(1, 2))
     assert result.figures == {
         "text_to_image_recall@1": 4 / 5,
@@ -204,7 +204,7 @@ def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
     for name, found in result.per_sample.items():
         assert len(found.values) == 6
         assert sum(found.values) / 6 == pytest.approx(figures[name], abs=1e-12)
-    # of one to six captions the one that names the picture's colour hits; a picture counts by its captions
+    # of one to six captions the one that names the image's colour hits; an image counts by its captions
     assert result.per_sample["text_to_image_recall@1"].values == pytest.approx([6 / 21] * 6)
     assert figures["text_to_image_recall@1"] == pytest.approx(6 / 21)
 

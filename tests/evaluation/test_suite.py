@@ -30,7 +30,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def greys(tmp_path_factory) -> Path:
-    """A shard of 20 grey pictures with captions and labels, and the names of the two classes."""
+    """A shard of 20 grey images with captions and labels, and the names of the two classes."""
     folder = tmp_path_factory.mktemp("greys")
 
     def record(index: int) -> tuple[str, dict[str, bytes]]:

@@ -23,7 +23,7 @@ from contracap.processor import Processor
 from .worlds import COLOURS, processor, record, sample
 
 ANSWERS = ["red", "a red wall", "no", "the", "of", "in", "and", "to", "on", "is", "for", "at", "it", "green"]
-QUESTIONS = ["is it red?", "what colour is the wall?", "is it?", "how many walls are there in the picture?"]
+QUESTIONS = ["is it red?", "what colour is the wall?", "is it?", "how many walls are there in the image?"]
 
 
 TINY = replace(SIZES["tiny"], text=replace(SIZES["tiny"].text, context=64))
@@ -31,7 +31,7 @@ TINY = replace(SIZES["tiny"], text=replace(SIZES["tiny"].text, context=64))
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[CoCa, Processor]:
-    """A tiny model that gives different answers about different pictures and questions."""
+    """A tiny model that gives different answers about different images and questions."""
     model, processor = random_model(TINY, seed=0)
     assert model.decoder is not None
     with torch.no_grad():
@@ -44,7 +44,7 @@ def pair() -> tuple[CoCa, Processor]:
 
 
 def pictures(*asked: tuple[str, list[str]]) -> list[Sample]:
-    """Pictures of a colour, with questions whose answer is `yes`."""
+    """Images of a colour, with questions whose answer is `yes`."""
     return [
         sample(str(i), colour, qa=[{"question": question, "answer": "yes"} for question in about])
         for i, (colour, about) in enumerate(asked)
@@ -215,7 +215,7 @@ def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> 
     file.unlink()  # it has been read: a look at the first sample and every run need not do it again
     assert [built(model).figures.keys() for _ in range(2)] == [{"accuracy"}] * 2
     file.write_text(json.dumps(put))
-    with pytest.raises(ValueError, match=r"after the questions .*\.json comes one folder, of pictures, not 2"):
+    with pytest.raises(ValueError, match=r"after the questions .*\.json comes one folder, of images, not 2"):
         evaluate_vqa(model, processor, [file, tmp_path, tmp_path])
 
 

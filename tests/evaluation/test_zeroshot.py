@@ -99,7 +99,7 @@ def test_mean_average_precision_equals_clip_benchmark_on_random_scores(seed: int
     oracle = reference("clip_benchmark.metrics.zeroshot_classification")
     draw = torch.Generator().manual_seed(seed)
     scores, marks = torch.randn(150, 7, generator=draw), torch.rand(150, 7, generator=draw) < 0.3
-    marks[:, 5], marks[0] = False, False  # a class without a picture, a picture without a class
+    marks[:, 5], marks[0] = False, False  # a class without an image, an image without a class
     labels = [tuple(row.nonzero().flatten().tolist()) for row in marks]
     expected = oracle.average_precision_per_class(scores, marks.long())
     assert mean_average_precision(scores, labels) == pytest.approx(float(expected.mean()), rel=1e-6)  # which is in fp32
@@ -125,11 +125,11 @@ def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> 
     write_shard(tmp_path / "0.tar", [*records, (key, members | {"npy": npy(np.array([1, 0, 0, 0, 0, 0]))})])
     result = evaluate_zeroshot(ColourModel(), processor(), tmp_path, classes=NAMES)
     figures = result.figures
-    # red: both pictures first; green: second or later of four; blue: first; three classes without a picture count 0
+    # red: both images first; green: second or later of four; blue: first; three classes without an image count 0
     assert set(figures) == {"mean_average_precision"}
     assert (1 + 1 / 4 + 1) / 6 <= figures["mean_average_precision"] <= (1 + 1 / 2 + 1) / 6
     assert (result.predictions, result.reasons, result.samples) == ((), {}, 4)
-    assert result.per_sample == {}  # it is not a mean over pictures: neither resampling nor swapping them is valid
+    assert result.per_sample == {}  # it is not a mean over images: neither resampling nor swapping them is valid
     with pytest.raises(ValueError, match="sample one has `labels`, others have one `label`"):
         mixed = [*evaluation_samples(tmp_path), sample("x", "red", label=0)]
         evaluate_zeroshot(ColourModel(), processor(), mixed, classes=NAMES)

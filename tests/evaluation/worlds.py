@@ -1,4 +1,4 @@
-"""Small worlds for the evaluators: pictures of one colour each, and a model that knows the colours."""
+"""Small worlds for the evaluators: images of one colour each, and a model that knows the colours."""
 
 import io
 import json
@@ -59,7 +59,7 @@ class Largest(TorchDispatchMode):
 
 
 class ColourModel(CoCa):
-    """Embeds a picture by its mean colour and a text by the colour word in it (a text without one: by nothing)."""
+    """Embeds an image by its mean colour and a text by the colour word in it (a text without one: by nothing)."""
 
     def __init__(self) -> None:
         super().__init__(SIZES["tiny"])

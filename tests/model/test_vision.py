@@ -18,7 +18,7 @@ def test_patches_start_as_orthogonal_waves_the_mean_first() -> None:
 
 
 def test_waves_are_equally_loud_on_pictures_that_fade_with_frequency() -> None:
-    """Grey noise whose amplitude falls as 1 / frequency, as in natural pictures."""
+    """Grey noise whose amplitude falls as 1 / frequency, as in natural images."""
     frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.fftfreq(32)).clamp(min=1 / 32)
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.randn(2000, 32, 32, dtype=torch.complex64, generator=generator) / frequency

@@ -13,7 +13,7 @@ from contracap.parallel import ParallelConfig, ProcessGroup, wrapped
 
 
 def gradients_and_kept(config: ParallelConfig) -> tuple[dict[str, Tensor], int]:
-    """Gradients of a pass over some pictures and texts, and the numbers it kept for the backward pass."""
+    """Gradients of a pass over some images and texts, and the numbers it kept for the backward pass."""
     torch.manual_seed(0)
     model = CoCa(SIZES["tiny"]).double()
     model.initialise()

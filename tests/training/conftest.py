@@ -13,7 +13,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory) -> Path:
-    """Two shards of 24 noisy pictures of one colour each, with three captions."""
+    """Two shards of 24 noisy images of one colour each, with three captions."""
     folder = tmp_path_factory.mktemp("colours")
     noise = np.random.default_rng(0)
 
@@ -22,7 +22,7 @@ def colours(tmp_path_factory) -> Path:
         pixels = np.clip(np.array(colour) + noise.integers(-25, 25, (40, 40, 3)), 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
-        captions = [f"a {name} picture", f"all of it is {name}", f"{name}"]
+        captions = [f"a {name} image", f"all of it is {name}", f"{name}"]
         return f"{index:04d}", {"png": file.getvalue(), "json": json.dumps({"captions": captions}).encode()}
 
     for shard in range(2):

@@ -117,6 +117,6 @@ def test_forward_and_backward_take_three_times_the_forward_pass() -> None:
         loss = captioning_loss(output.caption_states.states, matrix, labels=output.caption_states.labels, tokens=1)
         (loss + output.image_features.sum() + output.text_features.sum()).backward()
     planned = count_flops(TINY, LossConfig(), TextLengths(mean=7.0, longest=7)).parts
-    to_pixels = 2 * 16 * 3 * 8**2 * 48  # nobody asks for a gradient of the pictures
+    to_pixels = 2 * 16 * 3 * 8**2 * 48  # nobody asks for a gradient of the images
     in_place = planned["vocabulary"]  # torch does not count what is added to the matrix's gradient in place
     assert counter.get_total_flops() == pytest.approx(64 * (3 * sum(planned.values()) - to_pixels - in_place), rel=1e-3)

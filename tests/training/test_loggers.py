@@ -94,11 +94,11 @@ def test_boards_show_figures_and_captions(tmp_path: Path, wandb: Wandb) -> None:
 
     for board in open_loggers(tmp_path, start=0, wandb="captions", settings={}):
         board.figures(3, {"loss": 2.5})
-        board.captions(3, {"0001": "a red picture"})
+        board.captions(3, {"0001": "a red image"})
         board.close(failed=False)
     assert wandb.logged == [
         {"step": 3, "loss": 2.5},
-        {"step": 3, "captions": (["key", "caption"], [["0001", "a red picture"]])},
+        {"step": 3, "captions": (["key", "caption"], [["0001", "a red image"]])},
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -35,7 +35,7 @@ def new_state(config=TINY, *, averaged: bool = False) -> TrainingState:
 
 
 def batch() -> Batch:
-    """Eight pictures with texts of 3 to 10 tokens."""
+    """Eight images with texts of 3 to 10 tokens."""
     draw = torch.Generator().manual_seed(1)
     ids = torch.zeros(8, 16, dtype=torch.int64)
     for row in range(8):

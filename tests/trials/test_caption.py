@@ -29,7 +29,7 @@ def test_names_as_long_as_a_file_system_takes_have_side_cars(trial, weights: Pat
     shutil.copy(folder / "a.jpg", folder / ("d" * 251 + ".jpg"))
     assert call(weights, folder) == 0
     assert len(list(folder.glob("*.txt"))) == 4
-    assert call(weights, folder, "--ext", ".caption") == 1  # of one picture it would be longer than names may be
+    assert call(weights, folder, "--ext", ".caption") == 1  # of one image it would be longer than names may be
     assert sorted(path.name[0] for path in folder.glob("*.caption")) == ["a", "b", "c"]
 
 

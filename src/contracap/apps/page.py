@@ -1,4 +1,4 @@
-"""A self-contained HTML page: tables, curves and pictures in one file that asks the network for nothing.
+"""A self-contained HTML page: tables, curves and images in one file that asks the network for nothing.
 
 Plain strings are escaped wherever they are put in; only what a function here made, `Html`, is taken as it is.
 """
@@ -107,7 +107,7 @@ def heat_table(corner: str, names: Sequence[str], counts: Sequence[Sequence[int]
 
 
 def picture(image: bytes, *, alt: str, good: bool | None = None) -> Html:
-    """A picture inside the page, from a PNG's or a JPEG's bytes; framed green or red if it is right or wrong."""
+    """An image inside the page, from a PNG's or a JPEG's bytes; framed green or red if it is right or wrong."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
     frame = "" if good is None else f' class="{"good" if good else "bad"}"'
     content = base64.b64encode(image).decode()
@@ -115,19 +115,19 @@ def picture(image: bytes, *, alt: str, good: bool | None = None) -> Html:
 
 
 def drawing(svg: bytes, *, alt: str) -> Html:
-    """An SVG picture of another tool's making, as wide as the page; it is drawn for white paper, and stays on it."""
+    """An SVG image of another tool's making, as wide as the page; it is drawn for white paper, and stays on it."""
     content = base64.b64encode(svg).decode()
     return Html(f'<div class="paper"><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{content}"></div>\n')
 
 
 def gallery(items: Iterable[tuple[Html, str]]) -> Html:
-    """Pictures, each with what stands below it, as many in a row as fit."""
+    """Images, each with what stands below it, as many in a row as fit."""
     figures = "".join(f"<figure>{shown}<figcaption>{text(below)}</figcaption></figure>\n" for shown, below in items)
     return Html(f'<div class="gallery">\n{figures}</div>\n')
 
 
 def pairs(items: Iterable[tuple[Html, Html, Sequence[str], str]]) -> Html:
-    """For each item two pictures side by side and, below them, a list of texts and a faint line."""
+    """For each item two images side by side and, below them, a list of texts and a faint line."""
     figures = (
         f'<figure><div class="pair">{first}{second}</div><figcaption>'
         f"<ul>{''.join(f'<li>{text(words)}</li>' for words in listed)}</ul>"
@@ -143,7 +143,7 @@ def charts(made: Iterable[Html]) -> Html:
 
 
 def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, across: str) -> Html:
-    """Up to three curves over a common axis, as an SVG picture.
+    """Up to three curves over a common axis, as an SVG image.
 
     Args:
         title: above the chart.
@@ -194,7 +194,7 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
 
 
 def bars(title: str, counts: Mapping[str, int]) -> Html:
-    """A bar for each name, its count at its end, as an SVG picture.
+    """A bar for each name, its count at its end, as an SVG image.
 
     Raises:
         ValueError: if there is no bar to draw.

@@ -71,8 +71,8 @@ WORDS = {
     "caption_accuracy": "captions with every object, attribute and relation right",
     "zeroshot_color": "zero-shot colour of one object",
     "zeroshot_shape": "zero-shot shape of one object",
-    "text_to_image_recall@1": "text to picture, recall@1",
-    "image_to_text_recall@1": "picture to text, recall@1",
+    "text_to_image_recall@1": "text to image, recall@1",
+    "image_to_text_recall@1": "image to text, recall@1",
     "seconds": "seconds in all",
 }
 CHANCE = {
@@ -89,7 +89,7 @@ logger = logging.getLogger(__name__)
 def evaluate_scene_captions(model: CoCa, processor: Processor, samples: Sequence[Sample]) -> Result:
     """Return the share of captions that say all of the scene and nothing wrong, in whichever phrasing of the grammar.
 
-    A sample's own caption tells what its picture shows. The predictions are each caption, and whether it is right.
+    A sample's own caption tells what its image shows. The predictions are each caption, and whether it is right.
     """
     captioner = Captioner(model, processor)
     strategy = Greedy(max_tokens=model.config.text.context)
@@ -109,7 +109,7 @@ class Measured:
 
     Attributes:
         figures: by their names in `results.json`.
-        samples: test pictures.
+        samples: test images.
         twins: scenes of two objects, each next to its twin.
         captions: of the twins, and whether each is right.
         features: of the twins and their captions.
@@ -125,7 +125,7 @@ class Measured:
 def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     """Draw, train, measure, and print a table. The same call continues an interrupted one.
 
-    Writes to the folder `out`: `results.json`, `report.html`, the drawn `scenes`, the `run`, and one test picture,
+    Writes to the folder `out`: `results.json`, `report.html`, the drawn `scenes`, the `run`, and one test image,
     `sample.png`.
 
     Args:
@@ -193,7 +193,7 @@ def find_recipe() -> Path:
 
 
 def draw_scenes(folder: Path, recipe: Recipe, count: int) -> None:
-    """Shards of training scenes in `train`, of test scenes in `twins` and `singles`, of the model's picture size."""
+    """Shards of training scenes in `train`, of test scenes in `twins` and `singles`, of the model's image size."""
     size = recipe.model_config.vision.image_size
     write_training_shards(folder / "train", count, size=size, seed=recipe.seed)
     generator = np.random.default_rng((recipe.seed, TEST_SEED))
@@ -231,7 +231,7 @@ def figures_as_text(figures: Mapping[str, float]) -> str:
 
 
 def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> str:
-    """The page: figures, pictures with their captions, retrieval, and the curves of the run."""
+    """The page: figures, images with their captions, retrieval, and the curves of the run."""
     features = measured.features
     cards = [
         (
@@ -246,7 +246,7 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
             paragraph(
                 f"A contrastive captioner ({recipe.size}) was trained from nothing on drawn scenes: {recipe.steps} "
                 f"steps of {recipe.data.batch_size}. Of the {len(PAIRS)} colour-shape pairs {len(HELD_OUT)} were in no "
-                "training picture and in no training caption, though each colour and each shape was, with others. "
+                "training image and in no training caption, though each colour and each shape was, with others. "
                 "Every test scene holds such a pair: of two objects at least one, and a single object always."
             ),
             table(("", "reached", "chance", "target"), _figure_rows(figures), numbers=(1, 2, 3)),
@@ -265,8 +265,8 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
         ],
         "Retrieval": [
             paragraph(
-                f"For each caption the five best of all {len(cards)} pictures, its twin's among them. Green: "
-                "the picture that the caption tells; red: another one in the first place."
+                f"For each caption the five best of all {len(cards)} images, its twin's among them. Green: "
+                "the image that the caption tells; red: another one in the first place."
             ),
             picture_grid(features, best_pictures(features, range(GRID_ROWS)), dict(enumerate(measured.twins))),
         ],

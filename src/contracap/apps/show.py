@@ -48,7 +48,7 @@ def write_page(survey: Survey, path: str | Path) -> None:
     sections["Samples"] = [
         paragraph(
             f"{len(cards)} samples, drawn with seed {survey.seed}. Left: a random crop of {survey.image.size} pixels, "
-            "as the trainer makes them. Right: the whole picture."
+            "as the trainer makes them. Right: the whole image."
         ),
         pairs(cards),
     ]
@@ -64,7 +64,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         samples = f"the first {samples} of {total}; what follows is about these"
     if survey.captions_per_picture:
         fewest, most = min(survey.captions_per_picture), max(survey.captions_per_picture)
-        captions += f", {fewest if fewest == most else f'{fewest} to {most}'} a picture"
+        captions += f", {fewest if fewest == most else f'{fewest} to {most}'} an image"
     if survey.captions_of_lines:
         captions += f"; {survey.captions_of_lines:,} have line breaks: if each line is a caption, store them as a list"
     formats = ", ".join(f"{name} {count:,}" for name, count in survey.formats.items())
@@ -79,7 +79,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         ),
         (
             "repeated",
-            f"{survey.repeated_pictures:,} pictures ({_percent(share(survey.repeated_pictures, survey.pictures))}), "
+            f"{survey.repeated_pictures:,} images ({_percent(share(survey.repeated_pictures, survey.pictures))}), "
             f"{survey.repeated_captions:,} captions ({_percent(share(survey.repeated_captions, survey.captions))})",
         ),
         ("skipped", skipped or "none"),
@@ -92,7 +92,7 @@ def _extent(survey: Survey) -> str:
     if not survey.complete:
         extent = f"Only the first {survey.samples:,} samples were read, and all that follows is about these alone."
     return (
-        f"{extent} Pictures were measured by their headers, and only those shown below were decoded: one that is "
+        f"{extent} Images were measured by their headers, and only those shown below were decoded: one that is "
         "damaged further in may have passed. Repeated is what came before, byte for byte."
     )
 

@@ -91,7 +91,7 @@ def score(
         pictures = _pictures(entries, images)
         judge = ClipScorer(*load_model(clipscore, size), name=clipscore)
     captions, predictions = [entry.captions for entry in entries], [entry.prediction for entry in entries]
-    suits = None if judge is None else judge.score(pictures, predictions, captions)  # first: a picture may be damaged
+    suits = None if judge is None else judge.score(pictures, predictions, captions)  # first: an image may be damaged
     scores = scorer.score(captions, predictions, domains=[entry.domain for entry in entries])
     if judge is not None and suits is not None:
         scores.add_clipscore(*suits, model=judge.name)
@@ -114,19 +114,19 @@ def score(
 
 
 def _pictures(entries: "list[Prediction]", folder: Path | None) -> list[Path]:
-    """The picture of each entry.
+    """The image of each entry.
 
     Raises: ValueError, FileNotFoundError: naming the first that has none.
     """
     if folder is None:
-        raise ValueError("--clipscore looks at the pictures: name their folder with --images DIR")
+        raise ValueError("--clipscore looks at the images: name their folder with --images DIR")
     paths = []
     for number, entry in enumerate(entries):
         if entry.picture is None:
             raise ValueError(
-                f"entry {number} (counted from 0) does not tell its picture, under `image_name` or COCO's `file_name`"
+                f"entry {number} (counted from 0) does not tell its image, under `image_name` or COCO's `file_name`"
             )
         paths.append(folder / entry.picture)
         if not paths[-1].is_file():
-            raise FileNotFoundError(f"no picture of entry {number} (counted from 0) at {paths[-1]}")
+            raise FileNotFoundError(f"no image of entry {number} (counted from 0) at {paths[-1]}")
     return paths

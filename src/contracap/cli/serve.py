@@ -53,4 +53,4 @@ def serve(
         run(app, listener, greeting=greeting, patience=math.ceil(limits.timeout_s), request_seconds=longest)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # Python would wait for threads, such as one that decodes a picture which nobody waits for
+    os._exit(0)  # Python would wait for threads, such as one that decodes an image which nobody waits for

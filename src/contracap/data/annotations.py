@@ -1,6 +1,6 @@
-"""What a source says about pictures, and the files of text and JSON that say it; the formats are in `data.datasets`.
+"""What a source says about images, and the files of text and JSON that say it; the formats are in `data.datasets`.
 
-The readers give an entry for each row, line or picture, in the order of the file. Which entries mean the same picture,
+The readers give an entry for each row, line or image, in the order of the file. Which entries mean the same image,
 and where it lies, is for `data.sources` to find out.
 """
 
@@ -32,7 +32,7 @@ class Entry:
     """What a source says about an image.
 
     Attributes:
-        picture: its name as it stands there.
+        image: its name as it stands there.
         inside: where its bytes are, if it has no file of its own.
     """
 

@@ -1,4 +1,4 @@
-"""Which of a picture's captions stands for it in training."""
+"""Which of an image's captions stands for it in training."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -7,7 +7,7 @@ from contracap.config import require_paths
 from contracap.data.captions import CaptionConfig
 from contracap.images import AugmentationConfig
 
-MOST_STREAMS = 16  # unless the recipe says how many
+MAX_STREAMS = 16  # unless the recipe says how many
 MAX_BATCH = 2**30
 MAX_BUFFER = 10**8  # samples
 MAX_WORKERS = 1024  # of one rank
@@ -89,4 +89,4 @@ class DataConfig:
 
     @property
     def stream_count(self) -> int:
-        return math.gcd(self.batch_size, MOST_STREAMS) if self.streams is None else self.streams
+        return math.gcd(self.batch_size, MAX_STREAMS) if self.streams is None else self.streams

@@ -1,4 +1,4 @@
-"""Drawn scenes as pictures, and tar shards of them: a data set that needs no download."""
+"""Drawn scenes as images, and tar shards of them: a data set that needs no download."""
 
 import io
 import json
@@ -23,9 +23,9 @@ SHARD_SCENES = 2000
 TRAINING_CAPTIONS = 4
 OVERSAMPLING = 3
 # Objects stand in the fields of a board of this many rows and columns, which are a vision transformer's patches when it
-# cuts the picture into as many: free places would take a model longer to learn than the few minutes that it has.
+# cuts the image into as many: free places would take a model longer to learn than the few minutes that it has.
 BOARD = 3
-# The rest are shares of the picture's side. Half the side of the square around an object, before 5 % of jitter:
+# The rest are shares of the image's side. Half the side of the square around an object, before 5 % of jitter:
 RADII: dict[Size, float] = {"small": 0.105, "large": 0.145}
 JITTER = 0.015
 # Width of the dark line around an object. Without it a model of this size reads a shape by its colour, and fails on
@@ -52,8 +52,8 @@ def write_training_shards(folder: Path, count: int, *, size: int, seed: int) -> 
     Args:
         folder: is made if need be.
         count: scenes, two of which are neighbours in a shard if they are twins.
-        size: side of the pictures in pixels.
-        seed: of scenes, pictures and captions.
+        size: side of the images in pixels.
+        seed: of scenes, images and captions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, count, SHARD_SCENES)
@@ -80,7 +80,7 @@ def _write_training_shard(path: Path, count: int, size: int, seed: tuple[int, in
 
 
 def draw(scene: Scene, generator: np.random.Generator, *, size: int) -> Image.Image:
-    """The scene as a picture of `size` x `size` pixels; background, places and exact sizes are random."""
+    """The scene as an image of `size` x `size` pixels; background, places and exact sizes are random."""
     canvas = _background(generator).resize((size * OVERSAMPLING,) * 2, Image.Resampling.BILINEAR)
     for thing, centre in zip(scene.things, _places(scene, generator), strict=True):
         radius = RADII[thing.size] * generator.uniform(0.95, 1.05)

@@ -1,4 +1,4 @@
-"""Pictures in a folder for each class."""
+"""Images in a folder for each class."""
 
 import logging
 import re
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class ClassFolders:
-    """A folder whose subfolders are the classes, in the order of their names, with all pictures below each. Names that
+    """A folder whose subfolders are the classes, in the order of their names, with all images below each. Names that
     are all numbers are in the order of the numbers.
 
-    Classes and pictures are otherwise those of torchvision's ImageFolder, but for what is hidden, which is left out,
-    and suffixes: `data.walk` says what is a picture.
+    Classes and images are otherwise those of torchvision's ImageFolder, but for what is hidden, which is left out,
+    and suffixes: `data.walk` says what is an image.
 
     Attributes:
         path: of the folder.
@@ -28,7 +28,7 @@ class ClassFolders:
     """
 
     def __init__(self, path: Path):
-        """Raises: ValueError: if a picture lies beside the subfolders, or one of them holds none."""
+        """Raises: ValueError: if an image lies beside the subfolders, or one of them holds none."""
         self.path = path
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
         self.names = [entry.name for entry in entries if entry.is_dir()]
@@ -42,10 +42,10 @@ class ClassFolders:
             )
         for name in self.names:
             if not has_picture(path / name):
-                raise ValueError(f"{path / name} holds no picture; fill or remove the folder of this class")
+                raise ValueError(f"{path / name} holds no image; fill or remove the folder of this class")
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every picture once, folder by folder, with the class as its `label`."""
+        """Every image once, folder by folder, with the class as its `label`."""
         if self.strays:
             logger.warning(f"{self.path}: passed over what is in no class folder: {', '.join(self.strays)}")
         passed = PassedOver()
@@ -104,7 +104,7 @@ def _folded(name: str) -> str:
 
 
 def class_folders(source: str | Path | Sequence[str | Path] | Sequence[Sample]) -> ClassFolders | None:
-    """The source as class folders, if it is one local folder without shards whose subfolders have a picture.
+    """The source as class folders, if it is one local folder without shards whose subfolders have an image.
 
     Raises: ValueError: as `ClassFolders` does.
     """

@@ -243,7 +243,7 @@ def _description(order: Order) -> dict[str, Any]:
 
 
 def evaluation_samples(path: str | Path | Sequence[str | Path], *, lines: bool = True) -> Iterator[Sample]:
-    """Every sample of the shards once, in their order; or every picture of a folder that has a subfolder for each
+    """Every sample of the shards once, in their order; or every image of a folder that has a subfolder for each
     class, as `ClassFolders` has them.
 
     Args:

@@ -33,7 +33,7 @@ from contracap.progress import progress_bar
 SKIPPED_FILE = "skipped.jsonl"
 PLAN_FILE = "making.json"
 NOTES_FOLDER = ".making"  # a note for each finished shard; gone at the end
-JPEG_QUALITY = 95  # of pictures that are made smaller
+JPEG_QUALITY = 95  # of images that are made smaller
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of formats that have another name
 
 
@@ -73,7 +73,7 @@ def make_shards(
 ) -> Making:
     """Makes tar shards of a source, with `index.json` and, of what was left out and why, `skipped.jsonl`.
 
-    A sample is the picture, its bytes untouched, and a `.json` with `captions`, `source` (its name there) and what else
+    A sample is the image, its bytes untouched, and a `.json` with `captions`, `source` (its name there) and what else
     the source says. The bytes of the shards depend on the source and the settings only. The same call continues an
     interrupted one, with the shards that are whole; on a finished folder it does nothing.
 
@@ -81,7 +81,7 @@ def make_shards(
         source: what `data.sources.read_source` reads, with `kind`, `pictures`, `splits`, the columns and
             `caption_lines`.
         out: a local folder, made if need be.
-        shorter_side: pixels; larger pictures are scaled down to it and stored upright, as JPEG. None: all as they are.
+        shorter_side: pixels; larger images are scaled down to it and stored upright, as JPEG. None: all as they are.
         samples_per_shard: of which those that are skipped are missing.
         workers: processes; 0: the calling one.
 
@@ -92,7 +92,7 @@ def make_shards(
             source can be used.
         KeyboardInterrupt: that says how many shards are done.
     """
-    require_count("samples_per_shard", samples_per_shard, 1, "pictures for each shard", most=10**9)
+    require_count("samples_per_shard", samples_per_shard, 1, "images for each shard", most=10**9)
     if shorter_side is not None:
         require_count("shorter_side", shorter_side, 1, "pixels")
     require_count("workers", workers, 0, "processes", most=MAX_WORKERS)
@@ -232,7 +232,7 @@ def _finish(
         elsewhere = skipped[-1].kind == "missing_file" and plan["kind"] in NAMES_PICTURES
         hint = "; if the images are in another folder, name it: --pictures DIR" if elsewhere else ""
         raise MakingError(
-            f"not one picture of the source could be used; {out / SKIPPED_FILE} says why of each, the last: "
+            f"not one image of the source could be used; {out / SKIPPED_FILE} says why of each, the last: "
             f"{skipped[-1].kind}: {skipped[-1].message}{hint}"
         )
     return making
@@ -261,7 +261,7 @@ def _make(task: _Task) -> int:
 
 
 def _members(item: Item, content: bytes, side: int | None) -> dict[str, bytes] | Refused:
-    """The members of a sample: the picture under the suffix of its true format, and the `.json`."""
+    """The members of a sample: the image under the suffix of its true format, and the `.json`."""
     try:
         pixels = decode(content, name=item.source)
     except ImageError as error:

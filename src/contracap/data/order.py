@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 DEAL, SHUFFLE, DRAW, PICK = range(4)  # what a random generator is for, so that no two uses share numbers
 WINDOW = 1000  # samples tried in a stream, among which the share of bad ones is counted
-MOST_BROKEN_SHARDS = 20  # in a row, without a sample in between
+MAX_BROKEN_SHARDS = 20  # in a row, without a sample in between
 
 
 class OrderError(ValueError):
@@ -97,7 +97,7 @@ class Order:
     Attributes:
         streams: independent orders that fill each batch together, an equal part each.
         buffer: samples of a stream that are shuffled together.
-        captions: which captions stand for a picture.
+        captions: which captions stand for an image.
         max_bad_share: the largest share of bad samples among `WINDOW` that a stream puts up with. What broken shards
             lose does not count here.
     """
@@ -131,7 +131,7 @@ class SampleStream:
         weights = np.array([source.weight for source in order.sources])
         self._bounds = np.cumsum(weights / weights.sum())[:-1]
         self._draws = self._tried = self._bad = 0
-        self._in_vain = 0  # groups without a picture since the last sample
+        self._in_vain = 0  # groups without an image since the last sample
         self._skipped = Counter[str]()
         self._skips: list[Skip] = []
 
@@ -205,7 +205,7 @@ class SampleStream:
             self._tried -= 1
             self._in_vain += 1
             if self._in_vain >= WINDOW:
-                raise OrderError(f"{WINDOW} groups in a row have no picture; the last: {error}")
+                raise OrderError(f"{WINDOW} groups in a row have no image; the last: {error}")
             return
         self._bad += 1
         if self._bad > self._order.max_bad_share * WINDOW:
@@ -229,7 +229,7 @@ class _SlotStream:
         """The next slot.
 
         Raises:
-            OrderError: if `MOST_BROKEN_SHARDS` were read in vain since the last sample.
+            OrderError: if `MAX_BROKEN_SHARDS` were read in vain since the last sample.
         """
         while not self._buffer:
             self._fill()
@@ -269,7 +269,7 @@ class _SlotStream:
         self._buffer = [entries[index] for index in generator.permutation(len(entries))]
 
     def _entries(self, slot: Slot) -> list[Entry]:
-        """One for each caption that is to stand for the picture. A bad record is one: drawing it tells why."""
+        """One for each caption that is to stand for the image. A bad record is one: drawing it tells why."""
         if self._order.captions.use == "all" and isinstance(slot, Record):
             try:
                 sample = parse(slot, lines=self._order.captions.lines)
@@ -300,7 +300,7 @@ class _SlotStream:
                 yield Skip(shard=shard, key=None, kind="broken_shard", reason=reason, samples=more)
             if reached < end:
                 self._broken_in_a_row += 1
-                if self._broken_in_a_row > MOST_BROKEN_SHARDS:
+                if self._broken_in_a_row > MAX_BROKEN_SHARDS:
                     raise OrderError(f"{self._broken_in_a_row} shards in a row cannot be read; the last: {reason}")
             while reached < end:
                 reached += 1

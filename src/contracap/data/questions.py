@@ -1,4 +1,4 @@
-"""Questions about pictures: those in a sample, and the files of VQAv2 and OK-VQA as samples."""
+"""Questions about images: those in a sample, and the files of VQAv2 and OK-VQA as samples."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from contracap.files import read_regular
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about a picture, and what people answered.
+    """A question about an image, and what people answered.
 
     Attributes:
         answers: one of each person; none in a test set.
@@ -43,8 +43,8 @@ def questions(sample: Sample) -> tuple[Question, ...]:
 
 
 class QuestionSamples:
-    """The pictures that a file of VQAv2 or OK-VQA asks about, in the order in which it comes to them. The file is read
-    once, a picture whenever its turn comes.
+    """The images that a file of VQAv2 or OK-VQA asks about, in the order in which it comes to them. The file is read
+    once, an image whenever its turn comes.
 
     The answers lie next to it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
     `v2_mscoco_val2014_annotations.json`; a test set has none. Of OK-VQA's two forms of an answer, `answer` counts, as
@@ -55,12 +55,12 @@ class QuestionSamples:
         """Reads the file.
 
         Args:
-            pictures: the folder of pictures, such as `COCO_val2014_000000000042.jpg`, maybe in subfolders; by default
+            images: the folder of images, such as `COCO_val2014_000000000042.jpg`, maybe in subfolders; by default
                 the file's own.
 
         Raises:
             FileNotFoundError: if the file or the folder does not exist.
-            SourceError: if the file is not what it should be, or a question lacks its picture, or
+            SourceError: if the file is not what it should be, or a question lacks its image, or
                 its answers where others have them.
         """
         source = read_source(path, kind="vqa", pictures=pictures)
@@ -70,8 +70,8 @@ class QuestionSamples:
         if missing:
             identity, folder = missing[0].fields["image_id"], Path(missing[0].picture).parent
             raise SourceError(
-                f"{path} asks about {len(source.items)} pictures, of which {len(missing)} are not in {folder}: "
-                f"one is the picture {identity}; name their folder after the file"
+                f"{path} asks about {len(source.items)} images, of which {len(missing)} are not in {folder}: "
+                f"one is the image {identity}; name their folder after the file"
             )
         self._items, self._name = source.items, Path(path).name
 
@@ -79,7 +79,7 @@ class QuestionSamples:
         return len(self._items)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every picture once, with its questions in the field `qa`."""
+        """Every image once, with its questions in the field `qa`."""
         for item in self._items:
             picture = Path(item.picture)
             yield Sample(

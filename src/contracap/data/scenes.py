@@ -62,12 +62,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The meaning of a picture or of a caption: equal scenes say the same, in whichever words.
+    """The meaning of an image or of a caption: equal scenes say the same, in whichever words.
 
     Of two objects the first is `relation` the second; "right of" and "below" are the same relations read backwards.
 
     Attributes:
-        place: of a single object, its relation to the middle of the picture, and whether that is read backwards; None
+        place: of a single object, its relation to the middle of the image, and whether that is read backwards; None
             in the middle. Scenes that differ in it alone are equal.
     """
 

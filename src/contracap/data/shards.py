@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = ("json", "txt", "cls")
 SAMPLE_SUFFIXES = frozenset((*PICTURE_SUFFIXES, *TEXT_SUFFIXES))  # of the members that `parse` looks at
 # What one sample may cost, besides what `open_tar` allows it. A shard can claim anything in a few bytes.
-MOST_MEMBER_BYTES = 256 * 2**20  # of a member, and of all that are read together
+MAX_MEMBER_BYTES = 256 * 2**20  # of a member, and of all that are read together
 MAX_TEXT_BYTES = 4 * 2**20  # of a `.json`, `.txt`, `.cls` or `.npy` member
 SORT = "write the tar again with `tar --sort=name`"
 DOTTED = "dotted_name"  # the kind of samples whose images have names with several dots
@@ -62,7 +62,7 @@ class Record:
     Attributes:
         repeated: an earlier group of the shard has the same key.
         scattered: and none of these suffixes, as where members of one sample do not lie side by side.
-        too_large: suffixes of members that were not read, because they are larger than any picture or text.
+        too_large: suffixes of members that were not read, because they are larger than any image or text.
     """
 
     key: str
@@ -75,7 +75,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One picture, still encoded, with its captions (possibly none) and the fields of its `.json` member.
+    """One image, still encoded, with its captions (possibly none) and the fields of its `.json` member.
 
     A `.cls` member with a number, the label of webdataset's classification shards, becomes the field `label`.
 
@@ -167,7 +167,7 @@ def _shards_at(name: str, key: str) -> list[str]:
 
 
 def samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sample]:
-    """The samples of one shard in their order, without the first `start`. Groups without a picture are passed over, and
+    """The samples of one shard in their order, without the first `start`. Groups without an image are passed over, and
     counted in one warning.
 
     Args:
@@ -186,7 +186,7 @@ def samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sampl
                 raise
             passed_over.append(str(error))
     if passed_over:
-        logger.warning("passed over %d groups without a picture; the first: %s", len(passed_over), passed_over[0])
+        logger.warning("passed over %d groups without an image; the first: %s", len(passed_over), passed_over[0])
 
 
 def records(shard: str, start: int = 0, *, suffixes: Container[str] | None = None) -> Iterator[Record]:
@@ -232,7 +232,7 @@ def parse(record: Record, *, lines: bool = True) -> Sample:
         lines: each line of the `.txt` is a caption; else the whole is one.
 
     Raises:
-        SampleError: if there is no picture, it is too large, or the key is not one of this sample alone.
+        SampleError: if there is no image, it is too large, or the key is not one of this sample alone.
     """
     members, name = record.members, f"sample {record.key} of {record.shard}"
     if record.key.startswith("/") or ".." in record.key.split("/"):
@@ -246,7 +246,7 @@ def parse(record: Record, *, lines: bool = True) -> Sample:
     if suffix is None:
         raise _without_picture(name, record)
     if suffix in record.too_large:
-        reason = f"{suffix} has more than {MOST_MEMBER_BYTES:,} bytes, or all that is read of the sample has"
+        reason = f"{suffix} has more than {MAX_MEMBER_BYTES:,} bytes, or all that is read of the sample has"
         raise SampleError(f"{name}: {reason}", kind="too_large")
     problems = [f".{text} has more than {MAX_TEXT_BYTES:,} bytes" for text in record.too_large if text in TEXT_SUFFIXES]
 
@@ -320,7 +320,7 @@ def _without_picture(name: str, record: Record) -> SampleError:
             f"must be the suffix alone. Rename the members, such as {base}_{stem.replace('.', '_')}.{suffix}"
         )
         return SampleError(f"{name} {reason}", kind=DOTTED)
-    return SampleError(f"{name} has no picture (members: {', '.join(sorted(record.members))})", kind="no_picture")
+    return SampleError(f"{name} has no image (members: {', '.join(sorted(record.members))})", kind="no_picture")
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
@@ -378,7 +378,7 @@ def _groups(shard: str, unread: int, suffixes: Container[str] | None) -> Iterato
                     begun += 1
                 wanted = key is not None and begun > unread and (suffixes is None or suffix in suffixes)
                 if record is not None and wanted:
-                    limit = MAX_TEXT_BYTES if suffix in (*TEXT_SUFFIXES, "npy") else MOST_MEMBER_BYTES - size
+                    limit = MAX_TEXT_BYTES if suffix in (*TEXT_SUFFIXES, "npy") else MAX_MEMBER_BYTES - size
                     if member.size > limit or member.issparse():
                         record.too_large.append(suffix)
                         wanted = False

@@ -1,4 +1,4 @@
-"""Sources of pictures with captions or questions, each read into items that are ready to become samples."""
+"""Sources of images with captions or questions, each read into items that are ready to become samples."""
 
 import os
 import re
@@ -77,16 +77,16 @@ def read_source(
     caption_columns: Sequence[str] = (),
     caption_lines: bool = True,
 ) -> Source:
-    """All that a source says, but for the pictures themselves; it takes about 1 kB of memory for each of them.
+    """All that a source says, but for the images themselves; it takes about 1 kB of memory for each of them.
 
-    Entries with the same picture become one item, at the place of the first, with its fields and the captions of all.
-    A name must not lead out of the folder of pictures, save in a table: there a user may well write absolute paths,
+    Entries with the same image become one item, at the place of the first, with its fields and the captions of all.
+    A name must not lead out of the folder of images, save in a table: there a user may well write absolute paths,
     or URLs.
 
     Args:
         path: a folder or a file.
         kind: what it is; "auto" finds out.
-        pictures: the folder where names start, if not the file's own, or, of a table, the working folder; of captions
+        images: the folder where names start, if not the file's own, or, of a table, the working folder; of captions
             by `bulk`, the folder of the shards, if they have moved.
         splits: those to take of Karpathy's JSON, of a table with the column `split`, or of a folder of Parquet files;
             none: all.
@@ -95,7 +95,7 @@ def read_source(
         caption_lines: of text files next to images, each line is a caption; else the whole text is.
 
     Raises:
-        FileNotFoundError: if the source or the folder of pictures does not exist.
+        FileNotFoundError: if the source or the folder of images does not exist.
         SourceError: if the source is not what it should be or holds nothing, or an option does not apply to it.
     """
     path = Path(path)
@@ -116,7 +116,7 @@ def read_source(
             raise SourceError(f"{option} is for {', '.join(kinds)}; {path} is read as {kind}")
     folder = Path(pictures) if pictures else path if path.is_dir() else path.parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder of pictures: {folder}")
+        raise FileNotFoundError(f"no such folder of images: {folder}")
     picture_columns = (image_column,) if image_column else PICTURE_COLUMNS
     match kind:
         case "folder":
@@ -181,7 +181,7 @@ def _merged(entries: Iterable[Entry | Refused], kind: Kind, folder: Path, *, may
     items = []
     for key, (name, captions, fields) in merged.items():
         if kind not in ("table", "bulk") and (os.path.isabs(name) or ".." in re.split(r"[/\\]", name)):
-            message = f"the name leads out of the folder of pictures, {folder}"
+            message = f"the name leads out of the folder of images, {folder}"
             refused.append(Refused(source=name, kind="unsafe_path", message=message))
         elif not captions and kind != "vqa":
             message = "no caption, or only empty ones"
@@ -227,7 +227,7 @@ def _kind_of_folder(folder: Path) -> Kind:
         raise SourceError(f"{folder} holds tar shards already: use {shard.parent} as it is, as data.train of a recipe")
     if kind is None:
         metadata = ", ".join(METADATA_FILES)
-        raise SourceError(f"{folder} has neither pictures nor a metadata file ({metadata}), nor Parquet files")
+        raise SourceError(f"{folder} has neither images nor a metadata file ({metadata}), nor Parquet files")
     return kind
 
 

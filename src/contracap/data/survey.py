@@ -26,7 +26,7 @@ from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 
 EXAMPLES = 5  # messages kept of each kind of skip
-SHOWN_SIDE = 256  # longest side, in pixels, of the pictures that are kept to be shown
+SHOWN_SIDE = 256  # longest side, in pixels, of the images that are kept to be shown
 ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -41,11 +41,11 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownSample:
-    """One sample for a person to look at; both pictures are JPEG files.
+    """One sample for a person to look at; both images are JPEG files.
 
     Attributes:
-        width, height: of the picture, in pixels, when it is upright.
-        original: the whole picture, made smaller.
+        width, height: of the image, in pixels, when it is upright.
+        original: the whole image, made smaller.
         crop: a random crop of it, as the trainer makes them.
     """
 
@@ -70,10 +70,10 @@ class Survey:
         total_samples: of all shards; None if the reading was not complete and no index tells.
         caption_lengths: captions by length: tokens, start and end included, not cut.
         captions_per_picture: samples by their number of captions.
-        formats: pictures by format.
-        shorter_sides: pictures by shorter side, pixels.
-        aspect_ratios: pictures by the nearest of `ASPECT_RATIOS`, width to height.
-        repeated_pictures: pictures whose file came before, byte for byte.
+        formats: images by format.
+        shorter_sides: images by shorter side, pixels.
+        aspect_ratios: images by the nearest of `ASPECT_RATIOS`, width to height.
+        repeated_pictures: images whose file came before, byte for byte.
         repeated_captions: captions that came before, word for word.
         captions_of_lines: captions with line breaks in them, each of which may be several captions.
         skipped: by kind, what a trainer passes over.
@@ -119,7 +119,7 @@ class Survey:
 
     @property
     def enlarged_share(self) -> float:
-        """The share of the pictures whose shorter side is below the model's."""
+        """The share of the images whose shorter side is below the model's."""
         small = sum(count for side, count in self.shorter_sides.items() if side < self.image.size)
         return share(small, self.pictures)
 
@@ -137,15 +137,15 @@ def survey(
 ) -> Survey:
     """Reads shards and counts what is in them.
 
-    Pictures are measured by their headers; only those of the samples that are drawn to be shown are decoded. Memory
-    grows by 8 bytes a picture and 8 a caption, the hashes that tell repetitions; pictures are not kept.
+    Images are measured by their headers; only those of the samples that are drawn to be shown are decoded. Memory
+    grows by 8 bytes an image and 8 a caption, the hashes that tell repetitions; images are not kept.
 
     Args:
         paths: a folder of shards, a shard, or several of them, local or remote.
         limit: samples to read, the first ones; by default all.
         sample_count: samples to draw.
         seed: of the draw and the crops.
-        image: what the trainer makes pictures ready for.
+        image: what the trainer makes images ready for.
         augmentation: how it crops and mirrors them.
         tokenizer: what measures and cuts captions; by default that of the released models.
         lines: each line of a `.txt` is a caption; else the whole is one.
@@ -273,7 +273,7 @@ class _Tally:
         self.captions_per_picture[len(sample.captions)] += 1
         try:
             require_captions(sample)
-        except SampleError as error:  # the picture is measured, and may be shown, all the same
+        except SampleError as error:  # the image is measured, and may be shown, all the same
             self._skip(error.kind, str(error))
         for caption in sample.captions:
             self.captions_of_lines += len(caption.splitlines()) > 1
@@ -281,7 +281,7 @@ class _Tally:
             self.captions.append(_hash(caption.encode("utf-8", "surrogatepass")))
 
     def _draw(self, sample: Sample, width: int, height: int) -> None:
-        """Reservoir sampling: the n-th picture gets a place with probability `sample_count` / n, at another's cost."""
+        """Reservoir sampling: the n-th image gets a place with probability `sample_count` / n, at another's cost."""
         drawn = (self.samples, sample, width, height)
         if len(self._drawn) < self.sample_count:
             self._drawn.append(drawn)
@@ -306,7 +306,7 @@ def indexed_samples(shards: Sequence[str]) -> int | None:
 
 
 def _measure(image: bytes, name: str) -> tuple[int, int, str]:
-    """Width and height of the picture when upright, and its format, from the header alone."""
+    """Width and height of the image when upright, and its format, from the header alone."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -318,7 +318,7 @@ def _measure(image: bytes, name: str) -> tuple[int, int, str]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageSizeError(f"{name}: {error}") from error
     except Exception as error:  # damaged headers do so, too
-        raise ImageError(f"{name}: not a picture, or cut off within its header") from error
+        raise ImageError(f"{name}: not an image, or cut off within its header") from error
     if kind not in FORMATS:
         raise ImageError(f"{name}: {kind} is none of {', '.join(FORMATS)}")
     return (height, width, kind) if orientation in TURNED else (width, height, kind)

@@ -1,6 +1,6 @@
-"""Work on many shards at once, in processes; and on pictures, in threads ahead of the model.
+"""Work on many shards at once, in processes; and on images, in threads ahead of the model.
 
-Threads do for pictures: files, sockets, the JPEG decoder and the resizing release the interpreter's lock, pixels need
+Threads do for images: files, sockets, the JPEG decoder and the resizing release the interpreter's lock, pixels need
 not be copied between processes, and nothing has to start.
 """
 

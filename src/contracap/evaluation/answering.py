@@ -1,4 +1,4 @@
-"""Answers to questions about pictures: written after the question, or chosen from a list."""
+"""Answers to questions about images: written after the question, or chosen from a list."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +21,10 @@ ROWS = 256  # answers scored at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question about one of the pictures at hand.
+    """A question about one of the images at hand.
 
     Attributes:
-        picture: its place.
+        image: its place.
         number: of the question among all; what sampling draws depends on it.
         prompt: the tokens of the question, those of the start and the end not among them.
         name: of the sample, for messages.
@@ -36,7 +36,7 @@ class Asked:
     name: str
 
 
-# Answers questions about the pictures of a batch.
+# Answers questions about the images of a batch.
 Answering = Callable[[CoCa, Processor, Tensor, Sequence[Asked]], list[str]]
 
 
@@ -44,13 +44,13 @@ class Written:
     """Answers are what a strategy writes after the prompt."""
 
     def __init__(self, strategy: Strategy):
-        """Raises: ValueError: for a strategy that ranks texts by how well they describe a picture."""
+        """Raises: ValueError: for a strategy that ranks texts by how well they describe an image."""
         if split(strategy)[1]:
-            raise ValueError("an answer does not describe its picture: use another strategy than rerank")
+            raise ValueError("an answer does not describe its image: use another strategy than rerank")
         self.strategy = strategy
 
     def __call__(
-        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
+        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "image 3 height width"], asked: Sequence[Asked]
     ) -> list[str]:
         """Return an answer to each question.
 
@@ -88,7 +88,7 @@ class Chosen:
         self.answers = tuple(answers)
 
     def __call__(
-        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
+        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "image 3 height width"], asked: Sequence[Asked]
     ) -> list[str]:
         """An answer to each question.
 
@@ -102,9 +102,9 @@ class Chosen:
 
     @torch.inference_mode()
     def log_probabilities(
-        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "picture 3 height width"], asked: Sequence[Asked]
+        self, model: CoCa, processor: Processor, pixels: Float[Tensor, "image 3 height width"], asked: Sequence[Asked]
     ) -> Float32[Tensor, "question answer"]:
-        """Return that of each answer after each question, in nats, on the CPU; each picture is encoded once."""
+        """Return that of each answer after each question, in nats, on the CPU; each image is encoded once."""
         tokens = self._tokens(processor)
         decoder, most = model.require_decoder(), model.config.text.context
         _check_room(asked, processor, most=most, answer=max(map(len, tokens)) + 1)  # and the end

@@ -37,7 +37,7 @@ def evaluate_captioning(
     process_group: ProcessGroup = ProcessGroup(),
     on_predictions: Callable[[Sequence[Prediction]], object] = lambda _: None,
 ) -> Result:
-    """Let the model caption the pictures and score its captions. The predictions are a list of `Prediction`.
+    """Let the model caption the images and score its captions. The predictions are a list of `Prediction`.
 
     Samples with the field `domain` of NoCaps give figures of each domain too: CIDEr_in, CIDEr_near, CIDEr_out, likewise
     of SPICE.
@@ -45,15 +45,15 @@ def evaluate_captioning(
     Args:
         strategy: how to decode; its `max_tokens` is cut to the model's context.
         scorer: computes the metrics; by default all that can run here.
-        clipscore: judges captions and pictures; `self` means the model that writes the captions, which is not an
+        clipscore: judges captions and images; `self` means the model that writes the captions, which is not an
             impartial judge of them.
-        batch_size: pictures decoded at a time.
+        batch_size: images decoded at a time.
         process_group: the ranks that run this together. All write every caption, since they may share the model;
             rank 0 computes the metrics for all.
         on_predictions: called with all captions before they are scored: a metric may take hours, and fail.
 
     Raises:
-        ValueError: if the model cannot caption, a picture has no caption with a word in it or cannot be read, or a
+        ValueError: if the model cannot caption, an image has no caption with a word in it or cannot be read, or a
             metric fails.
     """
     scorer = scorer or CaptionScorer()

@@ -1,4 +1,4 @@
-"""Samples, pictures and texts into features, batch by batch: what the evaluators have in common."""
+"""Samples, images and texts into features, batch by batch: what the evaluators have in common."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
@@ -37,7 +37,7 @@ class WholeTexts:
         return evaluation_samples(self.paths, lines=False)
 
 
-# Shards or folders of them, a file of questions of VQAv2 or OK-VQA and the folder of its pictures, or samples at hand.
+# Shards or folders of them, a file of questions of VQAv2 or OK-VQA and the folder of its images, or samples at hand.
 Source = str | Path | Sequence[str | Path] | Sequence[Sample] | QuestionSamples | ClassFolders | WholeTexts
 READY = QuestionSamples | ClassFolders | WholeTexts
 
@@ -58,7 +58,7 @@ def opened(source: Source, *, lines: bool = True) -> Source:
         return source if lines or not paths else WholeTexts(paths)
     file, *folders = paths
     if len(folders) > 1:
-        raise ValueError(f"after the questions {file} comes one folder, of pictures, not {len(folders)}")
+        raise ValueError(f"after the questions {file} comes one folder, of images, not {len(folders)}")
     return QuestionSamples(file, pictures=folders[0] if folders else None)
 
 
@@ -83,7 +83,7 @@ def sample_batches(source: Source, size: int) -> Generator[list[Sample], None, N
 def picture_batches(
     source: Source, processor: Processor, size: int
 ) -> Iterator[Iterator[tuple[list[Sample], Float32[Tensor, "batch 3 height width"]]]]:
-    """Within the block: the batches of `sample_batches`, each with its pictures as the model is fed them, which threads
+    """Within the block: the batches of `sample_batches`, each with its images as the model is fed them, which threads
     decode ahead.
 
     Raises: ValueError: as `sample_batches` and `picture_pixels` do, where they would.
@@ -110,10 +110,10 @@ def progress(source: Source) -> tqdm:
 
 
 def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Tensor, "batch 3 height width"]:
-    """The samples' pictures as the model is fed them.
+    """The samples' images as the model is fed them.
 
     Raises:
-        ImageError: if a picture cannot be used; names its sample.
+        ImageError: if an image cannot be used; names its sample.
     """
     try:
         return processor.images([sample.image for sample in samples])
@@ -127,7 +127,7 @@ def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[T
 
 
 def embed_pictures(model: CoCa, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch embed"]:
-    """Embeddings of one batch of pictures, unit rows, where the model is."""
+    """Embeddings of one batch of images, unit rows, where the model is."""
     return finite(model.encode_image(pixels.to(next(model.parameters()))), "pictures")
 
 

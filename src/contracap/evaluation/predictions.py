@@ -24,7 +24,7 @@ class Prediction:
         key: identifies the image. In a file it is the image's id, or else its name, or else a digest of the captions:
             files about other images, or about the same in another order, have other keys.
         captions: those that people wrote.
-        picture: name of the image's file, if it is known.
+        image: name of the image's file, if it is known.
         domain: part of NoCaps that the image belongs to, such as `near`.
         cider: CIDEr of this image within the set, from 0 to 10; None if it was not computed, or not yet.
     """
@@ -43,7 +43,7 @@ def read_predictions(path: Path, references: Mapping[str, Prediction] | None = N
     Args:
         path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name` and NoCaps' `domain`; with
             `references`, of objects with `image_id` and `caption`, the layout of COCO's results.
-        references: what `read_references` found. Pictures that `path` has nothing of do not count.
+        references: what `read_references` found. Images that `path` has nothing of do not count.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -64,7 +64,7 @@ def read_predictions(path: Path, references: Mapping[str, Prediction] | None = N
                 raise ValueError(f"must be an object, not {type(value).__name__}")
             entry = _own(value) if references is None else _coco(value, references)
             if entry.key in seen and (references is not None or entry.picture):
-                raise ValueError(f"is the second one of picture {entry.key}")
+                raise ValueError(f"is the second one of image {entry.key}")
         except ValueError as error:
             raise ValueError(f"{path}, entry {number} (counted from 0): {error}") from None
         entries.append(entry)
@@ -147,7 +147,7 @@ def _coco(value: dict[str, Any], known: Mapping[str, Prediction]) -> Prediction:
         one = f"; one of theirs is {next(iter(known))}" if known else ""
         raise ValueError(f"the image_id {value['image_id']!r} is not among the references{one}")
     if not has_word(picture.captions):
-        raise ValueError(f"picture {value['image_id']} has no reference with a word in it")
+        raise ValueError(f"image {value['image_id']} has no reference with a word in it")
     return replace(picture, prediction=_text(value, "caption"))
 
 

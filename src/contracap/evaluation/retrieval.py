@@ -1,4 +1,4 @@
-"""Retrieval: recall@K from texts to pictures and from pictures to texts, with any number of captions a picture.
+"""Retrieval: recall@K from texts to images and from images to texts, with any number of captions an image.
 
 Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_retrieval, whose figures are called image_retrieval_recall
 (text to image) and text_retrieval_recall (image to text).
@@ -24,11 +24,11 @@ from contracap.processor import Processor
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Pictures and captions as the model embeds them, on the CPU.
+    """Images and captions as the model embeds them, on the CPU.
 
     Attributes:
         image_of_text: row of `images` that each caption belongs to.
-        keys: of the pictures.
+        keys: of the images.
         captions: one for each row of `texts`.
     """
 
@@ -48,19 +48,19 @@ def evaluate_retrieval(
     batch_size: int = 64,
     process_group: ProcessGroup = ProcessGroup(),
 ) -> Result:
-    """Return recall@K over all pictures and all their captions, as shares from 0 to 1.
+    """Return recall@K over all images and all their captions, as shares from 0 to 1.
 
-    `text_to_image_recall@K` is the share of captions whose picture is among the K best pictures for them,
-    `image_to_text_recall@K` the share of pictures with at least one of their captions among the K best captions.
+    `text_to_image_recall@K` is the share of captions whose image is among the K best images for them,
+    `image_to_text_recall@K` the share of images with at least one of their captions among the K best captions.
     The predictions are the `Features` that were ranked.
 
     Args:
         ks: places from the top that count.
-        batch_size: pictures, and captions, embedded at a time.
+        batch_size: images, and captions, embedded at a time.
         process_group: the ranks that run this together, each on its share; the figures are those of one process.
 
     Raises:
-        ValueError: if a K is below 1, a picture has no caption or cannot be read, the features are not finite, or
+        ValueError: if a K is below 1, an image has no caption or cannot be read, the features are not finite, or
             another rank failed.
     """
     check_places(ks)
@@ -91,14 +91,14 @@ def evaluate_retrieval(
 def embed(
     model: CoCa, processor: Processor, source: Source, *, batch_size: int, process_group: ProcessGroup = ProcessGroup()
 ) -> Features:
-    """Embeddings of all pictures and all their captions.
+    """Embeddings of all images and all their captions.
 
     Args:
         process_group: the ranks that call this with the same samples; each embeds every n-th batch and gets all
             features.
 
     Raises:
-        ValueError: if a picture has no caption or cannot be read, or the features are not finite.
+        ValueError: if an image has no caption or cannot be read, or the features are not finite.
     """
     keys, captions, image_of_text = list[str](), list[str](), list[int]()
 
@@ -147,11 +147,11 @@ def recall(
     """Recall@K in both directions, as shares from 0 to 1, from embeddings with unit rows.
 
     Args:
-        image_of_text: row of `image_features` that each text belongs to; each picture has at least one.
+        image_of_text: row of `image_features` that each text belongs to; each image has at least one.
         ks: places from the top that count.
 
     Raises:
-        ValueError: if a K is below 1 or above the number of candidates, a picture has no text, or features are not
+        ValueError: if a K is below 1 or above the number of candidates, an image has no text, or features are not
             finite.
     """
     check_places(ks)
@@ -164,7 +164,7 @@ def recall(
 def recalls(
     text_ranks: Int64[Tensor, "text"], image_ranks: Int64[Tensor, "image"], ks: Sequence[int]
 ) -> tuple[dict[str, Bool[Tensor, "query"]], dict[str, str]]:
-    """By the name of each recall which texts, or which pictures, hit: their share is the recall. And why there is none
+    """By the name of each recall which texts, or which images, hit: their share is the recall. And why there is none
     of more places than there are candidates."""
     hits, reasons = dict[str, Tensor](), dict[str, str]()
     for direction, places, candidates, what in (

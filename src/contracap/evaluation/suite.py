@@ -19,7 +19,7 @@ from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
 
-BATCH = 16  # pictures captioned at a time
+BATCH = 16  # images captioned at a time
 logger = logging.getLogger(__name__)
 
 
@@ -136,7 +136,7 @@ def build_suite(
     """Return what measures all that a recipe asks for, None if that is nothing. Its predictions are the captions of
     `config.captions`, ready for JSON.
 
-    Every rank must call it: they share the pictures of retrieval, and maybe the model, which must have made a training
+    Every rank must call it: they share the images of retrieval, and maybe the model, which must have made a training
     step before then: FSDP keeps the tensors that its first pass gathers into, and those of inference mode cannot be
     trained on. The figures are the same on every rank. What fails on one rank raises on all.
 
@@ -162,7 +162,7 @@ def build_suite(
 
 
 def write_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[dict[str, Any]]:
-    """Return what the model writes for the first pictures, next to what people wrote."""
+    """Return what the model writes for the first images, next to what people wrote."""
     captioner, written = Captioner(model, processor), list[dict[str, Any]]()
     samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)
     while batch := list(islice(samples, BATCH)):

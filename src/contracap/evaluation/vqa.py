@@ -31,7 +31,7 @@ class Answered:
     """A question, the model's answer, and the accuracy of it, from 0 to 1, where there are answers to compare with.
 
     Attributes:
-        key: of the picture.
+        key: of the image.
     """
 
     key: str
@@ -51,16 +51,16 @@ def evaluate_vqa(
     batch_size: int = 16,
     on_predictions: Callable[[Sequence[Answered]], object] = lambda _: None,
 ) -> Result:
-    """Return the accuracy of answers to questions about pictures, by the rule of the VQA challenge, from 0 to 1.
+    """Return the accuracy of answers to questions about images, by the rule of the VQA challenge, from 0 to 1.
 
     The questions are the field `qa` of the samples. See `metrics.vqa_accuracy`. The predictions are a list
-    of `Answered`, in the order of the questions; each picture's value is what its questions add to the accuracy.
+    of `Answered`, in the order of the questions; each image's value is what its questions add to the accuracy.
 
     Args:
         answer: how the model answers, as `answering` gives it; by default it writes.
         prompt: what a question is put into, at {}, before the answer follows.
         strict: as in `accuracy`.
-        batch_size: pictures at a time, with all their questions.
+        batch_size: images at a time, with all their questions.
         on_predictions: called with all answers.
 
     Raises:

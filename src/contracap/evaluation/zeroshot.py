@@ -1,4 +1,4 @@
-"""Zero-shot classification: pictures against class names in prompts.
+"""Zero-shot classification: images against class names in prompts.
 
 Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; its last product in fp32.
 """
@@ -35,7 +35,7 @@ TEMPLATES = (
     "a bright photo of a {}.",
     "a dark photo of a {}.",
     "a photo of the {}.",
-    "a picture of one {}.",
+    "an image of one {}.",
     "there is a {} in the photo.",
 )
 PLACE = re.compile(r"\{\w*\}")
@@ -44,7 +44,7 @@ PROMPTS = 256  # at a time: see docs/performance.md
 
 @dataclass(frozen=True, kw_only=True)
 class Classification:
-    """The class of each picture, and the one the model gives it; both are places in `classes`."""
+    """The class of each image, and the one the model gives it; both are places in `classes`."""
 
     classes: tuple[str, ...]
     labels: list[int]
@@ -60,23 +60,23 @@ def evaluate_zeroshot(
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 64,
 ) -> Result:
-    """Return top-1 and top-5 accuracy and mean per-class recall, as shares from 0 to 1; for pictures of several classes
+    """Return top-1 and top-5 accuracy and mean per-class recall, as shares from 0 to 1; for images of several classes
     mean average precision.
 
     A sample's class is its field `label` (or its `.cls` member): an index into `classes`. Of equal scores the class
     that comes first stands first. The mean per-class recall is over the classes that occur. Where samples have a field
     `labels` instead, a list of indices, or CLIP_benchmark's `.npy` member with a one or a zero for each class,
-    `mean_average_precision` is over all classes; of pictures with equal scores the one that comes first stands first.
-    The predictions are a `Classification`, of pictures of several classes none.
+    `mean_average_precision` is over all classes; of images with equal scores the one that comes first stands first.
+    The predictions are a `Classification`, of images of several classes none.
 
     Args:
-        data: shards, samples, or a folder with a subfolder of pictures for each class.
+        data: shards, samples, or a folder with a subfolder of images for each class.
         classes: names of the classes; without them those of the subfolders, blanks for underscores.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
 
     Raises:
         ValueError: if there is no class, their number is not that of the subfolders, a template has no {} for the class
-            name, a sample has no label or one without a class, some have one and others several, or a picture cannot
+            name, a sample has no label or one without a class, some have one and others several, or an image cannot
             be read.
     """
     data, classes = named_classes(data, classes)
@@ -164,9 +164,9 @@ def mean_per_class(features: Float32[Tensor, "prompt embed"], *, classes: int) -
 
 
 def logits(
-    image_features: Float[Tensor, "picture embed"], weights: Float[Tensor, "class embed"]
-) -> Float32[Tensor, "picture class"]:
-    """100 times the cosine of each picture and each class, in fp32."""
+    image_features: Float[Tensor, "image embed"], weights: Float[Tensor, "class embed"]
+) -> Float32[Tensor, "image class"]:
+    """100 times the cosine of each image and each class, in fp32."""
     with full_precision(image_features.device):
         return 100.0 * image_features.float() @ weights.float().T
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from contracap.model.transformer import CrossBlock, SelfBlock
 
-MOST_COMPILED = 64  # versions of one function
+MAX_COMPILED = 64  # versions of one function
 
 
 def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
@@ -41,7 +41,7 @@ def _allow_recompilations() -> None:
     """
     import torch._dynamo  # takes seconds
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

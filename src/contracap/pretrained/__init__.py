@@ -123,7 +123,7 @@ def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:
 
 
 def processor_for(model: CoCaConfig, image: ImageConfig) -> Processor:
-    """The processor whose pictures and texts fit the model."""
+    """The processor whose images and texts fit the model."""
     return Processor(image, Tokenizer(context=model.text.context, vocab_size=model.text.vocab_size))
 
 

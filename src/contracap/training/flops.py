@@ -52,7 +52,7 @@ class Tokens:
     """What one sample gives each part of the model in training; all in the mean, so these are no whole numbers.
 
     Attributes:
-        image: tokens of the picture: those patches that are kept, and the class token.
+        image: tokens of the image: those patches that are kept, and the class token.
         pools: what the pooler computes.
         memory: caption tokens that the decoder reads.
         encoder: rows of the text encoder.

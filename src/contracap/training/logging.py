@@ -156,7 +156,7 @@ class RunLogger(Protocol):
         ...
 
     def captions(self, step: int, captions: Mapping[str, str]) -> None:
-        """What the model wrote for the pictures of these keys."""
+        """What the model wrote for the images of these keys."""
         ...
 
     def close(self, *, failed: bool) -> None:

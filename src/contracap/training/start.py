@@ -104,7 +104,7 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
 
 def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
     """The model before its first step: random, or from the recipe's weights with positions interpolated to its
-    picture size.
+    image size.
 
     Raises: WeightsError: if the weights are of another size than the recipe says.
     """

@@ -85,7 +85,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, image: ImageConfig, process_group: ProcessGroup):
-        """`image`: how the model's pictures are prepared, which goes with its weights."""
+        """`image`: how the model's images are prepared, which goes with its weights."""
         self._folder, self._config, self._image, self._process_group = folder, config, image, process_group
         self._group: dist.ProcessGroup | None = None
         if process_group.world_size > 1:

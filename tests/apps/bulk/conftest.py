@@ -27,7 +27,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def picture(seed: int, kind: str = "JPEG") -> bytes:
-    """A noisy picture that no other seed gives."""
+    """A noisy image that no other seed gives."""
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, kind)
@@ -35,7 +35,7 @@ def picture(seed: int, kind: str = "JPEG") -> bytes:
 
 
 def fill(folder: Path, names: list[str]) -> Path:
-    """A folder of pictures, each different."""
+    """A folder of images, each different."""
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture(seed))

@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(weights: Path) -> list[str]:
-    """What the weights say of the pictures."""
+    """What the weights say of the images."""
     captioner = contracap.Captioner(*contracap.load(weights))
     return [caption.text for caption in captioner([picture(number) for number in range(7)])]
 
@@ -176,7 +176,7 @@ WAITING = 32
 
 @pytest.fixture
 def waiting(here: Path) -> Path:
-    """So many pictures that a run is not done when its first batch of four is."""
+    """So many images that a run is not done when its first batch of four is."""
     return fill(here / "waiting", [f"{number:03}.jpg" for number in range(WAITING)])
 
 
@@ -305,7 +305,7 @@ def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, her
     before = files(here)
     none = here / "none.safetensors"  # what is wrong is told before weights are looked for
     calls: list[tuple[list[object], str]] = [
-        ([none, "none.jpg"], "no such picture or folder: none.jpg"),
+        ([none, "none.jpg"], "no such image or folder: none.jpg"),
         ([none, "0.tar", "--format", "sidecar"], "no file can lie beside it"),
         ([none, "pictures", "--out", "file/c.csv"], "Not a directory: file"),
         ([none, "pictures", "--out", "c.xml"], "cannot tell the format of c.xml"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from contracap.apps.bulk.inputs import count_items, first_items, items
-from contracap.data.shards import MOST_MEMBER_BYTES, SampleError, ShardError, write_shard
+from contracap.data.shards import MAX_MEMBER_BYTES, SampleError, ShardError, write_shard
 from contracap.download import DownloadError
 from tests.apps.bulk.conftest import fill, picture
 
@@ -125,7 +125,7 @@ def test_counting_opens_no_shard(here: Path) -> None:
 
 def test_a_file_too_large_for_a_photograph_is_not_read(here: Path) -> None:
     with open("a.jpg", "wb") as file:
-        file.truncate(MOST_MEMBER_BYTES + 1)
+        file.truncate(MAX_MEMBER_BYTES + 1)
     (item,) = items(["a.jpg"])
     with pytest.raises(OSError, match=r"larger than .*a\.jpg"):
         item.content()
@@ -160,12 +160,12 @@ def test_paths_that_stand_for_nothing_are_told_before_anything_is_read(here: Pat
     (here / "broken.tar").write_bytes(b"no tar" * 200)
     shard(here / "shards" / "0.tar", ["x"])
     for path, message in (
-        ("none.jpg", "no such picture or folder: none.jpg"),
+        ("none.jpg", "no such image or folder: none.jpg"),
         ("none.tar", "none.tar"),
-        ("empty", "no pictures in the folder empty"),
+        ("empty", "no images in the folder empty"),
         ("shards", "write shards/*.tar"),
-        ("a/*.png", "no pictures at a/*.png"),
-        ("empty.txt", "no pictures at empty.txt"),
+        ("a/*.png", "no images at a/*.png"),
+        ("empty.txt", "no images at empty.txt"),
         ("caption.txt", "caption.txt is not a list of images"),
         ("broken.tar", "cannot read shard broken.tar"),
     ):

@@ -28,7 +28,7 @@ FORMATS = list(NAMES)
 
 
 def rows(folder: Path, *captions: str, embed: bool = False) -> list[tuple[Item, Row]]:
-    """Captions of the pictures 0.jpg, 1.jpg, ... of a folder."""
+    """Captions of the images 0.jpg, 1.jpg, ... of a folder."""
     made = []
     for number, caption in enumerate(captions):
         path = folder / f"{number}.jpg"
@@ -46,7 +46,7 @@ def write(table: Table, *batches: list[tuple[Item, Row]]) -> None:
 
 
 def captions(path: Path) -> list[tuple[str, ...]]:
-    """Picture names, without folders, and captions, read by the reader of sources that makes shards."""
+    """Image names, without folders, and captions, read by the reader of sources that makes shards."""
     found = read_source(path, kind="table" if path.is_file() else "imagefolder").items
     return [(Path(item.picture).name, *item.captions) for item in found]
 

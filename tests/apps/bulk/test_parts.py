@@ -81,7 +81,7 @@ def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> 
     shard = str(tmp_path / "0.tar")
     broken = picture(1)[:200]
     write_shard(shard, [("a", {"jpg": broken}), ("b", {"jpg": picture(0)}), ("c", {"txt": b"x"}), ("d", {"jpg": b""})])
-    made = writer(tiny, BulkConfig(strategy=BEAMS, embedding="float32", batch_size=1))  # no picture in three batches
+    made = writer(tiny, BulkConfig(strategy=BEAMS, embedding="float32", batch_size=1))  # no image in three batches
     assert made.write(shard, Folder(str(tmp_path / "out"))) == parts.ShardOutcome(
         shard=shard, rows=3, unreadable=2, first_unreadable="a, d", without_image=1
     )

@@ -22,7 +22,7 @@ def picture(seed: int) -> bytes:
 
 
 def write_shards(folder: Path, shards: int, samples: int) -> list[str]:
-    """Shards whose pictures all differ, by name."""
+    """Shards whose images all differ, by name."""
     for number in range(shards):
         records = [(f"{number}-{i:03}", {"jpg": picture(number * samples + i)}) for i in range(samples)]
         write_shard(folder / f"{number:03}.tar", records)

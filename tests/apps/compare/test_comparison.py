@@ -20,7 +20,7 @@ def test_a_gap_is_the_first_minus_the_second_with_an_interval_around_it() -> Non
     assert row.low is not None and row.high is not None
     assert row.low < 0.25 < row.high
     assert row.p == row.p_holm
-    assert row.p is not None and row.p < 0.01  # ten pictures, all in favour of the first: 2 / 2**10
+    assert row.p is not None and row.p < 0.01  # ten images, all in favour of the first: 2 / 2**10
 
 
 def test_equal_results_have_no_gap_and_p_one() -> None:

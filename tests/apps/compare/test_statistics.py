@@ -83,7 +83,7 @@ def test_the_permutation_test_agrees_with_all_permutations(seed: int) -> None:
 
 
 def test_hits_and_misses_give_the_exact_test_of_mcnemar() -> None:
-    """12 pictures that only the first gets right, 4 that only the second does, 84 that tell nothing."""
+    """12 images that only the first gets right, 4 that only the second does, 84 that tell nothing."""
     differences = np.array([1.0] * 12 + [-1.0] * 4 + [0.0] * 84)
     exact = 2 * sum(math.comb(16, hits) for hits in range(12, 17)) / 2**16
     assert permutation_test(differences) == pytest.approx(exact, abs=4 * math.sqrt(exact / 10_000))

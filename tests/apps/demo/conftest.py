@@ -70,9 +70,9 @@ def start(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 @pytest.fixture(scope="session")
 def server(start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """A server with 13 pictures to search, of which one is none."""
+    """A server with 13 images to search, of which one is none."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(12):
         picture(folder / f"{number:02d}.png", seed=number)
-    (folder / "broken.png").write_text("no picture")
+    (folder / "broken.png").write_text("no image")
     return start("--pictures", str(folder))

@@ -99,7 +99,7 @@ def test_labels_and_prompts_that_cannot_be_used_are_refused(actions, tmp_path, l
 
 
 def test_no_picture_and_no_decoder_are_told(actions: Actions) -> None:
-    with pytest.raises(ValueError, match="there is no picture yet"):
+    with pytest.raises(ValueError, match="there is no image yet"):
         actions.caption(None, "greedy")
     with pytest.raises(ValueError, match="no text decoder"):
         Actions(*random_model(tiny_clip(), seed=0))
@@ -109,15 +109,15 @@ def test_a_collection_finds_a_picture_by_itself_and_counts_what_it_skipped(actio
     folder = tmp_path / "pictures" / "deep"
     folder.mkdir(parents=True)
     paths = [picture(folder / f"{number:02d}.png", seed=number) for number in range(20)]
-    (folder / "19.png").write_text("no picture")
-    (folder / "notes.txt").write_text("no picture either")
+    (folder / "19.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image either")
     picture(folder / ".hidden.png")
     found = pictures_under(tmp_path)
     assert found == paths
     collection = Collection(actions, found, folder=tmp_path)
     assert list(collection.fill()) == [16, 20]
-    assert collection.state == "19 pictures to search; 1 skipped, for they cannot be read."
-    assert collection.skipped[0].startswith("19.png: not a picture")
+    assert collection.state == "19 images to search; 1 skipped, for they cannot be read."
+    assert collection.skipped[0].startswith("19.png: not an image")
     best, *others = collection.search_picture(str(paths[7]))
     assert best.name == "pictures/deep/07.png" and best.score == pytest.approx(1, abs=1e-4)
     assert len(others) == 11 and others[0].score < best.score - 1e-4
@@ -152,7 +152,7 @@ def test_examples_are_drawn_for_the_model_of_drawn_scenes_and_otherwise_taken_fr
     assert find_examples(actions, None, uploads).pictures == []
     folder = tmp_path / "pictures"
     folder.mkdir()
-    (folder / "00.png").write_text("no picture")
+    (folder / "00.png").write_text("no image")
     paths = [folder / "00.png", *(picture(folder / f"{number:02d}.png", seed=number) for number in range(1, 9))]
     found = find_examples(actions, Collection(actions, paths), uploads)
     assert [path.name for path in found.pictures] == ["01.png", "02.png", "03.png", "04.png"]
@@ -163,11 +163,11 @@ def test_examples_are_drawn_for_the_model_of_drawn_scenes_and_otherwise_taken_fr
 
 def test_a_collection_can_be_searched_before_it_is_full(actions: Actions, tmp_path: Path) -> None:
     collection = Collection(actions, [picture(tmp_path / f"{number:02d}.png", seed=number) for number in range(18)])
-    with pytest.raises(ValueError, match="nothing to search in: 0 pictures to search; 18 still to be read"):
+    with pytest.raises(ValueError, match="nothing to search in: 0 images to search; 18 still to be read"):
         collection.search_text("red")
     next(collection.fill())
     assert len(collection.search_text("red")) == 12
-    assert collection.state == "16 pictures to search; 2 still to be read."
+    assert collection.state == "16 images to search; 2 still to be read."
     with pytest.raises(ValueError, match="nothing to search for"):
         collection.search_text("  ")
 
@@ -189,7 +189,7 @@ def test_captions_and_maps_are_the_same_while_a_collection_fills(actions: Action
 
 
 def test_a_folder_without_pictures_and_no_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         pictures_under(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         pictures_under(tmp_path / "none")

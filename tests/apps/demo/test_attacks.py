@@ -72,7 +72,7 @@ def bait(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bait]:
 
 @pytest.fixture(scope="module")
 def uploading(start: Callable[..., Server]) -> Server:
-    """A server to which pictures to search are uploaded: its page has all inputs there are."""
+    """A server to which images to search are uploaded: its page has all inputs there are."""
     return start()
 
 

@@ -70,7 +70,7 @@ def visit(browser: Any) -> Iterator[Callable[[Server], Any]]:
 
 
 def upload(page: Any, file: Path) -> None:
-    """Choose a file in the picture input of the tab that was opened last."""
+    """Choose a file in the image input of the tab that was opened last."""
     page.locator("input[type=file][accept*=image]:not([multiple])").last.set_input_files(file)
 
 
@@ -152,7 +152,7 @@ def test_a_folder_is_searched_by_text_and_by_picture(visit, server, tmp_path) ->
     page.get_by_label("Text", exact=True).fill("a red circle")
     page.get_by_role("button", name="Search by text").click()
     playwright.expect(page.locator("#found .thumbnail-item")).to_have_count(12)
-    page.get_by_text("12 pictures to search; 1 skipped, for they cannot be read.").wait_for()
+    page.get_by_text("12 images to search; 1 skipped, for they cannot be read.").wait_for()
     upload(page, picture(tmp_path / "mine.png", seed=7))
     playwright.expect(page.locator("#found .thumbnail-item").first).to_contain_text("1.000 07.png")
 
@@ -172,7 +172,7 @@ def test_a_page_that_stays_open_tells_when_all_can_be_searched(visit, start, tmp
         (tmp_path / f"{number:03d}.png").hardlink_to(first)
     page = visit(start("--pictures", str(tmp_path)))
     page.get_by_role("tab", name="Search").click()
-    page.get_by_text("400 pictures to search.").wait_for()
+    page.get_by_text("400 images to search.").wait_for()
 
 
 def test_uploaded_pictures_are_searched_where_there_is_no_folder(visit, start, tmp_path) -> None:
@@ -180,11 +180,11 @@ def test_uploaded_pictures_are_searched_where_there_is_no_folder(visit, start, t
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Text", exact=True).fill("a red circle")
     page.get_by_role("button", name="Search by text").click()
-    told(page, "upload some pictures")
-    (tmp_path / "broken.png").write_text("no picture")
+    told(page, "upload some images")
+    (tmp_path / "broken.png").write_text("no image")
     files = [picture(tmp_path / f"{number}.png", seed=number) for number in range(3)]
     page.locator("input[type=file][multiple]").set_input_files([*files, tmp_path / "broken.png"])
-    page.get_by_text("3 pictures to search; 1 skipped, for they cannot be read.").wait_for()
+    page.get_by_text("3 images to search; 1 skipped, for they cannot be read.").wait_for()
     upload(page, files[1])
     playwright.expect(page.locator("#found .thumbnail-item")).to_have_count(3)
     playwright.expect(page.locator("#found .thumbnail-item").first).to_contain_text("1.000 1.png")
@@ -200,7 +200,7 @@ def test_too_many_pictures_to_search_and_pictures_too_large_together_are_refused
     small = picture(tmp_path / "small.png").read_bytes()
     many = [{"name": f"{number}.png", "mimeType": "image/png", "buffer": small} for number in range(201)]
     pictures.set_input_files(many)
-    told(page, "these are 201 pictures; the page searches at most 200")
+    told(page, "these are 201 images; the page searches at most 200")
 
 
 def test_the_camera_gives_a_picture(visit, server) -> None:
@@ -246,7 +246,7 @@ def test_twenty_captions_asked_at_once_are_the_captioners(server, weights, tmp_p
     with ThreadPoolExecutor(20) as pool:
         together = list(pool.map(answer, files))
     expected = [caption.text for caption in Captioner(*contracap.load(weights))(files, BeamSearch())]
-    assert len(set(expected)) > 2, "the model should look at the pictures"
+    assert len(set(expected)) > 2, "the model should look at the images"
     assert together == expected
     assert "Traceback" not in server.text(), server.text()
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_served_is_refused_in_one_line_before_the_page_starts(wei
     clip = tmp_path / "clip.safetensors"
     save(clip, model, processor)
     assert "this model has no text decoder" in refused(str(clip), "--port", "0")
-    assert "holds no pictures" in refused(str(weights), "--pictures", str(tmp_path))
+    assert "holds no images" in refused(str(weights), "--pictures", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}: Address already in use" in refused(str(weights), "--port", port)

@@ -13,7 +13,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle cx="
 
 
 def picture(path: Path, *, seed: int = 0) -> Path:
-    """A picture of coarse coloured noise."""
+    """An image of coarse coloured noise."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((320, 240), Image.Resampling.BICUBIC).save(path)
@@ -21,7 +21,7 @@ def picture(path: Path, *, seed: int = 0) -> Path:
 
 
 def large_png(path: Path, side: int) -> Path:
-    """A valid black picture of `side` x `side` pixels, in a file of some hundred kilobytes, made row by row."""
+    """A valid black image of `side` x `side` pixels, in a file of some hundred kilobytes, made row by row."""
     packer = zlib.compressobj(9)
     row = bytes(1 + (side + 7) // 8)
     packed = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
@@ -35,13 +35,13 @@ def large_png(path: Path, side: int) -> Path:
 
 
 def bad_uploads(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files that are no pictures to use, each with a part of what is to be said of it."""
+    """Files that are no images to use, each with a part of what is to be said of it."""
     whole = io.BytesIO()
     Image.open(picture(folder / "whole.png")).save(whole, "jpeg")
     contents = {
         "truncated.jpg": (whole.getvalue()[: len(whole.getvalue()) // 2], "truncated.jpg: broken or cut off"),
-        "drawing.svg": (SVG.encode(), "drawing.svg: not a picture"),
-        "letter.png": (b"Dear reader, this is no picture.", "letter.png: not a picture"),
+        "drawing.svg": (SVG.encode(), "drawing.svg: not an image"),
+        "letter.png": (b"Dear reader, this is no picture.", "letter.png: not an image"),
         "empty.png": (b"", "empty.png: the file is empty"),
     }
     files = {}
@@ -51,7 +51,7 @@ def bad_uploads(folder: Path) -> dict[str, tuple[Path, str]]:
     with zipfile.ZipFile(folder / "bomb.png", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(4):
             archive.writestr(f"{number}.png", bytes(16 * 2**20))
-    files["bomb.png"] = (folder / "bomb.png", "bomb.png: not a picture")
+    files["bomb.png"] = (folder / "bomb.png", "bomb.png: not an image")
     files["wall.png"] = (large_png(folder / "wall.png", 30_000), "wall.png: more than the 89478485 pixels allowed")
     return files
 

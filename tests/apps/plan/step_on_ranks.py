@@ -29,7 +29,7 @@ from contracap.training.recipe import Recipe
 from contracap.training.step import StepConfig, TrainingState, train_step
 from tests.distributed.forks import run_ranks
 
-ROWS, MOST_REAL, FAKE = 4, 8, 384
+ROWS, MAX_REAL, FAKE = 4, 8, 384
 
 
 def recipe_of(count: int, **changes: Any) -> Recipe:
@@ -157,7 +157,7 @@ def play(count: int, out: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     folder, count, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    if count > MOST_REAL:
+    if count > MAX_REAL:
         import torch._dynamo  # DDP and FSDP need these
         import torch.distributed.fsdp
 

@@ -10,7 +10,7 @@ from contracap.apps.plan.parameters import planned_model, shares_of
 from contracap.apps.plan.traffic import Collective, bytes_by_kind, collectives_of
 from contracap.training.recipe import Recipe
 
-from .step_on_ranks import CASES, FAKE, MOST_REAL, ROWS, recipe_of
+from .step_on_ranks import CASES, FAKE, MAX_REAL, ROWS, recipe_of
 
 
 def planned(recipe: Recipe, count: int, *, per_machine: int = 8) -> list[Collective]:
@@ -35,18 +35,18 @@ SHARED = [name for name in CASES if not name.startswith("ddp")]
 def test_ranks_tell_each_other_exactly_the_planned_bytes_and_hold_the_planned_shares(
     count: int, names: list[str], tmp_path: Path
 ) -> None:
-    if count <= MOST_REAL and "fork" not in multiprocessing.get_all_start_methods():
+    if count <= MAX_REAL and "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("no fork on this system")
     command = [sys.executable, "-W", "error", "-m", "tests.apps.plan.step_on_ranks", str(tmp_path), str(count), *names]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     written = sorted(tmp_path.glob("*.pt"))
-    assert len(written) == (count if count <= MOST_REAL else 1)
+    assert len(written) == (count if count <= MAX_REAL else 1)
     for rank, heard in enumerate(map(torch.load, written)):
         assert list(heard) == names
         for name, (payloads, held, trained) in heard.items():
             recipe = recipe_of(count, **CASES[name])
-            per_machine = count // 2 if count <= MOST_REAL else 8
+            per_machine = count // 2 if count <= MAX_REAL else 8
             made = bytes_by_kind(planned(recipe, count, per_machine=per_machine))
             assert {kind: number for kind, number in made.items() if number} == payloads, name
             shares = shares_of(planned_model(recipe), recipe.parallel.kind, gpus=count, per_machine=per_machine)

@@ -1,6 +1,6 @@
 import pytest
 
-from contracap.apps.report.curves import MOST_POINTS, curves, thinned
+from contracap.apps.report.curves import MAX_POINTS, curves, thinned
 
 
 def polylines(html: str) -> list[int]:
@@ -11,10 +11,10 @@ def polylines(html: str) -> list[int]:
 def test_a_long_curve_has_few_points_and_the_same_mean() -> None:
     points = [(float(step), float(step % 7)) for step in range(6000)]
     few = thinned(points)
-    assert len(few) == MOST_POINTS
+    assert len(few) == MAX_POINTS
     assert sum(y for _, y in few) / len(few) == pytest.approx(sum(y for _, y in points) / 6000)
     assert few[0][0] == 9.5  # the middle of the first twenty
-    assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
+    assert thinned(points[:MAX_POINTS]) == points[:MAX_POINTS]
     assert thinned([]) == []
 
 
@@ -42,6 +42,6 @@ def test_recalls_of_one_direction_share_a_chart_and_single_figures_have_none() -
 
 
 def test_a_page_says_that_points_are_means() -> None:
-    records = [{"step": step, "gradient_norm": 1.0} for step in range(3 * MOST_POINTS)]
+    records = [{"step": step, "gradient_norm": 1.0} for step in range(3 * MAX_POINTS)]
     assert "mean of 3" in curves(records)
     assert "mean of" not in curves(records[:10])

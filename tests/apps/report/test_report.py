@@ -1,4 +1,4 @@
-"""A run's page, from a run folder made by hand: random weights of the tiny size, pictures of one colour each."""
+"""A run's page, from a run folder made by hand: random weights of the tiny size, images of one colour each."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     records = [
         record(
-            f"picture{number}", colour, captions=[f"a {colour} square", f"all <{colour}>"], label=number % len(COLOURS)
+            f"image{number}", colour, captions=[f"a {colour} square", f"all <{colour}>"], label=number % len(COLOURS)
         )
         for number, colour in enumerate([*COLOURS, *COLOURS])
     ]

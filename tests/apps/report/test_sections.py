@@ -13,7 +13,7 @@ from tests.evaluation.worlds import sample
 
 
 def features() -> Features:
-    """Three pictures with two captions each; the first caption of each is its own, the second the next one's."""
+    """Three images with two captions each; the first caption of each is its own, the second the next one's."""
     images = torch.eye(3)
     return Features(
         images=images,

@@ -31,7 +31,7 @@ def picture(size: tuple[int, int], mode: str, form: str, chance: random.Random) 
 
 
 class Requests:
-    """Requests of all kinds, in an order that is the same each time: small and large pictures, broken ones, forms,
+    """Requests of all kinds, in an order that is the same each time: small and large images, broken ones, forms,
     labels and texts that are never the same, strategies, and bodies that are too large."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Picture files, good and bad."""
+"""Image files, good and bad."""
 
 import io
 import struct

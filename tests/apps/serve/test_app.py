@@ -85,7 +85,7 @@ def one_line(response: httpx.Response, status: int, *words: str) -> None:
 
 @pytest.fixture
 def slow_model(pair) -> Any:
-    """The model waits at each picture until it may go on."""
+    """The model waits at each image until it may go on."""
     go_on = threading.Event()
 
     def wait(*_: Any) -> None:
@@ -120,7 +120,7 @@ def test_captions_equal_those_of_each_picture_alone_whatever_they_share_a_batch_
             assert made["score"] == pytest.approx(alone.score, rel=1e-4)
             assert made["log_probability"] == pytest.approx(alone.log_probability, rel=1e-4)
             assert [text["caption"] for text in made["alternatives"]] == [text.text for text in alone.alternatives]
-        assert len({answer.json()["caption"] for answer in answers}) > 4, "the model should look at the pictures"
+        assert len({answer.json()["caption"] for answer in answers}) > 4, "the model should look at the images"
         assert figures(await client.get("/metrics"))["contracap_batch_size_count"] <= len(requests) / 2
 
     asked(application(pair, wait=50.0), test)

@@ -72,7 +72,7 @@ def answered(connection: socket.socket) -> str:
 def test_a_hundred_at_once_each_get_their_own_picture_s_caption(address, weights):
     captioner = Captioner(*contracap.load(weights))
     alone = {colour: captioner([picture(colour)], Greedy())[0].text for colour in COLOURS}
-    assert len(set(alone.values())) > 2, "the model should look at the pictures"
+    assert len(set(alone.values())) > 2, "the model should look at the images"
     for count in (20, 100):
         colours = [COLOURS[number % len(COLOURS)] for number in range(count)]
         limits = httpx.Limits(max_connections=count)
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_shapes_that_requests_have(weights):
 
 
 def test_a_signal_ends_the_server_in_the_stated_time_whatever_goes_on(weights):
-    """Heavy strategies, large pictures, half heads and half bodies are under way."""
+    """Heavy strategies, large images, half heads and half bodies are under way."""
     with ThreadPoolExecutor(8) as clients, ExitStack() as stack, serving(weights, "--timeout-s", "3") as running:
         address, server = running
         large, heavy = png(9400, rows=bytes(9400 * 1176)), "width=32&min_tokens=15"

@@ -11,7 +11,7 @@ from contracap.evaluation.metrics.meteor import OPTIONS, Meteor, MeteorScores
 
 from ..programs import needs_java, refusing, stand_in, without_java
 
-# Answers as METEOR does: three numbers for a picture, then how many words each caption has.
+# Answers as METEOR does: three numbers for an image, then how many words each caption has.
 ECHO = """
 for line in sys.stdin:
     kind, *parts = line.rstrip("\\n").split(" ||| ")

@@ -11,7 +11,7 @@ WORDS = "a man dog red ball on the grass with two cats runs jumps over small ben
 
 
 def written(seed: int, pictures: int = 60, shortest: int = 0) -> tuple[list[list[str]], list[str]]:
-    """Random token strings: one to five references a picture and something near one of them."""
+    """Random token strings: one to five references an image and something near one of them."""
     draw = random.Random(seed)
     references, hypotheses = [], []
     for _ in range(pictures):
@@ -168,9 +168,9 @@ def test_empty_hypothesis_scores_nothing() -> None:
 @pytest.mark.parametrize(
     ("references", "hypotheses", "message"),
     [
-        ([["a"], ["b", " "]], ["a", "b"], r"picture 1 .* empty reference"),
-        ([[]], ["a"], "picture 0 .* no reference"),
-        ([["a"]], ["a", "b"], "1 pictures have references, 2"),
+        ([["a"], ["b", " "]], ["a", "b"], r"image 1 .* empty reference"),
+        ([[]], ["a"], "image 0 .* no reference"),
+        ([["a"]], ["a", "b"], "1 images have references, 2"),
         ([], [], "no caption to score"),
     ],
 )

@@ -75,7 +75,7 @@ def test_references_without_a_word_are_left_out() -> None:
     scorer = CaptionScorer(metrics=COUNTED, tokenizer="python")
     with_empty = scorer.score([["a red ball", ".", ""], ["two cats"]], ["a ball", "two cats"])
     assert with_empty == scorer.score([["a red ball"], ["two cats"]], ["a ball", "two cats"])
-    with pytest.raises(ValueError, match=r"picture 1 .* no reference"):
+    with pytest.raises(ValueError, match=r"image 1 .* no reference"):
         scorer.score([["a red ball"], ["..."]], ["a ball", "two cats"])
 
 
@@ -147,7 +147,7 @@ def test_a_set_with_a_picture_without_spice_has_none_and_says_which(monkeypatch,
     scorer = CaptionScorer(metrics=("spice",), tokenizer="python", corenlp=corenlp)
     scores = scorer.score(PICTURES, WRITTEN)
     assert scores.figures == scores.per_sample == {}
-    assert scores.reasons == {"SPICE": "SPICE has no score for picture 1 (counted from 0), so none for the set"}
+    assert scores.reasons == {"SPICE": "SPICE has no score for image 1 (counted from 0), so none for the set"}
 
 
 def test_a_program_that_fails_costs_its_own_figure_only(monkeypatch, corenlp: Path) -> None:

@@ -29,7 +29,7 @@ json.dump(scores[::-1], open(answered, "w"))
 """
 )
 
-# The program's classes as Spice's own Java calls them, with a scorer that scores the first picture .25.
+# The program's classes as Spice's own Java calls them, with a scorer that scores the first image .25.
 STUBS = {
     "SpiceArguments": "public class SpiceArguments { String[] given; SpiceArguments(String[] given) { "
     "this.given = given; } }",
@@ -94,7 +94,7 @@ def test_a_picture_without_a_score_has_none(monkeypatch, tmp_path: Path, corenlp
             "1.*: Exception.*No h",
         ),
         ("pass", r"SPICE failed \(exit status 0\): no message"),
-        ("open(arguments[-1], 'w').write('[]')", "SPICE returned scores of 0 pictures for 1; refusing to pair them"),
+        ("open(arguments[-1], 'w').write('[]')", "SPICE returned scores of 0 images for 1; refusing to pair them"),
         ("open(arguments[-1], 'w').write('[{}]')", "SPICE answered nonsense: KeyError"),
         ("open(arguments[-1], 'w').write('oh')", "SPICE answered nonsense: JSONDecodeError"),
         ("time.sleep(60)", r"SPICE gave no answer within 0\.5 seconds"),

@@ -1,1 +1,1 @@
-"""Captions and embeddings for many pictures: from folders, lists and tar shards into files."""
+"""Captions and embeddings for many images: from folders, lists and tar shards into files."""

@@ -1,4 +1,4 @@
-"""Captions for many pictures: read ahead, captioned in batches, written as they come."""
+"""Captions for many images: read ahead, captioned in batches, written as they come."""
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,7 +24,7 @@ Describe = Callable[[Sequence[str], UInt8[Tensor, "batch 3 height width"]], list
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of the pictures.
+    """What became of the images.
 
     Attributes:
         captioned: captions that were made.
@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def seen(self) -> int:
-        """Pictures so far."""
+        """Images so far."""
         return self.captioned + self.skipped + len(self.broken)
 
     def summary(self) -> str:
@@ -68,11 +68,11 @@ def caption_pictures(
     progress: bool = True,
     total: Callable[[], int | None] = lambda: None,
 ) -> Outcome:
-    """Describe all pictures and write what is said of them; a few batches are in memory at a time.
+    """Describe all images and write what is said of them; a few batches are in memory at a time.
 
     Args:
         items: taken once, as they are needed.
-        image: how the model wants its pictures.
+        image: how the model wants its images.
         workers: threads that read and decode.
         seen: gets each row as well.
         progress: whether a bar is shown on a terminal.

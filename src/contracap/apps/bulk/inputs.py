@@ -1,4 +1,4 @@
-"""What a user means by pictures: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
+"""What a user means by images: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ OTHER_IMAGE = "further image(s) of a group, of which the first is taken"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One picture, not read yet.
+    """One image, not read yet.
 
     Attributes:
         name: the path or URL, or shard and key, as outputs have it.
@@ -54,7 +54,7 @@ class Item:
     listed: str = ""
 
     def content(self) -> bytes:
-        """The encoded picture.
+        """The encoded image.
 
         Raises:
             OSError, ValueError: that say why it cannot be had.
@@ -79,12 +79,12 @@ class Item:
 def items(
     paths: Sequence[str], *, recursive: bool = True, outputs: Sequence[Path | None] = ()
 ) -> Generator[Item, None, None]:
-    """The pictures that paths stand for, in order, read from folders, lists and shards only as they are asked for.
+    """The images that paths stand for, in order, read from folders, lists and shards only as they are asked for.
 
-    A path is a picture file, or its http(s) URL; a folder, whose pictures come by name and then those of its
-    subfolders; a pattern with `*`, `?`, `[...]` and `**`, of pictures and shards; a tar shard, anywhere that
-    `data/remote` reads, with braces as ranges and lists; or a `.txt` file with a path or URL of a picture on each line.
-    What cannot be read becomes an item that says why, and the rest follows; what is not a picture is counted, and told
+    A path is an image file, or its http(s) URL; a folder, whose images come by name and then those of its
+    subfolders; a pattern with `*`, `?`, `[...]` and `**`, of images and shards; a tar shard, anywhere that
+    `data/remote` reads, with braces as ranges and lists; or a `.txt` file with a path or URL of an image on each line.
+    What cannot be read becomes an item that says why, and the rest follows; what is not an image is counted, and told
     in one line at the end.
 
     Raises: ValueError: at an image that is also one of the `outputs`, which would be lost.
@@ -108,10 +108,10 @@ def items(
 
 
 def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Item]:
-    """The first picture of each path: whether there are any is known before a model is loaded.
+    """The first image of each path: whether there are any is known before a model is loaded.
 
     Raises:
-        FileNotFoundError: if a path does not exist or stands for no picture; a shard that holds none, or is broken, is
+        FileNotFoundError: if a path does not exist or stands for no image; a shard that holds none, or is broken, is
             told in a warning where there are other paths.
         OSError, ValueError: if one cannot be read.
     """
@@ -199,11 +199,11 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
     elif local.is_symlink():
         raise FileNotFoundError(f"{path} is a broken link: {os.readlink(path)} is not there")
     else:
-        raise FileNotFoundError(f"no such picture or folder: {path}")
+        raise FileNotFoundError(f"no such image or folder: {path}")
 
 
 def count_items(paths: Sequence[str], *, recursive: bool = True, limit: int | None = None) -> int | None:
-    """How many pictures there are; None if there are shards, which say so only once they are read."""
+    """How many images there are; None if there are shards, which say so only once they are read."""
     count = 0
     try:
         for path in paths:
@@ -218,7 +218,7 @@ def count_items(paths: Sequence[str], *, recursive: bool = True, limit: int | No
 
 
 def folders_of(paths: Sequence[str]) -> list[Path]:
-    """The folders that pictures are taken from: those that are named, and those in which patterns begin."""
+    """The folders that images are taken from: those that are named, and those in which patterns begin."""
     found = list[Path]()
     for path in paths:
         parts = Path(path).parts
@@ -319,5 +319,5 @@ def _matches(folder: Path, parts: Sequence[str], passed: PassedOver) -> Iterator
 def _nothing_at(path: str) -> str:
     if Path(path).is_dir():
         shards = any(name.endswith(SHARD_SUFFIXES) for name in os.listdir(path))
-        return f"no pictures in the folder {path}" + (f"; for its tar shards write {path}/*.tar" if shards else "")
-    return f"no pictures at {path}"
+        return f"no images in the folder {path}" + (f"; for its tar shards write {path}/*.tar" if shards else "")
+    return f"no images at {path}"

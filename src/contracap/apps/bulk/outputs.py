@@ -1,4 +1,4 @@
-"""Where captions go: lines on stdout, a text file beside each picture, or one file for all."""
+"""Where captions go: lines on stdout, a text file beside each image, or one file for all."""
 
 import errno
 import hashlib
@@ -25,7 +25,7 @@ from contracap.files import is_stream, path_text, replacing
 from contracap.wording import escaped
 
 Existing = Literal["skip", "overwrite", "append"]
-"""What becomes of a picture that has a caption: nothing; a new one in its place; one more, if it is another."""
+"""What becomes of an image that has a caption: nothing; a new one in its place; one more, if it is another."""
 
 
 MAX_NAME_BYTES = 255 - len(".partial-journal")  # of an output with files of ours next to it; SQLite makes the journal
@@ -56,11 +56,11 @@ class Output(ABC):
     resumption = "the same command continues"
 
     def check(self, item: Item) -> None:
-        """Raises: ValueError, OSError: if there is no place for this picture's caption."""
+        """Raises: ValueError, OSError: if there is no place for this image's caption."""
         return
 
     def has(self, item: Item) -> bool:
-        """Whether nothing is to be done for a picture. May be asked from another thread.
+        """Whether nothing is to be done for an image. May be asked from another thread.
 
         Raises: ValueError, OSError: as `check`.
         """
@@ -95,7 +95,7 @@ def path_in_one_line(path: str) -> str:
 
 
 class Lines(Output):
-    """A line on stdout for each picture: its path, a tab, the text."""
+    """A line on stdout for each image: its path, a tab, the text."""
 
     resumption = "a new call starts again; --out FILE or --format sidecar keep captions, and continue"
 
@@ -107,7 +107,7 @@ class Lines(Output):
 
 
 class SideCars(Output):
-    """A text file beside each picture, a line for each caption; its embedding in a `.npy` file, float32. One that is
+    """A text file beside each image, a line for each caption; its embedding in a `.npy` file, float32. One that is
     empty or blank counts as none.
 
     Images whose names differ in their suffixes alone have one side-car between them: it is that of the first which has
@@ -115,8 +115,8 @@ class SideCars(Output):
 
     Args:
         suffix: of the text file, such as ".txt".
-        roots: the folders that pictures are taken from.
-        folder: where the side-cars lie, if not beside the pictures; below it as the pictures below their root.
+        roots: the folders that images are taken from.
+        folder: where the side-cars lie, if not beside the images; below it as the images below their root.
         settings: what decides the captions, kept in a hidden file of each folder with side-cars; None: those of any
             may lie together.
     """
@@ -134,7 +134,7 @@ class SideCars(Output):
         self.suffix, self.existing, self.embed = suffix, existing, embed
         self._roots, self._folder = [Path(os.path.abspath(root)) for root in roots], folder
         self.settings, self._records = settings, dict[Path, Record | None]()  # None: they are written
-        self._origins = dict[bytes, str]()  # of side-cars, by a digest: about 100 bytes a picture
+        self._origins = dict[bytes, str]()  # of side-cars, by a digest: about 100 bytes an image
         self._lock = threading.Lock()  # images are looked for in one thread, and captions written in another
         if existing == "overwrite":
             self.resumption = "the same command starts again"
@@ -211,7 +211,7 @@ class SideCars(Output):
         """
         side_car, source = (Path(os.path.abspath(path)) for path in (place.with_suffix(self.suffix), picture))
         digest = hashlib.blake2b(os.fsencode(side_car), digest_size=16).digest()
-        # The picture but for its stem, which is the side-car's: all pictures of a folder share this string.
+        # The image but for its stem, which is the side-car's: all images of a folder share this string.
         origin = sys.intern(str(source.with_name(f"*{source.suffix}")))
         with self._lock:
             is_new = digest not in self._origins
@@ -265,7 +265,7 @@ def _is_utf8(content: bytes) -> bool:
 
 class Table(Output):
     """One file with a row for each caption. Until it is whole its rows are in `FILE.partial`, from which the same
-    command continues; rows of a file that is there are kept, unless it is to be overwritten. A picture whose caption is
+    command continues; rows of a file that is there are kept, unless it is to be overwritten. An image whose caption is
     blank has none. What is not a regular file, such as /dev/stdout, is never read.
 
     Args:
@@ -372,7 +372,7 @@ class Table(Output):
             name = Path(os.path.relpath(item.source, self.path.parent))
             if name.parts[0] != os.pardir:
                 return path_text(name.as_posix())
-        raise ValueError(f"{item.name}: no file in the folder of {self.path}, where the names of its pictures start")
+        raise ValueError(f"{item.name}: no file in the folder of {self.path}, where the names of its images start")
 
 
 def _beside(path: Path, suffix: str, *, hidden: bool = False) -> Path:

@@ -47,7 +47,7 @@ class BulkConfig:
         strategy: how captions are written; None: there are none.
         prompt: how each caption begins.
         embedding: how embeddings are stored; None: there are none.
-        batch_size: pictures at a time; it decides speed and memory.
+        batch_size: images at a time; it decides speed and memory.
     """
 
     strategy: Strategy | None = None
@@ -56,7 +56,7 @@ class BulkConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        require_count("batch_size", self.batch_size, 1, "pictures at a time", most=2**16)
+        require_count("batch_size", self.batch_size, 1, "images at a time", most=2**16)
         if self.strategy is None and self.embedding is None:
             raise ValueError("nothing to do: neither captions nor embeddings are wanted")
         if self.strategy is None and self.prompt:
@@ -112,7 +112,7 @@ class PartWriter:
     def __init__(
         self, config: BulkConfig, model: CoCa, processor: Processor, *, metadata: dict[str, Any], threads: int
     ) -> None:
-        """`metadata`: for the schema, ready for JSON. `threads`: those that decode pictures beside the model's."""
+        """`metadata`: for the schema, ready for JSON. `threads`: those that decode images beside the model's."""
         self._config, self._model, self._processor, self._threads = config, model, processor, threads
         self._captioner = Captioner(model, processor) if config.strategy is not None else None
         if self._captioner is not None and config.strategy is not None:
@@ -130,7 +130,7 @@ class PartWriter:
     def write(self, shard: str, folder: Folder) -> ShardOutcome:
         """Writes the part of one shard, whole or not at all; a row for each image, in their order.
 
-        A picture that cannot be read has a row with `error` and nothing else. Of a shard that cannot be read to its
+        An image that cannot be read has a row with `error` and nothing else. Of a shard that cannot be read to its
         end there is no part: the outcome says why. What is in memory does not grow with the shard.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Pictures read and decoded in threads, ahead of the model that works on them."""
+"""Images read and decoded in threads, ahead of the model that works on them."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import wait
@@ -36,7 +36,7 @@ class PictureBatch:
 
 
 def read_pixels(item: Item, config: ImageConfig) -> UInt8[Tensor, "3 {config.size} {config.size}"]:
-    """The picture as the model sees it, before normalisation.
+    """The image as the model sees it, before normalisation.
 
     Raises:
         OSError, ValueError: if it cannot be had, or is broken.
@@ -52,10 +52,10 @@ def picture_batches(
     workers: int,
     waiting: Callable[[int, str], object] = lambda done, what: None,
 ) -> Generator[PictureBatch, None, None]:
-    """Batches of `batch_size` usable pictures, the last perhaps smaller, in the order of the items.
+    """Batches of `batch_size` usable images, the last perhaps smaller, in the order of the items.
 
-    `workers` threads read ahead by two batches, and so many broken pictures end a batch, too: memory does not depend on
-    how many items there are. Each second in which a picture is waited for, `waiting` is told how many are done and its
+    `workers` threads read ahead by two batches, and so many broken images end a batch, too: memory does not depend on
+    how many items there are. Each second in which an image is waited for, `waiting` is told how many are done and its
     name, with the time that a URL has; and the name "" when it has come.
     """
     found, rows, broken = list[Item](), list[Tensor](), dict[int, Exception]()
@@ -81,7 +81,7 @@ def picture_batches(
                 rows.append(future.result())
             except (OSError, ValueError) as error:
                 broken[len(found)] = error
-            except Exception as error:  # of whatever library decodes it: one picture must not end the run
+            except Exception as error:  # of whatever library decodes it: one image must not end the run
                 broken[len(found)] = ValueError(f"{item.name} cannot be read: {type(error).__name__}: {error}")
             found.append(item)
             if batch_size in (len(rows), len(broken)):

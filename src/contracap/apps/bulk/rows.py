@@ -1,4 +1,4 @@
-"""What is said of a picture: the columns of every output, and how a model fills them."""
+"""What is said of an image: the columns of every output, and how a model fills them."""
 
 import hashlib
 import os
@@ -16,10 +16,10 @@ from contracap.images import normalise
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Row:
-    """One picture's caption, and its contrastive embedding (unit length) if that was asked for.
+    """One image's caption, and its contrastive embedding (unit length) if that was asked for.
 
     Attributes:
-        path: the picture's name.
+        path: the image's name.
         score: what ranked the caption, higher is better; None where an output does not keep it.
         log_probability: of its tokens, in nats; None as for `score`.
     """
@@ -43,7 +43,7 @@ def caption_rows(
     embed: bool = False,
     raw: bool = False,
 ) -> list[Row]:
-    """A row for each picture of a batch, its caption between `prefix` and `suffix`; with `raw` its raw text.
+    """A row for each image of a batch, its caption between `prefix` and `suffix`; with `raw` its raw text.
 
     Raises:
         ValueError: if a setting or the prompt does not suit the model, or the model gives numbers that are not finite.
@@ -63,5 +63,5 @@ def caption_rows(
 
 
 def picture_number(name: str) -> int:
-    """What samples of a picture are drawn by: its name, so that neither its batch nor an interruption changes them."""
+    """What samples of an image are drawn by: its name, so that neither its batch nor an interruption changes them."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") >> 1

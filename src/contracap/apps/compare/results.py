@@ -10,7 +10,7 @@ from contracap.apps.compare.comparison import COUNTED
 from contracap.evaluation.result import OWN_KEYS, PerSample, Result
 from contracap.files import read_regular
 
-LARGEST = 1e100  # no figure; sums and pictures of larger numbers overflow
+LARGEST = 1e100  # no figure; sums and images of larger numbers overflow
 
 
 def load_result(path: str | Path) -> Result:

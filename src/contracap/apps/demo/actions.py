@@ -21,18 +21,18 @@ from contracap.images import decode, normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
-SHOWN = 384  # side of the pictures that the page gets, in pixels
+SHOWN = 384  # side of the images that the page gets, in pixels
 MAX_LABELS = 1000
 MAX_CHARACTERS = 65_536  # of the texts of all labels and templates
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """What is shown of a captioned picture.
+    """What is shown of a captioned image.
 
     Attributes:
         caption: the best text, with its alternatives.
-        seen: the picture as far as the model sees it.
+        seen: the image as far as the model sees it.
         words: the caption's words in their order, each with its heat map over `seen`.
     """
 
@@ -42,7 +42,7 @@ class Captioned:
 
 
 class Actions:
-    """Captions and classes for one picture at a time, given as the path of an uploaded file.
+    """Captions and classes for one image at a time, given as the path of an uploaded file.
 
     All may be called from several threads: only one at a time gets to the model.
 
@@ -64,7 +64,7 @@ class Actions:
             strategy: a name of `generation.registry`, with its `settings`.
             prompt: how the caption is to begin; empty for any beginning.
 
-        Raises: ValueError: if there is no picture, it cannot be used, or a setting is wrong.
+        Raises: ValueError: if there is no image, it cannot be used, or a setting is wrong.
         """
         chosen = build_strategy(strategy, settings or {})
         picture = self.read(path)
@@ -84,7 +84,7 @@ class Actions:
             labels: one a line.
             template: a prompt with {} where the label goes; several, one a line, are averaged.
 
-        Raises: ValueError: if there is no picture or no label, a template has no {}, or the picture cannot be used.
+        Raises: ValueError: if there is no image or no label, a template has no {}, or the image cannot be used.
         """
         names = list(dict.fromkeys(lines(labels)))
         if not names:
@@ -104,7 +104,7 @@ class Actions:
         return dict(zip(names, scores.softmax(dim=0).tolist(), strict=True))
 
     @torch.inference_mode()
-    def embed(self, pixels: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture embed"]:
+    def embed(self, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image embed"]:
         """Contrastive embeddings, unit rows, where the model is."""
         with self._one_at_a_time, evaluating(self.model):
             return finite(self.model.encode_image(pixels.to(self.model.logit_scale)), "pictures")
@@ -116,20 +116,20 @@ class Actions:
             return embed_texts(self.model, self.processor, [text], 1)[0]
 
     def read(self, path: str | Path | None) -> UInt8[Tensor, "3 height width"]:
-        """A picture file's pixels. Errors say its name and not its folder, which is the server's own affair.
+        """An image file's pixels. Errors say its name and not its folder, which is the server's own affair.
 
         Raises: ValueError: if there is none, or it cannot be used.
         """
         if path is None:
-            raise ValueError("there is no picture yet: upload one, paste one, or take one with the camera")
+            raise ValueError("there is no image yet: upload one, paste one, or take one with the camera")
         return decode(path, name=Path(path).name)
 
     def pixels(self, picture: UInt8[Tensor, "3 height width"]) -> Float[Tensor, "1 3 _ _"]:
-        """What the model is fed of a picture."""
+        """What the model is fed of an image."""
         return normalise(resize_and_crop(picture, self.processor.image_config)[None], self.processor.image_config)
 
     def seen(self, picture: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 _ _"]:
-        """The part of the picture that the model sees, as large as the page shows it."""
+        """The part of the image that the model sees, as large as the page shows it."""
         return resize_and_crop(picture, replace(self.processor.image_config, size=SHOWN))
 
 

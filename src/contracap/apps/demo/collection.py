@@ -1,4 +1,4 @@
-"""Pictures to search by a text or by another picture."""
+"""Images to search by a text or by another image."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -17,17 +17,17 @@ from contracap.data.walk import PassedOver, pictures_in
 from contracap.images import ImageError
 from contracap.wording import counted
 
-BATCH = 16  # pictures embedded at a time
-READERS = min(4, os.cpu_count() or 1)  # a picture of the most pixels allowed takes up to 805 MB while it is decoded
+BATCH = 16  # images embedded at a time
+READERS = min(4, os.cpu_count() or 1)  # an image of the most pixels allowed takes up to 805 MB while it is decoded
 MAX_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Match:
-    """A picture that was found.
+    """An image that was found.
 
     Attributes:
-        picture: all of it, small.
+        image: all of it, small.
         score: cosine of its embedding and the query's, -1 to 1.
     """
 
@@ -37,12 +37,12 @@ class Match:
 
 
 class Collection:
-    """Embedded pictures. It can be searched while it still fills, from another thread.
+    """Embedded images. It can be searched while it still fills, from another thread.
 
     Attributes:
-        total: pictures it is to hold, the unreadable ones included.
-        skipped: what was wrong with each picture that could not be read.
-        searchable: pictures that a search looks at by now.
+        total: images it is to hold, the unreadable ones included.
+        skipped: what was wrong with each image that could not be read.
+        searchable: images that a search looks at by now.
     """
 
     def __init__(self, actions: Actions, paths: Iterable[str | Path], *, folder: Path | None = None):
@@ -61,7 +61,7 @@ class Collection:
 
     @property
     def unread(self) -> int:
-        """Pictures that are still to be read."""
+        """Images that are still to be read."""
         return self.total - self.searchable - len(self.skipped)
 
     @property
@@ -74,7 +74,7 @@ class Collection:
         return "; ".join(parts) + "."
 
     def fill(self) -> Iterator[int]:
-        """Embed all pictures, batch by batch; yields how many were looked at so far."""
+        """Embed all images, batch by batch; yields how many were looked at so far."""
         with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
             for first in range(0, self.total, BATCH):
                 batch = self.paths[first : first + BATCH]
@@ -92,7 +92,7 @@ class Collection:
                 yield self.searchable + len(self.skipped)
 
     def _read(self, path: Path) -> Float[Tensor, "1 3 height width"] | str:
-        """What the model is fed of a picture, or why it cannot be read."""
+        """What the model is fed of an image, or why it cannot be read."""
         try:
             return self.actions.pixels(self.actions.read(path))
         except (ImageError, OSError) as error:
@@ -104,13 +104,13 @@ class Collection:
         Raises: ValueError: if the text is empty, or there is nothing to search.
         """
         if not text.strip():
-            raise ValueError("there is nothing to search for: write a text, or give a picture")
+            raise ValueError("there is nothing to search for: write a text, or give an image")
         return self._search(self.actions.embed_text(text).cpu())
 
     def search_picture(self, path: str | None) -> list[Match]:
-        """The pictures most like another one, best first.
+        """The images most like another one, best first.
 
-        Raises: ValueError: if that picture cannot be used, or there is nothing to search.
+        Raises: ValueError: if that image cannot be used, or there is nothing to search.
         """
         return self._search(self.actions.embed(self.actions.pixels(self.actions.read(path)))[0].cpu())
 
@@ -128,17 +128,17 @@ class Collection:
 
 
 def pictures_under(folder: Path) -> list[Path]:
-    """The paths of a folder's pictures, as `data.walk.pictures_in` finds them.
+    """The paths of a folder's images, as `data.walk.pictures_in` finds them.
 
     Raises:
         ValueError: if there are none, or no such folder.
         OSError: if one of its folders cannot be read.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give one that holds pictures")
+        raise ValueError(f"{folder} is not a folder: give one that holds images")
     passed = PassedOver()
     found = [folder / path for path in pictures_in(folder, passed)]
     if not found:
-        raise ValueError(f"{folder} holds no pictures" + (f" (passed over {passed})" if passed.counts else ""))
+        raise ValueError(f"{folder} holds no images" + (f" (passed over {passed})" if passed.counts else ""))
     passed.report(folder)
     return found

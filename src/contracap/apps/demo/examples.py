@@ -1,4 +1,4 @@
-"""What the page begins with: labels that suit the model, and pictures to try."""
+"""What the page begins with: labels that suit the model, and images to try."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from contracap.model.sizes import SIZES
 PICTURES = 4
 LABELS = ("dog", "cat", "bird", "horse", "person", "child", "car", "boat", "beach", "street")
 LARGEST = 768  # pixels a side
-TRIES = 3 * PICTURES  # pictures of a folder that are opened, for some may be unreadable
+TRIES = 3 * PICTURES  # images of a folder that are opened, for some may be unreadable
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labels and prompts of the classification, and the paths of pictures that a visitor can choose."""
+    """Labels and prompts of the classification, and the paths of images that a visitor can choose."""
 
     labels: Sequence[str]
     templates: Sequence[str]
@@ -33,7 +33,7 @@ class Examples:
 
 
 def find_examples(actions: Actions, collection: Collection | None, uploads: Uploads) -> Examples:
-    """Examples for a model: of its size `scenes` drawn ones, else pictures of the collection, if there is one."""
+    """Examples for a model: of its size `scenes` drawn ones, else images of the collection, if there is one."""
     drawn = actions.model.config == SIZES["scenes"]
     labels, templates = (COLORS, COLOR_TEMPLATES) if drawn else (LABELS, (TEMPLATE,))
     found = _of_collection(actions, collection) if collection is not None else _scenes() if drawn else ()
@@ -51,7 +51,7 @@ def _scenes() -> Iterator[tuple[str, Image.Image]]:
 
 
 def _of_collection(actions: Actions, collection: Collection) -> Iterator[tuple[str, Image.Image]]:
-    """Pictures from all over the collection."""
+    """Images from all over the collection."""
     found = 0
     for path in collection.paths[:: -(-collection.total // TRIES) or 1]:
         try:

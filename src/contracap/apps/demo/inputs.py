@@ -1,7 +1,7 @@
 """Gradio's inputs, made to hand on what they get: what is wrong with it is then said by this package, in one line.
 
-Gradio's own open every picture before the page's code sees it, so that a broken one ends as a traceback, as does a
-number out of its bounds. Here `images.decode` opens pictures, which knows their limits. The inputs are changed one by
+Gradio's own open every image before the page's code sees it, so that a broken one ends as a traceback, as does a
+number out of its bounds. Here `images.decode` opens images, which knows their limits. The inputs are changed one by
 one, not by subclasses, for which gradio writes files into the package's folder.
 
 Whatever looks like a file in a value, gradio copies to where the page hands it out, be it an address, any file of the
@@ -31,7 +31,7 @@ Input = TypeVar("Input", bound=Component)
 
 
 def picture_input(label: str) -> gradio.Image:
-    """A picture that is uploaded, pasted or taken with the camera; passed on as the path of its file, or None."""
+    """An image that is uploaded, pasted or taken with the camera; passed on as the path of its file, or None."""
     made = gradio.Image(
         label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=PICTURE_HEIGHT, buttons=[]
     )
@@ -39,13 +39,13 @@ def picture_input(label: str) -> gradio.Image:
 
 
 def pictures_input(label: str) -> gradio.File:
-    """Several uploaded pictures; passed on as the paths of their files."""
+    """Several uploaded images; passed on as the paths of their files."""
     made = gradio.File(label=label, file_count="multiple", file_types=["image"], height=FILES_HEIGHT)
     return handing_on(made, lambda payload: [file.path for file in payload or []])
 
 
 def examples_input(pictures: Sequence[Path], picture: gradio.Image) -> gradio.Dataset | None:
-    """Pictures to choose from, of which the number is passed on; None if there are none."""
+    """Images to choose from, of which the number is passed on; None if there are none."""
     if not pictures:
         return None
     samples = [[str(path)] for path in pictures]
@@ -106,7 +106,7 @@ def upload(value: Any, uploads: Uploads) -> dict[str, Any]:
     """
     path = uploads.find(value.get("path")) if isinstance(value, dict) else None
     if path is None:
-        raise gradio.Error("Upload the picture itself: this page fetches nothing.", print_exception=False)
+        raise gradio.Error("Upload the image itself: this page fetches nothing.", print_exception=False)
     return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
 
 

@@ -1,4 +1,4 @@
-"""A heat map over a picture."""
+"""A heat map over an image."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ COLD_OPACITY, HOT_OPACITY = 0.5, 0.75
 
 
 def overlay(picture: UInt8[Tensor, "3 height width"], heat: Float[Tensor, "row column"]) -> Image.Image:
-    """The picture under its heat map, whose least value is coldest and whose greatest is hottest."""
+    """The image under its heat map, whose least value is coldest and whose greatest is hottest."""
     heat = heat - heat.min()
     heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
     heat = interpolate(heat[None, None], size=picture.shape[1:], mode="bicubic")[0].clamp(0, 1)
@@ -35,12 +35,12 @@ def colored(heat: Float[Tensor, "height width"]) -> Float[Tensor, "3 height widt
 
 
 def to_pillow(picture: UInt8[Tensor, "3 height width"]) -> Image.Image:
-    """The picture as Pillow has it."""
+    """The image as Pillow has it."""
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def to_thumbnail(picture: UInt8[Tensor, "3 height width"], side: int) -> Image.Image:
-    """The whole picture, at most `side` pixels wide and high."""
+    """The whole image, at most `side` pixels wide and high."""
     made = to_pillow(picture)
     made.thumbnail((side, side))
     return made

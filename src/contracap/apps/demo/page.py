@@ -17,8 +17,8 @@ from contracap.apps.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Cho
 from contracap.apps.page import table
 
 WAITING = 100  # visitors in the queue, beyond whom nobody is let in
-STATE_SECONDS = 2  # from one look at how many pictures can be searched to the next
-MAX_SEARCHED = 200  # pictures that a visitor searches
+STATE_SECONDS = 2  # from one look at how many images can be searched to the next
+MAX_SEARCHED = 200  # images that a visitor searches
 CSS = """
 .gradio-container { max-width: 76rem !important; }
 footer { display: none !important; }
@@ -118,7 +118,7 @@ def _caption_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) ->
             word = gradio.Radio(
                 [],
                 label="Where each word looked",
-                info="On the part of the picture that the model sees; yellow is most.",
+                info="On the part of the image that the model sees; yellow is most.",
             )
             maps = _gallery("maps", format="png")
 
@@ -148,7 +148,7 @@ def _caption_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) ->
 
 
 def _gallery(name: str, *, format: str) -> gradio.Gallery:
-    """Pictures in rows of four, for looking at alone."""
+    """Images in rows of four, for looking at alone."""
     return gradio.Gallery(
         show_label=False,
         columns=4,
@@ -203,24 +203,22 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
         with gradio.Column(elem_classes="given"):
             files = None
             if collection is None:
-                files = pictures_input("Pictures to search in")
+                files = pictures_input("Images to search in")
                 gradio.Markdown("`contracap demo WEIGHTS --pictures FOLDER` searches a folder instead.")
-            text = gradio.Textbox(label="Text", placeholder="what the picture shows")
+            text = gradio.Textbox(label="Text", placeholder="what the image shows")
             by_text = gradio.Button("Search by text", variant="primary")
-            picture = picture_input("Or a picture")
-            by_picture = gradio.Button("Search by picture")
+            picture = picture_input("Or an image")
+            by_picture = gradio.Button("Search by image")
         with gradio.Column(elem_classes="shown"):
             state = gradio.Markdown()
             found = _gallery("found", format="jpeg")
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
         if len(paths) > MAX_SEARCHED:
-            raise ValueError(
-                f"these are {len(paths):,} pictures; the page searches at most {MAX_SEARCHED} uploaded ones"
-            )
+            raise ValueError(f"these are {len(paths):,} images; the page searches at most {MAX_SEARCHED} uploaded ones")
         uploaded = Collection(actions, paths)
         for done in uploaded.fill():
-            progress((done, uploaded.total), desc="reading pictures", unit="pictures")
+            progress((done, uploaded.total), desc="reading images", unit="pictures")
         return uploaded, uploaded.state
 
     def search_text(wanted: str, uploaded: Collection | None = None) -> tuple[Any, str]:
@@ -258,7 +256,7 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
 
 def _given(collection: Collection | None) -> Collection:
     if collection is None or not collection.total:
-        raise ValueError("there is nothing to search in yet: upload some pictures")
+        raise ValueError("there is nothing to search in yet: upload some images")
     return collection
 
 
@@ -271,7 +269,7 @@ def _on_picture(
     name: str,
     alone: dict[str, Any],
 ) -> None:
-    """Act once there is a picture, the first input, and again at a button."""
+    """Act once there is an image, the first input, and again at a button."""
 
     def act_on(path: str | None, *others: Any) -> Any:
         return action(path, *others) if path is not None else gradio.skip()  # it was taken away
@@ -288,7 +286,7 @@ def _on_example(
     outputs: list[Any],
     alone: dict[str, Any],
 ) -> None:
-    """Put the example that is chosen in place of the picture, the first input, and act on it."""
+    """Put the example that is chosen in place of the image, the first input, and act on it."""
     if shown is not None:
         shown.click(
             clearly(lambda number: str(examples.pictures[number])),

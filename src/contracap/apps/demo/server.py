@@ -36,7 +36,7 @@ def serve(
     """Serve the page until SIGINT or SIGTERM. What visitors upload is deleted then, if not before.
 
     Args:
-        pictures: to search in; they are embedded while the page is served.
+        images: to search in; they are embedded while the page is served.
         folder: that holds them; the page shows their names below it.
 
     Raises: ValueError: if the model has no text decoder.

@@ -42,7 +42,7 @@ NAMES = {
     "beam": "Beam search",
     "greedy": "Greedy",
     "sample": "Sampling",
-    "rerank": "Sampling, ranked by the picture",
+    "rerank": "Sampling, ranked by the image",
     "legacy": "Beam search of the 2023 release",
 }
 

@@ -23,7 +23,7 @@ from starlette.types import Message
 from contracap.apps.web import MIB, BodyTooLargeError, limited
 
 MAX_PICTURE_MIB = 20
-MAX_UPLOAD_MIB = 100  # all pictures that are uploaded together
+MAX_UPLOAD_MIB = 100  # all images that are uploaded together
 MAX_COMING_MIB = 400  # all uploads that are under way
 MAX_KEPT_MIB = 1024  # in the folder, beyond which the oldest files are deleted
 KEPT_FOR = 3600  # seconds after which a file is deleted in any case
@@ -63,7 +63,7 @@ class Uploads:
         return found if named and is_regular(found) else None
 
     async def send(self, request: Request) -> Response:
-        """Answer with a file of the folder; only pictures are shown in the browser."""
+        """Answer with a file of the folder; only images are shown in the browser."""
         path = Path(request.path_params["path"])
         if ".." in path.parts or not path.is_relative_to(self.folder) or not is_regular(path):
             return PlainTextResponse("this page has no such file", 403)
@@ -98,12 +98,12 @@ class Uploads:
             async with asyncio.timeout(UPLOAD_SECONDS), form as parts:
                 files = [file for file in parts.getlist("files") if isinstance(file, UploadFile)]
                 if any((file.size or 0) > MAX_PICTURE_MIB * MIB for file in files):
-                    return PlainTextResponse(f"a picture may have {MAX_PICTURE_MIB} MiB, the maximum here", 413)
+                    return PlainTextResponse(f"an image may have {MAX_PICTURE_MIB} MiB, the maximum here", 413)
                 return JSONResponse(await to_thread.run_sync(self._keep, files))
         except HTTPException:
             return PlainTextResponse("only files can be uploaded, in a form's field `files`", 400)
         except BodyTooLargeError:
-            error = f"pictures that are uploaded together may have {MAX_UPLOAD_MIB} MiB, the maximum here"
+            error = f"images that are uploaded together may have {MAX_UPLOAD_MIB} MiB, the maximum here"
             return PlainTextResponse(error, 413)
         except (TimeoutError, ClientDisconnect):
             return PlainTextResponse(f"the upload did not come within {UPLOAD_SECONDS} seconds", 408)

@@ -31,7 +31,7 @@ from contracap.training.gpus import Gpu, find_gpu
 from contracap.training.recipe import Recipe, in_steps
 
 USABLE = 0.92  # share of a GPU's memory; CUDA, buffers between GPUs and gaps between tensors take the rest: estimated
-MOST_ROWS = 2**20
+MAX_ROWS = 2**20
 MAX_GPUS = 10**6
 Fits = Callable[[Recipe, int], bool]  # whether a step of the recipe on so many GPUs has the memory it takes
 
@@ -104,7 +104,7 @@ def plan_run(
         return sum(memory_parts(changed, model, others, tokens, rows=rows, product=product).values()) <= usable
 
     usable = USABLE * machine.memory
-    largest = bisect_right(range(1, MOST_ROWS), usable, key=lambda rows: sum(memory(float(rows)).values()))
+    largest = bisect_right(range(1, MAX_ROWS), usable, key=lambda rows: sum(memory(float(rows)).values()))
     collectives = collectives_of(recipe, shares, rows=share, product=product)
     seconds = step_seconds(
         machine,

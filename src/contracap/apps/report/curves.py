@@ -5,7 +5,7 @@ from typing import Any
 
 from contracap.apps.page import Html, chart, charts, paragraph
 
-MOST_POINTS = 300  # of a curve; of a longer one, neighbours are averaged
+MAX_POINTS = 300  # of a curve; of a longer one, neighbours are averaged
 SERIES = {  # what is drawn of each step's record: title to the names of up to three curves
     "contrastive loss, nats": {"training": "contrastive_loss", "validation": "validation_contrastive_loss"},
     "captioning loss, nats per token": {"training": "captioning_loss", "validation": "validation_captioning_loss"},
@@ -38,14 +38,14 @@ def curves(records: Sequence[Mapping[str, Any]]) -> Html:
     )
 
 
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
     """At most `most` points: of more, means of equally many neighbours."""
     size = _neighbours(len(points), most)
     parts = (points[first : first + size] for first in range(0, len(points), size)) if points else ()
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def _neighbours(points: int, most: int = MOST_POINTS) -> int:
+def _neighbours(points: int, most: int = MAX_POINTS) -> int:
     """How many points become one."""
     return -(-points // most)
 

@@ -1,4 +1,4 @@
-"""What a model retrieves: for texts the best pictures, for pictures the best texts, the right ones marked."""
+"""What a model retrieves: for texts the best images, for images the best texts, the right ones marked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Found:
     """The best candidates for one query.
 
     Attributes:
-        query: row of the text or of the picture.
+        query: row of the text or of the image.
         candidates: rows of the best, best first; of equal ones the first in the data is better.
         right: whether each belongs to the query.
     """
@@ -27,7 +27,7 @@ class Found:
 
 
 def best_pictures(features: Features, texts: Sequence[int]) -> list[Found]:
-    """The five best pictures for each of these texts."""
+    """The five best images for each of these texts."""
     scores = features.texts[list(texts)] @ features.images.T
     found = []
     for text, row in zip(texts, scores, strict=True):
@@ -38,7 +38,7 @@ def best_pictures(features: Features, texts: Sequence[int]) -> list[Found]:
 
 
 def best_texts(features: Features, images: Sequence[int]) -> list[Found]:
-    """The five best texts for each of these pictures."""
+    """The five best texts for each of these images."""
     scores = features.images[list(images)] @ features.texts.T
     found = []
     for image, row in zip(images, scores, strict=True):
@@ -49,7 +49,7 @@ def best_texts(features: Features, images: Sequence[int]) -> list[Found]:
 
 
 def picture_grid(features: Features, found: Sequence[Found], samples: Mapping[int, Sample]) -> Html:
-    """A line for each text: its best pictures. Green is the right one, red another in the first place."""
+    """A line for each text: its best images. Green is the right one, red another in the first place."""
     rows = [
         (
             features.captions[each.query],
@@ -64,7 +64,7 @@ def picture_grid(features: Features, found: Sequence[Found], samples: Mapping[in
 
 
 def caption_grid(features: Features, found: Sequence[Found], samples: Mapping[int, Sample]) -> Html:
-    """A line for each picture: its best texts, ticked if they are its own."""
+    """A line for each image: its best texts, ticked if they are its own."""
     rows = [
         (
             shown(samples[each.query]),

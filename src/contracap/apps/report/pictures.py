@@ -1,4 +1,4 @@
-"""Pictures of a data set, small enough for a page."""
+"""Images of a data set, small enough for a page."""
 
 import io
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def chosen_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
 
 
 def shown(sample: Sample, *, good: bool | None = None) -> Html:
-    """A sample's picture as a thumbnail; its first caption, or its key, stands for it where it cannot be seen."""
+    """A sample's image as a thumbnail; its first caption, or its key, stands for it where it cannot be seen."""
     alt = sample.captions[0] if sample.captions else sample.key
     return picture(thumbnail(sample.image), alt=alt, good=good)
 
@@ -33,7 +33,7 @@ def shown(sample: Sample, *, good: bool | None = None) -> Html:
 def thumbnail(image: bytes) -> bytes:
     """A JPEG of at most `SIDE` pixels; a PNG of no more is left as it is.
 
-    Raises: ImageError: if the picture cannot be read.
+    Raises: ImageError: if the image cannot be read.
     """
     pixels = decode(image)
     if max(pixels.shape[1:]) <= SIDE and image.startswith(b"\x89PNG"):

@@ -30,8 +30,8 @@ from contracap.training.logging import CAPTIONS_FILE, METRICS_FILE, read_metrics
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe
 
 PAGE = "report.html"
-MOST_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
-MOST_CAPTIONS = 16  # pictures whose captions on the way are shown
+MAX_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
+MAX_CAPTIONS = 16  # images whose captions on the way are shown
 NO_COMMANDS = "no report runs one"
 Builder = Callable[[], tuple[Source, Evaluator]]  # of an evaluator, with the data it measures on
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[s
         return {}, "the recipe has neither evaluation.tasks nor data.validation"
     require_consent(recipe.data.validation, False, NO_COMMANDS)
     lines = recipe.data.captions.lines
-    samples = list(islice(evaluation_samples(recipe.data.validation, lines=lines), MOST_VALIDATION))
+    samples = list(islice(evaluation_samples(recipe.data.validation, lines=lines), MAX_VALIDATION))
     if not all(sample.captions for sample in samples):
         return {}, "the recipe has no evaluation.tasks, and its validation shards have no captions"
     evaluators: dict[str, Builder] = {}
@@ -138,7 +138,7 @@ def _asked(file: Path) -> dict[str, TaskConfig]:
 
 
 def captions_on_the_way(path: Path) -> Html:
-    """What was written for the first pictures at the first, the middle and the last step of captions.jsonl."""
+    """What was written for the first images at the first, the middle and the last step of captions.jsonl."""
     written: dict[int, dict[str, Mapping[str, Any]]] = {}
     whole, _, _ = read_regular(path).decode("utf-8").rpartition("\n")  # a line may be half written
     for line in whole.splitlines():
@@ -153,14 +153,14 @@ def captions_on_the_way(path: Path) -> Html:
             *(written[step].get(key, {}).get("caption", "") for step in steps),
             next(iter(caption.get("references", ())), ""),
         )
-        for key, caption in islice(written[steps[-1]].items(), MOST_CAPTIONS)
+        for key, caption in islice(written[steps[-1]].items(), MAX_CAPTIONS)
     ]
     return table((*(f"step {step:,}" for step in steps), "a person wrote"), rows)
 
 
 def _progress(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
     done = records[-1]["step"] if records else 0
-    return f"{done:,} of {recipe.steps:,} steps of {recipe.data.batch_size:,} pictures with a caption each."
+    return f"{done:,} of {recipe.steps:,} steps of {recipe.data.batch_size:,} images with a caption each."
 
 
 def _facts(recipe: Recipe) -> Html:

@@ -1,4 +1,4 @@
-"""What an evaluation found, beyond its figures: pictures with their captions, retrieval, confusions."""
+"""What an evaluation found, beyond its figures: images with their captions, retrieval, confusions."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ from contracap.evaluation.zeroshot import Classification
 
 QUERIES = 8  # of each direction of retrieval
 CARDS = 5  # captions of each kind
-MOST_CLASSES = 25  # of a whole confusion matrix
-MOST_PAIRS = 20  # of one with more classes
+MAX_CLASSES = 25  # of a whole confusion matrix
+MAX_PAIRS = 20  # of one with more classes
 
 
 def sections_of(result: Result, data: Source) -> Iterator[Html]:
@@ -30,18 +30,18 @@ def sections_of(result: Result, data: Source) -> Iterator[Html]:
 
 
 def retrieved(features: Features, data: Source) -> Iterator[Html]:
-    """What is found for some texts and some pictures, spread over the data."""
+    """What is found for some texts and some images, spread over the data."""
     images = spread(len(features.images), QUERIES)
     first_texts = {image: text for text, image in reversed(list(enumerate(features.image_of_text.tolist())))}
     pictures = best_pictures(features, [first_texts[image] for image in images])
     texts = best_texts(features, images)
     samples = chosen_samples(data, {*images, *(image for each in pictures for image in each.candidates)})
     yield paragraph(
-        f"For {len(images)} captions the best of all {len(features.images):,} pictures. Green: the caption's own "
-        "picture; red: another one in the first place."
+        f"For {len(images)} captions the best of all {len(features.images):,} images. Green: the caption's own "
+        "image; red: another one in the first place."
     )
     yield picture_grid(features, pictures, samples)
-    yield paragraph(f"For their pictures the best of all {len(features.captions):,} captions.")
+    yield paragraph(f"For their images the best of all {len(features.captions):,} captions.")
     yield caption_grid(features, texts, samples)
 
 
@@ -66,13 +66,13 @@ def captioned(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]
 def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequence[int]) -> Iterator[Html]:
     """How often each class is taken for each other: all of them, or of many classes the pairs most often confused."""
     counts = Counter(zip(labels, predictions, strict=True))
-    if len(classes) <= MOST_CLASSES:
-        yield paragraph("In each row the pictures of one class, and what they are taken for.")
+    if len(classes) <= MAX_CLASSES:
+        yield paragraph("In each row the images of one class, and what they are taken for.")
         matrix = [[counts[label, taken] for taken in range(len(classes))] for label in range(len(classes))]
         yield heat_table("class", classes, matrix)
         return
     of_class = Counter(labels)
-    wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]][:MOST_PAIRS]
+    wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]][:MAX_PAIRS]
     yield paragraph(f"Of {len(classes)} classes the pairs that are most often confused.")
     yield table(
         ("class", "taken for", "pictures", "of the class"),
@@ -85,7 +85,7 @@ def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequenc
 
 
 def _beneath(prediction: Prediction) -> Html:
-    """What was written for a picture, how it scored, and what people wrote."""
+    """What was written for an image, how it scored, and what people wrote."""
     references = "".join(f"<li>{text(caption)}</li>" for caption in prediction.captions)
     return Html(
         f'<b>{text(prediction.prediction)}</b> <span class="faint">{100 * (prediction.cider or 0.0):.0f}</span>'

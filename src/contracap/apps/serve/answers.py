@@ -18,7 +18,7 @@ class Problem(BaseModel):
 
 
 class Alternative(BaseModel):
-    """One text for the picture."""
+    """One text for the image."""
 
     caption: str
     score: float = Field(description="what ranks the texts, higher is better")
@@ -26,22 +26,20 @@ class Alternative(BaseModel):
 
 
 class CaptionAnswer(Alternative):
-    """The best text for the picture, and the n best."""
+    """The best text for the image, and the n best."""
 
     alternatives: list[Alternative] = Field(description="best first; the first is the caption itself")
-    embedding: list[float] | None = Field(
-        default=None, description="of the picture, a unit vector, if it was asked for"
-    )
+    embedding: list[float] | None = Field(default=None, description="of the image, a unit vector, if it was asked for")
 
 
 class PictureEmbedding(BaseModel):
-    """A unit vector in the space that pictures and texts share."""
+    """A unit vector in the space that images and texts share."""
 
     embedding: list[float]
 
 
 class Answers(BaseModel, Generic[Answer]):
-    """The answer for each picture of a form, in their order, or what is wrong with it."""
+    """The answer for each image of a form, in their order, or what is wrong with it."""
 
     answers: list[Answer | Problem]
 
@@ -59,11 +57,11 @@ class TextEmbeddings(BaseModel):
 
 
 class LabelAnswer(BaseModel):
-    """One label and how well it fits the picture."""
+    """One label and how well it fits the image."""
 
     label: str
     probability: float = Field(description="softmax over the labels, at the model's own logit scale")
-    similarity: float = Field(description="cosine of picture and label")
+    similarity: float = Field(description="cosine of image and label")
 
 
 class Classification(BaseModel):

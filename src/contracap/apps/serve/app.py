@@ -53,18 +53,18 @@ from contracap.processor import Processor
 
 Made = TypeVar("Made")
 
-MAX_BEAMS = 32  # rows that one picture may take in a batch
+MAX_BEAMS = 32  # rows that one image may take in a batch
 MAX_LABELS = 100
 MAX_PICTURES = 16  # of a form
 DECODERS = min(4, os.cpu_count() or 1)
-LARGE = 16_000_000  # pixels of pictures that are decoded one at a time: several would take gigabytes
+LARGE = 16_000_000  # pixels of images that are decoded one at a time: several would take gigabytes
 TRIM_SECONDS = 2
 
 BYTES = {"type": "string", "format": "binary"}
 PICTURE = {
     "requestBody": {
         "required": True,
-        "description": "the bytes of a picture file: JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF; or a form with several",
+        "description": "the bytes of an image file: JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF; or a form with several",
         "content": {kind: {"schema": BYTES} for kind in ("image/*", "application/octet-stream")}
         | {
             "multipart/form-data": {
@@ -110,19 +110,19 @@ class DefaultStrategy:
     def strategy(self, query: dict[str, str]) -> Strategy:
         """The strategy that a request asks for. Without a name its settings change those of the default.
 
-        Raises: ConfigError: for an unknown name or setting, a wrong value, or more rows than a picture may take.
+        Raises: ConfigError: for an unknown name or setting, a wrong value, or more rows than an image may take.
         """
         asked = dict(query)
         name = asked.pop("strategy", None)
         settings = [f"{key}={value}" for key, value in asked.items()]
         strategy = build_strategy(name or self.name, settings if name else [*self.settings, *settings])
         if strategy.rows > MAX_BEAMS:
-            raise ConfigError(f"{strategy.rows} beams or samples of a picture are more than the {MAX_BEAMS} allowed")
+            raise ConfigError(f"{strategy.rows} beams or samples of an image are more than the {MAX_BEAMS} allowed")
         return strategy
 
 
 def _tokens(strategy: Strategy) -> int:
-    """What a strategy may write for a picture: the measure of its cost."""
+    """What a strategy may write for an image: the measure of its cost."""
     return strategy.rows * strategy.max_tokens
 
 
@@ -175,7 +175,7 @@ def build_app(
         return await loop.run_in_executor(large if pixels > LARGE else decoders, served.picture, data)
 
     async def answer_each(request: Request, answer: Callable[[Picture], Awaitable[Answer]]) -> Answer | Answers[Answer]:
-        """One answer if the body is a picture, a list of them if it is a form."""
+        """One answer if the body is an image, a list of them if it is a form."""
         if not request.headers.get("content-type", "").startswith("multipart/"):
             return await answer(await picture(await request.body()))
 
@@ -191,9 +191,9 @@ def build_app(
     async def caption(
         request: Request,
         prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="what the caption begins with")] = "",
-        embedding: Annotated[bool, Query(description="whether the picture's embedding is given too")] = False,
+        embedding: Annotated[bool, Query(description="whether the image's embedding is given too")] = False,
     ) -> CaptionAnswer | Answers[CaptionAnswer]:
-        """Write a caption for a picture."""
+        """Write a caption for an image."""
         if served.captioner is None:
             raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
         settings = {key: value for key, value in request.query_params.items() if key not in ("prompt", "embedding")}
@@ -204,7 +204,7 @@ def build_app(
             await asyncio.get_running_loop().run_in_executor(decoders, served.captioner.check, strategy, prompt)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        share = batching.max_batch * usual / _tokens(strategy)  # pictures that cost as much as a batch of the default's
+        share = batching.max_batch * usual / _tokens(strategy)  # images that cost as much as a batch of the default's
         queue = batcher if share >= batching.max_batch else heavy
 
         async def answer(picture: Picture) -> CaptionAnswer:
@@ -224,7 +224,7 @@ def build_app(
         label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="once for each label")],
         template: Annotated[str, Query(description="a text with {} where the label goes")] = TEMPLATE,
     ) -> Classification | Answers[Classification]:
-        """Say which of some labels fits a picture, without any training on them."""
+        """Say which of some labels fits an image, without any training on them."""
         labels = tuple(dict.fromkeys(label))  # what is asked twice would have its probability halved
         try:
             templates = check_templates([template])
@@ -243,7 +243,7 @@ def build_app(
 
     @app.post("/v1/embed/image", openapi_extra=PICTURE, dependencies=key)
     async def embed_image(request: Request) -> PictureEmbedding | Answers[PictureEmbedding]:
-        """Put a picture into the space of pictures and texts."""
+        """Put an image into the space of images and texts."""
 
         async def answer(picture: Picture) -> PictureEmbedding:
             embedding = await batcher.submit(served.picture_embeddings, None, picture)
@@ -253,7 +253,7 @@ def build_app(
 
     @app.post("/v1/embed/text", dependencies=key)
     async def embed_text(texts: Texts) -> TextEmbeddings:
-        """Put texts into the space of pictures and texts."""
+        """Put texts into the space of images and texts."""
         _check_characters(sum(map(len, texts.texts)))
         made = await _all(batcher.submit(served.text_embeddings, None, text) for text in texts.texts)
         return TextEmbeddings(embeddings=[embedding.tolist() for embedding in made])

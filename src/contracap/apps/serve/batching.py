@@ -28,7 +28,7 @@ class BatchingConfig:
     """Milliseconds that a request waits for others while the model is idle."""
 
     def __post_init__(self) -> None:
-        require_count("max_batch", self.max_batch, 1, "pictures that go through the model together", most=4096)
+        require_count("max_batch", self.max_batch, 1, "images that go through the model together", most=4096)
         if not 0 <= self.max_wait_ms <= 60_000:
             raise ValueError(f"max_wait_ms must be from 0 to 60000 milliseconds, not {self.max_wait_ms}")
 

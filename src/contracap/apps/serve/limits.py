@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from contracap.apps.serve.config import LimitsConfig
 from contracap.apps.web import MIB, BodyTooLargeError, limited
 
-SMALL_BODY = 1  # MiB, of what is not a picture: it is parsed between other requests
+SMALL_BODY = 1  # MiB, of what is not an image: it is parsed between other requests
 BODIES = 16  # times `max_body_mib` that all bodies under way may take together
 
 
@@ -81,7 +81,7 @@ class LimitRequests:
     after they have sent all.
 
     Args:
-        pictures: the paths whose bodies may have `max_body_mib`; those of others have `SMALL_BODY`.
+        images: the paths whose bodies may have `max_body_mib`; those of others have `SMALL_BODY`.
     """
 
     def __init__(self, app: ASGIApp, *, limits: LimitsConfig, under_way: UnderWay, pictures: frozenset[str]):

@@ -32,7 +32,7 @@ class ServedModel:
         self._classifier = lru_cache(maxsize=64)(self._new_classifier)
 
     def picture(self, data: bytes) -> Picture:
-        """The picture in a file's bytes, as the model sees it before normalisation.
+        """The image in a file's bytes, as the model sees it before normalisation.
 
         Raises: ImageError: if it cannot be used.
         """
@@ -41,7 +41,7 @@ class ServedModel:
     def captions(
         self, strategy: Strategy, asked: list[tuple[Picture, str]], go_on: Callable[[], object]
     ) -> list[Caption]:
-        """A caption for each picture, which begins with its prompt.
+        """A caption for each image, which begins with its prompt.
 
         Raises: ValueError: if the model gives numbers that are not finite.
         """
@@ -52,7 +52,7 @@ class ServedModel:
 
     @torch.inference_mode()
     def picture_embeddings(self, _: None, pictures: list[Picture], go_on: object) -> list[Float32[Tensor, "embed"]]:
-        """A unit vector for each picture."""
+        """A unit vector for each image."""
         with evaluating(self.model):
             return list(finite(self.model.encode_image(self._pixels(pictures)), "pictures").cpu())
 
@@ -65,7 +65,7 @@ class ServedModel:
     def similarities(
         self, classes: tuple[tuple[str, ...], tuple[str, ...]], pictures: list[Picture], go_on: object
     ) -> list[Float32[Tensor, "label"]]:
-        """For each picture its cosine with each label; `classes` are the labels and the templates they stand in."""
+        """For each image its cosine with each label; `classes` are the labels and the templates they stand in."""
         weights = self._classifier(*classes)
         return list(torch.stack(self.picture_embeddings(None, pictures, go_on)) @ weights.T)
 

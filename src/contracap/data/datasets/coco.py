@@ -55,7 +55,7 @@ def read_karpathy(path: Path, document: dict[str, Any], splits: Sequence[str] = 
     found = list(dict.fromkeys(name for name in names if isinstance(name, str)))
     for split in splits:
         if split not in found:
-            raise SourceError(f"{path} has no pictures in the split {split}; its splits are {', '.join(found)}")
+            raise SourceError(f"{path} has no images in the split {split}; its splits are {', '.join(found)}")
 
     def entry(image: Any) -> Entry | None:
         if image["split"] not in (splits or found):

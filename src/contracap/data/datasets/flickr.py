@@ -41,5 +41,5 @@ def read_flickr(path: Path) -> Iterator[Entry | Refused]:
         elif found := pattern.fullmatch(line):
             yield Entry(picture=found["picture"].strip(), captions=texts_in(found["caption"]))
         elif line:
-            message = "not a picture, a number and a caption"
+            message = "not an image, a number and a caption"
             yield Refused(source=f"{path.name}, line {number}", kind="bad_row", message=message)

@@ -44,7 +44,7 @@ def read_table(
     caption_columns: Sequence[str] = (),
     splits: Sequence[str] = (),
 ) -> Iterator[Entry | Refused]:
-    """The rows of a table; the columns besides picture and captions become fields. A row that cannot be used is
+    """The rows of a table; the columns besides image and captions become fields. A row that cannot be used is
     refused.
 
     Args:
@@ -162,7 +162,7 @@ def _is_kohya(document: dict[str, Any]) -> bool:
 
 
 def _lacks(path: Path, row: dict[str, Any], pictures: Sequence[str], captions: Sequence[str]) -> SourceError:
-    wanted, remedy = pictures, "name the one with the pictures, --image-column"
+    wanted, remedy = pictures, "name the one with the images, --image-column"
     if column(row, pictures) is not None:
         wanted, remedy = captions or CAPTION_COLUMNS, "name those with captions, --caption-column NAME [NAME ...]"
     problem = f"{path} has no column {' or '.join(wanted)}, but {_listed(row)}"

@@ -21,7 +21,7 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
         path: the questions, such as `v2_OpenEnded_mscoco_train2014_questions.json`; the answers lie beside them, as
             `v2_mscoco_train2014_annotations.json`. Of a test set there are none.
         document: what `path` holds.
-        pictures: names of image files. The id of an image is the number at the end of its name, or its name.
+        images: names of image files. The id of an image is the number at the end of its name, or its name.
 
     Raises:
         SourceError: if two images have one id, or a file is not what it should be.
@@ -54,7 +54,7 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
         names = named.get(identity, [str(identity)])
         if len(names) > 1:
             raise SourceError(
-                f"picture {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder, with --pictures, "
+                f"image {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder, with --pictures, "
                 "or after the file where there is no such option"
             )
         yield Entry(picture=names[0], fields={"image_id": identity, "qa": questions})

@@ -1,4 +1,4 @@
-"""Figures of classification, where they are means over the pictures as what each picture adds to them.
+"""Figures of classification, where they are means over the images as what each image adds to them.
 
 Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from contracap.evaluation.metrics.ranking import places
 
-ROWS = 1024  # pictures ranked at a time
+ROWS = 1024  # images ranked at a time
 
 
 def accuracy_parts(
-    scores: Float32[Tensor, "picture class"], labels: Int64[Tensor, "picture"]
+    scores: Float32[Tensor, "image class"], labels: Int64[Tensor, "picture"]
 ) -> dict[str, Float64[Tensor, "picture"]]:
-    """What each picture adds to `acc1`, `acc5` and `mean_per_class_recall`, which are the means."""
+    """What each image adds to `acc1`, `acc5` and `mean_per_class_recall`, which are the means."""
     blocks = zip(scores.split(ROWS), labels.split(ROWS), strict=True)
     ranks, counts = torch.cat([places(*block) for block in blocks]), torch.bincount(labels).double()
     top1, top5 = (ranks < 1).double(), (ranks < 5).double()
@@ -25,11 +25,11 @@ def accuracy_parts(
     return {"acc1": top1, "acc5": top5, "mean_per_class_recall": top1 * weight}
 
 
-def mean_average_precision(scores: Float32[Tensor, "picture class"], labels: Sequence[tuple[int, ...]]) -> float:
-    """Mean over the classes of average precision: for each picture of a class, the share of the class's pictures among
-    those that score at least as high, averaged over these pictures. A class without a picture counts 0.
+def mean_average_precision(scores: Float32[Tensor, "image class"], labels: Sequence[tuple[int, ...]]) -> float:
+    """Mean over the classes of average precision: for each image of a class, the share of the class's images among
+    those that score at least as high, averaged over these images. A class without an image counts 0.
 
-    It is not a mean over the pictures: what one of them adds depends on which others there are.
+    It is not a mean over the images: what one of them adds depends on which others there are.
     """
     wanted = torch.zeros(scores.shape, dtype=torch.float64)
     for row, found in zip(wanted, labels, strict=True):

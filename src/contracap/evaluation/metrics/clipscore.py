@@ -1,4 +1,4 @@
-"""CLIPScore: how well captions suit their pictures by a contrastive model's own judgement, with or without references.
+"""CLIPScore: how well captions suit their images by a contrastive model's own judgement, with or without references.
 
 Source: Hessel et al., CLIPScore: A Reference-free Evaluation Metric for Image Captioning (arXiv 2104.08718).
 """
@@ -33,22 +33,22 @@ class ClipScorer:
     @torch.inference_mode()
     def score(
         self,
-        pictures: Sequence[bytes | str | Path] | Float32[Tensor, "picture 3 height width"],
+        pictures: Sequence[bytes | str | Path] | Float32[Tensor, "image 3 height width"],
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> tuple[list[float], list[float]]:
         """CLIPScore and RefCLIPScore of each caption.
 
-        The first is 2.5 max(cos(picture, caption), 0), the second the harmonic mean of that and of the largest cosine
+        The first is 2.5 max(cos(image, caption), 0), the second the harmonic mean of that and of the largest cosine
         between the caption and a reference, or 0.
 
         Args:
-            pictures: file contents or paths, or their pixels as `processor` gives them.
-            captions: one for each picture.
-            references: for each picture what people wrote, one caption at least.
+            images: file contents or paths, or their pixels as `processor` gives them.
+            captions: one for each image.
+            references: for each image what people wrote, one caption at least.
 
         Raises:
-            FileNotFoundError, ImageError: naming a picture that is missing or cannot be used.
+            FileNotFoundError, ImageError: naming an image that is missing or cannot be used.
             ValueError: if the model's features are not finite.
         """
         scores, with_references = [], []
@@ -63,7 +63,7 @@ class ClipScorer:
 
     def _score(
         self,
-        pixels: Float32[Tensor, "picture 3 height width"],
+        pixels: Float32[Tensor, "image 3 height width"],
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> tuple[Float32[Tensor, "picture"], Float32[Tensor, "picture"]]:

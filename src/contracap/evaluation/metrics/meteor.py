@@ -1,6 +1,6 @@
 """METEOR 1.5, computed by its own program: exact, stem, synonym and paraphrase matches against the best reference.
 
-The jar, its tables and the protocol (a line SCORE for each picture, then one line EVAL for the set) are those of
+The jar, its tables and the protocol (a line SCORE for each image, then one line EVAL for the set) are those of
 `pycocoevalcap`, whose figures these equal.
 
 Source: Denkowski and Lavie, Meteor Universal (2014).
@@ -27,7 +27,7 @@ SEPARATOR = "|||"
 
 @dataclass(frozen=True, kw_only=True)
 class MeteorScores:
-    """METEOR from 0 to 1, of the set and of each picture. The first is not the mean of the others: it is computed from
+    """METEOR from 0 to 1, of the set and of each image. The first is not the mean of the others: it is computed from
     summed counts."""
 
     corpus: float
@@ -42,7 +42,7 @@ class Meteor:
         """Finds the program.
 
         Args:
-            timeout: seconds for one call of `score` (5,000 pictures take about ten).
+            timeout: seconds for one call of `score` (5,000 images take about ten).
 
         Raises:
             UnavailableError: if Java or the jar is missing.
@@ -72,11 +72,11 @@ class Meteor:
                 cast(IO[bytes], file).close()
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
-        """Scores tokenized captions: `references[i]` are those of picture i, `hypotheses[i]` is what a model wrote.
+        """Scores tokenized captions: `references[i]` are those of image i, `hypotheses[i]` is what a model wrote.
         Once: then the program has ended.
 
         Raises:
-            ValueError: if a picture has no reference or an empty one, or the two lengths differ.
+            ValueError: if an image has no reference or an empty one, or the two lengths differ.
             JavaError: if the program fails, is too slow, or does not answer line for line.
         """
         check(references, hypotheses)

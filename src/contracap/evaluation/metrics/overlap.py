@@ -1,6 +1,6 @@
 """Caption metrics that count shared words: BLEU, ROUGE_L and CIDEr of tokenized captions, in float64.
 
-Everywhere: `references[i]` are the captions of picture i, `hypotheses[i]` is what a model wrote for it, all of them
+Everywhere: `references[i]` are the captions of image i, `hypotheses[i]` is what a model wrote for it, all of them
 tokens joined by blanks as `tokens.tokenize` returns them. The figures equal those of `pycocoevalcap` 1.2.
 """
 
@@ -24,7 +24,7 @@ class Bleu:
     Attributes:
         scores: Bleu_1 to Bleu_4, from 0 to 1.
         hypothesis_length: words of all hypotheses.
-        reference_length: words of, for each picture, the reference nearest in length (the shorter of two).
+        reference_length: words of, for each image, the reference nearest in length (the shorter of two).
         guessed: n-grams in the hypotheses, n = 1 to 4.
         correct: those that a reference has too, each as often as the reference that has it most often.
     """
@@ -37,10 +37,10 @@ class Bleu:
 
 
 def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Bleu:
-    """Corpus BLEU. Not the mean over pictures: for one picture's score give one picture.
+    """Corpus BLEU. Not the mean over images: for one image's score give one image.
 
     Raises:
-        ValueError: if a picture has no reference or an empty one, or the two lengths differ.
+        ValueError: if an image has no reference or an empty one, or the two lengths differ.
     """
     check(references, hypotheses)
     hypothesis_length = reference_length = 0
@@ -73,12 +73,12 @@ def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Bleu
 
 
 def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
-    """ROUGE_L of each picture, from 0 to 1; the figure of a set is their mean.
+    """ROUGE_L of each image, from 0 to 1; the figure of a set is their mean.
 
     The best precision and the best recall may come from different references.
 
     Raises:
-        ValueError: if a picture has no reference or an empty one, or the two lengths differ.
+        ValueError: if an image has no reference or an empty one, or the two lengths differ.
     """
     check(references, hypotheses)
     scores = []
@@ -94,17 +94,17 @@ def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> l
 
 
 def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, plain: bool = False) -> list[float]:
-    """CIDEr-D of each picture, from 0 to 10; the figure of a set, which is printed as CIDEr, is their mean.
+    """CIDEr-D of each image, from 0 to 10; the figure of a set, which is printed as CIDEr, is their mean.
 
-    How rare an n-gram is comes from the references given here: a picture's score depends on the whole set, one
-    picture alone scores 0, and two systems compare on the same pictures only.
+    How rare an n-gram is comes from the references given here: an image's score depends on the whole set, one
+    image alone scores 0, and two systems compare on the same images only.
 
     Args:
         plain: without what the D stands for, clipped counts and the length penalty. Such scores are higher, and must
             not be called CIDEr.
 
     Raises:
-        ValueError: if a picture has no reference or an empty one, or the two lengths differ.
+        ValueError: if an image has no reference or an empty one, or the two lengths differ.
     """
     check(references, hypotheses)
     counted = [[count_ngrams(caption) for caption in captions] for captions in references]
@@ -173,7 +173,7 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def mean(scores: Iterable[float]) -> float:
-    """The mean, summed without rounding, so that the order of the pictures does not matter."""
+    """The mean, summed without rounding, so that the order of the images does not matter."""
     scores = list(scores)
     return math.fsum(scores) / len(scores)
 
@@ -183,9 +183,9 @@ def check(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Non
     if not hypotheses:
         raise ValueError("there is no caption to score")
     if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} pictures have references, {len(hypotheses)} have a caption to score")
+        raise ValueError(f"{len(references)} images have references, {len(hypotheses)} have a caption to score")
     for i, captions in enumerate(references):
         if not captions:
-            raise ValueError(f"picture {i} (counted from 0) has no reference caption")
+            raise ValueError(f"image {i} (counted from 0) has no reference caption")
         if not all(caption.strip() for caption in captions):
-            raise ValueError(f"picture {i} (counted from 0) has an empty reference caption; leave it out")
+            raise ValueError(f"image {i} (counted from 0) has an empty reference caption; leave it out")

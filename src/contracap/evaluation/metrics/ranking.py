@@ -1,4 +1,4 @@
-"""Places of texts among pictures and of pictures among texts, without the matrix of all their scores."""
+"""Places of texts among images and of images among texts, without the matrix of all their scores."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +12,7 @@ from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.features import finite, full_precision
 from contracap.parallel.process_group import ProcessGroup
 
-SIDE = 1024  # texts and pictures of one tile of scores: 4 MiB in fp32
+SIDE = 1024  # texts and images of one tile of scores: 4 MiB in fp32
 FILL = 64  # sides are multiples of it: at the odd edges of a product equal rows do not give equal bits
 
 
@@ -23,7 +23,7 @@ def ranks(
     image_of_text: Int64[Tensor, "text"],
     process_group: ProcessGroup = ProcessGroup(),
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
-    """For each text the place of its picture among all pictures, for each picture that of its best text; 0 is the top.
+    """For each text the place of its image among all images, for each image that of its best text; 0 is the top.
     They are given on the CPU, and computed where the features are.
 
     Among equal scores the candidate that comes first in the data stands first, so a model that gives every pair the
@@ -35,7 +35,7 @@ def ranks(
         process_group: the ranks that call this with the same features; each takes every n-th row of tiles.
 
     Raises:
-        ValueError: if there is none, a picture has no text, a text no picture, or features are not finite.
+        ValueError: if there is none, an image has no text, a text no image, or features are not finite.
         Exception: what failed here, such as out of memory; on the other ranks a ValueError that says the same.
     """
     counts = run_on_every_rank(
@@ -69,7 +69,7 @@ def _counts(
 def _best_texts(
     own: Float32[Tensor, "text"], image_of_text: Int64[Tensor, "text"], images: int
 ) -> tuple[Float32[Tensor, "image"], Int64[Tensor, "image"]]:
-    """Best score of each picture among its texts, and the row of the first text that has it."""
+    """Best score of each image among its texts, and the row of the first text that has it."""
     best = own.new_full((images,), -torch.inf).scatter_reduce(0, image_of_text, own, "amax")
     rows = torch.arange(len(own), device=own.device).where(own == best[image_of_text], len(own))
     return best, rows.new_full((images,), len(own)).scatter_reduce(0, image_of_text, rows, "amin")
@@ -87,9 +87,9 @@ def share(hits: Bool[Tensor, "query"]) -> float:
 
 def _check_owners(image_of_text: Int64[Tensor, "text"], images: int) -> None:
     if not len(image_of_text) or not 0 <= int(image_of_text.min()) <= int(image_of_text.max()) < images:
-        raise ValueError(f"each text, at least one, needs the row of its picture, and there are {images} pictures")
+        raise ValueError(f"each text, at least one, needs the row of its image, and there are {images} images")
     if not bool((torch.bincount(image_of_text, minlength=images) > 0).all()):
-        raise ValueError("every picture needs at least one text that belongs to it")
+        raise ValueError("every image needs at least one text that belongs to it")
 
 
 def _before(
@@ -116,7 +116,7 @@ def _before(
 def _own_scores(
     texts: Float32[Tensor, "text embed"], images: Float32[Tensor, "image embed"], image_of_text: Int64[Tensor, "text"]
 ) -> Float32[Tensor, "text"]:
-    """The score of each text and its picture, to the bit as it stands in its tile."""
+    """The score of each text and its image, to the bit as it stands in its tile."""
     own = texts.new_empty(len(texts))
     for rows in _blocks(len(texts)):
         for columns in _blocks(len(images)):

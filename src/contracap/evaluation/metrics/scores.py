@@ -42,7 +42,7 @@ class Scores:
 
     Attributes:
         figures: by their names in results.
-        per_sample: of the figures that are means over pictures, the value of each picture.
+        per_sample: of the figures that are means over images, the value of each image.
         reasons: figures that could not be computed, with the reason.
         details: which tokenizer made the tokens, and what else belongs beside the figures.
     """
@@ -53,7 +53,7 @@ class Scores:
     details: dict[str, Any] = field(default_factory=dict)
 
     def add_clipscore(self, clip: list[float], both: list[float], *, model: str) -> None:
-        """Adds CLIPScore and RefCLIPScore of each picture, and which model they are by."""
+        """Adds CLIPScore and RefCLIPScore of each image, and which model they are by."""
         self.per_sample.update({"CLIPScore": clip, "RefCLIPScore": both})
         self.figures.update({"CLIPScore": mean(clip), "RefCLIPScore": mean(both)})
         self.details["clipscore_model"] = model
@@ -123,14 +123,14 @@ class CaptionScorer:
         A program that fails costs its own figure only, which then has a reason: captions may have taken hours to write.
 
         Args:
-            references: for each picture the captions people wrote; those without a word are left out.
-            predictions: for each picture what is to be scored.
-            domains: for each picture the part of the set that it belongs to, such as `near`, or None. Each part gets
+            references: for each image the captions people wrote; those without a word are left out.
+            predictions: for each image what is to be scored.
+            domains: for each image the part of the set that it belongs to, such as `near`, or None. Each part gets
                 figures of its own, such as `CIDEr_near`, as if it were the whole set.
-            keys: what errors call the pictures; by default their places.
+            keys: what errors call the images; by default their places.
 
         Raises:
-            ValueError: if a picture has no reference with a word in it, or the lengths differ.
+            ValueError: if an image has no reference with a word in it, or the lengths differ.
             JavaError: if a tokenizer fails that was named.
         """
         with ThreadPoolExecutor(1) as beside, ExitStack() as programs:
@@ -144,7 +144,7 @@ class CaptionScorer:
             for place, captions in enumerate(written):
                 if not captions:
                     name, by = keys[place] if keys else f"{place} (counted from 0)", details["tokenizer"]
-                    raise ValueError(f"picture {name} has no reference in which the tokenizer ({by}) finds a word")
+                    raise ValueError(f"image {name} has no reference in which the tokenizer ({by}) finds a word")
             check(written, hypotheses)
             later = beside.submit(meteor.score, written, hypotheses) if meteor else None
             scores = Scores(reasons=reasons, details=details)
@@ -206,9 +206,7 @@ class CaptionScorer:
             return
         broken = [i for i, value in enumerate(values) if math.isnan(value)]
         if broken:
-            scores.reasons["SPICE"] = (
-                f"SPICE has no score for picture {broken[0]} (counted from 0), so none for the set"
-            )
+            scores.reasons["SPICE"] = f"SPICE has no score for image {broken[0]} (counted from 0), so none for the set"
         else:
             scores.per_sample["SPICE"] = values
 

@@ -91,13 +91,13 @@ class Spice:
         self._timeout = timeout
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
-        """SPICE of each picture, from 0 to 1, from tokenized captions; the figure of a set is their mean.
+        """SPICE of each image, from 0 to 1, from tokenized captions; the figure of a set is their mean.
 
         NaN where the program gives no number.
 
         Raises:
-            ValueError: if a picture has no reference or an empty one, or the two lengths differ.
-            JavaError: if the program cannot be run, fails, is too slow, or leaves out pictures.
+            ValueError: if an image has no reference or an empty one, or the two lengths differ.
+            JavaError: if the program cannot be run, fails, is too slow, or leaves out images.
         """
         check(references, hypotheses)
         pictures = [
@@ -126,15 +126,15 @@ def error_lines(written: bytes) -> bytes:
 
 
 def read_scores(text: str, pictures: int) -> list[float]:
-    """The F-score of each picture in what the program writes.
+    """The F-score of each image in what the program writes.
 
     Raises:
-        JavaError: if it has another layout, or other pictures.
+        JavaError: if it has another layout, or other images.
     """
     try:
         found: dict[int, Any] = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in json.loads(text)}
     except (ValueError, LookupError, TypeError) as error:
         raise JavaError(f"SPICE answered nonsense: {error!r}") from None
     if sorted(found) != list(range(pictures)):
-        raise JavaError(f"SPICE returned scores of {len(found)} pictures for {pictures}; refusing to pair them")
+        raise JavaError(f"SPICE returned scores of {len(found)} images for {pictures}; refusing to pair them")
     return [math.nan if found[i] is None else float(found[i]) for i in range(pictures)]

@@ -27,7 +27,7 @@ DROPPED = frozenset(
 
 
 def one_line(caption: str) -> str:
-    """The caption without line ends of any kind: a second line would move every later caption to the wrong picture."""
+    """The caption without line ends of any kind: a second line would move every later caption to the wrong image."""
     return " ".join(caption.splitlines())
 
 

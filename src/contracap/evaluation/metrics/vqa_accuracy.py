@@ -10,7 +10,7 @@ from collections.abc import Sequence
 MARKS = ';/[]"{}()=+\\_-><@`,?!'  # apostrophe, colon, $, % and & stay
 COMMA_IN_NUMBER = re.compile(r"\d,\d")  # digits of any script
 DOT = re.compile(r"\.(?!\d)")
-MOST_DOTS = 32  # that are deleted: meant as a flag, and read as a count
+MAX_DOTS = 32  # that are deleted: meant as a flag, and read as a count
 ARTICLES = ("a", "an", "the")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(DIGITS)}
@@ -76,7 +76,7 @@ def normalised(answer: str) -> str:
     text, has_number = answer, COMMA_IN_NUMBER.search(answer) is not None
     for mark in MARKS:
         text = text.replace(mark, "" if has_number or f"{mark} " in answer or f" {mark}" in answer else " ")
-    words = DOT.sub("", text, count=MOST_DOTS).lower().split()
+    words = DOT.sub("", text, count=MAX_DOTS).lower().split()
     words = [word for word in (NUMBERS.get(word, word) for word in words) if word not in ARTICLES]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
