@@ -255,7 +255,7 @@ def test_the_smallest_pictures_are_read(decoder: str, size: tuple[int, int]) -> 
     ids=lambda data: repr(data[:8]),
 )
 def test_what_is_no_picture_raises_an_error_with_its_name(decoder: str, data: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "no picture.jpg"
+    path = tmp_path / "no image.jpg"
     path.write_bytes(data)
     with pytest.raises(ImageError, match=r"no image\.jpg: "):
         decode(path)

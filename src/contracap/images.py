@@ -112,7 +112,7 @@ def decode(source: str | Path | bytes | Image.Image, name: str | None = None) ->
     format than `FORMATS`, or of more than `PIXEL_LIMIT` pixels.
     """
     if isinstance(source, Image.Image):
-        return _to_tensor(_pillow_pixels(source, name or getattr(source, "filename", "") or "picture"))
+        return _to_tensor(_pillow_pixels(source, name or getattr(source, "filename", "") or "image"))
     if isinstance(source, str | Path):
         name = name or str(source)
         try:
@@ -122,7 +122,7 @@ def decode(source: str | Path | bytes | Image.Image, name: str | None = None) ->
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
             raise ImageError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     elif isinstance(source, bytes):
-        name, data = name or "picture", source
+        name, data = name or "image", source
     else:
         raise TypeError(f"an image is a path, bytes or a Pillow image, not {type(source).__name__}")
     if not data:

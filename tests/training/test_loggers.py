@@ -104,4 +104,4 @@ def test_boards_show_figures_and_captions(tmp_path: Path, wandb: Wandb) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5)]
     (text,) = events.Tensors("captions/text_summary")
-    assert text.tensor_proto.string_val[0] == b"0001: a red picture"
+    assert text.tensor_proto.string_val[0] == b"0001: a red image"

@@ -148,14 +148,14 @@ def test_captions_beside_images_are_read_by_all_conventions(make: Callable[..., 
     one = ("a red square",)
     expected = {name: one for name in ("plain", "bom", "utf16", "full-name", "upper", "caption", "json")}
     expected["crlf"] = ("a red square", "second")
-    expected["paragraphs"] = ("The image shows a red square.", "It stands on white.")
+    expected["paragraphs"] = ("The picture shows a red square.", "It stands on white.")
     assert found == {f"{name}.png": captions for name, captions in expected.items()}
     assert skipped == {"broken_text": 1, "no_caption": 3}
 
 
 def test_text_file_may_be_one_caption(make: Callable[..., Made]) -> None:
     found = make("sidecars", "", caption_lines=False)[0]
-    assert found["paragraphs.png"] == ("The image shows a red square.\n\nIt stands on white.",)
+    assert found["paragraphs.png"] == ("The picture shows a red square.\n\nIt stands on white.",)
 
 
 @pytest.mark.parametrize(("name", "questions"), [("whole", 3), ("strings", 2), ("test", 2), ("partly", 1)])

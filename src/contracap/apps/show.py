@@ -74,7 +74,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         ("samples", samples),
         ("captions", f"{captions}; {_percent(survey.cut_share)} are cut by a context of {survey.context} tokens"),
         (
-            "pictures",
+            "images",
             f"{formats or 'none'}; {_percent(survey.enlarged_share)} are smaller than {survey.image.size} pixels",
         ),
         (

@@ -128,7 +128,7 @@ def picture_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[T
 
 def embed_pictures(model: CoCa, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch embed"]:
     """Embeddings of one batch of images, unit rows, where the model is."""
-    return finite(model.encode_image(pixels.to(next(model.parameters()))), "pictures")
+    return finite(model.encode_image(pixels.to(next(model.parameters()))), "images")
 
 
 def embed_texts(

@@ -130,7 +130,7 @@ def embed(
             lambda ids: model.encode_text(ids.to(like.device)),
         )
     return Features(
-        images=finite(images, "pictures"),
+        images=finite(images, "images"),
         texts=finite(texts, "texts"),
         image_of_text=torch.tensor(image_of_text),
         keys=keys,
@@ -168,7 +168,7 @@ def recalls(
     of more places than there are candidates."""
     hits, reasons = dict[str, Tensor](), dict[str, str]()
     for direction, places, candidates, what in (
-        ("text_to_image", text_ranks, len(image_ranks), "pictures"),
+        ("text_to_image", text_ranks, len(image_ranks), "images"),
         ("image_to_text", image_ranks, len(text_ranks), "captions"),
     ):
         for k in ks:

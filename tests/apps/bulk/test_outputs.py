@@ -173,7 +173,7 @@ def test_a_file_that_is_none_of_ours_is_left_alone(tmp_path: Path, kind: TableFo
     out = tmp_path / NAMES[kind]
     for content in (b"file_name,label\na.jpg,3\n", b'{"file_name": "a.jpg", "text": "x", "label": 3}\n', b"\xff\xfe"):
         out.write_bytes(content)
-        with pytest.raises(TableError, match=f"{out.name} is no {kind} file of captions .*--overwrite"):
+        with pytest.raises(TableError, match=f"{out.name} is not a {kind} file of captions .*--overwrite"):
             write(Table(out, kind, "skip", embed=False))
         assert out.read_bytes() == content and os.listdir(tmp_path) == [out.name]
 

@@ -107,7 +107,7 @@ class Actions:
     def embed(self, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image embed"]:
         """Contrastive embeddings, unit rows, where the model is."""
         with self._one_at_a_time, evaluating(self.model):
-            return finite(self.model.encode_image(pixels.to(self.model.logit_scale)), "pictures")
+            return finite(self.model.encode_image(pixels.to(self.model.logit_scale)), "images")
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> Float[Tensor, "embed"]:

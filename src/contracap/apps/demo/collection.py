@@ -68,7 +68,7 @@ class Collection:
     def state(self) -> str:
         """A sentence on how far it is."""
         unread = self.unread
-        parts = [f"{counted(self.searchable, 'picture(s)')} to search"]
+        parts = [f"{counted(self.searchable, 'image(s)')} to search"]
         parts += [f"{unread:,} still to be read"] if unread else []
         parts += [f"{len(self.skipped):,} skipped, for they cannot be read"] if self.skipped else []
         return "; ".join(parts) + "."

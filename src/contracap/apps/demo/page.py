@@ -218,7 +218,7 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
             raise ValueError(f"these are {len(paths):,} images; the page searches at most {MAX_SEARCHED} uploaded ones")
         uploaded = Collection(actions, paths)
         for done in uploaded.fill():
-            progress((done, uploaded.total), desc="reading images", unit="pictures")
+            progress((done, uploaded.total), desc="reading images", unit="images")
         return uploaded, uploaded.state
 
     def search_text(wanted: str, uploaded: Collection | None = None) -> tuple[Any, str]:

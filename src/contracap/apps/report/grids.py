@@ -77,7 +77,7 @@ def caption_grid(features: Features, found: Sequence[Found], samples: Mapping[in
         )
         for each in found
     ]
-    return table(("picture", f"the best {_width(found)} captions"), rows)
+    return table(("image", f"the best {_width(found)} captions"), rows)
 
 
 def _width(found: Sequence[Found]) -> int:

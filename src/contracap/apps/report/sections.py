@@ -75,7 +75,7 @@ def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequenc
     wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]][:MAX_PAIRS]
     yield paragraph(f"Of {len(classes)} classes the pairs that are most often confused.")
     yield table(
-        ("class", "taken for", "pictures", "of the class"),
+        ("class", "taken for", "images", "of the class"),
         [
             (classes[label], classes[taken], f"{count:,}", f"{100 * count / of_class[label]:.1f} %")
             for (label, taken), count in wrong

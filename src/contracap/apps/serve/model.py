@@ -54,7 +54,7 @@ class ServedModel:
     def picture_embeddings(self, _: None, pictures: list[Picture], go_on: object) -> list[Float32[Tensor, "embed"]]:
         """A unit vector for each image."""
         with evaluating(self.model):
-            return list(finite(self.model.encode_image(self._pixels(pictures)), "pictures").cpu())
+            return list(finite(self.model.encode_image(self._pixels(pictures)), "images").cpu())
 
     @torch.inference_mode()
     def text_embeddings(self, _: None, texts: list[str], go_on: object) -> list[Float32[Tensor, "embed"]]:

@@ -15,8 +15,8 @@ ROWS = 1024  # images ranked at a time
 
 
 def accuracy_parts(
-    scores: Float32[Tensor, "image class"], labels: Int64[Tensor, "picture"]
-) -> dict[str, Float64[Tensor, "picture"]]:
+    scores: Float32[Tensor, "image class"], labels: Int64[Tensor, "image"]
+) -> dict[str, Float64[Tensor, "image"]]:
     """What each image adds to `acc1`, `acc5` and `mean_per_class_recall`, which are the means."""
     blocks = zip(scores.split(ROWS), labels.split(ROWS), strict=True)
     ranks, counts = torch.cat([places(*block) for block in blocks]), torch.bincount(labels).double()

@@ -66,8 +66,8 @@ class ClipScorer:
         pixels: Float32[Tensor, "image 3 height width"],
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
-    ) -> tuple[Float32[Tensor, "picture"], Float32[Tensor, "picture"]]:
-        images = finite(self.model.encode_image(pixels.to(next(self.model.parameters()))), "pictures")
+    ) -> tuple[Float32[Tensor, "image"], Float32[Tensor, "image"]]:
+        images = finite(self.model.encode_image(pixels.to(next(self.model.parameters()))), "images")
         texts = self._embed(captions)
         written = self._embed([caption for own in references for caption in own])
         with full_precision(images.device):

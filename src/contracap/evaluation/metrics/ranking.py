@@ -52,7 +52,7 @@ def _counts(
     process_group: ProcessGroup,
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
     """What the tiles of this process add to the places."""
-    images, texts = finite(image_features, "pictures"), finite(text_features, "texts")
+    images, texts = finite(image_features, "images"), finite(text_features, "texts")
     _check_owners(image_of_text, len(images))
     with full_precision(images.device):
         own = _own_scores(texts, images, image_of_text)
