@@ -182,7 +182,7 @@ def test_a_bad_picture_gets_one_line_and_leaves_the_others_of_its_batch_alone(pa
         files = [*BAD.values(), picture("red"), picture("blue", "JPEG")]
         answers = await asyncio.gather(*(client.post(route, content=file) for file in files))
         for name, answer in zip(BAD, answers, strict=False):
-            one_line(answer, 400, "picture")
+            one_line(answer, 400, "image")
             assert answer.json()["error"], name
         assert [answer.status_code for answer in answers[-2:]] == [200, 200]
 
