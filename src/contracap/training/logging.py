@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from contracap.data.order import Skip
 from contracap.files import read_regular, replacing, write_text
 from contracap.progress import progress_bar
+from contracap.wording import escaped
 
 METRICS_FILE = "metrics.jsonl"
 MAX_METRICS = 2**31  # bytes
@@ -85,7 +86,7 @@ class Recorder:
             self._line(SKIPPED_FILE, {"step": step, **asdict(skip)})
             self._warnings += 1
             if self._warnings <= MAX_WARNINGS:
-                logger.warning("skipped: %s", "".join(c if c.isprintable() else repr(c)[1:-1] for c in skip.reason))
+                logger.warning("skipped: %s", escaped(skip.reason))
             if self._warnings == MAX_WARNINGS:
                 logger.warning("further ones are in %s only", SKIPPED_FILE)
 
