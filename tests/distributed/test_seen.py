@@ -44,7 +44,7 @@ def test_two_ranks_name_the_one_that_is_waited_for_and_put_together_what_they_se
     assert run.returncode == 0, run.stderr[-3000:]
     # Each reports itself, rank 1 with its stack; rank 0 says which of them it is, once.
     assert re.search(
-        r"^rank 1 stands still: waiting for data of step 7 for 2 s, at contracap/training/monitor\.py", run.stderr, re.M
+        r"^rank 1 stands still: waiting for data of step 7 for 2 s, at contracap/training/", run.stderr, re.M
     )
     assert re.search(r"^rank 0 stands still: in the step of step 7 for 2 s", run.stderr, re.M)
     assert "in pausing\n" in run.stderr
