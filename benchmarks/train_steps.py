@@ -19,7 +19,7 @@ from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa
 from contracap.model.sizes import find_size
-from contracap.parallel import ParallelConfig, ProcessGroup, wrapped
+from contracap.parallel import ParallelConfig, ProcessGroup, parallelize
 from contracap.pretrained import random_model
 from contracap.tokenizer import Tokenizer, text_lengths
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
@@ -76,8 +76,8 @@ class Ours:
         with torch.device("meta"):
             twin = CoCa(self.model.config)
         twin.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
-        shared = wrapped(twin, ParallelConfig(compile=True), ProcessGroup(device=self.run.device))
-        state = replace(self.state, model=twin, wrapped=shared)
+        parallel = parallelize(twin, ParallelConfig(compile=True), ProcessGroup(device=self.run.device))
+        state = replace(self.state, model=twin, parallel=parallel)
         return lambda: train_step(state, batch, self.config).read()
 
 

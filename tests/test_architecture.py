@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "evaluation.task": "evaluation parallel.process_group pretrained model data generation processor",
     "evaluation": "evaluation parallel.process_group model data generation tokenizer images processor",
     "training.recipe": "training evaluation parallel model losses data",
-    "training.trainer": "training evaluation parallel model pretrained data",
+    "training.run": "training evaluation parallel data",
+    "training.trainer": "training evaluation parallel model pretrained data images",
     "training": "training parallel model pretrained losses data tokenizer images processor",
     "apps": "apps training evaluation generation parallel losses pretrained model data download tokenizer images "
     "formats processor",

@@ -236,7 +236,7 @@ def test_an_interrupted_verb_says_what_the_same_command_does(
 
 def test_training_that_has_not_begun_ends_at_once_by_sigterm() -> None:
     program = (
-        "import signal; from contracap.training.health import exit_on_signal as at_once\n"
+        "import signal; from contracap.training.shutdown import exit_on_signal as at_once\n"
         "with at_once(): signal.raise_signal(signal.SIGTERM)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -31,12 +31,7 @@ class LossConfig:
 
 
 Gather = Callable[[Tensor], Tensor]
-"""From this rank's rows (along the first dimension) to the rows of all ranks, of which each has equally many."""
-
-
-def alone(rows: Tensor) -> Tensor:
-    """The gather of a process that is alone: its own rows."""
-    return rows
+"""Return the rows of all ranks, given those of this rank. Rows are the first dimension, equally many on each rank."""
 
 
 def contrastive_loss(
@@ -44,25 +39,25 @@ def contrastive_loss(
     text_features: Float[Tensor, "batch embed"],
     *,
     logit_scale: Float[Tensor, ""],
-    gather: Gather = alone,
+    gather: Gather | None = None,
     chunk: int = CONTRASTIVE_CHUNK,
 ) -> Float[Tensor, ""]:
-    """Mean of picture-to-text and text-to-picture cross-entropy of these rows among the rows of all ranks.
+    """Mean of image-to-text and text-to-image cross-entropy of these rows among the rows of all ranks.
 
-    The value is this rank's mean. Its gradient is that of the sum over all ranks, so that averaging over ranks, as DDP
-    and FSDP do, gives the gradient of one process on the global batch.
+    The value is this rank's mean. Its gradient is that of the sum over all ranks. Averaging it over the ranks, as DDP
+    and FSDP do, therefore gives the gradient of one process on the global batch.
 
     Args:
         image_features: unit rows, float32 or finer; row i belongs to row i of `text_features`.
         logit_scale: the factor itself, not its logarithm.
-        gather: brings the rows of all ranks; see `parallel`. Its calls are all in the forward pass.
+        gather: returns the rows of all ranks; None if there is only one. It is called in the forward pass only.
         chunk: columns that are scored at a time; memory is batch x chunk.
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
-        if gather is not alone or len(image_features) > chunk:
+        if gather is not None or len(image_features) > chunk:
             learning = torch.is_grad_enabled() and (image_features.requires_grad or text_features.requires_grad)
             return _ContrastiveLoss.apply(scale * image_features, text_features, gather, chunk, learning)
         logits = scale * image_features @ text_features.T
@@ -85,13 +80,16 @@ class _ContrastiveLoss(torch.autograd.Function):
         ctx: Any,
         images: Float[Tensor, "batch embed"],
         texts: Float[Tensor, "batch embed"],
-        gather: Gather,
+        gather: Gather | None,
         chunk: int,
         learning: bool,
     ) -> Float[Tensor, ""]:
+        def gathered(rows: Tensor) -> Tensor:
+            return gather(rows) if gather else rows
+
         rows = torch.stack([images, texts])
         # Columns are the other side of each row.
-        parts = gather(torch.stack([texts, images], dim=1)).split(chunk)
+        parts = gathered(torch.stack([texts, images], dim=1)).split(chunk)
 
         normaliser = rows.new_full(rows.shape[:2], -torch.inf)
         for part in parts:
@@ -99,7 +97,7 @@ class _ContrastiveLoss(torch.autograd.Function):
             normaliser = torch.logaddexp(normaliser, (rows @ columns.mT).logsumexp(dim=2))
         if learning:
             gradient = torch.zeros_like(rows)
-            their_normalisers = gather(normaliser.flip(0).T.contiguous()).split(chunk)
+            their_normalisers = gathered(normaliser.flip(0).T.contiguous()).split(chunk)
             for part, theirs in zip(parts, their_normalisers, strict=True):
                 columns = part.transpose(0, 1)
                 scores = rows @ columns.mT

@@ -27,9 +27,9 @@ from contracap.data.shards import Sample
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
 from contracap.tokenizer import Tokenizer, text_lengths
-from contracap.training.health import Interrupted
 from contracap.training.logging import read_metrics
 from contracap.training.recipe import load_recipe
+from contracap.training.shutdown import Interrupted
 
 NAMES = {
     "caption_accuracy",

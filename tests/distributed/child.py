@@ -17,12 +17,12 @@ from contracap.model.sizes import SIZES
 from contracap.parallel import (
     Agreement,
     ParallelConfig,
+    ParallelModel,
     ProcessGroup,
-    Wrapped,
+    full_tensor,
     gather_rows,
+    parallelize,
     start_process_group,
-    whole,
-    wrapped,
 )
 from contracap.tokenizer import text_lengths
 from contracap.training.checkpoint import moving_average
@@ -75,7 +75,7 @@ def samples(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def both_losses(
-    model: CoCa, parallel: Wrapped, pixels: Tensor, ids: Tensor, *, tokens: Tensor, bf16: bool
+    model: CoCa, parallel: ParallelModel, pixels: Tensor, ids: Tensor, *, tokens: Tensor, bf16: bool
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         output = parallel.model(pixels, ids)
@@ -99,7 +99,7 @@ def backward(
     of a part of every rank's rows. Its mean loss and, from rank 0, its gradients."""
     process_group = process_group or ProcessGroup()
     model = tiny(dtype)
-    parallel = wrapped(model, ParallelConfig(kind=kind), process_group, bf16=bf16)
+    parallel = parallelize(model, ParallelConfig(kind=kind), process_group, bf16=bf16)
     pixels, ids = (
         tensor[order].chunk(process_group.world_size)[process_group.rank].chunk(parts) for tensor in samples(dtype)
     )
@@ -111,7 +111,7 @@ def backward(
             part = 2 * captioning + contrastive / parts
             part.backward()
         loss += part.detach()
-    gradients = {name: whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    gradients = {name: full_tensor(parameter.grad).clone() for name, parameter in model.named_parameters()}
     return model, {"loss": process_group.mean(loss)} | ({"gradients": gradients} if process_group.rank == 0 else {})
 
 
@@ -119,11 +119,11 @@ def update(kind: str, process_group: ProcessGroup | None = None) -> dict[str, An
     """`backward` in float64, then clipping and AdamW; from rank 0 the weights, and this rank's image embeddings."""
     process_group = process_group or ProcessGroup()
     model, found = backward(kind, torch.float64, process_group=process_group)
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     build_optimizer(model, OptimizerConfig()).step()
     with torch.no_grad():
         embedding = model.encode_image(samples(torch.float64)[0].chunk(process_group.world_size)[process_group.rank])
-    weights = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    weights = {name: full_tensor(tensor).clone() for name, tensor in model.state_dict().items()}
     return found | {"norm": norm, "embedding": embedding} | ({"weights": weights} if process_group.rank == 0 else {})
 
 
@@ -148,7 +148,12 @@ def snapshot(process_group: ProcessGroup) -> dict[str, Any]:
     for _ in range(2):
         state.optimizer.step()
     moment = state.optimizer.state[model.text.norm_out.weight]["exp_avg"].to_local()
-    return {"before": before, "after": held(), "moved on": moment, "shape": whole(model.text.norm_out.weight).shape}
+    return {
+        "before": before,
+        "after": held(),
+        "moved on": moment,
+        "shape": full_tensor(model.text.norm_out.weight).shape,
+    }
 
 
 class Watch(TorchDispatchMode):

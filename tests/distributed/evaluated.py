@@ -10,7 +10,7 @@ from contracap.config import build
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.suite import EvaluationConfig, build_suite
 from contracap.model.coca import CoCa
-from contracap.parallel import ParallelConfig, start_process_group, whole, wrapped
+from contracap.parallel import ParallelConfig, full_tensor, parallelize, start_process_group
 from contracap.pretrained import load
 
 
@@ -28,14 +28,14 @@ if __name__ == "__main__":
     found = {"alone": measured(suite, model)}
     with start_process_group(torch.device("cpu")) as process_group:
         suite = build_suite(config, processor, process_group)
-        shared = wrapped(model, ParallelConfig(kind="fsdp"), process_group)
+        shared = parallelize(model, ParallelConfig(kind="fsdp"), process_group)
 
         def gradient_norm() -> float:
             torch.manual_seed(0)
             ids = processor.texts(["a red image", "a green image"])
             output = shared.model(torch.randn(2, 3, 32, 32), ids)
             (output.image_features.sum() + output.text_features.sum() + output.caption_states.states.sum()).backward()
-            norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
             model.zero_grad()
             return norm
 

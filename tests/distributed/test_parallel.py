@@ -16,10 +16,10 @@ from contracap.parallel import (
     Agreement,
     ParallelConfig,
     ParallelError,
+    ParallelModel,
     ProcessGroup,
-    Wrapped,
+    parallelize,
     start_process_group,
-    wrapped,
 )
 
 from .child import (
@@ -209,7 +209,7 @@ def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert process_group.any(True, False) == Agreement(process_group).ask(True, False) == [True, False]
         process_group.barrier()
         model = tiny(torch.float32)
-        assert wrapped(model, ParallelConfig(kind="fsdp"), process_group) == Wrapped(model)
+        assert parallelize(model, ParallelConfig(kind="fsdp"), process_group) == ParallelModel(model)
 
 
 @pytest.mark.parametrize("variables", [{}, {"RANK": "one", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}])

@@ -8,7 +8,7 @@ import torch
 from contracap.losses import captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
-from contracap.parallel import ParallelConfig, ProcessGroup, wrapped
+from contracap.parallel import ParallelConfig, ProcessGroup, parallelize
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = CoCa(SIZES["tiny"])
         model.initialise()
-        shared = wrapped(model, config, ProcessGroup())
+        shared = parallelize(model, config, ProcessGroup())
         numbers = []
         for length in (6, 9, 12):  # of texts: the second and third are new to what was compiled
             ids = torch.randint(1, 1000, (4, length))

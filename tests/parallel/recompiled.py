@@ -8,14 +8,14 @@ import torch._dynamo
 
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
-from contracap.parallel import ParallelConfig, ProcessGroup, wrapped
+from contracap.parallel import ParallelConfig, ProcessGroup, parallelize
 
 if __name__ == "__main__":
     torch.compile = partial(torch.compile, backend="eager")  # the same versions, in seconds
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     model = CoCa(SIZES["tiny"])
     model.initialise()
-    shared = wrapped(model, ParallelConfig(compile=True), ProcessGroup())
+    shared = parallelize(model, ParallelConfig(compile=True), ProcessGroup())
     pixels = torch.randn(2, 3, 32, 32)
     for length in (6, 9, 12):
         ids = torch.randint(1, 1000, (2, length))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
-from contracap.parallel import ParallelConfig, ProcessGroup, wrapped
+from contracap.parallel import ParallelConfig, ProcessGroup, parallelize
 
 
 def gradients_and_kept(config: ParallelConfig) -> tuple[dict[str, Tensor], int]:
@@ -18,7 +18,7 @@ def gradients_and_kept(config: ParallelConfig) -> tuple[dict[str, Tensor], int]:
     model = CoCa(SIZES["tiny"]).double()
     model.initialise()
     names = dict(model.named_parameters())
-    shared = wrapped(model, config, ProcessGroup())
+    shared = parallelize(model, config, ProcessGroup())
     ids = torch.tensor([[1022, 5, 6, 7, 1023], [1022, 8, 1023, 0, 0]])
     kept: dict[int, int] = {}
 

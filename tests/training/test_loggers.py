@@ -83,7 +83,7 @@ def test_a_board_that_cannot_begin_says_what_would_do_and_leaves_no_id(
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(
         LoggerError,
-        match=r"^wandb = 'captions' cannot be begun: api_key not configured \(no-tty\)\. Log in .*offline",
+        match=r"^wandb = 'captions' cannot be started: api_key not configured \(no-tty\)\. Log in .*offline",
     ):
         open_loggers(tmp_path, start=0, wandb="captions", settings={})
     assert not (tmp_path / "wandb-id.txt").exists()

@@ -17,13 +17,13 @@ from contracap.data.shards import samples
 from contracap.images import ImageConfig
 from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, read_weights
-from contracap.training import health, step
-from contracap.training.health import Watchdog
+from contracap.training import spikes, step
 from contracap.training.logging import Recorder, read_metrics
 from contracap.training.loop import TrainingError
 from contracap.training.monitor import Monitor
 from contracap.training.recipe import Recipe
 from contracap.training.trainer import train
+from contracap.training.watchdog import Watchdog
 from contracap.training.writer import CheckpointWriter
 
 
@@ -86,7 +86,7 @@ def test_a_slow_loader_shows_in_the_share_that_is_waited(recipe_values: dict, mo
 def test_a_spike_is_written_with_the_keys_of_its_samples(
     recipe_values: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(health, "WARM_UP", 12)
+    monkeypatch.setattr(spikes, "WARM_UP", 12)
     scale_loss(monkeypatch, at=15, factor=1000.0)
     recipe = build(Recipe, recipe_values | {"steps": 16, "log_every": 8})
     train(recipe)

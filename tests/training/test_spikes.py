@@ -1,7 +1,7 @@
 import random
 from collections.abc import Iterable
 
-from contracap.training.health import WARM_UP, Spike, Spikes
+from contracap.training.spikes import WARM_UP, Spike, Spikes
 
 KEYS = ["a", "b"]
 

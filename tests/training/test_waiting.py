@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from contracap.losses import LossConfig, alone
+from contracap.losses import LossConfig
 from contracap.model.coca import CoCa, CoCaConfig
-from contracap.parallel import ProcessGroup, Wrapped, gather_rows
+from contracap.parallel import ParallelModel, ProcessGroup, gather_rows
 from contracap.training.checkpoint import moving_average
 from contracap.training.optimizer import build_optimizer
 from contracap.training.step import StepConfig, StepMetrics, TrainingState, train_step
@@ -32,7 +32,7 @@ def fake_step(config: StepConfig, model: CoCaConfig = TINY, *, world_size: int =
             optimizer=build_optimizer(coca, config.optimizer),
             average=moving_average(coca),
             process_group=process_group,
-            wrapped=Wrapped(coca, alone if world_size == 1 else gather_rows),
+            parallel=ParallelModel(coca, None if world_size == 1 else gather_rows),
         )
         fake = replace(made, pixels=torch.zeros_like(made.pixels), ids=torch.zeros_like(made.ids))
         return train_step(state, fake, replace(config, ema_decay=0.9))

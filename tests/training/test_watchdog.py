@@ -7,9 +7,9 @@ import pytest
 from contracap.config import build
 from contracap.data.loader import TrainingBatches
 from contracap.parallel import ProcessGroup
-from contracap.training.health import CHECKPOINT, DATA, STEP, Stall, Watchdog, verdict
 from contracap.training.recipe import Recipe
 from contracap.training.trainer import train
+from contracap.training.watchdog import CHECKPOINT, DATA, STEP, Stall, Watchdog, verdict
 
 
 def reports(caplog: pytest.LogCaptureFixture, beginning: str) -> list[str]:

@@ -20,7 +20,7 @@ def quickstart(
     same command continues where it was interrupted."""
     from contracap.apps.quickstart import GO_ON
     from contracap.apps.quickstart import quickstart as run
-    from contracap.training.health import exit_on_signal
+    from contracap.training.shutdown import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_signal(GO_ON):
@@ -50,7 +50,7 @@ def train(
         return
     if recipe is None:
         raise ValueError("name a recipe: contracap train RECIPE.toml; --keys lists what it may say")
-    from contracap.training.health import exit_on_signal
+    from contracap.training.shutdown import exit_on_signal
     from contracap.training.trainer import train as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -73,7 +73,7 @@ def study(
     from contracap.apps.study import StudyConfig
     from contracap.apps.study import study as run
     from contracap.config import load_toml
-    from contracap.training.health import exit_on_signal
+    from contracap.training.shutdown import exit_on_signal
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_signal():

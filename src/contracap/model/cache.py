@@ -1,4 +1,4 @@
-"""What attention reads besides the tokens it is given: caption tokens, and keys and values of earlier tokens."""
+"""Inputs of attention besides the new tokens: caption tokens, and the keys and values of earlier tokens."""
 
 from dataclasses import dataclass
 
@@ -57,14 +57,14 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Step:
-    """What the text side reads in one step of decoding, besides its new tokens and the caption tokens.
+    """Inputs of the text encoder and decoder in one decoding step, besides the new tokens and the caption tokens.
 
     Attributes:
         positions: the positions of the new tokens.
         text: one cache per layer of the text encoder.
         decoder: one cache per self-attention layer of the text decoder.
         mask: true for the slots that each column sees. None: all of them or, with `causal`, those up to its own.
-        causal: whether the columns are consecutive tokens of one text, as in prefill.
+        causal: the columns are consecutive tokens of one text, as in prefill.
     """
 
     positions: Int64[Tensor, "column"]
@@ -96,7 +96,7 @@ class DecodingCache:
         """
         Args:
             text, decoder: finite keys and values of each layer, [images head slot dim].
-            fixed_shapes: whether each decoding step reads all slots, with empty ones masked.
+            fixed_shapes: let each decoding step read all slots, with empty ones masked.
         """
         self.caption_tokens, self._text, self._decoder = caption_tokens, text, decoder
         self._fixed_shapes = fixed_shapes

@@ -1,4 +1,4 @@
-"""What `torch.compile` needs of the machine."""
+"""Requirements of `torch.compile`."""
 
 import os
 import shutil

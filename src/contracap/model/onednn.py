@@ -8,17 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# What torch.compile makes of linear layers on a CPU; a private part of torch. Where it is missing, torch's own choice
-# serves, which is MKL: see docs/performance.md for how much slower.
+# The operator that torch.compile uses for linear layers on a CPU; a private part of torch. If it is missing, torch uses
+# MKL: docs/performance.md says how much slower it is.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else linear
-ROWS = 8  # that weights are packed for; those serve any number
-SAMPLED = 64  # rows of a weight, at least, by which a change is seen
+ROWS = 8  # the number that weights are packed for; packed weights work with any number
+SAMPLED = 64  # rows of a weight, at least, whose sum reveals a change
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let the linear layers of a model multiply by oneDNN where that is possible: in float32, without gradients, on a
-    CPU. Elsewhere they are the layers that they were."""
+    """Let the linear layers of a model multiply with oneDNN in float32, without gradients, on a CPU. Otherwise they
+    work as before."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = OneDNNLinear
@@ -28,7 +28,7 @@ class OneDNNLinear(nn.Linear):
     """`torch.nn.Linear` with oneDNN's product.
 
     Attributes:
-        packed: the weight once more, as oneDNN reads it fastest.
+        packed: a copy of the weight in the layout that oneDNN reads fastest.
     """
 
     packed: Tensor | None = None
@@ -36,14 +36,15 @@ class OneDNNLinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*rows in_features"]) -> Float[Tensor, "*rows out_features"]:
         if self.packed is not None:
             return _product(input, self.packed, self.bias, "none", [], "")
-        fits = input.shape[-1] == self.in_features and input.dtype == torch.float32  # else torch says what is wrong
-        if fits and _is_plain(self.weight) and _computes_as_it_is():
+        fits = input.shape[-1] == self.in_features and input.dtype == torch.float32  # else torch raises its error
+        if fits and _is_plain(self.weight) and _computes_plainly():
             return _product(input, self.weight, self.bias, "none", [], "")
         return linear(input, self.weight, self.bias)
 
 
 class PackedWeights:
-    """Second copies of the weights of linear layers, for many passes over few rows, which reading weights bounds."""
+    """Packed copies of the weights of linear layers, for many passes over few rows, whose time is that of reading
+    weights."""
 
     def __init__(self, layers: Iterable[OneDNNLinear]):
         self._layers = list(layers)
@@ -51,22 +52,24 @@ class PackedWeights:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Let the layers read the copies, where nothing needs gradients or a lower precision. They are made here, and
-        made anew when a weight has changed."""
+        """A context in which the layers read packed copies, unless gradients or a lower precision are needed.
+
+        Copies are made here, and again if a weight has changed.
+        """
         try:
-            if _computes_as_it_is():
+            if _computes_plainly():
                 for layer in self._layers:
                     layer.packed = self._copy(layer)
             yield
         finally:
             for layer in self._layers:
-                vars(layer).pop("packed", None)  # not set to None: a compiled layer would be compiled anew
+                vars(layer).pop("packed", None)  # not set to None: that would recompile a compiled layer
 
     def _copy(self, layer: OneDNNLinear) -> Tensor | None:
         weight = layer.weight
-        if not _is_plain(weight) or weight.is_inference():  # whether those change cannot be told
+        if not _is_plain(weight) or weight.is_inference():  # changes of inference tensors cannot be seen
             return None
-        # What is done by way of `weight.data`, as adapters are merged, has no version; some rows tell of it.
+        # A change through `weight.data`, as when adapters are merged, does not count as a version: some rows reveal it.
         some = weight.detach()[:: max(1, len(weight) // SAMPLED)]
         state = (weight.data_ptr(), weight._version, float(some.sum(dtype=torch.float64)))
         if layer not in self._copies or self._copies[layer][0] != state:
@@ -75,10 +78,10 @@ class PackedWeights:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether oneDNN can read it: no weight of 8 bits, none that ranks share."""
+    """Return whether oneDNN can read the weight: float32, on the CPU, not sharded."""
     return HAS_ONEDNN and type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _computes_as_it_is() -> bool:
-    """Whether no gradient, no lower precision and no compiler has a say in the product."""
+def _computes_plainly() -> bool:
+    """Return whether the product needs no gradient, no lower precision and no compiler."""
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())

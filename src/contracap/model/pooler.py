@@ -17,7 +17,7 @@ from contracap.model.cache import Unprojected
 
 @dataclass(frozen=True, kw_only=True)
 class PoolerConfig:
-    """How image tokens become one contrastive vector and a sequence of caption tokens."""
+    """Pooling of image tokens to one contrastive vector and a sequence of caption tokens."""
 
     kind: Literal["shared", "cascade", "parallel", "class_token"] = "shared"
     """`shared`: one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the

@@ -73,13 +73,13 @@ PURPOSES = {
 
 
 def describe_size(name: str) -> str:
-    """What a size is for and what it reads, such as `for tests, 32 pixels, 16 tokens`."""
+    """Describe the purpose and inputs of a size, as in `for tests, 32 pixels, 16 tokens`."""
     config = SIZES[name]
     return f"{PURPOSES[name]}, {config.vision.image_size} pixels, {config.text.context} tokens"
 
 
 def find_size(name: str) -> CoCaConfig:
-    """The row `name` of the table.
+    """Return the row `name` of the table.
 
     Raises: ValueError: if there is none.
     """

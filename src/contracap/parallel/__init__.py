@@ -2,7 +2,15 @@
 
 from contracap.parallel.gather import gather_rows
 from contracap.parallel.process_group import TIMEOUT, Agreement, ParallelError, ProcessGroup, start_process_group
-from contracap.parallel.sharing import Kind, ParallelConfig, Wrapped, share_like, units, whole, wrapped
+from contracap.parallel.sharding import (
+    Kind,
+    ParallelConfig,
+    ParallelModel,
+    full_tensor,
+    parallelize,
+    shard_like,
+    sharded_modules,
+)
 
 __all__ = [
     "TIMEOUT",
@@ -10,12 +18,12 @@ __all__ = [
     "Kind",
     "ParallelConfig",
     "ParallelError",
+    "ParallelModel",
     "ProcessGroup",
-    "Wrapped",
+    "full_tensor",
     "gather_rows",
-    "share_like",
+    "parallelize",
+    "shard_like",
+    "sharded_modules",
     "start_process_group",
-    "units",
-    "whole",
-    "wrapped",
 ]

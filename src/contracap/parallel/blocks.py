@@ -1,4 +1,4 @@
-"""How a model's transformer blocks run: once more in the backward pass, compiled, or as they are."""
+"""Recomputation and compilation of a model's transformer blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,38 +13,38 @@ MAX_COMPILED = 64  # versions of one function
 
 
 def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
-    """Let every transformer block of `model` run so, from now on; what it computes and its parameters stay the same.
+    """Change how every transformer block of `model` runs. Results and parameters stay the same.
 
     Args:
-        recompute: in the backward pass, what lies between a block's input and output, instead of keeping it.
-        compiled: by `torch.compile`, block by block: those of a stack are alike, so that one is compiled for all, and
-            once more when texts of another length come; from then on for every length.
+        recompute: keep only the input of each block, and compute the rest again in the backward pass.
+        compiled: compile each block with `torch.compile`. The blocks of a stack share one compiled function. It is
+            compiled once more when the length of the texts first changes, and then serves every length.
     """
     if compiled:
         _allow_recompilations()
     for block in model.modules():
         if isinstance(block, SelfBlock | CrossBlock):
-            # On the instance, so that it runs after the hooks by which FSDP fetches parameters before each call.
+            # Set on the instance, so that it runs after the hooks in which FSDP gathers parameters before each call.
             forward: Callable[..., Any] = block.forward
             if recompute:
-                forward = _recomputed(forward)
+                forward = _recompute(forward)
             if compiled:
                 forward = torch.compile(forward)
             block.forward = forward
 
 
 def _allow_recompilations() -> None:
-    """Beyond its limit, torch runs a function as it is and says nothing.
+    """Raise torch's limit of recompilations, beyond which it runs a function uncompiled without a word.
 
-    It counts by function, and one serves all stacks: vision, text and decoder, each with and without gradients, under
-    autocast and not, and for other lengths, are more than the 8 it allows.
+    The limit is per function, and all stacks share one: vision, text and decoder, each with and without gradients,
+    with and without autocast, and for other lengths, are more than the 8 that torch allows.
     """
     import torch._dynamo  # takes seconds
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         # A block draws nothing at random, so no generator needs to be put back.
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

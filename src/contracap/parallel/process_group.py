@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 Value = TypeVar("Value")
-TIMEOUT = timedelta(minutes=10)  # after which a rank that waits for others takes them for lost
+TIMEOUT = timedelta(minutes=10)  # then a rank that waits for others considers them lost
 
 
 class ParallelError(ValueError):
@@ -81,8 +81,8 @@ class ProcessGroup:
 
 
 class Agreement:
-    """What any rank claims, asked at every step without making a rank wait for the others' work: the answer is that to
-    the question before."""
+    """A question to all ranks at every step, which waits for no other rank's work: the answer is that to the previous
+    question."""
 
     def __init__(self, process_group: ProcessGroup):
         self._process_group = process_group

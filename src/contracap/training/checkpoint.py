@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what their folder holds, and how a run continues from one."""
+"""Checkpoints of a run: the contents of their folder, and how a run resumes from one."""
 
 import io
 import json
@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from contracap.files import read_regular
-from contracap.parallel import share_like
+from contracap.parallel import shard_like
 from contracap.pretrained import read_weights
 from contracap.training.step import TrainingState
 
-CHECKPOINTS = "checkpoints"  # folder in a run's
+CHECKPOINTS = "checkpoints"  # in the run folder
 LAST = "last"
 WEIGHTS_FILE = "model.safetensors"
 AVERAGE_FILE = "average.safetensors"
@@ -30,19 +30,19 @@ OPTIMIZER_FOLDER = "optimizer"
 
 
 class CheckpointError(ValueError):
-    """A run folder that cannot be gone on from, or not be written to."""
+    """A run folder from which a run cannot be resumed, or to which it cannot be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which are kept."""
+    """Schedule of the checkpoints, and which of them are kept."""
 
     every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """Number of newest checkpoints that are kept."""
     keep_every: int = 0
-    """Checkpoints at multiples of this many steps are kept for good; 0 for none."""
+    """Checkpoints at multiples of this many steps are never deleted; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
@@ -57,12 +57,13 @@ class CheckpointConfig:
 def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
     """Fill `state` from a checkpoint whose weights its model already has, and return the position in the data.
 
-    However many ranks wrote it and however they shared the model, each of these takes what it holds. Nothing more is
-    needed to repeat what a run without a break does: the learning rate and what is random in a step depend on the seed,
-    the step and the rank alone, and what is random in the data on the seed and the position.
+    The number of ranks and the kind of sharding may differ from those that wrote it. Nothing else is needed to repeat
+    an uninterrupted run: the learning rate and the randomness of a step depend only on the seed, the step and the rank;
+    the randomness of the data depends only on the seed and the position.
 
-    Raises: CheckpointError: if the checkpoint lacks a part, or a part is not what a run writes. WeightsError: if its
-        average is broken.
+    Raises:
+        CheckpointError: if the checkpoint lacks a part, or a part is not what a run writes.
+        WeightsError: if its moving average is broken.
     """
     part = POSITION_FILE
     try:
@@ -78,23 +79,23 @@ def restore_checkpoint(checkpoint: Path, state: TrainingState) -> dict[str, Any]
             no_dist=state.process_group.world_size == 1,
         )
         set_optimizer_state_dict(state.model, state.optimizer, optimizer["optimizer"])
-    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file raises nearly anything
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file can raise nearly anything
         raise CheckpointError(f"{checkpoint} cannot be resumed from: {_trouble(part, error)}") from None
     if state.average is not None:
         if not (checkpoint / AVERAGE_FILE).is_file():
             raise CheckpointError(f"{checkpoint} holds no moving average; set ema_decay = 0")
         average = read_weights(checkpoint / AVERAGE_FILE).state
         for name, tensor in state.average.items():
-            tensor.copy_(share_like(average[name], tensor))
+            tensor.copy_(shard_like(average[name], tensor))
     state.step = step
     return data
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the optimizer's files, trusting none: torch's own reader runs code that its pickles name."""
+    """Reads the optimizer's files without trusting them; torch's own reader runs code that their pickles name."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: CheckpointError: if the metadata are not torch's, or name files elsewhere."""
+        """Raises: CheckpointError: if the metadata is not torch's, or names files outside the folder."""
         super().__init__(folder)
         found = _Unpickler(io.BytesIO(read_regular(folder / ".metadata"))).load()
         if not isinstance(found, metadata.Metadata):
@@ -110,7 +111,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Planner(dcp.DefaultLoadPlanner):
-    """Takes plain values only where torch's own planner unpickles anything."""
+    """Loads plain values only; torch's own planner unpickles anything."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = torch.load(value, weights_only=True)
@@ -121,7 +122,7 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of which torch's metadata consist, and no others."""
+    """Knows the classes that torch's metadata consists of, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("pathlib"):
@@ -143,19 +144,20 @@ _METADATA_CLASSES = (
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder of the checkpoint after `step` steps."""
+    """Return the folder name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps after which the whole checkpoints of a run's checkpoint folder were written, in order."""
+    """Return the steps of the complete checkpoints in a checkpoint folder, in order."""
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.iterdir())
     return sorted(int(name[1]) for name in names if name)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a run continues from: the one that `last` points to, or without that link, which some copies
-    leave out, the newest. None if there is none yet.
+    """Return the checkpoint that a run resumes from; None if there is none yet.
+
+    It is the one that `last` points to. Without that link, which some tools do not copy, it is the newest.
 
     Raises: CheckpointError: if `last` points to a checkpoint that is gone.
     """
@@ -170,22 +172,22 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def optimizer_state(state: TrainingState) -> dict[str, Any]:
-    """The moments by parameter name; zeros, after no step, of an optimizer that has not stepped."""
+    """Return the optimizer's moments by parameter name; before the first step they are zeros."""
     fresh = not state.optimizer.state
     found = get_optimizer_state_dict(state.model, state.optimizer)
-    if fresh:  # torch has made the moments by a step with no gradient, and counts it
+    if fresh:  # torch created the moments by a step without gradients, and counted it
         for moments in state.optimizer.state.values():
             moments["step"].zero_()
     return found
 
 
 def moving_average(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the parameters to average into."""
+    """Return a copy of the parameters, as the start of their moving average."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def _trouble(part: str, error: BaseException) -> str:
-    """Why a part of a checkpoint cannot be used: of torch's words only those on what does not match."""
+    """Describe why a part of a checkpoint cannot be used; of torch's messages, show only those about mismatches."""
     words = describe(error)
     known = isinstance(error, CheckpointError | OSError) or isinstance(error.__context__, OSError)
     if known or re.search(r"mismatch|Missing key|CheckpointError", words):
@@ -194,10 +196,10 @@ def _trouble(part: str, error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, in one line; of several ranks, on the first that had trouble."""
+    """Describe an error in one line; if several ranks have one, that of the first."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return describe(next(iter(error.failures.values()))[0])
-    if isinstance(error.__context__, OSError):  # torch puts a RuntimeError about positions in a file on top
+    if isinstance(error.__context__, OSError):  # torch hides it behind a RuntimeError about positions in a file
         return describe(error.__context__)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -206,8 +208,8 @@ def describe(error: BaseException) -> str:
 
 
 def expect_one_process() -> None:
-    """Never warn that there is no process group, which in one process is as it should be.
+    """Silence torch's warning that there is no process group: a single process needs none.
 
-    For good, and not around a call: warnings belong to the process, and checkpoints are written by a thread.
+    The filter stays, because warning filters belong to the process, and a thread writes the checkpoints.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

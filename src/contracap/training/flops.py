@@ -1,7 +1,7 @@
-"""The arithmetic of one sample: how many rows it gives each part of the model, and the operations they take.
+"""The arithmetic of one sample: the rows that it has in each part of the model, and the operations that they take.
 
-Operations are counted by torch, on a model whose tensors have no values: a multiplication and its addition are two.
-Norms, activations and softmax are not counted, as is usual; attention counts the whole square, also where it is causal.
+torch counts the operations, on a model whose tensors have no values: a multiplication and its addition are two. As
+usual, norms, activations and softmax are not counted, and causal attention counts the whole square.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,12 @@ from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.packing import ROWS
 from contracap.model.transformer import CrossBlock, SelfBlock
 
-SAMPLES = 64 * ROWS  # that are counted together, so that packed rows need no padding
-TOWERS = {"image encoder": "vision", "text encoder": "text"}  # fed data alone: frozen as a whole, they go forward only
-BACKWARD = 2  # forward passes that a backward pass takes: one product for the inputs, one for the weights
+SAMPLES = 64 * ROWS  # counted together, so that packed rows need no padding
+TOWERS = {
+    "image encoder": "vision",
+    "text encoder": "text",
+}  # nothing before them is trained: frozen as a whole, they need no backward pass
+BACKWARD = 2  # forward passes per backward pass: one product for the inputs, one for the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class TextLengths:
 
     Attributes:
         mean: mean length; linear layers compute no padding.
-        longest: length of the longest text of a batch: the number of columns of attention's grid.
+        longest: longest text of a batch: the number of columns of attention's grid.
     """
 
     mean: float
@@ -49,18 +52,18 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What one sample gives each part of the model in training; all in the mean, so these are no whole numbers.
+    """Mean numbers of rows per sample in each part of the model, in training. They need not be whole.
 
     Attributes:
-        image: tokens of the image: those patches that are kept, and the class token.
-        pools: what the pooler computes.
+        image: tokens of the image: the patches that are kept, and the class token.
+        pools: the pooler's queries and what they read.
         memory: caption tokens that the decoder reads.
         encoder: rows of the text encoder.
-        encoder_columns: likewise on attention's grid.
-        decoder: rows of the text decoder, each with a label; 0 where there is no captioning loss.
-        decoder_columns: likewise on attention's grid.
-        absorbed: whether cross-attention leaves the memory unprojected.
-        contrastive: whether there are embeddings to project to.
+        encoder_columns: columns of its attention's grid.
+        decoder: rows of the text decoder, each with a label; 0 without a captioning loss.
+        decoder_columns: columns of its attention's grid.
+        absorbed: cross-attention leaves the memory unprojected.
+        contrastive: there is a contrastive loss, and therefore embeddings.
     """
 
     image: float
@@ -75,7 +78,7 @@ class Tokens:
 
 
 def tokens_of(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Tokens:
-    """The rows of a sample whose caption is of mean length. Source: model.text.TextEncoder.layout, for the text."""
+    """Return the rows of a sample with a caption of mean length. Source: `TextEncoder.layout`."""
     vision, text = config.vision, config.text
     captioning, contrastive = loss.captioning > 0, loss.contrastive > 0
     image = 1.0 + max(1, round(vision.patches * (1.0 - vision.patch_dropout)))
@@ -138,7 +141,7 @@ class Flops:
     """Operations of one sample's forward pass.
 
     Attributes:
-        parts: by part of the model. The contrastive loss is left out, a few thousandths of the whole.
+        parts: by part of the model, without the contrastive loss, which is a few thousandths of the total.
         blocks: the same for the transformer blocks alone, which activation checkpointing computes again.
     """
 
@@ -155,7 +158,7 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
         ids = torch.empty(SAMPLES, texts.longest, dtype=torch.int64)
     batch = (pixels, ids, _lengths(texts))
     counter = FlopCounterMode(display=False)
-    if not loss.captioning:  # called as `model`, which gives the counts their names
+    if not loss.captioning:  # under the name `forward`, so that the counts are named after the model
         vars(model)["forward"] = model.contrastive_features
     elif not loss.contrastive:
         vars(model)["forward"] = model.caption_states
@@ -167,7 +170,7 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
     counted = {name: sum(counts.values()) / SAMPLES for name, counts in counter.get_flop_counts().items()}
 
     def of(module: str) -> float:
-        """FLOPs of the module, or of the modules within it that were called in its place."""
+        """Return the FLOPs of the module, or of those of its submodules that were called directly."""
         name = f"CoCa.{module}"
         within = [each for each in counted if each == name or each.startswith(f"{name}.")]
         return sum(counted[each] for each in within if not any(each.startswith(f"{other}.") for other in within))
@@ -188,7 +191,7 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
 
 
 def _lengths(texts: TextLengths) -> np.ndarray:
-    """Lengths of this mean, to 1 / 128, of which one is the longest."""
+    """Return lengths with this mean (to 1 / 128), one of which is the longest."""
     total = round(texts.mean * SAMPLES / ROWS) * ROWS
     lengths = np.full(SAMPLES, (total - texts.longest) // (SAMPLES - 1))
     lengths[0] = texts.longest
@@ -197,8 +200,8 @@ def _lengths(texts: TextLengths) -> np.ndarray:
 
 
 def training_flops(model: CoCa, forward: Mapping[str, float]) -> Mapping[str, float]:
-    """Operations of forward and backward pass by part, from those of the forward pass. A tower that is frozen as a
-    whole is spared the backward pass."""
+    """Return the operations of forward and backward pass by part, given those of the forward pass. A tower that is
+    frozen as a whole has no backward pass."""
     frozen = {
         part
         for part, name in TOWERS.items()

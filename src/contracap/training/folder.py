@@ -19,13 +19,15 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within it, no other process trains in the folder. It is made if need be, and removed if nothing is in it then.
-    The system lets go of the lock when the process ends, however it does.
+    """A context in which no other process trains in the folder.
 
-    Raises: CheckpointError: if another process does, or there can be no such folder.
+    The folder is created if it does not exist, and removed again if it is empty at the end. The system releases the
+    lock when the process ends, even if it is killed.
+
+    Raises: CheckpointError: if another process trains there, or the folder cannot be created.
     """
     try:
-        made = _make(folder)
+        created = _create(folder)
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder}: the run cannot be written there: {describe(error)}") from None
@@ -37,12 +39,12 @@ def locked(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 if os.listdir(folder) == [LOCK_FILE]:
                     (folder / LOCK_FILE).unlink()
-                    if made:
+                    if created:
                         folder.rmdir()
 
 
-def _make(folder: Path) -> bool:
-    """Whether there was no such folder."""
+def _create(folder: Path) -> bool:
+    """Create the folder; return False if it exists."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -55,7 +57,7 @@ def _make(folder: Path) -> bool:
 def _lock(file: TextIO, folder: Path) -> None:
     if fcntl is not None:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers have no part in it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
         except (BlockingIOError, PermissionError):
             file.seek(0)
             who = file.read(200).strip() or "nobody knows which"
@@ -64,7 +66,7 @@ def _lock(file: TextIO, folder: Path) -> None:
             ) from None
         except OSError:  # a file system without locks
             pass
-    with suppress(OSError):  # a full disk is told of by what is written next
+    with suppress(OSError):  # if the disk is full, the next write says so
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -1,5 +1,4 @@
-"""What a run writes, on rank 0: a line per record in metrics.jsonl, curves in TensorBoard and at Weights & Biases, a
-progress bar, a line for each skipped sample, spike and sample caption. On request each rank writes a trace."""
+"""The records of a run: metrics.jsonl, TensorBoard, Weights & Biases, progress bar, skipped samples, traces."""
 
 import gzip
 import importlib
@@ -33,23 +32,23 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Records numbers by step. On a terminal a progress bar, elsewhere a log line per record."""
+    """Records numbers by step. A terminal shows a progress bar, other outputs a log line per record."""
 
     def __init__(self, folder: Path | None, *, start: int, total_steps: int, loggers: Sequence["RunLogger"] = ()):
         """
         Args:
-            folder: of the run; None on ranks that record nothing.
-            start: steps done before; records after it, of a run that was cut off, are dropped.
+            folder: the run folder; None on ranks that record nothing.
+            start: steps done before; records of later steps, from an interrupted run, are dropped.
         """
         self._folder, self._loggers = folder, loggers
         if folder is not None:
             for name in (METRICS_FILE, SKIPPED_FILE, SPIKES_FILE, CAPTIONS_FILE):
-                _forget_after(folder / name, start)
+                _drop_after(folder / name, start)
         self._warnings = 0
         self._bar = progress_bar(
             total=total_steps, initial=start, unit="step", dynamic_ncols=True, disable=folder is None, log=False
         )
-        now = time.monotonic()  # tqdm's own clock may be set back, and its rates become negative
+        now = time.monotonic()  # tqdm's own clock may be set back, which makes its rates negative
         vars(self._bar).update(_time=time.monotonic, start_t=now, last_print_t=now)
         self._total = total_steps
 
@@ -62,11 +61,11 @@ class Recorder:
             run_logger.close(failed=error is not None)
 
     def progress(self) -> None:
-        """A step is done."""
+        """Show that a step is done."""
         self._bar.update()
 
     def record(self, step: int, numbers: Mapping[str, float], seconds_left: float | None = None) -> None:
-        """Write numbers down, if there are any; the system has the line when this returns."""
+        """Record numbers, if there are any. The line is with the operating system when this returns."""
         if not numbers or self._folder is None:
             return
         self._line(METRICS_FILE, {"step": step, **numbers})
@@ -77,11 +76,11 @@ class Recorder:
             left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
             logger.info("step %d of %d%s: %s", step, self._total, left, text)
         else:
-            shown = {"loss": "loss {:.4g}", "samples_per_second": "{:.4g} samples/s"}  # what a line has room for
+            shown = {"loss": "loss {:.4g}", "samples_per_second": "{:.4g} samples/s"}  # all that fits into a line
             self._bar.set_postfix_str(", ".join(shown[name].format(numbers[name]) for name in shown if name in numbers))
 
     def skips(self, step: int, skips: Iterable[Skip]) -> None:
-        """Write down samples that the data left out since the last step. The first ones are warned of, too."""
+        """Record samples that were left out since the last step. Warn of the first ones."""
         for skip in skips if self._folder else ():
             self._line(SKIPPED_FILE, {"step": step, **asdict(skip)})
             self._warnings += 1
@@ -91,11 +90,11 @@ class Recorder:
                 logger.warning("further ones are in %s only", SKIPPED_FILE)
 
     def spike(self, spike: Mapping[str, Any]) -> None:
-        """Write down a step whose numbers were not as usual; its field `step` says which."""
+        """Record an unusual step, which its field `step` names."""
         self._line(SPIKES_FILE, spike)
 
     def captions(self, step: int, captions: Sequence[Mapping[str, Any]]) -> None:
-        """Write down what the model writes at this step, if anything; each has fields `key` and `caption`."""
+        """Record sample captions of this step, if there are any; each has fields `key` and `caption`."""
         if not captions:
             return
         for caption in captions:
@@ -111,14 +110,14 @@ class Recorder:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, which may be going on, in order; a number that was NaN or infinite is None."""
+    """Return the records of a run, which may still be going on, in order. Numbers that were not finite are None."""
     text = read_regular(folder / METRICS_FILE, MAX_METRICS).decode("utf-8")
-    whole, _, _ = text.rpartition("\n")  # a line may be half written
-    return [json.loads(line) for line in whole.splitlines()]
+    complete, _, _ = text.rpartition("\n")  # the last line may be half written
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not have."""
+    """Return the value with None instead of NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -126,8 +125,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the records after `step`, and a last line that a kill cut short."""
+def _drop_after(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a last line that was cut short."""
     if not path.exists():
         return
     kept = []
@@ -145,45 +144,42 @@ WANDB_ID_FILE = "wandb-id.txt"
 
 
 class LoggerError(RuntimeError):
-    """A logger that cannot be opened. The message says what to do."""
+    """A logger that cannot be opened."""
 
 
 @runtime_checkable
 class RunLogger(Protocol):
-    """Something that shows numbers and texts by step."""
+    """The interface of loggers, which show numbers and texts by step."""
 
     def figures(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Points of curves."""
+        """Show numbers as points of curves."""
         ...
 
     def captions(self, step: int, captions: Mapping[str, str]) -> None:
-        """What the model wrote for the images of these keys."""
+        """Show captions by the keys of their images."""
         ...
 
     def close(self, *, failed: bool) -> None:
-        """The run has ended."""
+        """Close the logger after the run has ended."""
         ...
 
 
 def open_loggers(folder: Path, *, start: int, wandb: str | None, settings: Mapping[str, Any]) -> Sequence[RunLogger]:
-    """The loggers of the run in `folder`.
+    """Open the loggers of the run in `folder`.
 
     Args:
-        start: steps done before; a logger hides, where it can, what an interrupted run showed after them.
-        wandb: project of Weights & Biases.
-        settings: of the run, for those who compare runs.
+        start: steps done before; TensorBoard hides what an interrupted run showed after them.
+        wandb: project at Weights & Biases.
+        settings: the run's settings, shown at Weights & Biases.
 
-    Raises: ImportError, LoggerError: if `wandb` is named and its package is missing, or cannot begin.
+    Raises: ImportError, LoggerError: if `wandb` is given and its package is missing, or cannot start.
     """
     others = [WeightsAndBiasesLogger(folder, project=wandb, settings=settings)] if wandb is not None else []
     return [TensorBoardLogger(folder, start=start), *others]
 
 
 def require_wandb(project: str | None) -> None:
-    """To be asked on every rank before a run begins, though one of them shows it.
-
-    Raises: ImportError: if a project is named and the package of Weights & Biases is missing.
-    """
+    """Raises: ImportError: if a project is given and the package of Weights & Biases is missing."""
     if project is None:
         return
     try:
@@ -215,14 +211,14 @@ class TensorBoardLogger:
 
 
 class WeightsAndBiasesLogger:
-    """A run at Weights & Biases; the same one after a resume, by the id in the run folder.
+    """A run at Weights & Biases. A resumed run continues there too, by the id in the run folder.
 
-    Their own environment variables hold: WANDB_MODE=offline sends nothing, WANDB_ENTITY names the owner. Steps that a
-    resume repeats are there twice, with equal numbers.
+    The environment variables of wandb hold: WANDB_MODE=offline sends nothing, WANDB_ENTITY names the owner. Steps that
+    a resumed run repeats appear twice, with equal numbers.
     """
 
     def __init__(self, folder: Path, *, project: str, settings: Mapping[str, Any]):
-        """Raises: ImportError: if the package is missing. LoggerError: if it cannot begin."""
+        """Raises: ImportError: if the package is missing. LoggerError: if it cannot start."""
         require_wandb(project)
         wandb = importlib.import_module("wandb")
         known = folder / WANDB_ID_FILE
@@ -237,13 +233,13 @@ class WeightsAndBiasesLogger:
                 resume="allow",
                 config=dict(settings),
             )
-        except Exception as error:  # of its own kinds, by what its server, its account or its settings lack
+        except Exception as error:  # wandb has many kinds, for servers, accounts and settings
             raise LoggerError(
-                f"wandb = {project!r} cannot be begun: {' '.join(str(error).split()) or type(error).__name__}. "
+                f"wandb = {project!r} cannot be started: {' '.join(str(error).split()) or type(error).__name__}. "
                 "Log in with `wandb login`, set WANDB_MODE=offline, or leave the key out"
             ) from error
         write_text(known, id + "\n")
-        # Their own count only grows; after a resume ours may go back to the checkpoint's step.
+        # wandb's own step only grows; after a resume, ours goes back to the checkpoint's.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -259,16 +255,20 @@ class WeightsAndBiasesLogger:
 
 
 PROFILE_FOLDER = "profile"
-WAIT, WARM_UP, ACTIVE = 10, 2, 3  # steps: left alone, traced but thrown away, and written
-logger = logging.getLogger(__name__)
+WAIT, WARM_UP, ACTIVE = 10, 2, 3  # steps: not traced, traced but thrown away, and written
 
 
 class Profile:
-    """Traces one rank's steps 13 to 15 after the start, or the last three of a shorter run, into
-    `profile/rank-N.json.gz`. Steps before and after are not slowed down."""
+    """A trace of one rank's steps 13 to 15, or of the last three of a shorter run, in `profile/rank-N.json.gz`.
+
+    Other steps are not slowed down.
+    """
 
     def __init__(self, folder: Path, *, rank: int, steps: int):
-        """`steps`: that the run has still to do."""
+        """
+        Args:
+            steps: steps that are left to do.
+        """
         self._path = folder / PROFILE_FOLDER / f"rank-{rank}.json.gz"
         self._left = 0
         if steps <= WARM_UP:
@@ -285,7 +285,7 @@ class Profile:
         self._profiler.start()
 
     def step(self) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         if not self._left:
             return
         self._left -= 1
@@ -308,7 +308,7 @@ class Profile:
         logger.info("profile written: %s opens in https://ui.perfetto.dev", self._path)
 
     def close(self) -> None:
-        """The run has ended; one that ended too early has no trace."""
+        """Stop tracing. A run that ended too early has no trace."""
         if self._left:
             self._left = 0
             self._profiler.stop()

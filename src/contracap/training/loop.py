@@ -1,4 +1,4 @@
-"""Repetition: steps, and what happens between them."""
+"""The training loop: steps, and events between them."""
 
 import itertools
 import logging
@@ -10,7 +10,7 @@ from contracap.data.batch import Batch
 from contracap.training.monitor import Monitor
 from contracap.training.step import NonFiniteError, StepConfig, TrainingState, train_step
 
-MAX_SKIPPED = 50  # steps in a row that are left out before the run stops: its weights will not come back
+MAX_SKIPPED = 50  # in a row; then the run stops, because its weights will not recover
 logger = logging.getLogger(__name__)
 
 
@@ -20,7 +20,7 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True)
 class Event:
-    """Something to do every so many steps, and after the last one."""
+    """An action every so many steps, and after the last one."""
 
     every: int
     action: Callable[[], None]
@@ -35,7 +35,7 @@ def repeat_steps(
     events: Sequence[Event],
     nonfinite: Literal["stop", "skip"],
 ) -> None:
-    """Train from `state.step` to `config.total_steps`. Events that are due at the same step happen in their order.
+    """Train from `state.step` to `config.total_steps`. Events that are due at the same step run in their order.
 
     Raises: TrainingError: at a loss or gradient that is not finite; if such steps are to be skipped, at the last of
         `MAX_SKIPPED` in a row.

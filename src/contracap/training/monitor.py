@@ -1,4 +1,4 @@
-"""What one rank sees of its own run: its speed, its memory, and steps that are not as usual."""
+"""Monitoring of one rank: its speed, its memory, and its unusual steps."""
 
 import logging
 import math
@@ -12,23 +12,26 @@ import torch
 
 from contracap.data.batch import Batch
 from contracap.parallel import ProcessGroup
-from contracap.training.health import DATA, STEP, Spike, Spikes, Watchdog
 from contracap.training.logging import SPIKES_FILE, Profile, Recorder
+from contracap.training.spikes import Spike, Spikes
+from contracap.training.watchdog import DATA, STEP, Watchdog
 
 try:
     import resource
 except ImportError:  # not on Windows
     resource = None
 
-QUIET = 100  # steps without a further warning after one of a spike
-# The share of a device's peak that is used, from samples a second of one device and the mean length of their texts.
+QUIET = 100  # steps after the warning of a spike in which there is no other
 Utilisation = Callable[[float, float], float]
+"""The share of a device's peak that is used, given samples per second of one device and mean tokens per text."""
 logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Sees every batch and every step of this rank. Messages to other ranks happen in `log` and `write_spikes`,
-    and where the run stops at a step that is not finite."""
+    """Sees every batch and every step of this rank.
+
+    It sends messages to other ranks in `log` and `write_spikes`, and when a step that is not finite stops the run.
+    """
 
     def __init__(
         self,
@@ -41,10 +44,10 @@ class Monitor:
         start: int,
         total_steps: int,
     ):
-        """Every rank must make one.
+        """Every rank must create one.
 
         Args:
-            utilisation: None where the peak of the device is not known.
+            utilisation: None if the peak of the device is not known.
             start: steps done before.
         """
         self._recorder, self._process_group = recorder, process_group
@@ -61,18 +64,18 @@ class Monitor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError):  # why the run was cut off has been said
+        with suppress(OSError):  # the error that ended the run is the one to report
             for spike in self._unwritten:  # with the keys of this rank
                 self._recorder.spike(asdict(spike))
         if self._profile is not None:
             self._profile.close()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """What the loop does between steps."""
+        """A context for a phase between two steps."""
         return self._watchdog.phase(name)
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; the time they take is counted."""
+        """Yield the batches, and count the time that they take."""
         iterator = iter(batches)
         while True:
             self._watchdog.enter(DATA)
@@ -86,7 +89,7 @@ class Monitor:
             yield batch
 
     def step(self, numbers: Mapping[str, float], batch: Batch) -> None:
-        """A step is done on this rank's batch; `numbers` is empty if it was skipped."""
+        """Note that a step on this rank's batch is done; `numbers` is empty if it was skipped."""
         self._done += 1
         self._watchdog.step(self._done)
         self._meter.step(batch)
@@ -99,18 +102,22 @@ class Monitor:
             self._keep(spike)
 
     def not_finite(self, reason: str, batch: Batch, *, stops: bool) -> None:
-        """The step that would be next has numbers that are NaN or infinite; `stops` if it is the run's last."""
+        """Note that the current step has numbers that are NaN or infinite.
+
+        Args:
+            stops: this step ends the run.
+        """
         self._keep(self._spikes.not_finite(self._done + 1, reason, batch.keys))
         if stops:
             self.write_spikes()
 
     @property
     def skipped(self) -> bool:
-        """Whether the newest step was left out."""
+        """True if the newest step was skipped."""
         return not self._numbers
 
     def write_spikes(self) -> None:
-        """Write down the spikes that are not yet. Every rank must call it."""
+        """Record the spikes found since the last call. Every rank must call it."""
         self._write(self._process_group.all_gather(self._unwritten))
 
     def _keep(self, spike: Spike) -> None:
@@ -120,7 +127,7 @@ class Monitor:
             logger.warning("spike at step %d: %s. %s names the samples", spike.step, spike.reason, SPIKES_FILE)
 
     def _write(self, spikes: list[list[Spike]]) -> None:
-        """Spikes by rank: the numbers of rank 0, whose steps are everyone's, and the keys of all."""
+        """Record the spikes of all ranks: numbers are equal on all of them, keys are not."""
         keys: dict[int, list[str]] = {}
         for spike in (spike for found in spikes for spike in found):
             keys.setdefault(spike.step, []).extend(spike.keys)
@@ -129,8 +136,7 @@ class Monitor:
         self._unwritten = []
 
     def log(self, counts: Mapping[str, float]) -> None:
-        """Record the newest numbers, `counts`, and how the run has gone since the last record. Every rank must call
-        it."""
+        """Record the newest numbers, `counts`, and speed and memory since the last record. Every rank must call it."""
         reports = self._process_group.all_gather((self._meter.take(), self._unwritten))
         measured = [each for each, _ in reports]
         self._write([spikes for _, spikes in reports])
@@ -147,14 +153,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One rank's counts since its last record.
+    """Counts of one rank since its last record.
 
     Attributes:
-        seconds: since the last record, whatever came between the steps included.
-        waited: seconds of them that the loop waited for its next batch.
-        tokens: of the texts, start and end included, without padding.
+        seconds: time since the last record, including whatever happened between the steps.
+        waited: seconds of these in which the loop waited for its next batch.
+        tokens: tokens of the texts, start and end included, without padding.
         memory: bytes.
-        gpu_utilisation: share of the time in which the GPU computed; None where nobody can tell.
+        gpu_utilisation: share of the time in which the GPU was busy; None if unknown.
     """
 
     steps: int
@@ -167,7 +173,7 @@ class Measured:
 
 
 class Throughput:
-    """Counts what one rank does."""
+    """Counts the samples, tokens and seconds of one rank."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -180,17 +186,17 @@ class Throughput:
         self._waited = 0.0
 
     def waited(self, seconds: float) -> None:
-        """The loop had no batch for so long."""
+        """Count time in which the loop had no batch."""
         self._waited += seconds
 
     def step(self, batch: Batch) -> None:
-        """A step is done on this batch."""
+        """Count a step on this batch."""
         self._steps += 1
         self._samples += len(batch)
         self._tokens += int(batch.lengths.sum())
 
     def take(self) -> Measured:
-        """The counts since the last call."""
+        """Return the counts since the last call, and start again."""
         measured = Measured(
             steps=self._steps,
             samples=self._samples,
@@ -204,7 +210,7 @@ class Throughput:
         return measured
 
     def _memory(self) -> float:
-        """On CUDA the most that tensors took since the last call, else the most that the process ever had resident."""
+        """Return the peak of tensors since the last call on CUDA, elsewhere the peak resident memory of the process."""
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -215,7 +221,7 @@ class Throughput:
         return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     def _gpu_utilisation(self) -> float | None:
-        """What the driver says of the last moment; it is not asked again where it does not answer."""
+        """Return what the driver reports for the last moment. After a failure, it is not asked again."""
         if self._asks_gpu:
             try:
                 return torch.cuda.utilization(self._device) / 100
@@ -225,14 +231,17 @@ class Throughput:
 
 
 def figures(ranks: Sequence[Measured], utilisation: Utilisation | None) -> dict[str, float]:
-    """Figures of all ranks together: `samples_per_second`, `tokens_per_second` and, with `utilisation`, `mfu`; of the
-    rank with the most, `data_wait_share` and `memory_gib`; `gpu_utilisation` in the mean, if all know theirs. There are
-    no rates where a clock has jumped."""
+    """Return the figures of all ranks together.
+
+    `samples_per_second`, `tokens_per_second` and, with `utilisation`, `mfu` are totals; `data_wait_share` and
+    `memory_gib` are those of the rank with the most; `gpu_utilisation` is the mean, if all ranks know theirs. There are
+    no rates if a clock has jumped.
+    """
     seconds = max(rank.seconds for rank in ranks)
     samples, tokens = sum(rank.samples for rank in ranks), sum(rank.tokens for rank in ranks)
     found = {"memory_gib": max(rank.memory for rank in ranks) / GIB}
     trusted = all(0 <= rank.waited <= rank.seconds and rank.seconds > 0 for rank in ranks)
-    if trusted:  # else a clock has jumped, as that of a machine that was moved
+    if trusted:  # else a clock has jumped, as when a virtual machine moves
         found |= {
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,

@@ -46,9 +46,9 @@ class OptimizerConfig:
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
-    """Learning rate at `step` (updates done, from 0): linear warm-up, then half a cosine down to the lowest.
+    """Return the learning rate at `step` (updates done, from 0): linear warm-up, then half a cosine.
 
-    Deviation from the paper, which decays linearly: as open_clip trains.
+    Deviation from the paper, whose rate decays linearly: open_clip trains with a cosine.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -60,13 +60,13 @@ def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) ->
 
 
 def decays(module: nn.Module, parameter_name: str) -> bool:
-    """Whether weight decay applies: to matrices that multiply a signal, not to norms, biases, embeddings, positions
-    and queries. open_clip leaves out only what has less than two dimensions."""
+    """Return whether weight decay applies: only to the weights of linear layers, not to norms, biases, embeddings,
+    positions and queries. open_clip exempts only tensors with fewer than two dimensions."""
     return parameter_name == "weight" and isinstance(module, nn.Linear)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients, in two groups.
+    """Return AdamW over the parameters that require gradients, in two groups: with and without weight decay.
 
     Raises: ValueError: if nothing is left to train.
     """
@@ -91,9 +91,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
-    """Stop gradients of every parameter whose name begins with one of `prefixes`, whole words between dots.
+    """Freeze every parameter whose name starts with one of `prefixes`, which end at a dot of the name.
 
-    Raises: ValueError: for a prefix that no parameter has.
+    Raises: ValueError: if no parameter starts with a prefix.
     """
     names = dict(model.named_parameters())
     for prefix in prefixes:

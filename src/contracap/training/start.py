@@ -1,4 +1,4 @@
-"""What a run starts from: its recipe's weights and device, or what its folder says of its first part."""
+"""The start of a run: checks of its inputs, its first weights, its device and precision."""
 
 import os
 from dataclasses import replace
@@ -21,8 +21,8 @@ from contracap.pretrained.names import WeightsError, interpolate_positions, meta
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe
 
-# What a resumed run may change: none of it changes the updates by more than rounding, but for `steps`, which draws the
-# cosine out, and `device` and `accumulation`, as the number of ranks: with them, other patches are dropped.
+# Keys that may change when a run is resumed. They change its updates by rounding only, with three exceptions: `steps`
+# stretches the cosine; with another `device` or `accumulation` (or number of ranks), other patches are dropped.
 MAY_CHANGE_ON_RESUME = (
     "resume",
     "out",
@@ -46,12 +46,12 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
-def check_inputs(recipe: Recipe, ranks: int) -> None:
-    """Look for what a run needs of this machine, before anything is read from afar, built or counted.
+def check_inputs(recipe: Recipe, world_size: int) -> None:
+    """Check what a run needs of this machine, before anything is read from elsewhere, built or counted.
 
     Raises:
-        FileNotFoundError, WeightsError: if data or weights of a local path are not there.
-        CompilerError: if blocks are to be compiled, and nothing can.
+        FileNotFoundError, WeightsError: if data or weights at a local path are missing.
+        CompilerError: if blocks are to be compiled, and there is no compiler.
         ParallelError: if the pixels of a batch do not fit into the memory.
     """
     used = dict(recipe.data.training_paths)
@@ -72,18 +72,19 @@ def check_inputs(recipe: Recipe, ranks: int) -> None:
         find_weights(recipe.initialise_from)
     if recipe.parallel.compile:
         require_compiler()
-    pixels = 3 * recipe.model_config.vision.image_size**2 * recipe.data.batch_size // ranks
+    pixels = 3 * recipe.model_config.vision.image_size**2 * recipe.data.batch_size // world_size
     if hasattr(os, "sysconf") and pixels > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         raise ParallelError(
             f"data.batch_size is {recipe.data.batch_size:,}, whose pixels take {pixels / 2**30:,.0f} GiB on each of "
-            f"{ranks} ranks; this machine has {memory / 2**30:,.0f} GiB: lower it, or take more ranks"
+            f"{world_size} ranks; this machine has {memory / 2**30:,.0f} GiB: lower it, or take more ranks"
         )
 
 
 def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
-    """The recipe that the run in `folder` was started with; None if it has none.
+    """Return the recipe of the run in `folder`; None if the folder has none.
 
-    Raises: CheckpointError: if the run in `folder` was started with other settings, naming them."""
+    Raises: CheckpointError: if that recipe has other settings; names them.
+    """
     stored = folder / RECIPE_FILE
     if not stored.is_file():
         return None
@@ -103,16 +104,16 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
 
 
 def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
-    """The model before its first step: random, or from the recipe's weights with positions interpolated to its
+    """Return the model before its first step: random, or the recipe's weights, with positions interpolated to its
     image size.
 
-    Raises: WeightsError: if the weights are of another size than the recipe says.
+    Raises: WeightsError: if the weights are not of the size that the recipe names.
     """
     if recipe.initialise_from is None:
         model, processor = random_model(recipe.model_config, seed=recipe.seed)
         return model, processor.image_config
     weights = read_weights(recipe.initialise_from)
-    # The mask that the weights were trained with is kept, unless the recipe asks for the other.
+    # Keep the mask that the weights were trained with, unless the recipe names one.
     wanted = recipe.model_config
     if "cls_mask" not in recipe.model.get("text", {}):
         wanted = replace(wanted, text=replace(wanted.text, cls_mask=weights.model.text.cls_mask))
@@ -129,8 +130,8 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
 
 
 def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:
-    """The precision of a run on this device: what the recipe wants, or for `auto` bf16 if the device has instructions
-    for products of bf16 matrices. A CPU without them takes 20 to 400 times as long: docs/performance.md."""
+    """Return the precision of a run on this device. `auto` is bf16 if the hardware multiplies bf16 matrices; a CPU that
+    does not takes 20 to 400 times as long (docs/performance.md)."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -141,9 +142,9 @@ def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Where the recipe wants to run.
+    """Return the device of the recipe.
 
-    Raises: ParallelError: if that is CUDA, and torch finds none.
+    Raises: ParallelError: if it is CUDA, and torch finds none.
     """
     cuda = torch.cuda.is_available()
     if recipe.device == "cuda" and not cuda:

@@ -16,7 +16,7 @@ from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig, captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa
 from contracap.model.text import TokenStates
-from contracap.parallel import ProcessGroup, Wrapped, whole
+from contracap.parallel import ParallelModel, ProcessGroup, full_tensor
 from contracap.training.optimizer import OptimizerConfig, learning_rate_at
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
@@ -29,13 +29,13 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class TrainingState:
-    """What a step changes.
+    """The model, its optimizer, and everything else that a step changes.
 
     Attributes:
         step: updates tried so far.
-        average: moving average of the weights by name; None when the run keeps none.
+        average: moving average of the weights by name; None if the run keeps none.
         process_group: the ranks that take this step together, each on its rows of the batch.
-        wrapped: the model as they share it; None where one process trains alone.
+        parallel: the model spread over the ranks; None if there is only one.
     """
 
     model: CoCa
@@ -43,12 +43,12 @@ class TrainingState:
     average: dict[str, Tensor] | None
     step: int = 0
     process_group: ProcessGroup = ProcessGroup()
-    wrapped: Wrapped | None = None
+    parallel: ParallelModel | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step needs of the recipe; attributes as in `Recipe`.
+    """The settings of a step; attributes as in `Recipe`.
 
     Attributes:
         bf16: whether the forward pass runs under autocast.
@@ -70,23 +70,22 @@ def losses(
     config: StepConfig,
     *,
     tokens: int | Tensor,
-    shared: Wrapped | None = None,
+    parallel: ParallelModel | None = None,
     contrast: Contrast | None = None,
 ) -> dict[str, Tensor]:
-    """The losses of weight above 0 by name, not weighted.
+    """Return the losses of weight above 0 by name, not weighted.
 
     Args:
         batch: on the model's device.
-        tokens: what the captioning loss is divided by: the labels of the batch, or of the larger one that this is a
-            part of.
-        shared: the model as the ranks share it; None where one process has it alone.
-        contrast: in place of `contrastive_loss`, which contrasts the batch and those of the other ranks.
+        tokens: divisor of the captioning loss: the number of labels of the whole batch, of which this may be a part.
+        parallel: the model spread over the ranks; None if there is only one.
+        contrast: used instead of `contrastive_loss`, which contrasts this batch with itself and those of other ranks.
     """
-    shared = shared or Wrapped(model)
-    contrast = contrast or partial(contrastive_loss, gather=shared.gather)
+    parallel = parallel or ParallelModel(model)
+    contrast = contrast or partial(contrastive_loss, gather=parallel.gather)
 
-    def passed(forward: Callable[..., Any]) -> Any:
-        """The batch through `forward`. The normalised pixels, as large as much of the rest, are let go after it."""
+    def run(forward: Callable[..., Any]) -> Any:
+        # The normalised pixels take as much memory as much of the rest: nothing else refers to them.
         return forward(normalise(batch.pixels, config.image), batch.ids, batch.lengths)
 
     def captioning(captions: TokenStates) -> Tensor:
@@ -95,34 +94,36 @@ def losses(
 
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         if not config.loss.captioning:
-            images, texts = passed(shared.model.contrastive_features)
+            images, texts = run(parallel.model.contrastive_features)
             return {"contrastive_loss": contrast(images, texts, logit_scale=model.logit_scale.exp())}
         if not config.loss.contrastive:
-            return {"captioning_loss": captioning(passed(shared.model.caption_states))}
-        output = passed(shared.model)
+            return {"captioning_loss": captioning(run(parallel.model.caption_states))}
+        output = run(parallel.model)
         return {
             "captioning_loss": captioning(output.caption_states),
             "contrastive_loss": contrast(output.image_features, output.text_features, logit_scale=output.logit_scale),
         }
 
 
-def contrast_whole(model: CoCa, parts: Sequence[Batch], config: StepConfig, *, shared: Wrapped) -> list[Contrast]:
-    """For each part of a batch, what its embeddings add to the contrastive loss of the whole batch.
+def contrast_in_parts(
+    model: CoCa, parts: Sequence[Batch], config: StepConfig, *, parallel: ParallelModel
+) -> list[Contrast]:
+    """Return, for each part of a batch, a function that stands for the contrastive loss of the whole batch.
 
-    All parts are embedded once without gradients. Their embeddings are all that is kept; from them come the loss and
-    its gradients towards each of them. Then a part can be embedded again, with gradients: what its function gives has
-    the gradients of the whole loss towards this part, and for its value an equal share of it.
+    First, all parts are embedded without gradients. From these embeddings come the loss and its gradient with respect
+    to each of them. Then each part is embedded again, with gradients, and given to its function. The result has the
+    gradient of the whole loss with respect to this part; its value is an equal share of the loss.
     Source: GradCache (arXiv 2101.06983).
     """
     device = model.device.type
-    with torch.no_grad(), shared.forward_only(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16):
+    with torch.no_grad(), parallel.forward_only(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16):
         made = [
-            shared.model.contrastive_features(normalise(part.pixels, config.image), part.ids, part.lengths)
+            parallel.model.contrastive_features(normalise(part.pixels, config.image), part.ids, part.lengths)
             for part in parts
         ]
     images, texts = (torch.cat(features).requires_grad_() for features in zip(*made, strict=True))
     scale = model.logit_scale.detach().exp().requires_grad_()
-    loss = contrastive_loss(images, texts, logit_scale=scale, gather=shared.gather)
+    loss = contrastive_loss(images, texts, logit_scale=scale, gather=parallel.gather)
     to_images, to_texts, to_scale = torch.autograd.grad(loss, (images, texts, scale))
     count = len(parts)
     return [
@@ -141,13 +142,13 @@ def _share(
     to_texts: Float[Tensor, "batch embed"],
     to_scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """A number of this value, with these gradients."""
+    """Return a number with this value and these gradients."""
     slope = (image_features * to_images).sum() + (text_features * to_texts).sum() + logit_scale * to_scale
     return value + (slope - slope.detach())
 
 
 def count_labels(batch: Batch) -> int:
-    """Tokens that the captioning loss is over: all of each text but its first, its end token included."""
+    """Return the number of tokens that the captioning loss predicts: all of each text except the start token."""
     return int(batch.lengths.sum()) - len(batch)
 
 
@@ -156,8 +157,8 @@ class StepMetrics:
     """The numbers of a step, still on the device.
 
     Attributes:
-        names: of `values`.
-        weights: of each loss in `loss`.
+        names: the names of `values`.
+        weights: the weight of each loss in the sum `loss`.
     """
 
     names: tuple[str, ...]
@@ -166,8 +167,8 @@ class StepMetrics:
     learning_rate: float
 
     def read(self) -> dict[str, float]:
-        """Losses (nats), their weighted sum `loss`, `gradient_norm` before clipping, `learning_rate`, `logit_scale`.
-        Waits for the device.
+        """Return the losses (nats), their weighted sum `loss`, `gradient_norm` before clipping, `learning_rate` and
+        `logit_scale`. Waits for the device.
 
         Raises: NonFiniteError: if a loss or the norm is NaN or infinite; the step then changed nothing.
         """
@@ -190,43 +191,52 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> StepMe
     leaves the weights as they are. Randomness (patch dropout) depends on seed, step and rank alone, so that a resumed
     run repeats it.
     """
-    model, optimizer = state.model, state.optimizer
-    process_group, shared = state.process_group, state.wrapped or Wrapped(model)
-    rate = learning_rate_at(state.step, config.optimizer, total_steps=config.total_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    model, process_group = state.model, state.process_group
+    learning_rate = learning_rate_at(state.step, config.optimizer, total_steps=config.total_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
     model.train()
+    weights = {"captioning_loss": config.loss.captioning, "contrastive_loss": config.loss.contrastive}
+    weights = {name: weight for name, weight in weights.items() if weight}
+    totals = _backward(state, batch, config, weights)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm or math.inf)
+    means = process_group.mean(torch.stack(list(totals.values())))
+    values = torch.cat([means, full_tensor(norm).reshape(1)])
+    _update(state, values.isfinite().all(), config)
+    names = (*totals, "gradient_norm", "logit_scale")
+    values = torch.cat([values, model.logit_scale.detach().exp().reshape(1)])
+    return StepMetrics(names, values, weights, learning_rate)
+
+
+def _backward(
+    state: TrainingState, batch: Batch, config: StepConfig, weights: Mapping[str, float]
+) -> dict[str, Float[Tensor, ""]]:
+    """Accumulate the gradients of the weighted losses over the parts of the batch. Return the losses, not weighted."""
+    model, process_group, parallel = state.model, state.process_group, state.parallel or ParallelModel(state.model)
     tokens = process_group.mean(torch.full((), count_labels(batch), device=model.device))
     parts = batch.to(model.device).split(config.accumulation)
     seed = config.seed * 1_000_003 + state.step + process_group.rank * 2**48  # each rank drops patches of its own
-    contrasts: Sequence[Contrast | None] = [None] * len(parts)
     torch.manual_seed(seed)
+    contrasts: Sequence[Contrast | None] = [None] * len(parts)
     if len(parts) > 1 and config.loss.contrastive:
-        contrasts = contrast_whole(model, parts, config, shared=shared)
+        contrasts = contrast_in_parts(model, parts, config, parallel=parallel)
         torch.manual_seed(seed)  # each part drops the same patches again
-    weights = {"captioning_loss": config.loss.captioning, "contrastive_loss": config.loss.contrastive}
-    weights = {name: weight for name, weight in weights.items() if weight}
     totals: dict[str, Tensor] = {}
-    for left, part, contrast in zip(reversed(range(len(parts))), parts, contrasts, strict=True):
-        with shared.accumulating() if left else nullcontext():
-            values = losses(model, part, config, tokens=tokens, shared=shared, contrast=contrast)
+    for number, (part, contrast) in enumerate(zip(parts, contrasts, strict=True), start=1):
+        with parallel.accumulating() if number < len(parts) else nullcontext():
+            values = losses(model, part, config, tokens=tokens, parallel=parallel, contrast=contrast)
             torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
-    norm = torch.nn.utils.clip_grad_norm_(
-        [parameter for parameter in model.parameters() if parameter.grad is not None],
-        config.optimizer.clip_norm or math.inf,
-    )
-    means = process_group.mean(torch.stack(list(totals.values())))
-    values = torch.cat([means, whole(norm).reshape(1)])
-    _update(state, values.isfinite().all(), config)
-    names = (*totals, "gradient_norm", "logit_scale")
-    return StepMetrics(names, torch.cat([values, model.logit_scale.detach().exp().reshape(1)]), weights, rate)
+    return totals
 
 
 @torch.no_grad()
 def _update(state: TrainingState, finite: Bool[Tensor, ""], config: StepConfig) -> None:
-    """Step the optimizer and what follows the weights, unless the step's numbers are not finite: decided on the device,
-    as a gradient scaler does it."""
+    """Update the weights, their scale and their moving average, unless the step's numbers are not finite.
+
+    This is decided on the device, as a gradient scaler does.
+    """
     model, optimizer = state.model, state.optimizer
     optimizer.found_inf = finite.logical_not().float()  # pyrefly: ignore[missing-attribute]  # of fused optimizers
     optimizer.step()

@@ -1,4 +1,4 @@
-"""How much of what its device can do a run uses: model FLOPs utilisation (MFU)."""
+"""Model FLOPs utilisation (MFU): the share of its device's peak speed that a run uses."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from contracap.model.coca import CoCa
 from contracap.training.flops import TextLengths, count_flops, training_flops
 from contracap.training.gpus import find_gpu
 
-# What the driver calls the GPUs of the table; others of the same family, such as an H100 for PCIe, are slower.
+# The driver's names of the GPUs in the table. Others of the same family, such as an H100 for PCIe, are slower.
 DEVICES = {
     "NVIDIA A100-SXM4-40GB": "a100-40g",
     "NVIDIA A100-PCIE-40GB": "a100-40g",
@@ -24,11 +24,11 @@ DEVICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The most that one device can do.
+    """The peak speed of one device.
 
     Attributes:
-        flops: multiplications and additions a second.
-        source: who says so.
+        flops: multiplications and additions per second.
+        source: where the figure comes from.
     """
 
     flops: float
@@ -36,10 +36,10 @@ class Peak:
 
 
 def find_peak(device: torch.device, *, bf16: bool, stated: float | None) -> Peak | None:
-    """The peak of a device: the stated one, else that of the table of GPUs; None where neither is known.
+    """Return the peak of a device: the stated one, else that of the table of GPUs; None if neither is known.
 
     Args:
-        bf16: whether the run multiplies in bf16, else in float32.
+        bf16: the run multiplies in bf16, not float32.
         stated: in TFLOP/s.
     """
     if stated is not None:
@@ -52,10 +52,10 @@ def find_peak(device: torch.device, *, bf16: bool, stated: float | None) -> Peak
 
 
 class ModelUtilisation:
-    """The operations that the model's forward and backward pass need, over those of the peak in the same time.
+    """The operations of the model's forward and backward pass, divided by those of the peak in the same time.
 
-    Texts count at their mean length, without padding. A backward pass counts twice its forward pass, one that a frozen
-    tower is spared not at all. Recomputed activations and the update do not count.
+    Texts count with their mean length, without padding. A backward pass counts as two forward passes; a frozen tower
+    has none. Recomputed activations and the optimizer do not count.
     """
 
     def __init__(self, model: CoCa, loss: LossConfig, peak: Peak):
@@ -69,8 +69,8 @@ class ModelUtilisation:
         )
 
     def flops(self, tokens: float) -> float:
-        """Operations for one sample in training, its text of `tokens` tokens, start and end included."""
-        shorter, share = int(tokens), tokens % 1  # between whole lengths, of which each is counted once
+        """Return the operations of a step per sample, for a text of `tokens` tokens, start and end included."""
+        shorter, share = int(tokens), tokens % 1  # interpolates between whole lengths, which are cached
         return (1 - share) * self._counted(shorter) + (share and share * self._counted(shorter + 1))
 
     def _counted(self, tokens: int) -> float:
@@ -78,5 +78,5 @@ class ModelUtilisation:
         return sum(training_flops(self._model, counted.parts).values())
 
     def __call__(self, samples_per_second: float, tokens: float) -> float:
-        """MFU from the speed of one device and the mean length of the texts, as a share from 0 to 1."""
+        """Return the MFU, from 0 to 1, given the speed of one device and the mean length of the texts."""
         return samples_per_second * self.flops(tokens) / self.peak.flops

@@ -7,10 +7,10 @@ import torch
 from contracap.data.config import DataConfig
 from contracap.data.loader import evaluation_samples, validation_batches
 from contracap.data.shards import list_shards
-from contracap.model.coca import CoCa, evaluating
-from contracap.parallel import ProcessGroup, Wrapped
+from contracap.model.coca import evaluating
+from contracap.parallel import ParallelModel
 from contracap.pretrained import processor_for
-from contracap.training.step import StepConfig, count_labels, losses
+from contracap.training.step import StepConfig, TrainingState, count_labels, losses
 
 
 def require_validation(data: DataConfig) -> None:
@@ -25,14 +25,13 @@ def require_validation(data: DataConfig) -> None:
 
 
 @torch.no_grad()
-def validation_losses(
-    model: CoCa, data: DataConfig, config: StepConfig, process_group: ProcessGroup, shared: Wrapped
-) -> dict[str, float]:
+def validation_losses(state: TrainingState, config: StepConfig, data: DataConfig) -> dict[str, float]:
     """Return the mean losses over the full batches of `data.validation`, under `validation_...` names.
 
-    Every rank must call it: it reads all of the data and scores its rows of each batch, so that the batches contrast as
-    in one process.
+    Every rank must call it. Each reads all of the data and scores its rows of each batch, so that the batches contrast
+    as in one process.
     """
+    model, process_group, parallel = state.model, state.process_group, state.parallel or ParallelModel(state.model)
     sums: dict[str, float] = {}
     tokenizer = processor_for(model.config, config.image).tokenizer
     batches = tokens = 0
@@ -46,11 +45,11 @@ def validation_losses(
         part = batch.split(process_group.world_size)[process_group.rank].to(model.device)
         batches += 1
         tokens += count_labels(part)
-        with evaluating(model), shared.forward_only():
-            parts = losses(model, part, config, tokens=1, shared=shared)
+        with evaluating(model), parallel.forward_only():
+            parts = losses(model, part, config, tokens=1, parallel=parallel)
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-    # One is a mean over tokens, the other over batches; over the ranks, sums and counts are averaged separately.
+    # One loss is a mean over tokens, the other over batches. Sums and counts are averaged over the ranks separately.
     counts = {"captioning_loss": tokens, "contrastive_loss": batches}
     means = dict[str, float]()
     for name, value in sums.items():

@@ -1,4 +1,4 @@
-"""Checkpoints written while the run continues, whole or not at all, the newest one under the name `last`."""
+"""Writing checkpoints atomically while the run continues, the newest one under the name `last`."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from contracap.images import ImageConfig
 from contracap.model.coca import CoCaConfig
-from contracap.parallel import TIMEOUT, ProcessGroup, whole
+from contracap.parallel import TIMEOUT, ProcessGroup, full_tensor
 from contracap.pretrained import write_weights
 from contracap.training.checkpoint import (
     AVERAGE_FILE,
@@ -41,11 +41,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in memory of its own: steps that follow do not change it.
+    """The contents of a checkpoint, copied so that the next steps do not change them.
 
     Attributes:
-        weights, average: on rank 0 alone, whole; no average where the run keeps none.
-        optimizer: as each rank holds it.
+        weights, average: full tensors, on rank 0 alone; `average` is None if the run keeps none.
+        optimizer: this rank's shard.
         data: position in the data, plain JSON values.
     """
 
@@ -58,41 +58,43 @@ class Snapshot:
 
     @classmethod
     def of(cls, state: TrainingState, data: dict[str, Any]) -> "Snapshot":
-        """Take one between two steps; on every rank, for parameters that are shared out are brought together."""
+        """Copy a state between two steps. Every rank must call it, because sharded parameters are gathered."""
 
-        def brought(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            together = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
-            return {name: _copied(tensor) for name, tensor in together if state.process_group.rank == 0}
+        def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            gathered = ((name, full_tensor(tensor.detach())) for name, tensor in tensors.items())
+            return {name: _copy(tensor) for name, tensor in gathered if state.process_group.rank == 0}
 
         return cls(
             step=state.step,
             model=state.model.config,
-            weights=brought(state.model.state_dict()),
-            average=None if state.average is None else brought(state.average),
-            optimizer=_copied(optimizer_state(state)),
+            weights=gather(state.model.state_dict()),
+            average=None if state.average is None else gather(state.average),
+            optimizer=_copy(optimizer_state(state)),
             data=data,
         )
 
 
 class CheckpointWriter:
-    """Writes `folder/step-NNNNNNNN` and points `folder/last` at it; a kill at any moment leaves the one before.
+    """Writes `folder/step-NNNNNNNN` and points `folder/last` to it. A kill at any moment leaves the last one intact.
 
-    A thread of each rank writes, one checkpoint at a time. What goes wrong there is raised by whatever asks next: on
-    every rank, for they hear of each other's trouble in a process group of their own. The end of the context waits for
-    what is being written.
+    A thread of each rank writes, one checkpoint at a time. The threads have a process group of their own, through which
+    every rank hears of an error; the next call raises it. The end of the context waits for the checkpoint under way.
 
-    With more than one rank, all see the same folder, and make the same calls in the same order.
+    With more than one rank, all see the same folder and make the same calls in the same order.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, image: ImageConfig, process_group: ProcessGroup):
-        """`image`: how the model's images are prepared, which goes with its weights."""
+        """
+        Args:
+            image: how images are prepared for the model; stored with its weights.
+        """
         self._folder, self._config, self._image, self._process_group = folder, config, image, process_group
         self._group: dist.ProcessGroup | None = None
         if process_group.world_size > 1:
             group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=self._take_device)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=self._set_device)
         self._written: Future[None] | None = None
         self._step: int | None = None
         expect_one_process()
@@ -101,25 +103,26 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        # Where other ranks may be lost, what went wrong is said at once. On CPUs the group ends here as well, which the
-        # thread still needs. What is not whole yet has no final name.
+        # After an error, other ranks may be lost: do not wait for them, but report it at once. On CPUs wait anyway,
+        # because the thread still needs the group, which ends here. A partial checkpoint has no final name yet.
         self._thread.shutdown(wait=kind is None or self._group is None or self._process_group.device.type == "cpu")
         if kind is None:
             self.wait()
 
-    def _take_device(self) -> None:
-        """A thread starts on device 0, whichever its rank has."""
+    def _set_device(self) -> None:
+        """Set the rank's device: a new thread starts on device 0."""
         if self._process_group.device.index is not None and self._process_group.device.type == "cuda":
             torch.cuda.set_device(self._process_group.device)
 
     def save(self, state: TrainingState, data: dict[str, Any]) -> None:
-        """Copy what a checkpoint holds and begin to write it, when the one before is written. Nothing to do if that was
-        of the same step.
+        """Wait for the previous checkpoint, copy the state, and begin to write it.
+
+        Do nothing if the previous checkpoint is of the same step.
 
         Args:
             data: position in the data, plain JSON values.
 
-        Raises: CheckpointError: if the one before could not be written.
+        Raises: CheckpointError: if the previous one could not be written.
         """
         self.wait()
         if self._step != state.step:
@@ -128,13 +131,13 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows already that the last checkpoint cannot be written."""
+        """True if this rank already knows that the last checkpoint cannot be written."""
         return self._written is not None and self._written.done() and self._written.exception() is not None
 
     def wait(self) -> None:
-        """Go on when the last checkpoint is written.
+        """Wait until the last checkpoint is written.
 
-        Raises: CheckpointError: if it cannot be: what was wrong, and which is the last good one.
+        Raises: CheckpointError: if it cannot be written; names the reason and the last good one.
         """
         if self._written is not None:
             self._written.result()
@@ -151,7 +154,7 @@ class CheckpointWriter:
                 no_dist=self._group is None,
             )
             self._on_rank_0(lambda: self._finish(snapshot, partial, final))
-        except (Exception, dcp.api.CheckpointException) as error:  # torch's is none of the former
+        except (Exception, dcp.api.CheckpointException) as error:  # torch's is not an Exception
             if self._process_group.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
@@ -161,7 +164,7 @@ class CheckpointWriter:
             ) from error
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
-        """Every rank raises what goes wrong there."""
+        """Run `action` on rank 0; if it fails, raise its error on every rank."""
         problem: Exception | None = None
         if self._process_group.rank == 0:
             try:
@@ -175,7 +178,7 @@ class CheckpointWriter:
             raise CheckpointError(reasons[0]) from problem
 
     def _make_room(self, partial: Path) -> None:
-        self._folder.mkdir(exist_ok=True)  # but not the run's, if that has gone
+        self._folder.mkdir(exist_ok=True)  # without parents: the run folder may have been deleted
         for left_over in self._folder.glob(".*.partial"):
             _remove(left_over)
         partial.mkdir()
@@ -186,7 +189,7 @@ class CheckpointWriter:
                 write_weights(partial / file, model=snapshot.model, image=self._image, state=tensors)
         (partial / POSITION_FILE).write_text(json.dumps({"step": snapshot.step, "data": snapshot.data}))
         for path in [*partial.rglob("*"), partial]:
-            _to_disk(path)
+            _sync(path)
         if final.exists():
             _remove(final)
         os.replace(partial, final)
@@ -195,27 +198,27 @@ class CheckpointWriter:
         if last.is_dir() and not last.is_symlink():  # a copy of the run that followed links
             _remove(last)
         os.replace(link, last)
-        _to_disk(self._folder)
+        _sync(self._folder)
         steps = [step for step in checkpoint_steps(self._folder) if step <= snapshot.step]
         for step in steps[: -self._config.keep]:
             if not self._config.keep_every or step % self._config.keep_every:
                 _remove(self._folder / checkpoint_name(step))
 
 
-def _copied(value: Any) -> Any:
-    """The value with its tensors in memory of their own, on the CPU."""
+def _copy(value: Any) -> Any:
+    """Return the value with its tensors copied to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {name: _copied(each) for name, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+        return {name: _copy(each) for name, each in value.items()}
+    return [_copy(each) for each in value] if isinstance(value, list) else value
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or folder that never stands half deleted under its own name.
+    """Delete a file or folder. It is renamed first, so that it is never half deleted under its own name.
 
-    What cannot be deleted, such as a file that another machine has open on NFS, does not end a run: the next
-    checkpoint tries again.
+    A failure, such as a file that another machine has open on NFS, does not end the run: the next checkpoint tries
+    again.
     """
     removed = ".removed.partial"
     try:
@@ -229,8 +232,8 @@ def _remove(path: Path) -> None:
         logger.warning("%s cannot be deleted: %s", path, describe(error))
 
 
-def _to_disk(path: Path) -> None:
-    """Make sure that what was written survives a power cut."""
+def _sync(path: Path) -> None:
+    """Make sure that a written file or folder survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

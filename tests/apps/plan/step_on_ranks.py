@@ -21,7 +21,7 @@ from contracap.apps.plan.parameters import planned_model
 from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.images import ImageConfig
-from contracap.parallel import ProcessGroup, start_process_group, wrapped
+from contracap.parallel import ProcessGroup, parallelize, start_process_group
 from contracap.parallel.process_group import Value
 from contracap.pretrained import random_model
 from contracap.training.optimizer import build_optimizer
@@ -98,13 +98,13 @@ def heard_in_a_step(recipe: Recipe, process_group: ProcessGroup) -> tuple[dict[s
     for parameter, planned in zip(model.parameters(), planned_model(recipe).parameters(), strict=True):
         parameter.requires_grad_(planned.requires_grad)
     bf16 = recipe.precision == "bf16"
-    shared = wrapped(model, recipe.parallel, process_group, bf16=bf16)
+    parallel = parallelize(model, recipe.parallel, process_group, bf16=bf16)
     state = TrainingState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
         average=None,
         process_group=process_group,
-        wrapped=shared,
+        parallel=parallel,
     )
     config = StepConfig(
         loss=recipe.loss,

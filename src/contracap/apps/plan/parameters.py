@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from contracap.model.coca import CoCa
-from contracap.parallel import Kind, units
+from contracap.parallel import Kind, sharded_modules
 from contracap.training.optimizer import freeze, freeze_unused
 from contracap.training.recipe import Recipe
 
@@ -122,7 +122,7 @@ def shares_of(model: CoCa, kind: Kind, *, gpus: int, per_machine: int) -> Shares
         raise ValueError(
             f"gpus is {gpus}, but hsdp needs whole machines of {per_machine}: take a multiple, or say kind = 'fsdp'"
         )
-    modules = units(model)
+    modules = sharded_modules(model)
     taken = {parameter for module in modules for parameter in module.parameters()} | {model.logit_scale}
     return Shares(
         gpus=gpus,

@@ -1,4 +1,4 @@
-"""A model that many ranks train: copies with averaged gradients, or shares of every parameter."""
+"""A model that many ranks train: copies with averaged gradients (DDP), or shards of every parameter (FSDP)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from contracap.losses import Gather, alone
+from contracap.losses import Gather
 from contracap.model.coca import CoCa, CoCaOutput
 from contracap.model.text import TokenStates
 from contracap.model.transformer import CrossBlock, SelfBlock
@@ -21,11 +21,11 @@ Kind = Literal["ddp", "fsdp", "hsdp"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a model runs on its devices, and how ranks share it."""
+    """How a model runs on its devices and is spread over the ranks."""
 
     kind: Kind = "ddp"
-    """`ddp`: each rank holds the whole model. `fsdp`: each rank holds a share of every parameter, its gradient and
-    its moments. `hsdp`: shares within a machine, copies across machines. A run can be resumed with another kind."""
+    """`ddp`: each rank holds the whole model. `fsdp`: each rank holds a shard of every parameter, its gradient and
+    its moments. `hsdp`: shards within a machine, copies across machines. A run can be resumed with another kind."""
     recompute: Literal["none", "blocks"] = "none"
     """`blocks`: keep only the input of each transformer block and compute its activations again in the backward
     pass. Takes less memory and more time."""
@@ -62,53 +62,55 @@ class _Methods(nn.Module):
 
 
 @dataclass(frozen=True)
-class Wrapped:
+class ParallelModel:
     """A model whose gradients are averaged over the ranks by each backward pass.
 
     Attributes:
         model: what to call in place of the model, on the rows of this rank.
-        gather: brings the rows of all ranks, for the contrastive loss.
-        accumulating: a context for the forward and backward passes of all parts of a batch but the last, whose
-            gradients wait on this rank.
+        gather: gathers the rows of all ranks for the contrastive loss; None if there is only one rank.
+        accumulating: a context for the forward and backward passes of all parts of a batch but the last. Their
+            gradients stay on this rank.
         forward_only: a context for forward passes that no backward pass follows.
     """
 
     model: CoCa | Replica
-    gather: Gather = alone
+    gather: Gather | None = None
     accumulating: Callable[[], AbstractContextManager[None]] = nullcontext
     forward_only: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def wrapped(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool = False) -> Wrapped:
-    """Let the blocks of `model` run as the configuration says, and spread it over the ranks, if there are several.
+def parallelize(
+    model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool = False
+) -> ParallelModel:
+    """Apply recomputation and compilation to the blocks of `model`, and spread it over the ranks, if there are several.
 
-    Call it when the model is on its device and frozen as it shall be, and before the optimizer is built. Every
-    parameter that is not frozen must take part in the losses.
+    Call it after the model is moved to its device and frozen, and before the optimizer is built. Every parameter that
+    is not frozen must take part in the losses.
 
     Args:
-        config: under `ddp` the values of rank 0 count. Under `fsdp` and `hsdp` a parameter is a DTensor, a block's are
-            fetched when it is used, and all ranks must bring the same values.
-        bf16: whether parameters that are shared out travel and multiply in bf16; gradients are averaged in float32.
+        config: under `ddp`, all ranks start from the values of rank 0. Under `fsdp` and `hsdp`, parameters become
+            DTensors, a block gathers its own when it runs, and all ranks must bring the same values.
+        bf16: whether sharded parameters are sent and multiplied in bf16; gradients are averaged in float32.
 
-    What a rank exchanges in a step, beside the loss: under `ddp` it sums the trained parameters' bytes with the others.
-    Among N ranks with a share each, it fetches (N - 1) / N of all parameters and, for the backward pass, of the blocks'
-    again, and sends as much of the gradients as of the parameters; between machines, `hsdp` sums 1 / N of these.
+    Traffic per rank and step, without the loss: `ddp` all-reduces the bytes of the trained parameters. With N shards, a
+    rank gathers (N - 1) / N of all parameters, in the backward pass those of the blocks again, and scatters as many
+    bytes of gradients; `hsdp` also all-reduces 1 / N of the gradients between machines.
 
     Raises: ParallelError: for `hsdp`, if the machines have different numbers of ranks.
     """
     change_blocks(model, recompute=config.recompute == "blocks", compiled=config.compile)
     if process_group.world_size == 1:
-        return Wrapped(model)
+        return ParallelModel(model)
     if config.kind == "ddp":
         replica = Replica(model)
-        return Wrapped(replica, gather_rows, replica.copies.no_sync)
+        return ParallelModel(replica, gather_rows, replica.copies.no_sync)
     return _sharded(model, config, process_group, bf16=bf16)
 
 
-def units(model: CoCa) -> list[nn.Module]:
-    """The parts whose parameters are fetched when they run and let go again, if ranks share them out; what is in none
-    of them stays with the root."""
-    # A cross-attention is read twice, for its keys and values before its block runs: it stays with the root.
+def sharded_modules(model: CoCa) -> list[nn.Module]:
+    """Return the modules that FSDP shards one by one: each gathers its parameters while it runs. All other parameters
+    belong to the root module."""
+    # Cross-attention belongs to the root: its keys and values are computed before its block runs.
     return [
         module.feed_forward if isinstance(module, CrossBlock) else module
         for module in model.modules()
@@ -116,8 +118,8 @@ def units(model: CoCa) -> list[nn.Module]:
     ]
 
 
-def _sharded(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool) -> Wrapped:
-    # Imported here: it takes a second, which a run of one process need not wait.
+def _sharded(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool) -> ParallelModel:
+    # Imported here, because it takes a second that a run of one process need not wait for.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -133,10 +135,10 @@ def _sharded(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     )
-    for unit in units(model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    # The root's parameters are there from the forward pass to the backward: the losses read some of them. FSDP cannot
-    # share out a scalar.
+    for module in sharded_modules(model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The root's parameters stay gathered until the backward pass, because the losses read some of them. FSDP cannot
+    # shard a scalar.
     scale = model.logit_scale
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params={scale})
     for method in ("contrastive_features", "caption_states", "encode_image", "encode_text", "encode_caption_tokens"):
@@ -163,18 +165,18 @@ def _sharded(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *
         try:
             yield
         finally:
-            model.reshard()  # a backward pass would have given the root's parameters back
+            model.reshard()  # as a backward pass would have done for the root's parameters
 
-    return Wrapped(model, gather_rows, accumulating, forward_only)
+    return ParallelModel(model, gather_rows, accumulating, forward_only)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be shared out over the ranks, on each of them."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be sharded, on every rank."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def share_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The opposite of `whole`: of a tensor that every rank has all of, what this one holds of `like`."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of a full tensor, sharded as `like` is; the opposite of `full_tensor`."""
     if not hasattr(like, "full_tensor"):
         return tensor.to(like.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
