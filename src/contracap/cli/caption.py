@@ -71,7 +71,7 @@ def caption(
 ) -> int:
     """Write a caption for each image. The same command continues where it was stopped. Unreadable images are listed
     at the end."""
-    from contracap.apps.bulk.caption import caption_pictures, first
+    from contracap.apps.bulk.caption import caption_images, first
     from contracap.apps.bulk.inputs import count_items, first_items, items
     from contracap.apps.bulk.outputs import Lines, SideCars, Table
     from contracap.apps.bulk.rows import Row, caption_rows
@@ -105,7 +105,7 @@ def caption(
 
     rows = list[Row]()
     with output:
-        outcome = caption_pictures(
+        outcome = caption_images(
             first(items(paths, recursive=recursive, outputs=[table, json]), limit),
             partial(
                 caption_rows,

@@ -77,7 +77,7 @@ def test_columns_are_those_that_are_wanted(tiny, tmp_path: Path) -> None:
     assert list(rows(tmp_path / "e", shard)[0]) == ["key", "shard", "embedding", "error"]
 
 
-def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> None:
+def test_an_unreadable_image_has_a_row_that_says_why(tiny, tmp_path: Path) -> None:
     shard = str(tmp_path / "0.tar")
     broken = picture(1)[:200]
     write_shard(shard, [("a", {"jpg": broken}), ("b", {"jpg": picture(0)}), ("c", {"txt": b"x"}), ("d", {"jpg": b""})])

@@ -204,12 +204,12 @@ class SideCars(Output):
             record.check(str(folder), remedy)
         self._records[folder] = record
 
-    def _take(self, place: Path, picture: Path) -> bool:
+    def _take(self, place: Path, image: Path) -> bool:
         """Give the image its side-car, unless it came before in this run; return whether it did not.
 
         Raises: ValueError: if the side-car is that of another image.
         """
-        side_car, source = (Path(os.path.abspath(path)) for path in (place.with_suffix(self.suffix), picture))
+        side_car, source = (Path(os.path.abspath(path)) for path in (place.with_suffix(self.suffix), image))
         digest = hashlib.blake2b(os.fsencode(side_car), digest_size=16).digest()
         # The image but for its stem, which is the side-car's: all images of a folder share this string.
         origin = sys.intern(str(source.with_name(f"*{source.suffix}")))
@@ -221,7 +221,7 @@ class SideCars(Output):
             other = first.with_name(f"{source.stem}{first.suffix}")
             shown = other.name if other.parent == source.parent else other
             raise ValueError(
-                f"{picture}: {shown} has the same side-car, {side_car.name}: rename one of them, or take "
+                f"{image}: {shown} has the same side-car, {side_car.name}: rename one of them, or take "
                 "--format jsonl, csv or parquet"
             )
         return is_new
