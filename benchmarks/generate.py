@@ -21,8 +21,9 @@ from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
 from benchmarks.open_clip_captions import BEAMS, Way
 from contracap.apps.bulk.caption import caption_images
 from contracap.apps.bulk.inputs import items
-from contracap.apps.bulk.outputs import SideCars, one_line
+from contracap.apps.bulk.outputs import one_line
 from contracap.apps.bulk.rows import caption_rows
+from contracap.apps.bulk.side_cars import SideCars
 from contracap.generation import BeamSearch, Caption, Captioner, Greedy, LegacyBeamSearch
 from contracap.generation.strategy import Strategy
 from contracap.pretrained import load

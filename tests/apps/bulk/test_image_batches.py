@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracap.apps.bulk import pictures
+from contracap.apps.bulk import image_batches as module
 from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
 from contracap.images import ImageConfig, decode, resize_and_crop
@@ -47,7 +47,7 @@ def test_an_error_of_the_items_ends_the_batches_and_one_of_decoding_belongs_to_i
 
     with pytest.raises(RuntimeError, match="listing"):
         list(image_batches(items(), IMAGE, batch_size=2, workers=2))
-    monkeypatch.setattr(pictures, "decode", lambda *_, **__: {}["none"])
+    monkeypatch.setattr(module, "decode", lambda *_, **__: {}["none"])
     batches = list(image_batches(numbered(3), IMAGE, batch_size=2, workers=2))
     assert sum(len(batch.broken) for batch in batches) == 3
 

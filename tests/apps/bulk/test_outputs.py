@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from contracap.apps.bulk.inputs import Item
-from contracap.apps.bulk.outputs import Existing, Lines, SideCars, Table
+from contracap.apps.bulk.outputs import Existing, Lines
 from contracap.apps.bulk.rows import Row
+from contracap.apps.bulk.side_cars import SideCars
+from contracap.apps.bulk.table_output import Table
 from contracap.apps.bulk.tables import TableError, TableFormat, read_table
 from contracap.data.sources import read_source
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from contracap.apps.bulk.folder import Folder
 from contracap.apps.bulk.image_batches import ImageBatch, image_batches
 from contracap.apps.bulk.inputs import OTHER_IMAGE, Item, images_of
+from contracap.apps.bulk.output_config import caption_config
 from contracap.apps.bulk.rows import caption_rows
-from contracap.apps.bulk.settings import caption_settings
 from contracap.apps.bulk.tables import ROW_GROUP
 from contracap.config import require_count
 from contracap.data.remote import WEB
@@ -97,9 +97,9 @@ def part_name(shard: str) -> str:
     return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}.parquet"
 
 
-def settings(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
+def part_config(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
     """What decides the content of a part besides its shard, ready for JSON."""
-    chosen = caption_settings(config.strategy, config.prompt, model, processor)
+    chosen = caption_config(config.strategy, config.prompt, model, processor)
     return {**chosen, "embedding": config.embedding}
 
 
