@@ -19,10 +19,11 @@ from benchmarks.captioners import (
 )
 from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
 from benchmarks.open_clip_captions import BEAMS, Way
-from contracap.apps.bulk.caption import caption_pictures
+from contracap.apps.bulk.caption import caption_images
 from contracap.apps.bulk.inputs import items
-from contracap.apps.bulk.outputs import SideCars, one_line
+from contracap.apps.bulk.outputs import one_line
 from contracap.apps.bulk.rows import caption_rows
+from contracap.apps.bulk.side_cars import SideCars
 from contracap.generation import BeamSearch, Caption, Captioner, Greedy, LegacyBeamSearch
 from contracap.generation.strategy import Strategy
 from contracap.pretrained import load
@@ -99,7 +100,7 @@ def write_images(folder: Path, *, seed: int) -> list[Path]:
 def caption_folder(captioner: Captioner, folder: Path) -> None:
     """The images of a folder, each into a text file next to it."""
     with SideCars(".txt", "overwrite", embed=False) as output:
-        caption_pictures(
+        caption_images(
             items([str(folder)]),
             partial(caption_rows, captioner, strategy=BeamSearch()),
             output,

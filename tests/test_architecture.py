@@ -58,7 +58,7 @@ FOREIGN = {  # and where they are at home, if anywhere
     "torchvision": "",
     "open_clip": "",
     "transformers": "",
-    "ray": "apps.bulk.cluster",
+    "ray": "apps.bulk.cluster apps.bulk.ray_session",
     "gradio": "apps.demo cli.demo",
     "fastapi": "apps.demo apps.serve",
     "prometheus_client": "apps.serve",

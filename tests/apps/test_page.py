@@ -112,7 +112,7 @@ def test_a_verdict_is_told_by_more_than_its_colour() -> None:
     assert "✗" in verdict("so", good=False)
 
 
-def test_a_picture_keeps_its_bytes() -> None:
+def test_a_image_keeps_its_bytes() -> None:
     import base64
 
     shown = picture(png(), alt="red")

@@ -107,7 +107,7 @@ def test_caption_lengths_are_those_of_the_tokenizer_with_start_and_end(mixed: Pa
     assert counts.cut_share == 1 / 7
 
 
-def test_a_picture_is_measured_as_it_stands_upright(tmp_path: Path) -> None:
+def test_a_image_is_measured_as_it_stands_upright(tmp_path: Path) -> None:
     path = shard(tmp_path / "s.tar", [sample(encoded(400, 200, orientation=6), "turned")])
     found = survey(path)
     assert found.aspect_ratios == {"1:2": 1}
@@ -115,14 +115,14 @@ def test_a_picture_is_measured_as_it_stands_upright(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(found.shown[0].original)).size == (128, 256)
 
 
-def test_a_picture_of_too_many_pixels_is_told_by_its_header(tmp_path: Path) -> None:
+def test_a_image_of_too_many_pixels_is_told_by_its_header(tmp_path: Path) -> None:
     bitmap = bytearray(encoded(4, 4, kind="bmp"))
     bitmap[18:26] = np.array([50_000, 50_000], dtype="<i4").tobytes()
     path = shard(tmp_path / "s.tar", [sample(bytes(bitmap), "huge", suffix="bmp")])
     assert survey(path).skipped["picture_size"].count == 1
 
 
-def test_a_shown_picture_that_is_damaged_behind_its_header_is_skipped(tmp_path: Path) -> None:
+def test_a_shown_image_that_is_damaged_behind_its_header_is_skipped(tmp_path: Path) -> None:
     path = shard(tmp_path / "s.tar", [sample(encoded(64, 64)[:-200], "cut"), sample(encoded(64, 64), "whole")])
     found = survey(path)
     assert [shown.captions for shown in found.shown] == [("whole",)]
@@ -178,7 +178,7 @@ def test_the_draw_is_fair_and_no_larger_than_asked(tmp_path: Path) -> None:
     assert 2 <= drawn.min() <= drawn.max() <= 18  # 9 each are expected, give or take 2.5
 
 
-def test_pictures_that_are_not_drawn_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_not_drawn_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from contracap.data import survey as module
 
     most = 0

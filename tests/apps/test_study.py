@@ -14,32 +14,67 @@ from tests.evaluation.worlds import COLOURS, record
 BOTH, CLIP = {"loss": {"contrastive": 1.0, "captioning": 1.0}}, {"loss": {"contrastive": 1.0, "captioning": 0.0}}
 
 
-@pytest.fixture
-def values(tmp_path: Path) -> dict:
+def values_of(shards: Path, out: Path) -> dict:
     """A study of two steps a run on twelve images."""
-    pictures = [
-        record(f"{index:04d}", colour, captions=[f"a {colour} image", f"something {colour}"], label=index % 6)
-        for index, colour in enumerate([*COLOURS, *COLOURS])
-    ]
-    write_shard(tmp_path / "shards" / "0.tar", pictures)
-    shards = str(tmp_path / "shards")
     return {
-        "out": str(tmp_path / "study"),
-        "seeds": [3, 4],
+        "out": str(out),
+        "seeds": [3],
         "recipe": {
             "size": "tiny",
             "steps": 2,
             "device": "cpu",
             "precision": "fp32",
-            "data": {"train": shards, "batch_size": 4},
+            "data": {"train": str(shards), "batch_size": 4},
             "optimizer": {"warmup_steps": 0},
         },
         "arms": {"coca": BOTH, "clip": CLIP},
         "tasks": {
-            "pairs": {"task": "retrieval", "data": shards},
-            "captions": {"task": "captioning", "data": shards, "strategy": "greedy"},
+            "pairs": {"task": "retrieval", "data": str(shards)},
+            "captions": {"task": "captioning", "data": str(shards), "strategy": "greedy"},
         },
     }
+
+
+def run_study(values: dict, command: str = "contracap study x") -> None:
+    study(build(StudyConfig, values), command=command)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "shards"
+    images = [
+        record(f"{index:04d}", colour, captions=[f"a {colour} image", f"something {colour}"], label=index % 6)
+        for index, colour in enumerate([*COLOURS, *COLOURS])
+    ]
+    write_shard(folder / "0.tar", images)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path) -> Path:
+    """The folder of a study that is done: training takes most of the time of these tests."""
+    out = shards.parent / "finished"
+    run_study(values_of(shards, out))
+    return out
+
+
+@pytest.fixture
+def values(shards: Path, tmp_path: Path) -> dict:
+    """A study that has not begun."""
+    return values_of(shards, tmp_path / "study")
+
+
+@pytest.fixture
+def done(values: dict, finished: Path) -> dict:
+    """The same study, done."""
+    shutil.copytree(finished, values["out"])
+    return values
+
+
+def commands(values: dict) -> dict[str, str]:
+    """By which command each run was measured."""
+    files = Path(values["out"]).glob("*-[34]/results.json")
+    return {path.parent.name: json.loads(path.read_text())["command"] for path in files}
 
 
 def test_arms_of_a_seed_begin_alike_and_see_the_same_samples(values: dict) -> None:
@@ -50,14 +85,18 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_samples(values: dict) -> No
     assert Path(coca.out) == Path(values["out"]) / "coca-3"
 
 
-def test_a_run_is_measured_by_the_tasks_that_its_losses_teach(values: dict) -> None:
-    study(build(StudyConfig, values), command="contracap study x")
-    found = {path.parent.name: json.loads(path.read_text()) for path in Path(values["out"]).glob("*-[34]/results.json")}
+def test_a_run_is_measured_by_the_tasks_that_its_losses_teach_and_once(done: dict) -> None:
+    out = Path(done["out"])
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*-3/**/*") if path.is_file()}
+    run_study(done | {"seeds": [3, 4]})
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*-3/**/*") if path.is_file()} == kept
+    assert {"results.json", "recipe.toml", "model.safetensors"} <= {path.name for path in kept}
+    found = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*-[34]/results.json")}
     assert found.keys() == {"coca-3", "coca-4", "clip-3", "clip-4"}
     assert {name.split("/")[0] for name in found["coca-3"]["figures"]} == {"pairs", "captions"}
     assert {name.split("/")[0] for name in found["clip-4"]["figures"]} == {"pairs"}
     assert found["clip-4"]["seed"] == 4
-    comparison = json.loads((Path(values["out"]) / "coca-vs-clip" / "results.json").read_text())
+    comparison = json.loads((out / "coca-vs-clip" / "results.json").read_text())
     assert comparison["names"] == ["coca", "clip"] and comparison["runs"] == 2
     recalls = [
         found[run]["figures"]["pairs/text_to_image_recall@1"] for run in ("coca-3", "coca-4", "clip-3", "clip-4")
@@ -66,69 +105,50 @@ def test_a_run_is_measured_by_the_tasks_that_its_losses_teach(values: dict) -> N
     assert row["gaps"] == pytest.approx([recalls[0] - recalls[2], recalls[1] - recalls[3]])
 
 
-def test_what_is_done_is_not_done_again(values: dict) -> None:
-    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
-    kept = [path for path in Path(values["out"]).glob("*-3/**/*") if path.is_file()]
-    before = [path.stat().st_mtime_ns for path in kept]
-    assert {"results.json", "recipe.toml", "model.safetensors"} <= {path.name for path in kept}
-    study(build(StudyConfig, values), command="contracap study x")
-    assert [path.stat().st_mtime_ns for path in kept] == before
-    assert {path for path in Path(values["out"]).glob("*-3/**/*") if path.is_file()} == set(kept)
-
-
-def test_other_tasks_measure_a_run_again(values: dict) -> None:
-    values["seeds"] = [3]
-    study(build(StudyConfig, values), command="contracap study x")
-    greedy = values["tasks"]["captions"]
-    tasks = values["tasks"] | {"captions": greedy | {"strategy": "beam", "settings": ["width=2"]}}
-    study(build(StudyConfig, values | {"tasks": tasks}), command="contracap study again")
-    commands = {
-        path.parent.name: json.loads(path.read_text())["command"]
-        for path in Path(values["out"]).glob("*-[34]/results.json")
-    }
-    assert commands["coca-3"] == "contracap study again" and commands["clip-3"] == "contracap study x"
+def test_other_tasks_measure_a_run_again(done: dict) -> None:
+    done["tasks"]["captions"] |= {"strategy": "beam", "settings": ["width=2"]}
+    run_study(done, "contracap study again")
+    assert commands(done) == {"coca-3": "contracap study again", "clip-3": "contracap study x"}
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("steps", 4), ("nonfinite", "skip"), ("accumulation", 2), ("device", "auto")]
 )
-def test_runs_of_other_schedules_are_not_mixed(values: dict, name: str, value: object) -> None:
-    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
-    before = sorted(path.name for path in Path(values["out"]).iterdir())
-    other = values | {"recipe": values["recipe"] | {name: value}, "seeds": [4, 3]}
+def test_runs_of_other_schedules_are_not_mixed(done: dict, name: str, value: object) -> None:
+    before = sorted(path.name for path in Path(done["out"]).iterdir())
     with pytest.raises(ValueError, match=f"coca-3 was started with {name} .*, not {value}: choose another out"):
-        study(build(StudyConfig, other), command="contracap study x")
-    assert sorted(path.name for path in Path(values["out"]).iterdir()) == before
+        run_study(done | {"recipe": done["recipe"] | {name: value}, "seeds": [4, 3]})
+    assert sorted(path.name for path in Path(done["out"]).iterdir()) == before
 
 
-def test_other_settings_are_found_before_the_first_run(values: dict) -> None:
-    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
-    other = values | {"recipe": values["recipe"] | {"optimizer": {"warmup_steps": 1}}, "seeds": [4, 3]}
+def test_other_settings_are_found_before_the_first_run(done: dict) -> None:
+    other = done | {"recipe": done["recipe"] | {"optimizer": {"warmup_steps": 1}}, "seeds": [4, 3]}
     with pytest.raises(CheckpointError, match=r"coca-3 was run with another recipe: optimizer\.warmup_steps"):
-        study(build(StudyConfig, other), command="contracap study x")
-    assert not (Path(values["out"]) / "coca-4").exists()
+        run_study(other)
+    assert not (Path(done["out"]) / "coca-4").exists()
 
 
-def test_results_whose_run_is_gone_are_not_taken_for_another_recipes(values: dict) -> None:
-    values["seeds"] = [3]
-    study(build(StudyConfig, values), command="contracap study x")
-    for folder in Path(values["out"]).glob("*-3/checkpoints"):
+def test_runs_on_other_data_are_not_mixed(done: dict, shards: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    data = done["recipe"]["data"] | {"train": str(copy)}
+    with pytest.raises(ValueError, match=r"coca-3 was started with data\.train .*shards, not .*copy: choose"):
+        run_study(done | {"recipe": done["recipe"] | {"data": data}})
+
+
+def test_results_whose_run_is_gone_are_not_taken_for_another_recipes(done: dict) -> None:
+    for folder in Path(done["out"]).glob("*-3/checkpoints"):
         shutil.rmtree(folder)
-    other = values | {"recipe": values["recipe"] | {"optimizer": {"warmup_steps": 1}}}
-    study(build(StudyConfig, other), command="contracap study again")
-    for path in Path(values["out"]).glob("*-3/results.json"):
-        assert json.loads(path.read_text())["command"] == "contracap study again"
+    run_study(done | {"recipe": done["recipe"] | {"optimizer": {"warmup_steps": 1}}}, "contracap study again")
+    assert set(commands(done).values()) == {"contracap study again"}
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"figures": {}'])
-def test_a_damaged_result_is_measured_again(values: dict, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    values["seeds"] = [3]
-    study(build(StudyConfig, values), command="contracap study x")
-    file = Path(values["out"]) / "clip-3" / "results.json"
+def test_a_damaged_result_is_measured_again(done: dict, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    file = Path(done["out"]) / "clip-3" / "results.json"
     whole = json.loads(file.read_text())
     file.write_text(damage)
     with caplog.at_level("WARNING"):
-        study(build(StudyConfig, values), command="contracap study x")
+        run_study(done)
     assert json.loads(file.read_text())["figures"] == whole["figures"]
     assert "measuring again" in caplog.text
 
@@ -136,7 +156,7 @@ def test_a_damaged_result_is_measured_again(values: dict, damage: str, caplog: p
 def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path) -> None:
     values["tasks"]["captions"] |= {"data": str(tmp_path / "gone")}
     with pytest.raises(FileNotFoundError, match=r"task captions: .*gone"):
-        study(build(StudyConfig, values), command="contracap study x")
+        run_study(values)
     assert not Path(values["out"]).exists()
 
 
@@ -153,17 +173,8 @@ def test_wrong_paths_are_found_before_the_first_run(values: dict, tmp_path: Path
 def test_what_an_arm_lacks_is_found_before_the_first_run(values: dict, change: dict) -> None:
     values["arms"]["clip"] = CLIP | change
     with pytest.raises((FileNotFoundError, WeightsError), match="gone"):
-        study(build(StudyConfig, values), command="contracap study x")
+        run_study(values)
     assert not Path(values["out"]).exists()
-
-
-def test_runs_on_other_data_are_not_mixed(values: dict, tmp_path: Path) -> None:
-    study(build(StudyConfig, values | {"seeds": [3]}), command="contracap study x")
-    copy = tmp_path / "copy"
-    shutil.copytree(tmp_path / "shards", copy)
-    data = values["recipe"]["data"] | {"train": str(copy)}
-    with pytest.raises(ValueError, match=r"coca-3 was started with data\.train .*shards, not .*copy: choose"):
-        study(build(StudyConfig, values | {"recipe": values["recipe"] | {"data": data}}), command="contracap study x")
 
 
 @pytest.mark.parametrize(
@@ -203,9 +214,9 @@ def test_every_mistake_of_a_study_takes_a_line(values: dict) -> None:
 
 def test_a_study_takes_epochs(values: dict) -> None:
     recipe = {key: value for key, value in values["recipe"].items() if key != "steps"} | {"epochs": 0.5}
-    changed = values | {"recipe": recipe, "seeds": [3], "tasks": {"pairs": values["tasks"]["pairs"]}}
+    changed = values | {"recipe": recipe, "tasks": {"pairs": values["tasks"]["pairs"]}}
     for _ in range(2):  # the second time, nothing is left to do
-        study(build(StudyConfig, changed), command="contracap study x")
+        run_study(changed)
     assert (Path(values["out"]) / "coca-3" / "checkpoints" / "step-00000002").is_dir()  # half of twelve, in fours
 
 

@@ -106,12 +106,12 @@ def heat_table(corner: str, names: Sequence[str], counts: Sequence[Sequence[int]
     )
 
 
-def picture(image: bytes, *, alt: str, good: bool | None = None) -> Html:
+def image_tag(content: bytes, *, alt: str, good: bool | None = None) -> Html:
     """An image inside the page, from a PNG's or a JPEG's bytes; framed green or red if it is right or wrong."""
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
     frame = "" if good is None else f' class="{"good" if good else "bad"}"'
-    content = base64.b64encode(image).decode()
-    return Html(f'<img{frame} alt="{html.escape(alt)}" src="data:image/{kind};base64,{content}">')
+    encoded = base64.b64encode(content).decode()
+    return Html(f'<img{frame} alt="{html.escape(alt)}" src="data:image/{kind};base64,{encoded}">')
 
 
 def drawing(svg: bytes, *, alt: str) -> Html:

@@ -18,15 +18,15 @@ import numpy as np
 from contracap.apps.page import (
     Html,
     gallery,
+    image_tag,
     page,
     paragraph,
-    picture,
     table,
     text,
     verdict,
 )
 from contracap.apps.report.curves import curves
-from contracap.apps.report.grids import best_pictures, picture_grid
+from contracap.apps.report.grids import best_images, image_grid
 from contracap.config import to_dict
 from contracap.data.drawing import scene_records, write_training_shards
 from contracap.data.grammar import COLOR_TEMPLATES, SHAPE_TEMPLATES, parse
@@ -235,7 +235,7 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
     features = measured.features
     cards = [
         (
-            picture(sample.image, alt=sample.captions[0], good=correct),
+            image_tag(sample.image, alt=sample.captions[0], good=correct),
             verdict(caption, good=correct) if correct else wrong_caption(caption, sample.captions[0]),
         )
         for sample, (caption, correct) in zip(measured.twins, measured.captions, strict=True)
@@ -268,7 +268,7 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
                 f"For each caption the five best of all {len(cards)} images, its twin's among them. Green: "
                 "the image that the caption tells; red: another one in the first place."
             ),
-            picture_grid(features, best_pictures(features, range(GRID_ROWS)), dict(enumerate(measured.twins))),
+            image_grid(features, best_images(features, range(GRID_ROWS)), dict(enumerate(measured.twins))),
         ],
         "The run": [curves(read_metrics(Path(recipe.out)))],
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from contracap.apps.page import Html, bars, charts, page, pairs, paragraph, picture, table, text
+from contracap.apps.page import Html, bars, charts, image_tag, page, pairs, paragraph, table, text
 from contracap.data.survey import EXAMPLES, Survey, share
 from contracap.files import write_text
 
@@ -32,8 +32,8 @@ def write_page(survey: Survey, path: str | Path) -> None:
     skipped = [(kind, f"{found.count:,}", _listed(found.examples)) for kind, found in survey.skipped.items()]
     cards = [
         (
-            picture(shown.crop, alt=f"crop of {shown.key}"),
-            picture(shown.original, alt=f"whole of {shown.key}"),
+            image_tag(shown.crop, alt=f"crop of {shown.key}"),
+            image_tag(shown.original, alt=f"whole of {shown.key}"),
             shown.captions or ("(no caption)",),
             f"{shown.key} · {shown.shard.rpartition('/')[2]} · {shown.width} x {shown.height}",
         )

@@ -71,11 +71,13 @@ def caption(
 ) -> int:
     """Write a caption for each image. The same command continues where it was stopped. Unreadable images are listed
     at the end."""
-    from contracap.apps.bulk.caption import caption_pictures, first
+    from contracap.apps.bulk.caption import caption_images, first
     from contracap.apps.bulk.inputs import count_items, first_items, items
-    from contracap.apps.bulk.outputs import Lines, SideCars, Table
+    from contracap.apps.bulk.output_config import caption_config
+    from contracap.apps.bulk.outputs import Lines
     from contracap.apps.bulk.rows import Row, caption_rows
-    from contracap.apps.bulk.settings import caption_settings
+    from contracap.apps.bulk.side_cars import SideCars
+    from contracap.apps.bulk.table_output import Table
     from contracap.files import is_stream
     from contracap.generation.captioner import Captioner
     from contracap.generation.registry import build_strategy
@@ -100,12 +102,12 @@ def caption(
     captioner = Captioner(*load_model(weights, size, device=device), compiled=compiled)
     captioner.check(chosen, prompt)
     if isinstance(output, SideCars | Table):
-        decided = caption_settings(chosen, prompt, captioner.model, captioner.processor)
-        output.settings = {**decided, "prefix": prefix, "suffix": suffix, "raw": raw}
+        decided = caption_config(chosen, prompt, captioner.model, captioner.processor)
+        output.config = {**decided, "prefix": prefix, "suffix": suffix, "raw": raw}
 
     rows = list[Row]()
     with output:
-        outcome = caption_pictures(
+        outcome = caption_images(
             first(items(paths, recursive=recursive, outputs=[table, json]), limit),
             partial(
                 caption_rows,

@@ -52,7 +52,9 @@ class CaptionOutput:
         Raises: ValueError: if the flags do not fit together. OSError: if nothing can be written there.
         """
         from contracap.apps.bulk.inputs import folders_of
-        from contracap.apps.bulk.outputs import Lines, SideCars, Table
+        from contracap.apps.bulk.outputs import Lines
+        from contracap.apps.bulk.side_cars import SideCars
+        from contracap.apps.bulk.table_output import Table
 
         existing, format, out = self.existing, self.format, self.out
         if format is None and out is not None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from contracap.cli.options import Size, WeightsName, arg, keep_few_kernels, load_model
+from contracap.cli.options import Device, Size, WeightsName, arg, keep_few_kernels, load_model
 
 
 def demo(
@@ -17,6 +17,7 @@ def demo(
     pictures: Annotated[
         Path | None, arg(metavar="FOLDER", help="Folder of images that visitors can search, with its subfolders.")
     ] = None,
+    device: Device = None,
     size: Size = None,
 ) -> None:
     """Serve a web page that captions, classifies and searches."""
@@ -28,9 +29,9 @@ def demo(
         if error.name not in ("gradio", "fastapi", "starlette", "uvicorn", "python_multipart"):
             raise
         raise ImportError(f"the page needs the package {error.name}: pip install 'contracap[demo]'") from None
-    from contracap.apps.demo.collection import pictures_under
+    from contracap.apps.demo.collection import images_under
 
-    found = pictures_under(pictures) if pictures is not None else None
+    found = images_under(pictures) if pictures is not None else None
     with bound(host, port) as address:
-        model, processor = load_model(weights, size)
-        serve(model, processor, address=address, pictures=found, folder=pictures)
+        model, processor = load_model(weights, size, device=device)
+        serve(model, processor, address=address, images=found, folder=pictures)

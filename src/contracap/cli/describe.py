@@ -55,7 +55,7 @@ def classify(
     """Choose a label for each image, without training, and print a line for each: path, label, probability."""
     from contracap.apps.bulk.outputs import path_in_one_line
     from contracap.evaluation.result import Result
-    from contracap.evaluation.zeroshot import check_templates, classifier
+    from contracap.evaluation.zeroshot import check_templates, classifier, compare_with_labels
 
     check_batch_size(batch_size)
     _check(paths)
@@ -69,8 +69,8 @@ def classify(
     found, broken = [], list[Exception]()
     for batch in _batches(model, processor, paths, batch_size, output=json, progress=not sys.stdout.isatty()):
         broken += batch.broken
-        probabilities = (scale * batch.embeddings @ weight.T).softmax(dim=1).tolist()
-        for name, row in zip(batch.names, probabilities, strict=True):
+        _, probabilities = compare_with_labels(batch.embeddings, weight, scale)
+        for name, row in zip(batch.names, probabilities.tolist(), strict=True):
             best = max(range(len(labels)), key=row.__getitem__)
             print(f"{path_in_one_line(name)}\t{labels[best]}\t{row[best]:.4f}", flush=True)
             if json is not None:

@@ -10,7 +10,17 @@ from typing import Annotated
 
 from contracap.apps.serve.batching import BatchingConfig
 from contracap.apps.serve.config import AccessConfig, LimitsConfig
-from contracap.cli.options import Flags, Settings, Size, StrategyName, WeightsName, arg, keep_few_kernels, load_model
+from contracap.cli.options import (
+    Device,
+    Flags,
+    Settings,
+    Size,
+    StrategyName,
+    WeightsName,
+    arg,
+    keep_few_kernels,
+    load_model,
+)
 
 API_KEY = "CONTRACAP_API_KEY"
 logger = logging.getLogger(__name__)
@@ -28,12 +38,14 @@ def serve(
     batching: Annotated[BatchingConfig, Flags] = BatchingConfig(),
     limits: Annotated[LimitsConfig, Flags] = LimitsConfig(),
     access: Annotated[AccessConfig, Flags] = AccessConfig(),
+    device: Device = None,
     size: Size = None,
 ) -> None:
     """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
     keep_few_kernels()
     try:
-        from contracap.apps.serve.app import DefaultStrategy, build_app
+        from contracap.apps.serve.app import build_app
+        from contracap.apps.serve.service import DefaultStrategy
         from contracap.apps.web import HEAD_SECONDS, bound, run, url
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
@@ -46,7 +58,7 @@ def serve(
     with bound(host, port) as listener:
         if access.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             logger.warning(f"whoever reaches {url(listener)} can use it: give --api-key KEY or set {API_KEY}")
-        model = load_model(weights, size)
+        model = load_model(weights, size, device=device)
         app = build_app(*model, default=default, batching=batching, limits=limits, access=access)
         longest = 2 * limits.timeout_s + HEAD_SECONDS
         greeting = f"serving {weights} at {url(listener)} (docs at {url(listener)}/docs); Ctrl-C ends it"

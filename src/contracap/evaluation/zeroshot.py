@@ -171,6 +171,25 @@ def logits(
         return 100.0 * image_features.float() @ weights.float().T
 
 
+def compare_with_labels(
+    image_features: Float[Tensor, "*image embed"], weights: Float[Tensor, "label embed"], logit_scale: Tensor | float
+) -> tuple[Float[Tensor, "*image label"], Float[Tensor, "*image label"]]:
+    """Return the cosine of each image and each label, and each label's probability at the model's temperature.
+
+    Args:
+        image_features: unit rows.
+        weights: rows of `classifier`, one for each label.
+        logit_scale: factor of the cosines before softmax, `exp` of the model's parameter.
+    """
+    cosines = image_features @ weights.T
+    return cosines, (logit_scale * cosines).softmax(dim=-1)
+
+
+def count_characters(labels: Sequence[str], templates: Sequence[str]) -> int:
+    """Return how many characters the prompts of all labels in all templates have, before they are made."""
+    return sum(len(each) * len(labels) + each.count("{}") * sum(map(len, labels)) for each in templates)
+
+
 def load_classes(source: str | Path) -> tuple[str, ...]:
     """Class names, in the order of the labels: those published under a name such as `imagenet1k`, or of a text file
     with a name a line, or of a JSON file, which holds a list, or an object with a list `classes`.

@@ -60,7 +60,7 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_each_format_holds_the_captions_in_the_order_of_the_pictures(
+def test_each_format_holds_the_captions_in_the_order_of_the_images(
     run: Run, weights: Path, here: Path, texts: list[str], kind: str
 ) -> None:
     out = here / FILES[kind]
@@ -82,7 +82,7 @@ def test_each_format_holds_the_captions_in_the_order_of_the_pictures(
     assert not [file for file in files(here) if "partial" in file]
 
 
-def test_side_cars_lie_beside_their_pictures(run: Run, weights: Path, here: Path, texts: list[str]) -> None:
+def test_side_cars_lie_beside_their_images(run: Run, weights: Path, here: Path, texts: list[str]) -> None:
     assert run("caption", weights, "pictures", "--format", "sidecar", "--embed")[0] == 0
     for number in range(7):
         beside = here / "pictures" / ("sub" if number > 4 else "") / f"{number}.txt"
@@ -92,7 +92,7 @@ def test_side_cars_lie_beside_their_pictures(run: Run, weights: Path, here: Path
     assert (here / "pictures" / "sub" / "5.caption").exists()
 
 
-def test_pictures_with_captions_are_skipped_overwritten_or_added_to(run: Run, weights: Path, here: Path) -> None:
+def test_images_with_captions_are_skipped_overwritten_or_added_to(run: Run, weights: Path, here: Path) -> None:
     side_car = here / "pictures" / "1.txt"
     side_car.write_text("mine\n")
     call = ["caption", weights, "pictures", "--format", "sidecar"]
@@ -123,7 +123,7 @@ def test_no_caption_is_added_to_a_side_car_of_another_encoding(run: Run, weights
     assert run(*call, "--overwrite")[0] == 0 and (here / "pictures" / "0.txt").read_text(encoding="utf-8")
 
 
-def test_pictures_that_would_share_a_side_car_are_listed_each_time(run: Run, weights: Path, here: Path) -> None:
+def test_images_that_would_share_a_side_car_are_listed_each_time(run: Run, weights: Path, here: Path) -> None:
     (here / "pictures" / "1.png").write_bytes(picture(1, "PNG"))
     for told in ("7 captions", "0 captions"):
         status, out, err = run("caption", weights, "pictures", "--format", "sidecar")
@@ -131,7 +131,7 @@ def test_pictures_that_would_share_a_side_car_are_listed_each_time(run: Run, wei
         assert "pictures/1.png: 1.jpg has the same side-car, 1.txt" in err
 
 
-def test_broken_pictures_are_listed_at_the_end_and_tell_the_status(run: Run, weights: Path, here: Path) -> None:
+def test_broken_images_are_listed_at_the_end_and_tell_the_status(run: Run, weights: Path, here: Path) -> None:
     fill(here / "pictures", [])
     (here / "pictures" / "0.jpg").write_bytes(b"\xff\xd8 cut")
     (here / "pictures" / "3.jpg").write_bytes(b"")
@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_done(
     assert run(*call)[1].startswith("4 captions")
 
 
-def test_pictures_come_from_urls_lists_shards_and_patterns_at_once(
+def test_images_come_from_urls_lists_shards_and_patterns_at_once(
     run: Run, weights: Path, here: Path, texts: list[str], address: str
 ) -> None:
     (here / "list.txt").write_text(f"{address}/pictures/0.jpg\npictures/1.jpg\n")
@@ -459,7 +459,7 @@ def test_side_cars_may_lie_in_a_folder_of_their_own(run: Run, weights: Path, her
     assert run(*call)[1].startswith("0 captions")
 
 
-def test_a_call_may_take_the_first_pictures_and_no_subfolders_quietly(run: Run, weights: Path, here: Path) -> None:
+def test_a_call_may_take_the_first_images_and_no_subfolders_quietly(run: Run, weights: Path, here: Path) -> None:
     call = ["caption", weights, "pictures", "--strategy", "greedy", "--device", "cpu"]
     assert len(run(*call, "--limit", 3)[1].splitlines()) == 3
     assert len(run(*call, "--no-recursive")[1].splitlines()) == 5
@@ -469,7 +469,7 @@ def test_a_call_may_take_the_first_pictures_and_no_subfolders_quietly(run: Run, 
         assert (status, err.count("\n")) == (1, 1) and f"no device '{wrong}'" in err
 
 
-def test_the_number_of_pictures_is_known_unless_there_are_shards(here: Path) -> None:
+def test_the_number_of_images_is_known_unless_there_are_shards(here: Path) -> None:
     (here / "list.txt").write_text("pictures/0.jpg\nhttp://127.0.0.1/a.jpg\n")
     assert count_items(["pictures", "list.txt", "**/6.jpg"]) == 10
     assert count_items(["pictures"], recursive=False) == 5 and count_items(["pictures"], limit=3) == 3

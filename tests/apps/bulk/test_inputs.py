@@ -30,14 +30,14 @@ def shard(path: Path, keys: list[str]) -> str:
     return str(path)
 
 
-def test_a_folder_gives_its_pictures_by_name_then_those_of_its_subfolders(here: Path) -> None:
+def test_a_folder_gives_its_images_by_name_then_those_of_its_subfolders(here: Path) -> None:
     fill(here / "a", ["b.JPG", "a.png", "z/1.webp", "c/d/2.jpeg", ".hidden.jpg", ".cache/3.jpg"])
     (here / "a" / "a.txt").write_text("a caption")
     assert names("a") == ["a/a.png", "a/b.JPG", "a/c/d/2.jpeg", "a/z/1.webp"]
     assert names("a/b.JPG", "a/c") == ["a/b.JPG", "a/c/d/2.jpeg"]
 
 
-def test_a_pattern_gives_pictures_and_shards_and_nothing_twice(here: Path) -> None:
+def test_a_pattern_gives_images_and_shards_and_nothing_twice(here: Path) -> None:
     fill(here, ["a/1.jpg", "a/2.png", "b/1.jpg", "b/c/1.jpg", "b/.d/1.jpg"])
     (here / "a" / "1.txt").write_text("a caption")
     shard(here / "a" / "0.tar", ["x"])
@@ -75,7 +75,7 @@ def test_a_line_of_a_list_that_names_no_file_is_told_with_its_number(here: Path)
         list(first_items(["first.txt"]))
 
 
-def test_a_shard_gives_its_pictures_whatever_its_texts_are(here: Path) -> None:
+def test_a_shard_gives_its_images_whatever_its_texts_are(here: Path) -> None:
     shard(here / "0.tar", ["a", "b/c"])
     shard(here / "1.tar", ["d"])
     found = list(items(["{0..1}.tar"]))
@@ -84,7 +84,7 @@ def test_a_shard_gives_its_pictures_whatever_its_texts_are(here: Path) -> None:
     assert names("0.tar", "pipe:cat 1.tar") == ["0.tar/a", "0.tar/b/c", "pipe:cat 1.tar/d"]
 
 
-def test_what_is_no_picture_or_breaks_off_is_an_item_that_says_so(here: Path) -> None:
+def test_what_is_no_image_or_breaks_off_is_an_item_that_says_so(here: Path) -> None:
     write_shard(here / "0.tar", [("a", {"jpg": picture(0)}), ("../b", {"jpg": b""}), ("c", {"jpg": picture(1)})])
     whole = (here / "0.tar").read_bytes()
     (here / "0.tar").write_bytes(whole[: whole.index(b"c.jpg") + 600])
@@ -190,7 +190,7 @@ def address(here: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_pictures_and_shards_come_over_http(here: Path, address: str) -> None:
+def test_images_and_shards_come_over_http(here: Path, address: str) -> None:
     fill(here, ["a.jpg"])
     shard(here / "0.tar", ["x"])
     (here / "list.txt").write_text(f"{address}/a.jpg\n{address}/none.jpg\n")

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from contracap.apps.bulk.inputs import Item
-from contracap.apps.bulk.outputs import Existing, Lines, SideCars, Table
+from contracap.apps.bulk.outputs import Existing, Lines
 from contracap.apps.bulk.rows import Row
+from contracap.apps.bulk.side_cars import SideCars
+from contracap.apps.bulk.table_output import Table
 from contracap.apps.bulk.tables import TableError, TableFormat, read_table
 from contracap.data.sources import read_source
 
@@ -193,7 +195,7 @@ def test_rows_with_and_without_embeddings_do_not_mix(tmp_path: Path, embed: bool
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_metadata_takes_no_picture_from_elsewhere(tmp_path: Path) -> None:
+def test_metadata_takes_no_image_from_elsewhere(tmp_path: Path) -> None:
     table = Table(tmp_path / "a" / "metadata.jsonl", "metadata", "skip", embed=False)
     for item in (Item(name="b.jpg", source=tmp_path / "b.jpg"), Item(name="http://x/a.jpg", source="http://x/a.jpg")):
         with pytest.raises(ValueError, match="no file in the folder of"):
@@ -258,7 +260,7 @@ def test_a_side_car_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert os.listdir(tmp_path) == ["0.txt"] and (tmp_path / "0.txt").read_text() == "x\n"
 
 
-def test_nothing_lies_beside_a_picture_that_is_no_file(tmp_path: Path) -> None:
+def test_nothing_lies_beside_a_image_that_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0\.tar/a: no file can lie beside it; take --format jsonl"):
         SideCars(".txt", "skip", embed=False).check(Item(name="0.tar/a", source=b""))
 
@@ -294,7 +296,7 @@ def test_a_read_only_file_system_is_told_at_once_and_by_its_name(read_only: Path
         assert caught.value.errno == errno.EROFS
 
 
-def test_the_second_picture_of_a_name_has_no_side_car_in_whatever_order_they_come(tmp_path: Path) -> None:
+def test_the_second_image_of_a_name_has_no_side_car_in_whatever_order_they_come(tmp_path: Path) -> None:
     def captioned(output: SideCars, name: str) -> str:
         """Why an image has no caption; "" if it has one."""
         item = Item(name=name, source=tmp_path / name)

@@ -14,7 +14,7 @@ import torch
 
 from contracap.apps.bulk import parts
 from contracap.apps.bulk.folder import Folder
-from contracap.apps.bulk.parts import BulkConfig, PartWriter, part_name, settings
+from contracap.apps.bulk.parts import BulkConfig, PartWriter, part_config, part_name
 from contracap.data.shards import records, write_shard
 from contracap.generation import BeamSearch, Captioner, Greedy
 from contracap.model.coca import CoCa
@@ -77,7 +77,7 @@ def test_columns_are_those_that_are_wanted(tiny, tmp_path: Path) -> None:
     assert list(rows(tmp_path / "e", shard)[0]) == ["key", "shard", "embedding", "error"]
 
 
-def test_an_unreadable_picture_has_a_row_that_says_why(tiny, tmp_path: Path) -> None:
+def test_an_unreadable_image_has_a_row_that_says_why(tiny, tmp_path: Path) -> None:
     shard = str(tmp_path / "0.tar")
     broken = picture(1)[:200]
     write_shard(shard, [("a", {"jpg": broken}), ("b", {"jpg": picture(0)}), ("c", {"txt": b"x"}), ("d", {"jpg": b""})])
@@ -179,12 +179,12 @@ def test_part_names_differ_where_shards_do(tmp_path: Path, monkeypatch: pytest.M
 
 def test_settings_tell_other_weights_and_other_strategies(tiny) -> None:
     config, greedy = BulkConfig(strategy=BEAMS), BulkConfig(strategy=Greedy())
-    same = settings(config, *random_model(SIZES["tiny"], seed=0))
-    assert settings(config, *tiny) == same == json.loads(json.dumps(same))
-    assert settings(config, *random_model(SIZES["tiny"], seed=1)) != same
-    assert settings(greedy, *tiny) != same != settings(replace(config, embedding="float16"), *tiny)
-    assert settings(replace(config, prompt="a"), *tiny) != same
-    assert settings(replace(config, batch_size=1), *tiny) == same
+    same = part_config(config, *random_model(SIZES["tiny"], seed=0))
+    assert part_config(config, *tiny) == same == json.loads(json.dumps(same))
+    assert part_config(config, *random_model(SIZES["tiny"], seed=1)) != same
+    assert part_config(greedy, *tiny) != same != part_config(replace(config, embedding="float16"), *tiny)
+    assert part_config(replace(config, prompt="a"), *tiny) != same
+    assert part_config(replace(config, batch_size=1), *tiny) == same
 
 
 @pytest.mark.parametrize(

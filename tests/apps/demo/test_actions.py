@@ -11,7 +11,7 @@ import torch
 
 import contracap
 from contracap.apps.demo.actions import SHOWN, Actions
-from contracap.apps.demo.collection import Collection, pictures_under
+from contracap.apps.demo.collection import Collection, images_under
 from contracap.apps.demo.examples import find_examples
 from contracap.apps.demo.overlay import overlay
 from contracap.apps.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Phrases, chosen
@@ -62,7 +62,7 @@ def test_every_strategy_writes_with_the_settings_that_the_page_begins_with(actio
 
 
 @pytest.mark.parametrize("kind", ["truncated.jpg", "drawing.svg", "letter.png", "empty.png", "bomb.png", "wall.png"])
-def test_a_bad_picture_is_named_without_its_folder(actions: Actions, tmp_path: Path, kind: str) -> None:
+def test_a_bad_image_is_named_without_its_folder(actions: Actions, tmp_path: Path, kind: str) -> None:
     path, said = bad_uploads(tmp_path)[kind]
     with pytest.raises(ValueError, match=f"^{said}"):
         actions.caption(str(path), "greedy")
@@ -98,27 +98,27 @@ def test_labels_and_prompts_that_cannot_be_used_are_refused(actions, tmp_path, l
         actions.classify(path, labels, template)
 
 
-def test_no_picture_and_no_decoder_are_told(actions: Actions) -> None:
+def test_no_image_and_no_decoder_are_told(actions: Actions) -> None:
     with pytest.raises(ValueError, match="there is no image yet"):
         actions.caption(None, "greedy")
     with pytest.raises(ValueError, match="no text decoder"):
         Actions(*random_model(tiny_clip(), seed=0))
 
 
-def test_a_collection_finds_a_picture_by_itself_and_counts_what_it_skipped(actions: Actions, tmp_path: Path) -> None:
+def test_a_collection_finds_a_image_by_itself_and_counts_what_it_skipped(actions: Actions, tmp_path: Path) -> None:
     folder = tmp_path / "pictures" / "deep"
     folder.mkdir(parents=True)
     paths = [picture(folder / f"{number:02d}.png", seed=number) for number in range(20)]
     (folder / "19.png").write_text("no image")
     (folder / "notes.txt").write_text("no image either")
     picture(folder / ".hidden.png")
-    found = pictures_under(tmp_path)
+    found = images_under(tmp_path)
     assert found == paths
     collection = Collection(actions, found, folder=tmp_path)
     assert list(collection.fill()) == [16, 20]
     assert collection.state == "19 images to search; 1 skipped, for they cannot be read."
     assert collection.skipped[0].startswith("19.png: not an image")
-    best, *others = collection.search_picture(str(paths[7]))
+    best, *others = collection.search_image(str(paths[7]))
     assert best.name == "pictures/deep/07.png" and best.score == pytest.approx(1, abs=1e-4)
     assert len(others) == 11 and others[0].score < best.score - 1e-4
 
@@ -140,7 +140,7 @@ def test_what_is_found_is_shown_whole(actions: Actions, tmp_path: Path) -> None:
     collection = Collection(actions, [picture(tmp_path / "wide.png")])
     list(collection.fill())
     (match,) = collection.search_text("red")
-    assert match.picture.size == (320, 240)
+    assert match.image.size == (320, 240)
 
 
 def test_examples_are_drawn_for_the_model_of_drawn_scenes_and_otherwise_taken_from_the_folder(
@@ -148,16 +148,16 @@ def test_examples_are_drawn_for_the_model_of_drawn_scenes_and_otherwise_taken_fr
 ) -> None:
     uploads = Uploads(tmp_path / "page")
     drawn = find_examples(Actions(*contracap.load("scenes", weights="random", seed=0)), None, uploads)
-    assert tuple(drawn.labels) == COLORS and len(drawn.pictures) == 4
-    assert find_examples(actions, None, uploads).pictures == []
+    assert tuple(drawn.labels) == COLORS and len(drawn.images) == 4
+    assert find_examples(actions, None, uploads).images == []
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "00.png").write_text("no image")
     paths = [folder / "00.png", *(picture(folder / f"{number:02d}.png", seed=number) for number in range(1, 9))]
     found = find_examples(actions, Collection(actions, paths), uploads)
-    assert [path.name for path in found.pictures] == ["01.png", "02.png", "03.png", "04.png"]
-    assert all(uploads.find(str(path)) == path for path in (*drawn.pictures, *found.pictures))
-    assert actions.classify(str(found.pictures[0]), "\n".join(found.labels), "\n".join(found.templates))
+    assert [path.name for path in found.images] == ["01.png", "02.png", "03.png", "04.png"]
+    assert all(uploads.find(str(path)) == path for path in (*drawn.images, *found.images))
+    assert actions.classify(str(found.images[0]), "\n".join(found.labels), "\n".join(found.templates))
     assert not set(found.labels) & set(COLORS)
 
 
@@ -188,11 +188,11 @@ def test_captions_and_maps_are_the_same_while_a_collection_fills(actions: Action
     assert together and collection.searchable == 32
 
 
-def test_a_folder_without_pictures_and_no_folder_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_images_and_no_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no images"):
-        pictures_under(tmp_path)
+        images_under(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
-        pictures_under(tmp_path / "none")
+        images_under(tmp_path / "none")
 
 
 def test_an_overlay_is_lightest_where_the_heat_is_greatest() -> None:
@@ -240,7 +240,7 @@ from contracap.apps.demo.examples import Examples
 from contracap.apps.demo.page import build_page
 from contracap.pretrained import load
 actions = Actions(*load("tiny", weights="random", seed=0))
-examples = Examples(pictures=[], labels=["a"], templates=["{}"])
+examples = Examples(images=[], labels=["a"], templates=["{}"])
 events = build_page(actions, Collection(actions, []), examples).fns.values()
 print(*sorted(event.api_name for event in events if event.api_visibility == "public"))
 """  # in a process of its own, because gradio leaves event loops open

@@ -94,7 +94,7 @@ def rows(page: Any) -> Any:
     return page.locator(".wide tr:has(td)")
 
 
-def test_an_uploaded_picture_gets_a_caption_alternatives_and_a_map_for_each_word(visit, server, tmp_path) -> None:
+def test_an_uploaded_image_gets_a_caption_alternatives_and_a_map_for_each_word(visit, server, tmp_path) -> None:
     page = visit(server)
     upload(page, picture(tmp_path / "a.png"))
     caption = caption_of(page)
@@ -144,7 +144,7 @@ def test_typed_labels_are_ranked(visit, server, tmp_path) -> None:
     told(page, "has no {}")
 
 
-def test_a_folder_is_searched_by_text_and_by_picture(visit, server, tmp_path) -> None:
+def test_a_folder_is_searched_by_text_and_by_image(visit, server, tmp_path) -> None:
     page = visit(server)
     page.get_by_role("tab", name="Search").click()
     page.get_by_role("button", name="Search by text").click()
@@ -175,7 +175,7 @@ def test_a_page_that_stays_open_tells_when_all_can_be_searched(visit, start, tmp
     page.get_by_text("400 images to search.").wait_for()
 
 
-def test_uploaded_pictures_are_searched_where_there_is_no_folder(visit, start, tmp_path) -> None:
+def test_uploaded_images_are_searched_where_there_is_no_folder(visit, start, tmp_path) -> None:
     page = visit(start())
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Text", exact=True).fill("a red circle")
@@ -190,7 +190,7 @@ def test_uploaded_pictures_are_searched_where_there_is_no_folder(visit, start, t
     playwright.expect(page.locator("#found .thumbnail-item").first).to_contain_text("1.000 1.png")
 
 
-def test_too_many_pictures_to_search_and_pictures_too_large_together_are_refused(visit, start, tmp_path) -> None:
+def test_too_many_images_to_search_and_images_too_large_together_are_refused(visit, start, tmp_path) -> None:
     page = visit(start())
     page.get_by_role("tab", name="Search").click()
     pictures = page.locator("input[type=file][multiple]")
@@ -203,7 +203,7 @@ def test_too_many_pictures_to_search_and_pictures_too_large_together_are_refused
     told(page, "these are 201 images; the page searches at most 200")
 
 
-def test_the_camera_gives_a_picture(visit, server) -> None:
+def test_the_camera_gives_a_image(visit, server) -> None:
     page = visit(server)
     page.get_by_label("Capture from camera").first.click()
     page.get_by_text("Click to Access Webcam").first.click()
@@ -284,7 +284,7 @@ def test_what_cannot_be_served_is_refused_in_one_line_before_the_page_starts(wei
         assert f"127.0.0.1:{port}: Address already in use" in refused(str(weights), "--port", port)
 
 
-def test_an_address_in_place_of_a_picture_is_not_fetched(server) -> None:
+def test_an_address_in_place_of_a_image_is_not_fetched(server) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 

@@ -3,9 +3,9 @@ import io
 import torch
 from PIL import Image
 
-from contracap.apps.report.grids import best_pictures, best_texts, caption_grid, picture_grid
-from contracap.apps.report.pictures import SIDE, chosen_samples, thumbnail
+from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
 from contracap.apps.report.sections import captioned, confused, spread
+from contracap.apps.report.thumbnails import SIDE, chosen_samples, thumbnail
 from contracap.data.shards import Sample
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.retrieval import Features
@@ -27,11 +27,11 @@ def features() -> Features:
 SAMPLES = dict(enumerate([sample("a", "red"), sample("b", "green"), sample("c", "blue")]))
 
 
-def test_pictures_are_ranked_by_score_and_the_right_one_is_marked() -> None:
-    right, wrong = best_pictures(features(), [0, 1])
+def test_images_are_ranked_by_score_and_the_right_one_is_marked() -> None:
+    right, wrong = best_images(features(), [0, 1])
     assert (right.candidates, right.right) == ((0, 1, 2), (True, False, False))
     assert (wrong.candidates, wrong.right) == ((1, 0, 2), (False, True, False))  # equal ones in the order of the data
-    html = picture_grid(features(), [right, wrong], SAMPLES)
+    html = image_grid(features(), [right, wrong], SAMPLES)
     assert html.count('class="good"') == 2
     assert html.count('class="bad"') == 1  # only in the first place
 
@@ -85,7 +85,7 @@ def test_of_many_classes_the_most_confused_pairs_are_listed() -> None:
     assert "class 8</td><td>class 9" in rows[1] and "100.0 %" in rows[1]
 
 
-def test_a_large_picture_becomes_a_small_jpeg_and_a_drawn_one_stays() -> None:
+def test_a_large_image_becomes_a_small_jpeg_and_a_drawn_one_stays() -> None:
     file = io.BytesIO()
     Image.effect_noise((800, 400), 50).save(file, "PNG")
     small = thumbnail(file.getvalue())

@@ -18,10 +18,11 @@ from fastapi import FastAPI
 from openapi_spec_validator import validate
 
 import contracap
-from contracap.apps.serve.app import DefaultStrategy, build_app
+from contracap.apps.serve.app import build_app
 from contracap.apps.serve.batching import BatchingConfig
 from contracap.apps.serve.config import AccessConfig, LimitsConfig
 from contracap.apps.serve.model import ServedModel
+from contracap.apps.serve.service import DefaultStrategy
 from contracap.config import ConfigError
 from contracap.evaluation.zeroshot import classifier
 from contracap.generation import BeamSearch, Captioner, Greedy, Sampling
@@ -97,7 +98,7 @@ def slow_model(pair) -> Any:
     hook.remove()
 
 
-def test_captions_equal_those_of_each_picture_alone_whatever_they_share_a_batch_with(pair):
+def test_captions_equal_those_of_each_image_alone_whatever_they_share_a_batch_with(pair):
     captioner = Captioner(*pair)
     asks = {
         "?max_tokens=8": BeamSearch(max_tokens=8),
@@ -177,7 +178,7 @@ def test_embeddings_and_labels_are_the_models(pair):
 
 
 @pytest.mark.parametrize("route", ["/v1/caption", "/v1/embed/image", "/v1/classify?label=a"])
-def test_a_bad_picture_gets_one_line_and_leaves_the_others_of_its_batch_alone(pair, route):
+def test_a_bad_image_gets_one_line_and_leaves_the_others_of_its_batch_alone(pair, route):
     async def test(client: Client) -> None:
         files = [*BAD.values(), picture("red"), picture("blue", "JPEG")]
         answers = await asyncio.gather(*(client.post(route, content=file) for file in files))
@@ -499,7 +500,7 @@ def test_time_that_a_request_takes_is_measured(pair):
         hook.remove()
 
 
-def test_a_form_of_several_pictures_gets_the_answer_of_each_in_their_order(pair):
+def test_a_form_of_several_images_gets_the_answer_of_each_in_their_order(pair):
     files = [picture("red"), BAD["truncated PNG"], picture("blue", "JPEG")]
 
     async def test(client: Client) -> None:
@@ -551,9 +552,9 @@ def test_bodies_under_way_have_a_limit_together(pair):
     asked(application(pair, max_body_mib=20_000 / 2**20), test)
 
 
-def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_small_ones(pair, monkeypatch):
+def test_large_images_are_decoded_one_at_a_time_and_hold_up_no_small_ones(pair, monkeypatch):
     now, most, go_on = [], [], threading.Event()
-    plain = ServedModel.picture
+    plain = ServedModel.read_image
 
     def noted(self: ServedModel, data: bytes) -> Any:
         if data != small:
@@ -563,7 +564,7 @@ def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_small_ones(pair
             now.remove(data)
         return plain(self, data)
 
-    monkeypatch.setattr(ServedModel, "picture", noted)
+    monkeypatch.setattr(ServedModel, "read_image", noted)
     small, large = picture("red"), png(4100, rows=bytes(4100 * 514))
 
     async def test(client: Client) -> None:

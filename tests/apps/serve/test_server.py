@@ -69,7 +69,7 @@ def answered(connection: socket.socket) -> str:
     return received.decode()
 
 
-def test_a_hundred_at_once_each_get_their_own_picture_s_caption(address, weights):
+def test_a_hundred_at_once_each_get_their_own_image_s_caption(address, weights):
     captioner = Captioner(*contracap.load(weights))
     alone = {colour: captioner([picture(colour)], Greedy())[0].text for colour in COLOURS}
     assert len(set(alone.values())) > 2, "the model should look at the images"
@@ -85,7 +85,7 @@ def test_a_hundred_at_once_each_get_their_own_picture_s_caption(address, weights
         assert [answer.json()["caption"] for answer in answers] == [alone[colour] for colour in colours]
 
 
-def test_bad_pictures_and_huge_bodies_get_one_line_and_the_server_lives_on(address):
+def test_bad_images_and_huge_bodies_get_one_line_and_the_server_lives_on(address):
     for name, file in BAD.items():
         answer = httpx.post(f"{address}/v1/caption", content=file)
         assert answer.status_code == 400 and list(answer.json()) == ["error"], name

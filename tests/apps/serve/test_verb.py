@@ -31,6 +31,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--max-requests", "100000"), "max_requests"),
         (("--api-key", "two\nlines"), "api_key"),
         (("--api-key", ""), "api_key"),
+        (("--device", "nowhere", "--port", "0"), "nowhere"),
         (("--port", "65536"), "65536"),
         (("--host", "nowhere.invalid"), "cannot listen at nowhere.invalid"),
     ],

@@ -10,9 +10,9 @@ from itertools import islice
 from jaxtyping import UInt8
 from torch import Tensor
 
+from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.outputs import Output, is_of_one_image
-from contracap.apps.bulk.pictures import picture_batches
 from contracap.apps.bulk.rows import Row
 from contracap.images import ImageConfig
 from contracap.progress import progress_bar, waiting
@@ -56,7 +56,7 @@ class Outcome:
         return f"{counted(self.added, 'caption(s)')} in {self.seconds:.1f} s, {rate:.1f} images/s{others}"
 
 
-def caption_pictures(
+def caption_images(
     items: Generator[Item, None, None],
     describe: Describe,
     output: Output,
@@ -93,7 +93,7 @@ def caption_pictures(
 
     bar = progress_bar(total=total, unit=" images", disable=not progress)
     missing = _missing(items, output, outcome)
-    batches = picture_batches(missing, image, batch_size=batch_size, workers=workers, waiting=waiting(bar))
+    batches = image_batches(missing, image, batch_size=batch_size, workers=workers, waiting=waiting(bar))
     with _told(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
             outcome.broken += batch.broken.values()

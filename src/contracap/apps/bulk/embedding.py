@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
-from contracap.apps.bulk.pictures import picture_batches
 from contracap.apps.bulk.tables import require_pyarrow
 from contracap.evaluation.features import finite
 from contracap.files import replacing
@@ -51,11 +51,11 @@ def embed_items(
 
     Args:
         workers: threads that read and decode.
-        waiting: as in `picture_batches`.
+        waiting: as in `image_batches`.
 
     Raises: ValueError: if the model gives numbers that are not finite.
     """
-    batches = picture_batches(items, processor.image_config, batch_size=batch_size, workers=workers, waiting=waiting)
+    batches = image_batches(items, processor.image_config, batch_size=batch_size, workers=workers, waiting=waiting)
     with closing(batches), evaluating(model):
         for batch in batches:
             with torch.inference_mode():

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from contracap.apps.bulk.settings import Settings, changes
+from contracap.apps.bulk.output_config import OutputConfig, changes
 from contracap.data.remote import GOOGLE, S3, files_in, opened, upload
 from contracap.files import replacing
 
@@ -60,7 +60,7 @@ class Folder:
             for file in Path(self.name).glob(".*.partial"):
                 file.unlink(missing_ok=True)
 
-    def check(self, settings: Settings) -> None:
+    def check(self, config: OutputConfig) -> None:
         """Raises: FolderError: if the folder belongs to runs with other settings, or its manifest cannot be read."""
         for manifest in {MANIFEST_FILE, OLD_MANIFEST_FILE} & self.names():
             try:
@@ -68,21 +68,21 @@ class Folder:
                     before = dict(json.loads(file.read())["settings"])
             except (ValueError, KeyError, TypeError) as error:
                 raise FolderError(f"{self.name}/{manifest} is not a manifest of a run: {error}") from None
-            if different := changes(before, settings):
+            if different := changes(before, config):
                 raise FolderError(f"{self.name} holds a run with other settings: {different}. Give another --out")
 
-    def claim(self, settings: Settings, *, described: Mapping[str, Any]) -> None:
+    def claim(self, config: OutputConfig, *, described: Mapping[str, Any]) -> None:
         """Makes this the folder of runs with these settings, by a manifest, or finds that it is.
 
         Args:
-            settings: what decides the content of the files, ready for JSON.
+            config: what decides the content of the files, ready for JSON.
             described: what is written beside it for those who read the manifest.
 
         Raises: FolderError: as `check`.
         """
-        self.check(settings)
+        self.check(config)
         if MANIFEST_FILE not in self.names():
             with self.writing(MANIFEST_FILE) as path:
-                path.write_text(json.dumps({**described, "settings": settings}, indent=2) + "\n", encoding="utf-8")
+                path.write_text(json.dumps({**described, "settings": config}, indent=2) + "\n", encoding="utf-8")
         if not self._remote:
             Path(self.name, OLD_MANIFEST_FILE).unlink(missing_ok=True)

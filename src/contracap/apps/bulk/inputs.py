@@ -170,10 +170,10 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
         else:
             yield path
     elif local.is_dir():
-        for picture in pictures_in(local, passed):
-            if not recursive and picture.name != str(picture):  # those of subfolders come last
+        for image in pictures_in(local, passed):
+            if not recursive and image.name != str(image):  # those of subfolders come last
                 break
-            yield _file(local / picture)
+            yield _file(local / image)
     elif local.exists():
         check_regular(local)
         if path.endswith(SHARD_SUFFIXES):

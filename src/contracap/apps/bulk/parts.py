@@ -17,10 +17,10 @@ from pyarrow.parquet import ParquetWriter
 from torch import Tensor
 
 from contracap.apps.bulk.folder import Folder
+from contracap.apps.bulk.image_batches import ImageBatch, image_batches
 from contracap.apps.bulk.inputs import OTHER_IMAGE, Item, images_of
-from contracap.apps.bulk.pictures import PictureBatch, picture_batches
+from contracap.apps.bulk.output_config import caption_config
 from contracap.apps.bulk.rows import caption_rows
-from contracap.apps.bulk.settings import caption_settings
 from contracap.apps.bulk.tables import ROW_GROUP
 from contracap.config import require_count
 from contracap.data.remote import WEB
@@ -97,9 +97,9 @@ def part_name(shard: str) -> str:
     return f"{readable}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}.parquet"
 
 
-def settings(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
+def part_config(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
     """What decides the content of a part besides its shard, ready for JSON."""
-    chosen = caption_settings(config.strategy, config.prompt, model, processor)
+    chosen = caption_config(config.strategy, config.prompt, model, processor)
     return {**chosen, "embedding": config.embedding}
 
 
@@ -170,11 +170,11 @@ class PartWriter:
     def _key(shard: str, item: Item) -> str:
         return item.name.removeprefix(f"{path_text(shard)}/")
 
-    def _batches(self, shard: str, passed: PassedOver) -> Generator[PictureBatch, None, None]:
+    def _batches(self, shard: str, passed: PassedOver) -> Generator[ImageBatch, None, None]:
         image, batch_size = self._processor.image_config, self._config.batch_size
-        return picture_batches(images_of(shard, passed), image, batch_size=batch_size, workers=self._threads)
+        return image_batches(images_of(shard, passed), image, batch_size=batch_size, workers=self._threads)
 
-    def _rows(self, shard: str, batch: PictureBatch) -> pa.RecordBatch:
+    def _rows(self, shard: str, batch: ImageBatch) -> pa.RecordBatch:
         columns: dict[str, list[Any]] = {name: [None] * len(batch.items) for name in self._schema.names}
         columns["key"] = [self._key(shard, item) for item in batch.items]
         columns["shard"] = [path_text(shard)] * len(batch.items)

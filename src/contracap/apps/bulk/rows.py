@@ -49,7 +49,7 @@ def caption_rows(
         ValueError: if a setting or the prompt does not suit the model, or the model gives numbers that are not finite.
     """
     normalised = normalise(pixels.to(captioner.model.device, non_blocking=True), captioner.processor.image_config)
-    captions = captioner.generate(normalised, strategy, prompt, [picture_number(name) for name in names])
+    captions = captioner.generate(normalised, strategy, prompt, [image_number(name) for name in names])
     return [
         Row(
             path=name,
@@ -62,6 +62,6 @@ def caption_rows(
     ]
 
 
-def picture_number(name: str) -> int:
+def image_number(name: str) -> int:
     """What samples of an image are drawn by: its name, so that neither its batch nor an interruption changes them."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") >> 1

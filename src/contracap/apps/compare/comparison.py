@@ -1,15 +1,10 @@
-"""What two systems reach, figure by figure, and how sure the gap between them is."""
+"""Gaps between the figures of two systems, and how sure they are."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import PurePath
-from typing import Any
 
-import numpy as np
-from jaxtyping import Float64
-
+from contracap.apps.compare.conditions import System, remarks, require_same_counts, sample_differences
 from contracap.apps.compare.statistics import CONFIDENCE, RESAMPLES, bootstrap_interval, holm, permutation_test
-from contracap.evaluation.published import main_name
 from contracap.evaluation.result import Result
 
 HEADLINES = (
@@ -20,17 +15,6 @@ HEADLINES = (
     "CIDEr",
     "accuracy",
 )
-MEASURED_BY = {"tokenizer": "the tokenizer", "clipscore_model": "the model behind CLIPScore"}
-ASKED_BY = {  # keys of a task that change its figures
-    "data": "the data",
-    "classes": "the set of classes",
-    "templates": "the set of templates",
-    "answers": "the list of answers",
-    "prompt": "the prompt",
-    "strategy": "the strategy",
-    "settings": "the strategy's settings",
-}
-COUNTED = ("captions", "classes", "questions")  # of a task: with another number of them its figures are others
 UNITS = {"seconds"}  # figures that are no scores: all others are, and are printed times 100
 
 
@@ -130,7 +114,7 @@ class Comparison:
 
 
 def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = ("A", "B"), seed: int = 0) -> Comparison:
-    """Compares one or more runs of a system with as many of another, the first with the first and so on.
+    """Compare one or more runs of a system with as many of another, the first with the first and so on.
 
     Args:
         a, b: results of the same tasks on the same samples.
@@ -141,58 +125,52 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
         ValueError: if they have no figure in common, are not equally many, or a figure was measured on other samples,
             or with other numbers of captions, classes or questions: a gap between different tasks tells nothing.
     """
-    names = (" ".join(names[0].split()), " ".join(names[1].split()))
+    first, second = (System(" ".join(name.split()), results) for name, results in zip(names, (a, b), strict=True))
     if not a or len(a) != len(b):
-        raise ValueError(f"{len(a)} results of {names[0]} and {len(b)} of {names[1]}: runs are compared in pairs")
-    if names[0] == names[1]:
-        raise ValueError(f"both systems are called {names[0]!r}: give them names that differ")
-    of_a, of_b = _common(a), _common(b)
-    common = [name for name in of_a if name in of_b]
+        raise ValueError(f"{len(a)} results of {first.name} and {len(b)} of {second.name}: runs are compared in pairs")
+    if first.name == second.name:
+        raise ValueError(f"both systems are called {first.name!r}: give them names that differ")
+    common = [name for name in first.figures if name in second.figures]
     if not common:
         raise ValueError(
-            f"nothing in common: {names[0]} has {', '.join(of_a) or 'nothing'}; {names[1]} has "
-            f"{', '.join(of_b) or 'nothing'}"
+            f"nothing in common: {first.name} has {', '.join(first.figures) or 'nothing'}; {second.name} has "
+            f"{', '.join(second.figures) or 'nothing'}"
         )
     tasks = {figure.rpartition("/")[0]: figure for figure in common}
     for task, figure in tasks.items():
-        _require_same_counts(task, figure, a, b, names)
-    rows = [_row(name, a, b, names, seed) for name in common]
+        require_same_counts(task, figure, first, second)
+    rows = [_row(name, first, second, seed) for name in common]
     return Comparison(
-        names=names,
+        names=(first.name, second.name),
         rows=tuple(_corrected(rows)),
-        only=(_only(a, b), _only(b, a)),
+        only=(_only(first, second), _only(second, first)),
         runs=len(a),
         samples=min(result.samples for result in [*a, *b]),
         seed=seed,
-        remarks=(*_remarks(tasks, a, b, names), *_failures(a, b, names)),
+        remarks=tuple(remarks(tasks, first, second)),
     )
 
 
-def _common(results: Sequence[Result]) -> list[str]:
-    """The figures that all of these have."""
-    return [name for name in results[0].figures if all(name in result.figures for result in results)]
+def _only(system: System, other: System) -> tuple[str, ...]:
+    """Return the figures that one system has a value of, in any run, and the other does not have."""
+    names = [name for name in system.figures if any(result.figures[name] is not None for result in system.results)]
+    return tuple(name for name in names if name not in other.figures)
 
 
-def _only(own: Sequence[Result], other: Sequence[Result]) -> tuple[str, ...]:
-    """The figures that one system has a value of, in any run, and the other does not have."""
-    names = [name for name in _common(own) if any(result.figures[name] is not None for result in own)]
-    return tuple(name for name in names if name not in _common(other))
-
-
-def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str], seed: int) -> Row:
-    values_a, values_b = ([result.figures[name] for result in results] for results in (a, b))
+def _row(name: str, a: System, b: System, seed: int) -> Row:
+    values_a, values_b = ([result.figures[name] for result in system.results] for system in (a, b))
     mean_a, mean_b = _mean(values_a), _mean(values_b)
     if mean_a is None or mean_b is None:
         missing = (
-            f"{system}: {result.reasons[name]}"
-            for system, results in zip(names, (a, b), strict=True)
-            for result in results
+            f"{system.name}: {result.reasons[name]}"
+            for system in (a, b)
+            for result in system.results
             if result.figures[name] is None
         )
         return Row(figure=name, a=mean_a, b=mean_b, reason=next(missing))
     gaps = tuple(x - y for x, y in zip(values_a, values_b, strict=True) if x is not None and y is not None)
     row = Row(figure=name, a=mean_a, b=mean_b, gap=mean_a - mean_b, gaps=gaps)
-    differences = _differences(name, a, b, names)
+    differences = sample_differences(name, a, b)
     if differences is None:
         return replace(row, reason="no values of single samples, hence no interval")
     low, high = bootstrap_interval(differences, seed=seed)
@@ -200,112 +178,8 @@ def _row(name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, 
     return replace(row, low=low, high=high, p=p)
 
 
-def _differences(
-    name: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]
-) -> Float64[np.ndarray, "run sample"] | None:
-    """Differences of each pair of runs at each sample; None if a run has no values of single samples."""
-    results = [(system, result) for system, side in zip(names, (a, b), strict=True) for result in side]
-    found = [(system, result.per_sample[name]) for system, result in results if name in result.per_sample]
-    for system, values in found:
-        if (values.samples, len(values.values)) != (found[0][1].samples, len(found[0][1].values)):
-            raise ValueError(
-                f"{name} was measured on other samples: {len(found[0][1].values)} of {found[0][0]}, "
-                f"{len(values.values)} of {system}, with other keys or in another order; evaluate both on the same data"
-            )
-    if len(found) < len(results):
-        # All that can be told is how many samples there were and a digest of their keys, if that.
-        counts = {count for _, result in results if isinstance(count := _facts(result, name).get("samples"), int)}
-        if len(counts) > 1:
-            raise ValueError(
-                f"{name} was measured on other samples: the results rest on {' and '.join(map(str, sorted(counts)))}; "
-                "evaluate both on the same data"
-            )
-        if len({str(keys) for _, result in results if (keys := _facts(result, name).get("keys_digest"))}) > 1:
-            raise ValueError(
-                f"{name} was measured on other samples, with other keys or in another order; evaluate both on the "
-                "same data"
-            )
-        return None
-    values_a, values_b = (
-        np.array([result.per_sample[name].values for result in side], dtype=np.float64) for side in (a, b)
-    )
-    return values_a - values_b
-
-
-def _facts(result: Result, figure: str) -> Mapping[str, Any]:
-    """What a result tells of the task that a figure is of: how many samples there were, and what else."""
-    task = figure.rpartition("/")[0]
-    return result.details.get("tasks", {}).get(task, {}) if task else {"samples": result.samples, **result.details}
-
-
-def _require_same_counts(
-    task: str, figure: str, a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]
-) -> None:
-    """Raises: ValueError: if a task was measured with other numbers of something."""
-    where = f"{task} was" if task else "they were"
-    for what in COUNTED:
-        of_a, of_b = (
-            sorted({facts[what] for result in results if what in (facts := _facts(result, figure))})
-            for results in (a, b)
-        )
-        if len({*of_a, *of_b}) > 1:
-            raise ValueError(
-                f"{where} measured on other samples: {' and '.join(map(str, of_a))} {what} of {names[0]}, "
-                f"{' and '.join(map(str, of_b))} of {names[1]}; evaluate both on the same data"
-            )
-
-
-def _remarks(
-    tasks: Mapping[str, str], a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]
-) -> Iterator[str]:
-    """What differs in how the two systems were measured, a sentence each.
-
-    Args:
-        tasks: by name, with one of its figures.
-    """
-    for task, figure in tasks.items():
-        where = f"{task}: " if task else ""
-        ways_a, ways_b = ([_ways(_facts(result, figure)) for result in results] for results in (a, b))
-        for what in (*MEASURED_BY.values(), *ASKED_BY.values()):
-            of_a, of_b = (sorted({found[what] for found in ways if what in found}) for ways in (ways_a, ways_b))
-            if of_a and of_b and of_a != of_b:
-                yield (
-                    f"{where}{what} of {names[0]} is {' and '.join(of_a)}, that of {names[1]} {' and '.join(of_b)}: "
-                    "part of the gap may come of that"
-                )
-        if any(_facts(result, figure).get("asked", {}).get("clipscore") == "self" for result in [*a, *b]):
-            yield f"{where}a model's CLIPScore of its own captions compares the judges as much as the captions"
-
-
-def _ways(facts: Mapping[str, Any]) -> dict[str, str]:
-    """By what a task was measured, in words; of files and folders the names alone, wherever they lie;
-    of published classes the main name."""
-    found = {what: str(facts[fact]) for fact, what in MEASURED_BY.items() if fact in facts}
-    if "asked" in facts:
-        for key, what in ASKED_BY.items():
-            value = facts["asked"].get(key, "the default")
-            parts = value if isinstance(value, list) else [value]
-            found[what] = " ".join(_named(key, str(part)) for part in parts)
-    return found
-
-
-def _named(key: str, text: str) -> str:
-    if key in ("prompt", "settings"):
-        return text
-    # VTAB has other classes than the set of the same name, but not other templates.
-    return (main_name(text) if key == "classes" else None) or PurePath(text).name
-
-
-def _failures(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str]) -> Iterator[str]:
-    """Why a task of the other system failed in one, a sentence each."""
-    for name, results in zip(names, (a, b), strict=True):
-        other = {f"{figure.rpartition('/')[0]}/" for result in (b if results is a else a) for figure in result.figures}
-        reasons = {figure: reason for result in results for figure, reason in result.reasons.items()}
-        yield from (f"{figure} of {name}: {reason}" for figure, reason in reasons.items() if f"{figure}/" in other)
-
-
 def _corrected(rows: Sequence[Row]) -> Iterator[Row]:
-    """The rows with p-values corrected for how many of them were tested."""
+    """Yield the rows with p-values corrected for how many of them were tested."""
     corrected = iter(holm([row.p for row in rows if row.p is not None]))
     yield from (row if row.p is None else replace(row, p_holm=next(corrected)) for row in rows)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contracap.apps.compare.comparison import COUNTED
+from contracap.apps.compare.conditions import COUNTED
 from contracap.evaluation.result import OWN_KEYS, PerSample, Result
 from contracap.files import read_regular
 

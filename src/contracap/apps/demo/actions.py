@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contracap.apps.demo.overlay import overlay, to_pillow
 from contracap.evaluation.features import embed_texts, finite
-from contracap.evaluation.zeroshot import check_templates, classifier
+from contracap.evaluation.zeroshot import check_templates, classifier, compare_with_labels, count_characters
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.registry import build_strategy
 from contracap.generation.word_maps import attention_map, word_maps
@@ -67,18 +67,18 @@ class Actions:
         Raises: ValueError: if there is no image, it cannot be used, or a setting is wrong.
         """
         chosen = build_strategy(strategy, settings or {})
-        picture = self.read(path)
-        pixels = self.pixels(picture)
+        image = self.read(path)
+        pixels = self.pixels(image)
         with self._one_at_a_time:
             caption = self.captioner.generate(pixels, chosen, prompts=prompt)[0]
             maps = attention_map(self.model, pixels, caption.token_ids)
-        seen = self.seen(picture)
+        seen = self.seen(image)
         words = word_maps(self.processor.tokenizer, caption.token_ids, maps)
         return Captioned(caption, to_pillow(seen), tuple((word, overlay(seen, heat)) for word, heat in words))
 
     @torch.inference_mode()
     def classify(self, path: str | None, labels: str, template: str) -> dict[str, float]:
-        """The probability of each label, by the model's own temperature.
+        """Return the probability of each label, at the model's own temperature.
 
         Args:
             labels: one a line.
@@ -92,16 +92,15 @@ class Actions:
         if len(names) > MAX_LABELS:
             raise ValueError(f"there are {len(names)} labels; the page takes {MAX_LABELS}")
         templates = check_templates(lines(template))
-        characters = sum(len(each) * len(names) + each.count("{}") * sum(map(len, names)) for each in templates)
-        if characters > MAX_CHARACTERS:
+        if (characters := count_characters(names, templates)) > MAX_CHARACTERS:
             raise ValueError(
                 f"the labels have {characters:,} characters in all prompts; the page takes {MAX_CHARACTERS:,}"
             )
         embedding = self.embed(self.pixels(self.read(path)))[0]
         with self._one_at_a_time:
             weights = classifier(self.model, self.processor, names, templates)
-        scores = self.model.logit_scale.exp() * (weights @ embedding)
-        return dict(zip(names, scores.softmax(dim=0).tolist(), strict=True))
+        _, probabilities = compare_with_labels(embedding, weights, self.model.logit_scale.exp())
+        return dict(zip(names, probabilities.tolist(), strict=True))
 
     @torch.inference_mode()
     def embed(self, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image embed"]:
@@ -124,13 +123,13 @@ class Actions:
             raise ValueError("there is no image yet: upload one, paste one, or take one with the camera")
         return decode(path, name=Path(path).name)
 
-    def pixels(self, picture: UInt8[Tensor, "3 height width"]) -> Float[Tensor, "1 3 _ _"]:
+    def pixels(self, image: UInt8[Tensor, "3 height width"]) -> Float[Tensor, "1 3 _ _"]:
         """What the model is fed of an image."""
-        return normalise(resize_and_crop(picture, self.processor.image_config)[None], self.processor.image_config)
+        return normalise(resize_and_crop(image, self.processor.image_config)[None], self.processor.image_config)
 
-    def seen(self, picture: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 _ _"]:
+    def seen(self, image: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 _ _"]:
         """The part of the image that the model sees, as large as the page shows it."""
-        return resize_and_crop(picture, replace(self.processor.image_config, size=SHOWN))
+        return resize_and_crop(image, replace(self.processor.image_config, size=SHOWN))
 
 
 def lines(text: str) -> list[str]:

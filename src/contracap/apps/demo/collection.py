@@ -32,7 +32,7 @@ class Match:
     """
 
     name: str
-    picture: Image.Image
+    image: Image.Image
     score: float
 
 
@@ -107,7 +107,7 @@ class Collection:
             raise ValueError("there is nothing to search for: write a text, or give an image")
         return self._search(self.actions.embed_text(text).cpu())
 
-    def search_picture(self, path: str | None) -> list[Match]:
+    def search_image(self, path: str | None) -> list[Match]:
         """The images most like another one, best first.
 
         Raises: ValueError: if that image cannot be used, or there is nothing to search.
@@ -127,7 +127,7 @@ class Collection:
         return matches
 
 
-def pictures_under(folder: Path) -> list[Path]:
+def images_under(folder: Path) -> list[Path]:
     """The paths of a folder's images, as `data.walk.pictures_in` finds them.
 
     Raises:

@@ -17,10 +17,10 @@ from contracap.data.scenes import COLORS, single_scenes, twin_scenes
 from contracap.evaluation.zeroshot import TEMPLATE
 from contracap.model.sizes import SIZES
 
-PICTURES = 4
+EXAMPLES = 4
 LABELS = ("dog", "cat", "bird", "horse", "person", "child", "car", "boat", "beach", "street")
 LARGEST = 768  # pixels a side
-TRIES = 3 * PICTURES  # images of a folder that are opened, for some may be unreadable
+TRIES = 3 * EXAMPLES  # images of a folder that are opened, for some may be unreadable
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Examples:
 
     labels: Sequence[str]
     templates: Sequence[str]
-    pictures: Sequence[Path]
+    images: Sequence[Path]
 
 
 def find_examples(actions: Actions, collection: Collection | None, uploads: Uploads) -> Examples:
@@ -38,15 +38,15 @@ def find_examples(actions: Actions, collection: Collection | None, uploads: Uplo
     labels, templates = (COLORS, COLOR_TEMPLATES) if drawn else (LABELS, (TEMPLATE,))
     found = _of_collection(actions, collection) if collection is not None else _scenes() if drawn else ()
     paths = []
-    for name, picture in found:
+    for name, image in found:
         paths.append(uploads.new_path(uploads.examples, f"{name}.png"))
-        picture.save(paths[-1])
+        image.save(paths[-1])
     return Examples(labels, templates, paths)
 
 
 def _scenes() -> Iterator[tuple[str, Image.Image]]:
     generator = np.random.default_rng(0)
-    scenes = [*single_scenes(generator, PICTURES - PICTURES // 2), *twin_scenes(generator, PICTURES // 2)]
+    scenes = [*single_scenes(generator, EXAMPLES - EXAMPLES // 2), *twin_scenes(generator, EXAMPLES // 2)]
     return ((f"scene {number}", draw(scene, generator, size=SHOWN)) for number, scene in enumerate(scenes, 1))
 
 
@@ -55,10 +55,10 @@ def _of_collection(actions: Actions, collection: Collection) -> Iterator[tuple[s
     found = 0
     for path in collection.paths[:: -(-collection.total // TRIES) or 1]:
         try:
-            picture = to_thumbnail(actions.read(path), LARGEST)
+            image = to_thumbnail(actions.read(path), LARGEST)
         except (ValueError, OSError):
             continue
-        yield path.stem, picture
+        yield path.stem, image
         found += 1
-        if found == PICTURES:
+        if found == EXAMPLES:
             break

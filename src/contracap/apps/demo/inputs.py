@@ -18,7 +18,7 @@ from gradio.components import Component
 
 from contracap.apps.demo.uploads import Uploads
 
-PICTURE_HEIGHT, FILES_HEIGHT = 320, 160  # pixels
+IMAGE_HEIGHT, FILES_HEIGHT = 320, 160  # pixels
 # What the browser may send for an input beside None and uploads; nothing for an input that is not here.
 PLAIN: Mapping[str, type | tuple[type, ...]] = {
     "textbox": str,
@@ -30,27 +30,27 @@ PLAIN: Mapping[str, type | tuple[type, ...]] = {
 Input = TypeVar("Input", bound=Component)
 
 
-def picture_input(label: str) -> gradio.Image:
+def image_input(label: str) -> gradio.Image:
     """An image that is uploaded, pasted or taken with the camera; passed on as the path of its file, or None."""
     made = gradio.Image(
-        label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=PICTURE_HEIGHT, buttons=[]
+        label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=IMAGE_HEIGHT, buttons=[]
     )
     return handing_on(made, lambda payload: payload.path if payload is not None else None)
 
 
-def pictures_input(label: str) -> gradio.File:
+def images_input(label: str) -> gradio.File:
     """Several uploaded images; passed on as the paths of their files."""
     made = gradio.File(label=label, file_count="multiple", file_types=["image"], height=FILES_HEIGHT)
     return handing_on(made, lambda payload: [file.path for file in payload or []])
 
 
-def examples_input(pictures: Sequence[Path], picture: gradio.Image) -> gradio.Dataset | None:
+def examples_input(images: Sequence[Path], image: gradio.Image) -> gradio.Dataset | None:
     """Images to choose from, of which the number is passed on; None if there are none."""
-    if not pictures:
+    if not images:
         return None
-    samples = [[str(path)] for path in pictures]
+    samples = [[str(path)] for path in images]
     label, classes = "Or one of these", "examples"
-    return gradio.Dataset(components=[picture], samples=samples, type="index", label=label, elem_classes=classes)
+    return gradio.Dataset(components=[image], samples=samples, type="index", label=label, elem_classes=classes)
 
 
 def number_input(

@@ -13,13 +13,13 @@ COLORS = torch.tensor([[13, 8, 60], [110, 20, 120], [205, 60, 90], [248, 145, 40
 COLD_OPACITY, HOT_OPACITY = 0.5, 0.75
 
 
-def overlay(picture: UInt8[Tensor, "3 height width"], heat: Float[Tensor, "row column"]) -> Image.Image:
+def overlay(image: UInt8[Tensor, "3 height width"], heat: Float[Tensor, "row column"]) -> Image.Image:
     """The image under its heat map, whose least value is coldest and whose greatest is hottest."""
     heat = heat - heat.min()
     heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
-    heat = interpolate(heat[None, None], size=picture.shape[1:], mode="bicubic")[0].clamp(0, 1)
+    heat = interpolate(heat[None, None], size=image.shape[1:], mode="bicubic")[0].clamp(0, 1)
     opacity = COLD_OPACITY + (HOT_OPACITY - COLD_OPACITY) * heat
-    mixed = (1 - opacity) * picture / 255 + opacity * colored(heat[0])
+    mixed = (1 - opacity) * image / 255 + opacity * colored(heat[0])
     return to_pillow((mixed * 255).round().to(torch.uint8))
 
 
@@ -34,13 +34,13 @@ def colored(heat: Float[Tensor, "height width"]) -> Float[Tensor, "3 height widt
     return channels
 
 
-def to_pillow(picture: UInt8[Tensor, "3 height width"]) -> Image.Image:
+def to_pillow(image: UInt8[Tensor, "3 height width"]) -> Image.Image:
     """The image as Pillow has it."""
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
-def to_thumbnail(picture: UInt8[Tensor, "3 height width"], side: int) -> Image.Image:
+def to_thumbnail(image: UInt8[Tensor, "3 height width"], side: int) -> Image.Image:
     """The whole image, at most `side` pixels wide and high."""
-    made = to_pillow(picture)
+    made = to_pillow(image)
     made.thumbnail((side, side))
     return made

@@ -12,7 +12,7 @@ import gradio
 from contracap.apps.demo.actions import Actions, Captioned
 from contracap.apps.demo.collection import Collection, Match
 from contracap.apps.demo.examples import Examples
-from contracap.apps.demo.inputs import examples_input, number_input, picture_input, pictures_input
+from contracap.apps.demo.inputs import examples_input, image_input, images_input, number_input
 from contracap.apps.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Setting, chosen
 from contracap.apps.page import table
 
@@ -94,9 +94,9 @@ def build_page(actions: Actions, collection: Collection | None, examples: Exampl
 def _caption_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) -> None:
     with gradio.Row(elem_classes="sides"):
         with gradio.Column(elem_classes="given"):
-            picture = picture_input("Picture")
+            image = image_input("Image")
             button = gradio.Button("Caption", variant="primary")
-            shown_examples = examples_input(examples.pictures, picture)
+            shown_examples = examples_input(examples.images, image)
         with gradio.Column(elem_classes="set"):
             strategy = gradio.Dropdown([(NAMES[name], name) for name in OWN], value="beam", label="Strategy")
             common, asked_of_all = (*LENGTHS, *RULES), []
@@ -127,9 +127,9 @@ def _caption_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) ->
         settings = chosen(name, (*common, *OWN[name]), [*first, *dict(zip(OWN, groups, strict=True))[name]])
         return _shown(actions.caption(path, name, settings, begins or ""))
 
-    inputs = [picture, strategy, prompt, *asked_of_all, *(part for parts in own.values() for part in parts)]
+    inputs = [image, strategy, prompt, *asked_of_all, *(part for parts in own.values() for part in parts)]
     outputs = [text, alternatives, word, maps]
-    _on_picture(picture, button, caption, inputs, outputs, "caption", alone)
+    _on_image(image, button, caption, inputs, outputs, "caption", alone)
     _on_example(shown_examples, examples, caption, inputs, outputs, alone)
     strategy.change(
         lambda name: [gradio.update(visible=name == other) for other in OWN],
@@ -169,19 +169,19 @@ def _shown(captioned: Captioned) -> tuple[Any, ...]:
         for found in caption.alternatives or (caption,)
     ]
     words = [(word, number) for number, (word, _) in enumerate(captioned.words)]
-    pictures = [(heat, word) for word, heat in captioned.words]
+    maps = [(heat, word) for word, heat in captioned.words]
     return (
         caption.text,
         table(("alternatives, best first", "score", "log-probability"), rows, numbers=(1, 2)),
         gradio.update(choices=words, value=None),
-        gradio.update(value=pictures, selected_index=None),
+        gradio.update(value=maps, selected_index=None),
     )
 
 
 def _classify_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) -> None:
     with gradio.Row(elem_classes="sides"):
         with gradio.Column(elem_classes="given"):
-            picture = picture_input("Picture")
+            image = image_input("Image")
             labels = gradio.Textbox("\n".join(examples.labels), label="Labels, one a line", lines=5)
             template = gradio.Textbox(
                 "\n".join(examples.templates),
@@ -189,11 +189,11 @@ def _classify_tab(actions: Actions, examples: Examples, alone: dict[str, Any]) -
                 lines=len(examples.templates),
             )
             button = gradio.Button("Classify", variant="primary")
-            shown_examples = examples_input(examples.pictures, picture)
+            shown_examples = examples_input(examples.images, image)
         with gradio.Column(elem_classes="shown"):
             probabilities = gradio.Label(label="Probabilities", num_top_classes=20)
-    inputs, outputs = [picture, labels, template], [probabilities]
-    _on_picture(picture, button, actions.classify, inputs, outputs, "classify", alone)
+    inputs, outputs = [image, labels, template], [probabilities]
+    _on_image(image, button, actions.classify, inputs, outputs, "classify", alone)
     _on_example(shown_examples, examples, actions.classify, inputs, outputs, alone)
 
 
@@ -203,12 +203,12 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
         with gradio.Column(elem_classes="given"):
             files = None
             if collection is None:
-                files = pictures_input("Images to search in")
+                files = images_input("Images to search in")
                 gradio.Markdown("`contracap demo WEIGHTS --pictures FOLDER` searches a folder instead.")
             text = gradio.Textbox(label="Text", placeholder="what the image shows")
             by_text = gradio.Button("Search by text", variant="primary")
-            picture = picture_input("Or an image")
-            by_picture = gradio.Button("Search by image")
+            image = image_input("Or an image")
+            by_image = gradio.Button("Search by image")
         with gradio.Column(elem_classes="shown"):
             state = gradio.Markdown()
             found = _gallery("found", format="jpeg")
@@ -225,9 +225,9 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
         searched = _given(collection or uploaded)
         return _matches(searched.search_text(wanted or "")), searched.state
 
-    def search_picture(path: str | None, uploaded: Collection | None = None) -> tuple[Any, str]:
+    def search_image(path: str | None, uploaded: Collection | None = None) -> tuple[Any, str]:
         searched = _given(collection or uploaded)
-        return _matches(searched.search_picture(path)), searched.state
+        return _matches(searched.search_image(path)), searched.state
 
     own = gradio.State()
     if collection is not None:
@@ -250,7 +250,7 @@ def _search_tab(actions: Actions, collection: Collection | None, alone: dict[str
         api_name="search_text",
         **alone,
     )
-    _on_picture(picture, by_picture, search_picture, [picture, own], [found, state], "search_picture", alone)
+    _on_image(image, by_image, search_image, [image, own], [found, state], "search_picture", alone)
     return state
 
 
@@ -260,8 +260,8 @@ def _given(collection: Collection | None) -> Collection:
     return collection
 
 
-def _on_picture(
-    picture: gradio.Image,
+def _on_image(
+    image: gradio.Image,
     button: gradio.Button,
     action: Callable[..., Any],
     inputs: list[Any],
@@ -275,7 +275,7 @@ def _on_picture(
         return action(path, *others) if path is not None else gradio.skip()  # it was taken away
 
     button.click(clearly(action), inputs, outputs, api_name=name, **alone)
-    picture.input(clearly(act_on), inputs, outputs, api_visibility="private", **alone)
+    image.input(clearly(act_on), inputs, outputs, api_visibility="private", **alone)
 
 
 def _on_example(
@@ -289,7 +289,7 @@ def _on_example(
     """Put the example that is chosen in place of the image, the first input, and act on it."""
     if shown is not None:
         shown.click(
-            clearly(lambda number: str(examples.pictures[number])),
+            clearly(lambda number: str(examples.images[number])),
             shown,
             inputs[0],
             queue=False,
@@ -298,7 +298,7 @@ def _on_example(
 
 
 def _matches(matches: Sequence[Match]) -> list[tuple[Any, str]]:
-    return [(match.picture, f"{match.score:.3f} {match.name}") for match in matches]
+    return [(match.image, f"{match.score:.3f} {match.name}") for match in matches]
 
 
 def _ask(setting: Setting) -> Any:

@@ -17,7 +17,7 @@ from contracap.apps.demo.examples import find_examples
 from contracap.apps.demo.inputs import guard
 from contracap.apps.demo.limits import LimitVisitors
 from contracap.apps.demo.page import CSS, build_page, theme
-from contracap.apps.demo.uploads import MAX_PICTURE_MIB, Uploads
+from contracap.apps.demo.uploads import MAX_IMAGE_MIB, Uploads
 from contracap.apps.web import MIB, run, url
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -30,7 +30,7 @@ def serve(
     processor: Processor,
     *,
     address: socket.socket,
-    pictures: Sequence[Path] | None,
+    images: Sequence[Path] | None,
     folder: Path | None = None,
 ) -> None:
     """Serve the page until SIGINT or SIGTERM. What visitors upload is deleted then, if not before.
@@ -42,9 +42,9 @@ def serve(
     Raises: ValueError: if the model has no text decoder.
     """
     actions = Actions(model, processor)
-    collection = Collection(actions, pictures or (), folder=folder)
+    collection = Collection(actions, images or (), folder=folder)
     with tempfile.TemporaryDirectory(prefix="contracap-demo-") as temporary, _filling(collection):
-        app = application(actions, collection if pictures is not None else None, Uploads(Path(temporary)))
+        app = application(actions, collection if images is not None else None, Uploads(Path(temporary)))
         greeting = f"the page is at {url(address)}; Ctrl-C ends it"
         run(app, address, greeting=greeting, patience=PATIENCE, log_level="warning")
 
@@ -80,7 +80,7 @@ def application(actions: Actions, collection: Collection | None, uploads: Upload
         app,
         page,
         path="/",
-        max_file_size=MAX_PICTURE_MIB * MIB,
+        max_file_size=MAX_IMAGE_MIB * MIB,
         theme=theme(),
         css=CSS,
         footer_links=[],

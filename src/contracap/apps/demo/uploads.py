@@ -22,7 +22,7 @@ from starlette.types import Message
 
 from contracap.apps.web import MIB, BodyTooLargeError, limited
 
-MAX_PICTURE_MIB = 20
+MAX_IMAGE_MIB = 20
 MAX_UPLOAD_MIB = 100  # all images that are uploaded together
 MAX_COMING_MIB = 400  # all uploads that are under way
 MAX_KEPT_MIB = 1024  # in the folder, beyond which the oldest files are deleted
@@ -97,8 +97,8 @@ class Uploads:
             form = Request(request.scope, counted).form(max_fields=0)
             async with asyncio.timeout(UPLOAD_SECONDS), form as parts:
                 files = [file for file in parts.getlist("files") if isinstance(file, UploadFile)]
-                if any((file.size or 0) > MAX_PICTURE_MIB * MIB for file in files):
-                    return PlainTextResponse(f"an image may have {MAX_PICTURE_MIB} MiB, the maximum here", 413)
+                if any((file.size or 0) > MAX_IMAGE_MIB * MIB for file in files):
+                    return PlainTextResponse(f"an image may have {MAX_IMAGE_MIB} MiB, the maximum here", 413)
                 return JSONResponse(await to_thread.run_sync(self._keep, files))
         except HTTPException:
             return PlainTextResponse("only files can be uploaded, in a form's field `files`", 400)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from contracap.apps.page import Html, table, verdict
-from contracap.apps.report.pictures import shown
+from contracap.apps.report.thumbnails import shown
 from contracap.data.shards import Sample
 from contracap.evaluation.retrieval import Features
 
@@ -26,7 +26,7 @@ class Found:
     right: tuple[bool, ...]
 
 
-def best_pictures(features: Features, texts: Sequence[int]) -> list[Found]:
+def best_images(features: Features, texts: Sequence[int]) -> list[Found]:
     """The five best images for each of these texts."""
     scores = features.texts[list(texts)] @ features.images.T
     found = []
@@ -48,7 +48,7 @@ def best_texts(features: Features, images: Sequence[int]) -> list[Found]:
     return found
 
 
-def picture_grid(features: Features, found: Sequence[Found], samples: Mapping[int, Sample]) -> Html:
+def image_grid(features: Features, found: Sequence[Found], samples: Mapping[int, Sample]) -> Html:
     """A line for each text: its best images. Green is the right one, red another in the first place."""
     rows = [
         (

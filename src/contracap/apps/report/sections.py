@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from contracap.apps.page import Html, gallery, heat_table, paragraph, table, text
-from contracap.apps.report.grids import best_pictures, best_texts, caption_grid, picture_grid
-from contracap.apps.report.pictures import chosen_samples, shown
+from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
+from contracap.apps.report.thumbnails import chosen_samples, shown
 from contracap.evaluation.features import Source
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Result
@@ -33,14 +33,14 @@ def retrieved(features: Features, data: Source) -> Iterator[Html]:
     """What is found for some texts and some images, spread over the data."""
     images = spread(len(features.images), QUERIES)
     first_texts = {image: text for text, image in reversed(list(enumerate(features.image_of_text.tolist())))}
-    pictures = best_pictures(features, [first_texts[image] for image in images])
+    images_found = best_images(features, [first_texts[image] for image in images])
     texts = best_texts(features, images)
-    samples = chosen_samples(data, {*images, *(image for each in pictures for image in each.candidates)})
+    samples = chosen_samples(data, {*images, *(image for each in images_found for image in each.candidates)})
     yield paragraph(
         f"For {len(images)} captions the best of all {len(features.images):,} images. Green: the caption's own "
         "image; red: another one in the first place."
     )
-    yield picture_grid(features, pictures, samples)
+    yield image_grid(features, images_found, samples)
     yield paragraph(f"For their images the best of all {len(features.captions):,} captions.")
     yield caption_grid(features, texts, samples)
 

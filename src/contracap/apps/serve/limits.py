@@ -1,14 +1,13 @@
-"""What one request may cost: bytes, seconds, a place among those under way; and who may ask."""
+"""Middleware that limits what one request may cost: bytes, seconds, a place among those under way; and the API key."""
 
 import asyncio
 import secrets
 from dataclasses import dataclass, field
-from textwrap import shorten
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contracap.apps.serve.config import LimitsConfig
+from contracap.apps.serve.errors import problem
 from contracap.apps.web import MIB, BodyTooLargeError, limited
 
 SMALL_BODY = 1  # MiB, of what is not an image: it is parsed between other requests
@@ -46,11 +45,6 @@ class UnderWay:
         return f"{len(self.bodies)} requests are under way, as many as this server takes: try again later"
 
 
-def problem(status: int, error: str, **headers: str) -> JSONResponse:
-    """The answer to whatever went wrong: `{"error": ...}`, one line."""
-    return JSONResponse({"error": shorten(error, 500, placeholder=" ...")}, status, headers)
-
-
 class RequireKey:
     """Middleware that refuses requests to `/v1/...` without `Authorization: Bearer KEY` before their body is read."""
 
@@ -81,11 +75,11 @@ class LimitRequests:
     after they have sent all.
 
     Args:
-        images: the paths whose bodies may have `max_body_mib`; those of others have `SMALL_BODY`.
+        image_paths: the paths whose bodies may have `max_body_mib`; those of others have `SMALL_BODY`.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: LimitsConfig, under_way: UnderWay, pictures: frozenset[str]):
-        self.app, self.limits, self.under_way, self.pictures = app, limits, under_way, pictures
+    def __init__(self, app: ASGIApp, *, limits: LimitsConfig, under_way: UnderWay, image_paths: frozenset[str]):
+        self.app, self.limits, self.under_way, self.image_paths = app, limits, under_way, image_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):  # these take nothing and wait for nothing
@@ -105,7 +99,7 @@ class LimitRequests:
 
     async def _within_limits(self, place: object, scope: Scope, receive: Receive, send: Send) -> None:
         most = self.limits.max_body_mib
-        if scope["path"] not in self.pictures:
+        if scope["path"] not in self.image_paths:
             most = min(most, SMALL_BODY)
         try:
             async with asyncio.timeout(self.limits.timeout_s):

@@ -1,5 +1,5 @@
-"""What decides the captions of an output besides the images. It is stored with them, so that no other run adds to
-them."""
+"""The configuration that captions depend on besides their images. It is stored with them, so that no other run adds
+to them."""
 
 import hashlib
 import json
@@ -16,22 +16,22 @@ from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 
-Settings = Mapping[str, Any]
+OutputConfig = Mapping[str, Any]
 """Ready for JSON."""
 
 
-class SettingsError(ValueError):
+class OutputConfigError(ValueError):
     """An output that belongs to a run with other settings; the message names it and says what to do."""
 
 
-def caption_settings(strategy: Strategy | None, prompt: str, model: CoCa, processor: Processor) -> dict[str, Any]:
-    """What decides the text of a caption."""
+def caption_config(strategy: Strategy | None, prompt: str, model: CoCa, processor: Processor) -> dict[str, Any]:
+    """Return all that the text of a caption depends on."""
     named = strategy and {"name": type(strategy).__name__, **to_dict(strategy)}
     return {"weights_sha256": _digest(model, processor), "strategy": named, "prompt": prompt}
 
 
 def description(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:
-    """Where the settings come from, for those who read an output, ready for JSON."""
+    """Describe the origin of an output for its readers, ready for JSON."""
     return {
         "contracap": __version__,
         "weights": weights,
@@ -40,35 +40,39 @@ def description(weights: str, model: CoCa, processor: Processor) -> dict[str, An
     }
 
 
-def changes(before: Settings, now: Settings) -> str:
-    """What is different, for a message; empty if nothing is."""
+def changes(before: OutputConfig, now: OutputConfig) -> str:
+    """Describe what differs, for a message; empty if nothing does."""
     other = [name for name in now if before.get(name) != now[name]]
     old, new = (dict(flat({name: side.get(name) for name in other})) for side in (before, now))
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     return "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
-class Record:
+class ConfigFile:
     """A hidden file with the settings of the output next to it."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, config: OutputConfig) -> None:
+        self.path, self.config = path, config
 
     def check(self, output: str, remedy: str) -> None:
-        """Raises: SettingsError: if the captions of `output` were made with other settings. OSError: if the file cannot
-        be read."""
+        """Refuse captions of other settings.
+
+        Raises:
+            OutputConfigError: if the captions of `output` were made with other settings.
+            OSError: if the file cannot be read.
+        """
         try:
             before = dict(json.loads(self.path.read_bytes()))
         except FileNotFoundError:  # captions of other origin may be added to
             return
         except (ValueError, TypeError) as error:
-            raise SettingsError(f"{self.path} does not hold settings: {error}; delete it") from None
-        if different := changes(before, self.settings):
-            raise SettingsError(f"{output} holds captions of other settings: {different}. {remedy}")
+            raise OutputConfigError(f"{self.path} does not hold settings: {error}; delete it") from None
+        if different := changes(before, self.config):
+            raise OutputConfigError(f"{output} holds captions of other settings: {different}. {remedy}")
 
     def write(self) -> None:
         """Make these settings those of the output."""
-        write_text(self.path, json.dumps(self.settings, indent=2) + "\n")
+        write_text(self.path, json.dumps(self.config, indent=2) + "\n")
 
 
 def _digest(model: CoCa, processor: Processor) -> str:

@@ -1,12 +1,12 @@
-"""What is answered, as OpenAPI describes it, and the one thing that is asked in JSON."""
+"""Bodies of requests and answers, and their descriptions for OpenAPI."""
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, Field
 
 MAX_TEXTS = 256
 MAX_TEXT_LENGTH = 4096  # characters; a context is 77 tokens
-MAX_CHARACTERS = 65_536  # of all texts of a request
+MAX_IMAGES = 16  # of a form
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -32,7 +32,7 @@ class CaptionAnswer(Alternative):
     embedding: list[float] | None = Field(default=None, description="of the image, a unit vector, if it was asked for")
 
 
-class PictureEmbedding(BaseModel):
+class PictureEmbedding(BaseModel):  # a name of the published schema, which clients are generated from
     """A unit vector in the space that images and texts share."""
 
     embedding: list[float]
@@ -74,3 +74,41 @@ class State(BaseModel):
     """How the server is."""
 
     status: str
+
+
+_BYTES = {"type": "string", "format": "binary"}
+IMAGE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "the bytes of an image file: JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF; or a form with several",
+        "content": {kind: {"schema": _BYTES} for kind in ("image/*", "application/octet-stream")}
+        | {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "array", "items": _BYTES, "maxItems": MAX_IMAGES}},
+                }
+            }
+        },
+    }
+}
+"""OpenAPI's description of the routes that take images. FastAPI would read the whole body as a form or as JSON."""
+STRATEGY_PARAMETERS: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "strategy",
+            "in": "query",
+            "description": "how the text is searched, such as greedy or beam; by default as the server was started",
+            "schema": {"type": "string"},
+        },
+        {
+            "name": "settings",
+            "in": "query",
+            "description": "the strategy's settings by name, such as width=6&length_penalty=0.5",
+            "style": "form",
+            "explode": True,
+            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+    ]
+}
+"""OpenAPI's description of a strategy with its settings, whose names FastAPI does not know."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from contracap.apps.page import Html, picture
+from contracap.apps.page import Html, image_tag
 from contracap.data.shards import Sample
 from contracap.evaluation.features import Source, sample_batches
 from contracap.images import decode
@@ -27,7 +27,7 @@ def chosen_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
 def shown(sample: Sample, *, good: bool | None = None) -> Html:
     """A sample's image as a thumbnail; its first caption, or its key, stands for it where it cannot be seen."""
     alt = sample.captions[0] if sample.captions else sample.key
-    return picture(thumbnail(sample.image), alt=alt, good=good)
+    return image_tag(thumbnail(sample.image), alt=alt, good=good)
 
 
 def thumbnail(image: bytes) -> bytes:

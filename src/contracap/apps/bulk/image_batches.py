@@ -16,7 +16,7 @@ from contracap.images import ImageConfig, decode, resize_and_crop
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureBatch:
+class ImageBatch:
     """Neighbours of the stream of items.
 
     Attributes:
@@ -44,14 +44,14 @@ def read_pixels(item: Item, config: ImageConfig) -> UInt8[Tensor, "3 {config.siz
     return resize_and_crop(decode(item.content(), name=item.name), config)
 
 
-def picture_batches(
+def image_batches(
     items: Generator[Item, None, None],
     config: ImageConfig,
     *,
     batch_size: int,
     workers: int,
     waiting: Callable[[int, str], object] = lambda done, what: None,
-) -> Generator[PictureBatch, None, None]:
+) -> Generator[ImageBatch, None, None]:
     """Batches of `batch_size` usable images, the last perhaps smaller, in the order of the items.
 
     `workers` threads read ahead by two batches, and so many broken images end a batch, too: memory does not depend on
@@ -61,10 +61,10 @@ def picture_batches(
     found, rows, broken = list[Item](), list[Tensor](), dict[int, Exception]()
     done = 0
 
-    def batch() -> PictureBatch:
+    def batch() -> ImageBatch:
         size = config.size
         pixels = torch.stack(rows) if rows else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return PictureBatch(items=found, broken=broken, pixels=pixels)
+        return ImageBatch(items=found, broken=broken, pixels=pixels)
 
     read = in_threads(lambda item: read_pixels(item, config), items, workers=workers, ahead=2 * batch_size)
     with closing(read):

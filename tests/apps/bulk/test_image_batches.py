@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracap.apps.bulk import pictures
+from contracap.apps.bulk import image_batches as module
+from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
-from contracap.apps.bulk.pictures import picture_batches
 from contracap.images import ImageConfig, decode, resize_and_crop
 from tests.apps.bulk.conftest import picture
 
@@ -23,7 +23,7 @@ def test_batches_are_in_order_full_and_of_the_right_pixels() -> None:
         for number in range(11):
             yield Item(name=str(number), source=b"broken" if number in (0, 4, 10) else picture(number))
 
-    batches = list(picture_batches(items(), IMAGE, batch_size=3, workers=4))
+    batches = list(image_batches(items(), IMAGE, batch_size=3, workers=4))
     assert [[item.name for item in batch.items] for batch in batches] == [list("0123"), list("4567"), ["8", "9", "10"]]
     assert [list(batch.broken) for batch in batches] == [[0], [0], [2]]
     for batch in batches:
@@ -31,9 +31,9 @@ def test_batches_are_in_order_full_and_of_the_right_pixels() -> None:
             assert torch.equal(pixels, resize_and_crop(decode(item.content()), IMAGE))
 
 
-def test_only_broken_pictures_make_a_batch_without_pixels() -> None:
+def test_only_broken_images_make_a_batch_without_pixels() -> None:
     items = (Item(name=str(number), source=b"") for number in range(3))
-    batches = list(picture_batches(items, IMAGE, batch_size=2, workers=2))
+    batches = list(image_batches(items, IMAGE, batch_size=2, workers=2))
     assert [batch.pixels.shape for batch in batches] == [(0, 3, 32, 32)] * 2
     assert [list(batch.broken) for batch in batches] == [[0, 1], [0]]
 
@@ -46,13 +46,13 @@ def test_an_error_of_the_items_ends_the_batches_and_one_of_decoding_belongs_to_i
         raise RuntimeError("listing")
 
     with pytest.raises(RuntimeError, match="listing"):
-        list(picture_batches(items(), IMAGE, batch_size=2, workers=2))
-    monkeypatch.setattr(pictures, "decode", lambda *_, **__: {}["none"])
-    batches = list(picture_batches(numbered(3), IMAGE, batch_size=2, workers=2))
+        list(image_batches(items(), IMAGE, batch_size=2, workers=2))
+    monkeypatch.setattr(module, "decode", lambda *_, **__: {}["none"])
+    batches = list(image_batches(numbered(3), IMAGE, batch_size=2, workers=2))
     assert sum(len(batch.broken) for batch in batches) == 3
 
 
 def test_a_file_that_goes_missing_is_broken(tmp_path: Path) -> None:
     items = (Item(name=name, source=tmp_path / name) for name in ("0.jpg",))
-    (batch,) = picture_batches(items, IMAGE, batch_size=2, workers=1)
+    (batch,) = image_batches(items, IMAGE, batch_size=2, workers=1)
     assert isinstance(batch.broken[0], FileNotFoundError)

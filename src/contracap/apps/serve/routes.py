@@ -1,0 +1,160 @@
+"""Routes below /v1 that use the model."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Annotated, TypeVar
+
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from contracap.apps.serve.model import Image
+from contracap.apps.serve.schemas import (
+    IMAGE_BODY,
+    MAX_IMAGES,
+    MAX_TEXT_LENGTH,
+    STRATEGY_PARAMETERS,
+    Alternative,
+    Answer,
+    Answers,
+    CaptionAnswer,
+    Classification,
+    LabelAnswer,
+    PictureEmbedding,
+    Problem,
+    TextEmbeddings,
+    Texts,
+)
+from contracap.apps.serve.service import Service
+from contracap.evaluation.zeroshot import TEMPLATE, check_templates, count_characters
+from contracap.images import ImageError
+
+MAX_LABELS = 100
+MAX_CHARACTERS = 65_536  # of all texts of a request
+IMAGE_PATHS = frozenset({"/v1/caption", "/v1/classify", "/v1/embed/image"})
+
+Result = TypeVar("Result")
+router = APIRouter(prefix="/v1")
+
+
+async def get_service(request: Request) -> Service:
+    """Return the service of the application that a request came to."""
+    return request.app.state.service
+
+
+CurrentService = Annotated[Service, Depends(get_service)]
+
+
+@router.post("/caption", openapi_extra=IMAGE_BODY | STRATEGY_PARAMETERS)
+async def caption(
+    request: Request,
+    service: CurrentService,
+    prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="what the caption begins with")] = "",
+    embedding: Annotated[bool, Query(description="whether the image's embedding is given too")] = False,
+) -> CaptionAnswer | Answers[CaptionAnswer]:
+    """Write a caption for an image."""
+    if service.model.captioner is None:
+        raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
+    settings = {key: value for key, value in request.query_params.items() if key not in ("prompt", "embedding")}
+    if sum(len(key) + len(value) for key, value in settings.items()) > MAX_TEXT_LENGTH:
+        raise HTTPException(400, f"the settings have more than the {MAX_TEXT_LENGTH} characters allowed")
+    try:
+        strategy = await service.choose_strategy(settings, prompt)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+
+    async def answer(image: Image) -> CaptionAnswer:
+        best = await service.caption(image, strategy, prompt)
+        texts = [
+            Alternative(caption=text.text, score=text.score, log_probability=text.log_probability)
+            for text in best.alternatives
+        ]
+        vector = best.embedding.tolist() if embedding else None
+        return CaptionAnswer(**texts[0].model_dump(), alternatives=texts, embedding=vector)
+
+    return await _answer_each(request, service, answer)
+
+
+@router.post("/classify", openapi_extra=IMAGE_BODY)
+async def classify(
+    request: Request,
+    service: CurrentService,
+    label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="once for each label")],
+    template: Annotated[str, Query(description="a text with {} where the label goes")] = TEMPLATE,
+) -> Classification | Answers[Classification]:
+    """Say which of some labels fits an image, without any training on them."""
+    labels = tuple(dict.fromkeys(label))  # what is asked twice would have its probability halved
+    try:
+        templates = check_templates([template])
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+    _check_characters(count_characters(labels, templates))
+
+    async def answer(image: Image) -> Classification:
+        cosines, probabilities = await service.classify(image, labels, templates)
+        rows = zip(labels, probabilities.tolist(), cosines.tolist(), strict=True)
+        answers = [LabelAnswer(label=name, probability=share, similarity=cosine) for name, share, cosine in rows]
+        return Classification(labels=sorted(answers, key=lambda answer: -answer.similarity))
+
+    return await _answer_each(request, service, answer)
+
+
+@router.post("/embed/image", openapi_extra=IMAGE_BODY)
+async def embed_image(request: Request, service: CurrentService) -> PictureEmbedding | Answers[PictureEmbedding]:
+    """Put an image into the space of images and texts."""
+
+    async def answer(image: Image) -> PictureEmbedding:
+        return PictureEmbedding(embedding=(await service.embed_image(image)).tolist())
+
+    return await _answer_each(request, service, answer)
+
+
+@router.post("/embed/text")
+async def embed_text(texts: Texts, service: CurrentService) -> TextEmbeddings:
+    """Put texts into the space of images and texts."""
+    _check_characters(sum(map(len, texts.texts)))
+    embeddings = await _gather(service.embed_text(text) for text in texts.texts)
+    return TextEmbeddings(embeddings=[embedding.tolist() for embedding in embeddings])
+
+
+async def _answer_each(
+    request: Request, service: Service, answer: Callable[[Image], Awaitable[Answer]]
+) -> Answer | Answers[Answer]:
+    """Return one answer if the body is an image, a list of them if it is a form."""
+    if not request.headers.get("content-type", "").startswith("multipart/"):
+        return await answer(await service.read_image(await request.body()))
+
+    async def one(data: bytes) -> Answer | Problem:
+        try:
+            return await answer(await service.read_image(data))
+        except ImageError as error:
+            return Problem(error=str(error))
+
+    return Answers(answers=await _gather(one(data) for data in await _files(request)))
+
+
+async def _files(request: Request) -> list[bytes]:
+    """Read the files of a form."""
+    async with request.form(max_files=MAX_IMAGES) as form:
+        files = [file for _, file in form.multi_items()]
+        if not files or not all(isinstance(file, UploadFile) for file in files):
+            error = "a form may hold image files only, as in curl -F image=@a.jpg; put settings into the query"
+            raise HTTPException(400, error)
+        return [await file.read() for file in files if isinstance(file, UploadFile)]
+
+
+def _check_characters(characters: int) -> None:
+    """Raises: HTTPException: if the texts of a request are too long together."""
+    if characters > MAX_CHARACTERS:
+        error = f"the texts have {characters} characters together, more than the {MAX_CHARACTERS} allowed"
+        raise HTTPException(400, error)
+
+
+async def _gather(calls: Iterable[Awaitable[Result]]) -> list[Result]:
+    """Await all calls; if one raises, cancel the others."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
