@@ -101,7 +101,7 @@ def require_equal_ids(name: str, ours: Sequence[list[tuple[int, ...]]], peer: Se
 
 
 def describe(captions: Sequence[Caption]) -> str:
-    """How many captions differ, and their lengths."""
+    """Describe how many captions differ, and their lengths."""
     lengths = [len(caption.token_ids) for caption in captions]
     return (
         f"{len(captions)} images, {len({caption.token_ids for caption in captions})} different captions of "

@@ -100,7 +100,7 @@ def tokenizer_row(run: Run) -> Row:
 
 
 def memory_row(run: Run) -> Row:
-    """How much the peak memory of a process that makes batches grows from a tenth of the samples to all."""
+    """Growth of a data worker's peak memory from a tenth of the samples to all."""
     with TemporaryDirectory() as folder:
         shards = make_shards(Path(folder), side=256, of=min)
         tenth, half, whole = in_fresh_process(memory_peaks, shards, DRAWS, run.seed)

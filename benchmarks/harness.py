@@ -29,7 +29,7 @@ class UnequalError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the command line asks for: `rounds` are the timed runs of each side."""
+    """Settings of the command line; `rounds` is the number of timed runs of each side."""
 
     device: torch.device = torch.device("cpu")
     rounds: int = MIN_ROUNDS
@@ -69,12 +69,12 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What `python -m benchmarks NAME` can measure.
+    """One benchmark of `python -m benchmarks NAME`.
 
     Attributes:
         rows: functions that measure a row, by its name on the command line.
-        samples: how many samples the figures rest on.
-        cuda: whether it can run on a GPU.
+        samples: number of samples behind the figures.
+        cuda: it can run on a GPU.
         cuda_rows: rows that need a GPU.
         machine: further facts of the machine for the result file.
     """

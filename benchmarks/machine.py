@@ -16,7 +16,7 @@ import torch
 
 
 def this_machine(device: torch.device) -> dict[str, Any]:
-    """What speed depends on besides versions; `load` is the average of the last 1, 5 and 15 minutes."""
+    """Facts of the machine that speed depends on; `load` is the average of the last 1, 5 and 15 minutes."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

@@ -170,7 +170,7 @@ def largest(fits: Callable[[int], bool]) -> int:
 
 
 def fits(side: Ours | OpenClip, batch: Batch, samples: int) -> bool:
-    """Whether memory holds a step on this many samples, which repeat those of the batch."""
+    """Return whether a step on this many samples, which repeat those of the batch, fits into memory."""
     rows = torch.arange(samples) % len(batch)
     try:
         pixels, ids = (tensor[rows.to(tensor.device)] for tensor in (batch.pixels, batch.ids))

@@ -217,7 +217,7 @@ def make_batch(size: str, run: Run, *, samples: int, full: bool = False) -> Batc
 
 
 def describe_texts(batch: Batch) -> str:
-    """How many texts of the batch have how many tokens."""
+    """Count the texts of the batch by their number of tokens."""
     counts = batch.lengths
     listed = ", ".join(f"{length}: {count}" for length, count in sorted(Counter(counts).items()))
     return f"texts by their tokens, {sum(counts) / len(counts):.1f} on average: {listed}"
