@@ -278,13 +278,23 @@ def test_a_size_and_weights_that_contradict_each_other_are_refused(tmp_path: Pat
         load(tmp_path / "tiny.safetensors", weights="random")
 
 
-def test_preparation_that_is_not_ours_is_refused(tmp_path: Path, state) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("interpolation", "nearest", "interpolation 'nearest' is not supported"),
+        ("mode", "L", "mode = 'L'"),
+        ("size", [32, 48], r"size = \[32, 48\]"),
+        ("resize_mode", "longest", "resize"),
+        ("a_key_of_next_year", 1, "a_key_of_next_year = 1"),
+    ],
+)
+def test_preparation_that_is_not_ours_is_refused(tmp_path: Path, state, key: str, value, message: str) -> None:
     save_open_clip(tmp_path, model=LEGACY, image=IMAGE, state=state)
     path = tmp_path / "open_clip_config.json"
     values = json.loads(path.read_text())
-    values["preprocess_cfg"]["interpolation"] = "nearest"
+    values["preprocess_cfg"][key] = value
     path.write_text(json.dumps(values))
-    with pytest.raises(WeightsError, match="interpolation 'nearest' is not supported"):
+    with pytest.raises(WeightsError, match=message):
         read_weights(tmp_path)
 
 

@@ -1,11 +1,12 @@
+import re
 from pathlib import Path
 
 import torch
 
-from contracap.config import keys
+from contracap.cli import main
 from contracap.model.coca import CoCa
 from contracap.model.sizes import PURPOSES, SIZES, find_size
-from contracap.training.recipe import Recipe
+from contracap.pretrained.find import RELEASED
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -26,6 +27,8 @@ def test_page_has_the_facts_of_every_size() -> None:
     assert [name for name in SIZES if row(name) not in page] == []
 
 
-def test_key_of_the_size_names_them_all() -> None:
-    (means,) = [means for key, _, means in keys(Recipe) if key == "size"]
-    assert [name for name in SIZES if name not in means] == []
+def test_list_shows_every_size_and_release(capsys) -> None:
+    assert main(["weights", "list"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(SIZES)
+    assert sorted(name for line in lines for name in re.findall(r"[\w-]+/\w+", line)) == sorted(RELEASED)

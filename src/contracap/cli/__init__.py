@@ -29,7 +29,7 @@ from contracap.cli.runs import plan, quickstart, study, train
 from contracap.cli.score import score
 from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show
-from contracap.cli.weights import convert, inspect
+from contracap.cli.weights import convert, inspect, show_sizes
 from contracap.config import ConfigError, SettingsHelp
 
 BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
@@ -69,7 +69,7 @@ VERBS: Verbs = {
     ),
     "weights": Group(
         "Look into weights files, and convert them to and from open_clip's layout.",
-        {"inspect": inspect, "convert": convert},
+        {"list": show_sizes, "inspect": inspect, "convert": convert},
     ),
 }
 

@@ -14,19 +14,24 @@ def inspect(
     """Print what a weights file holds, and how it differs from a size."""
     from contracap.model.sizes import SIZES, find_size
     from contracap.pretrained import METADATA_KEY, OUR_NAME, find_weights, read_tensors
-    from contracap.pretrained.names import at_own_grid, differences, match_size, printable, shapes_of
+    from contracap.pretrained.names import at_own_lengths, differences, match_sizes, printable, shapes_of
 
     path = find_weights(file)
     tensors, metadata = read_tensors(path)
     ours, shapes = METADATA_KEY in metadata or OUR_NAME in tensors, shapes_of(tensors)
-    size = size or match_size(shapes, ours=ours)
-    if size is None:
+    sizes = [size] if size else match_sizes(shapes, ours=ours)
+    if not sizes:
         fit = f"none fits exactly; --size NAME compares with one of {', '.join(SIZES)}"
     else:
-        config = at_own_grid(find_size(size), shapes, ours=ours)
-        fit = f"{size}: {'; '.join(differences(config, shapes, ours=ours)) or 'every name and shape fits'}"
-        if config != find_size(size):
-            fit += f", but for the grid of the image positions, which is for {config.vision.image_size} pixels"
+        config = at_own_lengths(find_size(sizes[0]), shapes, ours=ours)
+        problems = "; ".join(differences(config, shapes, ours=ours))
+        fit = f"{' or '.join(sizes)}: {problems or 'every name and shape fits'}"
+        if config != find_size(sizes[0]):
+            vision = config.vision
+            fit += (
+                f", with images of {vision.image_size} pixels, patches of {vision.patch_size} and "
+                f"{config.text.context} tokens of text"
+            )
     parts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts[name.split(".")[0]] += tensor.numel()
@@ -39,6 +44,32 @@ def inspect(
     if METADATA_KEY in metadata:
         print(f"configuration  {printable(metadata[METADATA_KEY])}")
     print(f"size           {printable(fit)}")
+
+
+def show_sizes() -> None:
+    """List the sizes and the released weights that can be loaded by name."""
+    import torch
+
+    from contracap.model.coca import CoCa
+    from contracap.model.sizes import SIZES
+    from contracap.pretrained.find import RELEASED
+
+    print(f"{'size':20} {'family':6} {'million':>8} {'pixels':>6} {'patch':>5} {'tokens':>6}  released weights")
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in CoCa(config).parameters()) / 1e6
+        family = "CoCa" if config.decoder else "CLIP"
+        vision, released = config.vision, [each for each in RELEASED if _size_of(each) == name]
+        print(
+            f"{name:20} {family:6} {parameters:8.1f} {vision.image_size:6} {vision.patch_size:5} "
+            f"{config.text.context:6}  {', '.join(released)}".rstrip()
+        )
+
+
+def _size_of(release: str) -> str:
+    """Return the size of released weights: OpenAI's have another activation, and their grid may differ."""
+    size, _, source = release.partition("/")
+    return f"{size.removesuffix('-336')}-quickgelu" if source == "openai" else size
 
 
 def convert(

@@ -5,36 +5,68 @@ from dataclasses import replace
 from contracap.model.coca import CoCaConfig
 from contracap.model.pooler import PoolerConfig
 from contracap.model.text import DecoderConfig, TextConfig
+from contracap.model.transformer import Activation
 from contracap.model.vision import VisionConfig
 
-_VISION_B_32 = VisionConfig(image_size=224, patch_size=32, width=768, layers=12, heads=12)
-_VISION_L_14 = VisionConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16)
-_TEXT_B = TextConfig(width=512, layers=12, heads=8)
-_TEXT_L = TextConfig(width=768, layers=12, heads=12)
-_CLASS_TOKEN = PoolerConfig(kind="class_token", queries=0)
+
+def _vision(width: int, layers: int, patch_size: int, *, head_width: int = 64, mlp_ratio: float = 4.0) -> VisionConfig:
+    return VisionConfig(
+        image_size=224,
+        patch_size=patch_size,
+        width=width,
+        layers=layers,
+        heads=width // head_width,
+        mlp_ratio=mlp_ratio,
+    )
+
+
+_VISION_B_32, _VISION_B_16 = _vision(768, 12, 32), _vision(768, 12, 16)
+_VISION_L_14, _VISION_H_14 = _vision(1024, 24, 14), _vision(1280, 32, 14, head_width=80)
+
+
+def _coca(vision: VisionConfig, width: int, layers: int = 12) -> CoCaConfig:
+    """A CoCa as released: heads of width 64 in the texts, the release's mask and vocabulary, so that open_clip can read
+    what is trained at this size. See docs/decisions/0006-released-sizes-convert.md."""
+    heads = width // 64
+    return CoCaConfig(
+        embed_dim=width,
+        vision=vision,
+        text=TextConfig(width=width, layers=layers, heads=heads, cls_mask="legacy"),
+        decoder=DecoderConfig(layers=layers, heads=heads),
+    )
+
+
+def _clip(vision: VisionConfig, width: int, layers: int = 12, *, activation: Activation = "gelu") -> CoCaConfig:
+    """A CLIP as open_clip has it: no decoder, text read at the end token, 77 tokens."""
+    return CoCaConfig(
+        embed_dim=width,
+        vision=replace(vision, activation=activation),
+        pooler=PoolerConfig(kind="class_token", queries=0),
+        text=TextConfig(
+            context=77, width=width, layers=layers, heads=width // 64, activation=activation, pool="end_token"
+        ),
+    )
+
 
 SIZES: dict[str, CoCaConfig] = {
-    # The mask and the vocabulary of the release, so that open_clip can read what is trained at these sizes:
-    # docs/decisions/0006-released-sizes-convert.md.
-    "coca_ViT-B-32": CoCaConfig(
-        embed_dim=512,
-        vision=_VISION_B_32,
-        text=replace(_TEXT_B, cls_mask="legacy"),
-        decoder=DecoderConfig(layers=12, heads=8),
-    ),
-    "coca_ViT-L-14": CoCaConfig(
-        embed_dim=768,
-        vision=_VISION_L_14,
-        text=replace(_TEXT_L, cls_mask="legacy"),
-        decoder=DecoderConfig(layers=12, heads=12),
-    ),
-    # CLIP of the same sizes, as open_clip names them: no decoder, text read at the end token, 77 tokens.
-    "ViT-B-32": CoCaConfig(
-        embed_dim=512, vision=_VISION_B_32, pooler=_CLASS_TOKEN, text=replace(_TEXT_B, context=77, pool="end_token")
-    ),
-    "ViT-L-14": CoCaConfig(
-        embed_dim=768, vision=_VISION_L_14, pooler=_CLASS_TOKEN, text=replace(_TEXT_L, context=77, pool="end_token")
-    ),
+    "coca_ViT-B-32": _coca(_VISION_B_32, 512),
+    "coca_ViT-L-14": _coca(_VISION_L_14, 768),
+    # LAION's scaling study (arXiv 2506.04598).
+    "coca_ViT-S-32": _coca(_vision(384, 12, 32), 384),
+    "coca_ViT-M-32": _coca(_vision(512, 12, 32), 512),
+    "coca_ViT-B-16": _coca(_VISION_B_16, 768),
+    "coca_ViT-H-14": _coca(_VISION_H_14, 1024, 24),
+    "ViT-B-32": _clip(_VISION_B_32, 512),
+    "ViT-B-16": _clip(_VISION_B_16, 512),
+    "ViT-L-14": _clip(_VISION_L_14, 768),
+    "ViT-H-14": _clip(_VISION_H_14, 1024, 24),
+    "ViT-g-14": _clip(_vision(1408, 40, 14, head_width=88, mlp_ratio=4.3637), 1024, 24),
+    "ViT-bigG-14": _clip(_vision(1664, 48, 14, head_width=104, mlp_ratio=4.9231), 1280, 32),
+    # OpenAI's models, and others that were trained after them.
+    "ViT-B-32-quickgelu": _clip(_VISION_B_32, 512, activation="quick_gelu"),
+    "ViT-B-16-quickgelu": _clip(_VISION_B_16, 512, activation="quick_gelu"),
+    "ViT-L-14-quickgelu": _clip(_VISION_L_14, 768, activation="quick_gelu"),
+    "ViT-H-14-quickgelu": _clip(_VISION_H_14, 1024, 24, activation="quick_gelu"),
     # Photographs on a laptop: the Flickr8k recipe.
     "flickr8k": CoCaConfig(
         embed_dim=192,
@@ -64,18 +96,24 @@ SIZES: dict[str, CoCaConfig] = {
 PURPOSES = {
     "coca_ViT-B-32": "the released CoCa",
     "coca_ViT-L-14": "the large released CoCa",
+    "coca_ViT-S-32": "small CoCa of LAION's scaling study",
+    "coca_ViT-M-32": "medium CoCa of LAION's scaling study",
+    "coca_ViT-B-16": "base CoCa of LAION's scaling study",
+    "coca_ViT-H-14": "huge CoCa of LAION's scaling study",
     "ViT-B-32": "CLIP without captions",
-    "ViT-L-14": "large CLIP without captions",
+    "ViT-B-16": "CLIP with smaller patches",
+    "ViT-L-14": "large CLIP",
+    "ViT-H-14": "huge CLIP",
+    "ViT-g-14": "giant CLIP",
+    "ViT-bigG-14": "the largest CLIP",
+    "ViT-B-32-quickgelu": "CLIP as OpenAI trained it",
+    "ViT-B-16-quickgelu": "OpenAI's CLIP with smaller patches",
+    "ViT-L-14-quickgelu": "OpenAI's large CLIP",
+    "ViT-H-14-quickgelu": "huge CLIP of DFN",
     "flickr8k": "photographs on a laptop",
     "scenes": "drawings of the quickstart",
     "tiny": "for tests",
 }
-
-
-def describe_size(name: str) -> str:
-    """Describe the purpose and inputs of a size, as in `for tests, 32 pixels, 16 tokens`."""
-    config = SIZES[name]
-    return f"{PURPOSES[name]}, {config.vision.image_size} pixels, {config.text.context} tokens"
 
 
 def find_size(name: str) -> CoCaConfig:
@@ -84,6 +122,7 @@ def find_size(name: str) -> CoCaConfig:
     Raises: ValueError: if there is none.
     """
     if name not in SIZES:
-        sizes = "; ".join(f"{each} ({describe_size(each)})" for each in SIZES)
-        raise ValueError(f"unknown size {name!r}; the sizes are {sizes}")
+        raise ValueError(
+            f"unknown size {name!r}; the sizes are {', '.join(SIZES)}: `contracap weights list` tells more"
+        )
     return SIZES[name]

@@ -13,7 +13,7 @@ from torch.nn.functional import embedding, layer_norm, pad
 from contracap.config import require_positive
 from contracap.model.cache import Memory, Projected, Step, Unprojected
 from contracap.model.packing import GRID, Grid, Packed, pack, pack_sharing
-from contracap.model.transformer import CrossBlock, SelfBlock, Stack
+from contracap.model.transformer import Activation, CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import Lengths, text_lengths
 
 IGNORED = -100  # a label that the captioning loss ignores, like all negative ones
@@ -36,6 +36,8 @@ class TextConfig:
     """Attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, relative to `width`."""
+    activation: Activation = "gelu"
+    """Of the text encoder and the decoder; `quick_gelu` for OpenAI's CLIP and the models trained after it."""
     pool: Literal["class_token", "end_token"] = "class_token"
     """Where the contrastive vector is read: at a class token after the text (CoCa), or at the end token (CLIP)."""
     cls_mask: ClsMask = "correct"
@@ -100,7 +102,9 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.class_token = nn.Parameter(torch.empty(config.width)) if has_class_token else None
         self.position = nn.Parameter(torch.empty(config.context + has_class_token, config.width))
-        self.blocks = Stack(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.blocks = Stack(
+            SelfBlock(config.width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
+        )
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
 
@@ -227,8 +231,9 @@ class TextDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, text: TextConfig):
         super().__init__()
         self.config, self.context, width = config, text.context, text.width
-        self.self_blocks = Stack(SelfBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
-        self.cross_blocks = Stack(CrossBlock(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        block = width, config.heads, config.mlp_ratio, text.activation
+        self.self_blocks = Stack(SelfBlock(*block) for _ in range(config.layers))
+        self.cross_blocks = Stack(CrossBlock(*block) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, text.vocab_size, bias=False)
 

@@ -1,8 +1,9 @@
 """Pre-norm residual blocks, which all towers are built from."""
 
 from collections.abc import Iterator
-from typing import Generic, TypeVar, cast
+from typing import Generic, Literal, TypeVar, cast
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -10,17 +11,25 @@ from contracap.model.attention import CrossAttention, SelfAttention
 from contracap.model.cache import LayerCache, Memory, Projected
 from contracap.model.packing import GRID, Grid
 
+Activation = Literal["gelu", "quick_gelu"]
 Block = TypeVar("Block", "SelfBlock", "CrossBlock")
 
 
-class FeedForward(nn.Module):
-    """Two linear layers around an exact (erf) GELU."""
+class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU, with which their CLIP models were trained."""
 
-    def __init__(self, width: int, mlp_ratio: float):
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an activation: the exact (erf) GELU, or `QuickGELU`."""
+
+    def __init__(self, width: int, mlp_ratio: float, activation: Activation):
         super().__init__()
         hidden = int(width * mlp_ratio)
         self.expand = nn.Linear(width, hidden)
-        self.activation = nn.GELU()
+        self.activation = QuickGELU() if activation == "quick_gelu" else nn.GELU()
         self.contract = nn.Linear(hidden, width)
 
     def initialise(self, *, depth: int) -> None:
@@ -38,12 +47,12 @@ class FeedForward(nn.Module):
 class SelfBlock(nn.Module):
     """Self-attention, then feed-forward, each with a norm before it and a residual connection."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu"):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, mlp_ratio)
+        self.feed_forward = FeedForward(width, mlp_ratio, activation)
 
     def initialise(self, *, depth: int) -> None:
         """Initialise the parameters of the block; `depth` is the number of blocks in its stack."""
@@ -71,13 +80,13 @@ class SelfBlock(nn.Module):
 class CrossBlock(nn.Module):
     """Cross-attention to the caption tokens, then feed-forward, each with a norm before it and a residual."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu"):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.memory_norm = nn.LayerNorm(width)
         self.attention = CrossAttention(width, heads, memory_width=width)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, mlp_ratio)
+        self.feed_forward = FeedForward(width, mlp_ratio, activation)
 
     def initialise(self, *, depth: int) -> None:
         """Initialise the parameters of the block; `depth` is the number of blocks in its stack."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.transformer import SelfBlock, Stack
+from contracap.model.transformer import Activation, SelfBlock, Stack
 
 # Scales of the patch embedding's initial rows. On photographs, each output is then about as large as its position.
 PATCH_GAIN = 1.65
@@ -34,6 +34,8 @@ class VisionConfig:
     """Attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, relative to `width`."""
+    activation: Activation = "gelu"
+    """`quick_gelu` for OpenAI's CLIP and the models trained after it."""
     patch_dropout: float = 0.0
     """Share of the patches dropped in each training step (FLIP, arXiv 2212.00794); none in evaluation."""
 
@@ -70,7 +72,9 @@ class VisionEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.position = nn.Parameter(torch.empty(config.tokens, config.width))
         self.norm_in = nn.LayerNorm(config.width)
-        self.blocks = Stack(SelfBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.blocks = Stack(
+            SelfBlock(config.width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
+        )
 
     def initialise(self) -> None:
         """Initialise the parameters."""

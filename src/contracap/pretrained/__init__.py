@@ -23,9 +23,10 @@ from contracap.pretrained.names import (
     Shapes,
     WeightsError,
     at_own_grid,
+    at_own_lengths,
     differences,
     from_open_clip,
-    match_size,
+    match_sizes,
     require_fit,
     shapes_of,
     to_open_clip,
@@ -36,6 +37,7 @@ from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
 MAX_CONFIGURATION = 100_000  # bytes of JSON
+PREPROCESS_KEYS = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}  # the last pads nothing
 OUR_NAME = "vision.patch_embedding.weight"  # of a tensor that every model has
 
 
@@ -206,6 +208,11 @@ def _foreign_configuration(path: Path, tensors: Mapping, size: str | None) -> tu
         with beside.open("rb") as file:
             values = _parse(file.read(MAX_CONFIGURATION + 1).decode("utf-8-sig"))
         model, wanted = config_from_open_clip(values.get("model_cfg", values)), values.get("preprocess_cfg", {})
+        for name, plain in (("mode", "RGB"), ("size", model.vision.image_size)):
+            if name in wanted and wanted[name] not in (plain, [plain, plain]):
+                raise WeightsError(f"{name} = {wanted[name]!r} in preprocess_cfg is not supported, only {plain!r}")
+        if unknown := wanted.keys() - PREPROCESS_KEYS:
+            raise WeightsError(f"{min(unknown)} = {wanted[min(unknown)]!r} in preprocess_cfg is not understood")
         if wanted.get("interpolation", "bicubic") != "bicubic":
             raise WeightsError(
                 f"interpolation {wanted['interpolation']!r} is not supported, only 'bicubic': write that in its place "
@@ -226,13 +233,19 @@ def _foreign_configuration(path: Path, tensors: Mapping, size: str | None) -> tu
 def _bare_configuration(
     path: Path, shapes: Shapes, size: str | None, *, ours: bool = False
 ) -> tuple[CoCaConfig, ImageConfig]:
-    """Configuration for a file without one: a size of the table, at the image size of the file's positions."""
-    size = size or match_size(shapes, ours=ours)
-    if size is None:
+    """Return the configuration for a file without one: a size of the table, at the file's own image size, patch size
+    and context."""
+    sizes = [size] if size else match_sizes(shapes, ours=ours)
+    if not sizes:
         raise WeightsError(
             f"{path} has no configuration and fits no known size: name one with --size: {', '.join(SIZES)}"
         )
-    model = at_own_grid(find_size(size), shapes, ours=ours)
+    if len(sizes) > 1:
+        raise WeightsError(
+            f"{path} has no configuration and fits {' and '.join(sizes)}, which differ in their activation: say which "
+            f"one it is, as in --size {sizes[0]} (OpenAI's models are {sizes[-1]})"
+        )
+    model = at_own_lengths(find_size(sizes[0]), shapes, ours=ours)
     # A file of open_clip without a word on its CLS mask means the legacy one.
     if model.text.pool == "class_token" and not ours:
         model = with_cls_mask(model, "legacy")

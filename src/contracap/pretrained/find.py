@@ -22,7 +22,7 @@ WEIGHT_FILES = (
     "pytorch_model.pth",
     "model.pth",
 )
-ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pth.tar")
 # Newest first, in the folder of a run, in its checkpoints, or in the quickstart's folder: our runs, and open_clip's.
 CHECKPOINTS = ("last", "step-*", "epoch_latest.pt", "epoch_*.pt")
 COMPLETE = r"last|step-\d+|epoch_(latest|\d+)\.pt"
@@ -33,6 +33,35 @@ RELEASED = {
     "coca_ViT-B-32/mscoco": "laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k",
     "coca_ViT-L-14/laion2b": "laion/CoCa-ViT-L-14-laion2B-s13B-b90k",
     "coca_ViT-L-14/mscoco": "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
+    "ViT-B-32/openai": "timm/vit_base_patch32_clip_224.openai",
+    "ViT-B-16/openai": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L-14/openai": "timm/vit_large_patch14_clip_224.openai",
+    "ViT-L-14-336/openai": "timm/vit_large_patch14_clip_336.openai",
+    "ViT-B-32/laion2b": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "ViT-B-16/laion2b": "laion/CLIP-ViT-B-16-laion2B-s34B-b88K",
+    "ViT-L-14/laion2b": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+    "ViT-H-14/laion2b": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "ViT-g-14/laion2b": "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
+    "ViT-bigG-14/laion2b": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "ViT-B-32/datacomp": "laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K",
+    "ViT-B-16/datacomp": "laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K",
+    "ViT-L-14/datacomp": "laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K",
+}
+# open_clip's own tags of the same weights.
+TAGS = {
+    "coca_ViT-B-32/laion2b_s13b_b90k": "coca_ViT-B-32/laion2b",
+    "coca_ViT-B-32/mscoco_finetuned_laion2b_s13b_b90k": "coca_ViT-B-32/mscoco",
+    "coca_ViT-L-14/laion2b_s13b_b90k": "coca_ViT-L-14/laion2b",
+    "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k": "coca_ViT-L-14/mscoco",
+    "ViT-B-32/laion2b_s34b_b79k": "ViT-B-32/laion2b",
+    "ViT-B-16/laion2b_s34b_b88k": "ViT-B-16/laion2b",
+    "ViT-L-14/laion2b_s32b_b82k": "ViT-L-14/laion2b",
+    "ViT-H-14/laion2b_s32b_b79k": "ViT-H-14/laion2b",
+    "ViT-g-14/laion2b_s34b_b88k": "ViT-g-14/laion2b",
+    "ViT-bigG-14/laion2b_s39b_b160k": "ViT-bigG-14/laion2b",
+    "ViT-B-32/datacomp_xl_s13b_b90k": "ViT-B-32/datacomp",
+    "ViT-B-16/datacomp_xl_s13b_b90k": "ViT-B-16/datacomp",
+    "ViT-L-14/datacomp_xl_s13b_b90k": "ViT-L-14/datacomp",
 }
 
 logger = logging.getLogger(__name__)
@@ -50,8 +79,8 @@ def find_weights(name: str | Path) -> Path:
         return path
     if path.is_dir() and str(name):
         return _in_folder(path)
-    if str(name) in RELEASED:
-        return _from_hub(RELEASED[str(name)])
+    if repository := RELEASED.get(TAGS.get(str(name), str(name))):
+        return _from_hub(repository)
     raise WeightsError(
         f"no weights at {str(name)!r}: neither a file, a folder, '{HUB}organisation/name', a release "
         f"({', '.join(RELEASED)}) nor a size ({', '.join(SIZES)})"
@@ -59,8 +88,8 @@ def find_weights(name: str | Path) -> Path:
 
 
 def is_of_hub(name: str) -> bool:
-    """Whether a name means weights of the hub, which are looked for there."""
-    return name.startswith(HUB) or (name in RELEASED and not Path(name).exists())
+    """Return whether a name means weights of the hub."""
+    return name.startswith(HUB) or (TAGS.get(name, name) in RELEASED and not Path(name).exists())
 
 
 def _in_folder(folder: Path) -> Path:
@@ -70,7 +99,7 @@ def _in_folder(folder: Path) -> Path:
     if checkpoint := _newest_checkpoint(folder):
         _tell(folder, checkpoint)
         return checkpoint if checkpoint.is_file() else _in_folder(checkpoint)
-    others = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
+    others = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS) and path.is_file())
     if len(others) == 1:
         return others[0]
     if others:

@@ -222,12 +222,30 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def match_size(found: Shapes, *, ours: bool = False) -> str | None:
-    """The size of the table whose names and shapes, at some image size, are exactly these."""
-    for name, config in SIZES.items():
-        if not differences(at_own_grid(config, found, ours=ours), found, ours=ours):
-            return name
-    return None
+def match_sizes(found: Shapes, *, ours: bool = False) -> list[str]:
+    """Return the sizes of the table that these names and shapes fit, at their own image size, patch size and context.
+
+    There may be several, because shapes do not tell the activation.
+    """
+    return [
+        name
+        for name, config in SIZES.items()
+        if not differences(at_own_lengths(config, found, ours=ours), found, ours=ours)
+    ]
+
+
+def at_own_lengths(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> CoCaConfig:
+    """Return the configuration at the patch size, image size and context that the tensors of a file are for."""
+    text = "" if ours or config.text.pool == "end_token" else "text."
+    patch = found.get("vision.patch_embedding.weight" if ours else "visual.conv1.weight") or (0, 0)
+    patch_size = math.isqrt(patch[1] // 3) if ours else patch[-1]
+    positions = found.get("text.position" if ours else f"{text}positional_embedding") or (0,)
+    context = positions[0] - (config.text.pool == "class_token")
+    if patch_size < 1 or context < 1:
+        return config
+    vision = replace(config.vision, patch_size=patch_size, image_size=patch_size)
+    fitted = replace(config, vision=vision, text=replace(config.text, context=context))
+    return at_own_grid(fitted, found, ours=ours)
 
 
 def at_own_grid(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> CoCaConfig:

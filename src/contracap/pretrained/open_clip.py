@@ -1,6 +1,6 @@
 """Configurations of open_clip to ours and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from contracap.config import ConfigError, build
@@ -8,48 +8,109 @@ from contracap.model.coca import CoCaConfig
 from contracap.model.text import TextConfig
 from contracap.pretrained.names import WeightsError
 
+ANY = object()  # a value that changes no result here
+# Values of a configuration that are understood, the default first. What is not listed is refused by name.
+MODEL = {
+    "embed_dim": ANY,
+    "vision_cfg": ANY,
+    "text_cfg": ANY,
+    "multimodal_cfg": ANY,
+    "quick_gelu": (False, True),
+    "custom_text": ANY,
+    "output_dict": ANY,
+    "cast_dtype": ANY,
+    "init_logit_scale": ANY,
+    "init_logit_bias": (None,),
+    "nonscalar_logit_scale": (False,),
+    "pad_id": (0,),
+}
+BLOCK = {
+    "ls_init_value": (None,),
+    "act_kwargs": (None, {}),
+    "norm_kwargs": (None, {}),
+    "block_type": (None, "default"),
+    "qk_norm": (False,),
+    "scaled_cosine_attn": (False,),
+    "scale_heads": (False,),
+    "scale_attn_inner": (False,),
+    "scale_attn": (False,),
+    "scale_fc": (False,),
+    "final_ln_after_pool": (False,),
+    "output_tokens": ANY,
+}
+VISION = BLOCK | {
+    "image_size": ANY,
+    "patch_size": ANY,
+    "width": ANY,
+    "layers": ANY,
+    "head_width": ANY,
+    "mlp_ratio": ANY,
+    "patch_dropout": ANY,  # of their training
+    "attentional_pool": (False, True, "cascade", "parallel"),
+    "attn_pooler_queries": ANY,
+    "attn_pooler_heads": ANY,
+    "attn_pooler_positions": ANY,
+    "no_ln_pre": (False,),
+    "pos_embed_type": ("learnable",),
+    "pool_type": ("tok",),
+    "timm_model_name": (None, ""),
+    "timm_model_pretrained": ANY,
+    "timm_pool": ANY,
+    "timm_proj": ANY,
+    "timm_proj_bias": ANY,
+    "timm_drop": ANY,
+    "timm_drop_path": ANY,
+}
+TEXT = BLOCK | {
+    "context_length": ANY,
+    "vocab_size": ANY,
+    "width": ANY,
+    "heads": ANY,
+    "layers": ANY,
+    "mlp_ratio": ANY,
+    "embed_cls": ANY,
+    "correct_cls_mask": ANY,
+    "pad_id": (0,),
+    "eos_id": ANY,  # of another pool_type
+    "no_causal_mask": (False,),
+    "pool_type": ("argmax",),
+    "proj_bias": (False,),
+    "proj_type": ("linear",),
+    "hf_tokenizer_name": (None, ""),
+    "tokenizer_mode": (None,),
+    "tokenizer_kwargs": (None, {}),
+    "hf_model_name": (None, ""),
+    "hf_model_pretrained": ANY,
+    "hf_proj_type": ANY,
+    "hf_pooler_type": ANY,
+}
+DECODER = TEXT | {"dim_head": ANY, "n_queries": ANY, "attn_pooler_heads": ANY}
+
 
 def config_from_open_clip(model: Mapping) -> CoCaConfig:
-    """Sizes from the `model_cfg` of an `open_clip_config.json`. Its files mean the legacy CLS mask unless they say
-    otherwise.
+    """Return the sizes in the `model_cfg` of an `open_clip_config.json`.
 
-    Raises: WeightsError: if it describes a model of another kind.
+    A class token has the legacy mask unless the configuration says otherwise.
+
+    Raises: WeightsError: if it describes a model of another kind, or holds a value that is not understood.
     """
     try:
         vision, text, decoder = model["vision_cfg"], model["text_cfg"], model.get("multimodal_cfg")
-        for section, name, plain in (
-            (model, "quick_gelu", (False,)),
-            (model, "custom_text", (True, False)),
-            (vision, "timm_model_name", (None,)),
-            (vision, "ls_init_value", (None,)),
-            (vision, "pool_type", ("tok",)),
-            (vision, "final_ln_after_pool", (False,)),
-            (vision, "no_ln_pre", (False,)),
-            (vision, "pos_embed_type", ("learnable",)),
-            (vision, "act_kwargs", (None, {})),
-            (vision, "norm_kwargs", (None, {})),
-            (text, "hf_model_name", (None,)),
-            (text, "ls_init_value", (None,)),
-            (text, "pool_type", ("argmax",)),
-            (text, "no_causal_mask", (False,)),
-            (text, "act_kwargs", (None, {})),
-            (text, "norm_kwargs", (None, {})),
-        ):
-            if section.get(name, plain[0]) not in plain:
-                raise WeightsError(
-                    f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read"
-                )
+        for section, known in ((model, MODEL), (vision, VISION), (text, TEXT), (decoder or {}, DECODER)):
+            _require_understood(section, known)
+        activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
         kinds = {True: "shared", False: "class_token", "cascade": "cascade", "parallel": "parallel"}
-        has_class_token = bool(text.get("embed_cls", False))
+        has_class_token, width = bool(text.get("embed_cls", False)), vision["width"]
         values = {
             "embed_dim": model["embed_dim"],
             "vision": {
-                "image_size": vision["image_size"],
+                "image_size": _side(vision["image_size"]),
                 "patch_size": vision["patch_size"],
-                "width": vision["width"],
+                "width": width,
                 "layers": vision["layers"],
-                "heads": vision["width"] // vision.get("head_width", 64),
+                "heads": width // vision.get("head_width", 64),
                 "mlp_ratio": vision.get("mlp_ratio", 4.0),
+                "activation": activation,
             },
             "pooler": {
                 "kind": kinds[vision.get("attentional_pool", False)],
@@ -64,6 +125,7 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
                 "layers": text["layers"],
                 "heads": text["heads"],
                 "mlp_ratio": text.get("mlp_ratio", 4.0),
+                "activation": activation,
                 "pool": "class_token" if has_class_token else "end_token",
                 "cls_mask": "correct" if text.get("correct_cls_mask") or not has_class_token else "legacy",
             },
@@ -81,6 +143,23 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
         raise WeightsError(f"its configuration is of another kind of model than a CoCa or CLIP: {error}") from None
 
 
+def _require_understood(section: Mapping, known: Mapping) -> None:
+    """Raises: WeightsError: naming the first key or value that could change a result in a way unknown here."""
+    for name, value in section.items():
+        if name not in known or (known[name] is not ANY and value not in known[name]):
+            raise WeightsError(f"{name} = {value!r} in its configuration: only plain CoCa and CLIP models can be read")
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """Return the side of a square, which may be given as height and width."""
+    if isinstance(size, int):
+        return size
+    height, width = size
+    if height != width:
+        raise WeightsError(f"image_size = {size!r} in its configuration: only square images can be read")
+    return height
+
+
 def not_for_open_clip(config: CoCaConfig) -> list[str]:
     """What open_clip 3.3.0 cannot follow in a model of this configuration; one text each."""
     problems = {
@@ -90,6 +169,7 @@ def not_for_open_clip(config: CoCaConfig) -> list[str]:
         f"its {config.pooler.kind} pooler is another one": config.pooler.kind in ("cascade", "parallel"),
         "its pooler adds no positions, and it refuses the key attn_pooler_positions": config.pooler.adds_positions,
         "its tokenizer has 49408 ids only": config.text.vocab_size != TextConfig.vocab_size,
+        "its image and text encoder have the same activation": config.vision.activation != config.text.activation,
     }
     return [problem for problem, holds in problems.items() if holds]
 
@@ -101,6 +181,7 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
         raise WeightsError("open_clip needs widths that its heads divide")
     model: dict = {
         "embed_dim": config.embed_dim,
+        **({"quick_gelu": True} if config.vision.activation == "quick_gelu" else {}),
         "vision_cfg": {name: vision[name] for name in ("image_size", "layers", "width", "patch_size", "mlp_ratio")}
         | {"head_width": config.vision.width // config.vision.heads},
         "text_cfg": {"context_length": config.text.context}

@@ -34,6 +34,16 @@ WRAPPERS = {
     "_checkpoint_wrapped_module",
 }  # DDP, compile, FSDP, recompute
 SCALE = "logit_scale"  # every layout has it at the top
+# Tensors that are no weights: masks, OpenAI's notes on sizes, and the bias of the sigmoid loss, which scores alone use.
+NOT_WEIGHTS = {
+    "attn_mask",
+    "text.attn_mask",
+    "text_decoder.attn_mask",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "logit_bias",
+}
 MAX_STRUCTURE = 2**24  # bytes of a pickle without its tensors; torch reads it at about 1 MB in 2 s
 MAX_UNPACKED = 4  # bytes that tensors may take for each byte of their file, which stores them as they are
 
@@ -56,7 +66,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         tensors, metadata = _state_dict(path, _unpickled(path)), {}
     if METADATA_KEY not in metadata:
-        tensors = _plain_names(path, tensors)
+        tensors = {name: each for name, each in _plain_names(path, tensors).items() if name not in NOT_WEIGHTS}
     size, found = path.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if found > MAX_UNPACKED * size:
         raise WeightsError(f"{path} has {size} bytes, but its tensors would take {found}: it is not a weights file")
