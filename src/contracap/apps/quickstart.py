@@ -105,7 +105,7 @@ def evaluate_scene_captions(model: CoCa, processor: Processor, samples: Sequence
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out, for the table and the page.
+    """Results for the table and the page.
 
     Attributes:
         figures: by their names in `results.json`.

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What is trained, what differs, and what is measured."""
+    """A recipe, the changes of each arm, and the tasks."""
 
     out: str
     """Folder for the runs, each in `ARM-SEED`, and the comparisons."""
@@ -137,8 +137,8 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
 
 
 def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allow_commands: bool = False) -> Result:
-    """The figures of a run, from its `results.json`; it is trained to its end and measured first, as far as that is
-    not done.
+    """Return the figures of a run, from its `results.json`. It is trained to its end and measured first, as far as that
+    is not done.
 
     Raises:
         FileNotFoundError, ValueError: as training does, or if a task fails.
@@ -159,7 +159,7 @@ def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allo
 
 
 def _found(file: Path) -> Result | None:
-    """What was measured before; None, and a line, if the file is damaged."""
+    """Return what was measured before; None, and a warning, if the file is damaged."""
     if not file.exists():
         return None
     try:

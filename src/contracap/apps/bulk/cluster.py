@@ -27,7 +27,7 @@ BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run did: shards whose parts were there before, and the outcome of every other."""
+    """Outcomes of a run: shards whose parts were there before, and the outcome of every other."""
 
     before: int
     outcomes: list[ShardOutcome]
@@ -49,7 +49,7 @@ def run(
     cluster: ClusterConfig = ClusterConfig(),
     progress: bool = True,
 ) -> Summary:
-    """Writes the parts of all shards that have none in the folder `out`, which no other run may use meanwhile.
+    """Write the parts of all shards that have none in the folder `out`, which no other run may use meanwhile.
 
     The same call continues an interrupted run. Every worker gets the model from here.
 
@@ -100,7 +100,7 @@ def run(
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What every worker is given. `contents`: Ray's reference of model and processor; `ledger`: its actor."""
+    """Work of every worker. `contents`: Ray's reference of model and processor; `ledger`: its actor."""
 
     config: BulkConfig
     folder: str
@@ -111,7 +111,7 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True)
 class _Placing:
-    """How many workers, and what each takes."""
+    """Number of workers, and resources of each."""
 
     workers: int
     cores: int
@@ -119,7 +119,7 @@ class _Placing:
 
 
 class _Ledger:
-    """What the workers of a run have begun and ended, for those that repeat the work of one that died."""
+    """Shards that the workers of a run have begun and ended, for those that repeat the work of one that died."""
 
     def __init__(self) -> None:
         self._begun, self._ended = Counter[str](), dict[str, ShardOutcome]()

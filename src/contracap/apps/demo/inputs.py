@@ -35,13 +35,13 @@ def image_input(label: str) -> gradio.Image:
     made = gradio.Image(
         label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=IMAGE_HEIGHT, buttons=[]
     )
-    return handing_on(made, lambda payload: payload.path if payload is not None else None)
+    return hand_on(made, lambda payload: payload.path if payload is not None else None)
 
 
 def images_input(label: str) -> gradio.File:
     """Several uploaded images; passed on as the paths of their files."""
     made = gradio.File(label=label, file_count="multiple", file_types=["image"], height=FILES_HEIGHT)
-    return handing_on(made, lambda payload: [file.path for file in payload or []])
+    return hand_on(made, lambda payload: [file.path for file in payload or []])
 
 
 def examples_input(images: Sequence[Path], image: gradio.Image) -> gradio.Dataset | None:
@@ -58,10 +58,24 @@ def number_input(
 ) -> gradio.Slider:
     """A number, whose bounds are for the browser."""
     made = gradio.Slider(low, high, default, step=step, label=label, buttons=[])
-    return handing_on(made, lambda payload: payload)
+    return hand_on(made, lambda payload: payload)
 
 
-def handing_on(component: Input, preprocess: Callable[[Any], Any]) -> Input:
+def gallery(name: str, *, format: str) -> gradio.Gallery:
+    """Return a gallery of images in rows of four, which nobody can change."""
+    return gradio.Gallery(
+        show_label=False,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        format=format,
+        buttons=[],
+        elem_classes="gallery-of",
+        elem_id=name,
+    )
+
+
+def hand_on(component: Input, preprocess: Callable[[Any], Any]) -> Input:
     """The input, handing on what `preprocess` makes of what the browser sent."""
     setattr(component, "preprocess", preprocess)  # noqa: B010 - the type checker knows that it is a method
     return component
@@ -75,14 +89,14 @@ def guard(page: gradio.Blocks, uploads: Uploads) -> None:
         if len(inputs) != len(block_fn.inputs):
             error = f"This takes {len(block_fn.inputs)} values, not {len(inputs)}."
             raise gradio.Error(error, print_exception=False)
-        looked_at = [checked(*pair, uploads) for pair in zip(block_fn.inputs, inputs, strict=True)]
+        looked_at = [check(*pair, uploads) for pair in zip(block_fn.inputs, inputs, strict=True)]
         return await preprocess(block_fn, looked_at, *others, **named)
 
     setattr(page, "preprocess_data", guarded)  # noqa: B010
     page.has_launched = True  # else gradio's own check of paths is off; a page that is mounted is never launched
 
 
-def checked(component: Component, value: Any, uploads: Uploads) -> Any:
+def check(component: Component, value: Any, uploads: Uploads) -> Any:
     """The value, if it is one for this input.
 
     Raises: gradio.Error: if it is not.

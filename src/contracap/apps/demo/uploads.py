@@ -145,8 +145,8 @@ class Uploads:
                     path.parent.rmdir()
 
     @asynccontextmanager
-    async def tidied(self, app: object) -> AsyncIterator[None]:
-        """Keeps the folder within its bounds while `app` is served."""
+    async def lifespan(self, app: object) -> AsyncIterator[None]:
+        """Keep the folder within its bounds while `app` is served."""
 
         async def repeat() -> None:
             while True:
@@ -159,5 +159,5 @@ class Uploads:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether this is a file: not a folder, link, pipe or device."""
+    """Return whether this is a file: not a folder, link, pipe or device."""
     return os.path.isfile(path) and not os.path.islink(path)

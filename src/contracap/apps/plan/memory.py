@@ -151,7 +151,7 @@ def memory_parts(
 
 
 def _cast(model: CoCa, product: int) -> Mapping[str, float]:
-    """What autocast makes of the weights of linear layers; the captioning loss has the vocabulary's to itself."""
+    """Return the bytes of autocast's copies of linear layers' weights. Those of the vocabulary are the captioning loss's."""
     multiplied = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     if model.decoder is not None:
         multiplied -= model.decoder.vocabulary.weight.numel()

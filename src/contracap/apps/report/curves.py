@@ -39,14 +39,14 @@ def curves(records: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """At most `most` points: of more, means of equally many neighbours."""
+    """Return at most `most` points: of more, means of equally many neighbours."""
     size = _neighbours(len(points), most)
     parts = (points[first : first + size] for first in range(0, len(points), size)) if points else ()
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def _neighbours(points: int, most: int = MAX_POINTS) -> int:
-    """How many points become one."""
+    """Return how many points become one."""
     return -(-points // most)
 
 

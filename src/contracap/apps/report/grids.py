@@ -1,4 +1,4 @@
-"""What a model retrieves: for texts the best images, for images the best texts, the right ones marked."""
+"""Retrieval as tables: for texts the best images, for images the best texts, the right ones marked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Found:
 
 
 def best_images(features: Features, texts: Sequence[int]) -> list[Found]:
-    """The five best images for each of these texts."""
+    """Return the five best images for each of these texts."""
     scores = features.texts[list(texts)] @ features.images.T
     found = []
     for text, row in zip(texts, scores, strict=True):
@@ -38,7 +38,7 @@ def best_images(features: Features, texts: Sequence[int]) -> list[Found]:
 
 
 def best_texts(features: Features, images: Sequence[int]) -> list[Found]:
-    """The five best texts for each of these images."""
+    """Return the five best texts for each of these images."""
     scores = features.images[list(images)] @ features.texts.T
     found = []
     for image, row in zip(images, scores, strict=True):

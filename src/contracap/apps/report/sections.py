@@ -1,4 +1,4 @@
-"""What an evaluation found, beyond its figures: images with their captions, retrieval, confusions."""
+"""Parts of the page beyond the figures: images with their captions, retrieval, confusions."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def sections_of(result: Result, data: Source) -> Iterator[Html]:
 
 
 def retrieved(features: Features, data: Source) -> Iterator[Html]:
-    """What is found for some texts and some images, spread over the data."""
+    """Show what is found for some texts and some images, spread over the data."""
     images = spread(len(features.images), QUERIES)
     first_texts = {image: text for text, image in reversed(list(enumerate(features.image_of_text.tolist())))}
     images_found = best_images(features, [first_texts[image] for image in images])
@@ -46,7 +46,7 @@ def retrieved(features: Features, data: Source) -> Iterator[Html]:
 
 
 def captioned(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]:
-    """The best, the median and the worst captions by CIDEr."""
+    """Show the best, the median and the worst captions by CIDEr."""
     if any(prediction.cider is None for prediction in predictions):
         yield paragraph(
             "Without CIDEr, which was not measured, nobody knows which captions are the best and the worst."
@@ -64,7 +64,7 @@ def captioned(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]
 
 
 def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequence[int]) -> Iterator[Html]:
-    """How often each class is taken for each other: all of them, or of many classes the pairs most often confused."""
+    """Show how often each class is taken for each other: all, or of many classes the pairs most often confused."""
     counts = Counter(zip(labels, predictions, strict=True))
     if len(classes) <= MAX_CLASSES:
         yield paragraph("In each row the images of one class, and what they are taken for.")
@@ -85,7 +85,7 @@ def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequenc
 
 
 def _beneath(prediction: Prediction) -> Html:
-    """What was written for an image, how it scored, and what people wrote."""
+    """Return the caption of an image, its score, and what people wrote."""
     references = "".join(f"<li>{text(caption)}</li>" for caption in prediction.captions)
     return Html(
         f'<b>{text(prediction.prediction)}</b> <span class="faint">{100 * (prediction.cider or 0.0):.0f}</span>'
@@ -94,5 +94,5 @@ def _beneath(prediction: Prediction) -> Html:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Up to `most` places out of `count`, evenly spread."""
+    """Return up to `most` places out of `count`, evenly spread."""
     return sorted({place * count // most for place in range(most)}) if count > most else list(range(count))

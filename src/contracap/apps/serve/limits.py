@@ -27,13 +27,13 @@ class UnderWay:
 
     @property
     def full(self) -> bool:
-        """Whether another one is refused."""
+        """True if another one is refused."""
         # Uvicorn's limit_concurrency counts idle connections and would refuse /health and /metrics too.
         return len(self.bodies) >= self.limits.max_requests or self.too_many_bytes
 
     @property
     def too_many_bytes(self) -> bool:
-        """Whether their bodies take more memory than they may."""
+        """True if their bodies take more memory than they may."""
         return sum(self.bodies.values()) > BODIES * self.limits.max_body_mib * MIB
 
     @property
@@ -118,7 +118,7 @@ class LimitRequests:
             await self._answer(body, scope, receive, send)
 
     async def _body(self, place: object, receive: Receive) -> bytearray:
-        """The whole body."""
+        """Read the whole body."""
         body = bytearray()
         while True:
             message = await receive()
@@ -162,6 +162,6 @@ class LimitRequests:
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Return when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

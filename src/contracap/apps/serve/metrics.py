@@ -1,4 +1,4 @@
-"""What the server has done so far, as Prometheus reads it."""
+"""Metrics of the server for Prometheus."""
 
 from time import perf_counter
 
