@@ -77,12 +77,12 @@ def run(
             folder.claim(decided, described=described)
             folder.remove_partial()
             placing = _place(ray, cluster, len(todo))
-            job = _Job(
+            job = Job(
                 config=config,
                 folder=folder.name,
                 metadata=metadata,
                 contents=ray.put((model.cpu(), processor)),
-                ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
+                ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote(),
             )
             if cluster.address and cluster.address.startswith("ray://"):
                 outcomes = _outcomes_from_outside(todo, placing, job)
@@ -99,7 +99,7 @@ def run(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
     """Work of every worker. `contents`: Ray's reference of model and processor; `ledger`: its actor."""
 
     config: BulkConfig
@@ -110,7 +110,7 @@ class _Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Placing:
+class Placing:
     """Number of workers, and resources of each."""
 
     workers: int
@@ -118,7 +118,7 @@ class _Placing:
     gpus: float
 
 
-class _Ledger:
+class Ledger:
     """Shards that the workers of a run have begun and ended, for those that repeat the work of one that died."""
 
     def __init__(self) -> None:
@@ -137,10 +137,10 @@ class _Ledger:
         self._ended[outcome.shard] = outcome
 
 
-class _Worker:
+class Worker:
     """Holds the model, and makes a row with the outcome of one with the name of a shard."""
 
-    def __init__(self, job: _Job, placing: _Placing) -> None:
+    def __init__(self, job: Job, placing: Placing) -> None:
         self._job, self._placing = job, placing
         self._failure = ""
 
@@ -169,7 +169,7 @@ class _Worker:
         return {**asdict(outcome), "failure": self._failure}
 
 
-def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
+def _outcomes_from_outside(shards: Sequence[str], placing: Placing, job: Job) -> list[ShardOutcome]:
     """Call `_outcomes` on a machine of the cluster: Ray Data cannot be led through Ray's client."""
     import ray
 
@@ -181,7 +181,7 @@ def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) 
         raise
 
 
-def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: bool = False) -> list[ShardOutcome]:
+def _outcomes(shards: Sequence[str], placing: Placing, job: Job, progress: bool = False) -> list[ShardOutcome]:
     """Return the outcome of every shard, in the order in which they end."""
     import ray.data
 
@@ -192,7 +192,7 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: boo
     rows = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), BLOCKS)
     ).map(
-        _Worker,  # pyrefly: ignore[bad-argument-type], which does not know of classes that Ray makes in its workers
+        Worker,  # pyrefly: ignore[bad-argument-type], which does not know of classes that Ray makes in its workers
         fn_constructor_args=(job, placing),
         compute=ray.data.ActorPoolStrategy(size=placing.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=placing.cores,
@@ -219,7 +219,7 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: boo
     return outcomes
 
 
-def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> _Placing:
+def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> Placing:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = [(int(machine.get("CPU", 0)), float(machine.get("GPU", 0))) for machine in machines]
     gpus = cluster.gpus_per_worker
@@ -227,7 +227,7 @@ def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> _Placing:
         gpus = 1.0 if any(count for _, count in sizes) else 0.0
     wanted = cluster.workers or sum(int(count / gpus) if gpus else cores // CORES for cores, count in sizes) or 1
     workers = min(wanted, shards)
-    return _Placing(workers=workers, cores=cores_each(sizes, workers, gpus), gpus=gpus)
+    return Placing(workers=workers, cores=cores_each(sizes, workers, gpus), gpus=gpus)
 
 
 def cores_each(machines: Sequence[tuple[int, float]], workers: int, gpus: float) -> int:

@@ -293,7 +293,7 @@ def _item_of(record: Record, images: dict[str, bytes]) -> Item:
 
 
 def _matches(folder: Path, parts: Sequence[str], passed: PassedOver) -> Iterator[Path]:
-    """Yield what a pattern finds in a folder, by name, nothing hidden. The names of one folder at a time are in memory."""
+    """Yield what a pattern finds in a folder, by name, nothing hidden. One folder's names are in memory at a time."""
     if not parts:
         yield folder
         return

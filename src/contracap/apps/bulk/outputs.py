@@ -25,7 +25,7 @@ OF_ONE_IMAGE = {
 
 
 def is_of_one_image(error: OSError | ValueError) -> bool:
-    """Return whether an error belongs to one name or its folder. Others, such as a full disk, meet the next image too."""
+    """Return whether an error belongs to one name or its folder. Others, such as a full disk, would come again."""
     if isinstance(error, ValueError):
         return not isinstance(error, OutputConfigError)
     return error.errno in OF_ONE_IMAGE

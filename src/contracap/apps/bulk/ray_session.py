@@ -53,7 +53,7 @@ def ray_session(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
     if cluster.address is None:
         cores = max(cluster.workers or 1, os.cpu_count() or 1)
         options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-        options["_temp_dir"] = ending.enter_context(_session_folder())
+        options["_temp_dir"] = ending.enter_context(session_folder())
     ends = signal.getsignal(signal.SIGTERM)
     try:
         with _no_stderr(), _no_dashboard():  # stderr: its C++ part says there how much it will say
@@ -89,7 +89,7 @@ def _require_answer(address: str) -> None:
 
 
 @contextmanager
-def _session_folder() -> Generator[str, None, None]:
+def session_folder() -> Generator[str, None, None]:
     """Make a temporary folder for Ray's sockets and logs. Those of runs that were killed are removed, too."""
     if fcntl is not None:
         for left in Path(gettempdir()).glob(f"{SESSION_PREFIX}*"):

@@ -151,7 +151,7 @@ def memory_parts(
 
 
 def _cast(model: CoCa, product: int) -> Mapping[str, float]:
-    """Return the bytes of autocast's copies of linear layers' weights. Those of the vocabulary are the captioning loss's."""
+    """Return the bytes of autocast's copies of linear layers' weights, without the captioning loss's vocabulary."""
     multiplied = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     if model.decoder is not None:
         multiplied -= model.decoder.vocabulary.weight.numel()
