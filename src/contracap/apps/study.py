@@ -127,7 +127,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
         logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
         recipe = replace(config.run(arm, seed), steps=recipes[arm].steps, epochs=None)
         tasks = config.tasks_of(recipe)
-        results[arm].append(measured(recipe, tasks, command=command, allow_commands=allow_commands))
+        results[arm].append(complete_run(recipe, tasks, command=command, allow_commands=allow_commands))
     first, *others = config.arms
     made = []
     for other in others:
@@ -136,7 +136,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
     return made
 
 
-def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allow_commands: bool = False) -> Result:
+def complete_run(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allow_commands: bool = False) -> Result:
     """Return the figures of a run, from its `results.json`. It is trained to its end and measured first, as far as that
     is not done.
 

@@ -23,7 +23,7 @@ HEAD_SECONDS = 10  # that the head of a request may take to come, and that a con
 MAX_CONNECTIONS = 1000
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Bind a socket to this address. It does not listen yet: clients are refused until the model can answer.
 
     Raises: OSError: if it cannot have the address.
@@ -192,7 +192,7 @@ class BodyTooLargeError(Exception):
     """A request has more bytes than it may."""
 
 
-def limited(scope: Scope, receive: Receive, most: int | float) -> Receive:
+def limit_body(scope: Scope, receive: Receive, most: int | float) -> Receive:
     """`receive`, which raises BodyTooLargeError once the body has more than so many bytes, or at once if it says so.
 
     They are counted as they come, so a length that is missing or wrong changes nothing.

@@ -15,7 +15,7 @@ import torch
 from contracap.apps.bulk.cluster_config import CORES, ClusterConfig
 from contracap.apps.bulk.folder import Folder
 from contracap.apps.bulk.output_config import description
-from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, located, part_config, part_name
+from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -65,9 +65,9 @@ def run(
     decided, described = part_config(config, model, processor), description(weights, model, processor)
     metadata = {**described, "settings": decided}
     PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
-    folder = Folder(located(out))
+    folder = Folder(absolute_name(out))
     folder.check(decided)
-    present, wanted = folder.names(), list(dict.fromkeys(map(located, shards)))
+    present, wanted = folder.names(), list(dict.fromkeys(map(absolute_name, shards)))
     todo = [shard for shard in wanted if part_name(shard) not in present]
     before = len(wanted) - len(todo)
     if not todo:

@@ -85,7 +85,7 @@ class ShardOutcome:
     problem: str = ""
 
 
-def located(name: str) -> str:
+def absolute_name(name: str) -> str:
     """A name of a shard or folder that means the same to every process: of local ones the whole path."""
     return name if "://" in name or name.startswith("pipe:") else os.path.abspath(name)
 
@@ -96,7 +96,7 @@ def part_name(shard: str) -> str:
 
     It depends on nothing else, so that runs over any list of shards agree on what is done.
     """
-    name = located(shard)
+    name = absolute_name(shard)
     if name.startswith(WEB):
         name = re.split(r"[?#]", name, maxsplit=1)[0]  # a signature is another one tomorrow
     stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name.rpartition("/")[2])

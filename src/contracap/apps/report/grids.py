@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from contracap.apps.page import Html, table, verdict
-from contracap.apps.report.thumbnails import shown
+from contracap.apps.report.thumbnails import thumbnail_tag
 from contracap.data.shards import Sample
 from contracap.evaluation.retrieval import Features
 
@@ -54,7 +54,7 @@ def image_grid(features: Features, found: Sequence[Found], samples: Mapping[int,
         (
             features.captions[each.query],
             *(
-                shown(samples[image], good=True if right else (None if place else False))
+                thumbnail_tag(samples[image], good=True if right else (None if place else False))
                 for place, (image, right) in enumerate(zip(each.candidates, each.right, strict=True))
             ),
         )
@@ -67,7 +67,7 @@ def caption_grid(features: Features, found: Sequence[Found], samples: Mapping[in
     """A line for each image: its best texts, ticked if they are its own."""
     rows = [
         (
-            shown(samples[each.query]),
+            thumbnail_tag(samples[each.query]),
             Html(
                 "<br>".join(
                     verdict(features.captions[text], good=right)

@@ -55,7 +55,7 @@ def write_report(run: Path) -> Path:
         if records:
             sections["The run"] = [curves(records)]
     if checkpoint := last_checkpoint(run / CHECKPOINTS):
-        sections |= measured(run, recipe, checkpoint)
+        sections |= measure(run, recipe, checkpoint)
     else:
         sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
     if (run / CAPTIONS_FILE).is_file():
@@ -65,7 +65,7 @@ def write_report(run: Path) -> Path:
     return run / PAGE
 
 
-def measured(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
+def measure(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
     """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
     validation shards. What fails costs its own figures only."""
     model, processor = load_on_device(checkpoint)

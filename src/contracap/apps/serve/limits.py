@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contracap.apps.serve.config import LimitsConfig
 from contracap.apps.serve.errors import problem
-from contracap.apps.web import MIB, BodyTooLargeError, limited
+from contracap.apps.web import MIB, BodyTooLargeError, limit_body
 
 SMALL_BODY = 1  # MiB, of what is not an image: it is parsed between other requests
 BODIES = 16  # times `max_body_mib` that all bodies under way may take together
@@ -103,7 +103,7 @@ class LimitRequests:
             most = min(most, SMALL_BODY)
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                body = await self._body(place, limited(scope, receive, most * MIB))
+                body = await self._body(place, limit_body(scope, receive, most * MIB))
         except TimeoutError:
             error = f"the body did not come within {self.limits.timeout_s:g} seconds"
             await problem(408, error, Connection="close")(scope, receive, send)
