@@ -114,9 +114,7 @@ def _shown(captioned: Captioned) -> tuple[Any, ...]:
 def _ask(setting: Setting) -> Any:
     """Add the input for a setting."""
     if isinstance(setting, Amount):
-        return number_input(
-            setting.label, low=setting.low, high=setting.high, step=setting.step, default=setting.default
-        )
+        return number_input(setting)
     if isinstance(setting, Choice):
         return gradio.Radio(list(setting.values), value=setting.default, label=setting.label)
     return gradio.Textbox("", label=setting.label, placeholder="cat, a photo of")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import gradio
 from gradio.components import Component
 
+from contracap.apps.demo.strategy_settings import Amount
 from contracap.apps.demo.uploads import Uploads
 
 IMAGE_HEIGHT, FILES_HEIGHT = 320, 160  # pixels
@@ -31,7 +32,7 @@ Input = TypeVar("Input", bound=Component)
 
 
 def image_input(label: str) -> gradio.Image:
-    """An image that is uploaded, pasted or taken with the camera; passed on as the path of its file, or None."""
+    """Return an input for an image: uploaded, pasted or taken with the camera. It passes on the file's path, or None."""
     made = gradio.Image(
         label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=IMAGE_HEIGHT, buttons=[]
     )
@@ -39,13 +40,13 @@ def image_input(label: str) -> gradio.Image:
 
 
 def images_input(label: str) -> gradio.File:
-    """Several uploaded images; passed on as the paths of their files."""
+    """Return an input for several uploaded images; passed on as the paths of their files."""
     made = gradio.File(label=label, file_count="multiple", file_types=["image"], height=FILES_HEIGHT)
     return hand_on(made, lambda payload: [file.path for file in payload or []])
 
 
 def examples_input(images: Sequence[Path], image: gradio.Image) -> gradio.Dataset | None:
-    """Images to choose from, of which the number is passed on; None if there are none."""
+    """Return images to choose from, of which the number is passed on; None if there are none."""
     if not images:
         return None
     samples = [[str(path)] for path in images]
@@ -53,11 +54,9 @@ def examples_input(images: Sequence[Path], image: gradio.Image) -> gradio.Datase
     return gradio.Dataset(components=[image], samples=samples, type="index", label=label, elem_classes=classes)
 
 
-def number_input(
-    label: str, *, low: int | float, high: int | float, step: int | float, default: int | float
-) -> gradio.Slider:
-    """A number, whose bounds are for the browser."""
-    made = gradio.Slider(low, high, default, step=step, label=label, buttons=[])
+def number_input(setting: Amount) -> gradio.Slider:
+    """Return an input for a number, whose bounds are for the browser."""
+    made = gradio.Slider(setting.low, setting.high, setting.default, step=setting.step, label=setting.label, buttons=[])
     return hand_on(made, lambda payload: payload)
 
 
@@ -76,13 +75,13 @@ def gallery(name: str, *, format: str) -> gradio.Gallery:
 
 
 def hand_on(component: Input, preprocess: Callable[[Any], Any]) -> Input:
-    """The input, handing on what `preprocess` makes of what the browser sent."""
+    """Have an input pass on what `preprocess` makes of what the browser sent."""
     setattr(component, "preprocess", preprocess)  # noqa: B010 - the type checker knows that it is a method
     return component
 
 
 def guard(page: gradio.Blocks, uploads: Uploads) -> None:
-    """Have each value that a visitor sends looked at before gradio takes it, whichever route it comes by."""
+    """Look at each value that a visitor sends before gradio takes it, whichever route it comes by."""
     preprocess = page.preprocess_data
 
     async def guarded(block_fn: Any, inputs: list[Any], *others: Any, **named: Any) -> list[Any]:
@@ -97,7 +96,7 @@ def guard(page: gradio.Blocks, uploads: Uploads) -> None:
 
 
 def check(component: Component, value: Any, uploads: Uploads) -> Any:
-    """The value, if it is one for this input.
+    """Return the value, if it is one for this input.
 
     Raises: gradio.Error: if it is not.
     """
@@ -105,16 +104,16 @@ def check(component: Component, value: Any, uploads: Uploads) -> Any:
     if value is None or component.stateful:  # gradio has states itself
         return None
     if name == "image":
-        return upload(value, uploads)
+        return check_upload(value, uploads)
     if name == "file":
-        return [upload(item, uploads) for item in value] if isinstance(value, list) else refuse(component)
+        return [check_upload(item, uploads) for item in value] if isinstance(value, list) else refuse(component)
     if isinstance(value, PLAIN.get(name, ())) and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     return refuse(component)
 
 
-def upload(value: Any, uploads: Uploads) -> dict[str, Any]:
-    """An uploaded file as gradio has it, and nothing else that came with it.
+def check_upload(value: Any, uploads: Uploads) -> dict[str, Any]:
+    """Return an uploaded file as gradio has it, and nothing else that came with it.
 
     Raises: gradio.Error: if it is anything else.
     """
