@@ -32,7 +32,7 @@ Input = TypeVar("Input", bound=Component)
 
 
 def image_input(label: str) -> gradio.Image:
-    """Return an input for an image: uploaded, pasted or taken with the camera. It passes on the file's path, or None."""
+    """Return an input for an image: uploaded, pasted or taken with the camera. It passes on a path, or None."""
     made = gradio.Image(
         label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=IMAGE_HEIGHT, buttons=[]
     )
