@@ -197,7 +197,7 @@ class TensorBoardLogger:
     def __init__(self, folder: Path, *, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start + 1 if start else 0)
 
     def figures(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():

@@ -74,11 +74,13 @@ class Run:
             )
         except TrainingError as error:
             self.writer.wait()
-            remedy = "Lower optimizer.learning_rate, or say nonfinite=skip to leave such steps out"
-            if recipe.nonfinite == "skip":
-                remedy = "Point `last` to an earlier one, or lower optimizer.learning_rate in a new run"
-            last = last_checkpoint(Path(recipe.out) / CHECKPOINTS) or "none yet"
-            raise TrainingError(f"{error}. Last good checkpoint: {last}. {remedy}") from None
+            last = last_checkpoint(Path(recipe.out) / CHECKPOINTS)
+            remedy = "start a new run with a lower optimizer.learning_rate"
+            if last:
+                remedy += f" and initialise_from={last}"
+            if recipe.nonfinite == "stop":
+                remedy = f"resume with nonfinite=skip to leave such steps out, or {remedy}"
+            raise TrainingError(f"{error}. Last good checkpoint: {last or 'none yet'}. Remedy: {remedy}") from None
         except ShutdownRequested:  # while it waited for data
             if state.step == start:
                 raise
