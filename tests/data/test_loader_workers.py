@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data._utils import signal_handling
 
 from contracap.data import loader_workers as module
 from contracap.data.loader_workers import run_workers
@@ -92,13 +91,10 @@ def test_closing_ends_the_workers_and_leaves_nothing_open() -> None:
     assert some() == some() == some()
 
 
-@pytest.mark.parametrize(
-    ("number", "said"), [(signal.SIGALRM, "ended by SIGALRM"), (signal.SIGRTMIN + 3, "ended by signal 37")]
-)
-def test_the_signal_that_ended_a_worker_is_named(number: int, said: str) -> None:
+def test_the_signal_that_ended_a_worker_is_named_or_numbered() -> None:
     with closing(run_workers(counted, 1)) as made:
-        os.kill(new_children(lambda: next(made))[0].pid, number)
-        with pytest.raises(WorkerError, match=said):
+        os.kill(new_children(lambda: next(made))[0].pid, signal.SIGRTMIN + 3)
+        with pytest.raises(WorkerError, match="ended by signal 37"):
             for _ in range(5):
                 next(made)
 
@@ -187,28 +183,6 @@ def test_a_copy_of_the_process_ends_no_workers() -> None:
         copy.join(QUICKLY)
         assert copy.exitcode == 0
         assert next(made) == [(worker, 2, 1, b"") for worker in range(2)]
-
-
-def test_a_worker_that_is_killed_is_an_error_of_nothing_else() -> None:
-    # Torch's loader sets such a handler, whose error comes wherever the program is, perhaps with a lock in its hands.
-    raised = list[str]()
-
-    def handler(number: int, frame: object) -> None:
-        try:
-            signal_handling._error_if_any_worker_fails()
-            raised.append("")
-        except RuntimeError as error:
-            raised.append(str(error))
-
-    before = signal.signal(signal.SIGCHLD, handler)
-    try:
-        with closing(run_workers(counted, 2)) as made:
-            worker = new_children(lambda: next(made))[0]
-            worker.kill()
-            worker.join()
-        assert raised and not any(raised)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 def test_workers_stay_when_all_processes_are_asked_to_end() -> None:

@@ -10,7 +10,7 @@ from contracap.data.samples import Sample, SampleError, texts_in
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig:
-    """How the caption of an image is chosen."""
+    """Rule by which the caption of an image is chosen."""
 
     use: Literal["random", "first", "all"] = "random"
     """Use a `random` caption of the image each time it is drawn, its `first` caption, or `all` of them, one after

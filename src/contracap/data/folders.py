@@ -29,7 +29,7 @@ class ClassFolders:
     """
 
     def __init__(self, path: Path):
-        """Raises: ValueError: if an image lies beside the subfolders, or one of them holds none."""
+        """Raises: ValueError: if an image is next to the subfolders, or one of them holds none."""
         self.path = path
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
         self.names = [entry.name for entry in entries if entry.is_dir()]
@@ -67,10 +67,10 @@ class ClassFolders:
         """
         places = dict[str, int]()
         for place, name in enumerate(classes):
-            places.setdefault(_folded(name), place)
-        known = [name for name in self.names if _folded(name) in places]
+            places.setdefault(_normalize_name(name), place)
+        known = [name for name in self.names if _normalize_name(name) in places]
         if len(known) == len(self.names) and len(places) == len(classes):
-            self.labels = [places[_folded(name)] for name in self.names]
+            self.labels = [places[_normalize_name(name)] for name in self.names]
         elif all(map(_is_number, self.names)) and len(classes) > int(self.names[-1]):
             self.labels = [int(name) for name in self.names]
         elif len(self.names) != len(classes):
@@ -80,7 +80,9 @@ class ClassFolders:
                 + (f", and none is {missing!r}" if missing else "")
                 + "; name the classes as the folders, or give one for each, in the order of their names"
             )
-        elif moved := [name for place, name in enumerate(self.names) if places.get(_folded(name), place) != place]:
+        elif moved := [
+            name for place, name in enumerate(self.names) if places.get(_normalize_name(name), place) != place
+        ]:
             missing = [name for name in self.names if name not in known]
             raise ValueError(
                 f"{self.path}: {moved[0]!r} stands at another place among the class names, and none is "
@@ -97,7 +99,7 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
-def _folded(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Return a name without differences of case, blanks, hyphens and underscores, and composed accents."""
     return " ".join(re.split(r"[\s_-]+", normalize("NFC", name).casefold())).strip()
 

@@ -15,7 +15,7 @@ from contracap.wording import counted, escaped
 
 logger = logging.getLogger(__name__)
 
-# Files that lie beside images on purpose: captions, tables, embeddings. They are neither opened nor counted.
+# Files that are next to images on purpose: captions, tables, embeddings. They are neither opened nor counted.
 COMPANIONS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy")
 # Files that this package keeps next to what it writes. They are not counted either.
 OURS = re.compile(r"\.contracap|.*\.partial(-journal)?$|\..*\.settings\.json$", re.DOTALL)

@@ -25,10 +25,10 @@ from contracap.tokenizer import Tokenizer
 class TrainingBatches:
     """Endless batches in an order that depends on the data, the seed, the streams and the shuffle buffer only.
 
-    Each stream fills the same rows of every batch. A rank gets the rows of its streams, an equal and contiguous part
-    of the batch, and each of its workers makes a part of that. Captions, crops and flips depend on the number of the
-    draw within the stream. So a run that resumes from `state_dict` gets the same batches, bit for bit, as an
-    uninterrupted one, also with another number of workers or ranks.
+    Each stream fills the same rows of every batch. A rank gets the rows of its streams: an equal, contiguous part of
+    the batch. Each of its workers makes a part of that. Captions, crops and flips depend on the number of the
+    draw within the stream. So a resumed run gets the same batches as an uninterrupted one, bit for bit, also
+    with another number of workers or ranks.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class TrainingBatches:
         """Continue where `state` was taken, by any number of ranks and workers.
 
         Raises:
-            ValueError: if the state has another seed, other shards (by names and numbers of samples, not by folder) or
-                other settings of the order, or lacks streams of this rank.
+            ValueError: if the state is of another order, or lacks streams of this rank. Shards are compared by their
+                names and numbers of samples, not by their folder.
         """
         if state["order"] != self._order.describe() and "counts" in state:
             self._count_damaged_as(state["counts"])

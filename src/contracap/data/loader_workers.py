@@ -38,8 +38,8 @@ Part = TypeVar("Part")
 def run_workers(make: Callable[[int, int], Iterator[Part]], workers: int) -> Generator[list[Part], None, None]:
     """Yield lists with a part of each worker, in their order, without end. With 0 workers, this process makes them.
 
-    Workers ignore the signals that ask a process to end, because a scheduler sends them to all processes and a run has
-    a step to finish. They end when this generator is closed or the program ends, without finishing a part.
+    Workers ignore the signals that ask a process to end: a scheduler sends them to all processes, but a run has a step
+    to finish. They end when this generator is closed or the program ends, without finishing a part.
 
     Args:
         make: called with a worker's number and the number of workers; yields its parts. They are pickled.

@@ -44,7 +44,7 @@ class QuestionSamples:
     """The images that a file of VQAv2 or OK-VQA asks about, in its order. The file is read once, each image when its
     turn comes.
 
-    The answers lie next to it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
+    The answers are next to it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
     `v2_mscoco_val2014_annotations.json`; a test set has none. Of OK-VQA's two forms of an answer, `answer` counts, as
     in its own evaluation.
     """

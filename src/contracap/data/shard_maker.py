@@ -108,12 +108,7 @@ def make_shards(
     finished = _begin(out, plan)
     if finished is not None:
         return finished
-    tasks, first = list[_Task](), 0
-    for number, part in enumerate(_parts(entries, samples_per_shard)):
-        tasks.append(
-            _Task(number=number, first=first, entries=part, shorter_side=shorter_side, lines=caption_lines, out=out)
-        )
-        first += len(part)
+    tasks = _tasks(entries, samples_per_shard, shorter_side=shorter_side, lines=caption_lines, out=out)
     _run(tasks, workers, out)
     repeated = sum(len(entry.captions) - len(set(entry.captions)) for entry in entries)
     return _finish(out, plan, [task.read_note() for task in tasks], contents.skipped, repeated)
@@ -163,6 +158,16 @@ class _Task:
             return False
         entry = self.read_note().entry
         return entry is None or (self.shard.is_file() and self.shard.stat().st_size == entry.bytes)
+
+
+def _tasks(
+    entries: Sequence[Entry], samples_per_shard: int, *, shorter_side: int | None, lines: bool, out: Path
+) -> list[_Task]:
+    tasks, first = list[_Task](), 0
+    for number, part in enumerate(_parts(entries, samples_per_shard)):
+        tasks.append(_Task(number=number, first=first, entries=part, shorter_side=shorter_side, lines=lines, out=out))
+        first += len(part)
+    return tasks
 
 
 def _run(tasks: Sequence[_Task], workers: int, out: Path) -> None:

@@ -84,23 +84,10 @@ def read_source(
     folder = Path(images) if images else path if path.is_dir() else path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of images: {folder}")
-    match kind:
-        case "folder":
-            entries = read_folder(path, caption_lines)
-        case "imagefolder":
-            entries = read_imagefolder(path, image_column, caption_columns)
-        case "table":
-            entries = _read_tables(path, image_column, caption_columns, splits)
-        case "bulk":
-            entries = (entry for table in _tables(path) for entry in read_bulk(table, folder if images else None))
-        case "flickr":
-            entries = read_flickr(path)
-        case "coco":
-            entries = read_coco(path, read_json(path))
-        case "karpathy":
-            entries = read_karpathy(path, read_json(path), splits)
-        case "vqa":
-            entries = read_vqa(path, read_json(path), (file.as_posix() for file in images_in(folder)))
+    if kind in ("table", "imagefolder"):
+        entries = _read_columns(path, kind, image_column, caption_columns, splits)
+    else:
+        entries = _read(path, kind, folder, splits, caption_lines, moved=bool(images))
     contents = _merge(entries, kind, folder, may_be_elsewhere=kind == "table" and not images)
     if not contents.entries and not contents.skipped:
         raise SourceError(f"{path}, read as {kind}, holds nothing")
@@ -120,9 +107,32 @@ def find_image(entry: Entry) -> Path | None:
     return next((Path(spelling) for spelling in spellings if os.path.isfile(spelling)), None)
 
 
-def _read_tables(
-    path: Path, image_column: str | None, caption_columns: Sequence[str], splits: Sequence[str]
+def _read(
+    path: Path, kind: Kind, folder: Path, splits: Sequence[str], caption_lines: bool, *, moved: bool
 ) -> Iterator[Entry | SkippedEntry]:
+    """Return the entries of a source without columns to choose from."""
+    match kind:
+        case "folder":
+            return read_folder(path, caption_lines)
+        case "flickr":
+            return read_flickr(path)
+        case "coco":
+            return read_coco(path, read_json(path))
+        case "karpathy":
+            return read_karpathy(path, read_json(path), splits)
+        case "vqa":
+            return read_vqa(path, read_json(path), (file.as_posix() for file in images_in(folder)))
+        case _:
+            return (entry for table in _tables(path) for entry in read_bulk(table, folder if moved else None))
+
+
+def _read_columns(
+    path: Path, kind: Kind, image_column: str | None, caption_columns: Sequence[str], splits: Sequence[str]
+) -> Iterator[Entry | SkippedEntry]:
+    """Yield the rows of tables or of the metadata of an imagefolder."""
+    if kind == "imagefolder":
+        yield from read_imagefolder(path, image_column, caption_columns)
+        return
     image_columns = (image_column,) if image_column else IMAGE_COLUMNS
     row_splits = () if path.is_dir() else splits
     for table in _tables(path, splits):

@@ -43,25 +43,18 @@ def read_table(
         SourceError: if the file is not what its suffix says, or lacks the columns or a split.
     """
     lacking, image_column, groups = None, None, tuple[tuple[str, ...], ...]()
-    is_json, found = path.suffix.lower() in JSON_SUFFIXES, set[str]()
     missing = MISSING if _is_text_table(path) else ()
-    for number, row in enumerate(_rows(path, image_columns, caption_columns), 1):
+    for number, row in _select(path, _rows(path, image_columns, caption_columns), splits):
         if isinstance(row, SkippedEntry):
             yield row
             continue
-        if splits:
-            split_column = find_column(row, ("split",))
-            split = None if split_column is None else str(row[split_column])
-            found |= set() if split is None else {split}
-            if split not in splits:
-                continue
         source = f"{path.name}, row {number}"
         if image_column not in row:
             image_column = find_column(row, image_columns) or image_column
         groups = _caption_groups(tuple(row), tuple(caption_columns)) or groups
         if image_column is None or not groups:
             lacking = lacking or _missing_columns(path, row, image_columns, caption_columns)
-            if not is_json:  # whose rows have each its own columns
+            if path.suffix.lower() not in JSON_SUFFIXES:  # in JSON, each row has its own columns
                 break
             yield bad_row(source, f"its columns are {_quote(row)}")
             continue
@@ -74,6 +67,21 @@ def read_table(
         yield _entry(path, source, image_column, image, captions, row)
     if lacking is not None and (image_column is None or not groups):
         raise lacking
+
+
+def _select(
+    path: Path, rows: Iterator[dict[str, Any] | SkippedEntry], splits: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any] | SkippedEntry]]:
+    """Yield the rows of the splits, or all, with their numbers from 1."""
+    found = set[str]()
+    for number, row in enumerate(rows, 1):
+        if splits and isinstance(row, dict):
+            column = find_column(row, ("split",))
+            if column is not None:
+                found.add(str(row[column]))
+            if column is None or str(row[column]) not in splits:
+                continue
+        yield number, row
     if absent := [split for split in splits if split not in found]:
         there = f"no row of the split {absent[0]}, but of {_quote(sorted(found)[:20])}" if found else "no column split"
         raise SourceError(f"{path} has {there}")
