@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from contracap.data import remote
 from contracap.data.patterns import expand
-from contracap.data.remote import RemoteError, opened
+from contracap.data.remote import RemoteError, open_file
 from contracap.data.shards import ShardError, list_shards, records, write_shard
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 def content_of(url: str) -> bytes:
     def read() -> bytes:
-        with opened(url) as stream:
+        with open_file(url) as stream:
             return b"".join(iter(lambda: stream.read(50_000), b""))
 
     return within(20, read)

@@ -77,15 +77,15 @@ class DataConfig:
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
-        """Return the mixture; a single data set is a mixture of one, `train`."""
-        return self.train if isinstance(self.train, dict) else {"train": SourceConfig(shards=self.train)}
+        """Return the mixture by the keys of the recipe; a single data set is a mixture of one."""
+        if isinstance(self.train, dict):
+            return {f"data.train.{name}": source for name, source in self.train.items()}
+        return {"data.train": SourceConfig(shards=self.train)}
 
     @property
     def training_paths(self) -> dict[str, str | tuple[str, ...]]:
         """Return the paths of each source's shards, by their key in the recipe."""
-        if isinstance(self.train, dict):
-            return {f"data.train.{name}": source.shards for name, source in self.train.items()}
-        return {"data.train": self.train}
+        return {key: source.shards for key, source in self.sources.items()}
 
     @property
     def stream_count(self) -> int:

@@ -85,9 +85,9 @@ def read_source(
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of images: {folder}")
     if kind in ("table", "imagefolder"):
-        entries = _read_columns(path, kind, image_column, caption_columns, splits)
+        entries = _read_tables(path, kind, image_column, caption_columns, splits)
     else:
-        entries = _read(path, kind, folder, splits, caption_lines, moved=bool(images))
+        entries = _read_entries(path, kind, folder, splits, caption_lines, moved=bool(images))
     contents = _merge(entries, kind, folder, may_be_elsewhere=kind == "table" and not images)
     if not contents.entries and not contents.skipped:
         raise SourceError(f"{path}, read as {kind}, holds nothing")
@@ -107,7 +107,7 @@ def find_image(entry: Entry) -> Path | None:
     return next((Path(spelling) for spelling in spellings if os.path.isfile(spelling)), None)
 
 
-def _read(
+def _read_entries(
     path: Path, kind: Kind, folder: Path, splits: Sequence[str], caption_lines: bool, *, moved: bool
 ) -> Iterator[Entry | SkippedEntry]:
     """Return the entries of a source without columns to choose from."""
@@ -126,7 +126,7 @@ def _read(
             return (entry for table in _tables(path) for entry in read_bulk(table, folder if moved else None))
 
 
-def _read_columns(
+def _read_tables(
     path: Path, kind: Kind, image_column: str | None, caption_columns: Sequence[str], splits: Sequence[str]
 ) -> Iterator[Entry | SkippedEntry]:
     """Yield the rows of tables or of the metadata of an imagefolder."""
