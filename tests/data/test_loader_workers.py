@@ -197,7 +197,7 @@ def test_workers_stay_when_all_processes_are_asked_to_end() -> None:
 def test_workers_end_with_the_process_that_asks() -> None:
     process = multiprocessing.get_context("spawn").Process(target=kill_this_process)
     process.start()
-    process.join(60)
+    process.join(300)
     # The sentinel of a process is a pipe that its children inherit: it is ready when they, too, have ended.
     assert process.exitcode == -signal.SIGKILL and multiprocessing.connection.wait([process.sentinel], QUICKLY)
 
@@ -227,7 +227,7 @@ made = run_workers(make, 2)
 next(made)
 """
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=300).returncode == 0
     assert not list(tmp_path.iterdir())
 
 
@@ -298,7 +298,7 @@ made = run_workers(lambda worker, workers: count(), 2)
 next(made)
 1 / 0
 """
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60).returncode == 1
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300).returncode == 1
 
 
 kept: list[Iterator[Any]] = []
@@ -312,5 +312,5 @@ def keep_workers() -> None:
 def test_a_process_of_a_program_ends_though_it_refers_to_the_workers() -> None:
     process = multiprocessing.get_context("spawn").Process(target=keep_workers)
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0

@@ -14,7 +14,7 @@ def sample(**fields: Any) -> Sample:
     return Sample(key="7", image=b"", captions=(), fields=fields, shard="0.tar")
 
 
-def write(folder: Path, *, version: str = "v2_", pictures: tuple[int, ...] = (42, 7), **answer: str) -> Path:
+def write(folder: Path, *, version: str = "v2_", images: tuple[int, ...] = (42, 7), **answer: str) -> Path:
     """Files as VQAv2 and OK-VQA lay them out, about the images 42 and 7."""
     asked = [(420, 42, "what is it?"), (70, 7, "is it red?"), (421, 42, "how many?")]
     said = [
@@ -32,7 +32,7 @@ def write(folder: Path, *, version: str = "v2_", pictures: tuple[int, ...] = (42
     path.write_text(json.dumps({"questions": put}))
     (folder / f"{version}mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": said}))
     (folder / "val2014").mkdir(exist_ok=True)
-    for picture in pictures:
+    for picture in images:
         (folder / "val2014" / f"COCO_val2014_{picture:012d}.jpg").write_bytes(b"picture %d" % picture)
     return path
 

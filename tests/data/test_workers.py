@@ -26,9 +26,10 @@ def test_tasks_are_taken_no_faster_than_they_are_done() -> None:
 
     results = in_processes(abs, tasks(), 2)
     next(results)
-    assert len(taken) == 3
+    assert 3 <= len(taken) <= 4  # the two that were begun may be done at once
+    before = len(taken)
     results.close()  # type: ignore[attr-defined]
-    assert len(taken) == 3
+    assert len(taken) == before
 
 
 def test_error_of_a_task_is_raised_and_ends_the_work() -> None:
