@@ -79,7 +79,7 @@ def test_stopping_ends_the_threads_and_closes_the_items() -> None:
     read = in_threads(str, items(), workers=3, ahead=2)
     next(read)
     read.close()
-    assert closed.is_set() and threading.active_count() == threads
+    assert closed.is_set() and threading.active_count() <= threads
 
 
 def test_a_thread_that_waits_for_a_silent_server_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,4 +133,4 @@ def test_an_error_is_raised_in_its_place_and_leaves_no_thread(failing: str) -> N
             if number == 2 and failing.startswith("nothing"):
                 break
     assert taken == [0, 1, 2]
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
