@@ -22,8 +22,8 @@ from contracap.apps.quickstart import (
 )
 from contracap.data.drawing import scene_records
 from contracap.data.grammar import describe
+from contracap.data.samples import Sample
 from contracap.data.scenes import PAIRS, random_scene, twin_scenes
-from contracap.data.shards import Sample
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
 from contracap.tokenizer import Tokenizer, text_lengths

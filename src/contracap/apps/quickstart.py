@@ -31,6 +31,7 @@ from contracap.config import to_dict
 from contracap.data.drawing import scene_records, write_training_shards
 from contracap.data.grammar import COLOR_TEMPLATES, SHAPE_TEMPLATES, parse
 from contracap.data.loader import evaluation_samples
+from contracap.data.samples import Sample
 from contracap.data.scenes import (
     COLORS,
     HELD_OUT,
@@ -40,7 +41,7 @@ from contracap.data.scenes import (
     single_scenes,
     twin_scenes,
 )
-from contracap.data.shards import Sample, write_shard
+from contracap.data.shards import write_shard
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features, evaluate_retrieval
 from contracap.evaluation.zeroshot import evaluate_zeroshot

@@ -63,8 +63,8 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         shards += f", {survey.shards_read:,} of them opened"
         total = "an unknown number" if survey.total_samples is None else f"{survey.total_samples:,}"
         samples = f"the first {samples} of {total}; what follows is about these"
-    if survey.captions_per_picture:
-        fewest, most = min(survey.captions_per_picture), max(survey.captions_per_picture)
+    if survey.captions_per_image:
+        fewest, most = min(survey.captions_per_image), max(survey.captions_per_image)
         captions += f", {fewest if fewest == most else f'{fewest} to {most}'} an image"
     if survey.captions_of_lines:
         captions += f"; {survey.captions_of_lines:,} have line breaks: if each line is a caption, store them as a list"
@@ -80,7 +80,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         ),
         (
             "repeated",
-            f"{survey.repeated_pictures:,} images ({_percent(share(survey.repeated_pictures, survey.pictures))}), "
+            f"{survey.repeated_images:,} images ({_percent(share(survey.repeated_images, survey.images))}), "
             f"{survey.repeated_captions:,} captions ({_percent(share(survey.repeated_captions, survey.captions))})",
         ),
         ("skipped", skipped or "none"),

@@ -10,7 +10,7 @@ from contracap.apps.compare.figure import require_matplotlib
 from contracap.apps.compare.results import load_result
 from contracap.apps.compare.writing import write
 from contracap.config import ConfigError, build, require_paths, to_dict
-from contracap.data.remote import require_consent
+from contracap.data.patterns import require_consent
 from contracap.data.shards import list_shards
 from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.suite import build_evaluators, build_suite, measure_tasks

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from contracap.config import ConfigError, build, load_toml, require_paths, to_dict
 from contracap.data.config import DataConfig
-from contracap.data.index import samples_in
-from contracap.data.remote import commands_in
+from contracap.data.counts import samples_in
+from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
 from contracap.evaluation.suite import EvaluationConfig
 from contracap.losses import LossConfig

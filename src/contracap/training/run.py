@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from contracap.data.batch import Batch
-from contracap.data.loader import TrainingBatches, joined_states
+from contracap.data.loader import TrainingBatches, join_states
 from contracap.data.order import OrderError
 from contracap.evaluation.result import Evaluator, Result
 from contracap.parallel import Agreement
@@ -177,7 +177,7 @@ class Run:
             self.record_skips()
             with self.keep_write_errors():
                 self.monitor.write_spikes()
-            self.writer.save(self.state, joined_states(self.state.process_group.all_gather(self.batches.state_dict())))
+            self.writer.save(self.state, join_states(self.state.process_group.all_gather(self.batches.state_dict())))
 
     def stop_if_asked(self, *, at_once: bool = False) -> None:
         """End the run on every rank if one of them was asked to stop, or cannot write.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from contracap.config import flat, to_dict
-from contracap.data.remote import commands_in
+from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
 from contracap.images import ImageConfig
 from contracap.model.coca import CoCa

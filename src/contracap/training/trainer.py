@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 from contracap.config import to_dict, to_toml
 from contracap.data.loader import TrainingBatches
-from contracap.data.remote import require_consent
+from contracap.data.patterns import require_consent
 from contracap.evaluation.suite import build_suite
 from contracap.files import write_text
 from contracap.images import ImageConfig
@@ -107,7 +107,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
         tokenizer=processor.tokenizer,
         seed=recipe.seed,
         rank=process_group.rank,
-        ranks=process_group.world_size,
+        world_size=process_group.world_size,
         waiting=shutdown.at_once if process_group.world_size == 1 else nullcontext,
     )
     # Everything that a later step reads or needs is looked for now, not hours later.

@@ -49,8 +49,8 @@ def write(table: Table, *batches: list[tuple[Item, Row]]) -> None:
 
 def captions(path: Path) -> list[tuple[str, ...]]:
     """Image names, without folders, and captions, read by the reader of sources that makes shards."""
-    found = read_source(path, kind="table" if path.is_file() else "imagefolder").items
-    return [(Path(item.picture).name, *item.captions) for item in found]
+    found = read_source(path, kind="table" if path.is_file() else "imagefolder").entries
+    return [(Path(item.path).name, *item.captions) for item in found]
 
 
 @pytest.mark.parametrize("kind", FORMATS)

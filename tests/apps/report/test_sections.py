@@ -6,7 +6,7 @@ from PIL import Image
 from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
 from contracap.apps.report.sections import caption_parts, confusion_parts, spread
 from contracap.apps.report.thumbnails import SIDE, read_samples, thumbnail
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.retrieval import Features
 from tests.evaluation.worlds import sample

@@ -23,9 +23,9 @@ from contracap.apps.bulk.output_config import caption_config
 from contracap.apps.bulk.rows import caption_rows
 from contracap.apps.bulk.tables import ROW_GROUP
 from contracap.config import require_count
+from contracap.data.image_files import SkippedFiles
 from contracap.data.remote import WEB
 from contracap.data.shards import ShardError
-from contracap.data.walk import PassedOver
 from contracap.files import path_text
 from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
@@ -145,7 +145,7 @@ class PartWriter:
             ValueError: if the model gives numbers that are not finite.
         """
         rows, unreadable = 0, list[str]()
-        passed = PassedOver()
+        passed = SkippedFiles()
         try:
             with (
                 folder.writing(part_name(shard)) as path,
@@ -177,7 +177,7 @@ class PartWriter:
     def _key(shard: str, item: Item) -> str:
         return item.name.removeprefix(f"{path_text(shard)}/")
 
-    def _batches(self, shard: str, passed: PassedOver) -> Generator[ImageBatch, None, None]:
+    def _batches(self, shard: str, passed: SkippedFiles) -> Generator[ImageBatch, None, None]:
         image, batch_size = self._processor.image_config, self._config.batch_size
         return image_batches(images_of(shard, passed), image, batch_size=batch_size, workers=self._threads)
 

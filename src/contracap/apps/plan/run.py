@@ -12,7 +12,7 @@ from contracap.apps.plan.speed import SampleFlops, sample_flops, step_seconds
 from contracap.apps.plan.texts import caption_texts
 from contracap.apps.plan.traffic import KINDS, bytes_by_kind
 from contracap.config import require_count
-from contracap.data.remote import require_consent
+from contracap.data.patterns import require_consent
 from contracap.training.flops import TextLengths
 from contracap.training.gpus import find_gpu
 from contracap.training.recipe import Recipe, in_steps

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from contracap.apps.page import Html, table, verdict
 from contracap.apps.report.thumbnails import thumbnail_tag
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.evaluation.retrieval import Features
 
 PLACES = ("1st", "2nd", "3rd", "4th", "5th")

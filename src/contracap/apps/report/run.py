@@ -15,7 +15,7 @@ from contracap.apps.report.sections import sections_of
 from contracap.config import build
 from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
-from contracap.data.remote import require_consent
+from contracap.data.patterns import require_consent
 from contracap.evaluation.captioning import evaluate_captioning
 from contracap.evaluation.features import Source, opened
 from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected

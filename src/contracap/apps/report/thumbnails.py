@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from PIL import Image
 
 from contracap.apps.page import Html, image_tag
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.evaluation.features import Source, sample_batches
 from contracap.images import decode
 
