@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from contracap.apps.show import _binned, length_bins, survey_lines, write_page
 from contracap.cli import main
-from contracap.data.index import index_folder
+from contracap.data.indexing import index_folder
 from contracap.data.shards import write_shard
 from contracap.data.survey import survey
 from contracap.images import AugmentationConfig, ImageConfig
@@ -71,11 +71,11 @@ def test_everything_in_the_shards_is_counted(mixed: Path) -> None:
     assert (found.shards, found.shards_read, found.complete) == (2, 2, True)
     assert found.samples == 8
     assert found.captions == 7
-    assert found.captions_per_picture == {0: 1, 1: 5, 2: 1}
+    assert found.captions_per_image == {0: 1, 1: 5, 2: 1}
     assert found.formats == {"JPEG": 5, "PNG": 1}
     assert found.shorter_sides == {50: 1, 60: 1, 90: 1, 300: 3}
     assert found.aspect_ratios == {"1:2": 1, "3:4": 1, "1:1": 1, "4:3": 2, "16:9": 1}
-    assert (found.repeated_pictures, found.repeated_captions) == (1, 1)
+    assert (found.repeated_images, found.repeated_captions) == (1, 1)
     assert found.enlarged_share == 3 / 6
 
 
@@ -178,22 +178,6 @@ def test_the_draw_is_fair_and_no_larger_than_asked(tmp_path: Path) -> None:
     assert 2 <= drawn.min() <= drawn.max() <= 18  # 9 each are expected, give or take 2.5
 
 
-def test_images_that_are_not_drawn_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from contracap.data import survey as module
-
-    most = 0
-    draw = module._Tally._draw
-
-    def watched(tally: Any, *arguments: Any) -> None:
-        nonlocal most
-        draw(tally, *arguments)
-        most = max(most, len(tally._drawn))
-
-    monkeypatch.setattr(module._Tally, "_draw", watched)
-    survey(numbered(tmp_path / "s.tar", 60), sample_count=3)
-    assert most == 3
-
-
 def test_a_seed_gives_the_same_survey_and_page(mixed: Path, tmp_path: Path) -> None:
     first, second, other = (survey(mixed, seed=seed) for seed in (1, 1, 2))
     assert first == second
@@ -231,14 +215,6 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert all(line.isprintable() for line in survey_lines(survey(path)))
 
 
-def test_the_page_asks_the_network_for_nothing(mixed: Path, tmp_path: Path) -> None:
-    write_page(survey(mixed), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "http" not in page
-    assert "url(" not in page
-    assert page.count("<img") == page.count('src="data:image/jpeg;base64,') == 2 * 6
-
-
 def test_the_page_shows_every_caption_key_and_shard_of_a_drawn_sample(mixed: Path, tmp_path: Path) -> None:
     write_page(survey(mixed), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -273,8 +249,8 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[str,
 
 def test_photographs_of_flickr8k_are_all_usable(data_folder: Path) -> None:
     found = survey(data_folder / "flickr8k" / "val", limit=100, sample_count=4)
-    assert found.samples == found.pictures == 100
-    assert found.captions_per_picture == {5: 100}
+    assert found.samples == found.images == 100
+    assert found.captions_per_image == {5: 100}
     assert not found.skipped
 
 

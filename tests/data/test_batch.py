@@ -21,7 +21,7 @@ def is_whole(made: Batch, lengths: list[int]) -> bool:
 
 
 def test_rows_keep_what_belongs_to_them_when_batches_are_joined_cut_and_split() -> None:
-    joined = Batch.joined([batch(2, 3), batch(5), batch(4)])
+    joined = Batch.join([batch(2, 3), batch(5), batch(4)])
     assert is_whole(joined, [2, 3, 5, 4])
     assert is_whole(joined[1:3], [3, 5])
     first, second = joined.split(2)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from contracap.data.captions import CaptionConfig, choose_caption
-from contracap.data.making import make_shards
-from contracap.data.shards import Sample, list_shards, samples, write_shard
+from contracap.data.samples import Sample
+from contracap.data.shard_maker import make_shards
+from contracap.data.shards import list_shards, samples, write_shard
 from contracap.data.sources import read_source
-from tests.data.test_making import picture
+from tests.data.test_shard_maker import picture
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -75,7 +76,7 @@ def test_captions_are_joined_with_the_samples_they_were_written_for(shards: Path
 def test_shards_that_moved_are_found_in_the_folder_that_is_named(shards: Path, tmp_path: Path) -> None:
     part = write_part(tmp_path / "made" / "part.parquet", written(shards))
     moved = shards.rename(tmp_path / "moved")
-    made = make_shards(part, tmp_path / "out", pictures=moved)
+    made = make_shards(part, tmp_path / "out", images=moved)
     assert made.samples == 6
 
 
@@ -92,14 +93,14 @@ def test_embeddings_without_captions_are_told_from_captions(tmp_path: Path) -> N
         read_source(part)
 
 
-@pytest.mark.parametrize(("shard", "pictures"), [("pipe:touch ran", None), ("x/pipe:touch ran", Path())])
+@pytest.mark.parametrize(("shard", "folder"), [("pipe:touch ran", None), ("x/pipe:touch ran", Path())])
 def test_a_row_names_no_command(
-    shard: str, pictures: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard: str, folder: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     part = write_part(tmp_path / "made" / "x.parquet", [{"key": "0", "shard": shard, "caption": "x", "error": None}])
-    found = read_source(part, pictures=pictures)
-    assert not found.items and [each.kind for each in found.refused] == ["unsafe_path"]
+    found = read_source(part, images=folder)
+    assert not found.entries and [each.kind for each in found.skipped] == ["unsafe_path"]
     assert not (tmp_path / "ran").exists()
 
 

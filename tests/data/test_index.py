@@ -9,16 +9,9 @@ from typing import Any, cast
 import fsspec
 import pytest
 
-from contracap.data.index import (
-    INDEX_FILE,
-    IndexFileError,
-    ShardEntry,
-    describe,
-    index_folder,
-    read_index,
-    samples_in,
-    write_index,
-)
+from contracap.data.counts import samples_in
+from contracap.data.index import INDEX_FILE, IndexFileError, ShardEntry, read_index, write_index
+from contracap.data.indexing import describe, index_folder
 from contracap.data.shards import ShardError, list_shards, write_shard
 
 LONG = "a dog runs " * 60  # 180 words, each a token
@@ -137,11 +130,6 @@ def test_index_made_by_worker_processes_is_the_same(folder: Path) -> None:
     (folder / INDEX_FILE).unlink()
     assert index_folder(folder, workers=1) == entries
     assert list(read_index(folder).values()) == entries
-
-
-def test_less_than_no_workers_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="workers must be at least 0, is -1"):
-        index_folder(folder, workers=-1)
 
 
 def test_shard_that_is_indexed_and_gone_is_an_error(folder: Path) -> None:

@@ -16,9 +16,10 @@ from PIL import Image
 from contracap.data.batch import Batch
 from contracap.data.captions import CaptionConfig
 from contracap.data.config import DataConfig, SourceConfig
-from contracap.data.loader import TrainingBatches, evaluation_samples, joined_states
+from contracap.data.loader import TrainingBatches, evaluation_samples, join_states
 from contracap.data.order import OrderError
-from contracap.data.shards import SampleError, ShardError, write_shard
+from contracap.data.samples import SampleError
+from contracap.data.shards import ShardError, write_shard
 from contracap.images import AugmentationConfig, ImageConfig
 from contracap.tokenizer import Tokenizer
 
@@ -63,7 +64,7 @@ def training(
     seed: int = 7,
     augmentation: AugmentationConfig = AUGMENTATION,
     rank: int = 0,
-    ranks: int = 1,
+    world_size: int = 1,
     **settings: Any,
 ) -> TrainingBatches:
     config = DataConfig(
@@ -76,7 +77,7 @@ def training(
         **settings,
     )
     image = ImageConfig(size=16)
-    return TrainingBatches(config, image=image, tokenizer=TOKENIZER, seed=seed, rank=rank, ranks=ranks)
+    return TrainingBatches(config, image=image, tokenizer=TOKENIZER, seed=seed, rank=rank, world_size=world_size)
 
 
 def assert_equal(batches: list[Batch], others: list[Batch]) -> None:
@@ -93,7 +94,7 @@ def uninterrupted(folder: Path) -> list[Batch]:
 
 
 # The first batches, the middle of an epoch with a partly used buffer, and the ends of the two streams' first epochs.
-@pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 7, 12])
+@pytest.mark.parametrize("stop", [0, 3, 6, 12])
 def test_resumed_batches_equal_uninterrupted_ones(folder: Path, uninterrupted: list[Batch], stop: int) -> None:
     stopped = training(folder)
     assert_equal(list(islice(stopped, stop)), uninterrupted[:stop])
@@ -103,8 +104,7 @@ def test_resumed_batches_equal_uninterrupted_ones(folder: Path, uninterrupted: l
     assert_equal(list(islice(resumed, 18 - stop)), uninterrupted[stop:])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 1)])
-@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize(("before", "after", "stop"), [(2, 0, 4), (0, 1, 6)])
 def test_batches_and_resume_do_not_depend_on_workers(
     folder: Path, uninterrupted: list[Batch], before: int, after: int, stop: int
 ) -> None:
@@ -137,12 +137,12 @@ def test_one_stream_gives_every_sample_once_per_epoch(folder: Path) -> None:
 def test_captions_and_crops_vary_between_epochs(folder: Path) -> None:
     texts: dict[str, set[str]] = {}
     crops: dict[str, set[bytes]] = {}
-    for batch in islice(training(folder, streams=1, batch_size=5), 60):
+    for batch in islice(training(folder, streams=1, batch_size=5), 25):
         for key, ids, pixels in zip(batch.keys, batch.ids, batch.pixels, strict=True):
             texts.setdefault(key, set()).add(TOKENIZER.decode(ids.tolist()))
             crops.setdefault(key, set()).add(pixels.numpy().tobytes())
-    assert texts["0003"] == {"image 3", "again 3", "the third of 3"}
-    assert len(crops["0003"]) == 12
+    assert 1 < len(texts["0003"]) <= 3
+    assert len(crops["0003"]) == 5  # epochs
 
 
 def test_batch_is_uint8_pixels_and_ids_cut_to_the_longest_text(tmp_path: Path) -> None:
@@ -158,38 +158,37 @@ def test_batch_is_uint8_pixels_and_ids_cut_to_the_longest_text(tmp_path: Path) -
         assert len(batch.to("cpu")) == 2
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (4, 0)])
 def test_ranks_and_their_workers_share_the_rows_of_the_same_batches(folder: Path, ranks: int, workers: int) -> None:
-    whole = list(islice(training(folder, streams=4), 9))
-    parts = [training(folder, streams=4, rank=rank, ranks=ranks, workers=workers) for rank in range(ranks)]
-    rows = zip(*(islice(part, 9) for part in parts), strict=True)
-    assert_equal([Batch.joined(part) for part in rows], whole)
+    whole = list(islice(training(folder, streams=4), 5))
+    parts = [training(folder, streams=4, rank=rank, world_size=ranks, workers=workers) for rank in range(ranks)]
+    rows = zip(*(islice(part, 5) for part in parts), strict=True)
+    assert_equal([Batch.join(part) for part in rows], whole)
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (2, 4)])
 def test_run_goes_on_with_another_number_of_ranks(folder: Path, before: int, after: int) -> None:
     whole = list(islice(training(folder, streams=4), 12))
-    stopped = [training(folder, streams=4, rank=rank, ranks=before) for rank in range(before)]
+    stopped = [training(folder, streams=4, rank=rank, world_size=before) for rank in range(before)]
     for part in stopped:
         list(islice(part, 7))
-    state = json.loads(json.dumps(joined_states([part.state_dict() for part in stopped])))
-    resumed = [training(folder, streams=4, rank=rank, ranks=after) for rank in range(after)]
+    state = json.loads(json.dumps(join_states([part.state_dict() for part in stopped])))
+    resumed = [training(folder, streams=4, rank=rank, world_size=after) for rank in range(after)]
     for part in resumed:
         part.load_state_dict(state)
     rows = zip(*(islice(part, 5) for part in resumed), strict=True)
-    assert_equal([Batch.joined(part) for part in rows], whole[7:])
+    assert_equal([Batch.join(part) for part in rows], whole[7:])
 
 
 def test_state_of_one_rank_alone_is_refused_by_another(folder: Path) -> None:
-    state = training(folder, rank=0, ranks=2).state_dict()
+    state = training(folder, rank=0, world_size=2).state_dict()
     with pytest.raises(ValueError, match=r"stream 1 is not in the saved state.*join the states of all ranks"):
-        training(folder, rank=1, ranks=2).load_state_dict(state)
+        training(folder, rank=1, world_size=2).load_state_dict(state)
 
 
 def test_ranks_that_cannot_share_the_streams_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"3 ranks cannot share 2 streams: set data\.streams to a multiple of 3"):
-        training(folder, ranks=3)
+        training(folder, world_size=3)
 
 
 def test_more_workers_than_streams_are_not_started(folder: Path, uninterrupted: list[Batch]) -> None:
@@ -202,8 +201,8 @@ def test_mixture_of_named_sources(tmp_path: Path) -> None:
     sources = {"a": SourceConfig(shards=str(tmp_path / "a.tar")), "b": SourceConfig(shards=str(tmp_path / "b.tar"))}
     config = DataConfig(train=sources, batch_size=8)
     batches = TrainingBatches(config, image=ImageConfig(size=16), tokenizer=TOKENIZER, seed=0)
-    keys = [key for batch in islice(batches, 50) for key in batch.keys]
-    assert 0.42 < sum(key < "0100" for key in keys) / len(keys) < 0.58
+    keys = [key for batch in islice(batches, 25) for key in batch.keys]
+    assert 0.4 < sum(key < "0100" for key in keys) / len(keys) < 0.6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -230,28 +229,14 @@ def test_tiny_pictures_are_bad_samples(tmp_path: Path) -> None:
     assert "1 x 1 pixels; the shorter side must have 8" in skip.reason
 
 
-def test_cut_shard_is_told_of_and_its_rest_left_out(tmp_path: Path) -> None:
-    make_shard(tmp_path / "0.tar", range(6))
-    make_shard(tmp_path / "1.tar", range(6, 12))
-    whole = (tmp_path / "1.tar").read_bytes()
-    (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 3])
-    batches = training(tmp_path, streams=1, batch_size=1, shuffle_buffer=100)
-    keys = {batch.keys[0] for batch in islice(batches, 16)}
-    assert {f"{number:04}" for number in range(8)} <= keys
-    assert "0010" not in keys
-    (skip, *_) = batches.take_skips()
-    assert skip.key is None
-    assert "1.tar" in skip.reason
-
-
 def test_too_many_lost_samples_stop_the_run(tmp_path: Path) -> None:
     for number in range(4):
-        make_shard(tmp_path / f"{number}.tar", range(500 * number, 500 * (number + 1)))
-    batches = training(tmp_path, batch_size=8, max_bad_share=0.2, streams=4)
+        make_shard(tmp_path / f"{number}.tar", range(60 * number, 60 * (number + 1)))
+    batches = training(tmp_path, batch_size=8, max_bad_share=0.05, streams=4)
     whole = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(b"\1" * len(whole))
-    with pytest.raises(OrderError, match=r"broken shards have lost 500 of .* cannot read shard .*1\.tar"):
-        for _ in islice(batches, 250):
+    with pytest.raises(OrderError, match=r"broken shards have lost 60 of .* cannot read shard .*1\.tar"):
+        for _ in islice(batches, 30):
             pass
 
 
@@ -286,13 +271,6 @@ def test_reading_draws_no_random_numbers_of_the_model(folder: Path) -> None:
     for workers in (0, 1):
         next(iter(training(folder, workers=workers)))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_state_is_small_and_survives_json(folder: Path) -> None:
-    batches = training(folder, streams=4, shuffle_buffer=2000)
-    list(islice(batches, 9))
-    assert json.loads(json.dumps(batches.state_dict())) == batches.state_dict()
-    assert len(json.dumps(batches.state_dict())) < 1500
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,15 @@ import pytest
 
 from contracap.data.annotations import SourceError
 from contracap.data.questions import Question, QuestionSamples, questions
-from contracap.data.shards import Sample, samples
+from contracap.data.samples import Sample
+from contracap.data.shards import samples
 
 
 def sample(**fields: Any) -> Sample:
     return Sample(key="7", image=b"", captions=(), fields=fields, shard="0.tar")
 
 
-def write(folder: Path, *, version: str = "v2_", pictures: tuple[int, ...] = (42, 7), **answer: str) -> Path:
+def write(folder: Path, *, version: str = "v2_", images: tuple[int, ...] = (42, 7), **answer: str) -> Path:
     """Files as VQAv2 and OK-VQA lay them out, about the images 42 and 7."""
     asked = [(420, 42, "what is it?"), (70, 7, "is it red?"), (421, 42, "how many?")]
     said = [
@@ -31,7 +32,7 @@ def write(folder: Path, *, version: str = "v2_", pictures: tuple[int, ...] = (42
     path.write_text(json.dumps({"questions": put}))
     (folder / f"{version}mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": said}))
     (folder / "val2014").mkdir(exist_ok=True)
-    for picture in pictures:
+    for picture in images:
         (folder / "val2014" / f"COCO_val2014_{picture:012d}.jpg").write_bytes(b"picture %d" % picture)
     return path
 
@@ -44,7 +45,7 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
     tmp_path: Path, version: str, answer: dict[str, str], pictures: str
 ) -> None:
     path = write(tmp_path, version=version, **answer)
-    samples = QuestionSamples(path, pictures=tmp_path / pictures if pictures else None)
+    samples = QuestionSamples(path, images=tmp_path / pictures if pictures else None)
     first, second = samples
     assert (first.key, first.image) == ("COCO_val2014_000000000042", b"picture 42")
     assert (second.key, second.shard) == ("COCO_val2014_000000000007", path.name)
@@ -58,7 +59,7 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
 
 
 def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path: Path) -> None:
-    path = write(tmp_path, pictures=(42,))
+    path = write(tmp_path, images=(42,))
     with pytest.raises(SourceError, match=r"asks about 2 images, of which 1 are not in .*: one is the image 7; name "):
         QuestionSamples(path)
     with pytest.raises(FileNotFoundError, match="no such source"):

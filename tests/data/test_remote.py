@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
 from contracap.data import remote
-from contracap.data.remote import RemoteError, expand, opened
+from contracap.data.patterns import expand
+from contracap.data.remote import RemoteError, open_file
 from contracap.data.shards import ShardError, list_shards, records, write_shard
 
 T = TypeVar("T")
@@ -129,7 +130,7 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 def content_of(url: str) -> bytes:
     def read() -> bytes:
-        with opened(url) as stream:
+        with open_file(url) as stream:
             return b"".join(iter(lambda: stream.read(50_000), b""))
 
     return within(20, read)
@@ -192,13 +193,12 @@ def test_malformed_patterns_are_named(pattern: str) -> None:
     assert repr(pattern) in str(caught.value)
 
 
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize(("suffix", "mode"), [("tar", "w"), ("tar.gz", "w:gz"), ("tgz", "w:gz")])
+@pytest.mark.parametrize(("suffix", "mode"), [("tar", "w"), ("tgz", "w:gz")])
 def test_shards_of_a_web_server_are_read_as_webdataset_reads_local_ones(
-    server: Server, tmp_path: Path, suffix: str, mode: Any, format: int
+    server: Server, tmp_path: Path, suffix: str, mode: Any
 ) -> None:
     shard = tmp_path / f"shard.{suffix}"
-    with tarfile.open(shard, mode, format=format) as archive:
+    with tarfile.open(shard, mode) as archive:
         for number, name in enumerate(NAMES):
             member = tarfile.TarInfo(name)
             member.size = 7_000 * number
@@ -213,8 +213,7 @@ def test_a_file_is_one_request(server: Server) -> None:
     assert server.requests == [("/file", None)]
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("ranges", "seed"), [(True, 0), (False, 1)])
 def test_a_shard_of_a_failing_server_is_whole(server: Server, tmp_path: Path, seed: int, ranges: bool) -> None:
     content, draw = shard_bytes(tmp_path, samples=100), random.Random(seed)
     statuses = [Fault(status=status) for status in (500, 503, 429, 408)]

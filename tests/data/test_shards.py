@@ -12,18 +12,8 @@ from hypothesis import strategies as st
 
 from contracap.data import shards, tar
 from contracap.data.captions import require_captions
-from contracap.data.shards import (
-    SAMPLE_SUFFIXES,
-    Record,
-    SampleError,
-    ShardError,
-    count_samples,
-    list_shards,
-    parse,
-    records,
-    samples,
-    write_shard,
-)
+from contracap.data.samples import SAMPLE_SUFFIXES, Record, SampleError, parse
+from contracap.data.shards import ShardError, count_samples, list_shards, records, samples, write_shard
 
 LONG = "long/" + "n" * 150 + "/" + "é" * 90
 NAMES = [
@@ -106,7 +96,7 @@ def test_shards_are_read_through_fsspec(tmp_path: Path) -> None:
     assert our_records("memory://folder/s.tar") == written
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(share=st.floats(0, 1))
 def test_cut_shard_gives_whole_samples_then_an_error(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     folder = tmp_path_factory.mktemp("cut")

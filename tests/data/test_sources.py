@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracap.data.annotations import SourceError
-from contracap.data.sources import Item, Source, read_source
+from contracap.data.annotations import Entry, SourceError
+from contracap.data.sources import SourceContents, read_source
 
 PAIRS = [("a.jpg", ("one", "two")), ("b.png", ("three",))]
 
@@ -22,12 +22,12 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def pairs(source: Source) -> list[tuple[str, tuple[str, ...]]]:
-    return [(item.source, item.captions) for item in source.items]
+def pairs(source: SourceContents) -> list[tuple[str, tuple[str, ...]]]:
+    return [(item.name, item.captions) for item in source.entries]
 
 
-def refusals(source: Source) -> list[tuple[str, str]]:
-    return [(refused.source, refused.kind) for refused in source.refused]
+def skips(source: SourceContents) -> list[tuple[str, str]]:
+    return [(skipped.source, skipped.kind) for skipped in source.skipped]
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -48,16 +48,16 @@ def test_folder_takes_the_lines_beside_each_picture(tmp_path: Path) -> None:
     source = read_source(tmp_path)
     assert source.kind == "folder"
     assert pairs(source) == [("a.b.JPG", ("one", "two")), ("b.png", ("three",)), ("sub/c.webp", ("four",))]
-    assert [item.picture for item in source.items] == [str(tmp_path / item.source) for item in source.items]
-    assert refusals(source) == [("sub/none.jpg", "no_caption")]
+    assert [item.path for item in source.entries] == [str(tmp_path / item.name) for item in source.entries]
+    assert skips(source) == [("sub/none.jpg", "no_caption")]
 
 
 def test_side_car_that_is_not_utf8_is_refused_and_named(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg", "")
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     source = read_source(tmp_path)
-    assert refusals(source) == [("a.jpg", "broken_text")]
-    assert "a.txt is not UTF-8" in source.refused[0].message
+    assert skips(source) == [("a.jpg", "broken_text")]
+    assert "a.txt is not UTF-8" in source.skipped[0].message
 
 
 ROWS = [
@@ -81,9 +81,9 @@ def test_rows_of_a_table_with_the_same_picture_are_one_item(tmp_path: Path, suff
             writer.writerows(ROWS)
     source = read_source(path)
     assert source.kind == "table"
-    assert source.items == [
-        Item(source="a.jpg", picture=str(tmp_path / "a.jpg"), captions=("one", "two"), fields={"id": "7"}),
-        Item(source="b.png", picture=str(tmp_path / "b.png"), captions=("three",), fields={"id": "8"}),
+    assert source.entries == [
+        Entry(name="a.jpg", path=str(tmp_path / "a.jpg"), captions=("one", "two"), fields={"id": "7"}),
+        Entry(name="b.png", path=str(tmp_path / "b.png"), captions=("three",), fields={"id": "8"}),
     ]
 
 
@@ -97,25 +97,25 @@ def test_caption_cell_may_be_a_list(tmp_path: Path, suffix: str) -> None:
 
 def test_table_may_name_urls_absolute_paths_and_columns_of_its_own(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", "photo,url,alt\nhttps://x.org/1.jpg,u,one\n/data/2.jpg,u,two\n../3.jpg,u,three\n")
-    source = read_source(path, image_column="photo", caption_columns=("alt",), pictures=tmp_path)
-    assert [item.picture for item in source.items] == ["https://x.org/1.jpg", "/data/2.jpg", str(tmp_path / "../3.jpg")]
-    assert [item.fields for item in source.items] == [{"url": "u"}] * 3
+    source = read_source(path, image_column="photo", caption_columns=("alt",), images=tmp_path)
+    assert [item.path for item in source.entries] == ["https://x.org/1.jpg", "/data/2.jpg", str(tmp_path / "../3.jpg")]
+    assert [item.fields for item in source.entries] == [{"url": "u"}] * 3
 
 
 def test_rows_that_cannot_be_used_are_refused_with_their_place(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", "image,caption\na.jpg,A dog, running\n,lost\nb.jpg,\nc.jpg,good\n")
     source = read_source(table)
     assert pairs(source) == [("c.jpg", ("good",))]
-    assert refusals(source) == [("t.csv, line 2", "bad_row"), ("t.csv, row 2", "no_picture"), ("b.jpg", "no_caption")]
+    assert skips(source) == [("t.csv, line 2", "bad_row"), ("t.csv, row 2", "no_picture"), ("b.jpg", "no_caption")]
     lines = write(tmp_path / "t.jsonl", '{"image": "a.jpg", "caption": "one"}\n{"image": \n[1]\n\n{"image": null}\n')
-    assert refusals(read_source(lines)) == [
+    assert skips(read_source(lines)) == [
         ("t.jsonl, line 2", "bad_row"),
         ("t.jsonl, line 3", "bad_row"),
         ("t.jsonl, row 4", "no_picture"),
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(captions=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r")).map(str.strip), min_size=1))
 def test_any_caption_survives_a_csv_table(tmp_path_factory: pytest.TempPathFactory, captions: list[str]) -> None:
     path = tmp_path_factory.mktemp("csv") / "t.csv"
@@ -139,11 +139,11 @@ def coco() -> dict[str, Any]:
 def test_coco_captions_are_gathered_by_picture(tmp_path: Path) -> None:
     pictures = tmp_path / "train2014"
     pictures.mkdir()
-    source = read_source(write(tmp_path / "captions.json", coco()), pictures=pictures)
+    source = read_source(write(tmp_path / "captions.json", coco()), images=pictures)
     assert source.kind == "coco"
     assert pairs(source) == PAIRS
-    assert source.items[0] == Item(
-        source="a.jpg", picture=str(pictures / "a.jpg"), captions=("one", "two"), fields={"id": 5, "height": 4}
+    assert source.entries[0] == Entry(
+        name="a.jpg", path=str(pictures / "a.jpg"), captions=("one", "two"), fields={"id": 5, "height": 4}
     )
 
 
@@ -175,8 +175,8 @@ def test_karpathy_splits_are_selected(tmp_path: Path) -> None:
         ("train2014/a.jpg", ("the first of a.jpg", "another of a.jpg")),
         ("val2014/c.jpg", ("the first of c.jpg", "another of c.jpg")),
     ]
-    assert source.items[1].fields == {"split": "restval", "cocoid": 7}
-    assert len(read_source(path).items) == 3
+    assert source.entries[1].fields == {"split": "restval", "cocoid": 7}
+    assert len(read_source(path).entries) == 3
     with pytest.raises(
         SourceError, match=r"dataset_coco\.json has no images in the split test; .* train, val, restval"
     ):
@@ -187,7 +187,7 @@ def test_karpathy_of_flickr_has_no_folders(tmp_path: Path) -> None:
     document = karpathy()
     for image in document["images"]:
         del image["filepath"]
-    assert [item.source for item in read_source(write(tmp_path / "d.json", document)).items] == [
+    assert [item.name for item in read_source(write(tmp_path / "d.json", document)).entries] == [
         "a.jpg",
         "b.jpg",
         "c.jpg",
@@ -208,12 +208,12 @@ def test_karpathy_of_flickr_has_no_folders(tmp_path: Path) -> None:
 )
 def test_flickr_captions_are_read_in_all_their_layouts(tmp_path: Path, name: str, content: str) -> None:
     source = read_source(write(tmp_path / name, content))
-    assert (source.kind, pairs(source), source.refused) == ("flickr", PAIRS, [])
+    assert (source.kind, pairs(source), source.skipped) == ("flickr", PAIRS, [])
 
 
 def test_flickr_line_without_a_caption_number_is_refused(tmp_path: Path) -> None:
     source = read_source(write(tmp_path / "f.token", "a.jpg#0\tone\nb.jpg two\n"))
-    assert refusals(source) == [("f.token, line 2", "bad_row")]
+    assert skips(source) == [("f.token, line 2", "bad_row")]
 
 
 def vqa(folder: Path, answers: Sequence[int] = (0, 1, 2)) -> Path:
@@ -237,14 +237,14 @@ def vqa(folder: Path, answers: Sequence[int] = (0, 1, 2)) -> Path:
 def test_questions_and_answers_are_gathered_by_picture(tmp_path: Path) -> None:
     for number in (9, 12):
         write(tmp_path / "train2014" / f"COCO_train2014_{number:012}.jpg", "")
-    source = read_source(vqa(tmp_path), pictures=tmp_path)
-    assert (source.kind, source.refused) == ("vqa", [])
-    assert [item.source for item in source.items] == [
+    source = read_source(vqa(tmp_path), images=tmp_path)
+    assert (source.kind, source.skipped) == ("vqa", [])
+    assert [item.name for item in source.entries] == [
         f"train2014/COCO_train2014_{number:012}.jpg" for number in (9, 12)
     ]
-    assert source.items[0].captions == ()
+    assert source.entries[0].captions == ()
     types = {"question_type": "what", "answer_type": "other"}
-    assert source.items[0].fields == {
+    assert source.entries[0].fields == {
         "image_id": 9,
         "qa": [
             {
@@ -261,8 +261,8 @@ def test_questions_and_answers_are_gathered_by_picture(tmp_path: Path) -> None:
 
 def test_question_without_its_answer_is_refused_and_one_with_two_pictures_an_error(tmp_path: Path) -> None:
     source = read_source(vqa(tmp_path, answers=(0, 2)))
-    assert [item.fields["image_id"] for item in source.items] == [9]
-    ((name, kind),) = refusals(source)
+    assert [item.fields["image_id"] for item in source.entries] == [9]
+    ((name, kind),) = skips(source)
     assert "question 1 of v2_" in name and kind == "no_answer"
     vqa(tmp_path)
     write(tmp_path / "a_9.jpg", "")
@@ -304,17 +304,17 @@ def test_imagefolder_names_start_at_their_metadata(tmp_path: Path, suffix: str) 
     source = read_source(tmp_path)
     assert source.kind == "imagefolder"
     assert pairs(source) == [("train/a.jpg", ("one",)), ("train/x/b.jpg", ("two",))]
-    assert source.items[1].picture == str(tmp_path / "train/x/b.jpg")
-    assert source.items[1].fields == {"n": "2"}
+    assert source.entries[1].path == str(tmp_path / "train/x/b.jpg")
+    assert source.entries[1].fields == {"n": "2"}
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "x/../../a.jpg", "/etc/a.jpg"])
 def test_names_that_lead_out_of_the_pictures_folder_are_refused(tmp_path: Path, name: str) -> None:
     document = coco()
     document["images"][0]["file_name"] = name
-    assert refusals(read_source(write(tmp_path / "c.json", document))) == [(name, "unsafe_path")]
+    assert skips(read_source(write(tmp_path / "c.json", document))) == [(name, "unsafe_path")]
     write(tmp_path / "m" / "metadata.jsonl", {"file_name": name, "text": "one"})
-    assert [refused.kind for refused in read_source(tmp_path / "m").refused] == ["unsafe_path"]
+    assert [skipped.kind for skipped in read_source(tmp_path / "m").skipped] == ["unsafe_path"]
 
 
 def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -371,7 +371,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(document=st.dictionaries(st.sampled_from(KEYS[:3]), VALUES), answers=VALUES)
 def test_any_json_is_a_source_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any], answers: Any
@@ -395,7 +395,7 @@ def test_absent_source_or_pictures_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such source: .*nothing\.json"):
         read_source(tmp_path / "nothing.json")
     with pytest.raises(FileNotFoundError, match=r"no such folder of images: .*nowhere"):
-        read_source(write(tmp_path / "c.json", coco()), pictures=tmp_path / "nowhere")
+        read_source(write(tmp_path / "c.json", coco()), images=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ def test_tasks_are_taken_no_faster_than_they_are_done() -> None:
 
     results = in_processes(abs, tasks(), 2)
     next(results)
-    assert len(taken) == 3
+    assert 3 <= len(taken) <= 4  # the two that were begun may be done at once
+    before = len(taken)
     results.close()  # type: ignore[attr-defined]
-    assert len(taken) == 3
+    assert len(taken) == before
 
 
 def test_error_of_a_task_is_raised_and_ends_the_work() -> None:
@@ -78,7 +79,7 @@ def test_stopping_ends_the_threads_and_closes_the_items() -> None:
     read = in_threads(str, items(), workers=3, ahead=2)
     next(read)
     read.close()
-    assert closed.is_set() and threading.active_count() == threads
+    assert closed.is_set() and threading.active_count() <= threads
 
 
 def test_a_thread_that_waits_for_a_silent_server_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,4 +133,4 @@ def test_an_error_is_raised_in_its_place_and_leaves_no_thread(failing: str) -> N
             if number == 2 and failing.startswith("nothing"):
                 break
     assert taken == [0, 1, 2]
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracap.data.making import make_shards
+from contracap.data.shard_maker import make_shards
 from contracap.evaluation import distributed
 from contracap.evaluation.captioning import evaluate_captioning
 from contracap.evaluation.metrics.clipscore import ClipScorer
@@ -147,7 +147,7 @@ def test_what_the_annotations_of_a_data_set_say_is_evaluated(
     (pictures / folder).mkdir(parents=True)
     for i, colour in enumerate(list(COLOURS.values())[:3]):
         (pictures / folder / f"{i}.png").write_bytes(picture(colour))
-    make_shards(tmp_path / name, tmp_path / "shards", pictures=pictures, splits=splits)
+    make_shards(tmp_path / name, tmp_path / "shards", images=pictures, splits=splits)
     scorer = CaptionScorer(metrics=("cider",), tokenizer="python")
     result = evaluate_captioning(model, processor, tmp_path / "shards", strategy=Greedy(10, 4), scorer=scorer)
     assert set(result.figures) == figures  # null for a domain of one image

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracap.data.shards import Sample, write_shard
+from contracap.data.samples import Sample
+from contracap.data.shards import write_shard
 from contracap.evaluation import answering
 from contracap.evaluation.answering import Asked, Chosen, Written
 from contracap.evaluation.result import digest

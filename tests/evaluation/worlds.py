@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.images import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES

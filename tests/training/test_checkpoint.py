@@ -16,7 +16,7 @@ from torch import Tensor
 
 from contracap import cli
 from contracap.config import build, to_toml
-from contracap.data import loader
+from contracap.data import batch_maker
 from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.parallel import ProcessGroup
@@ -372,7 +372,7 @@ def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the
 ) -> None:
     values = recipe_values | {"data": recipe_values["data"] | {"workers": workers}, "steps": 6}
     train(build(Recipe, values | {"out": str(tmp_path / "whole")}))
-    decode, calls = loader.decode, iter(range(1000))
+    decode, calls = batch_maker.decode, iter(range(1000))
 
     def stands_still(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 8 * 3 + 2:
@@ -380,7 +380,7 @@ def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the
         return decode(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "decode", stands_still)
+        patch.setattr(batch_maker, "decode", stands_still)
         at_step(patch, 3, lambda: threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start())
         with pytest.raises(Interrupted, match=r"after step 3 of 6: the same command with resume=true continues from"):
             train(build(Recipe, values))

@@ -17,7 +17,7 @@ from contracap.pretrained.names import WeightsError
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.logging import read_metrics
 from contracap.training.loop import TrainingError
-from contracap.training.recipe import Recipe
+from contracap.training.recipe import Recipe, load_recipe
 from contracap.training.start import precision_on, starting_model
 from contracap.training.trainer import train
 
@@ -259,7 +259,7 @@ def test_a_run_whose_every_step_is_skipped_stops_and_keeps_its_good_checkpoint(
     broken_from(monkeypatch, first=3, last=1000)
     values = recipe_values | {"nonfinite": "skip", "steps": 100, "checkpoint": {"every": 1, "keep": 1}}
     with pytest.raises(
-        TrainingError, match=r"step 7: .*, number 5 of such steps in a row\. Last .*step-00000002\. Point"
+        TrainingError, match=r"step 7: .*, number 5 of such steps in a row\. Last .*step-00000002\. Remedy: start"
     ):
         train(build(Recipe, values))
 
@@ -420,3 +420,43 @@ def test_validation_shards_are_looked_at_before_the_first_step_and_only_if_they_
                 recipe_values | {"data": wanted, "validate_every": 4, "resume": False, "out": data["train"] + "-run"},
             )
         )
+
+
+def test_the_recipe_in_a_run_folder_means_the_same_in_another_working_folder(
+    recipe_values: dict, colours: Path, tmp_path: Path, monkeypatch
+) -> None:
+    data = recipe_values["data"] | {"train": colours.name, "validation": colours.name}
+    evaluation = {"every": 100, "captions": {"data": colours.name, "samples": 1}}
+    monkeypatch.chdir(colours.parent)
+    train(
+        build(
+            Recipe,
+            recipe_values | {"steps": 2, "data": data, "evaluation": evaluation, "optimizer": {"warmup_steps": 1}},
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    assert train(load_recipe(recipe_values["out"], ["resume=true", "steps=4"])).name == "step-00000004"
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(recipe_values: dict) -> None:
+    last = train(build(Recipe, recipe_values))
+    for part, damage in (("model.safetensors", "cut"), ("position.json", "{")):
+        before = (last / part).read_bytes()
+        (last / part).write_text(damage)
+        with pytest.raises(CheckpointError, match=r"ln -sfn step-00000004 .*/checkpoints/last"):
+            train(build(Recipe, recipe_values | {"steps": 9, "resume": True}))
+        (last / part).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({}, "validate_every is 0"),
+        ({"data": {"batch_size": 56}}, "exceeds the 48 samples"),
+        ({"loss": {"captioning": 0.0}}, "the decoder is not trained"),
+    ],
+)
+def test_settings_that_are_hardly_wanted_are_warned_of(recipe_values: dict, caplog, change: dict, warning: str) -> None:
+    data = recipe_values["data"] | change.get("data", {})
+    train(build(Recipe, recipe_values | change | {"steps": 3, "data": data}))
+    assert warning in caplog.text

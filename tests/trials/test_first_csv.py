@@ -14,7 +14,7 @@ from PIL import Image
 from contracap.cli import main
 from contracap.config import ConfigError
 from contracap.data.annotations import SourceError
-from contracap.data.making import make_shards
+from contracap.data.shard_maker import make_shards
 from contracap.data.shards import list_shards, samples
 from contracap.data.sources import read_source
 from contracap.pretrained.find import find_weights
@@ -82,8 +82,8 @@ def test_key_or_option_whose_shards_are_missing_is_named(folder: Path, capsys: p
 
 
 def test_rows_of_a_split_are_taken_where_a_table_has_the_column(folder: Path) -> None:
-    assert [item.source for item in read_source("t.csv", splits=["test"]).items] == ["1.png", "2.png"]
-    assert len(read_source("t.csv", splits=["train", "test"]).items) == 4
+    assert [item.name for item in read_source("t.csv", splits=["test"]).entries] == ["1.png", "2.png"]
+    assert len(read_source("t.csv", splits=["train", "test"]).entries) == 4
     with pytest.raises(SourceError, match="no row of the split val, but of 'test', 'train'"):
         read_source("t.csv", splits=["val"])
     (folder / "u.csv").write_text("image,caption\n0.png,a\n")
@@ -105,7 +105,7 @@ def test_columns_of_parquet_are_known_by_the_suffix_of_their_images(folder: Path
 @pytest.mark.parametrize("names", [("caption1", "caption2", "caption10"), ("Caption_0", "caption_1", "caption_2")])
 def test_numbered_columns_are_captions_of_one_image(folder: Path, names: tuple[str, ...]) -> None:
     Path("t.csv").write_text(f"image,{names[1]},{names[0]},{names[2]}\n0.png,b,a,c\n1.png,,x,\n")
-    items = read_source("t.csv").items
+    items = read_source("t.csv").entries
     assert [item.captions for item in items] == [("a", "b", "c"), ("x",)] and not items[0].fields
 
 
@@ -123,8 +123,8 @@ def test_captions_of_all_named_columns_are_taken(folder: Path, capsys: pytest.Ca
 def test_missing_values_of_a_table_of_text_are_not_captions(folder: Path, cell: str) -> None:
     Path("t.csv").write_text(f"image,caption\n0.png,{cell}\n1.png,{cell} of them\n")
     source = read_source("t.csv")
-    assert [item.captions for item in source.items] == [(f"{cell} of them",)]
-    assert [refused.kind for refused in source.refused] == ["no_caption"]
+    assert [item.captions for item in source.entries] == [(f"{cell} of them",)]
+    assert [skipped.kind for skipped in source.skipped] == ["no_caption"]
 
 
 def test_repeated_captions_of_an_image_are_kept_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +208,7 @@ def test_counts_of_made_shards_add_up(folder: Path, capsys: pytest.CaptureFixtur
 def test_sigterm_ends_the_making_of_shards_as_ctrl_c_does(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("contracap.data.making.decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("contracap.data.sample_members.decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 143
     assert "the same command continues" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_linked_folders_are_read(trial, weights: Path, capsys) -> None:
     folder = trial("linked")
     status, names, _ = captioned(weights, capsys, folder)
     assert status == 0 and names == ["1.jpg", "0.jpg"]
-    assert [item.captions for item in read_source(folder).items] == [("a green square",), ("a red square",)]
+    assert [item.captions for item in read_source(folder).entries] == [("a green square",), ("a red square",)]
 
 
 def test_what_never_ends_is_refused_by_name_and_below_a_folder(weights: Path, tmp_path: Path, capsys) -> None:

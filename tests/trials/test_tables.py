@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from contracap.cli import main
-from contracap.data.making import make_shards
-from contracap.data.shards import Sample, list_shards, samples
+from contracap.data.samples import Sample
+from contracap.data.shard_maker import make_shards
+from contracap.data.shards import list_shards, samples
 
 Made = tuple[dict[str, tuple[str, ...]], dict[str, int]]
 

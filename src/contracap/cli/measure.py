@@ -97,7 +97,7 @@ def _wanted(given: Given, tasks: Path | None, *, allow_commands: bool) -> dict[s
     Raises: ValueError: if both are given, or neither.
     """
     from contracap.config import load_toml
-    from contracap.data.remote import require_consent
+    from contracap.data.patterns import require_consent
     from contracap.evaluation.suite import TasksConfig
 
     if tasks is None:

@@ -46,13 +46,13 @@ def make(
     workers: Workers = None,
 ) -> None:
     """Make tar shards of a source. The same command continues where it was interrupted."""
-    from contracap.data.making import SKIPPED_FILE, make_shards
+    from contracap.data.shard_maker import SKIPPED_FILE, make_shards
 
     made = make_shards(
         source,
         out,
         kind=kind,
-        pictures=pictures,
+        images=pictures,
         splits=split,
         image_column=image_column,
         caption_columns=caption_column,
@@ -81,7 +81,8 @@ def index(
     workers: Workers = None,
 ) -> None:
     """Write the numbers of samples and captions of shards to index.json, so that training need not count them."""
-    from contracap.data.index import INDEX_FILE, index_folder
+    from contracap.data.index import INDEX_FILE
+    from contracap.data.indexing import index_folder
 
     entries = index_folder(folder, workers=worker_count(workers), out=out)
     samples, captions = (sum(getattr(entry, name) for entry in entries) for name in ("samples", "captions"))
@@ -127,7 +128,7 @@ def show(
         tokenizer=tokenizer,
         lines=lines,
     )
-    if not found.pictures:
+    if not found.images:
         why = next((each.examples[0] for each in found.skipped.values()), "the shards are empty")
         raise ShardError(f"no sample can be used, of {found.samples:,} that were read: {why}")
     write_page(found, out)

@@ -1,7 +1,7 @@
-"""What a source says about images, and the files of text and JSON that say it; the formats are in `data.datasets`.
+"""Entries of sources, and the files of text and JSON that hold them. The formats are in `data.datasets`.
 
-The readers give an entry for each row, line or image, in the order of the file. Which entries mean the same image,
-and where it lies, is for `data.sources` to find out.
+A reader yields an entry for each row, line or image, in the order of the file; a `SkippedEntry` takes the place of one
+that cannot be used. `data.sources` then merges entries of the same image.
 """
 
 import codecs
@@ -16,57 +16,64 @@ Result = TypeVar("Result")
 
 
 class SourceError(ValueError):
-    """A source that cannot be read; the message names it and says what would do."""
+    """A source that cannot be read. The message names it and says what to do."""
 
 
 class Inside(NamedTuple):
-    """Where an image is within a file: in a column and row of a Parquet file, or in the sample `key` of a tar shard."""
+    """Place of an image within a file: a column and row of a Parquet file, or the sample `key` of a tar shard."""
 
     file: str
     key: str
     row: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What a source says about an image.
+    """An image of a source, with its captions and fields.
 
     Attributes:
-        image: its name as it stands there.
-        inside: where its bytes are, if it has no file of its own.
+        name: of the image in the source.
+        inside: place of its bytes, if it has no file of its own.
+        path: of the file, or its URL; set by `read_source`, which knows the folder.
     """
 
-    picture: str
+    name: str
     captions: tuple[str, ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
     inside: Inside | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
-    """What gives no sample: its name in the source, the kind it is counted under, and why."""
+class SkippedEntry:
+    """A row, line or image that gives no sample: its name in the source, the kind it is counted under, and why."""
 
     source: str
     kind: str
     message: str
 
 
+def bad_row(source: str, message: str) -> SkippedEntry:
+    """Skip a row, line or object of another layout."""
+    return SkippedEntry(source=source, kind="bad_row", message=message)
+
+
 def number_or_text(identity: Any) -> Any:
-    """An id by which things are matched: data sets write the same one as a number and as a text."""
+    """Return an id as a number, if it is one: data sets write the same id as a number and as a text."""
     if isinstance(identity, float) and identity.is_integer():
         return int(identity)
     return int(identity) if isinstance(identity, str) and re.fullmatch(r"[0-9]{1,18}", identity) else identity
 
 
 def encoding_of(path: Path) -> str:
-    """UTF-8, or UTF-16 if the byte order mark says so."""
+    """Return UTF-8, or UTF-16 if the byte order mark says so."""
     with path.open("rb") as file:
         mark = file.read(2)
     return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with a byte order mark, without the mark.
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
         SourceError: if it is neither.
@@ -77,32 +84,32 @@ def read_text(path: Path) -> str:
         raise SourceError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str | Refused]]:
-    """The lines of a text file with their numbers, from 1; of one that is not text, why."""
+def read_lines(path: Path) -> Iterator[tuple[int, str | SkippedEntry]]:
+    """Yield the lines of a text file with their numbers, from 1. A line that is not text is skipped."""
     number = 0
     with path.open(encoding=encoding_of(path), errors="surrogateescape") as file:
         try:
             for number, line in enumerate(file, 1):
-                yield number, refused_text(f"{path.name}, line {number}", line) or line.rstrip("\n")
+                yield number, broken_text(f"{path.name}, line {number}", line) or line.rstrip("\n")
         except UnicodeError as error:  # of UTF-16, after which nothing can be read
             source = f"{path.name}, line {number + 1} and the rest"
-            yield number + 1, Refused(source=source, kind="broken_text", message=f"not text: {error}")
+            yield number + 1, SkippedEntry(source=source, kind="broken_text", message=f"not text: {error}")
 
 
-def refused_text(source: str, text: str) -> Refused | None:
-    """Why a text cannot be used that was decoded with `surrogateescape`, if it had bytes that are no text."""
+def broken_text(source: str, text: str) -> SkippedEntry | None:
+    """Skip a text that was decoded with `surrogateescape`, if it had bytes that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) & 0xFF
-        return Refused(
+        return SkippedEntry(
             source=source, kind="broken_text", message=f"not UTF-8 text (byte 0x{byte:02x}): save it as UTF-8"
         )
     return None
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
         SourceError: if it is not JSON.
@@ -114,14 +121,11 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path} is not JSON: {error}") from None
 
 
-def other_layout(path: Path, layout: str, error: Exception) -> SourceError:
-    """What to raise at JSON of another layout, from the error that it makes a reader run into."""
-    return SourceError(f"{path} does not have the layout of {layout}: {_problem(error)}")
-
-
 def read_list(path: Path, name: str) -> tuple[str, ...]:
-    """The texts of a `.txt` file, one a line, or of a JSON file, which holds a list of them, or an object with such a
-    list under a name.
+    """Return the lines of a `.txt` file, or the texts in a JSON file: a list, or an object with such a list.
+
+    Args:
+        name: of the list in the object.
 
     Raises:
         SourceError: if the file holds no such list, or one of its texts is empty.
@@ -136,30 +140,46 @@ def read_list(path: Path, name: str) -> tuple[str, ...]:
     return tuple(text.strip() if path.suffix.lower() == ".txt" else text for text in found)
 
 
-def each(
-    path: Path, values: Any, read: Callable[[Any], Result], *, layout: str, name: str
-) -> Iterator[Result | Refused]:
-    """What `read` makes of each value of a JSON file; a value of another layout is refused, and the rest follows.
+def values_of(path: Path, document: Any, key: str, *, layout: str) -> list[Any]:
+    """Return the values under a key of a JSON file's content.
+
+    Raises:
+        SourceError: if the file does not have this layout.
+    """
+    try:
+        return list(document[key])
+    except (LookupError, TypeError) as error:
+        raise _other_layout(path, layout, error) from error
+
+
+def read_each(
+    path: Path, document: Any, key: str, read: Callable[[Any], Result], *, layout: str
+) -> Iterator[Result | SkippedEntry]:
+    """Yield what `read` makes of each value under a key of a JSON file's content. A value of another layout is skipped.
 
     Args:
+        key: such as `images`; without its last letter it names a value in messages.
         layout: of the file, for messages.
-        name: what a value is, such as an image.
 
     Raises:
         SourceError: if there are values, and all are of another layout.
     """
     first, good = None, False
-    for number, value in enumerate(values, 1):
+    for number, value in enumerate(values_of(path, document, key, layout=layout), 1):
         try:
             result = read(value)
         except (LookupError, TypeError, AttributeError) as error:
-            first = first or other_layout(path, layout, error)
-            yield Refused(source=f"{path.name}, {name} {number}", kind="bad_row", message=_problem(error))
+            first = first or _other_layout(path, layout, error)
+            yield bad_row(f"{path.name}, {key[:-1]} {number}", _problem(error))
         else:
             good = True
             yield result
     if first is not None and not good:
         raise first
+
+
+def _other_layout(path: Path, layout: str, error: Exception) -> SourceError:
+    return SourceError(f"{path} does not have the layout of {layout}: {_problem(error)}")
 
 
 def _problem(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The one thing that travels from the data to the trainer."""
+"""Batches of images and captions, which travel from the data to the trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from contracap.tokenizer import Lengths
 class Batch:
     """Images and their captions, row by row.
 
-    Pixels are uint8 and not normalised: that happens on the device, at a quarter of the traffic. The ids are cut to
-    the longest text of the batch (plus one, rounded up to a multiple of 8), so a row may end without any padding.
+    Pixels are uint8; they are normalised on the device, which takes a quarter of the traffic. The ids have
+    room for one token more than the longest text, rounded up to a multiple of 8; a row may have no padding.
 
     Attributes:
         lengths: tokens of each text, start and end included; they stay on the CPU.
@@ -31,18 +31,18 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; from pinned memory the copy runs beside the host."""
+        """Return the batch on `device`. From pinned memory, the copy does not block the host."""
         return replace(
             self, pixels=self.pixels.to(device, non_blocking=True), ids=self.ids.to(device, non_blocking=True)
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked host memory."""
+        """Return the batch in page-locked host memory."""
         return replace(self, pixels=self.pixels.pin_memory(), ids=self.ids.pin_memory())
 
     @staticmethod
-    def joined(batches: Sequence["Batch"]) -> "Batch":
-        """One batch of the rows of several, in order; in pinned memory if there is a CUDA device to send it to."""
+    def join(batches: Sequence["Batch"]) -> "Batch":
+        """Join the rows of several batches, in order; in pinned memory if there is a CUDA device."""
         pinned = torch.cuda.is_available()
         if len(batches) == 1:
             return batches[0].pin_memory() if pinned else batches[0]
@@ -60,10 +60,10 @@ class Batch:
         )
 
     def __getitem__(self, rows: slice) -> "Batch":
-        """Some of the rows."""
+        """Return some of the rows."""
         return Batch(pixels=self.pixels[rows], ids=self.ids[rows], lengths=self.lengths[rows], keys=self.keys[rows])
 
     def split(self, parts: int) -> list["Batch"]:
-        """The rows in `parts` equal parts, in order."""
+        """Split the rows into equal parts, in order."""
         size = len(self) // parts
         return [self[first : first + size] for first in range(0, size * parts, size)]

@@ -1,16 +1,16 @@
-"""Which of an image's captions stands for it in training."""
+"""The choice of an image's caption in training."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from contracap.data.shards import Sample, SampleError, texts_in
+from contracap.data.samples import Sample, SampleError, texts_in
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig:
-    """Which of an image's captions are used, and how."""
+    """Rule by which the caption of an image is chosen."""
 
     use: Literal["random", "first", "all"] = "random"
     """Use a `random` caption of the image each time it is drawn, its `first` caption, or `all` of them, one after
@@ -19,7 +19,7 @@ class CaptionConfig:
     """How often the caption is taken from each field of the `.json`, such as `{ caption = 0.3, recaption = 0.7 }`,
     in proportion among the fields that a sample has. Empty: the sample's captions are used."""
     lines: bool = True
-    """Whether each line of a `.txt` is a caption; otherwise the whole file is one."""
+    """Each line of a `.txt` is a caption; otherwise the whole file is one."""
     max_tokens: int | None = None
     """Captions are cut to this many tokens in training, start and end token included. The default is the model's
     context. Short texts first make a long run cheaper (CLIPA, arXiv 2305.07017)."""
@@ -33,7 +33,7 @@ class CaptionConfig:
 
 
 def choose_caption(sample: Sample, config: CaptionConfig, generator: np.random.Generator) -> str:
-    """One caption, by the rule.
+    """Choose a caption by the rule.
 
     Raises:
         SampleError: if there is none.
@@ -48,7 +48,7 @@ def choose_caption(sample: Sample, config: CaptionConfig, generator: np.random.G
 
 
 def all_captions(sample: Sample, config: CaptionConfig) -> list[str]:
-    """Every caption that the rule may choose, in order.
+    """Return every caption that the rule may choose, in order.
 
     Raises:
         SampleError: if there is none.
@@ -57,10 +57,10 @@ def all_captions(sample: Sample, config: CaptionConfig) -> list[str]:
 
 
 def require_captions(sample: Sample) -> tuple[str, ...]:
-    """The captions of a sample that must have one.
+    """Return the captions of a sample that must have one.
 
     Raises:
-        SampleError: if there is none; says what could not be read.
+        SampleError: if there is none; names a text that could not be read.
     """
     if not sample.captions:
         raise _no_caption(sample)
@@ -68,7 +68,7 @@ def require_captions(sample: Sample) -> tuple[str, ...]:
 
 
 def _texts(sample: Sample, config: CaptionConfig) -> dict[str, tuple[str, ...]]:
-    """The captions by field, without empty fields."""
+    """Return the captions by field, without empty fields."""
     if not config.weights:
         return {"captions": require_captions(sample)}
     found = {name: texts_in(sample.fields.get(name)) for name in config.weights}

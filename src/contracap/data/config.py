@@ -1,4 +1,4 @@
-"""What a run reads, and in which order."""
+"""Configuration of a run's data and their order."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ MAX_WORKERS = 1024  # of one rank
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One data set of a mixture."""
+    """A data set of a mixture."""
 
     shards: str | tuple[str, ...]
     """Tar shards, or folders of tar shards."""
@@ -32,7 +32,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and in which order.
+    """Data of a run and their order.
 
     Raises:
         ValueError: if a number is out of range, or the streams do not divide the batch.
@@ -77,15 +77,15 @@ class DataConfig:
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
-        """The mixture; a single data set is one of its own, `train`."""
-        return self.train if isinstance(self.train, dict) else {"train": SourceConfig(shards=self.train)}
+        """Return the mixture by the keys of the recipe; a single data set is a mixture of one."""
+        if isinstance(self.train, dict):
+            return {f"data.train.{name}": source for name, source in self.train.items()}
+        return {"data.train": SourceConfig(shards=self.train)}
 
     @property
     def training_paths(self) -> dict[str, str | tuple[str, ...]]:
-        """The paths of the shards of each source, by the key that names them."""
-        if isinstance(self.train, dict):
-            return {f"data.train.{name}": source.shards for name, source in self.train.items()}
-        return {"data.train": self.train}
+        """Return the paths of each source's shards, by their key in the recipe."""
+        return {key: source.shards for key, source in self.sources.items()}
 
     @property
     def stream_count(self) -> int:

@@ -3,10 +3,8 @@
 import io
 import json
 import math
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -17,21 +15,22 @@ from PIL import Image, ImageDraw
 from contracap.data.grammar import describe, hint
 from contracap.data.scenes import Color, Scene, Shape, Size, Thing, training_scenes
 from contracap.data.shards import write_shard
+from contracap.data.workers import in_processes
 from contracap.progress import progress_bar
 
 SHARD_SCENES = 2000
 TRAINING_CAPTIONS = 4
 OVERSAMPLING = 3
-# Objects stand in the fields of a board of this many rows and columns, which are a vision transformer's patches when it
-# cuts the image into as many: free places would take a model longer to learn than the few minutes that it has.
+# Objects stand in the fields of a board with this many rows and columns. A field is a patch of the quickstart's vision
+# transformer: free places would take a model longer to learn than its few minutes.
 BOARD = 3
-# The rest are shares of the image's side. Half the side of the square around an object, before 5 % of jitter:
+# Lengths are shares of the image's side. Half the side of the square around an object, before 5 % of jitter:
 RADII: dict[Size, float] = {"small": 0.105, "large": 0.145}
 JITTER = 0.015
-# Width of the dark line around an object. Without it a model of this size reads a shape by its colour, and fails on
-# pairs that it has not seen.
+# Width of the dark line around an object. Without it, a small model tells shapes by their colours, and fails on unseen
+# pairs.
 OUTLINE = 0.025
-# From one stripe to the next, and the width of one.
+# Distance and width of the stripes.
 STRIPES = (0.07, 0.025)
 INK = (24, 24, 24)
 PAINT: dict[Color, tuple[int, int, int]] = {
@@ -47,11 +46,11 @@ PAINT: dict[Color, tuple[int, int, int]] = {
 
 
 def write_training_shards(folder: Path, count: int, *, size: int, seed: int) -> None:
-    """Draws `count` training scenes into tar shards, one process a core; the shards depend on the arguments only.
+    """Draw training scenes into tar shards, with a process for each core. The shards depend on the arguments only.
 
     Args:
-        folder: is made if need be.
-        count: scenes, two of which are neighbours in a shard if they are twins.
+        folder: made if need be.
+        count: number of scenes; twins are neighbours in a shard.
         size: side of the images in pixels.
         seed: of scenes, images and captions.
     """
@@ -61,18 +60,15 @@ def write_training_shards(folder: Path, count: int, *, size: int, seed: int) -> 
         (folder / f"{number:06d}.tar", min(SHARD_SCENES, count - start), size, (seed, number))
         for number, start in enumerate(starts)
     ]
-    # Spawned, not forked: the caller may have threads of torch running, which a fork would leave half dead.
     workers = min(len(jobs), os.cpu_count() or 1)
-    with (
-        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
-        progress_bar(total=count, unit=" scenes", desc="drawing") as bar,
-    ):
-        for drawn in pool.map(_write_training_shard, *zip(*jobs, strict=True)):
+    with progress_bar(total=count, unit=" scenes", desc="drawing") as bar:
+        for drawn in in_processes(_write_training_shard, jobs, workers):
             bar.update(drawn)
 
 
-def _write_training_shard(path: Path, count: int, size: int, seed: tuple[int, int]) -> int:
-    """Draw one shard; return how many scenes it has."""
+def _write_training_shard(job: tuple[Path, int, int, tuple[int, int]]) -> int:
+    """Draw the shard of a job: path, number of scenes, size and seed. Return the number of scenes."""
+    path, count, size, seed = job
     generator = np.random.default_rng(seed)
     scenes = islice(training_scenes(generator), count)
     write_shard(path, scene_records(scenes, generator, size=size, captions=TRAINING_CAPTIONS))
@@ -80,7 +76,7 @@ def _write_training_shard(path: Path, count: int, size: int, seed: tuple[int, in
 
 
 def draw(scene: Scene, generator: np.random.Generator, *, size: int) -> Image.Image:
-    """The scene as an image of `size` x `size` pixels; background, places and exact sizes are random."""
+    """Draw a scene in `size` x `size` pixels; background, places and exact sizes are random."""
     canvas = _background(generator).resize((size * OVERSAMPLING,) * 2, Image.Resampling.BILINEAR)
     for thing, centre in zip(scene.things, _places(scene, generator), strict=True):
         radius = RADII[thing.size] * generator.uniform(0.95, 1.05)
@@ -91,29 +87,28 @@ def draw(scene: Scene, generator: np.random.Generator, *, size: int) -> Image.Im
 def scene_records(
     scenes: Iterable[Scene], generator: np.random.Generator, *, size: int, captions: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Shard records: a PNG of `size` pixels, and JSON with the scene and `captions` phrasings of it.
+    """Yield shard records: a PNG of `size` pixels, and JSON with the scene and `captions` phrasings of it.
 
-    Of the captions of a single object only the first of every four tells all; the others tell its colour, its shape or
-    its place.
+    Of four captions of a single object, the first tells everything; the others tell its colour, its shape or its place.
     """
     for index, scene in enumerate(scenes):
         alone = scene.relation is None
         texts = [hint(scene, generator) if alone and i % 4 else describe(scene, generator) for i in range(captions)]
         fields = {"captions": texts, "scene": asdict(scene)}
-        picture = io.BytesIO()
-        draw(scene, generator, size=size).save(picture, "png", compress_level=1)
-        yield f"{index:06d}", {"png": picture.getvalue(), "json": json.dumps(fields).encode()}
+        image = io.BytesIO()
+        draw(scene, generator, size=size).save(image, "png", compress_level=1)
+        yield f"{index:06d}", {"png": image.getvalue(), "json": json.dumps(fields).encode()}
 
 
 def _background(generator: np.random.Generator) -> Image.Image:
-    """Four corners of a pale, greyish gradient."""
+    """Draw the four corners of a pale, greyish gradient."""
     base = generator.uniform(120, 190) + generator.uniform(-12, 12, size=3)
     corners = base + generator.uniform(-15, 15, size=(2, 2, 1))
     return Image.fromarray(corners.clip(0, 255).astype(np.uint8), "RGB")
 
 
 def _places(scene: Scene, generator: np.random.Generator) -> np.ndarray:
-    """Centres (x, y), shares of the side: in the middle of the board's fields, up to `JITTER` off.
+    """Return centres (x, y), in shares of the side: in the middle of the board's fields, up to `JITTER` off.
 
     Two objects stand left and right, or above and below, of the middle one; a single object in one of these fields, or
     in the middle.
@@ -145,7 +140,7 @@ def _draw_thing(
 
 
 def _draw_stripes(surface: Image.Image, width: int) -> None:
-    """Horizontal dark stripes from the middle outwards, on the same scale on large and small."""
+    """Draw horizontal dark stripes from the middle outwards, as wide on small objects as on large ones."""
     pen, side = ImageDraw.Draw(surface), surface.width
     distance, half = STRIPES[0] * width, STRIPES[1] * width / 2
     for away in np.arange(0, side / 2, distance):
@@ -164,7 +159,7 @@ def _star() -> list[tuple[float, float]]:
 
 
 def _heart() -> list[tuple[float, float]]:
-    """The usual curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled into the unit square."""
+    """Return the curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled into the square."""
     turns = [2 * math.pi * i / 48 for i in range(48)]
     heights = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
     return [(math.sin(t) ** 3, -(y + 2.5) / 14.6) for t, y in zip(turns, heights, strict=True)]

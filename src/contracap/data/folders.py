@@ -1,4 +1,4 @@
-"""Images in a folder for each class."""
+"""Folders of images with a subfolder for each class."""
 
 import logging
 import re
@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from contracap.data.shards import SHARD_SUFFIXES, Sample
-from contracap.data.walk import PassedOver, has_picture, is_picture, pictures_in
+from contracap.data.image_files import SkippedFiles, has_image, images_in, is_image
+from contracap.data.samples import Sample
+from contracap.data.tar import SHARD_SUFFIXES
 from contracap.files import read_regular
 
 logger = logging.getLogger(__name__)
@@ -18,17 +19,17 @@ class ClassFolders:
     are all numbers are in the order of the numbers.
 
     Classes and images are otherwise those of torchvision's ImageFolder, but for what is hidden, which is left out,
-    and suffixes: `data.walk` says what is an image.
+    and suffixes: `data.image_files` says what is an image.
 
     Attributes:
         path: of the folder.
         names: of the subfolders.
         labels: the class of each subfolder; at first its place.
-        strays: names of files beside them, which belong to no class.
+        strays: names of files next to them, which belong to no class.
     """
 
     def __init__(self, path: Path):
-        """Raises: ValueError: if an image lies beside the subfolders, or one of them holds none."""
+        """Raises: ValueError: if an image is next to the subfolders, or one of them holds none."""
         self.path = path
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
         self.names = [entry.name for entry in entries if entry.is_dir()]
@@ -36,21 +37,19 @@ class ClassFolders:
             self.names.sort(key=int)
         self.labels = list(range(len(self.names)))
         self.strays = [entry.name for entry in entries if not entry.is_dir()]
-        if pictures := [name for name in self.strays if is_picture(path / name)]:
-            raise ValueError(
-                f"{path / pictures[0]} lies beside the folders of the classes; move it into that of its own"
-            )
+        if images := [name for name in self.strays if is_image(path / name)]:
+            raise ValueError(f"{path / images[0]} lies beside the folders of the classes; move it into that of its own")
         for name in self.names:
-            if not has_picture(path / name):
+            if not has_image(path / name):
                 raise ValueError(f"{path / name} holds no image; fill or remove the folder of this class")
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every image once, folder by folder, with the class as its `label`."""
+        """Yield every image once, folder by folder, with the class as its `label`."""
         if self.strays:
             logger.warning(f"{self.path}: passed over what is in no class folder: {', '.join(self.strays)}")
-        passed = PassedOver()
+        skipped = SkippedFiles()
         for label, name in zip(self.labels, self.names, strict=True):
-            for file in pictures_in(self.path / name, passed):
+            for file in images_in(self.path / name, skipped):
                 yield Sample(
                     key=f"{name}/{file.as_posix()}",
                     image=read_regular(self.path / name / file),
@@ -58,7 +57,7 @@ class ClassFolders:
                     fields={"label": label},
                     shard=str(self.path),
                 )
-        passed.report(self.path)
+        skipped.report(self.path)
 
     def match(self, classes: Sequence[str]) -> None:
         """Set the labels to places in `classes`: by name, where all folders are called as classes; by number, where
@@ -68,10 +67,10 @@ class ClassFolders:
         """
         places = dict[str, int]()
         for place, name in enumerate(classes):
-            places.setdefault(_folded(name), place)
-        known = [name for name in self.names if _folded(name) in places]
+            places.setdefault(_normalize_name(name), place)
+        known = [name for name in self.names if _normalize_name(name) in places]
         if len(known) == len(self.names) and len(places) == len(classes):
-            self.labels = [places[_folded(name)] for name in self.names]
+            self.labels = [places[_normalize_name(name)] for name in self.names]
         elif all(map(_is_number, self.names)) and len(classes) > int(self.names[-1]):
             self.labels = [int(name) for name in self.names]
         elif len(self.names) != len(classes):
@@ -81,7 +80,9 @@ class ClassFolders:
                 + (f", and none is {missing!r}" if missing else "")
                 + "; name the classes as the folders, or give one for each, in the order of their names"
             )
-        elif moved := [name for place, name in enumerate(self.names) if places.get(_folded(name), place) != place]:
+        elif moved := [
+            name for place, name in enumerate(self.names) if places.get(_normalize_name(name), place) != place
+        ]:
             missing = [name for name in self.names if name not in known]
             raise ValueError(
                 f"{self.path}: {moved[0]!r} stands at another place among the class names, and none is "
@@ -98,13 +99,13 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
-def _folded(name: str) -> str:
-    """The same for names that differ in case, in blanks, hyphens and underscores, or in how accents are composed."""
+def _normalize_name(name: str) -> str:
+    """Return a name without differences of case, blanks, hyphens and underscores, and composed accents."""
     return " ".join(re.split(r"[\s_-]+", normalize("NFC", name).casefold())).strip()
 
 
 def class_folders(source: str | Path | Sequence[str | Path] | Sequence[Sample]) -> ClassFolders | None:
-    """The source as class folders, if it is one local folder without shards whose subfolders have an image.
+    """Return the source as class folders, if it is one local folder without shards whose subfolders have an image.
 
     Raises: ValueError: as `ClassFolders` does.
     """
@@ -114,5 +115,5 @@ def class_folders(source: str | Path | Sequence[str | Path] | Sequence[Sample]) 
     path, visible = Path(paths[0]), [entry for entry in Path(paths[0]).iterdir() if not entry.name.startswith(".")]
     if any(entry.name.endswith(SHARD_SUFFIXES) for entry in visible):
         return None
-    found = any(has_picture(entry) for entry in visible if entry.is_dir())
+    found = any(has_image(entry) for entry in visible if entry.is_dir())
     return ClassFolders(path) if found else None

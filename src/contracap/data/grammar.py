@@ -34,14 +34,14 @@ RELATION_PHRASES = (
 )
 IT_PHRASES = ("{b} , {relation} {a}",)
 ALONE_PHRASES = ("{a}", "there is {a}")
-# What may be said of a single object without telling all: the prompt templates of zero-shot classification.
+# Captions that tell one attribute of a single object, which are also prompt templates of zero-shot classification.
 COLOR_TEMPLATES = ("a {} thing", "there is a {} thing")
 SHAPE_TEMPLATES = ("a {}", "there is a {}")
 PLACE_TEMPLATES = ("a thing {}", "there is a thing {}")
 
 
 def describe(scene: Scene, generator: np.random.Generator) -> str:
-    """A caption that tells everything about the scene, in a random phrasing."""
+    """Return a caption that tells everything about the scene, in a random phrasing."""
     if scene.relation is None:
         return _pick(ALONE_PHRASES, generator).format(a=_describe_thing(scene.things[0]))
     backwards = bool(generator.integers(2))
@@ -54,10 +54,9 @@ def describe(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def hint(scene: Scene, generator: np.random.Generator) -> str:
-    """A caption of a scene with a single object that tells its colour only, its shape only, or its place only.
+    """Return a caption that tells only the colour, the shape or the place of a single object.
 
-    Places are told by the words for relations, which two objects alone would teach slowly: there the decoder has to
-    find out what a relation looks like and which object it is about, both at once.
+    Places are told in the words for relations. From two objects alone, the decoder would learn these slowly.
     """
     (thing,) = scene.things
     templates, word = (
@@ -69,7 +68,7 @@ def hint(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def parse(caption: str) -> Scene | None:
-    """What a caption says, or None if it is not a complete sentence of this grammar.
+    """Return the scene that a caption describes, or None if it is not a complete sentence of this grammar.
 
     Case, spacing and a final full stop do not matter; a texture may stand before the colour or after it, and one that
     is not mentioned is plain.
@@ -108,7 +107,7 @@ def _read_thing(found: dict[str, Any], name: str) -> Thing:
 
 
 def _thing_pattern(name: str) -> str:
-    """Size, colour, shape, and perhaps a texture before the colour, or after it if none was said before."""
+    """Return a pattern of size, colour and shape, with an optional texture before or after the colour."""
     size, texture, color, shape = ("|".join(words) for words in (SIZES, TEXTURES, COLORS, SHAPES))
     return (
         rf"a (?P<{name}_size>{size}) (?:(?P<{name}_before>{texture}) )?(?P<{name}_color>{color}) "

@@ -1,16 +1,16 @@
-"""Which sample comes when: endless, shuffled streams that can be put down and taken up anywhere.
+"""The order of samples: endless, shuffled streams that can stop and resume anywhere.
 
-The order is a pure function of the seed, the shards and the samples each holds, the number of streams and the length
-of the shuffle buffer; how many processes read the streams has no say. Each epoch shuffles the shards, lays their
-samples end to end and cuts that line into as many equal spans as there are streams, through the middle of a shard if
-it falls so: all streams hold the same number of samples but for one, with few shards as with many. Within its span a
+The order is a pure function of the seed, the shards and their numbers of samples, the number of streams and the length
+of the shuffle buffer. It does not depend on the number of processes. Each epoch shuffles the shards, puts their samples
+in one long line and cuts it into equal spans, one for each stream. A cut may fall inside a shard. Within its span a
 stream reads a buffer of samples at a time, shuffles them and hands them out.
 
-The position in a stream is a few whole numbers: what lies in the buffer follows from where its reading began, so a
-resumed stream reads that stretch again, a moment's work, and need not store what it held. Every sample that a shard is
-said to hold has its place in the order: one that cannot be read is lost and told of in its turn, and no other moves.
+The position in a stream is a few integers. A resumed stream reads its buffer again, so the buffer is not stored. Every
+sample that a shard is said to hold has a place in the order. If it cannot be read, it is reported as lost in its turn,
+and no other sample moves.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,23 +20,24 @@ from typing import Any, TypeVar
 import numpy as np
 
 from contracap.data.captions import CaptionConfig, all_captions, choose_caption
-from contracap.data.shards import SAMPLE_SUFFIXES, Record, Sample, SampleError, ShardError, layout_fault, parse, records
+from contracap.data.samples import SAMPLE_SUFFIXES, Record, Sample, SampleError, parse
+from contracap.data.shards import ShardError, layout_fault, records
 from contracap.images import ImageError
 
 T = TypeVar("T")
 
-DEAL, SHUFFLE, DRAW, PICK = range(4)  # what a random generator is for, so that no two uses share numbers
-WINDOW = 1000  # samples tried in a stream, among which the share of bad ones is counted
+DEAL, SHUFFLE, DRAW, PICK = range(4)  # parts of seeds, so that no two uses of random numbers share them
+WINDOW = 1000  # recent samples of a stream, of which a share may be bad
 MAX_BROKEN_SHARDS = 20  # in a row, without a sample in between
 
 
 class OrderError(ValueError):
-    """A stream that cannot continue; the message says why."""
+    """A stream that cannot continue. The message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skip:
-    """What was left out, and why. The key is None for `samples` that a broken shard was to give."""
+class SkippedSample:
+    """A sample that was skipped, and why. The key is None for `samples` that a broken shard lost."""
 
     shard: str
     key: str | None
@@ -45,18 +46,17 @@ class Skip:
     samples: int = 1
 
 
-Slot = Record | Skip  # a place in the order: the sample that lies there, or that it is lost
-Entry = tuple[Slot, str | None]  # and the caption, where that is chosen already
+Slot = Record | SkippedSample  # a place in the order, with its sample or its loss
+BufferedSlot = tuple[Slot, str | None]  # with the caption, if that is chosen already
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ShardSet:
     """The shards of one data set.
 
     Attributes:
-        counts: samples that each shard is said to hold. They alone decide the order: what cannot be read is lost, and
-            nothing else moves.
-        weight: how often the source is drawn from, in proportion to the others.
+        counts: samples that each shard is said to hold. They alone decide the order.
+        weight: how often the set is drawn from, in proportion to the others.
         replacement: draw whole shards at random, again and again, in place of epochs that hold each sample once.
     """
 
@@ -70,7 +70,7 @@ class Source:
         return sum(self.counts)
 
     def span(self, *, seed: int, epoch: int, stream: int, streams: int) -> list[tuple[int, int, int]]:
-        """What a stream reads in an epoch: (shard, first sample, sample after the last) in their order."""
+        """Return what a stream reads in an epoch, in order: (shard, first sample, sample after the last)."""
         if self.replacement:
             generator = np.random.default_rng([seed, DEAL, epoch, stream])
             drawn = generator.integers(len(self.shards), size=-(-len(self.shards) // streams))
@@ -92,17 +92,17 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """All that the order depends on; the same for every process.
+    """All settings that the order depends on; the same for every process.
 
     Attributes:
-        streams: independent orders that fill each batch together, an equal part each.
+        streams: independent orders, each of which fills an equal part of each batch.
         buffer: samples of a stream that are shuffled together.
-        captions: which captions stand for an image.
-        max_bad_share: the largest share of bad samples among `WINDOW` that a stream puts up with. What broken shards
-            lose does not count here.
+        captions: how the caption of an image is chosen.
+        max_bad_share: the largest allowed share of bad samples among `WINDOW` of a stream. Samples that broken shards
+            lose do not count here.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[ShardSet, ...]
     seed: int
     streams: int
     buffer: int
@@ -117,12 +117,35 @@ class Order:
                     f"{self.streams} streams: set streams to {max(1, source.samples)} or less, or bring more data"
                 )
 
+    @property
+    def samples(self) -> int:
+        return sum(source.samples for source in self.sources)
+
+    def describe(self) -> dict[str, Any]:
+        """Return a summary, as JSON holds it: equal summaries mean equal samples in equal places."""
+        shards = [
+            (shard.rpartition("/")[2], count)
+            for source in self.sources
+            for shard, count in zip(source.shards, source.counts, strict=True)
+        ]
+        names = "\n".join(f"{name} {count}" for name, count in shards)
+        return {
+            "seed": self.seed,
+            "streams": self.streams,
+            "shuffle_buffer": self.buffer,
+            "captions": [self.captions.use, self.captions.weights, *([] if self.captions.lines else ["whole texts"])],
+            "mixture": [[source.weight, source.replacement] for source in self.sources],
+            "samples": self.samples,
+            "shards": len(shards),
+            "shard_names": hashlib.sha256(names.encode()).hexdigest()[:16],
+        }
+
 
 class SampleStream:
-    """One of the order's streams."""
+    """A stream of the order."""
 
     def __init__(self, order: Order, stream: int = 0) -> None:
-        """The stream at its start."""
+        """Start at the beginning of the order."""
         self._order, self._stream = order, stream
         self._sources = [
             _SlotStream(source, order, stream, seed=(order.seed + number) % 2**32)
@@ -131,24 +154,24 @@ class SampleStream:
         weights = np.array([source.weight for source in order.sources])
         self._bounds = np.cumsum(weights / weights.sum())[:-1]
         self._draws = self._tried = self._bad = 0
-        self._in_vain = 0  # groups without an image since the last sample
-        self._skipped = Counter[str]()
-        self._skips: list[Skip] = []
+        self._without_image = 0  # records in a row
+        self._skip_counts = Counter[str]()
+        self._skipped: list[SkippedSample] = []
 
     def draw(self, prepare: Callable[[Sample, str, np.random.Generator], T]) -> T:
-        """What `prepare` makes of the next sample, its caption and a generator; samples it cannot use are skipped.
+        """Return what `prepare` makes of the next sample, its caption and a generator. Bad samples are skipped.
 
         The generator depends on the seed, the stream and the number of the draw only.
 
         Raises:
-            OrderError: if more than the allowed share of the last samples is bad, or one shard after the other is.
+            OrderError: if more than the allowed share of the last samples is bad, or one shard after another is broken.
         """
         while True:
             source = self._sources[self._pick()]
             slot, caption = source.next()
             generator = np.random.default_rng([self._order.seed, DRAW, self._stream, self._draws])
             self._draws += 1
-            if isinstance(slot, Skip):
+            if isinstance(slot, SkippedSample):
                 self._skip(slot)
                 continue
             self._tried += 1
@@ -158,34 +181,34 @@ class SampleStream:
                     caption = choose_caption(sample, self._order.captions, generator)
                 prepared = prepare(sample, caption, generator)
             except (SampleError, ImageError) as error:
-                self._skip(Skip(shard=slot.shard, key=slot.key, kind=error.kind, reason=str(error)))
+                self._skip(SkippedSample(shard=slot.shard, key=slot.key, kind=error.kind, reason=str(error)))
                 self._count_bad(error, slot.shard)
                 continue
-            self._in_vain = 0
-            if self._tried >= WINDOW:  # what came before fades
+            self._without_image = 0
+            if self._tried >= WINDOW:  # earlier samples count less and less
                 self._tried, self._bad = self._tried // 2, self._bad // 2
             return prepared
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last draw, ready for JSON; `skipped` counts by kind, from the very start."""
+        """Return the position after the last draw, for JSON. `skipped` counts by kind since the start of the run."""
         return {
-            "sources": [source.position() for source in self._sources],
+            "sources": [source.state_dict() for source in self._sources],
             "draws": self._draws,
             "tried": self._tried,
             "bad": self._bad,
-            "skipped": dict(self._skipped),
+            "skipped": dict(self._skip_counts),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the position of a stream of the same order."""
+        """Continue at the position of a stream of the same order."""
         for source, position in zip(self._sources, state["sources"], strict=True):
-            source.take_up(position)
+            source.load_state_dict(position)
         self._draws, self._tried, self._bad = (state[name] for name in ("draws", "tried", "bad"))
-        self._skipped = Counter(state["skipped"])
+        self._skip_counts = Counter(state["skipped"])
 
-    def take_skips(self) -> list[Skip]:
-        """What was left out since the last call."""
-        taken, self._skips = self._skips, []
+    def take_skips(self) -> list[SkippedSample]:
+        """Return the samples that were skipped since the last call."""
+        taken, self._skipped = self._skipped, []
         return taken
 
     def _pick(self) -> int:
@@ -194,22 +217,24 @@ class SampleStream:
         chance = np.random.default_rng([self._order.seed, PICK, self._stream, self._draws]).random()
         return int(np.searchsorted(self._bounds, chance, side="right"))
 
-    def _skip(self, skip: Skip) -> None:
-        self._skipped[skip.kind] += skip.samples
-        if skip.key is None and self._skips and replace(self._skips[-1], samples=skip.samples) == skip:
-            skip = replace(skip, samples=self._skips.pop().samples + skip.samples)  # one line for all of a shard
-        self._skips.append(skip)
+    def _skip(self, skipped: SkippedSample) -> None:
+        self._skip_counts[skipped.kind] += skipped.samples
+        last = self._skipped[-1] if self._skipped else None
+        if skipped.key is None and last is not None and replace(last, samples=skipped.samples) == skipped:
+            self._skipped.pop()  # one line for all of a shard
+            skipped = replace(skipped, samples=last.samples + skipped.samples)
+        self._skipped.append(skipped)
 
     def _count_bad(self, error: SampleError | ImageError, shard: str) -> None:
-        if error.kind == "no_picture":  # notes among the samples, say: not a bad one, unless there is nothing else
+        if error.kind == "no_picture":  # such as notes: not a bad sample, unless there is nothing else
             self._tried -= 1
-            self._in_vain += 1
-            if self._in_vain >= WINDOW:
+            self._without_image += 1
+            if self._without_image >= WINDOW:
                 raise OrderError(f"{WINDOW} groups in a row have no image; the last: {error}")
             return
         self._bad += 1
         if self._bad > self._order.max_bad_share * WINDOW:
-            counts = ", ".join(f"{kind} {number}" for kind, number in self._skipped.most_common())
+            counts = ", ".join(f"{kind} {number}" for kind, number in self._skip_counts.most_common())
             raise OrderError(
                 f"{self._bad} of the last {self._tried} samples of a stream cannot be used, more than max_bad_share = "
                 f"{self._order.max_bad_share} of {WINDOW} (so far: {counts}); the last: {error}."
@@ -220,31 +245,32 @@ class SampleStream:
 class _SlotStream:
     """A stream's part of one source, slot by slot."""
 
-    def __init__(self, source: Source, order: Order, stream: int, *, seed: int) -> None:
+    def __init__(self, source: ShardSet, order: Order, stream: int, *, seed: int) -> None:
         self._source, self._order, self._stream, self._seed = source, order, stream, seed
         self._broken_in_a_row = 0
         self._start((0, 0, 0))
 
-    def next(self) -> Entry:
-        """The next slot.
+    def next(self) -> BufferedSlot:
+        """Return the next slot.
 
         Raises:
-            OrderError: if `MAX_BROKEN_SHARDS` were read in vain since the last sample.
+            OrderError: if more than `MAX_BROKEN_SHARDS` in a row gave no sample.
         """
         while not self._buffer:
             self._fill()
             if not self._buffer:  # the epoch's end
                 self._start((self._position[0] + 1, 0, 0))
         self._handed_out += 1
-        self._ahead += islice(self._reader, len(self._ahead) < self._order.buffer)  # one for one: no long halts
+        # One is read for each that is handed out, so that no draw waits for a whole buffer.
+        self._ahead += islice(self._reader, len(self._ahead) < self._order.buffer)
         return self._buffer.pop()
 
-    def position(self) -> dict[str, int]:
-        """Where the buffer began, and how far it is handed out."""
+    def state_dict(self) -> dict[str, int]:
+        """Return the position at which the buffer begins, and how many of its slots are handed out."""
         names = ("epoch", "shard", "member", "handed_out")
         return dict(zip(names, (*self._buffer_start, self._handed_out), strict=True))
 
-    def take_up(self, position: dict[str, int]) -> None:
+    def load_state_dict(self, position: dict[str, int]) -> None:
         self._start((position["epoch"], position["shard"], position["member"]))
         if position["handed_out"]:
             self._fill()
@@ -254,22 +280,22 @@ class _SlotStream:
     def _start(self, position: tuple[int, int, int]) -> None:
         self._position = self._buffer_start = self._ahead_start = position
         self._reader = self._read()
-        self._buffer: list[Entry] = []
+        self._buffer: list[BufferedSlot] = []
         self._ahead: list[Slot] = []  # of the next buffer
         self._handed_out = 0
 
     def _fill(self) -> None:
-        """The next buffer, in its order."""
+        """Read and shuffle the next buffer."""
         self._ahead += islice(self._reader, self._order.buffer - len(self._ahead))
         slots, self._ahead = self._ahead, []
         self._buffer_start, self._ahead_start = self._ahead_start, self._position
         self._handed_out = 0
         generator = np.random.default_rng([self._seed, SHUFFLE, self._stream, *self._buffer_start])
-        entries = [entry for slot in slots for entry in self._entries(slot)]
-        self._buffer = [entries[index] for index in generator.permutation(len(entries))]
+        captioned = [buffered for slot in slots for buffered in self._with_captions(slot)]
+        self._buffer = [captioned[index] for index in generator.permutation(len(captioned))]
 
-    def _entries(self, slot: Slot) -> list[Entry]:
-        """One for each caption that is to stand for the image. A bad record is one: drawing it tells why."""
+    def _with_captions(self, slot: Slot) -> list[BufferedSlot]:
+        """Repeat a slot for each caption that is used. A bad record is not repeated; drawing it reports it."""
         if self._order.captions.use == "all" and isinstance(slot, Record):
             try:
                 sample = parse(slot, lines=self._order.captions.lines)
@@ -279,7 +305,7 @@ class _SlotStream:
         return [(slot, None)]
 
     def _read(self) -> Iterator[Slot]:
-        """The slots from the present position to the end of its epoch; the position keeps pace."""
+        """Yield the slots from the present position to the end of its epoch, and move the position along."""
         epoch, first, member = self._position
         span = self._source.span(seed=self._seed, epoch=epoch, stream=self._stream, streams=self._order.streams)
         for number, (index, begin, end) in enumerate(span[first:], first):
@@ -297,7 +323,7 @@ class _SlotStream:
                 reason = str(error)
             if more:
                 reason = f"{shard} holds {more} samples more than the {counted} that were counted"
-                yield Skip(shard=shard, key=None, kind="broken_shard", reason=reason, samples=more)
+                yield SkippedSample(shard=shard, key=None, kind="broken_shard", reason=reason, samples=more)
             if reached < end:
                 self._broken_in_a_row += 1
                 if self._broken_in_a_row > MAX_BROKEN_SHARDS:
@@ -305,4 +331,4 @@ class _SlotStream:
             while reached < end:
                 reached += 1
                 self._position = (epoch, number, reached)
-                yield Skip(shard=shard, key=None, kind="broken_shard", reason=reason)
+                yield SkippedSample(shard=shard, key=None, kind="broken_shard", reason=reason)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from contracap.data.annotations import SourceError
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.data.sources import read_source
 from contracap.files import read_regular
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about an image, and what people answered.
+    """A question about an image, and people's answers.
 
     Attributes:
         answers: one of each person; none in a test set.
@@ -29,30 +29,28 @@ class Question:
 
 
 def questions(sample: Sample) -> tuple[Question, ...]:
-    """The questions in the field `qa` of a sample: a list of objects with `question`, and maybe `answers` or `answer`.
+    """Return the questions of a sample: objects in its field `qa` with `question`, and maybe `answers` or `answer`.
 
     Raises:
-        ValueError: if there is none, or one is not as it should be; names the sample.
+        ValueError: if there is none, or one has another layout; names the sample.
     """
     entries = sample.fields.get("qa")
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"sample {sample.key} of {sample.shard} has no questions: the field qa must be a list of them")
-    return tuple(
-        _question(entry, f"question {i} of sample {sample.key} of {sample.shard}") for i, entry in enumerate(entries)
-    )
+        raise ValueError(f"{sample.name} has no questions: the field qa must be a list of them")
+    return tuple(_question(entry, f"question {i} of {sample.name}") for i, entry in enumerate(entries))
 
 
 class QuestionSamples:
-    """The images that a file of VQAv2 or OK-VQA asks about, in the order in which it comes to them. The file is read
-    once, an image whenever its turn comes.
+    """The images that a file of VQAv2 or OK-VQA asks about, in its order. The file is read once, each image when its
+    turn comes.
 
-    The answers lie next to it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
+    The answers are next to it under the data set's own name: to `v2_OpenEnded_mscoco_val2014_questions.json` belongs
     `v2_mscoco_val2014_annotations.json`; a test set has none. Of OK-VQA's two forms of an answer, `answer` counts, as
     in its own evaluation.
     """
 
-    def __init__(self, path: str | Path, *, pictures: str | Path | None = None):
-        """Reads the file.
+    def __init__(self, path: str | Path, *, images: str | Path | None = None):
+        """Read the file.
 
         Args:
             images: the folder of images, such as `COCO_val2014_000000000042.jpg`, maybe in subfolders; by default
@@ -60,31 +58,29 @@ class QuestionSamples:
 
         Raises:
             FileNotFoundError: if the file or the folder does not exist.
-            SourceError: if the file is not what it should be, or a question lacks its image, or
+            SourceError: if the file has another layout, or a question lacks its image, or
                 its answers where others have them.
         """
-        source = read_source(path, kind="vqa", pictures=pictures)
-        for refused in source.refused:
-            raise SourceError(f"{path}: {refused.source}: {refused.message}")
-        missing = [item for item in source.items if not Path(item.picture).is_file()]
+        source = read_source(path, kind="vqa", images=images)
+        for skipped in source.skipped:
+            raise SourceError(f"{path}: {skipped.source}: {skipped.message}")
+        missing = [entry for entry in source.entries if not Path(entry.path).is_file()]
         if missing:
-            identity, folder = missing[0].fields["image_id"], Path(missing[0].picture).parent
+            identity, folder = missing[0].fields["image_id"], Path(missing[0].path).parent
             raise SourceError(
-                f"{path} asks about {len(source.items)} images, of which {len(missing)} are not in {folder}: "
+                f"{path} asks about {len(source.entries)} images, of which {len(missing)} are not in {folder}: "
                 f"one is the image {identity}; name their folder after the file"
             )
-        self._items, self._name = source.items, Path(path).name
+        self._entries, self._name = source.entries, Path(path).name
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Every image once, with its questions in the field `qa`."""
-        for item in self._items:
-            picture = Path(item.picture)
-            yield Sample(
-                key=picture.stem, image=read_regular(picture), captions=(), fields=item.fields, shard=self._name
-            )
+        """Yield every image once, with its questions in the field `qa`."""
+        for entry in self._entries:
+            file = Path(entry.path)
+            yield Sample(key=file.stem, image=read_regular(file), captions=(), fields=entry.fields, shard=self._name)
 
 
 def _question(entry: Any, name: str) -> Question:

@@ -47,7 +47,7 @@ TRAINED: frozenset[tuple[Color, Shape]] = PAIRS - HELD_OUT
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object."""
+    """An object."""
 
     size: Size
     texture: Texture
@@ -62,7 +62,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The meaning of an image or of a caption: equal scenes say the same, in whichever words.
+    """The meaning of an image or of a caption, in whichever words.
 
     Of two objects the first is `relation` the second; "right of" and "below" are the same relations read backwards.
 
@@ -81,18 +81,18 @@ class Scene:
 
     @property
     def pairs(self) -> frozenset[tuple[Color, Shape]]:
-        """The colour-shape pairs in the scene."""
+        """Colour-shape pairs in the scene."""
         return frozenset(thing.pair for thing in self.things)
 
 
 def count_meanings() -> int:
-    """How many different scenes of two objects there are, held-out pairs included."""
+    """Return the number of different scenes of two objects, held-out pairs included."""
     things = len(SIZES) * len(TEXTURES) * len(COLORS) * len(SHAPES)
     return things * (things - 1) * len(RELATIONS)
 
 
 def random_scene(generator: np.random.Generator, pairs: frozenset[tuple[Color, Shape]], *, objects: int) -> Scene:
-    """A scene of one or two different `objects` whose colours and shapes come from `pairs`, all equally likely."""
+    """Draw a scene of one or two different `objects`, whose colours and shapes come from `pairs` with equal chance."""
     things = list[Thing]()
     choices = sorted(pairs)
     while len(things) < objects:
@@ -107,7 +107,7 @@ def random_scene(generator: np.random.Generator, pairs: frozenset[tuple[Color, S
 
 
 def twin(scene: Scene, attribute: Attribute) -> Scene:
-    """The scene with one `attribute` exchanged between its two objects."""
+    """Return the scene with one `attribute` exchanged between its two objects."""
     first, second = scene.things
     swapped = (
         replace(first, **{attribute: getattr(second, attribute)}),
@@ -117,7 +117,7 @@ def twin(scene: Scene, attribute: Attribute) -> Scene:
 
 
 def legal_twins(scene: Scene, *, test: bool) -> dict[Attribute, Scene]:
-    """The attribute-swapped twins of `scene` that mean something else; test scenes, or training scenes."""
+    """Return the attribute-swapped twins with another meaning that are test scenes, or training scenes."""
     if len(scene.things) < 2:
         return {}
     twins = {attribute: twin(scene, attribute) for attribute in ATTRIBUTES}
@@ -125,17 +125,17 @@ def legal_twins(scene: Scene, *, test: bool) -> dict[Attribute, Scene]:
 
 
 def is_test(scene: Scene) -> bool:
-    """Whether the scene has a held-out pair, which no training scene has."""
+    """Return whether the scene has a held-out pair, which no training scene has."""
     return not scene.pairs.isdisjoint(HELD_OUT)
 
 
 def training_scenes(generator: np.random.Generator, *, alone: float = 0.3, twinned: float = 0.5) -> Iterator[Scene]:
-    """Endless scenes without a held-out pair.
+    """Yield endless scenes without a held-out pair.
 
     Args:
-        generator: The only source of chance.
-        alone: Probability of a scene with a single object.
-        twinned: Probability that a scene of two objects is followed by one of its attribute-swapped twins.
+        generator: the only source of chance.
+        alone: probability of a scene with a single object.
+        twinned: probability that a scene of two objects is followed by one of its attribute-swapped twins.
     """
     while True:
         scene = random_scene(generator, TRAINED, objects=1 if generator.random() < alone else 2)
@@ -146,15 +146,15 @@ def training_scenes(generator: np.random.Generator, *, alone: float = 0.3, twinn
 
 
 def single_scenes(generator: np.random.Generator, count: int) -> list[Scene]:
-    """Test scenes of one object; every held-out pair comes (nearly) equally often."""
+    """Draw test scenes of one object; every held-out pair comes (nearly) equally often."""
     pairs = sorted(HELD_OUT)
     return [random_scene(generator, frozenset({pairs[i % len(pairs)]}), objects=1) for i in range(count)]
 
 
 def twin_scenes(generator: np.random.Generator, count: int) -> list[Scene]:
-    """Test scenes of two objects, all different in meaning, in pairs: a scene and a twin of it.
+    """Draw test scenes of two objects, all different in meaning, in pairs: a scene and its twin.
 
-    The swapped attribute goes round: size, colour, texture, shape.
+    The swapped attributes take turns: size, colour, texture, shape.
 
     Raises:
         ValueError: if the count is odd.

@@ -1,4 +1,4 @@
-"""Tar files, opened so that damage is an error and what one sample may cost is bounded."""
+"""Tar files in which damage is an error, and each sample has limited size."""
 
 import gzip
 import io
@@ -8,22 +8,23 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import IO, cast
 
-from contracap.data.remote import WEB, opened
+from contracap.data.remote import WEB, open_file
 from contracap.formats import HEAD_BYTES, image_format, other_format
 
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
-# What one sample may cost. A gzipped shard, or one with holes, can claim anything in a few bytes.
+SHARD_SUFFIXES = (".tar", *GZIP_SUFFIXES)
+# Limits of one sample. A gzipped shard, or one with holes, can claim any size in a few bytes.
 MAX_HEADER_BYTES = 4 * 2**20  # about 8,000 members
 MAX_UNFOLDED_BYTES = 2**30  # of all members, in a gzipped shard, which has to be decompressed to get past them
 
 
 def file_part(url: str) -> str:
-    """A URL without what may follow the name of its file on a web server, such as a signature."""
+    """Return a URL without what may follow the name of its file on a web server, such as a signature."""
     return re.split(r"[?#]", url, maxsplit=1)[0] if url.startswith(WEB) else url
 
 
 class Metered:
-    """The bytes of a tar file, and how many of them one sample may still take."""
+    """The bytes of a tar file, and the number of them that a sample may still take."""
 
     def __init__(self, stream: io.BufferedIOBase, *, seeking: bool, gzipped: bool) -> None:
         self._stream, self._seeking, self._gzipped = stream, seeking, gzipped
@@ -35,7 +36,7 @@ class Metered:
         self._left, self._unfolded = MAX_HEADER_BYTES, 0
 
     def read(self, size: int) -> bytes:
-        """For `tarfile`."""
+        """Read for `tarfile`."""
         self._left -= size
         if self._left < 0:
             reason = f"the headers of one sample take more than {MAX_HEADER_BYTES:,} bytes"
@@ -45,20 +46,20 @@ class Metered:
         return content
 
     def charge(self, member: tarfile.TarInfo, *, wanted: bool) -> None:
-        """Count the content of a member, whether it will be read or passed over."""
+        """Count the content of a member, which will be read or skipped."""
         self._unfolded += member.size
         if self._gzipped and self._unfolded > MAX_UNFOLDED_BYTES:
             raise tarfile.ReadError(f"one sample unfolds to more than {MAX_UNFOLDED_BYTES:,} bytes")
-        if wanted or not self._seeking:  # a stream is read where it is passed over, too
+        if wanted or not self._seeking:  # in a stream, what is skipped is read, too
             self._left += member.size
 
 
 @contextmanager
 def open_tar(shard: str) -> Generator[tuple[tarfile.TarFile, Metered], None, None]:
-    """Yield a tar file to iterate over, and the meter of what its samples take. Damage raises an error."""
+    """Yield a tar file to iterate over, and the meter of its samples. Damage raises an error."""
     gzipped = file_part(shard).endswith(GZIP_SUFFIXES) and not shard.startswith("pipe:")
-    with opened(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
-        seeking = file.seekable() and not gzipped  # passes over members without reading them, and reads faster
+    with open_file(shard) as file, gzip.GzipFile(fileobj=file) if gzipped else nullcontext(file) as stream:
+        seeking = file.seekable() and not gzipped  # skips members without reading them, and reads faster
         metered = Metered(cast(io.BufferedIOBase, stream), seeking=seeking, gzipped=gzipped)
         mode = "r:" if seeking else "r|"
         with ExitStack() as stack:
@@ -72,7 +73,7 @@ def open_tar(shard: str) -> Generator[tuple[tarfile.TarFile, Metered], None, Non
 
 
 def _kind_of_file(head: bytes) -> str:
-    """What a file is that is not a tar file, by its first bytes; "" if they do not say."""
+    """Return what a file is that is not a tar file, by its first bytes; "" if they do not say."""
     if not head:
         return "it is empty"
     kind = image_format(head) or other_format(head)
@@ -80,7 +81,7 @@ def _kind_of_file(head: bytes) -> str:
 
 
 def is_tar(file: str) -> bool:
-    """Whether a local file is one, as far as its first header tells."""
+    """Return whether a local file is a tar file, as far as its first header tells."""
     try:
         with open_tar(file):
             return True
@@ -91,7 +92,7 @@ def is_tar(file: str) -> bool:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Only the end-of-archive mark ends a shard: `tarfile` by itself takes a broken or missing header for the end."""
+    """A header that must be sound: `tarfile` takes a broken or missing one for the end of the file."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # pyrefly: ignore

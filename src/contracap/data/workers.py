@@ -1,7 +1,7 @@
-"""Work on many shards at once, in processes; and on images, in threads ahead of the model.
+"""Process pools for shards, and thread pools that prepare images ahead of the model.
 
-Threads do for images: files, sockets, the JPEG decoder and the resizing release the interpreter's lock, pixels need
-not be copied between processes, and nothing has to start.
+Threads are enough for images: files, sockets, the JPEG decoder and resizing release the interpreter's lock, and pixels
+need not be copied between processes.
 """
 
 import os
@@ -16,8 +16,8 @@ from multiprocessing import get_context
 from queue import SimpleQueue
 from typing import TypeVar
 
-AHEAD = min(8, os.cpu_count() or 1)  # batches that are prepared at a time, a thread for each
-PATIENCE = 2.0  # seconds that threads get to end in; one that waits for a silent server is not waited for
+AHEAD = min(8, os.cpu_count() or 1)  # batches that are prepared at a time, each in a thread
+PATIENCE = 2.0  # seconds in which threads may end; one may wait for a silent server
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -28,15 +28,15 @@ class WorkerError(RuntimeError):
 
 
 def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """What `function` makes of each task, in the order in which they are done.
+    """Yield what `function` makes of each task, in the order in which they are done.
 
-    A worker gets its next task when it has done one: after an error, or when the caller stops, only the tasks at work
-    are finished.
+    A worker gets its next task when it has done one. After an error, or when the caller stops, only running tasks are
+    finished.
 
     Args:
-        function: one that can be pickled, as its tasks and results.
+        function: must be picklable, like its tasks and results.
         tasks: taken one by one.
-        workers: processes; 0 or 1: the calling one, task by task.
+        workers: processes; 0 or 1: the calling one.
 
     Raises:
         ValueError: if `workers` is below 0.
@@ -48,7 +48,7 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
         yield from map(function, tasks)
         return
     tasks = iter(tasks)
-    # Not forked: a copy of a process with threads, as those of torch and fsspec, may never get their locks.
+    # Not forked: in a copy of a process with threads, such as torch's and fsspec's, locks may stay closed.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             running = {pool.submit(function, task) for task in islice(tasks, workers)}
@@ -65,8 +65,9 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
 def prepared(
     prepare: Callable[[Task], Result], batches: Generator[Task, None, None]
 ) -> Iterator[Iterator[tuple[Task, Result]]]:
-    """Within the block: the batches in their order, each with what `prepare` makes of it, up to `AHEAD` of them before
-    they are asked for. What fails is raised in its place. The end of the block ends the threads, too.
+    """Yield, within the block, batches in order with what `prepare` makes of them, up to `AHEAD` ahead of their use.
+
+    An error is raised in its place. The threads end with the block.
     """
     with closing(in_threads(prepare, batches, workers=AHEAD, ahead=AHEAD)) as made:
         yield ((batch, future.result()) for batch, future in made)
@@ -75,15 +76,15 @@ def prepared(
 def in_threads(
     function: Callable[[Task], Result], items: Generator[Task, None, None], *, workers: int, ahead: int
 ) -> Generator[tuple[Task, "Future[Result]"], None, None]:
-    """What `function` makes of each item, in their order; the items, too, are taken in a thread of their own.
+    """Yield each item with a future of what `function` makes of it, in order. Another thread takes the items.
 
-    At most `ahead` items are taken that the caller has not got yet. An error of `items` is raised in its place.
+    At most `ahead` items are taken before the caller gets them. An error of `items` is raised in its place.
     """
     ordered = SimpleQueue[tuple[Task, Future[Result]] | BaseException | None]()
     tasks = SimpleQueue[tuple[Task, Future[Result]] | None]()
     room, stopped = threading.Semaphore(ahead), threading.Event()
 
-    def feed() -> None:  # closes the items where it read them: a shell command that gives a shard must end
+    def feed() -> None:  # closes the items in their thread: the shell command of a shard must end
         end: BaseException | None = None
         try:
             with closing(items):

@@ -8,7 +8,7 @@ from typing import Literal
 from jaxtyping import Float32
 from torch import Tensor
 
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.data.workers import prepared
 from contracap.evaluation.distributed import run_on_every_rank, run_on_rank_0
 from contracap.evaluation.features import Source, picture_pixels, sample_batches, with_progress

@@ -13,11 +13,12 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm import tqdm
 
+from contracap.data.counts import indexed_samples
 from contracap.data.folders import ClassFolders
 from contracap.data.loader import evaluation_samples
 from contracap.data.questions import QuestionSamples
-from contracap.data.shards import Sample, list_shards
-from contracap.data.survey import indexed_samples
+from contracap.data.samples import Sample
+from contracap.data.shards import list_shards
 from contracap.data.workers import prepared
 from contracap.images import ImageError
 from contracap.model.coca import CoCa
@@ -59,7 +60,7 @@ def opened(source: Source, *, lines: bool = True) -> Source:
     file, *folders = paths
     if len(folders) > 1:
         raise ValueError(f"after the questions {file} comes one folder, of images, not {len(folders)}")
-    return QuestionSamples(file, pictures=folders[0] if folders else None)
+    return QuestionSamples(file, images=folders[0] if folders else None)
 
 
 def sample_batches(source: Source, size: int) -> Generator[list[Sample], None, None]:

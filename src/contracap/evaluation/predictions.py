@@ -10,7 +10,7 @@ from typing import Any
 
 from contracap.data.annotations import read_json
 from contracap.data.datasets.tables import is_lines
-from contracap.data.shards import texts_in
+from contracap.data.samples import texts_in
 from contracap.evaluation.metrics.scores import domain_name
 from contracap.evaluation.metrics.tokens import has_word
 from contracap.files import write_text

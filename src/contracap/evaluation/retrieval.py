@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from contracap.data.captions import require_captions
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.evaluation.distributed import encode_in_shares, run_on_every_rank
 from contracap.evaluation.features import Source, finite, picture_pixels, progress, sample_batches
 from contracap.evaluation.metrics.ranking import ranks, share

@@ -9,7 +9,8 @@ from typing import Any
 from contracap.config import build, to_dict
 from contracap.data.captions import require_captions
 from contracap.data.questions import questions
-from contracap.data.shards import SampleError, layout_fault
+from contracap.data.samples import SampleError
+from contracap.data.shards import layout_fault
 from contracap.evaluation.captioning import evaluate_captioning
 from contracap.evaluation.features import opened, sample_batches
 from contracap.evaluation.metrics.clipscore import ClipScorer

@@ -8,7 +8,7 @@ from typing import Any
 
 from contracap.data.annotations import read_list
 from contracap.data.questions import Question, questions
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.evaluation.answering import Answering, Asked, Chosen, Written
 from contracap.evaluation.features import Source, picture_batches
 from contracap.evaluation.metrics.overlap import mean

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from contracap.data.annotations import read_list
 from contracap.data.folders import ClassFolders, class_folders
-from contracap.data.shards import Sample
+from contracap.data.samples import Sample
 from contracap.evaluation.features import READY, Source, embed_pictures, embed_texts, full_precision, picture_batches
 from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.published import IMAGENET, Published, is_published, published

@@ -58,9 +58,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of a sequence, or of learned queries, to a memory of another width.
+    """Multi-head attention of a sequence, or of learned queries, to a memory.
 
-    There are two ways to compute it. `Projected`: each row of the memory is projected to keys and values.
+    The memory is what queries read, as in `torch.nn.TransformerDecoder`: image tokens in the pooler, caption tokens in
+    the decoder. There are two ways to compute it. `Projected`: each row of the memory is projected to keys and values.
     `Unprojected`: the projections are multiplied into queries and outputs instead, which is less work for short texts.
     """
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from contracap.data.order import Skip
+from contracap.data.order import SkippedSample
 from contracap.files import read_regular, replacing, write_text
 from contracap.progress import progress_bar
 from contracap.wording import escaped
@@ -79,7 +79,7 @@ class Recorder:
             shown = {"loss": "loss {:.4g}", "samples_per_second": "{:.4g} samples/s"}  # all that fits into a line
             self._bar.set_postfix_str(", ".join(shown[name].format(numbers[name]) for name in shown if name in numbers))
 
-    def skips(self, step: int, skips: Iterable[Skip]) -> None:
+    def skips(self, step: int, skips: Iterable[SkippedSample]) -> None:
         """Record samples that were left out since the last step. Warn of the first ones."""
         for skip in skips if self._folder else ():
             self._line(SKIPPED_FILE, {"step": step, **asdict(skip)})
@@ -197,7 +197,7 @@ class TensorBoardLogger:
     def __init__(self, folder: Path, *, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start + 1 if start else 0)
 
     def figures(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():

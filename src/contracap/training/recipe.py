@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from contracap.config import ConfigError, build, load_toml, require_paths, to_dict
 from contracap.data.config import DataConfig
-from contracap.data.index import samples_in
-from contracap.data.remote import commands_in
+from contracap.data.counts import samples_in
+from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
 from contracap.evaluation.suite import EvaluationConfig
 from contracap.losses import LossConfig
@@ -60,7 +61,8 @@ class Recipe:
     """Number of parts that a batch is split into, each with its own forward and backward pass. Losses and gradients
     are those of the whole batch. With a contrastive loss each part is embedded once more (GradCache)."""
     ema_decay: float = 0.0
-    """Decay per step of the moving average of the weights; 0 keeps no average."""
+    """Decay per step of the moving average of the weights; 0 keeps no average. Evaluation uses the weights themselves;
+    to use the average, name its file: `RUN/checkpoints/last/average.safetensors`."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when a loss or gradient is NaN or infinite: `stop` the run, or `skip` the step."""
     log_every: int = 20
@@ -132,7 +134,9 @@ class Recipe:
                 f"{self.size} has no decoder and writes no captions: leave evaluation.captions and tasks that write out"
             )
         if self.optimizer.warmup_steps >= self.steps and self.epochs is None:
-            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}: lower it"
+            )
         if self.loss.captioning and self.model_config.decoder is None:
             raise ValueError(f"{self.size} has no decoder: set loss.captioning = 0, or take a coca size")
 
@@ -167,6 +171,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if Path(recipe.out).absolute() != folder:
         logger.info("%s lies in the folder of a run: out is that folder, not %s", path, recipe.out)
     return replace(recipe, out=str(folder))
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with every local path made absolute, so that it means the same in any working folder."""
+
+    def absolute(paths: Any) -> Any:
+        if isinstance(paths, str):
+            is_local = "://" not in paths and not commands_in(paths)
+            return os.path.abspath(paths) if is_local else paths
+        return tuple(map(absolute, paths))
+
+    data, evaluation = recipe.data, recipe.evaluation
+    train = data.train
+    if isinstance(train, dict):
+        train = {name: replace(source, shards=absolute(source.shards)) for name, source in train.items()}
+    else:
+        train = absolute(train)
+    validation = None if data.validation is None else absolute(data.validation)
+    tasks = {name: replace(task, data=absolute(task.data)) for name, task in evaluation.tasks.items()}
+    captions = evaluation.captions and replace(evaluation.captions, data=absolute(evaluation.captions.data))
+    weights = recipe.initialise_from
+    if weights is not None and os.path.exists(weights):  # else a name of released weights
+        weights = os.path.abspath(weights)
+    return replace(
+        recipe,
+        initialise_from=weights,
+        data=replace(data, train=train, validation=validation),
+        evaluation=replace(evaluation, tasks=tasks, captions=captions),
+    )
 
 
 def in_steps(recipe: Recipe) -> Recipe:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from contracap.data.batch import Batch
-from contracap.data.loader import TrainingBatches, joined_states
+from contracap.data.loader import TrainingBatches, join_states
 from contracap.data.order import OrderError
 from contracap.evaluation.result import Evaluator, Result
 from contracap.parallel import Agreement
@@ -74,11 +74,13 @@ class Run:
             )
         except TrainingError as error:
             self.writer.wait()
-            remedy = "Lower optimizer.learning_rate, or say nonfinite=skip to leave such steps out"
-            if recipe.nonfinite == "skip":
-                remedy = "Point `last` to an earlier one, or lower optimizer.learning_rate in a new run"
-            last = last_checkpoint(Path(recipe.out) / CHECKPOINTS) or "none yet"
-            raise TrainingError(f"{error}. Last good checkpoint: {last}. {remedy}") from None
+            last = last_checkpoint(Path(recipe.out) / CHECKPOINTS)
+            remedy = "start a new run with a lower optimizer.learning_rate"
+            if last:
+                remedy += f" and initialise_from={last}"
+            if recipe.nonfinite == "stop":
+                remedy = f"resume with nonfinite=skip to leave such steps out, or {remedy}"
+            raise TrainingError(f"{error}. Last good checkpoint: {last or 'none yet'}. Remedy: {remedy}") from None
         except ShutdownRequested:  # while it waited for data
             if state.step == start:
                 raise
@@ -175,7 +177,7 @@ class Run:
             self.record_skips()
             with self.keep_write_errors():
                 self.monitor.write_spikes()
-            self.writer.save(self.state, joined_states(self.state.process_group.all_gather(self.batches.state_dict())))
+            self.writer.save(self.state, join_states(self.state.process_group.all_gather(self.batches.state_dict())))
 
     def stop_if_asked(self, *, at_once: bool = False) -> None:
         """End the run on every rank if one of them was asked to stop, or cannot write.

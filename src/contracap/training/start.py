@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from contracap.config import flat, to_dict
-from contracap.data.remote import commands_in
+from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
 from contracap.images import ImageConfig
 from contracap.model.coca import CoCa
@@ -19,7 +19,7 @@ from contracap.pretrained import find_weights, random_model, read_weights
 from contracap.pretrained.find import is_of_hub
 from contracap.pretrained.names import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
 from contracap.training.checkpoint import CheckpointError
-from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe
+from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe, with_absolute_paths
 
 # Keys that may change when a run is resumed. They change its updates by rounding only, with three exceptions: `steps`
 # stretches the cosine; with another `device` or `accumulation` (or number of ranks), other patches are dropped.
@@ -89,7 +89,7 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
     if not stored.is_file():
         return None
     earlier = load_recipe(stored)
-    before, now = (dict(flat(to_dict(each))) for each in (earlier, recipe))
+    before, now = (dict(flat(to_dict(with_absolute_paths(each)))) for each in (earlier, recipe))
     changed = [
         f"{key} was {before.get(key)} and is now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

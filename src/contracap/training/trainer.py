@@ -10,17 +10,20 @@ from typing import TypeVar, cast
 
 from contracap.config import to_dict, to_toml
 from contracap.data.loader import TrainingBatches
-from contracap.data.remote import require_consent
+from contracap.data.patterns import require_consent
 from contracap.evaluation.suite import build_suite
 from contracap.files import write_text
 from contracap.images import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.parallel import Agreement, ParallelError, ProcessGroup, parallelize, start_process_group
 from contracap.pretrained import load, processor_for
+from contracap.pretrained.names import WeightsError
 from contracap.training.checkpoint import (
     CHECKPOINTS,
+    LAST,
     CheckpointError,
     checkpoint_name,
+    checkpoint_steps,
     describe,
     last_checkpoint,
     moving_average,
@@ -30,7 +33,7 @@ from contracap.training.folder import locked
 from contracap.training.logging import Profile, Recorder, open_loggers, require_wandb
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
-from contracap.training.recipe import RECIPE_FILE, Recipe, in_steps
+from contracap.training.recipe import RECIPE_FILE, Recipe, in_steps, with_absolute_paths
 from contracap.training.run import Run, how_to_continue, stopped
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal, shutdown_signal
 from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model
@@ -104,7 +107,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
         tokenizer=processor.tokenizer,
         seed=recipe.seed,
         rank=process_group.rank,
-        ranks=process_group.world_size,
+        world_size=process_group.world_size,
         waiting=shutdown.at_once if process_group.world_size == 1 else nullcontext,
     )
     # Everything that a later step reads or needs is looked for now, not hours later.
@@ -115,7 +118,10 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
         validate = partial(validation_losses, state, config, recipe.data)
     evaluate = build_suite(recipe.evaluation, processor, process_group)
     if checkpoint:
-        batches.load_state_dict(restore_checkpoint(checkpoint, state))
+        try:
+            batches.load_state_dict(restore_checkpoint(checkpoint, state))
+        except (CheckpointError, WeightsError) as error:
+            raise CheckpointError(f"{error}{_older_checkpoints(checkpoint)}") from None
         if state.step > recipe.steps:
             raise CheckpointError(
                 f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps"
@@ -123,6 +129,9 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
         logger.info("going on from %s", checkpoint)
     if process_group.rank == 0:
         logger.info("%s", _describe(recipe, model, batches.samples, process_group))
+        _warn(recipe, model, batches.samples)
+        if state.step == recipe.steps:
+            logger.info("the run is complete: there is nothing left to do")
     process_group.barrier()  # no rank changes the folder before all have read it
     folder, left = Path(recipe.out), recipe.steps - state.step
     peak = find_peak(process_group.device, bf16=config.bf16, stated=recipe.peak_tflops)
@@ -206,8 +215,18 @@ def _resumed_model(recipe: Recipe, checkpoint: Path) -> tuple[CoCa, ImageConfig]
     before = require_same_run(Path(recipe.out), recipe)
     if before is not None and before.steps != recipe.steps:
         logger.info("steps was %s and is now %s: the schedule is stretched", before.steps, recipe.steps)
-    model, processor = load(checkpoint)
+    try:
+        model, processor = load(checkpoint)
+    except WeightsError as error:
+        raise CheckpointError(f"{error}{_older_checkpoints(checkpoint)}") from None
     return model, processor.image_config
+
+
+def _older_checkpoints(checkpoint: Path) -> str:
+    """Tell how to resume from an earlier checkpoint, if there is one."""
+    folder = checkpoint.parent
+    older = [name for name in map(checkpoint_name, checkpoint_steps(folder)) if name < checkpoint.name]
+    return f". To resume from the one before: ln -sfn {older[-1]} {folder / LAST}" if older else ""
 
 
 def _build_state(recipe: Recipe, model: CoCa, process_group: ProcessGroup, *, bf16: bool) -> TrainingState:
@@ -241,13 +260,29 @@ def _describe(recipe: Recipe, model: CoCa, samples: int, process_group: ProcessG
     )
 
 
+def _warn(recipe: Recipe, model: CoCa, samples: int) -> None:
+    """Warn of settings that are allowed, but hardly wanted."""
+    if recipe.data.validation is not None and not recipe.validate_every:
+        logger.warning("data.validation is set, but validate_every is 0: nothing will be validated")
+    if recipe.loss.contrastive and recipe.data.batch_size > samples:
+        logger.warning(
+            "data.batch_size %s exceeds the %s samples: the contrastive loss will take copies of an image for others",
+            f"{recipe.data.batch_size:,}",
+            f"{samples:,}",
+        )
+    if model.decoder is not None and not recipe.loss.captioning:
+        logger.warning("loss.captioning is 0: the decoder is not trained, so the model cannot caption afterwards")
+    if not recipe.loss.contrastive:
+        logger.info("loss.contrastive is 0: embeddings are not trained, only captions")
+
+
 def _open_recorder(recipe: Recipe, state: TrainingState) -> Recorder:
     """Write the recipe to the run folder, and open the run's records there; on ranks but 0, record nothing."""
     if state.process_group.rank:
         return Recorder(None, start=state.step, total_steps=recipe.steps)
     folder = Path(recipe.out)
     try:
-        write_text(folder / RECIPE_FILE, to_toml(recipe))
+        write_text(folder / RECIPE_FILE, to_toml(with_absolute_paths(recipe)))
         loggers = open_loggers(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe))
         return Recorder(folder, loggers=loggers, start=state.step, total_steps=recipe.steps)
     except OSError as error:

@@ -110,10 +110,10 @@ class Watchdog:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A context for a phase between two steps; after it, the loop is in its previous phase again."""
-        before = self._beat.phase
-        self.enter(name)
+        before = self._beat
+        self._beat = Beat(before.step - 1, name, time.monotonic())  # of the step that is done
         yield
-        self.enter(before)
+        self._beat = Beat(before.step, before.phase, time.monotonic())
 
     def step(self, done: int) -> None:
         """Note that `done` steps are done."""

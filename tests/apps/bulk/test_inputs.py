@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from contracap.apps.bulk.inputs import count_items, first_items, items
-from contracap.data.shards import MAX_MEMBER_BYTES, SampleError, ShardError, write_shard
+from contracap.data.samples import MAX_MEMBER_BYTES, SampleError
+from contracap.data.shards import ShardError, write_shard
 from contracap.download import DownloadError
 from tests.apps.bulk.conftest import fill, picture
 

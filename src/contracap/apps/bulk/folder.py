@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from contracap.apps.bulk.output_config import OutputConfig, changes
-from contracap.data.remote import GOOGLE, S3, files_in, opened, upload
+from contracap.data.remote import GOOGLE, S3, list_files, open_file, upload
 from contracap.files import replacing
 
 MANIFEST_FILE = "_bulk.json"  # readers of parquet folders leave out names that begin with an underscore
@@ -35,7 +35,7 @@ class Folder:
         """The files that are there; none if there is no such folder yet."""
         try:
             if self._remote:
-                return {file.rpartition("/")[2] for file in files_in(self.name)}
+                return {file.rpartition("/")[2] for file in list_files(self.name)}
             return {file.name for file in Path(self.name).iterdir()}
         except FileNotFoundError:
             return set()
@@ -64,7 +64,7 @@ class Folder:
         """Raises: FolderError: if the folder belongs to runs with other settings, or its manifest cannot be read."""
         for manifest in {MANIFEST_FILE, OLD_MANIFEST_FILE} & self.names():
             try:
-                with opened(f"{self.name}/{manifest}") as file:
+                with open_file(f"{self.name}/{manifest}") as file:
                     before = dict(json.loads(file.read())["settings"])
             except (ValueError, KeyError, TypeError) as error:
                 raise FolderError(f"{self.name}/{manifest} is not a manifest of a run: {error}") from None

@@ -1,4 +1,4 @@
-"""What a user means by images: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
+"""Images that a user names: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
 
 import logging
 import os
@@ -10,22 +10,12 @@ from glob import has_magic
 from itertools import islice
 from pathlib import Path
 
+from contracap.data.image_files import SkippedFiles, folders_in, images_in, is_image
 from contracap.data.remote import WEB
-from contracap.data.shards import (
-    DOTTED,
-    PICTURE_SUFFIXES,
-    SHARD_SUFFIXES,
-    SORT,
-    Record,
-    SampleError,
-    ShardError,
-    is_image_suffix,
-    list_shards,
-    parse,
-    records,
-)
-from contracap.data.sources import TABLE_SUFFIXES
-from contracap.data.walk import PassedOver, folders_in, is_picture, pictures_in
+from contracap.data.samples import DOTTED, IMAGE_SUFFIXES, SORT, Record, SampleError, is_image_suffix, parse
+from contracap.data.shards import ShardError, list_shards, records
+from contracap.data.source_kinds import TABLE_SUFFIXES
+from contracap.data.tar import SHARD_SUFFIXES
 from contracap.download import download
 from contracap.files import check_regular, path_text, read_regular
 from contracap.wording import counted
@@ -79,7 +69,7 @@ class Item:
 def items(
     paths: Sequence[str], *, recursive: bool = True, outputs: Sequence[Path | None] = ()
 ) -> Generator[Item, None, None]:
-    """The images that paths stand for, in order, read from folders, lists and shards only as they are asked for.
+    """Yield the images that paths stand for, in order, read from folders, lists and shards only as they are asked for.
 
     A path is an image file, or its http(s) URL; a folder, whose images come by name and then those of its
     subfolders; a pattern with `*`, `?`, `[...]` and `**`, of images and shards; a tar shard, anywhere that
@@ -89,7 +79,7 @@ def items(
 
     Raises: ValueError: at an image that is also one of the `outputs`, which would be lost.
     """
-    passed = PassedOver()
+    passed = SkippedFiles()
     written = {os.path.realpath(output) for output in outputs if output is not None}
     for path in paths:
         found = _items_of(path, recursive, passed)
@@ -108,7 +98,7 @@ def items(
 
 
 def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Item]:
-    """The first image of each path: whether there are any is known before a model is loaded.
+    """Yield the first image of each path, to know that there are any before a model is loaded.
 
     Raises:
         FileNotFoundError: if a path does not exist or stands for no image; a shard that holds none, or is broken, is
@@ -119,7 +109,7 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
         raise ValueError("nothing to read: give images, folders, patterns, lists (.txt) or tar shards")
     empty = list[str]()
     for path in paths:
-        passed, dotted = PassedOver(), list[str]()
+        passed, dotted = SkippedFiles(), list[str]()
         with closing(_items_of(path, recursive, passed)) as found:
             try:
                 while (first := next(found, None)) is not None and _is_dotted(first.source):
@@ -152,7 +142,7 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
         logger.warning(problem)
 
 
-def _items_of(path: str, recursive: bool, passed: PassedOver) -> Generator[Item, None, None]:
+def _items_of(path: str, recursive: bool, passed: SkippedFiles) -> Generator[Item, None, None]:
     with closing(_found_at(path, recursive, passed)) as found:
         for each in found:
             if isinstance(each, Item):
@@ -161,7 +151,7 @@ def _items_of(path: str, recursive: bool, passed: PassedOver) -> Generator[Item,
                 yield from _of_shards(each, passed)
 
 
-def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item | str, None, None]:
+def _found_at(path: str, recursive: bool, passed: SkippedFiles) -> Generator[Item | str, None, None]:
     """The images that a path stands for, and the names of shards, which are not opened."""
     local = Path(path)
     if "://" in path or path.startswith("pipe:"):
@@ -170,7 +160,7 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
         else:
             yield path
     elif local.is_dir():
-        for image in pictures_in(local, passed):
+        for image in images_in(local, passed):
             if not recursive and image.name != str(image):  # those of subfolders come last
                 break
             yield _file(local / image)
@@ -188,7 +178,7 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
         for match in _matches(Path(local.anchor), local.relative_to(local.anchor).parts, passed):
             if match.name.endswith(SHARD_SUFFIXES):
                 yield str(match)
-            elif os.path.isfile(match) and is_picture(match):
+            elif os.path.isfile(match) and is_image(match):
                 yield _file(match)
             else:
                 passed.add(match)
@@ -203,11 +193,11 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
 
 
 def count_items(paths: Sequence[str], *, recursive: bool = True, limit: int | None = None) -> int | None:
-    """How many images there are; None if there are shards, which say so only once they are read."""
+    """Return how many images there are; None if there are shards, which say so only once they are read."""
     count = 0
     try:
         for path in paths:
-            with closing(_found_at(path, recursive, PassedOver())) as found:
+            with closing(_found_at(path, recursive, SkippedFiles())) as found:
                 for each in islice(found, limit):
                     if not isinstance(each, Item):
                         return limit
@@ -243,7 +233,7 @@ def _of_list(path: Path) -> Iterator[Item]:
                 yield replace(_file(Path(line)), listed=f"{path}, line {number}")
 
 
-def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
+def _of_shards(path: str, passed: SkippedFiles) -> Iterator[Item]:
     for shard in list_shards(path):
         try:
             yield from images_of(shard, passed)
@@ -253,14 +243,14 @@ def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
             yield Item(name=path_text(shard), source=error)
 
 
-def images_of(shard: str, passed: PassedOver) -> Generator[Item, None, None]:
-    """The images of a shard, in order; `passed` counts the groups without one, and further images of a group. Groups
+def images_of(shard: str, passed: SkippedFiles) -> Generator[Item, None, None]:
+    """Yield the images of a shard, in order. `passed` counts groups without one, and further images of a group. Groups
     whose images all have names with dots are one item at the end, which says so.
 
     Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
     """
     dotted, count = None, 0
-    for record in records(shard, suffixes=PICTURE_SUFFIXES):
+    for record in records(shard, suffixes=IMAGE_SUFFIXES):
         images = {suffix: content for suffix, content in record.members.items() if is_image_suffix(suffix)}
         item = _item_of(record, images)
         kind = item.source.kind if isinstance(item.source, SampleError) else ""
@@ -292,8 +282,8 @@ def _item_of(record: Record, images: dict[str, bytes]) -> Item:
         return Item(name=name, source=error)
 
 
-def _matches(folder: Path, parts: Sequence[str], passed: PassedOver) -> Iterator[Path]:
-    """What a pattern finds in a folder, by name, with the names of one folder at a time in memory; nothing hidden."""
+def _matches(folder: Path, parts: Sequence[str], passed: SkippedFiles) -> Iterator[Path]:
+    """Yield what a pattern finds in a folder, by name, nothing hidden. One folder's names are in memory at a time."""
     if not parts:
         yield folder
         return

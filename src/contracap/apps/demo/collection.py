@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.overlay import to_thumbnail
-from contracap.data.walk import PassedOver, pictures_in
+from contracap.data.image_files import SkippedFiles, images_in
 from contracap.images import ImageError
 from contracap.wording import counted
 
@@ -92,7 +92,7 @@ class Collection:
                 yield self.searchable + len(self.skipped)
 
     def _read(self, path: Path) -> Float[Tensor, "1 3 height width"] | str:
-        """What the model is fed of an image, or why it cannot be read."""
+        """Return the pixels of an image, or why it cannot be read."""
         try:
             return self.actions.pixels(self.actions.read(path))
         except (ImageError, OSError) as error:
@@ -128,7 +128,7 @@ class Collection:
 
 
 def images_under(folder: Path) -> list[Path]:
-    """The paths of a folder's images, as `data.walk.pictures_in` finds them.
+    """The paths of a folder's images, as `data.image_files.images_in` finds them.
 
     Raises:
         ValueError: if there are none, or no such folder.
@@ -136,8 +136,8 @@ def images_under(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give one that holds images")
-    passed = PassedOver()
-    found = [folder / path for path in pictures_in(folder, passed)]
+    passed = SkippedFiles()
+    found = [folder / path for path in images_in(folder, passed)]
     if not found:
         raise ValueError(f"{folder} holds no images" + (f" (passed over {passed})" if passed.counts else ""))
     passed.report(folder)

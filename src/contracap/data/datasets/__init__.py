@@ -1,1 +1,1 @@
-"""The formats in which data sets say what is in their images, a module for each."""
+"""Formats of data sets, a module for each."""

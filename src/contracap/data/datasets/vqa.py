@@ -8,19 +8,19 @@ from pathlib import Path, PurePosixPath
 from sys import intern
 from typing import Any
 
-from contracap.data.annotations import Entry, Refused, SourceError, each, number_or_text, other_layout, read_json
+from contracap.data.annotations import Entry, SkippedEntry, SourceError, number_or_text, read_each, read_json
 
 logger = logging.getLogger(__name__)
 
 
-def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> Iterator[Entry | Refused]:
-    """The images that the questions of a VQA file are about, with the field `qa`: a list of objects with `question`,
-    `answer` (the most common one), `answers`, `question_id`, and the types of both where they are known.
+def read_vqa(path: Path, document: Any, images: Iterable[str]) -> Iterator[Entry | SkippedEntry]:
+    """Yield the images that a VQA file asks about. Their field `qa` is a list of objects with `question`, `answer` (the
+    most common one), `answers`, `question_id`, and the types of both where they are known.
 
     Args:
-        path: the questions, such as `v2_OpenEnded_mscoco_train2014_questions.json`; the answers lie beside them, as
+        path: the questions, such as `v2_OpenEnded_mscoco_train2014_questions.json`; the answers are next to them, as
             `v2_mscoco_train2014_annotations.json`. Of a test set there are none.
-        document: what `path` holds.
+        document: content of `path`.
         images: names of image files. The id of an image is the number at the end of its name, or its name.
 
     Raises:
@@ -31,25 +31,23 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
     if answers is None:
         logger.warning(f"{path.name} is read without answers: there is no *_annotations.json next to it")
     named = defaultdict[Any, list[str]](list)
-    for name in pictures:
+    for name in images:
         stem = PurePosixPath(name).stem
         number = re.search(r"\d+$", stem)
         for identity in {stem, int(number[0])} if number else {stem}:
             named[identity].append(name)
     asked = defaultdict[Any, list[dict[str, Any]]](list)
 
-    def ask(question: Any) -> Refused | None:
+    def ask(question: Any) -> SkippedEntry | None:
         identity, image = (number_or_text(question[name]) for name in ("question_id", "image_id"))
         answer = {} if answers is None else answers.get(identity)
         if answer is None:
             message = f"it has no answer in {beside.name}"
-            return Refused(source=f"question {identity} of {path.name}", kind="no_answer", message=message)
+            return SkippedEntry(source=f"question {identity} of {path.name}", kind="no_answer", message=message)
         asked[image].append({"question_id": question["question_id"], "question": question["question"], **answer})
         return None
 
-    for refused in each(path, document["questions"], ask, layout="vqa", name="question"):
-        if refused is not None:
-            yield refused
+    yield from filter(None, read_each(path, document, "questions", ask, layout="vqa"))
     for identity, questions in asked.items():
         names = named.get(identity, [str(identity)])
         if len(names) > 1:
@@ -57,11 +55,11 @@ def read_vqa(path: Path, document: dict[str, Any], pictures: Iterable[str]) -> I
                 f"image {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder, with --pictures, "
                 "or after the file where there is no such option"
             )
-        yield Entry(picture=names[0], fields={"image_id": identity, "qa": questions})
+        yield Entry(name=names[0], fields={"image_id": identity, "qa": questions})
 
 
 def _answers(path: Path) -> dict[Any, dict[str, Any]]:
-    """What a VQA file of answers says about each question, by its id."""
+    """Return the answers in a VQA file by the id of their question."""
     found = dict[Any, dict[str, Any]]()
 
     def keep(annotation: Any) -> None:
@@ -70,9 +68,6 @@ def _answers(path: Path) -> dict[Any, dict[str, Any]]:
         usual = annotation.get("multiple_choice_answer") or Counter(answers).most_common(1)[0][0]
         found[number_or_text(annotation["question_id"])] = {"answer": usual, "answers": answers, **kept}
 
-    try:  # a question whose answers cannot be read is refused as one that has none
-        for _ in each(path, read_json(path)["annotations"], keep, layout="answers of vqa", name="answer"):
-            pass
-    except (LookupError, TypeError, AttributeError) as error:
-        raise other_layout(path, "answers of vqa", error) from error
+    for _ in read_each(path, read_json(path), "annotations", keep, layout="answers of vqa"):
+        pass  # a question whose answers cannot be read is skipped as one without any
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from contracap.data.walk import PassedOver, has_picture, pictures_in
+from contracap.data.image_files import SkippedFiles, has_image, images_in
 
 
 def picture(format: str = "JPEG") -> bytes:
@@ -25,8 +25,8 @@ def fill(folder: Path, **files: bytes) -> Path:
 
 
 def walked(folder: Path) -> tuple[list[str], dict[str, int]]:
-    passed = PassedOver()
-    return [file.as_posix() for file in pictures_in(folder, passed)], dict(passed.counts)
+    passed = SkippedFiles()
+    return [file.as_posix() for file in images_in(folder, passed)], dict(passed.counts)
 
 
 def test_files_without_a_known_suffix_are_judged_by_their_content(tmp_path: Path) -> None:
@@ -73,10 +73,10 @@ def test_only_regular_files_are_pictures(tmp_path: Path) -> None:
 
 def test_what_is_passed_over_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(tmp_path, **{"a.jpg": picture(), "a.txt": b"", "b.mp4": b"", "c.mp4": b"", "d.zip": b""})
-    list(pictures_in(tmp_path))
+    list(images_in(tmp_path))
     (line,) = caplog.messages
     assert "2 .mp4, 1 .zip" in line and str(tmp_path) in line and "txt" not in line
-    assert not has_picture(fill(tmp_path / "empty", **{"a.mp4": b""}))
+    assert not has_image(fill(tmp_path / "empty", **{"a.mp4": b""}))
 
 
 def test_files_of_our_own_are_neither_images_nor_counted(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Worker processes that make endless items in turn.
+"""The loader's worker processes, which make the parts of batches.
 
-Torch's loader is not used: its handler of SIGCHLD raises an error wherever the main thread is when a worker dies,
-perhaps with a lock in its hands; and its workers share a pipe and locks, which one that dies takes with it. Here each
-has a pipe of its own, which ends when it dies.
+Torch's loader is not used. Its handler of SIGCHLD raises an error wherever the main thread is when a worker dies,
+perhaps while it holds a lock; and its workers share a pipe and locks, which break when one dies. Here each worker has
+a pipe of its own, which ends when the worker dies.
 """
 
 import io
@@ -25,40 +25,40 @@ from torch import Tensor, multiprocessing
 
 from contracap.data.workers import WorkerError
 
-AHEAD = 2  # items that a worker makes before they are taken
-GRACE = 0.1  # seconds that workers get to end in by themselves
-PAUSE = 0.5  # seconds between looks whether the parent lives
-PATIENCE = 5.0  # seconds until the system has ended a process whose pipe has ended, or that was killed
+AHEAD = 2  # parts that a worker makes before they are taken
+GRACE = 0.1  # seconds in which workers may end by themselves
+PAUSE = 0.5  # seconds between checks that the parent is alive
+PATIENCE = 5.0  # seconds in which a process must end whose pipe has ended, or that was killed
 
-_starting = threading.Lock()  # a process that is started meanwhile would have the ends of another's pipe
+_starting = threading.Lock()  # a process that starts at the same time would inherit the ends of another's pipe
 
-Item = TypeVar("Item")
+Part = TypeVar("Part")
 
 
-def rounds(make: Callable[[int, int], Iterator[Item]], workers: int) -> Generator[list[Item], None, None]:
-    """An item of each worker, in their order, again and again; with 0 workers, those of this process, one by one.
+def run_workers(make: Callable[[int, int], Iterator[Part]], workers: int) -> Generator[list[Part], None, None]:
+    """Yield lists with a part of each worker, in their order, without end. With 0 workers, this process makes them.
 
-    The workers leave it to this process when they end: a scheduler asks all processes at once, and a run has a step to
-    finish. They end when this is closed and, at the latest, when the program ends; nobody waits for an item then.
+    Workers ignore the signals that ask a process to end: a scheduler sends them to all processes, but a run has a step
+    to finish. They end when this generator is closed or the program ends, without finishing a part.
 
     Args:
-        make: from the number of a worker and the count of all, its items, without end. With workers they are pickled.
+        make: called with a worker's number and the number of workers; yields its parts. They are pickled.
 
     Raises:
-        WorkerError: if a worker is dead when its item is waited for.
-        Exception: of `make`; a note holds the traceback, if it is a worker's.
+        WorkerError: if a worker died before it made its part.
+        Exception: of `make`; a note holds the traceback of a worker.
     """
     if not workers:
-        yield from ([item] for item in make(0, 1))
+        yield from ([part] for part in make(0, 1))
         return
-    started, here = list[_Worker[Item]](), os.getpid()
+    started, here = list[_Worker[Part]](), os.getpid()
     try:
         for number in range(workers):
             started.append(_Worker(make, number, workers, [worker.pipe for worker in started]))
         while True:
             yield [worker.take() for worker in started]
     finally:
-        if os.getpid() == here:  # not in a forked copy, for whom they do not work
+        if os.getpid() == here:  # not in a forked copy, whose workers they are not
             for worker in started:
                 worker.dismiss()
             until = time.monotonic() + GRACE
@@ -66,17 +66,17 @@ def rounds(make: Callable[[int, int], Iterator[Item]], workers: int) -> Generato
                 worker.end(until)
 
 
-class _Worker(Generic[Item]):
-    """A process that makes items, and this process's end of the pipe between."""
+class _Worker(Generic[Part]):
+    """A worker process, and this process's end of the pipe to it."""
 
     def __init__(
-        self, make: Callable[[int, int], Iterator[Item]], number: int, workers: int, others: Sequence[Connection]
+        self, make: Callable[[int, int], Iterator[Part]], number: int, workers: int, others: Sequence[Connection]
     ) -> None:
         with _starting:
-            self.pipe, its_own = multiprocessing.Pipe()
-            with its_own:  # which no other process may have, or it would not end with the worker
+            self.pipe, other_end = multiprocessing.Pipe()
+            with other_end:  # no other process may have it, or the pipe would not end with the worker
                 self._process = multiprocessing.Process(
-                    target=_work, args=(its_own, [*others, self.pipe], make, number, workers), daemon=True
+                    target=_work, args=(other_end, [*others, self.pipe], make, number, workers), daemon=True
                 )
                 # At its end `multiprocessing` waits for workers, which do not heed its SIGTERM.
                 self._at_exit = Finalize(None, _kill, args=[self._process], exitpriority=0)
@@ -84,38 +84,38 @@ class _Worker(Generic[Item]):
         for _ in range(AHEAD):
             self._ask(True)
 
-    def take(self) -> Item:
-        """Its next item."""
+    def take(self) -> Part:
+        """Return its next part."""
         try:
-            found = _Unpickler(self.pipe).load()
+            part = _Unpickler(self.pipe).load()
         except (EOFError, OSError) as error:
             self._process.join(PATIENCE)
             if self._process.exitcode is None and not isinstance(error, EOFError | ConnectionError):
                 raise
-            raise WorkerError(f"process {self._process.pid}: {_ended(self._process.exitcode)}") from None
-        if isinstance(found, _Failure):
-            raise found.error
+            raise WorkerError(f"process {self._process.pid}: {_describe_end(self._process.exitcode)}") from None
+        if isinstance(part, _Failure):
+            raise part.error
         self._ask(True)
-        return found
+        return part
 
     def dismiss(self) -> None:
-        """Let it end when it has made the item that it is at."""
+        """Let it end after the part that it is making."""
         self._ask(False)
         self.pipe.close()
 
     def end(self, until: float) -> None:
-        """Wait for that until then, by the monotonic clock, and no longer."""
+        """Wait for its end until a time of the monotonic clock, then kill it."""
         self._process.join(max(0.0, until - time.monotonic()))
         _kill(self._process)
         self._process.join(PATIENCE)
         self._at_exit.cancel()
 
     def _ask(self, more: bool) -> None:
-        with suppress(OSError):  # it is dead, and its pipe says so when it is read
+        with suppress(OSError):  # it is dead, and reading its pipe will tell
             self.pipe.send(more)
 
 
-def _ended(status: int | None) -> str:
+def _describe_end(status: int | None) -> str:
     if status is None or status >= 0:
         return f"exit status {'unknown' if status is None else status}"
     known = {number.value: number.name for number in signal.Signals}
@@ -135,34 +135,34 @@ class _Failure:
 def _work(
     pipe: Connection, others: Sequence[Connection], make: Callable[[int, int], Iterator[Any]], number: int, workers: int
 ) -> None:
-    """What a worker does: an item for each time it is asked."""
+    """Make a part each time that the pipe asks for one, in a worker."""
     for other in others:
         other.close()
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    items = _items(make, number, workers)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    parts = _make_parts(make, number, workers)
     with suppress(EOFError, ConnectionError):  # the process that asks is dead
         while pipe.recv():
-            _next(items).send(pipe)
+            _next_message(parts).send(pipe)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent has: at work on an item, it would notice only later, if ever."""
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent has ended: while it makes a part, it would not notice."""
     while os.getppid() == parent:
         time.sleep(PAUSE)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _items(make: Callable[[int, int], Iterator[Item]], number: int, workers: int) -> Iterator[Item]:
-    """Starts with the first item, so that an error of `make` itself is told, too."""
+def _make_parts(make: Callable[[int, int], Iterator[Part]], number: int, workers: int) -> Iterator[Part]:
+    """Call `make` with the first part, so that its own errors are sent, too."""
     yield from make(number, workers)
 
 
 class _Pickler(ForkingPickler):
-    """Leaves tensors out, which are handed over as shared memory."""
+    """A pickler that leaves out tensors, which are sent as shared memory."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -182,15 +182,15 @@ class _Pickler(ForkingPickler):
 
 
 class _Message:
-    """An item, pickled, and the tensors in it.
+    """A pickled part and its tensors.
 
-    Torch would hand these over through a socket with a name, which a worker that is killed leaves on the disk.
+    Torch would send these through a named socket, which a killed worker leaves on the disk.
     """
 
-    def __init__(self, item: Any) -> None:
+    def __init__(self, part: Any) -> None:
         self._content = io.BytesIO()
         pickler = _Pickler(self._content)
-        pickler.dump(item)
+        pickler.dump(part)
         self._tensors = pickler.tensors
 
     def send(self, pipe: Connection) -> None:
@@ -201,7 +201,7 @@ class _Message:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the next message of a pipe."""
+    """An unpickler of the next message in a pipe."""
 
     def __init__(self, pipe: Connection) -> None:
         super().__init__(io.BytesIO(pipe.recv_bytes()))
@@ -217,10 +217,10 @@ class _Unpickler(pickle.Unpickler):
         return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
-def _next(items: Iterator[Any]) -> _Message:
-    """The next item, or why there is none, pickled."""
+def _next_message(parts: Iterator[Any]) -> _Message:
+    """Return the next part, or the error in its place, pickled."""
     try:
-        return _Message(next(items))
+        return _Message(next(parts))
     except Exception as error:
         error.add_note(f"In a worker process:\n{traceback.format_exc()}")
         try:

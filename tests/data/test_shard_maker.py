@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 
 from contracap.cli import main
-from contracap.data.index import describe, read_index
-from contracap.data.making import Making, MakingError, make_shards
-from contracap.data.shards import Sample, list_shards, samples, write_shard
+from contracap.data.index import read_index
+from contracap.data.indexing import describe
+from contracap.data.samples import Sample
+from contracap.data.shard_maker import MadeShards, MakingError, make_shards
+from contracap.data.shards import list_shards, samples, write_shard
 from contracap.images import decode
 
 
@@ -108,7 +110,7 @@ def test_every_kind_of_source_is_read_back_with_untouched_pictures(
     for name, content in PICTURES.items():
         (root / name).write_bytes(content)
     made = make_shards(kind(root), tmp_path / "out", samples_per_shard=2)
-    assert made == Making(shards=2, samples=3, captions=4, skipped={})
+    assert made == MadeShards(shards=2, samples=3, captions=4, skipped={})
     found = read(tmp_path / "out")
     assert {sample.fields["source"]: (sample.image, sample.captions) for sample in found} == {
         name: (PICTURES[name], CAPTIONS[name]) for name in CAPTIONS
@@ -220,9 +222,9 @@ def test_shards_do_not_depend_on_the_number_of_workers(tmp_path: Path, workers: 
 
 KILLED = """
 import os, signal, sys
-from contracap.data import making
+from contracap.data import sample_members, shard_maker
 
-decode, calls = making.decode, 0
+decode, calls = sample_members.decode, 0
 
 def dying(*arguments, **options):
     global calls
@@ -231,8 +233,8 @@ def dying(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(*arguments, **options)
 
-making.decode = dying
-making.make_shards(sys.argv[1], sys.argv[2], samples_per_shard=3)
+sample_members.decode = dying
+shard_maker.make_shards(sys.argv[1], sys.argv[2], samples_per_shard=3)
 """
 
 
@@ -244,22 +246,10 @@ def test_making_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path, m
     assert died.returncode == -signal.SIGKILL
     assert [Path(shard).name for shard in list_shards(out)] == ["00000.tar", "00001.tar"]
     decoded: list[str] = []
-    monkeypatch.setattr("contracap.data.making.decode", lambda _, name: decoded.append(name) or decode(_, name))
+    monkeypatch.setattr("contracap.data.sample_members.decode", lambda _, name: decoded.append(name) or decode(_, name))
     make_shards(folder, out, samples_per_shard=3)
     assert decoded == ["006.jpg", "007.jpg", "008.jpg", "009.jpg"]
     assert contents(out) == contents(tmp_path / "whole")
-
-
-def test_interrupted_making_leaves_whole_shards_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(content: bytes, name: str) -> Any:
-        if name == "005.jpg":
-            raise KeyboardInterrupt
-        return decode(content, name)
-
-    monkeypatch.setattr("contracap.data.making.decode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_shards(make_folder(tmp_path / "source", 9), tmp_path / "out", samples_per_shard=3)
-    assert sorted(contents(tmp_path / "out")) == [".making/00000.json", "00000.tar", "making.json"]
 
 
 def test_interrupted_verb_says_what_is_done_and_that_it_goes_on(
@@ -273,7 +263,7 @@ def test_interrupted_verb_says_what_is_done_and_that_it_goes_on(
     folder, out = make_folder(tmp_path / "source", 9), tmp_path / "out"
     call = ["shards", "make", str(folder), "--out", str(out), "--samples-per-shard", "3", "--workers", "0"]
     with monkeypatch.context() as patched:
-        patched.setattr("contracap.data.making.decode", interrupted)
+        patched.setattr("contracap.data.sample_members.decode", interrupted)
         assert main(call) == 130
     said = capsys.readouterr().err.splitlines()
     assert "1 of 3 shards" in said[-1] and "the same command" in said[-1]
@@ -290,7 +280,7 @@ def test_shard_that_is_gone_is_made_again_before_the_end_and_missed_after_it(
 ) -> None:
     folder, out = make_folder(tmp_path / "source", 4), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("contracap.data.making._finish", failing)
+        patched.setattr("contracap.data.shard_maker.write_index", failing)
         with pytest.raises(OSError, match="disk full"):
             make_shards(folder, out, samples_per_shard=2)
     (out / "00001.tar").unlink()
@@ -306,8 +296,10 @@ def test_finished_folder_is_left_alone_by_the_same_command(tmp_path: Path, monke
     (folder / "001.jpg").write_bytes(b"broken")
     made = make_shards(folder, out)
     before = contents(out)
-    monkeypatch.delattr("contracap.data.making.decode")
-    assert make_shards(folder, out) == made == Making(shards=1, samples=3, captions=6, skipped={"broken_picture": 1})
+    monkeypatch.delattr("contracap.data.sample_members.decode")
+    assert (
+        make_shards(folder, out) == made == MadeShards(shards=1, samples=3, captions=6, skipped={"broken_picture": 1})
+    )
     assert contents(out) == before
 
 
@@ -378,7 +370,7 @@ def test_pictures_from_the_web_are_fetched_and_failures_counted_by_status(
     table = tmp_path / "t.tsv"
     table.write_text("URL\tTEXT\n" + "".join(f"{url}\tcaption {number}\n" for number, url in enumerate(urls)))
     made = make_shards(table, tmp_path / "out", samples_per_shard=5)
-    assert made == Making(shards=2, samples=6, captions=6, skipped={"broken_picture": 1, "http_404": 1})
+    assert made == MadeShards(shards=2, samples=6, captions=6, skipped={"broken_picture": 1, "http_404": 1})
     found = read(tmp_path / "out")
     assert [sample.fields["source"] for sample in found] == urls[:6]
     assert [sample.image for sample in found] == [(folder / f"{number:03}.jpg").read_bytes() for number in range(6)]

@@ -1,4 +1,4 @@
-"""Find the images below a folder, and count what else lies there."""
+"""The image files below a folder, and counts of what else is there."""
 
 import logging
 import os
@@ -7,21 +7,22 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from contracap.data.shards import PICTURE_SUFFIXES, SHARD_SUFFIXES
+from contracap.data.samples import IMAGE_SUFFIXES
+from contracap.data.tar import SHARD_SUFFIXES
 from contracap.files import special_kind
 from contracap.formats import HEAD_BYTES, image_format
 from contracap.wording import counted, escaped
 
 logger = logging.getLogger(__name__)
 
-# Files that lie beside images on purpose: captions, tables, embeddings. They are neither opened nor counted.
+# Files that are next to images on purpose: captions, tables, embeddings. They are neither opened nor counted.
 COMPANIONS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".npy")
 # Files that this package keeps next to what it writes. They are not counted either.
 OURS = re.compile(r"\.contracap|.*\.partial(-journal)?$|\..*\.settings\.json$", re.DOTALL)
 
 
-class PassedOver:
-    """Counts of what was left out of folders, by kind, such as `.mp4` or `named pipe(s)`."""
+class SkippedFiles:
+    """Counts of files and folders that were left out, by kind, such as `.mp4` or `named pipe(s)`."""
 
     def __init__(self) -> None:
         self.counts = Counter[str]()
@@ -31,7 +32,7 @@ class PassedOver:
         return ", ".join(counted(count, escaped(kind)) for kind, count in self.counts.most_common())
 
     def add(self, file: Path) -> None:
-        """Count what is not an image, a file under its suffix."""
+        """Count what is not an image; a file under its suffix."""
         if os.path.isdir(file):
             self.counts["folder(s)"] += 1
         elif not os.path.exists(file):
@@ -47,64 +48,64 @@ class PassedOver:
             logger.warning(f"{escaped(str(where))}: passed over {self}")
 
 
-def pictures_in(folder: Path, passed: PassedOver | None = None) -> Iterator[Path]:
-    """The images in a folder and its subfolders, relative to it, by name; a folder's own come before its subfolders'.
+def images_in(folder: Path, skipped: SkippedFiles | None = None) -> Iterator[Path]:
+    """Yield the images in a folder and its subfolders, relative to it, by name. A folder's own come first.
 
-    Links to folders are followed once, unless they lead to a part of the folder itself or to what holds it. Hidden
-    files and folders are left out, as are subfolders that cannot be read and all that is not a regular file. `passed`
+    Links to folders are followed once, unless they lead to a part of the folder itself or to a parent of it. Hidden
+    files and folders are left out, as are subfolders that cannot be read and all that is not a regular file. `skipped`
     counts them; without it, one line is logged at the end.
 
     Raises: OSError: if the folder cannot be read.
     """
-    counts = PassedOver() if passed is None else passed
+    counts = SkippedFiles() if skipped is None else skipped
     for file in files_in(folder, counts):
-        if is_picture(folder / file):
+        if is_image(folder / file):
             yield file
         else:
             counts.add(folder / file)
-    if passed is None:
+    if skipped is None:
         counts.report(folder)
 
 
-def has_picture(folder: Path) -> bool:
-    """Whether an image lies below a folder.
+def has_image(folder: Path) -> bool:
+    """Return whether an image lies below a folder.
 
     Raises: OSError: if the folder cannot be read.
     """
-    return next(pictures_in(folder, PassedOver()), None) is not None
+    return next(images_in(folder, SkippedFiles()), None) is not None
 
 
-def is_picture(file: Path) -> bool:
-    """Whether a file's name says so or, where the name says nothing, its first bytes.
+def is_image(file: Path) -> bool:
+    """Return whether a file is an image, by its name or, where the name says nothing, by its first bytes.
 
-    TIFF's are not enough under a suffix of its own: raw files of cameras begin so, too.
+    TIFF's first bytes count only in a file without a suffix: raw files of cameras begin so, too.
     """
     suffix = file.suffix.lower()
-    if suffix[1:] in PICTURE_SUFFIXES:
+    if suffix[1:] in IMAGE_SUFFIXES:
         return True
     if suffix in COMPANIONS or file.name.endswith(SHARD_SUFFIXES) or not os.path.isfile(file):
         return False
     try:
-        with file.open("rb") as opened:
-            format = image_format(opened.read(HEAD_BYTES))
+        with file.open("rb") as content:
+            format = image_format(content.read(HEAD_BYTES))
     except OSError:
         return False
     return format is not None and (format != "TIFF" or not suffix)
 
 
-def files_in(folder: Path, passed: PassedOver) -> Iterator[Path]:
-    """The regular files in a folder and its subfolders, as `pictures_in` orders them."""
-    for place, others in folders_in(folder, passed):
+def files_in(folder: Path, skipped: SkippedFiles) -> Iterator[Path]:
+    """Yield the regular files in a folder and its subfolders, in the order of `images_in`."""
+    for place, others in folders_in(folder, skipped):
         for name, kind in others:
             if kind == "file":
                 yield place / name
             elif not OURS.match(name):
-                passed.counts[kind] += 1
+                skipped.counts[kind] += 1
 
 
-def folders_in(folder: Path, passed: PassedOver) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
-    """A folder and its subfolders, relative to it, each with the names and kinds of what else it holds. `passed` counts
-    the subfolders that are left out."""
+def folders_in(folder: Path, skipped: SkippedFiles) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
+    """Yield a folder and its subfolders, relative to it, each with the names and kinds of its other entries. `skipped`
+    counts the subfolders that are left out."""
     root = os.path.realpath(folder)
     seen = {_identity(root)}
     waiting = [Path()]
@@ -117,14 +118,14 @@ def folders_in(folder: Path, passed: PassedOver) -> Iterator[tuple[Path, list[tu
         except OSError:
             if not place.parts:
                 raise
-            passed.counts["unreadable folder(s)"] += 1
+            skipped.counts["unreadable folder(s)"] += 1
             continue
         for entry in entries:
             kind, identity = _kind(entry, root)
             if identity is None:
                 others.append((entry.name, kind))
             elif kind != "folder" or identity in seen:
-                passed.counts["folder(s) met before" if kind == "folder" else kind] += 1
+                skipped.counts["folder(s) met before" if kind == "folder" else kind] += 1
             else:
                 seen.add(identity)
                 subfolders.append(place / entry.name)
@@ -133,7 +134,7 @@ def folders_in(folder: Path, passed: PassedOver) -> Iterator[tuple[Path, list[tu
 
 
 def _kind(entry: os.DirEntry[str], root: str) -> tuple[str, tuple[int, int] | None]:
-    """`file`, `folder`, or what it is passed over as; with the identity of a folder."""
+    """Return `file`, `folder`, or the kind an entry is skipped as; with the identity of a folder."""
     if entry.name.startswith("."):
         return "hidden file(s) or folder(s)", None
     try:
@@ -148,7 +149,7 @@ def _kind(entry: os.DirEntry[str], root: str) -> tuple[str, tuple[int, int] | No
 
 
 def _leads_back(link: str, root: str) -> bool:
-    """Whether a link leads to a part of the folder, which is met anyway, or to what holds it."""
+    """Return whether a link leads to a part of the folder, which is met anyway, or to a parent of it."""
     target = os.path.realpath(link)
     return os.path.commonpath([root, target]) in (root, target)
 
