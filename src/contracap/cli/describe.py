@@ -54,8 +54,9 @@ def classify(
 ) -> int:
     """Choose a label for each image, without training, and print a line for each: path, label, probability."""
     from contracap.apps.bulk.outputs import path_in_one_line
+    from contracap.evaluation.class_names import check_templates
     from contracap.evaluation.result import Result
-    from contracap.evaluation.zeroshot import check_templates, classifier, compare_with_labels
+    from contracap.evaluation.zeroshot import classifier, compare_with_labels
 
     check_batch_size(batch_size)
     _check(paths)

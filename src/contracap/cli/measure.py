@@ -20,13 +20,13 @@ from contracap.cli.options import (
     command_line,
     load_model,
 )
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.metrics.scores import ONE_IMAGE
-from contracap.evaluation.task_config import TaskConfig
 
 if TYPE_CHECKING:
     from contracap.evaluation.predictions import Prediction
     from contracap.evaluation.result import Result
-    from contracap.evaluation.vqa import Answered
+    from contracap.evaluation.vqa import Answer
 
 
 class TaskFlags(Given):
@@ -72,7 +72,7 @@ def evaluate(
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
     kept = list[bool]()
 
-    def keep(found: "Sequence[Prediction | Answered]") -> None:
+    def keep(found: "Sequence[Prediction | Answer]") -> None:
         if predictions is not None:
             write = write_answers if given["task"] == "vqa" else write_predictions
             kept.append(written(write, predictions, found))
@@ -98,7 +98,7 @@ def _wanted(given: Given, tasks: Path | None, *, allow_commands: bool) -> dict[s
     """
     from contracap.config import load_toml
     from contracap.data.remote import require_consent
-    from contracap.evaluation.suite import TasksConfig
+    from contracap.evaluation.config import TasksConfig
 
     if tasks is None:
         if "task" not in given:

@@ -1,19 +1,18 @@
-"""Several tasks as one: what a recipe wants measured while it trains, and what a file of tasks asks of a model."""
+"""Several tasks, measured one after the other and joined in one result: those of a file, or of a training run."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from contracap.config import require_paths
 from contracap.data.shards import list_shards
+from contracap.evaluation.config import EvaluationConfig, SampleCaptionsConfig, TaskConfig
 from contracap.evaluation.distributed import run_on_every_rank
-from contracap.evaluation.features import picture_pixels, sample_batches
+from contracap.evaluation.features import image_pixels, sample_batches
 from contracap.evaluation.result import Evaluator, PerSample, Result, unexpected
 from contracap.evaluation.task import build_evaluator, seed_of
-from contracap.evaluation.task_config import Shards, TaskConfig
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
@@ -21,52 +20,6 @@ from contracap.processor import Processor
 
 BATCH = 16  # images captioned at a time
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleCaptionsConfig:
-    """Captions for people to read, in captions.jsonl and TensorBoard."""
-
-    data: Shards
-    """Tar shards, or folders of tar shards."""
-    samples: int = 16
-    """Number of images, from the start of the data."""
-
-    def __post_init__(self) -> None:
-        require_paths(self, "data")
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}; it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What is measured during training, besides the losses; by default nothing."""
-
-    every: int = 1000
-    """Steps between evaluations; there is always one at the end."""
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    """Tasks by name; metrics are recorded as `NAME/metric`."""
-    captions: SampleCaptionsConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; it must be at least 1 step")
-
-    @property
-    def writes(self) -> bool:
-        """Whether the model must have a decoder."""
-        return self.captions is not None or any(task.writes for task in self.tasks.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class TasksConfig:
-    """A file of tasks, each a table `[tasks.NAME]`."""
-
-    tasks: dict[str, TaskConfig]
-
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError("there is no task: give each a table [tasks.NAME]")
 
 
 def build_evaluators(
@@ -166,7 +119,7 @@ def write_sample_captions(model: CoCa, processor: Processor, config: SampleCapti
     captioner, written = Captioner(model, processor), list[dict[str, Any]]()
     samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)
     while batch := list(islice(samples, BATCH)):
-        captions = captioner.generate(picture_pixels(batch, processor))
+        captions = captioner.generate(image_pixels(batch, processor))
         written += [
             {"key": sample.key, "caption": caption.text, "references": tuple(sample.captions)}
             for sample, caption in zip(batch, captions, strict=True)

@@ -26,7 +26,8 @@ from contracap.apps.serve.schemas import (
     Texts,
 )
 from contracap.apps.serve.service import Service
-from contracap.evaluation.zeroshot import TEMPLATE, check_templates, count_characters
+from contracap.evaluation.class_names import TEMPLATE, check_templates
+from contracap.evaluation.zeroshot import count_characters
 from contracap.images import ImageError
 
 MAX_LABELS = 100

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from contracap.evaluation.features import embed_texts, finite, full_precision
+from contracap.evaluation.features import embed_images, embed_texts, full_precision
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -67,7 +67,7 @@ class ClipScorer:
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> tuple[Float32[Tensor, "image"], Float32[Tensor, "image"]]:
-        images = finite(self.model.encode_image(pixels.to(next(self.model.parameters()))), "images")
+        images = embed_images(self.model, pixels)
         texts = self._embed(captions)
         written = self._embed([caption for own in references for caption in own])
         with full_precision(images.device):
