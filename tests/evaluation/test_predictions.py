@@ -57,7 +57,7 @@ def test_references_need_no_list_of_pictures(tmp_path: Path, data_folder: Path) 
     results = write(tmp_path, "results.json", [{"image_id": first, "caption": "a child"}])
     (entry,) = read_predictions(results, read_references(references))
     assert len(entry.captions) >= 5
-    assert entry.picture is None
+    assert entry.image_name is None
 
 
 GOOD = {"captions": ["a dog"], "prediction": "dog"}

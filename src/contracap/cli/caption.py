@@ -10,17 +10,15 @@ from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.caption_output import CaptionOutput
 from contracap.cli.errors import fail, message, say
+from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.options import (
     MAX_WORKERS,
     Device,
-    Flags,
-    PathText,
     ResultFile,
     Settings,
     Size,
     StrategyName,
     WeightsName,
-    arg,
     check_batch_size,
     check_outputs,
     command_line,

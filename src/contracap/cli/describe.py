@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.errors import fail, interruption, message, say
+from contracap.cli.flags import PathText, arg
 from contracap.cli.options import (
     Device,
-    PathText,
     ResultFile,
     Size,
     WeightsName,
-    arg,
     check_batch_size,
     check_outputs,
     command_line,

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from contracap.cli.errors import say
-from contracap.cli.options import Size, WeightsName, arg
+from contracap.cli.flags import arg
+from contracap.cli.options import Size, WeightsName
 
 
 def inspect(
