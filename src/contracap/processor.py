@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.download import download
-from contracap.images import ImageConfig, ImageError, decode, normalise, resize_and_crop
+from contracap.image_files import ImageError, decode
+from contracap.images import ImageConfig, normalise, resize_and_crop
 from contracap.tokenizer import Tokenizer
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor

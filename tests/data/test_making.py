@@ -19,7 +19,7 @@ from contracap.cli import main
 from contracap.data.index import describe, read_index
 from contracap.data.making import Making, MakingError, make_shards
 from contracap.data.shards import Sample, list_shards, samples, write_shard
-from contracap.images import decode
+from contracap.image_files import decode
 
 
 def picture(number: int, *, format: str = "JPEG", size: tuple[int, int] = (9, 7), **options: Any) -> bytes:

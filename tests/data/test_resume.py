@@ -24,7 +24,8 @@ from contracap.data.loader import TrainingBatches, joined_states
 from contracap.data.order import Order, SampleStream, Source
 from contracap.data.shards import Sample, list_shards, write_shard
 from contracap.files import write_text
-from contracap.images import ImageConfig, decode
+from contracap.image_files import decode
+from contracap.images import ImageConfig
 from contracap.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(context=8, vocab_size=600)

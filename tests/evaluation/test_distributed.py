@@ -22,7 +22,7 @@ from contracap.evaluation.metrics.ranking import ranks
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features, evaluate_retrieval
 from contracap.evaluation.suite import build_suite
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 from contracap.parallel.process_group import ProcessGroup
 
 from .test_retrieval import embeddings

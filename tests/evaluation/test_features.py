@@ -9,7 +9,7 @@ from contracap.evaluation.features import image_batches
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.zeroshot import evaluate_zeroshot
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 from contracap.processor import Processor
 
 from .test_distributed import CountingModel

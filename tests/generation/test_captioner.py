@@ -12,7 +12,7 @@ from torch import Tensor
 import contracap
 from contracap.generation import BeamSearch, Captioner, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
 from contracap.generation.strategy import Prompts, Strategy
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer, join_marks

@@ -10,8 +10,8 @@ from contracap.losses import captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import with_cls_mask
-from contracap.pretrained.names import from_open_clip, to_open_clip
-from contracap.pretrained.open_clip import config_from_open_clip
+from contracap.pretrained.open_clip_config import config_from_open_clip
+from contracap.pretrained.open_clip_names import from_open_clip, to_open_clip
 from contracap.tokenizer import text_lengths
 
 TEXT_LENGTHS = (2, 3, 20, 75, 76)

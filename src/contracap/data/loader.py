@@ -24,7 +24,8 @@ from contracap.data.order import WINDOW, Order, OrderError, SampleStream, Skip, 
 from contracap.data.rounds import rounds
 from contracap.data.shards import Sample, list_shards, samples
 from contracap.data.workers import WorkerError
-from contracap.images import ImageConfig, ImageSizeError, augment, decode, resize_and_crop
+from contracap.image_files import ImageSizeError, decode
+from contracap.images import ImageConfig, augment, resize_and_crop
 from contracap.tokenizer import Tokenizer, text_lengths
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from contracap.data.shards import SHARD_SUFFIXES, write_shard
 from contracap.data.sources import NAMES_PICTURES, Item, Kind, read_source
 from contracap.data.workers import in_processes
 from contracap.files import write_text
-from contracap.images import ImageError, decode
+from contracap.image_files import ImageError, decode
 from contracap.progress import progress_bar
 
 SKIPPED_FILE = "skipped.jsonl"

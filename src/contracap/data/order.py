@@ -21,7 +21,7 @@ import numpy as np
 
 from contracap.data.captions import CaptionConfig, all_captions, choose_caption
 from contracap.data.shards import SAMPLE_SUFFIXES, Record, Sample, SampleError, ShardError, layout_fault, parse, records
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 
 T = TypeVar("T")
 

@@ -21,7 +21,8 @@ from contracap.data.captions import require_captions
 from contracap.data.index import read_index
 from contracap.data.shards import Record, Sample, SampleError, ShardError, list_shards, parse, records
 from contracap.formats import FORMATS
-from contracap.images import AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
+from contracap.image_files import ImageError, ImageSizeError, decode
+from contracap.images import AugmentationConfig, ImageConfig, augment
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from contracap.data.questions import QuestionSamples
 from contracap.data.shards import Sample, list_shards
 from contracap.data.survey import indexed_samples
 from contracap.data.workers import prepared
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.progress import progress_bar

@@ -18,7 +18,8 @@ from contracap.evaluation.zeroshot import classifier, compare_with_labels, count
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.registry import build_strategy
 from contracap.generation.word_maps import attention_map, word_maps
-from contracap.images import decode, normalise, resize_and_crop
+from contracap.image_files import decode
+from contracap.images import normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
