@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def build_evaluators(
     tasks: Mapping[str, TaskConfig], processor: Processor, process_group: ProcessGroup = ProcessGroup()
 ) -> dict[str, Evaluator]:
-    """Return what measures each of the tasks.
+    """Return the evaluator of each task.
 
     Raises: FileNotFoundError, ValueError: naming the task, if its samples are missing, or a file or its first sample
         lacks what it needs.
@@ -44,8 +44,7 @@ def build_evaluators(
 def measure_tasks(
     tasks: Mapping[str, TaskConfig], model: CoCa, processor: Processor, *, command: str, seed: int | None = None
 ) -> Result:
-    """Measure one task after the other. A task that fails costs its own figures only: in their place its name is null,
-    with the reason.
+    """Measure the tasks one after the other. The figure of a task that fails is its name, null and with the reason.
 
     Raises: FileNotFoundError, ValueError: as `build_evaluators` does, before anything is computed.
     """
@@ -62,8 +61,10 @@ def measure_tasks(
 
 
 def join(results: Mapping[str, Result | str]) -> Result:
-    """Return one result of several tasks, each with its own result or the reason why it has none. Figures are called
-    `NAME/figure`; what was asked, and details, stand under `tasks`."""
+    """Join the results of tasks, or the reasons why they have none, in one result.
+
+    Figures are called `NAME/figure`; the details of each task, such as `asked`, are under `tasks`.
+    """
     figures, reasons = dict[str, float | None](), dict[str, str]()
     per_sample, tasks = dict[str, PerSample](), dict[str, Any]()
     for name, result in results.items():
@@ -86,12 +87,13 @@ def join(results: Mapping[str, Result | str]) -> Result:
 def build_suite(
     config: EvaluationConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()
 ) -> Evaluator | None:
-    """Return what measures all that a recipe asks for, None if that is nothing. Its predictions are the captions of
-    `config.captions`, ready for JSON.
+    """Return the evaluator of everything that a recipe measures; None if it measures nothing.
 
-    Every rank must call it: they share the images of retrieval, and maybe the model, which must have made a training
-    step before then: FSDP keeps the tensors that its first pass gathers into, and those of inference mode cannot be
-    trained on. The figures are the same on every rank. What fails on one rank raises on all.
+    Its predictions are the captions of `config.captions`, ready for JSON. Every rank must call it, since they share the
+    images of retrieval and perhaps the model. The figures are the same on every rank; an error on one raises on all.
+
+    A sharded model must have made a training step before: FSDP keeps the tensors that its first pass gathers into, and
+    tensors of inference mode cannot be trained.
 
     Raises: FileNotFoundError, ValueError: as `build_evaluators` does.
     """
@@ -115,7 +117,7 @@ def build_suite(
 
 
 def write_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[dict[str, Any]]:
-    """Return what the model writes for the first images, next to what people wrote."""
+    """Return the model's captions of the first images, each with its references."""
     captioner, written = Captioner(model, processor), list[dict[str, Any]]()
     samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)
     while batch := list(islice(samples, BATCH)):
