@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from contracap.evaluation.features import image_batches
+from contracap.evaluation.features import pixel_batches
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.zeroshot import evaluate_zeroshot
@@ -20,7 +20,7 @@ EVALUATIONS = [evaluate_retrieval, partial(evaluate_zeroshot, classes=[*COLOURS]
 
 
 def test_image_batches_are_the_samples_in_order_as_the_processor_has_them() -> None:
-    with image_batches(SAMPLES, processor(), 4) as batches:
+    with pixel_batches(SAMPLES, processor(), 4) as batches:
         (first, pixels), (second, more) = batches
     assert [*first, *second] == SAMPLES and len(first) == 4
     assert torch.equal(torch.cat([pixels, more]), processor().images([each.image for each in SAMPLES]))

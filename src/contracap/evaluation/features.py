@@ -89,7 +89,7 @@ def sample_batches(source: Source, size: int) -> Generator[list[Sample], None, N
 
 
 @contextmanager
-def image_batches(
+def pixel_batches(
     source: Source, processor: Processor, size: int
 ) -> Iterator[Iterator[tuple[list[Sample], Float32[Tensor, "batch 3 height width"]]]]:
     """A context with the batches of `sample_batches`, each with its pixels, which threads decode ahead of time.

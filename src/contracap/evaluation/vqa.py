@@ -10,7 +10,7 @@ from contracap.data.annotations import read_list
 from contracap.data.questions import Question, questions
 from contracap.data.shards import Sample
 from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion
-from contracap.evaluation.features import Source, image_batches
+from contracap.evaluation.features import Source, pixel_batches
 from contracap.evaluation.metrics.overlap import mean
 from contracap.evaluation.metrics.vqa_accuracy import accuracy
 from contracap.evaluation.predictions import write_list
@@ -69,7 +69,7 @@ def evaluate_vqa(
     """
     check_prompt(prompt)
     keys, sums, predictions = list[str](), list[float](), list[Answer]()
-    with image_batches(data, processor, batch_size) as batches:
+    with pixel_batches(data, processor, batch_size) as batches:
         for batch, pixels in batches:
             by_image = [questions(sample) for sample in batch]
             flat = [(image, question) for image, own in enumerate(by_image) for question in own]

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from contracap.data.folders import ClassFolders, class_folders
 from contracap.data.shards import Sample
 from contracap.evaluation.class_names import TEMPLATES, check_classes, check_templates
-from contracap.evaluation.features import Source, embed_images, embed_texts, full_precision, image_batches
+from contracap.evaluation.features import Source, embed_images, embed_texts, full_precision, pixel_batches
 from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
@@ -66,7 +66,7 @@ def evaluate_zeroshot(
     labels, scores, keys = list[int | tuple[int, ...]](), list[Tensor](), list[str]()
     with torch.inference_mode(), evaluating(model):
         weights = classifier(model, processor, classes, templates)
-        with image_batches(data, processor, batch_size) as batches:
+        with pixel_batches(data, processor, batch_size) as batches:
             for batch, pixels in batches:
                 labels += [label_of(sample, len(classes)) for sample in batch]
                 keys += [sample.key for sample in batch]
