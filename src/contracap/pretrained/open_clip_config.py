@@ -18,28 +18,7 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
     """
     try:
         vision, text, decoder = model["vision_cfg"], model["text_cfg"], model.get("multimodal_cfg")
-        for section, name, plain in (
-            (model, "quick_gelu", (False,)),
-            (model, "custom_text", (True, False)),
-            (vision, "timm_model_name", (None,)),
-            (vision, "ls_init_value", (None,)),
-            (vision, "pool_type", ("tok",)),
-            (vision, "final_ln_after_pool", (False,)),
-            (vision, "no_ln_pre", (False,)),
-            (vision, "pos_embed_type", ("learnable",)),
-            (vision, "act_kwargs", (None, {})),
-            (vision, "norm_kwargs", (None, {})),
-            (text, "hf_model_name", (None,)),
-            (text, "ls_init_value", (None,)),
-            (text, "pool_type", ("argmax",)),
-            (text, "no_causal_mask", (False,)),
-            (text, "act_kwargs", (None, {})),
-            (text, "norm_kwargs", (None, {})),
-        ):
-            if section.get(name, plain[0]) not in plain:
-                raise WeightsError(
-                    f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read"
-                )
+        _require_plain(model, vision, text)
         kinds = {True: "shared", False: "class_token", "cascade": "cascade", "parallel": "parallel"}
         has_class_token = bool(text.get("embed_cls", False))
         values = {
@@ -80,6 +59,32 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
         raise WeightsError(f"its configuration lacks or misnames {missing}: not a CoCa or CLIP of open_clip") from None
     except (TypeError, AttributeError, ArithmeticError, ConfigError) as error:
         raise WeightsError(f"its configuration is of another kind of model than a CoCa or CLIP: {error}") from None
+
+
+def _require_plain(model: Mapping, vision: Mapping, text: Mapping) -> None:
+    """Raises: WeightsError: for a setting that plain CoCa and CLIP models do not have."""
+    for section, name, plain in (
+        (model, "quick_gelu", (False,)),
+        (model, "custom_text", (True, False)),
+        (vision, "timm_model_name", (None,)),
+        (vision, "ls_init_value", (None,)),
+        (vision, "pool_type", ("tok",)),
+        (vision, "final_ln_after_pool", (False,)),
+        (vision, "no_ln_pre", (False,)),
+        (vision, "pos_embed_type", ("learnable",)),
+        (vision, "act_kwargs", (None, {})),
+        (vision, "norm_kwargs", (None, {})),
+        (text, "hf_model_name", (None,)),
+        (text, "ls_init_value", (None,)),
+        (text, "pool_type", ("argmax",)),
+        (text, "no_causal_mask", (False,)),
+        (text, "act_kwargs", (None, {})),
+        (text, "norm_kwargs", (None, {})),
+    ):
+        if section.get(name, plain[0]) not in plain:
+            raise WeightsError(
+                f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read"
+            )
 
 
 def not_for_open_clip(config: CoCaConfig) -> list[str]:
