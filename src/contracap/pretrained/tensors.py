@@ -17,7 +17,7 @@ from contracap.pretrained.errors import WeightsError
 
 METADATA_KEY = "contracap"  # of safetensors files in our own layout
 # Where training programs put the weights, best first: a moving average is taken where nothing else is there.
-STATE_DICTS = [
+STATE_DICTS = (
     "state_dict",
     "model_state_dict",
     "model",
@@ -26,7 +26,7 @@ STATE_DICTS = [
     "ema_state_dict",
     "model_ema",
     "ema",
-]
+)
 WRAPPERS = {
     "module",
     "_orig_mod",
