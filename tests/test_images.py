@@ -1,11 +1,8 @@
-import tarfile
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from PIL.Image import Resampling
 
 from contracap.image_files import decode
@@ -43,17 +40,6 @@ def test_other_sizes_equal_open_clip(open_clip: ModuleType, size: int) -> None:
     pixels = resize_and_crop(decode(image), ImageConfig(size=size))
     assert pixels.shape == (3, size, size)
     assert largest_difference(pixels, 255 * transform(image)) <= 1.001
-
-
-def test_flickr_evaluation_pixels_are_within_1_of_pillow(data_folder: Path) -> None:
-    with tarfile.open(data_folder / "flickr8k/val/000000.tar") as members:
-        for member in [member for member in members if member.name.endswith(".jpg")][:100]:
-            file = members.extractfile(member)
-            assert file is not None
-            image = Image.open(file).convert("RGB")
-            for size in (96, 128, 224):
-                expected = rows(image.resize((size, size), Resampling.BICUBIC))
-                assert largest_difference(resize_and_crop(decode(image), ImageConfig(size=size)), expected) <= 1
 
 
 def test_squashing_equals_pillow() -> None:
