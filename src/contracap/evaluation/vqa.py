@@ -89,9 +89,8 @@ def evaluate_vqa(
                 sums.append(sum(each.accuracy or 0.0 for each in answers))
                 predictions += answers
     on_predictions(predictions)
-    details: dict[str, Any] = {"questions": len(predictions)}
-    if isinstance(answerer, AnswerChooser):
-        details["answers"] = len(answerer.answers)
+    choices = {"answers": len(answerer.answers)} if isinstance(answerer, AnswerChooser) else {}
+    details: dict[str, Any] = {"questions": len(predictions), **choices}
     known = [each.accuracy for each in predictions if each.accuracy is not None]
     if missing := len(predictions) - len(known):
         reason = f"{missing:,} of the questions have no answers to compare with"

@@ -146,24 +146,7 @@ class CaptionScorer:
             check(written, hypotheses)
             later = beside.submit(meteor.score, written, hypotheses) if meteor else None
             scores = Scores(reasons=reasons, details=details)
-            if "bleu" in self._metrics:
-                counted = bleu(written, hypotheses)
-                scores.figures.update({f"Bleu_{n}": value for n, value in enumerate(counted.scores, start=1)})
-                scores.details["bleu_stats"] = {
-                    "testlen": counted.hypothesis_length,
-                    "reflen": counted.reference_length,
-                    "guess": list(counted.guessed),
-                    "correct": list(counted.correct),
-                }
-            if "rouge_l" in self._metrics:
-                scores.per_sample["ROUGE_L"] = rouge_l(written, hypotheses)
-            for name in ("CIDEr", "CIDEr_plain"):
-                if name.lower() not in self._metrics:
-                    continue
-                if len(hypotheses) < 2:
-                    scores.reasons[name] = ONE_IMAGE
-                else:
-                    scores.per_sample[name] = cider(written, hypotheses, plain=name == "CIDEr_plain")
+            self._add_counted(scores, written, hypotheses)
             if later:
                 try:
                     scores.figures["METEOR"] = later.result().corpus
@@ -192,6 +175,27 @@ class CaptionScorer:
         hypotheses = [next(tokens) for _ in predictions]
         written = [[next(tokens) for _ in captions] for captions in references]
         return [[caption for caption in captions if caption.strip()] for captions in written], hypotheses, details
+
+    def _add_counted(self, scores: Scores, written: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
+        """Add BLEU, ROUGE_L and CIDEr."""
+        if "bleu" in self._metrics:
+            counted = bleu(written, hypotheses)
+            scores.figures.update({f"Bleu_{n}": value for n, value in enumerate(counted.scores, start=1)})
+            scores.details["bleu_stats"] = {
+                "testlen": counted.hypothesis_length,
+                "reflen": counted.reference_length,
+                "guess": list(counted.guessed),
+                "correct": list(counted.correct),
+            }
+        if "rouge_l" in self._metrics:
+            scores.per_sample["ROUGE_L"] = rouge_l(written, hypotheses)
+        for name in ("CIDEr", "CIDEr_plain"):
+            if name.lower() not in self._metrics:
+                continue
+            if len(hypotheses) < 2:
+                scores.reasons[name] = ONE_IMAGE
+            else:
+                scores.per_sample[name] = cider(written, hypotheses, plain=name == "CIDEr_plain")
 
     def _add_spice(
         self, scores: Scores, spice: Spice, written: Sequence[Sequence[str]], hypotheses: Sequence[str]
