@@ -25,10 +25,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if is_stream(path):
         with _scratch(path) as partial:
             yield partial
-            with _named(path), partial.open("rb") as source, _open_stream(path) as stream:
+            with _errors_name(path), partial.open("rb") as source, _open_stream(path) as stream:
                 shutil.copyfileobj(source, stream)
         return
-    with _named(path):
+    with _errors_name(path):
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial = _beside(target)
     try:
@@ -38,7 +38,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.chmod(0o666 & ~umask)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        with _named(path):
+        with _errors_name(path):
             os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def _beside(path: Path) -> Path:
 
     Its name is short, since that of `path` may have the greatest length.
     """
-    with _named(path):
+    with _errors_name(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.lstat(path)  # tells a name that is too long
@@ -104,7 +104,7 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _errors_name(path: Path) -> Iterator[None]:
     """A context whose system errors name `path` instead of a temporary file."""
     try:
         yield

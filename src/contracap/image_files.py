@@ -148,12 +148,12 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
             if isinstance(source, bytes) and len(bare := bare_png(source)) < len(source):
                 return _pillow_pixels(bare, name)  # its metadata may be what is too large, or damaged
             if isinstance(error, Image.UnidentifiedImageError):
-                raise ImageError(f"{name}: {_unidentified(source)}") from error
+                raise ImageError(f"{name}: {_describe_unidentified(source)}") from error
             says_more = not re.search("truncated|broken data stream", str(error), re.IGNORECASE)
             raise ImageError(f"{name}: broken or cut off{f': {error}' if says_more else ''}") from error
 
 
-def _unidentified(source: bytes | Image.Image) -> str:
+def _describe_unidentified(source: bytes | Image.Image) -> str:
     """Describe a file that no decoder takes."""
     head = source[:HEAD_BYTES] if isinstance(source, bytes) else b""
     format = image_format(head)

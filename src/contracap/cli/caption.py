@@ -50,7 +50,7 @@ class CaptionFlags:
     limit: Annotated[int | None, "N"] = None
     """Caption only the first N images."""
     recursive: bool = True
-    """Whether folders include their subfolders."""
+    """Include the subfolders of folders."""
     batch_size: Annotated[int, "N"] = 16
     """Images in a batch; it does not change the captions."""
     workers: Annotated[int | None, "N"] = None

@@ -52,7 +52,7 @@ def evaluate(
     # Arguments and data are checked before the weights are read.
     if predictions is not None and given.get("task") not in ("captioning", "vqa"):
         raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
-    wanted = _wanted(given, tasks, allow_commands=allow_commands)
+    wanted = _read_tasks(given, tasks, allow_commands=allow_commands)
     read = [name for config in wanted.values() for name in config.reads]
     check_outputs([weights, tasks, *read], json=json, predictions=predictions)
     _check_data(given.get("data", ()))
@@ -75,12 +75,12 @@ def evaluate(
     if json is not None:
         kept.append(try_write(result.write, json))
     _print(result)
-    if missed := _missed(result, wanted, single=tasks is None):
+    if missed := _find_missing(result, wanted, single=tasks is None):
         raise ValueError(f"no figures of {', '.join(missed)}: {result.reasons[missed[0]]}")
     return 0 if all(kept) else 1
 
 
-def _wanted(given: GivenFlags, tasks: Path | None, *, allow_commands: bool) -> dict[str, TaskConfig]:
+def _read_tasks(given: GivenFlags, tasks: Path | None, *, allow_commands: bool) -> dict[str, TaskConfig]:
     """Return the tasks by name: the one of the flags, or those of a file.
 
     Raises: ValueError: if both are given, or neither.
@@ -123,7 +123,7 @@ def _print(result: "Result") -> None:
         print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
 
 
-def _missed(result: "Result", wanted: Mapping[str, TaskConfig], *, single: bool) -> list[str]:
+def _find_missing(result: "Result", wanted: Mapping[str, TaskConfig], *, single: bool) -> list[str]:
     """Return the tasks that failed, and the figures that were asked for by name and have no value."""
     return [
         figure

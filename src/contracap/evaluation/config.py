@@ -1,4 +1,4 @@
-"""What is measured of a model: one task, several, or those of a training run.
+"""Evaluations of a model: one task, several, or those of a training run.
 
 Imports no torch, because the command line makes its flags of these classes.
 """

@@ -88,12 +88,12 @@ def encode_in_shares(
     with prepared(lambda item: prepare(item[0]), own_batches()) as own:
         while (found := run_on_every_rank(process_group, lambda: next(own, None))) is not None:
             (_, counts), inputs = found
-            encoded = run_on_every_rank(process_group, partial(_encoded, encode, inputs))
+            encoded = run_on_every_rank(process_group, partial(_encode, encode, inputs))
             if counts:
                 rows.append(encoded)
     shares = process_group.all_gather(rows)
     return torch.cat([rows for group in zip_longest(*shares) for rows in group if rows is not None])
 
 
-def _encoded(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+def _encode(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     return encode(inputs).float().cpu()

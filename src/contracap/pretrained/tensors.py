@@ -55,7 +55,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path} is not a readable safetensors file, it may be cut off: get it again ({error})"
             ) from None
     else:
-        tensors, metadata = _state_dict(path, _unpickled(path)), {}
+        tensors, metadata = _state_dict(path, _unpickle(path)), {}
     if METADATA_KEY not in metadata:
         tensors = _plain_names(path, tensors)
         if SCALE in tensors and tensors[SCALE].shape == (1,):
@@ -117,7 +117,7 @@ _OF_NUMPY: list[Callable | tuple[Callable, str]] = [
 ]
 
 
-def _unpickled(path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     damaged = f"{path} is not a file of plain tensors: it is cut off or damaged, or not a file of torch: get it again"
     try:
         with path.open("rb") as file:

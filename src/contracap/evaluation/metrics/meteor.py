@@ -114,12 +114,12 @@ class Meteor:
         for _ in range(answers):
             line = stdout.readline().decode(errors="replace")
             if not line.endswith("\n"):
-                raise self._ended([*answered, line.strip()], answers)
+                raise self._end_error([*answered, line.strip()], answers)
             answered.append(line.strip())
         sender.join()
         return answered
 
-    def _ended(self, answered: Sequence[str], wanted: int) -> JavaError:
+    def _end_error(self, answered: Sequence[str], wanted: int) -> JavaError:
         status = self._process.wait()
         self._errors.seek(0)
         if written := self._errors.read().strip():

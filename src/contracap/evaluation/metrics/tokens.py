@@ -144,7 +144,7 @@ def either(words: str) -> str:
     return "(?i:" + "|".join(choices) + ")"
 
 
-def joined(pair: str) -> str:
+def split_pattern(pair: str) -> str:
     first, second = pair.split("|")
     return rf"(?i:{first}(?={second}\b))"
 
@@ -183,7 +183,7 @@ TOKEN = re.compile(
             r"(?<![\w-])[-+]\d+(?!\w)",
             r"(?<!\w)'\d\ds?(?![\w'])",  # '70s
             rf"(?<!\w){either(APOSTROPHE_WORDS)}(?!\w)",
-            *(rf"(?<!\w){joined(pair)}" for pair in JOINED_WORDS.split()),
+            *(rf"(?<!\w){split_pattern(pair)}" for pair in JOINED_WORDS.split()),
             rf"{LETTERS}+?(?={NEGATION})",  # do in don't
             NEGATION,
             r"(?i:'(?:s|m|d|re|ve|ll))(?!\w)",
