@@ -381,7 +381,7 @@ def test_an_icon_is_read(kind: str) -> None:
 @pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("I;16", "PNG")])
 def test_one_image_takes_no_more_memory_than_stated(mode: str, kind: str) -> None:
     program = (
-        "import io, sys, torch; from contracap.images import decode; from PIL import Image; Image.init()\n"
+        "import io, sys, torch; from contracap.image_files import decode; from PIL import Image; Image.init()\n"
         "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
         "data, before = sys.stdin.buffer.read(), peak()\n"
         "assert decode(data).shape == (3, 4000, 4000)\n"

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Event, Thread
 from typing import Any
 
@@ -80,16 +80,26 @@ def progress_bar(
     return bar
 
 
+def logging_on(bar: ProgressBar) -> AbstractContextManager[None]:
+    """Return a context in which log lines appear even if updates are far apart."""
+    return in_thread(iter(lambda: bar.update(0), object()), pause=1.0)
+
+
 @contextmanager
-def logging_on(bar: ProgressBar) -> Iterator[None]:
-    """A context in which log lines appear even if updates are far apart."""
+def in_thread(steps: Iterable[object], *, pause: float = 0.0) -> Iterator[None]:
+    """Take the steps in a thread until there are none left or the context ends, which waits for the step in hand.
+
+    Args:
+        pause: seconds after each step.
+    """
     ended = Event()
 
-    def log() -> None:
-        while not ended.wait(1.0):
-            bar.update(0)
+    def work() -> None:
+        for _ in steps:
+            if ended.wait(pause):
+                break
 
-    thread = Thread(target=log, daemon=True)
+    thread = Thread(target=work, daemon=True)
     thread.start()
     try:
         yield

@@ -14,10 +14,10 @@ from contracap.apps.page import (
     drawing,
     gallery,
     heat_table,
+    image_tag,
     page,
     pairs,
     paragraph,
-    picture,
     table,
     text,
     verdict,
@@ -67,12 +67,12 @@ def png() -> bytes:
 
 @pytest.fixture
 def whole_page() -> str:
-    shown = picture(png(), alt=EVIL, good=False)
+    shown = image_tag(png(), alt=EVIL, good=False)
     return page(
         EVIL,
         {
             "": [paragraph(EVIL), table((EVIL, "n"), [(EVIL, "1"), (verdict(EVIL, good=True), shown)], numbers=(1,))],
-            EVIL: [gallery([(shown, EVIL), (picture(png(), alt="fine"), verdict("right", good=True))])],
+            EVIL: [gallery([(shown, EVIL), (image_tag(png(), alt="fine"), verdict("right", good=True))])],
             "pairs": [pairs([(shown, shown, [EVIL, EVIL], EVIL)])],
             "heat": [heat_table(EVIL, [EVIL, "b"], [[1, 2], [0, 0]])],
             "curves": [charts([chart(EVIL, {EVIL: [(0.0, 1.0), (10.0, 0.5)]}, across=EVIL), bars(EVIL, {EVIL: 3})])],
@@ -115,7 +115,7 @@ def test_a_verdict_is_told_by_more_than_its_colour() -> None:
 def test_a_image_keeps_its_bytes() -> None:
     import base64
 
-    shown = picture(png(), alt="red")
+    shown = image_tag(png(), alt="red")
     assert base64.b64decode(shown.split("base64,")[1].split('"')[0]) == png()
     assert 'class="' not in shown
 

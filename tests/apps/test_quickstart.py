@@ -42,12 +42,6 @@ NAMES = {
 SHORT = ("steps=3", "data.batch_size=8", "data.shuffle_buffer=8", "optimizer.warmup_steps=1", "log_every=1")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "contracap", "quickstart", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
-
-
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> tuple[Path, Result]:
     out = tmp_path_factory.mktemp("quickstart")
@@ -152,39 +146,15 @@ def test_a_wrong_override_is_refused_before_anything_is_drawn(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, dict[str, float]]:
-    """A whole quickstart from the command line, and its figures."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    done = run("--out", str(out))
+@pytest.mark.slow
+def test_quickstart_reaches_its_targets(tmp_path: Path) -> None:
+    threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "contracap", "quickstart", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
     assert done.returncode == 0, done.stderr
     assert "recall@1" in done.stdout
-    return out, json.loads((out / "results.json").read_text(encoding="utf-8"))["figures"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "caption_accuracy",
-        "zeroshot_color",
-        "zeroshot_shape",
-        "text_to_image_recall@1",
-        "image_to_text_recall@1",
-    ],
-)
-def test_quickstart_reaches_its_targets(whole, name: str) -> None:
-    _, figures = whole
-    assert figures[name] >= TARGETS[name], figures
-
-
-@pytest.mark.slow
-def test_a_second_quickstart_in_the_same_folder_is_refused_in_one_line(whole) -> None:
-    out, _ = whole
-    again = run("--out", str(out))
-    assert again.returncode == 1
-    assert again.stderr.startswith("contracap: error: ")
-    assert "Traceback" not in again.stderr
+    figures = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["figures"]
+    assert not [name for name in NAMES - {"seconds"} if figures[name] < TARGETS[name]], figures
 
 
 def test_an_interrupted_quickstart_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch) -> None:

@@ -231,14 +231,6 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert all(line.isprintable() for line in survey_lines(survey(path)))
 
 
-def test_the_page_asks_the_network_for_nothing(mixed: Path, tmp_path: Path) -> None:
-    write_page(survey(mixed), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "http" not in page
-    assert "url(" not in page
-    assert page.count("<img") == page.count('src="data:image/jpeg;base64,') == 2 * 6
-
-
 def test_the_page_shows_every_caption_key_and_shard_of_a_drawn_sample(mixed: Path, tmp_path: Path) -> None:
     write_page(survey(mixed), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from contracap.apps.web import BodyTooLargeError, EndQuietly, bound, limited, url
+from contracap.apps.web import BodyTooLargeError, EndQuietly, bind, limit_body, url
 
 
 def test_clients_are_refused_until_the_server_listens() -> None:
-    with bound("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0) as listener:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(listener.getsockname())
         listener.listen()
@@ -28,7 +28,7 @@ def test_clients_are_refused_until_the_server_listens() -> None:
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 def test_an_address_of_ipv6_stands_in_brackets() -> None:
     try:
-        listener = bound("::1", 0)
+        listener = bind("::1", 0)
     except OSError:
         pytest.skip("no IPv6 here")
     with listener:
@@ -37,11 +37,11 @@ def test_an_address_of_ipv6_stands_in_brackets() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
 def test_an_address_that_cannot_be_had_is_named(host: str) -> None:
-    with bound("127.0.0.1", 0) as taken:
+    with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"^cannot listen at {host}:{port}: .*; give another --host or --port$"):
-            bound(host, port)
+            bind(host, port)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_body_is_taken_up_to_the_limit_whatever_length_it_says(pieces, said, t
         return next(messages)
 
     async def read() -> int:
-        counted = limited({"headers": [(b"content-length", said)] if said else []}, receive, 10)
+        counted = limit_body({"headers": [(b"content-length", said)] if said else []}, receive, 10)
         for number in range(len(pieces)):
             try:
                 await counted()
@@ -101,7 +101,7 @@ async def app(scope, receive, send):
         return
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": bytes(10_000_000 if scope["path"] == "/large" else 9)})
-with web.bound("127.0.0.1", 0) as listener:
+with web.bind("127.0.0.1", 0) as listener:
     web.run(app, listener, greeting=web.url(listener), patience=1, request_seconds=1.5, log_level="warning")
 """
 

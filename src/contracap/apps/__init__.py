@@ -1,1 +1,1 @@
-"""What people run."""
+"""Programs that people run."""

@@ -50,7 +50,7 @@ svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 11p
 
 
 def text(words: str) -> Html:
-    """Words as they are: escaped, unless they are HTML already."""
+    """Escape words, unless they are HTML already."""
     return words if isinstance(words, Html) else Html(html.escape(words))
 
 
@@ -143,7 +143,7 @@ def charts(made: Iterable[Html]) -> Html:
 
 
 def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, across: str) -> Html:
-    """Up to three curves over a common axis, as an SVG image.
+    """Draw up to three curves over a common axis, as an SVG image.
 
     Args:
         title: above the chart.
@@ -194,7 +194,7 @@ def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, ac
 
 
 def bars(title: str, counts: Mapping[str, int]) -> Html:
-    """A bar for each name, its count at its end, as an SVG image.
+    """Draw a bar for each name, its count at its end, as an SVG image.
 
     Raises:
         ValueError: if there is no bar to draw.

@@ -105,7 +105,7 @@ def evaluate_scene_captions(model: CoCa, processor: Processor, samples: Sequence
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out, for the table and the page.
+    """Results for the table and the page.
 
     Attributes:
         figures: by their names in `results.json`.
@@ -149,12 +149,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     if is_resumed:
         logger.info("continuing with what is in %s", out)
     else:
-        partial = out / "scenes.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a call that ended while it drew them
-        count = min(TRAINING_SCENES, recipe.steps * recipe.data.batch_size)
-        logger.info("drawing %d scenes; of %d colour-shape pairs %d are held out", count, len(PAIRS), len(HELD_OUT))
-        draw_scenes(partial, recipe, count)
-        partial.rename(scenes)
+        draw_scenes(scenes, recipe)
     logger.info("training for %d steps of %d scenes", recipe.steps, recipe.data.batch_size)
     model, processor = load(train(recipe))
     logger.info("measuring on held-out pairs")
@@ -192,16 +187,24 @@ def find_recipe() -> Path:
     raise FileNotFoundError(f"no recipe at {' or '.join(map(str, places))}: install contracap again")
 
 
-def draw_scenes(folder: Path, recipe: Recipe, count: int) -> None:
-    """Shards of training scenes in `train`, of test scenes in `twins` and `singles`, of the model's image size."""
+def draw_scenes(folder: Path, recipe: Recipe) -> None:
+    """Draw shards of training scenes in `train`, of test scenes in `twins` and `singles`, of the model's image size.
+
+    The folder is there once it is whole.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that ended while it drew them
+    count = min(TRAINING_SCENES, recipe.steps * recipe.data.batch_size)
+    logger.info("drawing %d scenes; of %d colour-shape pairs %d are held out", count, len(PAIRS), len(HELD_OUT))
     size = recipe.model_config.vision.image_size
-    write_training_shards(folder / "train", count, size=size, seed=recipe.seed)
+    write_training_shards(partial / "train", count, size=size, seed=recipe.seed)
     generator = np.random.default_rng((recipe.seed, TEST_SEED))
     for name, scenes in (
         ("twins", twin_scenes(generator, TWIN_SCENES)),
         ("singles", single_scenes(generator, SINGLE_SCENES)),
     ):
-        write_shard(folder / name / "000000.tar", scene_records(scenes, generator, size=size, captions=1))
+        write_shard(partial / name / "000000.tar", scene_records(scenes, generator, size=size, captions=1))
+    partial.rename(folder)
 
 
 def measure(model: CoCa, processor: Processor, scenes: Path) -> Measured:

@@ -9,6 +9,7 @@ from pathlib import Path
 from contracap.apps.page import Html, bars, charts, image_tag, page, pairs, paragraph, table, text
 from contracap.data.survey import EXAMPLES, Survey, share
 from contracap.files import write_text
+from contracap.wording import escaped
 
 SIDE_BINS = (1, 8, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
 BAR = 40  # characters of the longest bar on the terminal
@@ -23,7 +24,7 @@ def survey_lines(survey: Survey) -> list[str]:
         lines += ["", title]
         for name, count in counts.items():
             lines.append(f"{name:>10}  {'#' * math.ceil(BAR * count / longest):{BAR}} {count:,}")
-    return [_printable(line) for line in lines]
+    return [escaped(line) for line in lines]  # names come from the shards
 
 
 def write_page(survey: Survey, path: str | Path) -> None:
@@ -56,7 +57,7 @@ def write_page(survey: Survey, path: str | Path) -> None:
 
 
 def _rows(survey: Survey) -> list[tuple[str, str]]:
-    """What there is, in words, by name."""
+    """Return what there is, in words, by name."""
     shards, samples, captions = f"{survey.shards:,}", f"{survey.samples:,}", f"{survey.captions:,}"
     if not survey.complete:
         shards += f", {survey.shards_read:,} of them opened"
@@ -87,7 +88,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
 
 
 def _extent(survey: Survey) -> str:
-    """What was counted and what was only sampled."""
+    """Say what was counted and what was only sampled."""
     extent = "Every sample of every shard was read."
     if not survey.complete:
         extent = f"Only the first {survey.samples:,} samples were read, and all that follows is about these alone."
@@ -108,7 +109,7 @@ def _histograms(survey: Survey) -> dict[str, dict[str, int]]:
 
 
 def length_bins(context: int) -> list[int]:
-    """Where bins of lengths begin, in tokens; the last one holds what the context cuts."""
+    """Return the first lengths of bins, in tokens; the last one holds what the context cuts."""
     return [*range(1, context + 1, 4), context + 1]
 
 
@@ -125,11 +126,6 @@ def _binned(counts: Mapping[int, int], starts: Sequence[int]) -> dict[str, int]:
 
 def _listed(messages: Sequence[str]) -> Html:
     return Html("<br>".join(text(message) for message in messages))
-
-
-def _printable(line: str) -> str:
-    """Without what could steer a terminal: names come from the shards."""
-    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def _percent(value: float) -> str:

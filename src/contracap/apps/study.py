@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What is trained, what differs, and what is measured."""
+    """A recipe, the changes of each arm, and the tasks."""
 
     out: str
     """Folder for the runs, each in `ARM-SEED`, and the comparisons."""
@@ -55,6 +55,13 @@ class StudyConfig:
         }.items():
             if taken := given & values.keys():
                 raise ValueError(f"{where}: {', '.join(sorted(taken))} is given by the study: leave it out")
+        self._check_arms()
+
+    def _check_arms(self) -> None:
+        """Build the recipe of each arm. A mistake that all arms share is told once.
+
+        Raises: ValueError: if a recipe is wrong, or an arm tells nothing.
+        """
         recipes, problems = list[Recipe](), dict[str, list[str]]()
         for arm in self.arms:
             if Path(arm).name != arm:
@@ -70,7 +77,6 @@ class StudyConfig:
             recipes.append(recipe)
             if not problems and not self.common_tasks(arm):
                 raise ValueError(f"arm {arm}: no task measures what its losses teach and those of the first arm")
-
         if problems:
             where = {each: f"arm {', '.join(arms)}" for each, arms in problems.items() if len(arms) < len(self.arms)}
             raise ValueError("\n".join(f"{where.get(each, 'recipe')}: {each}" for each in problems))
@@ -107,27 +113,21 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
         require_consent(task.data, allow_commands)
     for arm in config.arms:
         require_consent(config.run(arm, config.seeds[0]).commands, allow_commands)
+    first_runs = {arm: in_steps(config.run(arm, config.seeds[0])) for arm in config.arms}  # samples are counted once
+    runs = [
+        (arm, replace(config.run(arm, seed), steps=first_runs[arm].steps, epochs=None))
+        for seed in config.seeds
+        for arm in config.arms
+    ]
+    for _, recipe in runs:
+        _require_same_run(recipe)
+    for recipe in first_runs.values():
+        _check_inputs(recipe, config.tasks_of(recipe))
     results: dict[str, list[Result]] = {arm: [] for arm in config.arms}
-    runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
-    # What is wrong is said now, not after hours.
-    recipes = {arm: in_steps(config.run(arm, config.seeds[0])) for arm in config.arms}  # samples are counted once
-    for arm, seed in runs:
-        _require_same_run(replace(config.run(arm, seed), steps=recipes[arm].steps, epochs=None))
-    for recipe in recipes.values():
-        for key, paths in recipe.data.training_paths.items():
-            list_shards(paths, key=key)
-        if recipe.initialise_from is not None:
-            find_weights(recipe.initialise_from)
-        if recipe.validate_every and recipe.data.validation is not None:
-            list_shards(recipe.data.validation, key="data.validation")
-        processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))
-        build_suite(recipe.evaluation, processor)
-        build_evaluators(config.tasks_of(recipe), processor)
-    for number, (arm, seed) in enumerate(runs, start=1):
-        logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, seed)
-        recipe = replace(config.run(arm, seed), steps=recipes[arm].steps, epochs=None)
+    for number, (arm, recipe) in enumerate(runs, start=1):
+        logger.info("run %d of %d: %s, seed %d", number, len(runs), arm, recipe.seed)
         tasks = config.tasks_of(recipe)
-        results[arm].append(measured(recipe, tasks, command=command, allow_commands=allow_commands))
+        results[arm].append(complete_run(recipe, tasks, command=command, allow_commands=allow_commands))
     first, *others = config.arms
     made = []
     for other in others:
@@ -136,9 +136,25 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
     return made
 
 
-def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allow_commands: bool = False) -> Result:
-    """The figures of a run, from its `results.json`; it is trained to its end and measured first, as far as that is
-    not done.
+def _check_inputs(recipe: Recipe, tasks: dict[str, TaskConfig]) -> None:
+    """Look for everything that a run and its tasks read, hours before it is read.
+
+    Raises: FileNotFoundError, ValueError: if something is missing or wrong.
+    """
+    for key, paths in recipe.data.training_paths.items():
+        list_shards(paths, key=key)
+    if recipe.initialise_from is not None:
+        find_weights(recipe.initialise_from)
+    if recipe.validate_every and recipe.data.validation is not None:
+        list_shards(recipe.data.validation, key="data.validation")
+    processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))
+    build_suite(recipe.evaluation, processor)
+    build_evaluators(tasks, processor)
+
+
+def complete_run(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allow_commands: bool = False) -> Result:
+    """Return the figures of a run, from its `results.json`. It is trained to its end and measured first, as far as that
+    is not done.
 
     Raises:
         FileNotFoundError, ValueError: as training does, or if a task fails.
@@ -159,7 +175,7 @@ def measured(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, allo
 
 
 def _found(file: Path) -> Result | None:
-    """What was measured before; None, and a line, if the file is damaged."""
+    """Return what was measured before; None, and a warning, if the file is damaged."""
     if not file.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What the server of answers and that of the page share: an address, running until a signal, the bytes of a body."""
+"""A web server: its address, running until a signal, and the size of bodies. Shared by `serve` and `demo`."""
 
 import asyncio
 import math
@@ -23,8 +23,8 @@ HEAD_SECONDS = 10  # that the head of a request may take to come, and that a con
 MAX_CONNECTIONS = 1000
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket with this address, not listening yet: clients are refused until there is something to answer them.
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket to this address. It does not listen yet: clients are refused until the model can answer.
 
     Raises: OSError: if it cannot have the address.
     """
@@ -40,7 +40,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def url(listener: socket.socket) -> str:
-    """Where a browser on this machine finds it."""
+    """Return the address for a browser on this machine."""
     host, port = listener.getsockname()[:2]
     return f"http://{_url_host(host)}:{port}"
 
@@ -127,7 +127,7 @@ class _Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has not sent a whole head, and has read what it was answered."""
+        """True if it has not sent a whole head, and has read what it was answered."""
         return self.conn.their_state is h11.IDLE and not self.transport.get_write_buffer_size()
 
 
@@ -192,7 +192,7 @@ class BodyTooLargeError(Exception):
     """A request has more bytes than it may."""
 
 
-def limited(scope: Scope, receive: Receive, most: int | float) -> Receive:
+def limit_body(scope: Scope, receive: Receive, most: int | float) -> Receive:
     """`receive`, which raises BodyTooLargeError once the body has more than so many bytes, or at once if it says so.
 
     They are counted as they come, so a length that is missing or wrong changes nothing.

@@ -25,7 +25,7 @@ def demo(
     keep_few_kernels()
     try:
         from contracap.apps.demo.server import serve
-        from contracap.apps.web import bound
+        from contracap.apps.web import bind
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "fastapi", "starlette", "uvicorn", "python_multipart"):
             raise
@@ -33,6 +33,6 @@ def demo(
     from contracap.apps.demo.collection import images_under
 
     found = images_under(pictures) if pictures is not None else None
-    with bound(host, port) as address:
+    with bind(host, port) as address:
         model, processor = load_model(weights, size, device=device)
         serve(model, processor, address=address, images=found, folder=pictures)

@@ -37,7 +37,7 @@ def serve(
     try:
         from contracap.apps.serve.app import build_app
         from contracap.apps.serve.service import DefaultStrategy
-        from contracap.apps.web import HEAD_SECONDS, bound, run, url
+        from contracap.apps.web import HEAD_SECONDS, bind, run, url
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
@@ -46,7 +46,7 @@ def serve(
     default.strategy({})  # what is wrong is said before the weights are read
     if access.api_key is None:
         access = replace(access, api_key=os.environ.get(API_KEY))
-    with bound(host, port) as listener:
+    with bind(host, port) as listener:
         if access.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             logger.warning(f"whoever reaches {url(listener)} can use it: give --api-key KEY or set {API_KEY}")
         model = load_model(weights, size, device=device)

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from contracap.apps.bulk.cluster import ATTEMPTS, SESSION_PREFIX, ClusterConfig, _Ledger, _session_folder, cores_each
+from contracap.apps.bulk.cluster import ATTEMPTS, Ledger, cores_each
 from contracap.apps.bulk.parts import ShardOutcome, part_name
+from contracap.apps.bulk.ray_session import SESSION_PREFIX, session_folder
 from contracap.cli import main
 from contracap.data.shards import records, write_shard
 from contracap.generation import BeamSearch, Captioner
@@ -87,13 +88,12 @@ def await_end(processes: Callable[[], Iterable[int]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(start, tmp_path: Path) -> None:
+def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(start, tmp_path: Path, capsys) -> None:
     model, processor = write_weights(tmp_path / "tiny.safetensors")
     shards = write_shards(tmp_path / "shards", 3, 10)
     write_shard(tmp_path / "more" / "000.tar", [("a", {"jpg": picture(90)}), ("b", {"jpg": b"nothing"})])
     (tmp_path / "more" / "broken.tar").write_bytes(b"garbage" * 500)
-    here = os.path.relpath(tmp_path / "shards", ROOT)
-    call = ["-m", "contracap", "bulk", "caption", tmp_path / "tiny.safetensors", here, tmp_path / "more"]
+    call = ["-m", "contracap", "bulk", "caption", tmp_path / "tiny.safetensors", tmp_path / "shards", tmp_path / "more"]
     call += ["--out", tmp_path / "out", "--set", "width=2", "max_tokens=12", "--embed", "--workers", 2]
     done = start(*call)
     out, complaints = done.communicate()
@@ -118,10 +118,9 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
 
     await_end(lambda: session_of(done.pid))
 
-    again = start(*call)  # tries the broken shard alone
-    out, complaints = again.communicate()
-    assert (again.returncode, out) == (1, f"0 images of 0 shards; 4 shards had a file before: {tmp_path / 'out'}\n")
-    assert "1 of 5 shards cannot be read" in complaints
+    broken.unlink()
+    assert main([*map(str, call[2:])]) == 0  # nothing is left to do, and Ray is not started
+    assert capsys.readouterr().out == f"0 images of 0 shards; 4 shards had a file before: {tmp_path / 'out'}\n"
 
 
 def test_folders_of_other_runs_stay_while_they_may_be_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +130,7 @@ def test_folders_of_other_runs_stay_while_they_may_be_in_use(tmp_path: Path, mon
         folder.mkdir()
         (folder / "lock").touch()
     os.utime(folders["left"], (0, 0))
-    with _session_folder() as own:
+    with session_folder() as own:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted((Path(own).name, folders["begun"].name))
 
 
@@ -244,7 +243,6 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
     ("arguments", "said"),
     [
         (["--strategy", "bogus"], "unknown strategy"),
-        (["--set", "width=0"], "width"),
         (["--set", "widht=3"], "widht"),
         (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
         (["--workers", "0"], "workers must be a whole number of at least 1"),
@@ -296,7 +294,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
 
 
 def test_the_ledger_gives_up_a_shard_that_never_ends_and_knows_one_that_did() -> None:
-    ledger, done = _Ledger(), ShardOutcome(shard="a", rows=3)
+    ledger, done = Ledger(), ShardOutcome(shard="a", rows=3)
     assert ledger.begin("a") is None
     ledger.end(done)
     assert [ledger.begin("a") for _ in range(ATTEMPTS + 1)] == [done] * (ATTEMPTS + 1)
@@ -320,16 +318,10 @@ def test_workers_share_the_cores_of_the_machines_they_fit(machines, workers, gpu
     assert cores_each(machines, workers, gpus) == cores
 
 
-def test_a_cluster_takes_sensible_numbers_only() -> None:
-    for wrong in ({"workers": 0}, {"gpus_per_worker": 1.5}, {"gpus_per_worker": -1.0}):
-        with pytest.raises(ValueError, match="must be"):
-            ClusterConfig(**wrong)
-
-
 @pytest.mark.slow
 def test_a_run_that_sigterm_ends_says_what_is_done(start, tmp_path: Path) -> None:
     write_weights(tmp_path / "tiny.safetensors")
-    write_shards(tmp_path / "shards", 40, 200)
+    write_shards(tmp_path / "shards", 40, 50)
     call = ["-m", "contracap", "bulk", "embed", tmp_path / "tiny.safetensors", tmp_path / "shards"]
     run = start(*call, "--out", tmp_path / "out", "--workers", 1)
     until = time.monotonic() + 120

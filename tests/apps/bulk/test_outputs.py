@@ -160,7 +160,7 @@ def test_overwrite_forgets_what_a_stopped_run_had(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_writes_a_table(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
-    program = "import sys; from pathlib import Path; from contracap.apps.bulk.outputs import Table\n"
+    program = "import sys; from pathlib import Path; from contracap.apps.bulk.table_output import Table\n"
     program += f"with Table(Path({str(out)!r}), 'csv', 'skip', embed=False): pass"
     with Table(out, "csv", "skip", embed=False) as table:
         table.write(rows(tmp_path, "x"))

@@ -11,17 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from contracap.apps.bulk import cluster, parts
+from contracap.apps.bulk.cluster_config import ClusterConfig
+from contracap.apps.bulk.ray_session import BulkError
 from contracap.data.shards import list_shards
 from contracap.generation import BeamSearch
 from contracap.pretrained import load
 
 
 def end(writer: parts.PartWriter, *args: object) -> None:
-    """As the system does where memory has run out, in the middle of a part."""
+    """End as the system does where memory has run out, in the middle of a part."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class TroubledWorker(cluster._Worker):
+class TroubledWorker(cluster.Worker):
     """Dies of shard 1 once and of shard 3 each time, or is slow, or has no room on its disk."""
 
     def __call__(self, row: dict) -> dict:
@@ -42,7 +44,7 @@ class TroubledWorker(cluster._Worker):
 def main(trouble: str, weights: str, shards: str, out: str, log: str) -> None:
     Path(log).touch()
     os.environ |= {"TROUBLE": trouble, "TROUBLE_LOG": log}  # for the workers, which Ray starts
-    cluster._Worker = TroubledWorker  # type: ignore[misc]
+    cluster.Worker = TroubledWorker  # type: ignore[misc]
     try:
         done = cluster.run(
             list_shards(shards),
@@ -50,9 +52,9 @@ def main(trouble: str, weights: str, shards: str, out: str, log: str) -> None:
             parts.BulkConfig(strategy=BeamSearch(width=2, max_tokens=12), batch_size=4),
             *load(weights),
             weights="tiny",
-            cluster=cluster.ClusterConfig(workers=2),
+            cluster=ClusterConfig(workers=2),
         )
-    except cluster.BulkError as error:
+    except BulkError as error:
         sys.exit(str(error))
     print([asdict(outcome) for outcome in done.outcomes])
 

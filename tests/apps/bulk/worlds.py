@@ -1,11 +1,8 @@
 """A tiny model, shards of noise, and what the model says of them without a run."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
 from contracap.apps.bulk.parts import part_name
 from contracap.data.shards import write_shard
@@ -13,12 +10,7 @@ from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, save
 from contracap.processor import Processor
-
-
-def picture(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 32, 3), dtype=np.uint8)).save(file, "JPEG")
-    return file.getvalue()
+from tests.apps.bulk.conftest import picture
 
 
 def write_shards(folder: Path, shards: int, samples: int) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from contracap.apps.compare.comparison import compare
-from contracap.apps.compare.figure import draw, make_figure, shown
+from contracap.apps.compare.figure import draw, make_figure
 from tests.apps.compare.worlds import result
 
 pytest.importorskip("matplotlib")
@@ -51,13 +51,6 @@ def test_names_are_drawn_as_they_are_written_and_without_a_warning() -> None:
         made.canvas.draw()
     assert [text.get_text() for text in made.legends[0].get_texts()] == [r"x$\frac$", "_y \ufffd \ufffd"]
     assert [text.get_text() for text in made.axes[0].get_yticklabels()] == [r"a$\frac$, acc@1"]
-
-
-def test_a_long_name_keeps_its_ends() -> None:
-    assert shown("x" * 30) == "x" * 30
-    assert shown("first" + "x" * 40 + "last").startswith("firstx")
-    assert shown("first" + "x" * 40 + "last").endswith("xlast")
-    assert len(shown("x" * 31)) == 30
 
 
 def test_the_largest_score_stands_inside_the_panel() -> None:

@@ -14,7 +14,16 @@ from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.collection import Collection, images_under
 from contracap.apps.demo.examples import find_examples
 from contracap.apps.demo.overlay import overlay
-from contracap.apps.demo.settings import LENGTHS, NAMES, OWN, RULES, Amount, Choice, Phrases, chosen
+from contracap.apps.demo.strategy_settings import (
+    LENGTHS,
+    NAMES,
+    RULES,
+    SETTINGS_OF,
+    Amount,
+    Choice,
+    Phrases,
+    read_settings,
+)
 from contracap.apps.demo.uploads import Uploads
 from contracap.data.scenes import COLORS
 from contracap.evaluation.zeroshot import classifier
@@ -51,14 +60,14 @@ def test_a_caption_goes_on_from_its_prompt_whose_words_have_maps_too(actions: Ac
     assert [word for word, _ in made.words][:3] == ["a", "photo", "of"]
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", SETTINGS_OF)
 def test_every_strategy_writes_with_the_settings_that_the_page_begins_with(actions, tmp_path, name) -> None:
-    settings = (*LENGTHS, *RULES, *OWN[name])
+    settings = (*LENGTHS, *RULES, *SETTINGS_OF[name])
     answers = ["" if isinstance(setting, Phrases) else setting.default for setting in settings]
-    made = actions.caption(str(picture(tmp_path / "a.png")), name, chosen(name, settings, answers))
+    made = actions.caption(str(picture(tmp_path / "a.png")), name, read_settings(name, settings, answers))
     alternatives = {"beam": 6, "greedy": 1, "sample": 4, "rerank": 8, "legacy": 2}[name]
     assert made.caption.text and len(made.caption.alternatives) == alternatives
-    assert list(NAMES) == list(OWN) and set(OWN) == set(STRATEGIES)
+    assert list(NAMES) == list(SETTINGS_OF) and set(SETTINGS_OF) == set(STRATEGIES)
 
 
 @pytest.mark.parametrize("kind", ["truncated.jpg", "drawing.svg", "letter.png", "empty.png", "bomb.png", "wall.png"])
@@ -214,20 +223,20 @@ def test_settings_that_are_off_or_empty_are_left_out() -> None:
         Phrases("rules.banned", "Words"),
     )
     some = {"width": 4, "temperature": 0.5, "year": 2024}
-    assert chosen("beam", settings, [4.0, 0, 0.5, 2024, ""]) == some
-    assert chosen("rerank", settings, [4.0, 0, 0.5, 2024, ""]) == {"of": some}
-    assert chosen("beam", settings, [4, 5, 1, 2023, "a cat, , dog"])["rules"] == {"banned": ("a cat", "dog")}
-    assert isinstance(chosen("beam", settings, [4.0, 5.0, 1, 2023, ""])["top_k"], int)
+    assert read_settings("beam", settings, [4.0, 0, 0.5, 2024, ""]) == some
+    assert read_settings("rerank", settings, [4.0, 0, 0.5, 2024, ""]) == {"of": some}
+    assert read_settings("beam", settings, [4, 5, 1, 2023, "a cat, , dog"])["rules"] == {"banned": ("a cat", "dog")}
+    assert isinstance(read_settings("beam", settings, [4.0, 5.0, 1, 2023, ""])["top_k"], int)
 
 
 @pytest.mark.parametrize("answer", [0, 13, None, "many", True, float("nan")])
 def test_a_number_out_of_its_bounds_is_refused(answer) -> None:
     with pytest.raises(ValueError, match=r"^Beams is .*; it must be a number from 1 to 12$"):
-        chosen("beam", (Amount("width", "Beams", 1, 12, 1, 6),), [answer])
+        read_settings("beam", (Amount("width", "Beams", 1, 12, 1, 6),), [answer])
 
 
 def test_every_default_lies_within_its_bounds() -> None:
-    amounts = [setting for settings in OWN.values() for setting in settings if isinstance(setting, Amount)]
+    amounts = [setting for settings in SETTINGS_OF.values() for setting in settings if isinstance(setting, Amount)]
     assert len(amounts) > 10
     assert all(setting.low <= setting.default <= setting.high for setting in amounts)
 

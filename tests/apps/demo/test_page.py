@@ -296,13 +296,3 @@ def test_an_address_in_place_of_a_image_is_not_fetched(server) -> None:
             client.predict(path={"path": address, "meta": {"_type": "gradio.FileData"}}, api_name="/classify")
         with pytest.raises(TimeoutError):
             bait.accept()
-
-
-@pytest.mark.parametrize(("megabytes", "status"), [(19, 200), (25, 413)])
-def test_the_server_itself_refuses_a_huge_file(server, tmp_path, megabytes, status) -> None:
-    import httpx
-
-    with huge_file(tmp_path / "huge.jpg", megabytes).open("rb") as file:
-        answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": file}, timeout=SECONDS)
-    assert answer.status_code == status
-    assert "Traceback" not in answer.text + server.text()

@@ -1,6 +1,6 @@
 import pytest
 
-from contracap.apps.report.curves import MAX_POINTS, curves, thinned
+from contracap.apps.report.curves import MAX_POINTS, average_neighbours, curves
 
 
 def polylines(html: str) -> list[int]:
@@ -10,12 +10,12 @@ def polylines(html: str) -> list[int]:
 
 def test_a_long_curve_has_few_points_and_the_same_mean() -> None:
     points = [(float(step), float(step % 7)) for step in range(6000)]
-    few = thinned(points)
+    few = average_neighbours(points)
     assert len(few) == MAX_POINTS
     assert sum(y for _, y in few) / len(few) == pytest.approx(sum(y for _, y in points) / 6000)
     assert few[0][0] == 9.5  # the middle of the first twenty
-    assert thinned(points[:MAX_POINTS]) == points[:MAX_POINTS]
-    assert thinned([]) == []
+    assert average_neighbours(points[:MAX_POINTS]) == points[:MAX_POINTS]
+    assert average_neighbours([]) == []
 
 
 def test_training_and_validation_losses_share_a_chart() -> None:

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
-from contracap.apps.report.sections import captioned, confused, spread
-from contracap.apps.report.thumbnails import SIDE, chosen_samples, thumbnail
+from contracap.apps.report.sections import caption_parts, confusion_parts, spread
+from contracap.apps.report.thumbnails import SIDE, read_samples, thumbnail
 from contracap.data.shards import Sample
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.retrieval import Features
@@ -51,7 +51,7 @@ def test_best_median_and_worst_captions_are_those_by_cider() -> None:
         Prediction(key=f"key{number}", prediction=f"written {number}", captions=("a person wrote",), cider=float(score))
         for number, score in enumerate([*range(15), *range(29, 14, -1)])
     ]
-    html = "".join(captioned(predictions, samples))
+    html = "".join(caption_parts(predictions, samples))
     best, median, worst = (part for part in html.split("<h3>")[1:])
     assert "<b>written 15</b>" in best and "2900" in best  # times 100
     assert "<b>written 14</b>" in median
@@ -65,12 +65,12 @@ def test_few_captions_stand_in_one_kind_each() -> None:
         Prediction(key=f"key{number}", prediction=f"written {number}", captions=("x",), cider=float(number))
         for number in range(3)
     ]
-    html = "".join(captioned(predictions, samples))
+    html = "".join(caption_parts(predictions, samples))
     assert [html.count(f"<b>written {number}</b>") for number in range(3)] == [1, 1, 1]
 
 
 def test_a_confusion_matrix_counts_each_pair() -> None:
-    html = "".join(confused(("cat", "dog"), [0, 0, 0, 1], [0, 1, 1, 1]))
+    html = "".join(confusion_parts(("cat", "dog"), [0, 0, 0, 1], [0, 1, 1, 1]))
     cells = [part.split("</td>")[0].rpartition(">")[2] for part in html.split("<td")[1:]]
     assert cells == ["1", "2", "", "1"]
     assert "--share:0.667" in html
@@ -78,7 +78,7 @@ def test_a_confusion_matrix_counts_each_pair() -> None:
 
 def test_of_many_classes_the_most_confused_pairs_are_listed() -> None:
     classes = [f"class {number}" for number in range(100)]
-    html = "".join(confused(classes, [7, 7, 7, 8, 9], [7, 50, 50, 9, 9]))
+    html = "".join(confusion_parts(classes, [7, 7, 7, 8, 9], [7, 50, 50, 9, 9]))
     rows = html.split("<tr>")[2:]
     assert len(rows) == 2
     assert "class 7</td><td>class 50" in rows[0] and "66.7 %" in rows[0]
@@ -98,7 +98,7 @@ def test_a_large_image_becomes_a_small_jpeg_and_a_drawn_one_stays() -> None:
 
 def test_only_the_chosen_samples_are_kept() -> None:
     samples: list[Sample] = [sample(f"key{number}", "red") for number in range(200)]
-    found = chosen_samples(samples, [150, 3])
+    found = read_samples(samples, [150, 3])
     assert {row: each.key for row, each in found.items()} == {150: "key150", 3: "key3"}
 
 

@@ -24,7 +24,7 @@ Describe = Callable[[Sequence[str], UInt8[Tensor, "batch 3 height width"]], list
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of the images.
+    """Counts of images by what became of them.
 
     Attributes:
         captioned: captions that were made.
@@ -94,7 +94,7 @@ def caption_images(
     bar = progress_bar(total=total, unit=" images", disable=not progress)
     missing = _missing(items, output, outcome)
     batches = image_batches(missing, image, batch_size=batch_size, workers=workers, waiting=waiting(bar))
-    with _told(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
+    with _report_interruption(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
             outcome.broken += batch.broken.values()
             if not (usable := batch.usable):
@@ -117,8 +117,8 @@ def caption_images(
 
 
 @contextmanager
-def _told(outcome: Outcome, output: Output) -> Iterator[None]:
-    """An interruption says what is done, and how to continue."""
+def _report_interruption(outcome: Outcome, output: Output) -> Iterator[None]:
+    """Say in an interruption what is done, and how to continue."""
     try:
         yield
     except KeyboardInterrupt:
@@ -127,7 +127,7 @@ def _told(outcome: Outcome, output: Output) -> Iterator[None]:
 
 
 def _missing(items: Generator[Item, None, None], output: Output, outcome: Outcome) -> Generator[Item, None, None]:
-    """The items that the output lacks; one it has no place for becomes one that says so."""
+    """Yield the items that the output lacks; one it has no place for becomes one that says so."""
     with closing(items):
         for item in items:
             if not isinstance(item.source, Exception):
@@ -143,6 +143,6 @@ def _missing(items: Generator[Item, None, None], output: Output, outcome: Outcom
 
 
 def first(items: Generator[Item, None, None], limit: int | None) -> Generator[Item, None, None]:
-    """The first `limit` of some items; None: all."""
+    """Yield the first `limit` of some items; None: all."""
     with closing(items):
         yield from islice(items, limit)

@@ -15,7 +15,7 @@ import torch
 from contracap.apps.bulk.cluster_config import CORES, ClusterConfig
 from contracap.apps.bulk.folder import Folder
 from contracap.apps.bulk.output_config import description
-from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, located, part_config, part_name
+from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -27,7 +27,7 @@ BLOCKS = 10_000  # of shards, at most: Ray takes some milliseconds for each
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run did: shards whose parts were there before, and the outcome of every other."""
+    """Outcomes of a run: shards whose parts were there before, and the outcome of every other."""
 
     before: int
     outcomes: list[ShardOutcome]
@@ -49,7 +49,7 @@ def run(
     cluster: ClusterConfig = ClusterConfig(),
     progress: bool = True,
 ) -> Summary:
-    """Writes the parts of all shards that have none in the folder `out`, which no other run may use meanwhile.
+    """Write the parts of all shards that have none in the folder `out`, which no other run may use meanwhile.
 
     The same call continues an interrupted run. Every worker gets the model from here.
 
@@ -65,9 +65,9 @@ def run(
     decided, described = part_config(config, model, processor), description(weights, model, processor)
     metadata = {**described, "settings": decided}
     PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
-    folder = Folder(located(out))
+    folder = Folder(absolute_name(out))
     folder.check(decided)
-    present, wanted = folder.names(), list(dict.fromkeys(map(located, shards)))
+    present, wanted = folder.names(), list(dict.fromkeys(map(absolute_name, shards)))
     todo = [shard for shard in wanted if part_name(shard) not in present]
     before = len(wanted) - len(todo)
     if not todo:
@@ -77,12 +77,12 @@ def run(
             folder.claim(decided, described=described)
             folder.remove_partial()
             placing = _place(ray, cluster, len(todo))
-            job = _Job(
+            job = Job(
                 config=config,
                 folder=folder.name,
                 metadata=metadata,
                 contents=ray.put((model.cpu(), processor)),
-                ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote(),
+                ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote(),
             )
             if cluster.address and cluster.address.startswith("ray://"):
                 outcomes = _outcomes_from_outside(todo, placing, job)
@@ -99,8 +99,8 @@ def run(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What every worker is given. `contents`: Ray's reference of model and processor; `ledger`: its actor."""
+class Job:
+    """Work of every worker. `contents`: Ray's reference of model and processor; `ledger`: its actor."""
 
     config: BulkConfig
     folder: str
@@ -110,16 +110,16 @@ class _Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Placing:
-    """How many workers, and what each takes."""
+class Placing:
+    """Number of workers, and resources of each."""
 
     workers: int
     cores: int
     gpus: float
 
 
-class _Ledger:
-    """What the workers of a run have begun and ended, for those that repeat the work of one that died."""
+class Ledger:
+    """Shards that the workers of a run have begun and ended, for those that repeat the work of one that died."""
 
     def __init__(self) -> None:
         self._begun, self._ended = Counter[str](), dict[str, ShardOutcome]()
@@ -137,10 +137,10 @@ class _Ledger:
         self._ended[outcome.shard] = outcome
 
 
-class _Worker:
+class Worker:
     """Holds the model, and makes a row with the outcome of one with the name of a shard."""
 
-    def __init__(self, job: _Job, placing: _Placing) -> None:
+    def __init__(self, job: Job, placing: Placing) -> None:
         self._job, self._placing = job, placing
         self._failure = ""
 
@@ -169,7 +169,7 @@ class _Worker:
         return {**asdict(outcome), "failure": self._failure}
 
 
-def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) -> list[ShardOutcome]:
+def _outcomes_from_outside(shards: Sequence[str], placing: Placing, job: Job) -> list[ShardOutcome]:
     """Call `_outcomes` on a machine of the cluster: Ray Data cannot be led through Ray's client."""
     import ray
 
@@ -181,7 +181,7 @@ def _outcomes_from_outside(shards: Sequence[str], placing: _Placing, job: _Job) 
         raise
 
 
-def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: bool = False) -> list[ShardOutcome]:
+def _outcomes(shards: Sequence[str], placing: Placing, job: Job, progress: bool = False) -> list[ShardOutcome]:
     """Return the outcome of every shard, in the order in which they end."""
     import ray.data
 
@@ -192,7 +192,7 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: boo
     rows = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), BLOCKS)
     ).map(
-        _Worker,  # pyrefly: ignore[bad-argument-type], which does not know of classes that Ray makes in its workers
+        Worker,  # pyrefly: ignore[bad-argument-type], which does not know of classes that Ray makes in its workers
         fn_constructor_args=(job, placing),
         compute=ray.data.ActorPoolStrategy(size=placing.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=placing.cores,
@@ -219,7 +219,7 @@ def _outcomes(shards: Sequence[str], placing: _Placing, job: _Job, progress: boo
     return outcomes
 
 
-def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> _Placing:
+def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> Placing:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = [(int(machine.get("CPU", 0)), float(machine.get("GPU", 0))) for machine in machines]
     gpus = cluster.gpus_per_worker
@@ -227,7 +227,7 @@ def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> _Placing:
         gpus = 1.0 if any(count for _, count in sizes) else 0.0
     wanted = cluster.workers or sum(int(count / gpus) if gpus else cores // CORES for cores, count in sizes) or 1
     workers = min(wanted, shards)
-    return _Placing(workers=workers, cores=cores_each(sizes, workers, gpus), gpus=gpus)
+    return Placing(workers=workers, cores=cores_each(sizes, workers, gpus), gpus=gpus)
 
 
 def cores_each(machines: Sequence[tuple[int, float]], workers: int, gpus: float) -> int:

@@ -1,4 +1,4 @@
-"""Where a run over many shards works. Imports no torch, as the command line makes its flags from this."""
+"""Machines and workers of a run over many shards. Imports no torch, as the command line makes its flags from this."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ CORES = 4  # for each worker without a GPU, unless the number of workers is give
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where a run works."""
+    """Machines and workers of a run."""
 
     address: str | None = None
     """Address of a Ray cluster, or `auto` for the one that this machine belongs to. By default Ray starts here."""

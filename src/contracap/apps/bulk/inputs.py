@@ -1,4 +1,4 @@
-"""What a user means by images: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
+"""Images that a user names: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
 
 import logging
 import os
@@ -79,7 +79,7 @@ class Item:
 def items(
     paths: Sequence[str], *, recursive: bool = True, outputs: Sequence[Path | None] = ()
 ) -> Generator[Item, None, None]:
-    """The images that paths stand for, in order, read from folders, lists and shards only as they are asked for.
+    """Yield the images that paths stand for, in order, read from folders, lists and shards only as they are asked for.
 
     A path is an image file, or its http(s) URL; a folder, whose images come by name and then those of its
     subfolders; a pattern with `*`, `?`, `[...]` and `**`, of images and shards; a tar shard, anywhere that
@@ -108,7 +108,7 @@ def items(
 
 
 def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Item]:
-    """The first image of each path: whether there are any is known before a model is loaded.
+    """Yield the first image of each path, to know that there are any before a model is loaded.
 
     Raises:
         FileNotFoundError: if a path does not exist or stands for no image; a shard that holds none, or is broken, is
@@ -203,7 +203,7 @@ def _found_at(path: str, recursive: bool, passed: PassedOver) -> Generator[Item 
 
 
 def count_items(paths: Sequence[str], *, recursive: bool = True, limit: int | None = None) -> int | None:
-    """How many images there are; None if there are shards, which say so only once they are read."""
+    """Return how many images there are; None if there are shards, which say so only once they are read."""
     count = 0
     try:
         for path in paths:
@@ -254,7 +254,7 @@ def _of_shards(path: str, passed: PassedOver) -> Iterator[Item]:
 
 
 def images_of(shard: str, passed: PassedOver) -> Generator[Item, None, None]:
-    """The images of a shard, in order; `passed` counts the groups without one, and further images of a group. Groups
+    """Yield the images of a shard, in order. `passed` counts groups without one, and further images of a group. Groups
     whose images all have names with dots are one item at the end, which says so.
 
     Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
@@ -293,7 +293,7 @@ def _item_of(record: Record, images: dict[str, bytes]) -> Item:
 
 
 def _matches(folder: Path, parts: Sequence[str], passed: PassedOver) -> Iterator[Path]:
-    """What a pattern finds in a folder, by name, with the names of one folder at a time in memory; nothing hidden."""
+    """Yield what a pattern finds in a folder, by name, nothing hidden. One folder's names are in memory at a time."""
     if not parts:
         yield folder
         return

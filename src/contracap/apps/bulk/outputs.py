@@ -1,4 +1,4 @@
-"""Where captions go: what every output has in common, and lines on stdout."""
+"""Outputs of captions: what all have in common, and lines on stdout."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from contracap.apps.bulk.rows import Row
 from contracap.wording import escaped
 
 Existing = Literal["skip", "overwrite", "append"]
-"""What becomes of an image that has a caption: nothing; a new one in its place; one more, if it is another."""
+"""Treatment of an image that has a caption: nothing; a new one in its place; one more, if it is another."""
 
 
 OF_ONE_IMAGE = {
@@ -25,14 +25,14 @@ OF_ONE_IMAGE = {
 
 
 def is_of_one_image(error: OSError | ValueError) -> bool:
-    """Whether an error is one of a name or of its folder. Any other, as of a full disk, will be the next one's, too."""
+    """Return whether an error belongs to one name or its folder. Others, such as a full disk, would come again."""
     if isinstance(error, ValueError):
         return not isinstance(error, OutputConfigError)
     return error.errno in OF_ONE_IMAGE
 
 
 class Output(ABC):
-    """Where captions go: a context that keeps what was written, however it ends.
+    """A place for captions: a context that keeps what was written, however it ends.
 
     Attributes:
         added: captions that the output did not have.
@@ -48,7 +48,7 @@ class Output(ABC):
         return
 
     def has(self, item: Item) -> bool:
-        """Whether nothing is to be done for an image. May be asked from another thread.
+        """Return whether nothing is to be done for an image. May be asked from another thread.
 
         Raises: ValueError, OSError: as `check`.
         """
@@ -107,7 +107,7 @@ def require_folder(folder: Path) -> None:
 
 @contextmanager
 def errors_at(path: Path) -> Iterator[None]:
-    """An error of writing, which names no file or one that no longer exists, becomes one on `path`."""
+    """Name `path` in errors of writing, which name no file or one that no longer exists."""
     try:
         yield
     except OSError as error:

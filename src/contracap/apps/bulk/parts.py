@@ -41,7 +41,7 @@ METADATA_KEY = "contracap"  # of the parquet schema, as of our weights files
 
 @dataclass(frozen=True, kw_only=True)
 class BulkConfig:
-    """What a run makes of every shard.
+    """Captions and embeddings that a run makes of every shard.
 
     Attributes:
         strategy: how captions are written; None: there are none.
@@ -65,9 +65,16 @@ class BulkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOutcome:
-    """What became of one shard: rows of its part, those of them without a result because the image cannot be read, and
-    the keys of the first of these; groups without an image, which have no row, and images next to the one that is taken
-    of a group; or why there is no part."""
+    """Result for one shard.
+
+    Attributes:
+        rows: rows of its part.
+        unreadable: those of them whose image cannot be read.
+        first_unreadable: keys of the first of these.
+        without_image: groups without an image, which have no row.
+        other_images: images next to the one that is taken of a group.
+        problem: why there is no part.
+    """
 
     shard: str
     rows: int = 0
@@ -78,7 +85,7 @@ class ShardOutcome:
     problem: str = ""
 
 
-def located(name: str) -> str:
+def absolute_name(name: str) -> str:
     """A name of a shard or folder that means the same to every process: of local ones the whole path."""
     return name if "://" in name or name.startswith("pipe:") else os.path.abspath(name)
 
@@ -89,7 +96,7 @@ def part_name(shard: str) -> str:
 
     It depends on nothing else, so that runs over any list of shards agree on what is done.
     """
-    name = located(shard)
+    name = absolute_name(shard)
     if name.startswith(WEB):
         name = re.split(r"[?#]", name, maxsplit=1)[0]  # a signature is another one tomorrow
     stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name.rpartition("/")[2])
@@ -98,7 +105,7 @@ def part_name(shard: str) -> str:
 
 
 def part_config(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
-    """What decides the content of a part besides its shard, ready for JSON."""
+    """Return all that the content of a part depends on besides its shard, ready for JSON."""
     chosen = caption_config(config.strategy, config.prompt, model, processor)
     return {**chosen, "embedding": config.embedding}
 

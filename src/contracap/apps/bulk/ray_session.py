@@ -40,7 +40,7 @@ class BulkError(RuntimeError):
 
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
-    """Ray, quiet, at the cluster's address or started here; it ends with the run."""
+    """Join Ray at the cluster's address, or start it here, quietly, until the context ends."""
     if cluster.address is not None:
         _require_answer(cluster.address)
     for name, value in (ENVIRONMENT | (LOOPBACK if cluster.address is None else {})).items():
@@ -53,7 +53,7 @@ def ray_session(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
     if cluster.address is None:
         cores = max(cluster.workers or 1, os.cpu_count() or 1)
         options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-        options["_temp_dir"] = ending.enter_context(_session_folder())
+        options["_temp_dir"] = ending.enter_context(session_folder())
     ends = signal.getsignal(signal.SIGTERM)
     try:
         with _no_stderr(), _no_dashboard():  # stderr: its C++ part says there how much it will say
@@ -89,8 +89,8 @@ def _require_answer(address: str) -> None:
 
 
 @contextmanager
-def _session_folder() -> Generator[str, None, None]:
-    """A temporary folder for Ray's sockets and logs. Those of runs that were killed are removed, too."""
+def session_folder() -> Generator[str, None, None]:
+    """Make a temporary folder for Ray's sockets and logs. Those of runs that were killed are removed, too."""
     if fcntl is not None:
         for left in Path(gettempdir()).glob(f"{SESSION_PREFIX}*"):
             with suppress(OSError):
@@ -109,7 +109,7 @@ def _session_folder() -> Generator[str, None, None]:
 
 @contextmanager
 def _no_dashboard() -> Generator[None, None, None]:
-    """Ray starts without the process of its dashboard. Without any dashboard it would still ask the metadata servers of
+    """Start Ray without the process of its dashboard. Without any dashboard it would still ask the metadata servers of
     AWS, Azure and Google where it runs, though its usage statistics are off."""
     from ray._private import services
 
@@ -123,7 +123,7 @@ def _no_dashboard() -> Generator[None, None, None]:
 
 @contextmanager
 def _no_stderr() -> Generator[None, None, None]:
-    """Nothing reaches stderr, from whatever library."""
+    """Silence stderr, whatever library writes to it."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,4 +1,4 @@
-"""What is said of an image: the columns of every output, and how a model fills them."""
+"""Rows of every output, one for each image, and the model that fills them."""
 
 import hashlib
 import os
@@ -63,5 +63,5 @@ def caption_rows(
 
 
 def image_number(name: str) -> int:
-    """What samples of an image are drawn by: its name, so that neither its batch nor an interruption changes them."""
+    """Return a number for sampling, made of the name: neither a batch nor an interruption changes the samples."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little") >> 1

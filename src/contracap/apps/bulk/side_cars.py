@@ -146,7 +146,7 @@ class SideCars(Output):
         return item.source
 
     def _place(self, item: Item) -> Path:
-        """Where the side-car lies, but for its suffix."""
+        """Return the path of the side-car, but for its suffix."""
         source = self._source(item)
         if self._folder is None:
             return source
@@ -156,7 +156,7 @@ class SideCars(Output):
 
 
 def _captions(side_car: Path) -> bytes:
-    """What a side-car holds; nothing if there is none, or if it is blank.
+    """Return what a side-car holds; nothing if there is none, or if it is blank.
 
     Raises: ValueError: if it is not a file. OSError: if it cannot be read.
     """

@@ -97,7 +97,7 @@ def _with_vectors_beside(path: Path, rows: Iterable[Row], count: int, dimensions
 
 
 def vectors_beside(path: Path) -> Path:
-    """Where the embeddings of a CSV file are."""
+    """Return the path of a CSV file's embeddings."""
     return path.with_name(f"{path.name}.npy")
 
 

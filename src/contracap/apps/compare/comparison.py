@@ -45,7 +45,7 @@ class Row:
 
     @property
     def task(self) -> str:
-        """What the figure was measured on; "" in a result of one task."""
+        """Task that the figure was measured on; "" in a result of one task."""
         return self.figure.rpartition("/")[0]
 
     @property
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def is_sure(self) -> bool:
-        """Whether one system is ahead by more than chance: by the corrected test, else, of several runs, which have
+        """True if one system is ahead by more than chance: by the corrected test, else, of several runs, which have
         none, by the interval."""
         if self.p_holm is not None:
             return self.p_holm < 1 - CONFIDENCE
@@ -86,7 +86,7 @@ class Comparison:
 
     @property
     def headlines(self) -> tuple[Row, ...]:
-        """What is drawn: of each task the figures its kind is known by, or all of them if none is that; largest gap
+        """Rows to draw: of each task the figures its kind is known by, or all of them if none is that; largest gap
         first. Those without a gap are left out, and so are seconds."""
         drawn = [row for row in self.rows if row.gap is not None and row.name not in UNITS]
         headed = {row.task for row in drawn if row.name in HEADLINES}

@@ -1,4 +1,4 @@
-"""How two systems were measured: refuse what cannot be compared, and remark what differs."""
+"""Conditions under which two systems were measured: refuse what cannot be compared, and remark what differs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -69,7 +69,7 @@ def make_figure(comparison: Comparison) -> Any:
     _draw_gaps(gaps, comparison, rows)
     legend = figure.legend(scores.collections[-2:], ["", ""], loc="outside upper center", ncols=2, frameon=False)
     for text, name in zip(legend.get_texts(), comparison.names, strict=True):
-        text.set(text=shown(name), parse_math=False)  # as a label, a name that begins with _ would be left out
+        text.set(text=shorten_name(name), parse_math=False)  # as a label, a name that begins with _ would be left out
     return figure
 
 
@@ -113,11 +113,11 @@ def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None
 
 def label(row: Row) -> str:
     """A row's task, cut if need be, and its figure."""
-    name = shown(SHORT.get(row.name, row.name))
-    return f"{shown(row.task)}, {name}" if row.task else name
+    name = shorten_name(SHORT.get(row.name, row.name))
+    return f"{shorten_name(row.task)}, {name}" if row.task else name
 
 
-def shown(name: str) -> str:
+def shorten_name(name: str) -> str:
     """A name that fits, on one line and with its middle left out if need be; what the font lacks is a question mark."""
     from matplotlib.font_manager import findfont, get_font
 

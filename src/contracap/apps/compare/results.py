@@ -30,8 +30,8 @@ def load_result(path: str | Path) -> Result:
 
 
 def names_of(a: Path, b: Path) -> tuple[str, str]:
-    """What to call the systems of two files: as each file, or its folder if it is just called results; where that is
-    the same for both, as what tells them apart."""
+    """Name the systems of two files: as each file, or its folder if it is just called results; where that is the same
+    for both, by what tells them apart."""
     folders = a.absolute().parent.name, b.absolute().parent.name
     own = [folder if path.stem == "results" else path.stem for path, folder in zip((a, b), folders, strict=True)]
     names = ((own[0], own[1]), folders, (str(a), str(b)))

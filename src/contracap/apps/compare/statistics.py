@@ -1,4 +1,4 @@
-"""How sure a gap between two systems is: a paired bootstrap, a paired permutation test, and Holm's correction.
+"""Uncertainty of a gap between two systems: a paired bootstrap, a paired permutation test, and Holm's correction.
 
 All work on differences: first system minus second, for each sample and, if there are several, each pair of runs.
 """
@@ -20,7 +20,7 @@ def bootstrap_interval(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The percentile interval of the mean difference, from resampled samples and resampled runs.
+    """Return the percentile interval of the mean difference, from resampled samples and resampled runs.
 
     Both systems get the same samples in each resample, and so do all runs. Of several runs one fewer is drawn than
     there are: the variance of the mean is right for few of them, too. Three runs remain few; where they differ by more
@@ -52,7 +52,7 @@ def bootstrap_interval(
 
 
 def permutation_test(differences: Float64[np.ndarray, "sample"], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p-value of a mean difference, if on each sample the two systems could as well be exchanged.
+    """Return the two-sided p-value of a mean difference, if on each sample the two systems could as well be exchanged.
 
     Signs are flipped at random, `resamples` times, so that the smallest value is 1 / (`resamples` + 1).
 

@@ -47,7 +47,7 @@ def probability(p: float | None) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What stands below a table: what is missing and why, what only one system has, what was measured in other ways."""
+    """Return the lines below a table: what is missing, what only one system has, what was measured in other ways."""
     reasons: dict[str, list[str]] = {}
     for row in comparison.rows:
         if row.reason:
@@ -62,7 +62,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def method(comparison: Comparison) -> str:
-    """How intervals and p-values were made, in words."""
+    """Describe how intervals and p-values were made."""
     a, b = comparison.names
     if comparison.runs > 1:
         drawn = f"the samples and of the {comparison.runs} pairs of runs"

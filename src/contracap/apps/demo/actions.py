@@ -1,4 +1,4 @@
-"""What the page's buttons do, without the page."""
+"""Actions of the page's buttons, without the page."""
 
 import threading
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ MAX_CHARACTERS = 65_536  # of the texts of all labels and templates
 
 @dataclass(frozen=True)
 class Captioned:
-    """What is shown of a captioned image.
+    """A caption with its images for the page.
 
     Attributes:
         caption: the best text, with its alternatives.
@@ -126,7 +126,7 @@ class Actions:
         return decode(path, name=Path(path).name)
 
     def pixels(self, image: UInt8[Tensor, "3 height width"]) -> Float[Tensor, "1 3 _ _"]:
-        """What the model is fed of an image."""
+        """Return the pixels that the model is fed of an image."""
         return normalise(resize_and_crop(image, self.processor.image_config)[None], self.processor.image_config)
 
     def seen(self, image: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 _ _"]:

@@ -92,7 +92,7 @@ class Collection:
                 yield self.searchable + len(self.skipped)
 
     def _read(self, path: Path) -> Float[Tensor, "1 3 height width"] | str:
-        """What the model is fed of an image, or why it cannot be read."""
+        """Return the pixels of an image, or why it cannot be read."""
         try:
             return self.actions.pixels(self.actions.read(path))
         except (ImageError, OSError) as error:

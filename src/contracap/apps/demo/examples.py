@@ -1,4 +1,4 @@
-"""What the page begins with: labels that suit the model, and images to try."""
+"""First contents of the page: labels that suit the model, and images to try."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import gradio
 from gradio.components import Component
 
+from contracap.apps.demo.strategy_settings import Amount
 from contracap.apps.demo.uploads import Uploads
 
 IMAGE_HEIGHT, FILES_HEIGHT = 320, 160  # pixels
@@ -31,21 +32,21 @@ Input = TypeVar("Input", bound=Component)
 
 
 def image_input(label: str) -> gradio.Image:
-    """An image that is uploaded, pasted or taken with the camera; passed on as the path of its file, or None."""
+    """Return an input for an image: uploaded, pasted or taken with the camera. It passes on a path, or None."""
     made = gradio.Image(
         label=label, type="filepath", sources=["upload", "clipboard", "webcam"], height=IMAGE_HEIGHT, buttons=[]
     )
-    return handing_on(made, lambda payload: payload.path if payload is not None else None)
+    return hand_on(made, lambda payload: payload.path if payload is not None else None)
 
 
 def images_input(label: str) -> gradio.File:
-    """Several uploaded images; passed on as the paths of their files."""
+    """Return an input for several uploaded images; passed on as the paths of their files."""
     made = gradio.File(label=label, file_count="multiple", file_types=["image"], height=FILES_HEIGHT)
-    return handing_on(made, lambda payload: [file.path for file in payload or []])
+    return hand_on(made, lambda payload: [file.path for file in payload or []])
 
 
 def examples_input(images: Sequence[Path], image: gradio.Image) -> gradio.Dataset | None:
-    """Images to choose from, of which the number is passed on; None if there are none."""
+    """Return images to choose from, of which the number is passed on; None if there are none."""
     if not images:
         return None
     samples = [[str(path)] for path in images]
@@ -53,37 +54,49 @@ def examples_input(images: Sequence[Path], image: gradio.Image) -> gradio.Datase
     return gradio.Dataset(components=[image], samples=samples, type="index", label=label, elem_classes=classes)
 
 
-def number_input(
-    label: str, *, low: int | float, high: int | float, step: int | float, default: int | float
-) -> gradio.Slider:
-    """A number, whose bounds are for the browser."""
-    made = gradio.Slider(low, high, default, step=step, label=label, buttons=[])
-    return handing_on(made, lambda payload: payload)
+def number_input(setting: Amount) -> gradio.Slider:
+    """Return an input for a number, whose bounds are for the browser."""
+    made = gradio.Slider(setting.low, setting.high, setting.default, step=setting.step, label=setting.label, buttons=[])
+    return hand_on(made, lambda payload: payload)
 
 
-def handing_on(component: Input, preprocess: Callable[[Any], Any]) -> Input:
-    """The input, handing on what `preprocess` makes of what the browser sent."""
+def gallery(name: str, *, format: str) -> gradio.Gallery:
+    """Return a gallery of images in rows of four, which nobody can change."""
+    return gradio.Gallery(
+        show_label=False,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        format=format,
+        buttons=[],
+        elem_classes="gallery-of",
+        elem_id=name,
+    )
+
+
+def hand_on(component: Input, preprocess: Callable[[Any], Any]) -> Input:
+    """Have an input pass on what `preprocess` makes of what the browser sent."""
     setattr(component, "preprocess", preprocess)  # noqa: B010 - the type checker knows that it is a method
     return component
 
 
 def guard(page: gradio.Blocks, uploads: Uploads) -> None:
-    """Have each value that a visitor sends looked at before gradio takes it, whichever route it comes by."""
+    """Look at each value that a visitor sends before gradio takes it, whichever route it comes by."""
     preprocess = page.preprocess_data
 
     async def guarded(block_fn: Any, inputs: list[Any], *others: Any, **named: Any) -> list[Any]:
         if len(inputs) != len(block_fn.inputs):
             error = f"This takes {len(block_fn.inputs)} values, not {len(inputs)}."
             raise gradio.Error(error, print_exception=False)
-        looked_at = [checked(*pair, uploads) for pair in zip(block_fn.inputs, inputs, strict=True)]
+        looked_at = [check(*pair, uploads) for pair in zip(block_fn.inputs, inputs, strict=True)]
         return await preprocess(block_fn, looked_at, *others, **named)
 
     setattr(page, "preprocess_data", guarded)  # noqa: B010
     page.has_launched = True  # else gradio's own check of paths is off; a page that is mounted is never launched
 
 
-def checked(component: Component, value: Any, uploads: Uploads) -> Any:
-    """The value, if it is one for this input.
+def check(component: Component, value: Any, uploads: Uploads) -> Any:
+    """Return the value, if it is one for this input.
 
     Raises: gradio.Error: if it is not.
     """
@@ -91,16 +104,16 @@ def checked(component: Component, value: Any, uploads: Uploads) -> Any:
     if value is None or component.stateful:  # gradio has states itself
         return None
     if name == "image":
-        return upload(value, uploads)
+        return check_upload(value, uploads)
     if name == "file":
-        return [upload(item, uploads) for item in value] if isinstance(value, list) else refuse(component)
+        return [check_upload(item, uploads) for item in value] if isinstance(value, list) else refuse(component)
     if isinstance(value, PLAIN.get(name, ())) and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     return refuse(component)
 
 
-def upload(value: Any, uploads: Uploads) -> dict[str, Any]:
-    """An uploaded file as gradio has it, and nothing else that came with it.
+def check_upload(value: Any, uploads: Uploads) -> dict[str, Any]:
+    """Return an uploaded file as gradio has it, and nothing else that came with it.
 
     Raises: gradio.Error: if it is anything else.
     """

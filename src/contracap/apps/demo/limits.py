@@ -1,4 +1,4 @@
-"""What a visitor's request may be."""
+"""Limits of a visitor's requests."""
 
 import re
 from collections.abc import Container
@@ -40,7 +40,7 @@ class LimitVisitors:
             await self.small(scope, receive, send)
 
     def _has(self, method: str, path: str) -> bool:
-        """Whether the page needs this route."""
+        """Return whether the page needs this route."""
         found = ROUTES[method].fullmatch(path) if method in ROUTES else None
         name = found.groupdict().get("name") if found else None
         return found is not None and (name is None or name in self.published)

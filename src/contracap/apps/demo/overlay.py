@@ -19,11 +19,11 @@ def overlay(image: UInt8[Tensor, "3 height width"], heat: Float[Tensor, "row col
     heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
     heat = interpolate(heat[None, None], size=image.shape[1:], mode="bicubic")[0].clamp(0, 1)
     opacity = COLD_OPACITY + (HOT_OPACITY - COLD_OPACITY) * heat
-    mixed = (1 - opacity) * image / 255 + opacity * colored(heat[0])
+    mixed = (1 - opacity) * image / 255 + opacity * to_colors(heat[0])
     return to_pillow((mixed * 255).round().to(torch.uint8))
 
 
-def colored(heat: Float[Tensor, "height width"]) -> Float[Tensor, "3 height width"]:
+def to_colors(heat: Float[Tensor, "height width"]) -> Float[Tensor, "3 height width"]:
     """The colour of each value from 0 to 1."""
     place = heat * (len(COLORS) - 1)
     channels = torch.zeros(3, *heat.shape)

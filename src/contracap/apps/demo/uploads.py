@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import BaseRoute, Route
 from starlette.types import Message
 
-from contracap.apps.web import MIB, BodyTooLargeError, limited
+from contracap.apps.web import MIB, BodyTooLargeError, limit_body
 
 MAX_IMAGE_MIB = 20
 MAX_UPLOAD_MIB = 100  # all images that are uploaded together
@@ -79,7 +79,7 @@ class Uploads:
 
     async def receive(self, request: Request) -> Response:
         """Keep the files of a form's field `files`; answers their paths as JSON. Of what is refused nothing stays."""
-        within, come = limited(request.scope, request.receive, MAX_UPLOAD_MIB * MIB), 0
+        within, come = limit_body(request.scope, request.receive, MAX_UPLOAD_MIB * MIB), 0
 
         async def counted() -> Message:
             nonlocal come
@@ -145,8 +145,8 @@ class Uploads:
                     path.parent.rmdir()
 
     @asynccontextmanager
-    async def tidied(self, app: object) -> AsyncIterator[None]:
-        """Keeps the folder within its bounds while `app` is served."""
+    async def lifespan(self, app: object) -> AsyncIterator[None]:
+        """Keep the folder within its bounds while `app` is served."""
 
         async def repeat() -> None:
             while True:
@@ -159,5 +159,5 @@ class Uploads:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether this is a file: not a folder, link, pipe or device."""
+    """Return whether this is a file: not a folder, link, pipe or device."""
     return os.path.isfile(path) and not os.path.islink(path)

@@ -18,12 +18,8 @@ def find_warnings(run: PlannedRun, gpu: str) -> list[str]:
 
 
 def _sharing_warnings(run: PlannedRun) -> Iterator[str]:
-    batch, streams, parts, gpus = (
-        run.recipe.data.batch_size,
-        run.recipe.data.stream_count,
-        run.recipe.accumulation,
-        run.gpus,
-    )
+    data, parts, gpus = run.recipe.data, run.recipe.accumulation, run.gpus
+    batch, streams = data.batch_size, data.stream_count
     if batch % (gpus * parts):
         each = f"{gpus} GPUs" + (f" with {parts} parts each" if parts > 1 else "")
         lower = batch // (gpus * parts) * gpus * parts

@@ -1,6 +1,7 @@
 """The memory of one GPU in training, by what it holds."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
@@ -25,60 +26,85 @@ def saved_bytes(config: CoCaConfig, tokens: Tokens, *, product: int, recompute: 
         recompute: whether blocks keep their input alone; the backward pass then has all of one block at a time, of
             which the largest is counted.
     """
-    vision, text, embed = config.vision, config.text, config.embed_dim
-    blocks: list[float] = []
-
-    def stack(layers: int, rows: float, width: int, kept: float) -> float:
-        blocks.append(kept)
-        return layers * (rows * width * EXACT if recompute else kept)
-
+    vision = config.vision
+    image, text = _image_stack(config, tokens, product), _text_stack(config, tokens, product)
+    decoder, decoder_rest = _decoder(config, tokens, product)
     patches = (tokens.image - 1) * 3 * vision.patch_size**2 * product
-    image = tokens.image * (vision.width * EXACT + STATISTICS)  # the norm before the blocks
-    image += stack(
-        vision.layers,
-        tokens.image,
-        vision.width,
-        _attention(tokens.image, tokens.image, vision.width, vision.heads, product)
-        + _feed_forward(tokens.image, vision.width, vision.mlp_ratio, product),
+    norm = tokens.image * (vision.width * EXACT + STATISTICS)  # before the blocks
+    parts = {
+        "image encoder": patches + (norm + image.saved(recompute)),
+        "pooler": _pooler(config, tokens, product),
+        "text encoder": text.saved(recompute),
+    }
+    if decoder:
+        parts["decoder"] = sum([*(stack.saved(recompute) for stack in decoder), *decoder_rest])
+    largest = max(stack.block for stack in (image, text, *decoder))
+    return parts | ({"block in hand": largest} if recompute else {})
+
+
+class _Stack(NamedTuple):
+    """Equal blocks, one after the other.
+
+    Attributes:
+        rows, width: of a block's input.
+        block: bytes that a block keeps.
+    """
+
+    layers: int
+    rows: float
+    width: int
+    block: float
+
+    def saved(self, recompute: bool) -> float:
+        return self.layers * (self.rows * self.width * EXACT if recompute else self.block)
+
+
+def _image_stack(config: CoCaConfig, tokens: Tokens, product: int) -> _Stack:
+    vision, rows = config.vision, tokens.image
+    block = _attention(rows, rows, vision.width, vision.heads, product)
+    return _Stack(
+        vision.layers, rows, vision.width, block + _feed_forward(rows, vision.width, vision.mlp_ratio, product)
     )
-    parts = {"image encoder": patches + image, "pooler": _pooler(config, tokens, product)}
+
+
+def _text_stack(config: CoCaConfig, tokens: Tokens, product: int) -> _Stack:
+    text, rows = config.text, tokens.encoder
     mask = tokens.encoder_columns**2 * product * (text.pool == "class_token" and text.cls_mask == "legacy")
-    parts["text encoder"] = stack(
-        text.layers,
-        tokens.encoder,
-        text.width,
-        _attention(tokens.encoder, tokens.encoder_columns, text.width, text.heads, product)
-        + tokens.encoder * text.width * product  # attention's output, collected from the grid into rows
-        + _feed_forward(tokens.encoder, text.width, text.mlp_ratio, product)
-        + mask,
+    block = (
+        _attention(rows, tokens.encoder_columns, text.width, text.heads, product)
+        + rows * text.width * product  # attention's output, collected from the grid into rows
+        + _feed_forward(rows, text.width, text.mlp_ratio, product)
+        + mask
     )
-    if config.decoder is not None and tokens.decoder:
-        rows, columns, width, decoder = tokens.decoder, tokens.decoder_columns, text.width, config.decoder
-        memory = tokens.memory * embed
-        feed_forward = _feed_forward(rows, width, decoder.mlp_ratio, product)
-        self_attention = _attention(rows, columns, width, decoder.heads, product) + rows * width * product
-        cross_attention = (
-            _norm(rows, width)
-            + 2 * rows * width * product  # before the queries, and before the output
-            + columns * decoder.heads * EXACT
-        )
-        once, each = memory * EXACT, tokens.memory * STATISTICS + 3 * memory * product  # norm, keys and values
-        if tokens.absorbed:  # one normalised memory for all layers; queries, which then are as wide for each head
-            once, each = once + tokens.memory * STATISTICS + memory * product, 0.0
-            cross_attention += rows * width * product
-            # What is asked and what is read, on the grid, and the latter in rows.
-            cross_attention += (2 * columns + rows) * decoder.heads * width * product
-        else:
-            cross_attention += columns * 2 * width * product
-        parts["decoder"] = (
-            stack(decoder.layers, rows, width, self_attention + feed_forward)
-            + stack(decoder.layers, rows, width, cross_attention + feed_forward)
-            + decoder.layers * each
-            + once
-            + _norm(rows, width)
-            + rows * width * product  # the captioning loss keeps the gradient of its states
-        )
-    return parts | ({"block in hand": max(blocks)} if recompute else {})
+    return _Stack(text.layers, rows, text.width, block)
+
+
+def _decoder(config: CoCaConfig, tokens: Tokens, product: int) -> tuple[list[_Stack], list[float]]:
+    """Return the decoder's blocks, and the bytes of whatever else it keeps; nothing where it does not run."""
+    if config.decoder is None or not tokens.decoder:
+        return [], []
+    rows, columns, width, decoder = tokens.decoder, tokens.decoder_columns, config.text.width, config.decoder
+    memory = tokens.memory * config.embed_dim
+    feed_forward = _feed_forward(rows, width, decoder.mlp_ratio, product)
+    self_attention = _attention(rows, columns, width, decoder.heads, product) + rows * width * product
+    cross_attention = (
+        _norm(rows, width)
+        + 2 * rows * width * product  # before the queries, and before the output
+        + columns * decoder.heads * EXACT
+    )
+    once, each = memory * EXACT, tokens.memory * STATISTICS + 3 * memory * product  # norm, keys and values
+    if tokens.absorbed:  # one normalised memory for all layers; queries, which then are as wide for each head
+        once, each = once + tokens.memory * STATISTICS + memory * product, 0.0
+        cross_attention += rows * width * product
+        # What is asked and what is read, on the grid, and the latter in rows.
+        cross_attention += (2 * columns + rows) * decoder.heads * width * product
+    else:
+        cross_attention += columns * 2 * width * product
+    gradient = rows * width * product  # of its states, which the captioning loss keeps
+    stacks = [
+        _Stack(decoder.layers, rows, width, attention + feed_forward) for attention in (self_attention, cross_attention)
+    ]
+    return stacks, [decoder.layers * each, once, _norm(rows, width), gradient]
 
 
 def _norm(rows: float, width: int) -> float:
@@ -151,7 +177,7 @@ def memory_parts(
 
 
 def _cast(model: CoCa, product: int) -> Mapping[str, float]:
-    """What autocast makes of the weights of linear layers; the captioning loss has the vocabulary's to itself."""
+    """Return the bytes of autocast's copies of linear layers' weights, without the captioning loss's vocabulary."""
     multiplied = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     if model.decoder is not None:
         multiplied -= model.decoder.vocabulary.weight.numel()

@@ -67,7 +67,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How GPUs share a model.
+    """The shares of a model that GPUs hold.
 
     Attributes:
         gpus: all of them.
@@ -87,7 +87,7 @@ class Shares:
 
     @property
     def shared(self) -> tuple[Unit, ...]:
-        """What is shared out."""
+        """Units that are shared out."""
         return (self.root, *self.blocks)
 
     @property
@@ -102,10 +102,10 @@ class Shares:
 
 
 def shares_of(model: CoCa, kind: Kind, *, gpus: int, per_machine: int) -> Shares:
-    """What `parallel.wrapped` does with a model, as a formula.
+    """Compute the shares that `parallel.wrapped` gives each GPU of a model.
 
-    FSDP2 cuts each parameter along its first dimension and fills it up to equal shares, so that it travels with the
-    fill. The backward pass leaves out an encoder that is frozen as a whole, but for its last block, which is fetched
+    FSDP2 cuts each parameter along its first dimension and pads it to equal shares, so that it travels with the
+    padding. The backward pass leaves out an encoder that is frozen as a whole, but for its last block, which is fetched
     ahead of time.
 
     Torch's fake process group could build these shares, for any number of ranks in one process, but it is a private
@@ -151,8 +151,8 @@ def _unit(parameters: Iterable[nn.Parameter], shards: int) -> Unit:
     whole = trained = tensors = 0
     for parameter in parameters:
         rows = len(parameter) if parameter.dim() else 1
-        filled = -(-rows // shards) * shards * (parameter.numel() // rows)
-        whole += filled
-        trained += filled * parameter.requires_grad
+        padded = -(-rows // shards) * shards * (parameter.numel() // rows)
+        whole += padded
+        trained += padded * parameter.requires_grad
         tensors += parameter.requires_grad
     return Unit(whole=whole, trained=trained, tensors=tensors)

@@ -87,7 +87,7 @@ class PlannedRun:
 
     @property
     def fits(self) -> bool:
-        """Whether a step has the memory it takes."""
+        """True if a step has the memory it takes."""
         return sum(self.memory(self.rows).values()) <= self.usable_memory
 
     @cached_property

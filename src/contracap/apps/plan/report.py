@@ -12,7 +12,7 @@ GIB = 2.0**30
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will cost.
+    """Cost of a run.
 
     Attributes:
         title: run, GPUs and batch in a line.

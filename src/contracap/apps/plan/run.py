@@ -45,12 +45,7 @@ def plan_run(
     if recipe.epochs is not None:
         require_consent(recipe.commands, allow_commands)
     recipe, machine = in_steps(recipe), find_gpu(gpu)
-    for name, number in {"gpus": gpus, "gpus_per_machine": gpus_per_machine}.items():
-        require_count(name, number, 1, "which share each batch", most=MAX_GPUS)
-    if not 0 < hours_between_failures < math.inf:
-        raise ValueError(f"hours_between_failures is {hours_between_failures}; it must be a finite number above 0")
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"efficiency is {efficiency}; it must be above 0 and at most 1")
+    _check(gpus, gpus_per_machine, efficiency, hours_between_failures)
     context = min(recipe.model_config.text.context, recipe.data.captions.max_tokens or recipe.model_config.text.context)
     padded = TextLengths(mean=float(context), longest=context)
     known = _text_lengths(recipe, context, text_tokens)
@@ -81,6 +76,16 @@ def plan_run(
         collectives=run.collectives,
         figures={**_figures(run, flops, sum(seconds.values())), **failures},
     )
+
+
+def _check(gpus: int, gpus_per_machine: int, efficiency: float, hours_between_failures: float) -> None:
+    """Raises: ValueError: if an argument of `plan_run` is out of range."""
+    for name, number in {"gpus": gpus, "gpus_per_machine": gpus_per_machine}.items():
+        require_count(name, number, 1, "which share each batch", most=MAX_GPUS)
+    if not 0 < hours_between_failures < math.inf:
+        raise ValueError(f"hours_between_failures is {hours_between_failures}; it must be a finite number above 0")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"efficiency is {efficiency}; it must be above 0 and at most 1")
 
 
 def _text_lengths(recipe: Recipe, context: int, text_tokens: float | None) -> TextLengths | None:

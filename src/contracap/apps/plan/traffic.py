@@ -1,4 +1,4 @@
-"""What GPUs tell each other in a step: which collectives, over how many bytes."""
+"""Traffic between GPUs in a step: which collectives, over how many bytes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

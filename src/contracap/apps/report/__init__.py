@@ -1,1 +1,1 @@
-"""What a run came to, on one self-contained page."""
+"""A run on one self-contained page."""

@@ -28,7 +28,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> Html:
     made = []
     for title, names in series.items():
         drawn = {label: _points(records, name) for label, name in list(names.items())[:3]}
-        drawn = {label: thinned(points) for label, points in drawn.items() if points}
+        drawn = {label: average_neighbours(points) for label, points in drawn.items() if points}
         if drawn:
             made.append(chart(title, drawn, across="step"))
     most = max((len(_points(records, name)) for names in series.values() for name in names.values()), default=0)
@@ -38,15 +38,15 @@ def curves(records: Sequence[Mapping[str, Any]]) -> Html:
     )
 
 
-def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """At most `most` points: of more, means of equally many neighbours."""
+def average_neighbours(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+    """Return at most `most` points: of more, means of equally many neighbours."""
     size = _neighbours(len(points), most)
     parts = (points[first : first + size] for first in range(0, len(points), size)) if points else ()
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def _neighbours(points: int, most: int = MAX_POINTS) -> int:
-    """How many points become one."""
+    """Return how many points become one."""
     return -(-points // most)
 
 

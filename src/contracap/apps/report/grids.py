@@ -1,10 +1,10 @@
-"""What a model retrieves: for texts the best images, for images the best texts, the right ones marked."""
+"""Retrieval as tables: for texts the best images, for images the best texts, the right ones marked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from contracap.apps.page import Html, table, verdict
-from contracap.apps.report.thumbnails import shown
+from contracap.apps.report.thumbnails import thumbnail_tag
 from contracap.data.shards import Sample
 from contracap.evaluation.retrieval import Features
 
@@ -27,7 +27,7 @@ class Found:
 
 
 def best_images(features: Features, texts: Sequence[int]) -> list[Found]:
-    """The five best images for each of these texts."""
+    """Return the five best images for each of these texts."""
     scores = features.texts[list(texts)] @ features.images.T
     found = []
     for text, row in zip(texts, scores, strict=True):
@@ -38,7 +38,7 @@ def best_images(features: Features, texts: Sequence[int]) -> list[Found]:
 
 
 def best_texts(features: Features, images: Sequence[int]) -> list[Found]:
-    """The five best texts for each of these images."""
+    """Return the five best texts for each of these images."""
     scores = features.images[list(images)] @ features.texts.T
     found = []
     for image, row in zip(images, scores, strict=True):
@@ -54,7 +54,7 @@ def image_grid(features: Features, found: Sequence[Found], samples: Mapping[int,
         (
             features.captions[each.query],
             *(
-                shown(samples[image], good=True if right else (None if place else False))
+                thumbnail_tag(samples[image], good=True if right else (None if place else False))
                 for place, (image, right) in enumerate(zip(each.candidates, each.right, strict=True))
             ),
         )
@@ -67,7 +67,7 @@ def caption_grid(features: Features, found: Sequence[Found], samples: Mapping[in
     """A line for each image: its best texts, ticked if they are its own."""
     rows = [
         (
-            shown(samples[each.query]),
+            thumbnail_tag(samples[each.query]),
             Html(
                 "<br>".join(
                     verdict(features.captions[text], good=right)

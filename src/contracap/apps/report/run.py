@@ -49,23 +49,23 @@ def write_report(run: Path) -> Path:
             raise FileNotFoundError(f"{run} is not a run folder: it has no {name}; give the `out` of contracap train")
     recipe = load_recipe(run / RECIPE_FILE)
     sections: dict[str, list[Html]] = {"": [_facts(recipe)]}
-    with _naming(run / METRICS_FILE):
+    with _errors_in(run / METRICS_FILE):
         records = read_metrics(run)
         sections[""].insert(0, paragraph(_progress(records, recipe)))
         if records:
             sections["The run"] = [curves(records)]
     if checkpoint := last_checkpoint(run / CHECKPOINTS):
-        sections |= measured(run, recipe, checkpoint)
+        sections |= measure(run, recipe, checkpoint)
     else:
         sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
     if (run / CAPTIONS_FILE).is_file():
-        with _naming(run / CAPTIONS_FILE):
+        with _errors_in(run / CAPTIONS_FILE):
             sections["Captions on the way"] = [captions_on_the_way(run / CAPTIONS_FILE)]
     write_text(run / PAGE, page(f"{run.absolute().name}: {recipe.size}", sections))
     return run / PAGE
 
 
-def measured(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
+def measure(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
     """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
     validation shards. What fails costs its own figures only."""
     model, processor = load_on_device(checkpoint)
@@ -126,7 +126,7 @@ def _of_task(task: TaskConfig, processor: Processor) -> tuple[Source, Evaluator]
 
 
 def _asked(file: Path) -> dict[str, TaskConfig]:
-    """What was measured of a run before, as its results say; nothing where there are none."""
+    """Return the tasks that a run was measured by before, as its results say; none if there are no results."""
     if not file.is_file():
         return {}
     content = read_json(file)
@@ -138,7 +138,7 @@ def _asked(file: Path) -> dict[str, TaskConfig]:
 
 
 def captions_on_the_way(path: Path) -> Html:
-    """What was written for the first images at the first, the middle and the last step of captions.jsonl."""
+    """Show the captions of the first images at the first, the middle and the last step of captions.jsonl."""
     written: dict[int, dict[str, Mapping[str, Any]]] = {}
     whole, _, _ = read_regular(path).decode("utf-8").rpartition("\n")  # a line may be half written
     for line in whole.splitlines():
@@ -186,8 +186,8 @@ def _fact_rows(recipe: Recipe, sources: str) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What is wrong with a line is said with its file."""
+def _errors_in(path: Path) -> Iterator[None]:
+    """Name the file in errors about a line of it."""
     try:
         yield
     except (json.JSONDecodeError, RecursionError) as error:

@@ -1,11 +1,11 @@
-"""What an evaluation found, beyond its figures: images with their captions, retrieval, confusions."""
+"""Parts of the page beyond the figures: images with their captions, retrieval, confusions."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from contracap.apps.page import Html, gallery, heat_table, paragraph, table, text
 from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
-from contracap.apps.report.thumbnails import chosen_samples, shown
+from contracap.apps.report.thumbnails import read_samples, thumbnail_tag
 from contracap.evaluation.features import Source
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Result
@@ -22,20 +22,20 @@ def sections_of(result: Result, data: Source) -> Iterator[Html]:
     """Parts of the page for what was measured on `data`; none for a kind of predictions that is not known here."""
     predictions = result.predictions
     if isinstance(predictions, Features):
-        yield from retrieved(predictions, data)
+        yield from retrieval_parts(predictions, data)
     elif isinstance(predictions, Classification):
-        yield from confused(predictions.classes, predictions.labels, predictions.predictions)
+        yield from confusion_parts(predictions.classes, predictions.labels, predictions.predictions)
     elif predictions and isinstance(predictions[0], Prediction):
-        yield from captioned(predictions, data)
+        yield from caption_parts(predictions, data)
 
 
-def retrieved(features: Features, data: Source) -> Iterator[Html]:
-    """What is found for some texts and some images, spread over the data."""
+def retrieval_parts(features: Features, data: Source) -> Iterator[Html]:
+    """Show what is found for some texts and some images, spread over the data."""
     images = spread(len(features.images), QUERIES)
     first_texts = {image: text for text, image in reversed(list(enumerate(features.image_of_text.tolist())))}
     images_found = best_images(features, [first_texts[image] for image in images])
     texts = best_texts(features, images)
-    samples = chosen_samples(data, {*images, *(image for each in images_found for image in each.candidates)})
+    samples = read_samples(data, {*images, *(image for each in images_found for image in each.candidates)})
     yield paragraph(
         f"For {len(images)} captions the best of all {len(features.images):,} images. Green: the caption's own "
         "image; red: another one in the first place."
@@ -45,8 +45,8 @@ def retrieved(features: Features, data: Source) -> Iterator[Html]:
     yield caption_grid(features, texts, samples)
 
 
-def captioned(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]:
-    """The best, the median and the worst captions by CIDEr."""
+def caption_parts(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]:
+    """Show the best, the median and the worst captions by CIDEr."""
     if any(prediction.cider is None for prediction in predictions):
         yield paragraph(
             "Without CIDEr, which was not measured, nobody knows which captions are the best and the worst."
@@ -56,15 +56,15 @@ def captioned(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]
     count = min(CARDS, max(1, len(order) // 3))
     middle = (len(order) - count) // 2
     kinds = {"Best": order[:count], "Median": order[middle : middle + count], "Worst": order[-count:]}
-    samples = chosen_samples(data, {row for rows in kinds.values() for row in rows})
+    samples = read_samples(data, {row for rows in kinds.values() for row in rows})
     yield paragraph("Captions by their CIDEr, which is printed times 100; below each what people wrote.")
     for kind, rows in kinds.items():
         yield Html(f"<h3>{kind}</h3>\n")
-        yield gallery((shown(samples[row]), _beneath(predictions[row])) for row in rows)
+        yield gallery((thumbnail_tag(samples[row]), _beneath(predictions[row])) for row in rows)
 
 
-def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequence[int]) -> Iterator[Html]:
-    """How often each class is taken for each other: all of them, or of many classes the pairs most often confused."""
+def confusion_parts(classes: Sequence[str], labels: Sequence[int], predictions: Sequence[int]) -> Iterator[Html]:
+    """Show how often each class is taken for each other: all, or of many classes the pairs most often confused."""
     counts = Counter(zip(labels, predictions, strict=True))
     if len(classes) <= MAX_CLASSES:
         yield paragraph("In each row the images of one class, and what they are taken for.")
@@ -85,7 +85,7 @@ def confused(classes: Sequence[str], labels: Sequence[int], predictions: Sequenc
 
 
 def _beneath(prediction: Prediction) -> Html:
-    """What was written for an image, how it scored, and what people wrote."""
+    """Return the caption of an image, its score, and what people wrote."""
     references = "".join(f"<li>{text(caption)}</li>" for caption in prediction.captions)
     return Html(
         f'<b>{text(prediction.prediction)}</b> <span class="faint">{100 * (prediction.cider or 0.0):.0f}</span>'
@@ -94,5 +94,5 @@ def _beneath(prediction: Prediction) -> Html:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Up to `most` places out of `count`, evenly spread."""
+    """Return up to `most` places out of `count`, evenly spread."""
     return sorted({place * count // most for place in range(most)}) if count > most else list(range(count))

@@ -13,7 +13,7 @@ from contracap.image_files import decode
 SIDE = 160  # pixels of the longer side
 
 
-def chosen_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
+def read_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
     """The samples in these places of the data, by their places."""
     wanted, found, first = set(rows), {}, 0
     for batch in sample_batches(source, 64):
@@ -24,7 +24,7 @@ def chosen_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
     return found
 
 
-def shown(sample: Sample, *, good: bool | None = None) -> Html:
+def thumbnail_tag(sample: Sample, *, good: bool | None = None) -> Html:
     """A sample's image as a thumbnail; its first caption, or its key, stands for it where it cannot be seen."""
     alt = sample.captions[0] if sample.captions else sample.key
     return image_tag(thumbnail(sample.image), alt=alt, good=good)

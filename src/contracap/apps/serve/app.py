@@ -3,7 +3,6 @@
 from fastapi import FastAPI, Security
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 import contracap
@@ -11,8 +10,7 @@ from contracap.apps.serve import routes, status
 from contracap.apps.serve.batching import BatchingConfig
 from contracap.apps.serve.config import AccessConfig, LimitsConfig
 from contracap.apps.serve.errors import HANDLERS
-from contracap.apps.serve.limits import LimitRequests, RequireKey
-from contracap.apps.serve.metrics import CountRequests
+from contracap.apps.serve.middleware import add_middleware
 from contracap.apps.serve.model import ServedModel
 from contracap.apps.serve.schemas import Problem
 from contracap.apps.serve.service import DefaultStrategy, Service
@@ -47,22 +45,7 @@ def build_app(
     key = [] if access.api_key is None else [Security(HTTPBearer(auto_error=False))]
     app.include_router(routes.router, dependencies=key)
     app.include_router(status.router)
-    _add_middleware(app, service, limits, access)
-    return app
-
-
-def _add_middleware(app: FastAPI, service: Service, limits: LimitsConfig, access: AccessConfig) -> None:
-    """Add the middleware, innermost first: what is added last sees a request first."""
-    app.add_middleware(LimitRequests, limits=limits, under_way=service.under_way, image_paths=routes.IMAGE_PATHS)
-    if access.api_key is not None:
-        app.add_middleware(RequireKey, key=access.api_key)
     known = (*app.routes, *routes.router.routes, *status.router.routes)
     paths = frozenset(route.path for route in known if isinstance(route, Route))
-    app.add_middleware(CountRequests, metrics=service.metrics, routes=paths)
-    if access.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=access.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
+    add_middleware(app, service, access, image_paths=routes.IMAGE_PATHS, paths=paths)
+    return app

@@ -1,4 +1,4 @@
-"""Requests that arrive one by one go through the model together. Knows neither the model nor HTTP."""
+"""Batches of requests that arrive one by one. Knows neither the model nor HTTP."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from contracap.config import require_count
 
-Settings = TypeVar("Settings", bound=Hashable)
+Group = TypeVar("Group", bound=Hashable)
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
-    """How requests go through the model together."""
+    """Size of the batches, and how long a request waits for others."""
 
     max_batch: int = 16
     """Images or texts that go through the model together, at most."""
@@ -50,8 +50,8 @@ class Turns:
         self._light = 0  # batches that wait
 
     @contextmanager
-    def taken(self, *, heavy: bool) -> Iterator[None]:
-        """Within the block the model is this batch's alone."""
+    def hold(self, *, heavy: bool) -> Iterator[None]:
+        """Give the model to one batch alone for the length of a context."""
         self._take(heavy)
         try:
             yield
@@ -82,7 +82,7 @@ class _Request:
     """One item that waits for its answer.
 
     Attributes:
-        group: the work and its settings; only requests of one group share a batch.
+        group: the work and what it is done with; only requests of one group share a batch.
         most: items that a batch of the group may have.
         deadline: when it goes, however few it goes with, on the event loop's clock in seconds.
     """
@@ -136,13 +136,13 @@ class Batcher:
 
     async def submit(
         self,
-        work: Callable[[Settings, list[Item], Callable[[], None]], list[Answer]],
-        settings: Settings,
+        work: Callable[[Group, list[Item], Callable[[], None]], list[Answer]],
+        group: Group,
         item: Item,
         *,
         most: int | None = None,
     ) -> Answer:
-        """The answer to `item` in a batch, `work(settings, items, go_on)`. A cancelled call leaves the queue.
+        """Return the answer to `item` from a batch, `work(group, items, go_on)`. A cancelled call leaves the queue.
 
         Work that takes long calls `go_on()` between its steps, which raises AbandonedError if nobody waits any more.
 
@@ -154,7 +154,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         most = min(most or self.config.max_batch, self.config.max_batch)
         deadline = loop.time() + self.config.max_wait_ms / 1000
-        request = _Request((work, settings), item, most, deadline, loop.create_future())
+        request = _Request((work, group), item, most, deadline, loop.create_future())
         self._waiting[request] = None
         self._arrived.set()
         try:
@@ -183,7 +183,7 @@ class Batcher:
                         request.answer.set_result(answer)
 
     def _work(self, batch: list[_Request]) -> list[Any]:
-        """What the thread does."""
+        """Run a batch, in the thread."""
 
         def go_on() -> None:
             if all(request.answer.done() for request in batch):
@@ -191,13 +191,13 @@ class Batcher:
             if self.heavy:
                 self.turns.give_way()
 
-        work, settings = batch[0].group
-        with self.turns.taken(heavy=self.heavy):
+        work, group = batch[0].group
+        with self.turns.hold(heavy=self.heavy):
             go_on()
-            return work(settings, [request.item for request in batch], go_on)
+            return work(group, [request.item for request in batch], go_on)
 
     async def _next(self) -> list[_Request]:
-        """The next batch, once it is full or its oldest request has waited long enough."""
+        """Return the next batch, once it is full or its oldest request has waited long enough."""
         while True:
             self._arrived.clear()
             if not self._waiting:

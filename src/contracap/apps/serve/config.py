@@ -1,4 +1,4 @@
-"""Who may ask the server, and what one request may cost. Imports no web server: the verb makes its flags from this."""
+"""Limits of a request, and access to the server. Imports no web server: the verb makes its flags from this."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AccessConfig:
-    """Who may ask."""
+    """Access to the server."""
 
     api_key: str | None = None
     """Key that requests must bring as Authorization: Bearer KEY. It can also be given as $CONTRACAP_API_KEY."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from contracap.apps.serve.batching import Batcher, BatchingConfig, Turns
 from contracap.apps.serve.config import LimitsConfig
-from contracap.apps.serve.limits import UnderWay
 from contracap.apps.serve.metrics import Metrics
 from contracap.apps.serve.model import Image, ServedModel
+from contracap.apps.serve.under_way import UnderWay
 from contracap.config import ConfigError
 from contracap.generation.captioner import Caption
 from contracap.generation.registry import build_strategy

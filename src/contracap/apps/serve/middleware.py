@@ -1,48 +1,73 @@
-"""Middleware that limits what one request may cost: bytes, seconds, a place among those under way; and the API key."""
+"""Middleware: counts of requests, the API key, and limits on the bytes, seconds and places that a request takes."""
 
 import asyncio
 import secrets
-from dataclasses import dataclass, field
+from time import perf_counter
 
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from contracap.apps.serve.config import LimitsConfig
+from contracap.apps.serve.config import AccessConfig
 from contracap.apps.serve.errors import problem
-from contracap.apps.web import MIB, BodyTooLargeError, limited
+from contracap.apps.serve.metrics import Metrics
+from contracap.apps.serve.service import Service
+from contracap.apps.serve.under_way import UnderWay
+from contracap.apps.web import MIB, BodyTooLargeError, limit_body
 
 SMALL_BODY = 1  # MiB, of what is not an image: it is parsed between other requests
-BODIES = 16  # times `max_body_mib` that all bodies under way may take together
+CLIENT_GONE = 499  # nginx's status for a request whose client has left
 
 
-@dataclass
-class UnderWay:
-    """Requests with a body that are being read or answered, and how many may be at most.
+def add_middleware(
+    app: FastAPI, service: Service, access: AccessConfig, *, image_paths: frozenset[str], paths: frozenset[str]
+) -> None:
+    """Add the middleware, innermost first: what is added last sees a request first.
 
-    Attributes:
-        bodies: bytes of each that have come.
+    Args:
+        image_paths: paths whose bodies may have `max_body_mib`.
+        paths: all paths, each of which is counted by itself.
     """
+    app.add_middleware(LimitRequests, under_way=service.under_way, image_paths=image_paths)
+    if access.api_key is not None:
+        app.add_middleware(RequireKey, key=access.api_key)
+    app.add_middleware(CountRequests, metrics=service.metrics, routes=paths)
+    if access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
 
-    limits: LimitsConfig
-    bodies: dict[object, int] = field(default_factory=dict)
 
-    @property
-    def full(self) -> bool:
-        """Whether another one is refused."""
-        # Uvicorn's limit_concurrency counts idle connections and would refuse /health and /metrics too.
-        return len(self.bodies) >= self.limits.max_requests or self.too_many_bytes
+class CountRequests:
+    """Middleware that counts every request. Unknown routes are counted together, because anyone can make up paths."""
 
-    @property
-    def too_many_bytes(self) -> bool:
-        """Whether their bodies take more memory than they may."""
-        return sum(self.bodies.values()) > BODIES * self.limits.max_body_mib * MIB
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str]):
+        self.app, self.metrics, self.routes = app, metrics, routes
 
-    @property
-    def refusal(self) -> str:
-        """Say why another one is refused."""
-        if self.too_many_bytes:
-            most = BODIES * self.limits.max_body_mib
-            return f"the requests under way take more than {most:g} MiB, the most this server keeps: try again later"
-        return f"{len(self.bodies)} requests are under way, as many as this server takes: try again later"
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = perf_counter(), CLIENT_GONE
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:
+            status = 500  # which is sent further out
+            raise
+        finally:
+            route = scope["path"] if scope["path"] in self.routes else "other"
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(perf_counter() - start)
 
 
 class RequireKey:
@@ -78,8 +103,8 @@ class LimitRequests:
         image_paths: the paths whose bodies may have `max_body_mib`; those of others have `SMALL_BODY`.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: LimitsConfig, under_way: UnderWay, image_paths: frozenset[str]):
-        self.app, self.limits, self.under_way, self.image_paths = app, limits, under_way, image_paths
+    def __init__(self, app: ASGIApp, *, under_way: UnderWay, image_paths: frozenset[str]):
+        self.app, self.limits, self.under_way, self.image_paths = app, under_way.limits, under_way, image_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):  # these take nothing and wait for nothing
@@ -103,7 +128,7 @@ class LimitRequests:
             most = min(most, SMALL_BODY)
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                body = await self._body(place, limited(scope, receive, most * MIB))
+                body = await self._body(place, limit_body(scope, receive, most * MIB))
         except TimeoutError:
             error = f"the body did not come within {self.limits.timeout_s:g} seconds"
             await problem(408, error, Connection="close")(scope, receive, send)
@@ -118,7 +143,7 @@ class LimitRequests:
             await self._answer(body, scope, receive, send)
 
     async def _body(self, place: object, receive: Receive) -> bytearray:
-        """The whole body."""
+        """Read the whole body."""
         body = bytearray()
         while True:
             message = await receive()
@@ -162,6 +187,6 @@ class LimitRequests:
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Return when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""What a visitor may set for each strategy, and how the page asks for it."""
+"""Settings of each strategy that a visitor can change."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ SAMPLING = (
     Amount("min_p", "Min-p: only tokens of this share of the likeliest (0: all)", 0, 0.9, 0.01, 0, off=0),
     Amount("seed", "Seed", 0, 9999, 1, 0),
 )
-OWN: Mapping[str, tuple[Setting, ...]] = {
+SETTINGS_OF: Mapping[str, tuple[Setting, ...]] = {
     "beam": (
         Amount("width", "Beams", 1, 12, 1, 6),
         Amount("length_penalty", "Length penalty (above 0: longer texts)", -2, 3, 0.1, 1),
@@ -77,8 +77,8 @@ OWN: Mapping[str, tuple[Setting, ...]] = {
 }
 
 
-def chosen(name: str, settings: Sequence[Setting], answers: Sequence[Any]) -> dict[str, Any]:
-    """The answers as `generation.registry` takes them for a strategy; what is off or left empty is left out.
+def read_settings(name: str, settings: Sequence[Setting], answers: Sequence[Any]) -> dict[str, Any]:
+    """Return the answers as `generation.registry` takes them for a strategy, without what is off or empty.
 
     Raises: ValueError: if a number is none, or out of its bounds.
     """
@@ -88,7 +88,7 @@ def chosen(name: str, settings: Sequence[Setting], answers: Sequence[Any]) -> di
         if isinstance(setting, Phrases):
             value = tuple(phrase.strip() for phrase in (answer or "").split(",") if phrase.strip()) or None
         elif isinstance(setting, Amount):
-            value = _checked(setting, answer)
+            value = _read_amount(setting, answer)
         else:
             value = answer
         if value is not None:
@@ -97,8 +97,8 @@ def chosen(name: str, settings: Sequence[Setting], answers: Sequence[Any]) -> di
     return {"of": values} if name == "rerank" else values
 
 
-def _checked(setting: Amount, answer: Any) -> int | float | None:
-    """The number, whole where the steps are; None if it is the one for off."""
+def _read_amount(setting: Amount, answer: Any) -> int | float | None:
+    """Return the number, whole where the steps are; None if it is the one for off."""
     if isinstance(answer, bool) or not isinstance(answer, int | float) or not setting.low <= answer <= setting.high:
         raise ValueError(f"{setting.label} is {answer}; it must be a number from {setting.low} to {setting.high}")
     if answer == setting.off:

@@ -1,0 +1,39 @@
+"""Requests under way, and the most that a server takes at once."""
+
+from dataclasses import dataclass, field
+
+from contracap.apps.serve.config import LimitsConfig
+from contracap.apps.web import MIB
+
+BODIES = 16  # times `max_body_mib` that all bodies under way may take together
+
+
+@dataclass
+class UnderWay:
+    """Requests with a body that are being read or answered, and how many may be at most.
+
+    Attributes:
+        bodies: bytes of each that have come.
+    """
+
+    limits: LimitsConfig
+    bodies: dict[object, int] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """True if another one is refused."""
+        # Uvicorn's limit_concurrency counts idle connections and would refuse /health and /metrics too.
+        return len(self.bodies) >= self.limits.max_requests or self.too_many_bytes
+
+    @property
+    def too_many_bytes(self) -> bool:
+        """True if their bodies take more memory than they may."""
+        return sum(self.bodies.values()) > BODIES * self.limits.max_body_mib * MIB
+
+    @property
+    def refusal(self) -> str:
+        """Say why another one is refused."""
+        if self.too_many_bytes:
+            most = BODIES * self.limits.max_body_mib
+            return f"the requests under way take more than {most:g} MiB, the most this server keeps: try again later"
+        return f"{len(self.bodies)} requests are under way, as many as this server takes: try again later"
