@@ -10,8 +10,8 @@ from contracap.losses import captioning_loss, contrastive_loss
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import with_cls_mask
-from contracap.pretrained.names import from_open_clip, to_open_clip
-from contracap.pretrained.open_clip import config_from_open_clip
+from contracap.pretrained.open_clip_config import config_from_open_clip
+from contracap.pretrained.open_clip_names import from_open_clip, to_open_clip
 from contracap.tokenizer import text_lengths
 
 TEXT_LENGTHS = (2, 3, 20, 75, 76)
@@ -35,6 +35,11 @@ def peer_and_ours(open_clip, name: str, *, correct: bool = False) -> tuple[nn.Mo
     model = CoCa(config).eval()
     model.load_state_dict(from_open_clip(peer.state_dict(), config))
     return peer, model
+
+
+@pytest.fixture(scope="module")
+def b_32(open_clip) -> tuple[nn.Module, CoCa]:
+    return peer_and_ours(open_clip, "coca_ViT-B-32")
 
 
 def texts(config: CoCaConfig, lengths: tuple[int, ...] = TEXT_LENGTHS) -> torch.Tensor:
@@ -63,8 +68,8 @@ def assert_same_outputs(peer: nn.Module, model: CoCa, ids: torch.Tensor) -> None
         assert relative(ours.logits[row, : length - 1], theirs["logits"][row, : length - 1]) < 1e-5
 
 
-def test_coca_b_32_equals_open_clip(open_clip) -> None:
-    peer, model = peer_and_ours(open_clip, "coca_ViT-B-32")
+def test_coca_b_32_equals_open_clip(b_32) -> None:
+    peer, model = b_32
     assert_same_outputs(peer, model, texts(model.config))
 
 
@@ -91,11 +96,10 @@ def test_clip_equals_open_clip(open_clip, name: str) -> None:
     assert ours.logits is None
 
 
-def test_losses_and_gradients_equal_open_clip(open_clip) -> None:
+def test_losses_and_gradients_equal_open_clip(b_32) -> None:
     from open_clip.loss import CoCaLoss
 
-    peer, model = peer_and_ours(open_clip, "coca_ViT-B-32")
-    peer, model = peer.train(), model.train()
+    peer, model = b_32  # neither has dropout
     ids, pixels = texts(model.config), torch.randn(5, 3, 224, 224)
     theirs = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(**peer(pixels, ids), output_dict=True)
     (theirs["contrastive_loss"] + theirs["caption_loss"]).backward()
@@ -123,13 +127,13 @@ def test_open_clip_configuration_is_ours(open_clip, name: str) -> None:
     assert config_from_open_clip(open_clip.get_model_config(name)) == released(name)
 
 
-def test_id_0_inside_a_text_hides_nothing_from_the_decoder_unlike_in_open_clip_3_3_0(open_clip) -> None:
-    """The mark "!" in a run of punctuation is id 0, which open_clip takes for fill.
+def test_id_0_inside_a_text_hides_nothing_from_the_decoder_unlike_in_open_clip_3_3_0(open_clip, b_32) -> None:
+    """The mark "!" in a run of punctuation is id 0, which open_clip takes for padding.
 
     The code that trained the released weights (2023) hid the key after it from the class token alone; 3.3.0 hides it
     from every later token, so that its caption logits change from there on. Ours follow 2023.
     """
-    peer, model = peer_and_ours(open_clip, "coca_ViT-B-32")
+    peer, model = b_32
     ids = open_clip.get_tokenizer("coca_ViT-B-32")(["wow!; what a goal"])
     mark = ids[0].tolist().index(0)
     assert ids[0, mark + 1] != 0, "the mark stands inside the text"

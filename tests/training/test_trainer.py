@@ -13,7 +13,7 @@ from contracap.config import build, to_toml
 from contracap.data.order import OrderError
 from contracap.data.shards import records, write_shard
 from contracap.pretrained import load, read_weights, save, save_open_clip
-from contracap.pretrained.names import WeightsError
+from contracap.pretrained.errors import WeightsError
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.logging import read_metrics
 from contracap.training.loop import TrainingError

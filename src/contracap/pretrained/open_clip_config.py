@@ -1,4 +1,4 @@
-"""Configurations of open_clip to ours and back."""
+"""open_clip's model configurations: to ours and back."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -6,39 +6,19 @@ from dataclasses import asdict
 from contracap.config import ConfigError, build
 from contracap.model.coca import CoCaConfig
 from contracap.model.text import TextConfig
-from contracap.pretrained.names import WeightsError
+from contracap.pretrained.errors import WeightsError
 
 
 def config_from_open_clip(model: Mapping) -> CoCaConfig:
-    """Sizes from the `model_cfg` of an `open_clip_config.json`. Its files mean the legacy CLS mask unless they say
-    otherwise.
+    """Return the configuration that the `model_cfg` of an `open_clip_config.json` describes.
+
+    It means the legacy CLS mask unless it says otherwise.
 
     Raises: WeightsError: if it describes a model of another kind.
     """
     try:
         vision, text, decoder = model["vision_cfg"], model["text_cfg"], model.get("multimodal_cfg")
-        for section, name, plain in (
-            (model, "quick_gelu", (False,)),
-            (model, "custom_text", (True, False)),
-            (vision, "timm_model_name", (None,)),
-            (vision, "ls_init_value", (None,)),
-            (vision, "pool_type", ("tok",)),
-            (vision, "final_ln_after_pool", (False,)),
-            (vision, "no_ln_pre", (False,)),
-            (vision, "pos_embed_type", ("learnable",)),
-            (vision, "act_kwargs", (None, {})),
-            (vision, "norm_kwargs", (None, {})),
-            (text, "hf_model_name", (None,)),
-            (text, "ls_init_value", (None,)),
-            (text, "pool_type", ("argmax",)),
-            (text, "no_causal_mask", (False,)),
-            (text, "act_kwargs", (None, {})),
-            (text, "norm_kwargs", (None, {})),
-        ):
-            if section.get(name, plain[0]) not in plain:
-                raise WeightsError(
-                    f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read"
-                )
+        _require_plain(model, vision, text)
         kinds = {True: "shared", False: "class_token", "cascade": "cascade", "parallel": "parallel"}
         has_class_token = bool(text.get("embed_cls", False))
         values = {
@@ -81,8 +61,34 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
         raise WeightsError(f"its configuration is of another kind of model than a CoCa or CLIP: {error}") from None
 
 
+def _require_plain(model: Mapping, vision: Mapping, text: Mapping) -> None:
+    """Raises: WeightsError: for a setting that plain CoCa and CLIP models do not have."""
+    for section, name, plain in (
+        (model, "quick_gelu", (False,)),
+        (model, "custom_text", (True, False)),
+        (vision, "timm_model_name", (None,)),
+        (vision, "ls_init_value", (None,)),
+        (vision, "pool_type", ("tok",)),
+        (vision, "final_ln_after_pool", (False,)),
+        (vision, "no_ln_pre", (False,)),
+        (vision, "pos_embed_type", ("learnable",)),
+        (vision, "act_kwargs", (None, {})),
+        (vision, "norm_kwargs", (None, {})),
+        (text, "hf_model_name", (None,)),
+        (text, "ls_init_value", (None,)),
+        (text, "pool_type", ("argmax",)),
+        (text, "no_causal_mask", (False,)),
+        (text, "act_kwargs", (None, {})),
+        (text, "norm_kwargs", (None, {})),
+    ):
+        if section.get(name, plain[0]) not in plain:
+            raise WeightsError(
+                f"{name} = {section[name]!r} in its configuration: only plain CoCa and CLIP models can be read"
+            )
+
+
 def not_for_open_clip(config: CoCaConfig) -> list[str]:
-    """What open_clip 3.3.0 cannot follow in a model of this configuration; one text each."""
+    """Return the differences between a model of this configuration and what open_clip 3.3.0 can build."""
     problems = {
         "it refuses the key correct_cls_mask of its configuration; without the key the class token sees one place "
         "else (train with model.text.cls_mask = 'legacy' to avoid it)": config.text.pool == "class_token"
@@ -95,7 +101,7 @@ def not_for_open_clip(config: CoCaConfig) -> list[str]:
 
 
 def config_to_open_clip(config: CoCaConfig) -> dict:
-    """The `model_cfg` that says these sizes to open_clip."""
+    """Return the `model_cfg` of open_clip for a configuration."""
     vision, text, pooler = asdict(config.vision), asdict(config.text), config.pooler
     if config.vision.width % config.vision.heads or config.text.width % config.text.heads:
         raise WeightsError("open_clip needs widths that its heads divide")
