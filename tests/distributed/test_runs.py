@@ -74,6 +74,8 @@ class Runs:
         self.queue.append({"name": name, "values": values, "source": source, "trouble": trouble})
 
     def done(self) -> "Runs":
+        if "fork" not in multiprocessing.get_all_start_methods():
+            pytest.skip("no fork on this system")
         (self.folder / "runs.json").write_text(json.dumps(self.queue))
         done = subprocess.run(
             [sys.executable, "-W", "error", "-m", "tests.distributed.runs", self.folder, str(self.count)],
@@ -101,8 +103,6 @@ def one(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def of_two(one: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("no fork on this system")
     runs = Runs(tmp_path_factory.mktemp("two"), 2, colours)
     for kind in KINDS:
         runs.add(kind, kind)
@@ -116,12 +116,14 @@ def of_two(one: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def of_four(of_two: Runs, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def of_four(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What two ranks do not show: parameters shared by two, each pair with the whole model. The rest is here to keep
     the other tests short."""
+    two = Runs(tmp_path_factory.mktemp("of two"), 2, colours)
+    two.add("fsdp", "fsdp")
     runs = Runs(tmp_path_factory.mktemp("four"), 4, colours)
     runs.add("hsdp", "hsdp")
-    runs.add("of two", "fsdp", source=str(of_two.folder / "fsdp"))
+    runs.add("of two", "fsdp", source=str(two.done().folder / "fsdp"))
     runs.add("wild", "hsdp", optimizer={"learning_rate": 1e30, "warmup_steps": 0})
     runs.add("captions", "fsdp", frozen=["vision"], loss={"contrastive": 0.0, "captioning": 1.0})
     runs.add("bf16", "fsdp", precision="bf16")
