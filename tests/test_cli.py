@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,11 @@ import torch
 from PIL import Image
 
 import contracap
-from contracap.cli import main
 from contracap.cli.errors import fail
 from contracap.data.shards import write_shard
 from contracap.evaluation.result import Result
 from contracap.pretrained import read_weights
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a verb: exit status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            status = int(exit.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return call
+from tests.conftest import Run
 
 
 def picture(shade: int) -> bytes:
