@@ -8,6 +8,8 @@ READY := .venv/.ready
 # Holds every pip command below to the tested torch; if pip is configured with CPU wheels, that is the CPU build.
 export PIP_CONSTRAINT := constraints/cpu.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start the package hundreds of times: it is to be compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-slow bench check
@@ -21,7 +23,7 @@ quickstart: $(INSTALLED) ## train a small model on drawn scenes, and write quick
 	$(BIN)/contracap quickstart --out quickstart
 
 test: $(READY) ## run the tests, without the slow ones, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(READY) ## run the slow tests
 	$(BIN)/python -m pytest -m slow

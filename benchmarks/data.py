@@ -26,7 +26,7 @@ from contracap.data.loader import TrainingBatches, evaluation_samples, validatio
 from contracap.data.shards import list_shards, write_shard
 from contracap.images import AugmentationConfig, ImageConfig, normalise
 from contracap.model.packing import pack
-from contracap.tokenizer import FILL, Tokenizer, text_lengths
+from contracap.tokenizer import PADDING, Tokenizer, text_lengths
 
 PeerBatches = Iterable[tuple[Float32[Tensor, "batch 3 height width"], Int64[Tensor, "batch context"]]]
 Side = Callable[[tuple[int, int]], int]  # max: the longer one, min: the shorter one
@@ -85,7 +85,7 @@ def tokenizer_row(run: Run) -> Row:
             ids = tokenizer(texts)
             lengths = text_lengths(ids, tokenizer.end)
             layout = pack(lengths, lengths, device=ids.device)
-            layout.unpad(layout.fit(ids, padding=FILL))
+            layout.unpad(layout.fit(ids, padding=PADDING))
 
     def checked_peer() -> tuple[Work, str]:
         peer = peer_module("open_clip").get_tokenizer(PEER_MODEL)
@@ -208,7 +208,7 @@ def require_equal_ids(names: Sequence[str], ours: Int64[Tensor, "text context"],
 
 def padded(ids: Int64[Tensor, "batch tokens"]) -> Int64[Tensor, "batch context"]:
     """The ids padded to the context length."""
-    return pad(ids, (0, CONTEXT - ids.shape[1]), value=FILL)
+    return pad(ids, (0, CONTEXT - ids.shape[1]), value=PADDING)
 
 
 def sorted_ids(batches: Iterable[Int64[Tensor, "batch tokens"]]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.peers import peer_module
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import find_size
-from contracap.pretrained.names import to_open_clip
+from contracap.pretrained.open_clip_names import to_open_clip
 
 
 def legacy_config(size: str) -> CoCaConfig:

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
 from benchmarks.open_clip_models import legacy_config, open_clip_model
 from benchmarks.peers import peer_module
-from contracap.evaluation.published import IMAGENET, published
+from contracap.evaluation.class_names import IMAGENET, published_set
 from contracap.evaluation.zeroshot import PROMPTS, classifier, mean_per_class
 from contracap.pretrained import random_model
 
@@ -27,7 +27,7 @@ class Classifier:
         self.model, self.processor = random_model(legacy_config(SIZE), seed=run.seed)
         self.device = run.device
         self.model.to(run.device).eval()
-        self.names, self.templates = published(IMAGENET).classes[:CLASSES], published(IMAGENET).templates
+        self.names, self.templates = published_set(IMAGENET).classes[:CLASSES], published_set(IMAGENET).templates
 
     def build(self) -> Float[Tensor, "class embed"]:
         """The classifier as every user gets it."""

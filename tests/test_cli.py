@@ -5,8 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,28 +12,11 @@ import torch
 from PIL import Image
 
 import contracap
-from contracap.cli import main
 from contracap.cli.errors import fail
 from contracap.data.shards import write_shard
 from contracap.evaluation.result import Result
 from contracap.pretrained import read_weights
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a verb: exit status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            status = int(exit.code or 0)
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return call
+from tests.conftest import Run
 
 
 def picture(shade: int) -> bytes:
@@ -67,22 +48,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_answers_at_once_without_torch() -> None:
+def test_help_lists_the_verbs_without_torch() -> None:
     program = (
         "import sys; sys.argv = ['contracap', '--help']\n"
         "from contracap.cli import main\n"
         "try: main()\n"
         "finally: sys.exit(3 if 'torch' in sys.modules else 0)\n"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, "torch was imported"
-        for verb in ("quickstart", "train", "evaluate", "caption", "weights"):
-            assert verb in done.stdout
-    assert min(seconds) < 1
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, "torch was imported"
+    assert all(verb in done.stdout for verb in ("quickstart", "train", "evaluate", "caption", "weights"))
 
 
 @pytest.mark.parametrize("verb", [["train"], ["evaluate"], ["caption"], ["weights", "inspect"], ["weights", "convert"]])
@@ -198,8 +173,16 @@ def test_quiet_leaves_results_and_errors_alone(
     assert "images/s" in run("embed", weights, folder, "--out", tmp_path / "f.npz")[2]  # --quiet is of its call alone
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("verb", ["caption", "classify", "embed", "evaluate", "shards show", "shards index"])
+@pytest.mark.parametrize(
+    ("verb", "number"),
+    [
+        *(
+            (verb, signal.SIGINT)
+            for verb in ("caption", "classify", "embed", "evaluate", "shards show", "shards index")
+        ),
+        ("caption", signal.SIGTERM),
+    ],
+)
 def test_an_interrupted_verb_says_what_the_same_command_does(
     run: Run,
     weights: Path,

@@ -11,7 +11,7 @@ from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, with_cls_mask, write_weights
 from contracap.pretrained.fidelity import TEXTS, changes_in_open_clip
-from contracap.pretrained.open_clip import not_for_open_clip
+from contracap.pretrained.open_clip_config import not_for_open_clip
 
 TINY = SIZES["tiny"]
 

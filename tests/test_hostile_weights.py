@@ -20,7 +20,8 @@ from contracap.config import to_dict
 from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import load, random_model, save_open_clip, with_cls_mask, write_weights
-from contracap.pretrained.names import WeightsError, to_open_clip
+from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.pretrained.tensors import read_tensors
 
 TINY = SIZES["tiny"]

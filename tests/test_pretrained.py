@@ -14,8 +14,10 @@ import contracap
 from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import load, random_model, read_weights, save_open_clip, write_weights
+from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.find import WEIGHT_FILES
-from contracap.pretrained.names import WeightsError, meta_state, shapes_of, to_open_clip
+from contracap.pretrained.open_clip_names import to_open_clip
+from contracap.pretrained.shapes import meta_state, shapes_of
 
 TINY = SIZES["tiny"]
 LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))

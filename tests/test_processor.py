@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from contracap.images import ImageConfig, ImageError
+from contracap.image_files import ImageError
+from contracap.images import ImageConfig
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracap.tokenizer import SPECIAL_STRINGS, Tokenizer, text_lengths
+from contracap.tokenizer import SPECIAL_STRINGS, Tokenizer, join_marks, text_lengths
 
 # What the cleaning and the pattern of words trip over: entities (also escaped twice and three times), mojibake, emoji,
 # CJK, letters of special lower case or case folding, control characters, HTML, letters of new Unicode versions.
@@ -185,3 +185,18 @@ def test_a_token_ends_its_word_where_a_space_may_follow() -> None:
     ends = [text in ("photographer", "photographer at") for text in texts]
     assert [tokenizer.ends_word(token) for token in token_ids] == ends
     assert tokenizer.ends_word(tokenizer.start) and tokenizer.ends_word(tokenizer.end)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("a star , above it a circle .", "a star, above it a circle."),
+        ("a man 's sign ( no . 2 4 ) : it isn 't red !", "a man's sign (no. 24): it isn't red!"),
+        ("two dogs - one cat & 3 birds", "two dogs - one cat & 3 birds"),
+        ("they 'll say ' hello ' 's", "they'll say ' hello ''s"),
+        ("3 . 5 m at 1 0 : 3 0 , 1 / 2 of it", "3.5 m at 10:30, 1/2 of it"),
+        ("", ""),
+    ],
+)
+def test_a_text_has_no_blanks_where_people_write_none(raw: str, text: str) -> None:
+    assert join_marks(raw) == text

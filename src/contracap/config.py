@@ -1,4 +1,4 @@
-"""Frozen dataclasses from TOML files and back: read, check, override, write. Knows no field of CoCa."""
+"""Frozen dataclasses from TOML files and back: read, check, override, write."""
 
 import ast
 import copy
@@ -27,11 +27,11 @@ STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class SettingsHelp(Exception):
-    """Raised when settings are asked for: every key with what it takes and means, as text."""
+    """Raised if the list of settings is asked for. The message is that list."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and what would do, for each of `problems`."""
+    """A configuration that cannot be used. Each of `problems` names a key and says what to do."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
@@ -58,12 +58,12 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 @cache
 def _adapter(cls: type) -> Any:
-    """What checks a list of these: pydantic takes a configuration for a list of plain dataclasses, but not for one."""
+    """Return the checker of a list of these: pydantic accepts STRICT for a list of dataclasses, but not for one."""
     return pydantic.TypeAdapter(list[cls], config=STRICT)
 
 
 def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
-    """The `cls` that a TOML file holds.
+    """Return the `cls` that a TOML file describes.
 
     Args:
         path: the file.
@@ -78,7 +78,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         values = tomllib.loads(read_regular(path, MAX_FILE).decode("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
-    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: also for numbers with thousands of digits
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
     changed = copy.deepcopy(values)
     for override in overrides:
@@ -163,14 +163,14 @@ def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]
 
 
 def keys_text(cls: type) -> str:
-    """Every key with what it takes and means, for a terminal and for the docs."""
+    """Return every key with its type, default and meaning, for a terminal and for the docs."""
     return "\n\n".join(
         "\n    ".join([key, *textwrap.wrap(takes, 76), *textwrap.wrap(means, 76)]) for key, takes, means in keys(cls)
     )
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The docstring under each field, on one line."""
+    """Return the docstring below each field, on one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     return {
@@ -217,29 +217,29 @@ def to_toml(config: Any) -> str:
     return text
 
 
-# --- what was wrong ---------------------------------------------------------------------------------------------------
+# --- error messages ---------------------------------------------------------------------------------------------------
 
 
 def _alternatives(hint: Any) -> list[Any]:
-    """The types of a union, without None."""
+    """Return the types of a union, without None."""
     of = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return [alternative for alternative in of if alternative is not type(None)]
 
 
 def _dataclass_of(hint: Any) -> Any:
-    """The only dataclass among a hint's alternatives, else None."""
+    """Return the only dataclass among the alternatives of a hint, else None."""
     found = [alternative for alternative in _alternatives(hint) if dataclasses.is_dataclass(alternative)]
     return found[0] if len(found) == 1 else None
 
 
 def _items(hint: Any, *, of: tuple[type, ...] = (list, tuple, dict)) -> list[Any]:
-    """The hint of what each alternative that is a sequence or a mapping holds."""
+    """Return the hints of the items, of each alternative that is a sequence or a mapping."""
     held = [alternative for alternative in _alternatives(hint) if get_origin(alternative) in of]
     return [get_args(alternative)[1 if get_origin(alternative) is dict else 0] for alternative in held]
 
 
 def _follow(cls: type, place: Sequence[str | int]) -> tuple[tuple[str, ...], Any]:
-    """The keys that lead to the place of an error, and the hint there."""
+    """Return the keys that lead to the place of an error, and the hint there."""
     path, hint, steps = list[str](), cast(Any, cls), iter(place)
     for step in steps:
         if len(_alternatives(hint)) > 1:  # pydantic names the alternative that it tried
@@ -254,12 +254,12 @@ def _follow(cls: type, place: Sequence[str | int]) -> tuple[tuple[str, ...], Any
 
 
 def _problems(cls: type, error: pydantic.ValidationError) -> list[str]:
-    """One line for each thing that is wrong: the dotted key, what it must be, and what it is."""
+    """Return one line for each problem: the dotted key, what it must be, and what it is."""
     found = [(details, *_follow(cls, details["loc"][1:])) for details in error.errors(include_url=False)]
     unknown = [each for each in found if each[0]["type"] == "unexpected_keyword_argument"]  # or misspelt, so missing
     problems = list[str]()
     for details, path, hint in unknown or found:
-        # Where one alternative of a union fits but for something inside, only that is wrong.
+        # If one alternative of a union has a problem inside, only that is told.
         if not any(len(deeper) > len(path) and deeper[: len(path)] == path for _, deeper, _ in found):
             problems += _problem(cls, details, path, hint).splitlines()  # a dataclass may tell several
     return list(dict.fromkeys(problems))
@@ -293,7 +293,7 @@ def _unknown_key(cls: type, path: tuple[str, ...], holder_place: Sequence[str | 
 
 
 def _leaves(cls: type, name: str, path: tuple[str, ...]) -> Iterator[str]:
-    """The dotted keys of this name in the tables inside."""
+    """Yield the dotted keys of this name in nested tables."""
     for key, hint in get_type_hints(cls).items():
         inside = _dataclass_of(hint)
         if inside is not None:
@@ -303,7 +303,7 @@ def _leaves(cls: type, name: str, path: tuple[str, ...]) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    """A value as a message shows it."""
+    """Return a value as a message shows it."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
 
@@ -332,7 +332,7 @@ def _toml_value(text: str) -> Any:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys such as `a.b` of nested mappings, with their values."""
+    """Yield the keys of nested mappings, such as `a.b`, with their values."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

@@ -14,11 +14,11 @@ PAUSES = (1.0, 4.0)  # seconds before the second and the third attempt
 SILENCE = 10.0  # seconds for a connection, and for each further piece of the answer
 LONGEST = 60.0  # seconds for a whole image, all attempts together
 LARGEST = 100 * 2**20  # bytes
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others a moment later
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may change within seconds
 
 
 class DownloadError(ValueError):
-    """An image that could not be fetched; the message names its URL, `kind` is what it is counted under."""
+    """An image that could not be fetched. The message names its URL; `kind` is its category in counts."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -26,11 +26,10 @@ class DownloadError(ValueError):
 
 
 def download(url: str) -> bytes:
-    """What an http or https URL gives.
+    """Return the content of an http or https URL. After `LONGEST` seconds there is no further attempt.
 
-    Raises:
-        DownloadError: if it is another URL, or all attempts fail, of kind "http_404" and the like or "no_answer"; or
-            if the answer is larger than `LARGEST`. After `LONGEST` seconds there is no further attempt.
+    Raises: DownloadError: if it is another URL, if all attempts fail (the kind is such as "http_404", or "no_answer"),
+        or if the answer is larger than `LARGEST`.
     """
     url, end = url.strip(), time.monotonic() + LONGEST
     if not url.lower().startswith(("http://", "https://")):
@@ -43,9 +42,9 @@ def download(url: str) -> bytes:
         except HTTPError as error:
             error.close()
             failure = DownloadError(f"{url}: HTTP status {error.code}", f"http_{error.code}")
-            if error.code not in PASSING:
+            if error.code not in TRANSIENT:
                 break
-        except (InvalidURL, ValueError) as error:  # a port that is not a number, a host that cannot be encoded
+        except (InvalidURL, ValueError) as error:  # such as a port that is not a number
             raise DownloadError(f"{url}: {error}", "bad_url") from error
         except (OSError, HTTPException) as error:
             failure = DownloadError(f"{url}: {getattr(error, 'reason', None) or error}", "no_answer")
@@ -56,7 +55,7 @@ def download(url: str) -> bytes:
 
 
 def _attempt(url: str, end: float) -> bytes:
-    # Spaces and foreign letters are common in tables; what is encoded already stays as it is
+    # Spaces and foreign letters are common in tables; escapes stay as they are
     request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": f"contracap/{__version__}"})
     content = bytearray()
     with cast(HTTPResponse, urlopen(request, timeout=max(0.001, min(SILENCE, end - time.monotonic())))) as response:

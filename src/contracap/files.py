@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and reading that ends."""
+"""Files that are written whole or not at all, and reads that cannot hang."""
 
 import errno
 import os
@@ -14,21 +14,21 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """An empty file beside `path` to write to; at the end it takes the name `path`, or vanishes if there was an error.
+    """A context with an empty file next to `path`, which replaces `path` at the end, or is removed after an error.
 
-    The folder is made if need be. The file gets the default permissions. A link stays, and what it leads to is
-    replaced. A device or a pipe stays, too: the content is written to it at the end.
+    The folder is created. The file gets the default permissions. If `path` is a link, its target is replaced. If it is
+    a device or a pipe, the content is written to it at the end.
 
-    Raises: OSError: of `path`, if there can be no such file.
+    Raises: OSError: naming `path`, if it cannot be written.
     """
     path = Path(path)
     if is_stream(path):
         with _scratch(path) as partial:
             yield partial
-            with _named(path), partial.open("rb") as source, _open_stream(path) as stream:
+            with _errors_name(path), partial.open("rb") as source, _open_stream(path) as stream:
                 shutil.copyfileobj(source, stream)
         return
-    with _named(path):
+    with _errors_name(path):
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial = _beside(target)
     try:
@@ -38,14 +38,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.chmod(0o666 & ~umask)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        with _named(path):
+        with _errors_name(path):
             os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether there is something at `path` that is written to and never replaced: a device, a pipe, what stdout is."""
+    """Return True if `path` is written to and never replaced: a device, a pipe, or the file that stdout is."""
     path = Path(path)
     if not path.exists() or path.is_dir():
         return False
@@ -53,10 +53,9 @@ def is_stream(path: str | Path) -> bool:
 
 
 def try_place(path: str | Path) -> None:
-    """Make and remove a file beside `path`, as `replacing` would: what can be wrong is found before there is something
-    to write.
+    """Check that `replacing` can write `path`, by creating and removing a file next to it.
 
-    Raises: OSError: of `path`, if there can be no such file.
+    Raises: OSError: naming `path`, if it cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -68,7 +67,7 @@ def try_place(path: str | Path) -> None:
 
 
 def _own_stream(path: Path) -> int | None:
-    """The descriptor of stdout or stderr, if `path` leads to the same open file."""
+    """Return the descriptor of stdout or stderr if `path` is the same open file."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if os.path.samestat(path.stat(), os.fstat(descriptor)):
@@ -77,23 +76,25 @@ def _own_stream(path: Path) -> int | None:
 
 
 def _open_stream(path: Path) -> BinaryIO:
-    """`path` to write to; stdout and stderr continue where they are."""
+    """Open `path` for writing; stdout and stderr continue at their position."""
     descriptor = _own_stream(path)
     return path.open("wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
 
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """An empty file for what goes to the stream `path` at the end."""
+    """A context with an empty file for the content of the stream `path`."""
     with tempfile.TemporaryDirectory(prefix="contracap-") as folder:
         (partial := Path(folder, path.name)).touch()
         yield partial
 
 
 def _beside(path: Path) -> Path:
-    """A new empty file in the folder of `path`, which is made if need be. Its name is short, as that of `path` may be
-    as long as names can be."""
-    with _named(path):
+    """Create an empty file in the folder of `path`, and the folder.
+
+    Its name is short, since that of `path` may have the greatest length.
+    """
+    with _errors_name(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.lstat(path)  # tells a name that is too long
@@ -103,8 +104,8 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """The system's word on a name nobody gave becomes one on `path`."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """A context whose system errors name `path` instead of a temporary file."""
     try:
         yield
     except OSError as error:
@@ -112,8 +113,10 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def path_text(path: str | Path) -> str:
-    r"""A path as text for an output. Bytes that are not UTF-8 become `\xNN`; so that no two paths share a text, a
-    backslash that already begins such an escape becomes `\x5c`."""
+    r"""Return a path as text for an output. Bytes that are not UTF-8 become `\xNN`.
+
+    A backslash that already starts such an escape becomes `\x5c`, so that no two paths share a text.
+    """
     text = os.fspath(path)
     if os.sep == "/":  # on Windows a backslash ends a folder, and every name is text
         text = re.sub(r"\\(?=x([89a-f][0-9a-f]|5c))", r"\\x5c", text)
@@ -121,16 +124,16 @@ def path_text(path: str | Path) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all. What UTF-8 cannot hold, such as bytes of a file's name that were no text,
-    is written as JSON and Python spell it: \\udce9."""
+    """Write a text file, whole or not at all.
+
+    Characters that UTF-8 cannot hold, such as undecodable bytes of a file's name, are escaped as in JSON: \\udce9.
+    """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_regular(path: str | Path, max_bytes: int = 256 * 2**20) -> bytes:
-    """Return the content of a regular file. Pipes, sockets and devices may never end: they are refused unread.
-
-    What is larger than the default is not an image.
+    """Return the content of a regular file. Pipes, sockets and devices, which may never end, are refused.
 
     Raises: OSError: if it is not a regular file, cannot be read, or is larger than `max_bytes`.
     """
@@ -143,7 +146,7 @@ def read_regular(path: str | Path, max_bytes: int = 256 * 2**20) -> bytes:
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuse what is there but is not a regular file.
+    """Refuse a path that is not a regular file.
 
     Raises: OSError: that says what it is.
     """
@@ -155,6 +158,6 @@ def check_regular(path: str | Path) -> None:
 
 
 def special_kind(mode: int) -> str:
-    """What a file of this mode is that is neither a regular one nor a folder."""
+    """Return the kind of a special file with this mode."""
     kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
     return kinds.get(stat.S_IFMT(mode), "special file")

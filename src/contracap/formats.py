@@ -1,4 +1,4 @@
-"""Files of images before they are decoded: what each is, and what reading it may cost."""
+"""Formats of image files, told from their bytes before they are decoded, and limits on the cost of reading them."""
 
 import io
 import re
@@ -89,17 +89,17 @@ class _Reader(io.BytesIO):
 
 
 def image_format(head: bytes) -> str | None:
-    """Pillow's name of the format that a file's first bytes announce, if they do."""
+    """Return Pillow's name of the format that the first bytes of a file announce, if any."""
     return next((name for name, pattern in _HEADS.items() if re.match(pattern, head, re.DOTALL)), None)
 
 
 def other_format(head: bytes) -> str | None:
-    """What the first bytes of a file announce that no decoder of images knows, and what to do about it."""
+    """Describe a file that is known not to be a readable image, and what to do about it; None for other files."""
     return next((what for what, pattern in _NOT_IMAGES.items() if re.match(pattern, head, _FLAGS)), None)
 
 
 def not_an_image(head: bytes) -> str:
-    """What a file is whose first bytes no decoder of images knows, and what to do about it."""
+    """Describe a file whose first bytes are not those of an image, and what to do about it."""
     if kind := other_format(head):
         return kind
     if not head.strip(b"\0"):
@@ -111,7 +111,7 @@ def not_an_image(head: bytes) -> str:
 
 
 def tiff_float_bits(data: bytes) -> int:
-    """Bits of each number of a TIFF whose pixels are floats; 0 if they are not, or it does not tell."""
+    """Return the bits per value of a TIFF whose pixels are floats; 0 for any other file."""
     try:
         directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
         (file := _Reader(data)).seek(directory.next)
@@ -123,10 +123,10 @@ def tiff_float_bits(data: bytes) -> int:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Pillow's image of a file, not decoded yet.
+    """Return Pillow's image of a file, not decoded yet.
 
     Raises: CostlyError: if that could take seconds or gigabytes. Exception: almost any, as Pillow does; ImportError
-    where the format needs the extra `heic`.
+        if the format needs the extra `heic`.
     """
     format = image_format(data[:HEAD_BYTES])
     if format in ("AVIF", "HEIF"):  # somewhere inside; Pillow reads it as it opens the file
@@ -147,15 +147,15 @@ def open_image(data: bytes) -> Image.Image:
         width, height = BmpImagePlugin.DibImageFile(_Reader(inner)).size  # the height is that of colours and mask
         if width * height > 2 * MAX_ICON_PIXELS:
             raise CostlyError(f"an icon of {width} x {height // 2} pixels; scale it down first")
-    picture = Image.open(_Reader(data), formats=_formats())
-    plain = picture.format == "PPM" and data[1:2] in b"123"
+    image = Image.open(_Reader(data), formats=_formats())
+    plain = image.format == "PPM" and data[1:2] in b"123"
     if plain and (len(data) > MAX_PLAIN_BYTES or data.count(b"#") > MAX_PLAIN_COMMENTS):
         raise CostlyError("a large PPM with its pixels as text; convert it to PNG")
-    return picture
+    return image
 
 
 def jpeg_scans(data: bytes) -> int:
-    """The scans of a JPEG; each of a progressive one decodes all pixels once more.
+    """Return the number of scans of a JPEG; each scan of a progressive one decodes all pixels again.
 
     Raises: CostlyError: if it has more than `MAX_SEGMENTS` segments.
     """
@@ -166,8 +166,10 @@ def jpeg_scans(data: bytes) -> int:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and content of a JPEG's segments up to its end, with their lengths as Pillow and libjpeg skip them: where
-    decoding continues after another marker, it continues right there, whatever length seems to follow."""
+    """Yield the marker and the content of each segment of a JPEG up to its end.
+
+    The lengths are those by which Pillow and libjpeg skip segments; after a marker without a length, they go on there.
+    """
     place, scanned = 2, False
     while found := _JPEG_MARKER.search(data, place):
         start, marker = found.end(), data[found.end() - 1]
@@ -182,7 +184,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def bare_png(data: bytes) -> bytes:
-    """A PNG with its pixels and EXIF alone: other chunks may be too large, or damaged. Other files stay as they are."""
+    """Return a PNG without chunks that may be too large or damaged: with its pixels and EXIF only. Keep other files."""
     if image_format(data[:8]) != "PNG":
         return data
     kept, place = [data[:8]], 8
@@ -197,8 +199,10 @@ def bare_png(data: bytes) -> bytes:
 
 
 def unfolds(tiff: bytes | memoryview) -> bool:
-    """Whether the values of a TIFF's or EXIF's first directory, and of those inside it, take a reader far more than the
-    file: values may overlap, so that a small one unfolds to any size."""
+    """Return True if the values of the directories of a TIFF or EXIF take a reader far more memory than the file.
+
+    Values may overlap, so that a small file unfolds to any size.
+    """
     order, large = ("<" if tiff[:2] == b"II" else ">"), tiff[2:3] == b"+"  # as Pillow decides
     entry = struct.Struct(order + ("HHQQ" if large else "HHLL"))
     limit, entries, seen = 2 * len(tiff) + MAX_METADATA_BYTES, 0, set[int]()
@@ -225,7 +229,7 @@ def unfolds(tiff: bytes | memoryview) -> bool:
 
 
 def _jpeg_metadata(data: bytes) -> list[bytes]:
-    """A JPEG's EXIF, whose parts readers put together, and its directories of several images."""
+    """Return the EXIF of a JPEG, whose parts readers join, and its directories of several images."""
     exif, found = [], []
     for count, (marker, content) in enumerate(_jpeg_segments(data)):
         if marker == 0xDA:
@@ -249,6 +253,6 @@ def _register_heif() -> None:
 
 
 def _formats() -> tuple[str, ...]:
-    """Names of our formats that this build of Pillow has."""
+    """Return the names of our formats that this build of Pillow has."""
     Image.init()
     return tuple(name for name in (*FORMATS, "HEIF") if name in Image.OPEN)

@@ -1,4 +1,4 @@
-"""What stands between files and strings on one side and the model on the other."""
+"""Images and texts to the tensors that a model reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.download import download
-from contracap.images import ImageConfig, ImageError, decode, normalise, resize_and_crop
+from contracap.image_files import ImageError, decode
+from contracap.images import ImageConfig, normalise, resize_and_crop
 from contracap.tokenizer import Tokenizer
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
@@ -19,7 +20,7 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
 
 
 class Processor:
-    """Images to normalised pixels as evaluation sees them, texts to ids."""
+    """Prepares images, as in evaluation, and texts for one model."""
 
     def __init__(self, image: ImageConfig, tokenizer: Tokenizer) -> None:
         self.image_config = image
@@ -28,9 +29,9 @@ class Processor:
     def __call__(
         self, *, images: Sequence[ImageSource] | None = None, texts: str | Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """What the model is called with: `pixels` if there are images, `ids` if there are texts.
+        """Return the arguments of the model: `pixels` of the images, `ids` of the texts.
 
-        `model(**processor(images=[...], texts=[...]))` runs both halves.
+        `model(**processor(images=[...], texts=[...]))` runs the model.
 
         Raises: as `images` and `texts` do.
         """
@@ -42,7 +43,7 @@ class Processor:
         return given
 
     def images(self, sources: Sequence[ImageSource]) -> Float32[Tensor, "batch 3 height width"]:
-        """Pixels of images, as `ImageSource` says they may be given.
+        """Return the normalised pixels of images, each an `ImageSource`.
 
         Raises:
             FileNotFoundError, ImageError, DownloadError: naming the image that is missing or cannot be used.
@@ -57,7 +58,7 @@ class Processor:
         return normalise(pixels, self.image_config)
 
     def texts(self, texts: str | Sequence[str]) -> Int64[Tensor, "batch context"]:
-        """Ids of texts: start, text, end, then zeros."""
+        """Return the ids of texts: start, text, end, then zeros."""
         return self.tokenizer(texts)
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, and log lines elsewhere; neither where log lines of warnings are off."""
+"""Progress bars on a terminal, and log lines elsewhere. There are neither if warnings are not logged."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressBar(tqdm):
-    """A bar of tqdm; where none is shown, a log line every `PAUSE` seconds, as there are updates."""
+    """A bar of tqdm. If none is shown, updates log a line every `PAUSE` seconds."""
 
     def __init__(self, iterable: Iterable[Any] | None, *, log: bool, unit: str, **options: Any) -> None:
         super().__init__(iterable, unit=unit, **options)
@@ -62,12 +62,12 @@ def progress_bar(
     unit: str = "it",
     **options: Any,
 ) -> ProgressBar:
-    """A bar. `--quiet` is known by the level of the package's logger.
+    """Return a progress bar. --quiet disables it, through the level of the package's logger.
 
     Args:
-        total: how many steps there are, or what counts them, in a thread of its own.
-        disable: neither a bar nor log lines.
-        log: whether there are log lines where no bar is shown.
+        total: the number of steps, or a function that counts them; it runs in a thread.
+        disable: show neither a bar nor log lines.
+        log: write log lines if no bar is shown.
         options: tqdm's.
     """
     silent = disable or not logging.getLogger("contracap").isEnabledFor(logging.WARNING)
@@ -81,7 +81,7 @@ def progress_bar(
 
 
 def logging_on(bar: ProgressBar) -> AbstractContextManager[None]:
-    """Return a context in which log lines come though updates are far apart."""
+    """Return a context in which log lines appear even if updates are far apart."""
     return in_thread(iter(lambda: bar.update(0), object()), pause=1.0)
 
 
@@ -109,8 +109,10 @@ def in_thread(steps: Iterable[object], *, pause: float = 0.0) -> Iterator[None]:
 
 
 def waiting(bar: tqdm) -> Callable[[int, str], None]:
-    """What to call every second with how many images are done and what is waited for, or nothing any more. The bar says
-    it; where none is shown, a log line does now and then."""
+    """Return a function that shows what the work waits for: on the bar, or if none is shown in a log line.
+
+    Call it every second with the number of images that are done and the name of what is waited for, "" for nothing.
+    """
     told = time.monotonic()
 
     def tell(done: int, what: str) -> None:

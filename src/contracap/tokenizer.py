@@ -1,4 +1,4 @@
-"""Text to token ids and back: CLIP's byte-pair encoding, its cleaning of texts and its special ids."""
+"""Text to token ids and back: CLIP's byte-pair encoding, cleaning of texts and special ids."""
 
 import gzip
 import html
@@ -23,18 +23,18 @@ try:
 except ImportError:
     ftfy = None
 else:
-    # Bytes that continue a character of UTF-8, in any encoding that ftfy knows. Of mojibake at most three follow each
-    # other; of a longer run ftfy takes one a pass.
-    _GOING_ON = {
+    # Bytes that continue a character of UTF-8, in any encoding that ftfy knows. In mojibake at most three follow each
+    # other; of a longer run ftfy repairs one in each pass.
+    _CONTINUATIONS = {
         letter
         for encoding in ftfy.chardata.CHARMAP_ENCODINGS
         for letter in bytes(range(0x80, 0xC0)).decode(encoding, errors="ignore")
     }
-    _BOMB = re.compile(f"[{re.escape(''.join(sorted(_GOING_ON)))}]{{64}}")
+    _BOMB = re.compile(f"[{re.escape(''.join(sorted(_CONTINUATIONS)))}]{{64}}")
 
     class _FewRepairs(ftfy.TextFixerConfig):
-        """Settings of ftfy for one line. Some repairs undo one level of damage a pass, of which a text such as
-        &amp;amp;amp; ... has as many as it has characters: after MAX_REPAIRS they are off."""
+        """Settings of ftfy for one line, which switch some repairs off after MAX_REPAIRS. Each pass undoes one level of
+        damage, and a text such as &amp;amp;amp; ... has as many levels as characters."""
 
         left = MAX_REPAIRS
 
@@ -46,7 +46,7 @@ else:
             return super().__getattribute__(name)
 
 
-FILL = 0  # what follows the end token in a row; inside a text the same id is the token "!"
+PADDING = 0  # follows the end token in a row; inside a text the same id is the token "!"
 CLIP_VOCAB_SIZE = 49408
 BYTE_SYMBOLS = 512  # each byte inside a word, and each byte that ends one
 END_OF_WORD = "</w>"
@@ -99,7 +99,7 @@ class Tokenizer:
         return Tokenizer, (self.context, self.vocab_size)
 
     def __call__(self, texts: str | Sequence[str]) -> Int64[Tensor, "batch context"]:
-        """Rows of start, text, end, then zeros; of a longer text the first `context - 2` ids are kept.
+        """Return rows of start, text, end, then zeros. Of a longer text the first `context - 2` ids are kept.
 
         Raises: TypeError: if a text is not a string. ValueError: if it needs ftfy and ftfy is not installed.
         """
@@ -108,7 +108,7 @@ class Tokenizer:
         most = max(MAX_ROW_CHARACTERS, MAX_TOKEN_CHARACTERS * self.context)
         rows = [self._words.ids(clean(text, most))[:room] for text in texts]
         counts = np.array([len(row) for row in rows], dtype=np.int64)
-        table = np.full((len(rows), self.context), FILL, dtype=np.int64)
+        table = np.full((len(rows), self.context), PADDING, dtype=np.int64)
         table[:, 0] = self.start
         inside = np.arange(room) < counts[:, None]
         table[:, 1:-1][inside] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(counts.sum()))
@@ -117,15 +117,15 @@ class Tokenizer:
 
     @property
     def pieces(self) -> Sequence[bytes]:
-        """The bytes of each id below the start token; `END_OF_WORD` closes those that end a word."""
+        """The bytes of each id below the start token; those that end a word close with `END_OF_WORD`."""
         return self._bytes
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the whole text, without start and end; of a text with more than MAX_CHARACTERS, of so many."""
+        """Return the ids of the first MAX_CHARACTERS of a text, without start and end."""
         return self._words.ids(clean(text, MAX_CHARACTERS))
 
     def decode(self, ids: Iterable[int] | Int64[Tensor, " tokens"]) -> str:
-        """Text of `ids` up to the first end token, without the start token; bytes that are not UTF-8 become U+FFFD.
+        """Return the text up to the first end token, without the start token; bytes that are not UTF-8 become U+FFFD.
 
         Raises: ValueError: if an id is outside the vocabulary.
         """
@@ -141,7 +141,7 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace").replace(END_OF_WORD, " ").strip()
 
     def ends_word(self, token: int) -> bool:
-        """Whether a new word follows this token."""
+        """Return True if a new word follows this token."""
         return token >= self.start or self._bytes[token].endswith(END_OF_WORD.encode())
 
 
@@ -156,7 +156,7 @@ _LOOSE = re.compile(
 
 
 def join_marks(text: str) -> str:
-    """A decoded text as people write it: without blanks before punctuation and endings, and between digits.
+    """Return a decoded text as people write it: without blanks before punctuation and endings, and between digits.
 
     `a man 's sign ( no . 2 4 ) , red` becomes `a man's sign (no. 24), red`.
     """
@@ -164,10 +164,10 @@ def join_marks(text: str) -> str:
 
 
 class _Words:
-    """Ids of cleaned texts, word by word. Most words come again and again, so what each gives is remembered."""
+    """Ids of cleaned texts, word by word. Most words are frequent, so their ids are remembered."""
 
     def __init__(self, model: BPE, specials: dict[str, list[int]]) -> None:
-        """`specials`: words that have ids of their own."""
+        """`specials`: the ids of special words."""
         self._model, self._specials = model, specials
         self._symbols = _byte_symbols()
         self._known = dict(specials)
@@ -191,11 +191,11 @@ class _Words:
 
 
 Lengths = Int64[np.ndarray, " batch"]
-"""Tokens of each text, start and end included: on the CPU, so that no shape that is made of them waits for a device."""
+"""Tokens of each text, start and end included. They are on the CPU, so that shapes do not wait for a device."""
 
 
 def text_lengths(ids: Int64[Tensor, "batch context"], end: int) -> Lengths:
-    """Tokens of each row up to and including its first `end` token; the row's whole length where it has none."""
+    """Return the tokens of each row up to and including its first `end` token; without one, the length of the row."""
     is_end = ids.cpu().numpy() == end
     return np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, ids.shape[1])
 
@@ -204,7 +204,7 @@ def clean(text: str, most: int | None = None) -> str:
     """Repair mojibake, resolve HTML entities twice, collapse white space, lower the case: what CLIP saw in training.
 
     Args:
-        most: characters of the text that are cleaned; what follows them is dropped.
+        most: number of characters that are cleaned; the rest is dropped.
 
     Raises: TypeError: if `text` is not a string. ValueError: if the text is not plain ASCII and ftfy is not installed.
     """
@@ -222,12 +222,12 @@ def clean(text: str, most: int | None = None) -> str:
 
 
 def _repair(text: str) -> str:
-    """What `ftfy.fix_text` makes of it, in a time that grows as its length."""
+    """Return the result of `ftfy.fix_text`, in a time proportional to the length of the text."""
     assert ftfy is not None
     lines, unescape = [], "auto"
     for line in _LINE.findall(text):
         if "<" in line:
-            unescape = False  # here and in what follows, as ftfy does
+            unescape = False  # in this line and the next ones, as ftfy does
         sound = _BOMB.search(html.unescape(html.unescape(line))) is None
         lines.append(ftfy.fix_text(line, _FewRepairs(unescape_html=unescape, fix_encoding=sound, explain=False)))
     return "".join(lines)
@@ -235,7 +235,7 @@ def _repair(text: str) -> str:
 
 @lru_cache(maxsize=4)
 def _vocabulary(vocab_size: int) -> tuple[_Words, list[bytes]]:
-    """The encoding by the first merges, and the bytes of each id below the start token."""
+    """Return the encoding by the first merges, and the bytes of each id below the start token."""
     symbols = _byte_symbols()
     packed = files("contracap").joinpath("vocabulary", "clip_merges.txt.gz")
     with packed.open("rb") as file, gzip.open(file, "rt", encoding="utf-8") as lines:
@@ -254,7 +254,7 @@ def _vocabulary(vocab_size: int) -> tuple[_Words, list[bytes]]:
 
 
 def _byte_symbols() -> dict[int, str]:
-    """A visible character for each byte: itself where it is one in Latin-1, else one from U+0100 on."""
+    """Return a visible character for each byte: itself if Latin-1 shows it, otherwise one from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}

@@ -2,12 +2,12 @@
 
 
 def counted(count: int, what: str) -> str:
-    """A count and what it counts, whose `(s)` is for all counts but one: `3 links` for 3 and `link(s)`."""
+    """Return a count with its noun: `3 links` for 3 and `link(s)`, `1 link` for 1."""
     return f"{count:,} {what.replace('(s)', '' if count == 1 else 's')}"
 
 
 def escaped(text: str) -> str:
-    r"""The text with line breaks and control characters written as Python spells them, such as `\n` and `\x1b`."""
+    r"""Return the text with line breaks and control characters escaped as in Python, such as `\n` and `\x1b`."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
     )

@@ -7,7 +7,7 @@ import pytest
 from contracap.apps.study import StudyConfig, study
 from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
-from contracap.pretrained.names import WeightsError
+from contracap.pretrained.errors import WeightsError
 from contracap.training.checkpoint import CheckpointError
 from tests.evaluation.worlds import COLOURS, record
 

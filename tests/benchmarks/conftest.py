@@ -10,7 +10,7 @@ from benchmarks.harness import Run
 from contracap.model import sizes
 from contracap.model.pooler import PoolerConfig
 from contracap.model.sizes import SIZES
-from contracap.pretrained.open_clip import config_to_open_clip
+from contracap.pretrained.open_clip_config import config_to_open_clip
 
 TINY = SIZES["tiny"]
 TINY_CLIP = replace(

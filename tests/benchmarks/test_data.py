@@ -12,7 +12,7 @@ from benchmarks.data import make_shards, memory_row, pipeline_row, tokenizer_row
 from benchmarks.harness import Run, UnequalError
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import list_shards, write_shard
-from contracap.images import decode
+from contracap.image_files import decode
 from contracap.tokenizer import Tokenizer
 
 IMAGES = 8

@@ -323,30 +323,15 @@ class Shards(IterableDataset[str]):
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+def bucket(s3: None) -> str:
     """A bucket of a local S3 server, with three shards in a folder and more than shards around them."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            environment.setenv(name, value)
-        system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("bucket")
-        for number in (1, 0, 2):
-            system.pipe(f"bucket/folder/{number:05d}.tar", random_bytes(100_000, number))
-        for name in ("folder/deeper/00009.tar", "folder/index.txt", "elsewhere/00003.tar"):
-            system.pipe(f"bucket/{name}", b"")
-        yield "s3://bucket"
-    server.stop()
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    system.mkdir("bucket")
+    for number in (1, 0, 2):
+        system.pipe(f"bucket/folder/{number:05d}.tar", random_bytes(100_000, number))
+    for name in ("folder/deeper/00009.tar", "folder/index.txt", "elsewhere/00003.tar"):
+        system.pipe(f"bucket/{name}", b"")
+    return "s3://bucket"
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from contracap.data.order import Order, SampleStream, ShardSet
 from contracap.data.samples import Sample
 from contracap.data.shards import list_shards, write_shard
 from contracap.files import write_text
-from contracap.images import ImageConfig, decode
+from contracap.image_files import decode
+from contracap.images import ImageConfig
 from contracap.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(context=8, vocab_size=600)

@@ -21,7 +21,7 @@ from contracap.data.indexing import describe
 from contracap.data.samples import Sample
 from contracap.data.shard_maker import MadeShards, MakingError, make_shards
 from contracap.data.shards import list_shards, samples, write_shard
-from contracap.images import decode
+from contracap.image_files import decode
 
 
 def picture(number: int, *, format: str = "JPEG", size: tuple[int, int] = (9, 7), **options: Any) -> bytes:

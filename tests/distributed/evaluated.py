@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from contracap.config import build
+from contracap.evaluation.config import EvaluationConfig
 from contracap.evaluation.result import Evaluator
-from contracap.evaluation.suite import EvaluationConfig, build_suite
+from contracap.evaluation.suite import build_suite
 from contracap.model.coca import CoCa
 from contracap.parallel import ParallelConfig, full_tensor, parallelize, start_process_group
 from contracap.pretrained import load

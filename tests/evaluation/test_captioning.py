@@ -20,7 +20,8 @@ from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Captioner
 from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.sampling import Greedy, Sampling
-from contracap.images import ImageConfig, ImageError
+from contracap.image_files import ImageError
+from contracap.images import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.parallel.process_group import ProcessGroup

@@ -15,13 +15,14 @@ import torch
 from contracap.config import build
 from contracap.data.shards import write_shard
 from contracap.evaluation import retrieval
+from contracap.evaluation.config import EvaluationConfig
 from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.metrics import ranking
 from contracap.evaluation.metrics.ranking import ranks
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features, evaluate_retrieval
-from contracap.evaluation.suite import EvaluationConfig, build_suite
-from contracap.images import ImageError
+from contracap.evaluation.suite import build_suite
+from contracap.image_files import ImageError
 from contracap.parallel.process_group import ProcessGroup
 
 from .test_retrieval import embeddings

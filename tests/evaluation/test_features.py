@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from contracap.evaluation.features import picture_batches
+from contracap.evaluation.features import pixel_batches
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.zeroshot import evaluate_zeroshot
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 from contracap.processor import Processor
 
 from .test_distributed import CountingModel
@@ -19,8 +19,8 @@ SAMPLES = [sample(name, name, f"a {name} wall", label=label) for label, name in 
 EVALUATIONS = [evaluate_retrieval, partial(evaluate_zeroshot, classes=[*COLOURS])]
 
 
-def test_picture_batches_are_the_samples_in_order_as_the_processor_has_them() -> None:
-    with picture_batches(SAMPLES, processor(), 4) as batches:
+def test_image_batches_are_the_samples_in_order_as_the_processor_has_them() -> None:
+    with pixel_batches(SAMPLES, processor(), 4) as batches:
         (first, pixels), (second, more) = batches
     assert [*first, *second] == SAMPLES and len(first) == 4
     assert torch.equal(torch.cat([pixels, more]), processor().images([each.image for each in SAMPLES]))

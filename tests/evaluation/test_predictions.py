@@ -37,17 +37,17 @@ def test_a_list_with_its_references_is_read_in_order(tmp_path: Path) -> None:
         ],
     )
     assert read_predictions(path) == [
-        Prediction(key="a.jpg", prediction="dog", captions=("a dog", "a hound"), picture="a.jpg"),
+        Prediction(key="a.jpg", prediction="dog", captions=("a dog", "a hound"), image_name="a.jpg"),
         Prediction(key="df8d6d3a5c8bf987", prediction="", captions=("two cats",)),
-        Prediction(key="b.jpg", prediction="man", captions=("a man",), picture="b.jpg", domain="near"),
+        Prediction(key="b.jpg", prediction="man", captions=("a man",), image_name="b.jpg", domain="near"),
     ]
 
 
 def test_results_of_coco_find_their_references_by_id(tmp_path: Path) -> None:
     results = write(tmp_path, "results.json", [{"image_id": 1, "caption": "cats"}, {"image_id": "0", "caption": "dog"}])
     assert read_predictions(results, read_references(write(tmp_path, "nocaps.json", NOCAPS))) == [
-        Prediction(key="1", prediction="cats", captions=("two cats", "cats"), picture="b.jpg", domain="out"),
-        Prediction(key="0", prediction="dog", captions=("a dog",), picture="a.jpg", domain="in"),
+        Prediction(key="1", prediction="cats", captions=("two cats", "cats"), image_name="b.jpg", domain="out"),
+        Prediction(key="0", prediction="dog", captions=("a dog",), image_name="a.jpg", domain="in"),
     ]
 
 
@@ -57,7 +57,7 @@ def test_references_need_no_list_of_pictures(tmp_path: Path, data_folder: Path) 
     results = write(tmp_path, "results.json", [{"image_id": first, "caption": "a child"}])
     (entry,) = read_predictions(results, read_references(references))
     assert len(entry.captions) >= 5
-    assert entry.picture is None
+    assert entry.image_name is None
 
 
 GOOD = {"captions": ["a dog"], "prediction": "dog"}

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from contracap.data.shards import write_shard
 from contracap.evaluation import retrieval
 from contracap.evaluation.metrics import ranking
-from contracap.evaluation.metrics.ranking import places, ranks
+from contracap.evaluation.metrics.ranking import place_of, ranks
 from contracap.evaluation.retrieval import Features, evaluate_retrieval, recall
 
 from .oracles import reference
@@ -93,7 +93,7 @@ def test_equal_embeddings_tie_wherever_they_stand(monkeypatch, images: int, widt
 
 def test_of_equal_scores_the_first_candidate_stands_first() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
-    assert [int(places(scores, torch.tensor([i]))) for i in range(5)] == [3, 0, 1, 2, 4]
+    assert [int(place_of(scores, torch.tensor([i]))) for i in range(5)] == [3, 0, 1, 2, 4]
 
 
 def test_a_collapsed_model_is_at_chance() -> None:

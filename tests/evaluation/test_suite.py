@@ -8,10 +8,11 @@ from PIL import Image
 
 from contracap.config import ConfigError, build, load_toml
 from contracap.data.shards import write_shard
-from contracap.evaluation.published import is_published
+from contracap.evaluation.class_names import main_name
+from contracap.evaluation.config import EvaluationConfig, TasksConfig
 from contracap.evaluation.result import Evaluator
 from contracap.evaluation.retrieval import evaluate_retrieval
-from contracap.evaluation.suite import EvaluationConfig, TasksConfig, build_suite, measure_tasks
+from contracap.evaluation.suite import build_suite, measure_tasks
 from contracap.evaluation.zeroshot import evaluate_zeroshot
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
@@ -225,4 +226,4 @@ def test_the_files_of_tasks_can_be_read_and_name_published_classes(file: Path) -
     tasks = load_toml(file, TasksConfig).tasks
     assert tasks
     for task in tasks.values():
-        assert task.classes is None or is_published(task.classes)
+        assert task.classes is None or main_name(task.classes)

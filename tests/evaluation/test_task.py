@@ -5,10 +5,10 @@ import pytest
 import contracap
 from contracap.config import ConfigError, build
 from contracap.data.shards import write_shard
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.metrics.spice import CORENLP_JARS
 from contracap.evaluation.suite import measure_tasks
-from contracap.evaluation.task import asked, build_evaluator, seed_of
-from contracap.evaluation.task_config import TaskConfig
+from contracap.evaluation.task import build_evaluator, seed_of
 from contracap.generation import BeamSearch, ContrastiveReranking, Sampling
 from contracap.pretrained import load
 
@@ -56,7 +56,6 @@ def test_the_tokenizer_and_the_memory_of_spice_are_those_that_were_asked_for(mon
     given = {"tokenizer": "python", "spice_memory": "3g", "corenlp_dir": str(tmp_path), "metrics": ["spice"]}
     values = {"task": "captioning", "data": str(tmp_path / "data"), **given}
     config = build(TaskConfig, values)
-    assert asked(config) == values
     made = list[dict]()
     monkeypatch.setattr("contracap.evaluation.task.CaptionScorer", lambda **options: made.append(options))
     build_evaluator(config, processor())
@@ -94,5 +93,6 @@ def test_evaluate_in_python_gives_the_figures_of_the_verb(weights: Path, tmp_pat
     result = contracap.evaluate(model, own, task="retrieval", data=tmp_path)
     config = task(task="retrieval", data=str(tmp_path))
     assert result.figures == build_evaluator(config, own)(model).figures
+    assert result.details["asked"] == {"task": "retrieval", "data": [str(tmp_path)]}
     with pytest.raises(ConfigError, match="unknown key 'classe'; did you mean 'classes'"):
         contracap.evaluate(model, own, task="zeroshot", data=tmp_path, classe="imagenet1k")

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,15 +8,15 @@ import torch
 
 from contracap.data.samples import Sample
 from contracap.data.shards import write_shard
-from contracap.evaluation import answering
-from contracap.evaluation.answering import Asked, Chosen, Written
+from contracap.evaluation import answers as module
+from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.result import digest
 from contracap.evaluation.task import build_evaluator
-from contracap.evaluation.task_config import TaskConfig
-from contracap.evaluation.vqa import answering as answerer
-from contracap.evaluation.vqa import evaluate_vqa, load_answers, write_answers
+from contracap.evaluation.vqa import STRATEGY, evaluate_vqa, load_answers, write_answers
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, Sampling
 from contracap.generation.captioner import Captioner
+from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
@@ -44,6 +45,10 @@ def pair() -> tuple[CoCa, Processor]:
     return model, processor
 
 
+def answerer(answers: Sequence[str], strategy: Strategy = STRATEGY) -> Answerer:
+    return AnswerChooser(answers) if answers else AnswerWriter(strategy)
+
+
 def pictures(*asked: tuple[str, list[str]]) -> list[Sample]:
     """Images of a colour, with questions whose answer is `yes`."""
     return [
@@ -69,19 +74,19 @@ def by_full_pass(model: CoCa, processor: Processor, pixels: torch.Tensor, prompt
 
 @pytest.mark.parametrize("rows", [5, 256])
 def test_answers_are_scored_as_by_a_full_pass_over_each(pair, monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(answering, "ROWS", rows)
+    monkeypatch.setattr(module, "ROWS", rows)
     model, processor = pair
     pixels = processor.images([item.image for item in pictures(*WORLD)])
     flat = [(i, question) for i, (_, about) in enumerate(WORLD) for question in about]
     asked = [
-        Asked(picture=i, number=number, prompt=tuple(processor.tokenizer.encode(question)), name="")
+        PromptedQuestion(image=i, number=number, prompt=tuple(processor.tokenizer.encode(question)), sample="")
         for number, (i, question) in enumerate(flat)
     ]
-    found = Chosen(ANSWERS).log_probabilities(model, processor, pixels, asked)
+    found = AnswerChooser(ANSWERS).log_probabilities(model, processor, pixels, asked)
     expected = [by_full_pass(model, processor, pixels[i], question) for i, question in flat]
     assert torch.allclose(found, torch.tensor(expected), atol=2e-4)
     assert len(found.argmax(dim=1).unique()) > 1
-    assert Chosen(ANSWERS)(model, processor, pixels, asked) == [ANSWERS[best] for best in found.argmax(dim=1)]
+    assert AnswerChooser(ANSWERS)(model, processor, pixels, asked) == [ANSWERS[best] for best in found.argmax(dim=1)]
 
 
 def test_each_picture_is_encoded_once_with_all_its_questions(pair, monkeypatch) -> None:
@@ -92,7 +97,7 @@ def test_each_picture_is_encoded_once_with_all_its_questions(pair, monkeypatch) 
         CoCa, "encode_caption_tokens", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels)
     )
     for answers in (ANSWERS, ()):
-        evaluate_vqa(model, processor, pictures(*WORLD), answer=answerer(answers), batch_size=2)
+        evaluate_vqa(model, processor, pictures(*WORLD), answerer=answerer(answers), batch_size=2)
     assert seen == [2, 1, 2, 1]
 
 
@@ -103,7 +108,7 @@ def test_each_picture_is_encoded_once_with_all_its_questions(pair, monkeypatch) 
 def test_written_answers_are_what_the_captioner_writes_behind_the_question(pair, strategy) -> None:
     model, processor = pair
     answer = answerer((), strategy)
-    result = evaluate_vqa(model, processor, pictures(*WORLD), answer=answer, prompt="q: {} a:", batch_size=8)
+    result = evaluate_vqa(model, processor, pictures(*WORLD), answerer=answer, prompt="q: {} a:", batch_size=8)
     flat = [(colour, question) for colour, about in WORLD for question in about]
     pixels = processor.images([sample("", colour).image for colour, _ in flat])
     prompts = [f"q: {question} a:" for _, question in flat]
@@ -119,7 +124,7 @@ def test_batches_do_not_change_the_answers(pair, answers) -> None:
     model, processor = pair
     found = []
     for size in (1, 2, 16):
-        result = evaluate_vqa(model, processor, pictures(*WORLD), answer=answerer(answers), batch_size=size)
+        result = evaluate_vqa(model, processor, pictures(*WORLD), answerer=answerer(answers), batch_size=size)
         found.append((result.figures, [answer.prediction for answer in result.predictions]))
     assert found[0] == found[1] == found[2]
 
@@ -129,14 +134,14 @@ def test_questions_of_like_length_are_answered_together(pair, monkeypatch, strat
     model, processor = pair
     pixels = processor.images([sample("", colour).image for colour in ("red", "green", "blue", "yellow")])
     prompts = [tuple(processor.tokenizer.encode(question)) for question in (QUESTIONS[2], QUESTIONS[3])]
-    asked = [Asked(picture=i, number=i, prompt=prompts[i % 2], name="") for i in range(4)]
+    asked = [PromptedQuestion(image=i, number=i, prompt=prompts[i % 2], sample="") for i in range(4)]
     steps, next_logits = [], CoCa.next_logits
     monkeypatch.setattr(CoCa, "next_logits", lambda self, *inputs: steps.append(1) or next_logits(self, *inputs))
-    monkeypatch.setattr(answering, "QUESTIONS", 2)
+    monkeypatch.setattr(module, "QUESTIONS", 2)
 
-    def answered(some: list[Asked]) -> tuple[list[str], int]:
+    def answered(some: list[PromptedQuestion]) -> tuple[list[str], int]:
         before = len(steps)
-        return Written(strategy)(model, processor, pixels, some), len(steps) - before
+        return AnswerWriter(strategy)(model, processor, pixels, some), len(steps) - before
 
     found, together = answered(asked)
     (first, mixed), (second, mixed_again) = answered(asked[:2]), answered(asked[2:])
@@ -167,7 +172,7 @@ def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
         sample("b", "blue", qa=[question(["no"] * 9 + ["yes"], "is", "yes/no")]),
     ]
     told = ("yes", "the two", "No!")
-    result = evaluate_vqa(model, processor, samples, answer=Told(*told))
+    result = evaluate_vqa(model, processor, samples, answerer=Told(*told))
     assert result.figures == {"accuracy": pytest.approx((0 + 0.6 + 1) / 3)}
     assert result.samples == 2
     assert result.per_sample["accuracy"].values == pytest.approx([0.6 * 2 / 3, 1 * 2 / 3])
@@ -179,7 +184,7 @@ def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
     }
     assert [(answer.key, answer.prediction) for answer in result.predictions] == list(zip("aab", told, strict=True))
 
-    lenient = evaluate_vqa(model, processor, samples, answer=Told(*told), strict=False)
+    lenient = evaluate_vqa(model, processor, samples, answerer=Told(*told), strict=False)
     assert lenient.figures == {"accuracy": pytest.approx((1 + 0.6 + 1) / 3)}
 
 
@@ -187,7 +192,7 @@ def test_shards_of_questions_are_answered_from_a_list(pair, tmp_path: Path) -> N
     model, processor = pair
     qa = [{"question": "is it?", "answer": "yes"}, {"question": "what colour?", "answer": "red"}]
     write_shard(tmp_path / "0.tar", [record(name, name, qa=qa) for name in COLOURS])
-    result = evaluate_vqa(model, processor, tmp_path, answer=answerer(ANSWERS))
+    result = evaluate_vqa(model, processor, tmp_path, answerer=answerer(ANSWERS))
     assert 0 <= result.figures["accuracy"] <= 1
     assert (result.details["questions"], result.details["answers"]) == (12, len(ANSWERS))
     assert {answer.prediction for answer in result.predictions} <= set(ANSWERS)
@@ -208,7 +213,7 @@ def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> 
     pictures.mkdir()
     (pictures / "COCO_val2014_000000000009.png").write_bytes(sample("", "red").image)
     data = [str(file)] if beside else [str(file), str(pictures)]
-    result = evaluate_vqa(model, processor, data, answer=answerer(["no", "yes"]))
+    result = evaluate_vqa(model, processor, data, answerer=answerer(["no", "yes"]))
     assert [answer.key for answer in result.predictions] == ["COCO_val2014_000000000009"]
     assert list(result.details["accuracy_by_question_type"]) == ["is it"]
     task = TaskConfig(task="vqa", data=str(file) if beside else (str(file), str(pictures)))
@@ -230,7 +235,7 @@ def test_what_cannot_be_asked_is_refused(pair) -> None:
     with pytest.raises(ValueError, match="another strategy than rerank"):
         answerer((), ContrastiveReranking())
     with pytest.raises(ValueError, match="the answer '  ' has no text"):
-        evaluate_vqa(model, processor, world, answer=answerer(["yes", "  "]))
+        evaluate_vqa(model, processor, world, answerer=answerer(["yes", "  "]))
     with pytest.raises(ValueError, match="names the start or the end token"):
         evaluate_vqa(model, processor, pictures(("red", ["is <end_of_text> it?"])))
     with pytest.raises(ValueError, match=r"sample 0 of shard\.tar has no questions"):
@@ -243,7 +248,7 @@ def test_a_question_without_room_for_an_answer_is_named_and_cut_short(pair) -> N
     for answers in (ANSWERS, ()):
         said = r"^sample 1 of shard\.tar: the question 'is it is .{50} leaves no room .*context, or max_tokens, is 64$"
         with pytest.raises(ValueError, match=said):
-            evaluate_vqa(model, processor, long, answer=answerer(answers), prompt="{}")
+            evaluate_vqa(model, processor, long, answerer=answerer(answers), prompt="{}")
 
 
 def test_the_last_question_with_room_for_an_answer_is_asked(pair) -> None:
@@ -256,20 +261,20 @@ def test_the_last_question_with_room_for_an_answer_is_asked(pair) -> None:
         texts = ["is it" + " is" * (needed - taken + more) for more in (0, 1)]
         assert [len(processor.tokenizer.encode(text)) for text in texts] == [needed, needed + 1]
         fits, does_not = (pictures(("red", [text])) for text in texts)
-        evaluate_vqa(model, processor, fits, answer=answerer(answers, strategy), prompt="{}")
+        evaluate_vqa(model, processor, fits, answerer=answerer(answers, strategy), prompt="{}")
         with pytest.raises(ValueError, match="leaves no room"):
-            evaluate_vqa(model, processor, does_not, answer=answerer(answers, strategy), prompt="{}")
+            evaluate_vqa(model, processor, does_not, answerer=answerer(answers, strategy), prompt="{}")
 
 
 def test_short_answers_do_not_wait_for_long_ones(pair, monkeypatch) -> None:
     model, processor = pair
     calls, next_logits = [], CoCa.next_logits
     monkeypatch.setattr(CoCa, "next_logits", lambda self, *inputs: calls.append(1) or next_logits(self, *inputs))
-    monkeypatch.setattr(answering, "ROWS", 2)
-    asked = [Asked(picture=0, number=0, prompt=(1,), name="")]
+    monkeypatch.setattr(module, "ROWS", 2)
+    asked = [PromptedQuestion(image=0, number=0, prompt=(1,), sample="")]
     answers = ["red", "a red wall of the", "no", "is it a red"]
     lengths = sorted(len(processor.tokenizer.encode(answer)) for answer in answers)
-    Chosen(answers)(model, processor, processor.images([sample("", "red").image]), asked)
+    AnswerChooser(answers)(model, processor, processor.images([sample("", "red").image]), asked)
     assert len(calls) == (lengths[1] + 1) + (lengths[3] + 1) and lengths[1] < lengths[2]
 
 
@@ -280,16 +285,16 @@ def test_broken_weights_are_named(pair) -> None:
         broken.decoder.vocabulary.weight.fill_(float("nan"))
     for answers in (ANSWERS, ()):
         with pytest.raises(ValueError, match="not finite"):
-            evaluate_vqa(broken, processor, pictures(*WORLD), answer=answerer(answers))
+            evaluate_vqa(broken, processor, pictures(*WORLD), answerer=answerer(answers))
 
 
 def test_a_clip_cannot_answer(pair) -> None:
     from tests.model.tiny_models import tiny_clip
 
     _, processor = pair
-    for answer in (Chosen(ANSWERS), Written(Greedy())):
+    for answer in (AnswerChooser(ANSWERS), AnswerWriter(Greedy())):
         with pytest.raises(ValueError, match="no text decoder"):
-            asked = [Asked(picture=0, number=0, prompt=(1,), name="")]
+            asked = [PromptedQuestion(image=0, number=0, prompt=(1,), sample="")]
             answer(CoCa(tiny_clip()), processor, torch.zeros(1, 3, 32, 32), asked)
 
 
@@ -328,6 +333,6 @@ def test_answers_are_kept_by_the_ids_of_their_questions_or_by_their_places(tmp_p
     first, second, third = ({"question": "so?", "answer": "yes", "question_id": identity} for identity in ids)
     samples = [sample("a", "red", qa=[first, second]), sample("b", "blue", qa=[third])]
     model = random_model(SIZES["tiny"], seed=0)[0]
-    result = evaluate_vqa(model, processor(), samples, answer=Told("one", "two", "3"))
+    result = evaluate_vqa(model, processor(), samples, answerer=Told("one", "two", "3"))
     write_answers(tmp_path / "kept.json", result.predictions)
     assert json.loads((tmp_path / "kept.json").read_text()) == expected

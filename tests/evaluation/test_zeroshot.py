@@ -9,21 +9,11 @@ from torch.nn.functional import normalize
 
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import write_shard
+from contracap.evaluation.class_names import TEMPLATES, load_classes, load_templates, published_set, templates_for
 from contracap.evaluation.metrics import classification
 from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
-from contracap.evaluation.published import published
 from contracap.evaluation.result import digest
-from contracap.evaluation.zeroshot import (
-    TEMPLATES,
-    classifier,
-    evaluate_zeroshot,
-    label_of,
-    load_classes,
-    load_templates,
-    logits,
-    named_classes,
-    templates_of,
-)
+from contracap.evaluation.zeroshot import classifier, evaluate_zeroshot, label_of, logits, match_classes
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 
@@ -195,15 +185,15 @@ def test_folders_of_classes_name_them(tmp_path) -> None:
     assert result.figures["acc1"] == 1
     assert result.predictions.labels == [0, 1]
     assert result.details["keys_digest"] == digest(["red/0.png", "sky_blue/0.png"])
-    assert named_classes((tmp_path,), ["rouge", "bleu"])[1] == ("rouge", "bleu")
+    assert match_classes((tmp_path,), ["rouge", "bleu"])[1] == ("rouge", "bleu")
     with pytest.raises(ValueError, match="has 2 subfolders, but there are 6 class names"):
-        named_classes(tmp_path, NAMES)
+        match_classes(tmp_path, NAMES)
 
 
 def test_shards_do_not_name_their_classes(tmp_path) -> None:
     write_shard(tmp_path / "0.tar", [record("one", "blue", label=2)])
     with pytest.raises(ValueError, match="names of the classes are missing"):
-        named_classes(tmp_path, None)
+        match_classes(tmp_path, None)
 
 
 def test_below_five_classes_there_is_a_reason_instead_of_acc5() -> None:
@@ -266,7 +256,7 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, load) -> None:
 
 def test_the_empty_name_of_a_published_set_is_taken() -> None:
     names = load_classes("clevr_closest_object_distance")
-    assert named_classes([], names)[1] == names and "" in names
+    assert match_classes([], names)[1] == names and "" in names
 
 
 def test_templates_come_from_a_list(tmp_path) -> None:
@@ -279,16 +269,16 @@ def test_templates_come_from_a_list(tmp_path) -> None:
 
 def test_published_sets_are_known_by_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_classes("vtab/eurosat") == published("eurosat").classes
-    assert load_templates("imagenet-simple") == published("imagenet-simple").templates
-    assert templates_of("cifar10") == published("cifar10").templates
-    assert templates_of(None) == TEMPLATES
-    assert templates_of("imagenet-a") == published("imagenet1k").templates
+    assert load_classes("vtab/eurosat") == published_set("eurosat").classes
+    assert load_templates("imagenet-simple") == published_set("imagenet-simple").templates
+    assert templates_for("cifar10") == published_set("cifar10").templates
+    assert templates_for(None) == TEMPLATES
+    assert templates_for("imagenet-a") == published_set("imagenet1k").templates
     (tmp_path / "mine").write_text(json.dumps({"classes": NAMES, "templates": ["a {}"]}))
-    assert (load_classes("mine"), load_templates("mine"), templates_of("mine")) == (tuple(NAMES), ("a {}",), TEMPLATES)
+    assert (load_classes("mine"), load_templates("mine"), templates_for("mine")) == (tuple(NAMES), ("a {}",), TEMPLATES)
 
 
-@pytest.mark.parametrize("load", [load_classes, load_templates, templates_of])
+@pytest.mark.parametrize("load", [load_classes, load_templates, templates_for])
 def test_a_name_that_is_neither_published_nor_a_file_is_told_the_nearest(load) -> None:
     with pytest.raises(ValueError, match="called 'imagenet1'; the nearest are imagenet1k, "):
         load("imagenet1")
@@ -300,7 +290,7 @@ def test_a_path_is_never_a_published_name(tmp_path, monkeypatch) -> None:
         load_classes("./cifar10")
     (tmp_path / "cifar10").write_text('["mine", "a {}"]')
     assert load_classes("./cifar10") == ("mine", "a {}")
-    assert load_classes("cifar10") == published("cifar10").classes
+    assert load_classes("cifar10") == published_set("cifar10").classes
 
 
 @pytest.mark.parametrize("template", ["a photo of a {}.", "a {}", "{}.png"])

@@ -30,29 +30,28 @@ def test_settings_are_nested_values_or_assignments(name, settings, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("name", "settings", "fact"),
     [
-        ("bem", (), "unknown strategy 'bem'; did you mean 'beam'?"),
-        ("magic", (), "unknown strategy 'magic'; there are greedy, beam, sample, legacy, rerank"),
-        ("beam", ["widht=4"], "strategy 'beam': unknown key 'widht'; did you mean 'width'?"),
-        ("beam", ["width"], "strategy 'beam': 'width' is not a setting (name=value): put paths before --set"),
-        ("beam", ["max_tokens=1"], "strategy 'beam': max_tokens must be a whole number of at least 2 (it counts the "
-         "whole sequence, start and end token included), not 1"),
-        ("beam", ["width=wide"], "strategy 'beam': 'width' must be a whole number, not 'wide'"),
-        ("greedy", ["banned=3"], "strategy 'greedy': unknown key 'banned'; did you mean 'rules.banned'?"),
-        ("greedy", ["rules.banned=3"], "strategy 'greedy': 'rules.banned' must be a list, each a string, not 3"),
-        ("legacy", (), "strategy 'legacy': key 'year' is missing"),
-        ("legacy", ["year=2020"], "strategy 'legacy': year must be 2023 or 2024, not 2020"),
-        ("rerank", ["of.sampels=4"], "strategy 'rerank': in 'of': unknown key 'sampels'; did you mean 'samples'?"),
-        ("rerank", ["samples=4"], "strategy 'rerank': unknown key 'samples'; the keys here are of"),
-        ("rerank", ["of=4"], "strategy 'rerank': 'of' must be a table, such as of.samples=8, not 4"),
-        ("sample", ["top_p=nan"], "strategy 'sample': 'top_p' must be a finite number, not nan"),
+        ("bem", (), "did you mean 'beam'?"),
+        ("magic", (), "there are greedy, beam, sample, legacy, rerank"),
+        ("beam", ["widht=4"], "unknown key 'widht'; did you mean 'width'?"),
+        ("beam", ["width"], "'width' is not a setting"),
+        ("beam", ["max_tokens=1"], "max_tokens must be a whole number of at least 2"),
+        ("beam", ["width=wide"], "'width' must be a whole number, not 'wide'"),
+        ("greedy", ["banned=3"], "did you mean 'rules.banned'?"),
+        ("greedy", ["rules.banned=3"], "'rules.banned' must be a list, each a string, not 3"),
+        ("legacy", (), "key 'year' is missing"),
+        ("legacy", ["year=2020"], "year must be 2023 or 2024, not 2020"),
+        ("rerank", ["of.sampels=4"], "in 'of': unknown key 'sampels'; did you mean 'samples'?"),
+        ("rerank", ["samples=4"], "unknown key 'samples'; the keys here are of"),
+        ("rerank", ["of=4"], "'of' must be a table"),
+        ("sample", ["top_p=nan"], "'top_p' must be a finite number, not nan"),
     ],
-)  # fmt: skip
-def test_what_is_wrong_is_told_in_one_line(name, settings, message):
+)
+def test_a_wrong_setting_is_told_in_one_line(name, settings, fact):
     with pytest.raises(ConfigError) as caught:
         build_strategy(name, settings)
-    assert str(caught.value) == message
+    assert fact in str(caught.value) and f"strategy '{name}'" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_only_reranking_ranks_again_what_another_strategy_writes():

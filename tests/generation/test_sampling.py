@@ -131,17 +131,16 @@ def assert_distributed(counts: list[int], probabilities: list[float]) -> None:
     assert statistic <= freedom + 4 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize(("images", "samples"), [(20, 1_000), (20_000, 1)])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "images", "samples"),
     [
-        {},
-        {"temperature": 0.6},
-        {"temperature": 1.7},
-        {"top_k": 7},
-        {"top_p": 0.8},
-        {"min_p": 0.2},
-        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.1},
+        ({"temperature": 0.6}, 20, 1_000),
+        ({"temperature": 1.7}, 20, 1_000),
+        ({"top_k": 7}, 20, 1_000),
+        ({"top_p": 0.8}, 20, 1_000),
+        ({"min_p": 0.2}, 20, 1_000),
+        ({"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.1}, 20, 1_000),
+        ({}, 20_000, 1),
     ],
     ids=str,
 )

@@ -12,15 +12,11 @@ from torch import nn
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import load, read_weights
-from contracap.pretrained.names import (
-    WeightsError,
-    from_open_clip,
-    match_sizes,
-    meta_state,
-    shapes_of,
-    to_open_clip,
-)
-from contracap.pretrained.open_clip import config_from_open_clip, config_to_open_clip
+from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.fit import match_sizes
+from contracap.pretrained.open_clip_config import config_from_open_clip, config_to_open_clip
+from contracap.pretrained.open_clip_names import from_open_clip, to_open_clip
+from contracap.pretrained.shapes import meta_state, shapes_of
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2}
 TEXT = {"context_length": 16, "vocab_size": 1024, "width": 64, "heads": 2, "layers": 2}

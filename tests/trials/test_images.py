@@ -7,7 +7,7 @@ import pytest
 
 from contracap.cli import main
 from contracap.data.sources import read_source
-from contracap.images import ImageError, decode
+from contracap.image_files import ImageError, decode
 
 
 def captioned(weights: Path, capsys: pytest.CaptureFixture[str], *paths: Path) -> tuple[int, list[str], str]:

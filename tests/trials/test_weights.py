@@ -9,7 +9,8 @@ from contracap import load
 from contracap.cli import main
 from contracap.data.config import DataConfig
 from contracap.pretrained import read_weights
-from contracap.pretrained.names import WeightsError, to_open_clip
+from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.pretrained.tensors import read_tensors
 from contracap.training.optimizer import OptimizerConfig
 from contracap.training.recipe import Recipe

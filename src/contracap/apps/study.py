@@ -12,9 +12,9 @@ from contracap.apps.compare.writing import write
 from contracap.config import ConfigError, build, require_paths, to_dict
 from contracap.data.patterns import require_consent
 from contracap.data.shards import list_shards
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.suite import build_evaluators, build_suite, measure_tasks
-from contracap.evaluation.task_config import TaskConfig
 from contracap.images import ImageConfig
 from contracap.pretrained import find_weights, load_on_device, processor_for
 from contracap.training.checkpoint import CHECKPOINTS, checkpoint_name

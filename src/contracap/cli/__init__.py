@@ -1,4 +1,4 @@
-"""The command line. Whatever needs torch is imported inside the verbs, so that `--help` answers at once."""
+"""The command line. Verbs import torch inside their functions, so that `--help` answers at once."""
 
 import difflib
 import os
@@ -23,8 +23,8 @@ from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
 from contracap.cli.describe import classify, embed
 from contracap.cli.errors import fail, is_for_the_user, message, sigterm_interrupts, verbosity
+from contracap.cli.flags import registry
 from contracap.cli.measure import evaluate
-from contracap.cli.options import registry
 from contracap.cli.runs import plan, quickstart, study, train
 from contracap.cli.score import score
 from contracap.cli.serve import serve
@@ -32,7 +32,7 @@ from contracap.cli.shards import index, make, show
 from contracap.cli.weights import convert, inspect, show_sizes
 from contracap.config import ConfigError, SettingsHelp
 
-BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
+BROKEN_PIPE = 141  # a shell's status for a program that SIGPIPE ended
 CANNOT_PARSE = 2
 
 Verbs = Mapping[str, "Callable[..., int | None] | Group"]
@@ -75,13 +75,13 @@ VERBS: Verbs = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 for wrong input, or 75 where the same command can continue.
+    """Run one verb and return the exit status: 0, 1 for wrong input, or 75 if the same command can continue.
 
-    A call that cannot be parsed exits with 2, one that Ctrl-C or SIGTERM ended with 130 or 143, one whose reader has
-    gone, as with `| head`, with 141.
+    The status is 2 if the call cannot be parsed, 130 or 143 after Ctrl-C or SIGTERM, and 141 if the reader of stdout
+    has gone, as with `| head`.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # here, because `catch_warnings` does not work in threads
-    for stream in (sys.stdout, sys.stderr):  # the name of a file may hold bytes that are no text
+    for stream in (sys.stdout, sys.stderr):  # the name of a file may hold bytes that are not text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -89,11 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with sigterm_interrupts() as interrupted:
                 try:
                     return _run(arguments)
-                except KeyboardInterrupt as interrupt:  # a verb may say what is done, and what the same command does
+                except KeyboardInterrupt as interrupt:  # the verb's own message, if any
                     return fail(str(interrupt) or "interrupted", status=interrupted())
         finally:
             verbosity.take([])
-            sys.stdout.flush()  # else a reader that has gone is found as the interpreter ends
+            sys.stdout.flush()  # otherwise a closed pipe is found as the interpreter exits
     except BrokenPipeError as error:
         return BROKEN_PIPE if _reader_has_gone() else fail(message(error))
 
@@ -145,13 +145,13 @@ def _app(verbs: Verbs) -> SubcommandApp:
 
 
 def _given_twice(arguments: Sequence[str]) -> str | None:
-    """The first option that comes again, of which only the last would count."""
+    """Return the first option that is repeated: only its last value would count."""
     options = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--") and word != "--"]
     return next((option for place, option in enumerate(options) if option in options[:place]), None)
 
 
 def _change_as_option(arguments: Sequence[str]) -> str | None:
-    """The change to a recipe or a study that was meant by an option that its verb does not have; None if none was."""
+    """Return KEY=VALUE if an option that the verb does not have was meant as a change to a recipe or a study."""
     verb = VERBS.get(arguments[0]) if arguments else None
     if not callable(verb) or "overrides" not in (parameters := signature(verb).parameters):
         return None
@@ -172,7 +172,7 @@ def _change_as_option(arguments: Sequence[str]) -> str | None:
 
 
 def _unknown_verb(verbs: Verbs, arguments: Sequence[str], before: str = "contracap") -> str | None:
-    """What to say of a first word that is not a verb; None if it is one, or an option."""
+    """Return an error message if the first word is neither a verb nor an option."""
     if not arguments or arguments[0].startswith("-"):
         return None
     name = arguments[0]
@@ -187,7 +187,7 @@ def _unknown_verb(verbs: Verbs, arguments: Sequence[str], before: str = "contrac
 
 
 def _reader_has_gone() -> bool:
-    """Whether nobody reads stdout; what is still to be written then goes nowhere, without a complaint."""
+    """Return True if nobody reads stdout; then the rest of the output goes to the null device."""
     try:
         print(flush=True)  # stdout may be unbuffered, and hold nothing that a flush alone would write
     except BrokenPipeError:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from contracap.apps.bulk.cluster_config import ClusterConfig
 from contracap.cli.errors import fail, say
-from contracap.cli.options import Flags, PathText, Settings, Size, StrategyName, WeightsName, arg
+from contracap.cli.flags import Flags, PathText, arg
+from contracap.cli.options import Settings, Size, StrategyName, WeightsName
 from contracap.wording import counted
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,17 +11,13 @@ from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.caption_output import CaptionOutput
 from contracap.cli.errors import fail, message, say
+from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.options import (
     MAX_WORKERS,
     Device,
-    Flags,
-    PathText,
     ResultFile,
-    Settings,
     Size,
-    StrategyName,
     WeightsName,
-    arg,
     check_batch_size,
     check_outputs,
     command_line,
@@ -32,6 +29,46 @@ if TYPE_CHECKING:
     from contracap.apps.bulk.caption import Outcome
     from contracap.apps.bulk.rows import Row
     from contracap.evaluation.result import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionFlags:
+    """Captions of `contracap caption`, and the images that get one."""
+
+    prefix: Annotated[str, "TEXT"] = ""
+    """Written before each caption, unchanged."""
+    suffix: Annotated[str, "TEXT"] = ""
+    """Written after each caption, unchanged."""
+    strategy: Annotated[str, "NAME"] = "beam"
+    """Decoding strategy for captions: greedy, beam, sample, legacy or rerank."""
+    settings: Annotated[tuple[str, ...], "[KEY=VALUE ...]"] = ()
+    """Settings of the strategy, such as width=3 length_penalty=0; `--set help` lists them."""
+    prompt: Annotated[str, "TEXT"] = ""
+    """The beginning of each caption."""
+    raw: FlagCreatePairsOff[bool] = False
+    """Keep the spaces between tokens: "a star , above it a circle"."""
+    limit: Annotated[int | None, "N"] = None
+    """Caption only the first N images."""
+    recursive: bool = True
+    """Include the subfolders of folders."""
+    batch_size: Annotated[int, "N"] = 16
+    """Images in a batch; it does not change the captions."""
+    workers: Annotated[int | None, "N"] = None
+    """Threads that read, fetch and decode; the default is four for each core."""
+    compiled: FlagCreatePairsOff[bool] = False
+    """Faster steps after a slow first batch: docs/captioning.md."""
+
+    def check(self) -> None:
+        """Raises: ValueError, RuntimeError: if a number is too small or too large, or there is no compiler."""
+        check_batch_size(self.batch_size)
+        if self.workers is not None:
+            require_count("--workers", self.workers, 1, "threads that read and decode", most=MAX_WORKERS)
+        if self.limit is not None:
+            require_count("--limit", self.limit, 1, "images, starting from the first", most=10**12)
+        if self.compiled:
+            from contracap.model.compiling import require_compiler
+
+            require_compiler()
 
 
 def caption(
@@ -46,25 +83,8 @@ def caption(
     ],
     /,
     *,
-    prefix: Annotated[str, arg(metavar="TEXT", help="Written before each caption, unchanged.")] = "",
-    suffix: Annotated[str, arg(metavar="TEXT", help="Written after each caption, unchanged.")] = "",
     output_flags: Annotated[CaptionOutput, Flags] = CaptionOutput(),
-    strategy: StrategyName = "beam",
-    settings: Settings = (),
-    prompt: Annotated[str, arg(metavar="TEXT", help="The beginning of each caption.")] = "",
-    raw: Annotated[
-        FlagCreatePairsOff[bool],
-        arg(help='Keep the spaces between tokens: "a star , above it a circle".'),
-    ] = False,
-    limit: Annotated[int | None, arg(metavar="N", help="Caption only the first N images.")] = None,
-    recursive: Annotated[bool, arg(help="Whether folders include their subfolders.")] = True,
-    batch_size: Annotated[int, arg(metavar="N", help="Images in a batch; it does not change the captions.")] = 16,
-    workers: Annotated[
-        int | None, arg(metavar="N", help="Threads that read, fetch and decode; the default is four for each core.")
-    ] = None,
-    compiled: Annotated[
-        FlagCreatePairsOff[bool], arg(help="Faster steps after a slow first batch: docs/captioning.md.")
-    ] = False,
+    flags: Annotated[CaptionFlags, Flags] = CaptionFlags(),
     device: Device = None,
     size: Size = None,
     json: ResultFile = None,
@@ -82,54 +102,47 @@ def caption(
     from contracap.generation.captioner import Captioner
     from contracap.generation.registry import build_strategy
 
-    # All that can be wrong is found before the weights are read
-    chosen = build_strategy(strategy, settings)
-    workers = 4 * (os.cpu_count() or 1) if workers is None else workers
-    check_batch_size(batch_size)
-    require_count("--workers", workers, 1, "threads that read and decode", most=MAX_WORKERS)
-    if limit is not None:
-        require_count("--limit", limit, 1, "images, starting from the first", most=10**12)
+    # Arguments are checked before the weights are read
+    strategy = build_strategy(flags.strategy, flags.settings)
+    flags.check()
     output = output_flags.open(paths)
     table = output.path if isinstance(output, Table) else None
     check_outputs([weights, *paths], out=table, json=json)
-    for item in first_items(paths, recursive=recursive):
+    for item in first_items(paths, recursive=flags.recursive):
         output.check(item)
+    captioner = Captioner(*load_model(weights, size, device=device), compiled=flags.compiled)
+    captioner.check(strategy, flags.prompt)
 
-    if compiled:
-        from contracap.model.compiling import require_compiler
-
-        require_compiler()
-    captioner = Captioner(*load_model(weights, size, device=device), compiled=compiled)
-    captioner.check(chosen, prompt)
     if isinstance(output, SideCars | Table):
-        decided = caption_config(chosen, prompt, captioner.model, captioner.processor)
-        output.config = {**decided, "prefix": prefix, "suffix": suffix, "raw": raw}
+        decided = caption_config(strategy, flags.prompt, captioner.model, captioner.processor)
+        output.config = {**decided, "prefix": flags.prefix, "suffix": flags.suffix, "raw": flags.raw}
 
     rows = list[Row]()
+    write = partial(
+        caption_rows,
+        captioner,
+        strategy=strategy,
+        prompt=flags.prompt,
+        prefix=flags.prefix,
+        suffix=flags.suffix,
+        embed=output_flags.embed,
+        raw=flags.raw,
+    )
     with output:
         outcome = caption_images(
-            first(items(paths, recursive=recursive, outputs=[table, json]), limit),
-            partial(
-                caption_rows,
-                captioner,
-                strategy=chosen,
-                prompt=prompt,
-                prefix=prefix,
-                suffix=suffix,
-                embed=output_flags.embed,
-                raw=raw,
-            ),
+            first(items(paths, recursive=flags.recursive, outputs=[table, json]), flags.limit),
+            write,
             output,
             image=captioner.processor.image_config,
-            batch_size=batch_size,
-            workers=workers,
+            batch_size=flags.batch_size,
+            workers=4 * (os.cpu_count() or 1) if flags.workers is None else flags.workers,
             seen=rows.append if json is not None else lambda row: None,
             progress=not (isinstance(output, Lines) and sys.stdout.isatty()),
-            total=lambda: count_items(paths, recursive=recursive, limit=limit),
+            total=lambda: count_items(paths, recursive=flags.recursive, limit=flags.limit),
         )
     if json is not None:
         _result(rows, outcome).write(json)
-    if outcome.captioned or outcome.skipped:  # else the errors say it all
+    if outcome.captioned or outcome.skipped:  # otherwise the errors tell it
         say(outcome.summary(), to_stderr=isinstance(output, Lines) or (table is not None and is_stream(table)))
     for error in outcome.broken:
         fail(message(error))

@@ -18,7 +18,7 @@ Format = Literal["sidecar", "jsonl", "csv", "parquet", "metadata"]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionOutput:
-    """Where the captions go, and what happens to those that are there."""
+    """The output of captions, and the treatment of existing ones."""
 
     format: Format | None = None
     """`sidecar`: a text file next to each image. `jsonl`, `csv` and `parquet`: all captions in the file --out.
@@ -38,7 +38,7 @@ class CaptionOutput:
 
     @property
     def existing(self) -> "Existing":
-        """What happens to captions that are there.
+        """The treatment of existing captions.
 
         Raises: ValueError: if the flags contradict each other.
         """

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from contracap.cli.errors import say
-from contracap.cli.options import arg, command_line
+from contracap.cli.flags import arg
+from contracap.cli.options import command_line
 
 Results = Annotated[Path, arg(metavar="RESULTS.json", help="Written by contracap evaluate or score, with --json.")]
 

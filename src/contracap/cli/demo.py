@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-from contracap.cli.options import Device, Size, WeightsName, arg, keep_few_kernels, load_model
+from contracap.cli.flags import arg
+from contracap.cli.options import Device, Size, WeightsName, keep_few_kernels, load_model
 
 
 def demo(

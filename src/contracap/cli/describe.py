@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.errors import fail, interruption, message, say
+from contracap.cli.flags import PathText, arg
 from contracap.cli.options import (
     Device,
-    PathText,
     ResultFile,
     Size,
     WeightsName,
-    arg,
     check_batch_size,
     check_outputs,
     command_line,
@@ -54,8 +53,9 @@ def classify(
 ) -> int:
     """Choose a label for each image, without training, and print a line for each: path, label, probability."""
     from contracap.apps.bulk.outputs import path_in_one_line
+    from contracap.evaluation.class_names import check_templates
     from contracap.evaluation.result import Result
-    from contracap.evaluation.zeroshot import check_templates, classifier, compare_with_labels
+    from contracap.evaluation.zeroshot import classifier, compare_with_labels
 
     check_batch_size(batch_size)
     _check(paths)

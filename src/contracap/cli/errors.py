@@ -1,4 +1,4 @@
-"""What verbs say: what went wrong, and on the way as much as `--quiet` and `--verbose` want."""
+"""Messages of the verbs: errors, progress as `--quiet` and `--verbose` ask, and interruptions."""
 
 import logging
 import signal
@@ -18,18 +18,18 @@ class EmptyPathError(Exception):
 
 
 class Verbosity:
-    """What every verb takes, wherever it stands among the arguments.
+    """The two flags that every verb takes, anywhere among its arguments.
 
     Attributes:
-        quiet: results and errors alone, without bars, summaries and log lines.
-        verbose: also the traceback of what went wrong, and log lines of every level.
+        quiet: show results and errors only, without progress bars, summaries and log lines.
+        verbose: also show tracebacks of errors, and log lines of every level.
     """
 
     quiet: bool = False
     verbose: bool = False
 
     def take(self, arguments: Sequence[str]) -> list[str]:
-        """The other arguments. If both are given, --verbose wins."""
+        """Set both flags, and return the other arguments. If both are given, --verbose wins."""
         self.verbose = "--verbose" in arguments
         self.quiet = "--quiet" in arguments and not self.verbose
         logging.disable(logging.WARNING if self.quiet else logging.NOTSET)  # progress bars go by this, too
@@ -48,7 +48,7 @@ def say(line: str, *, to_stderr: bool = False) -> None:
 
 @contextmanager
 def interruption(words: str = "interrupted: nothing was written; the same command starts again") -> Iterator[None]:
-    """What Ctrl-C says in the block, where that does not say it itself."""
+    """A context in which Ctrl-C shows these words, unless the block has a message of its own."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -57,10 +57,9 @@ def interruption(words: str = "interrupted: nothing was written; the same comman
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[Callable[[], int]]:
-    """Within it, SIGTERM does what Ctrl-C does: the processes at work end, and what is done is said. Gives the exit
-    status, which shells derive from the signal: 130 for Ctrl-C, 143 for SIGTERM.
+    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does. Outside the main thread it changes nothing.
 
-    Signals go to the main thread; in another one nothing changes.
+    Yields: a function that returns the exit status, as shells derive it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     received = signal.SIGINT
 
@@ -84,8 +83,8 @@ def fail(message: str, *, status: int = 1) -> int:
     return status
 
 
-def written(write: Callable[..., None], *arguments: object) -> bool:
-    """Whether a file could be written. If not, a line of its own says why: figures and other errors still follow."""
+def try_write(write: Callable[..., None], *arguments: object) -> bool:
+    """Write a file, and return True if that succeeded. Otherwise print why: figures and other errors still follow."""
     try:
         write(*arguments)
     except OSError as error:
@@ -95,9 +94,9 @@ def written(write: Callable[..., None], *arguments: object) -> bool:
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether an error tells a user what was wrong: one that this package raised, or the system's word on a file.
+    """Return True if an error tells a user what was wrong: this package raised it, or the system did about a file.
 
-    Anything else is a mistake of ours, and is shown with its traceback.
+    Anything else is a bug, and is shown with its traceback.
     """
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     raised_by_us = raised_in.is_relative_to(Path(__file__).parent.parent) and isinstance(
@@ -107,7 +106,7 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def message(error: Exception) -> str:
-    """What was wrong, and with which file."""
+    """Return what was wrong, and with which file."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__

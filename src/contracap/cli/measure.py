@@ -1,5 +1,4 @@
-"""The verb that measures a model. The result is written before it is printed: a closed pipe must not cost what took
-hours."""
+"""The verb that measures a model. The result is written before it is printed, so that a closed pipe cannot lose it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,30 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from contracap.cli.errors import interruption, written
-from contracap.cli.options import (
-    AllowCommands,
-    Flags,
-    Given,
-    ResultFile,
-    Size,
-    WeightsName,
-    arg,
-    check_outputs,
-    command_line,
-    load_model,
-)
+from contracap.cli.errors import interruption, try_write
+from contracap.cli.flags import Flags, GivenFlags, arg
+from contracap.cli.options import AllowCommands, ResultFile, Size, WeightsName, check_outputs, command_line, load_model
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.metrics.scores import ONE_IMAGE
-from contracap.evaluation.task_config import TaskConfig
 
 if TYPE_CHECKING:
     from contracap.evaluation.predictions import Prediction
     from contracap.evaluation.result import Result
-    from contracap.evaluation.vqa import Answered
+    from contracap.evaluation.vqa import Answer
 
 
-class TaskFlags(Given):
-    of = TaskConfig
+class TaskFlags(GivenFlags):
+    config_class = TaskConfig
 
 
 @interruption("interrupted: no figure was written; the same command starts again")
@@ -60,10 +49,10 @@ def evaluate(
     from contracap.evaluation.task import build_evaluator
     from contracap.evaluation.vqa import write_answers
 
-    # What is asked for is refused before the weights are read, and looked at before anything is computed.
+    # Arguments and data are checked before the weights are read.
     if predictions is not None and given.get("task") not in ("captioning", "vqa"):
         raise ValueError("--predictions keeps what a model writes for --task captioning or --task vqa: leave it out")
-    wanted = _wanted(given, tasks, allow_commands=allow_commands)
+    wanted = _read_tasks(given, tasks, allow_commands=allow_commands)
     read = [name for config in wanted.values() for name in config.reads]
     check_outputs([weights, tasks, *read], json=json, predictions=predictions)
     _check_data(given.get("data", ()))
@@ -72,10 +61,10 @@ def evaluate(
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
     kept = list[bool]()
 
-    def keep(found: "Sequence[Prediction | Answered]") -> None:
+    def keep(found: "Sequence[Prediction | Answer]") -> None:
         if predictions is not None:
             write = write_answers if given["task"] == "vqa" else write_predictions
-            kept.append(written(write, predictions, found))
+            kept.append(try_write(write, predictions, found))
 
     if tasks is not None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # figures of a task as soon as it is done
@@ -84,21 +73,21 @@ def evaluate(
         (config,) = wanted.values()
         result = replace(build_evaluator(config, processor, on_predictions=keep)(model), command=command_line())
     if json is not None:
-        kept.append(written(result.write, json))
+        kept.append(try_write(result.write, json))
     _print(result)
-    if missed := _missed(result, wanted, single=tasks is None):
+    if missed := _find_missing(result, wanted, single=tasks is None):
         raise ValueError(f"no figures of {', '.join(missed)}: {result.reasons[missed[0]]}")
     return 0 if all(kept) else 1
 
 
-def _wanted(given: Given, tasks: Path | None, *, allow_commands: bool) -> dict[str, TaskConfig]:
+def _read_tasks(given: GivenFlags, tasks: Path | None, *, allow_commands: bool) -> dict[str, TaskConfig]:
     """Return the tasks by name: the one of the flags, or those of a file.
 
     Raises: ValueError: if both are given, or neither.
     """
     from contracap.config import load_toml
     from contracap.data.patterns import require_consent
-    from contracap.evaluation.suite import TasksConfig
+    from contracap.evaluation.config import TasksConfig
 
     if tasks is None:
         if "task" not in given:
@@ -134,7 +123,7 @@ def _print(result: "Result") -> None:
         print(f"{name:{width}}  {f'{value:.4f}' if value is not None else f'none: {result.reasons[name]}'}")
 
 
-def _missed(result: "Result", wanted: Mapping[str, TaskConfig], *, single: bool) -> list[str]:
+def _find_missing(result: "Result", wanted: Mapping[str, TaskConfig], *, single: bool) -> list[str]:
     """Return the tasks that failed, and the figures that were asked for by name and have no value."""
     return [
         figure

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff
 
-from contracap.cli.options import AllowCommands, ResultFile, arg, command_line
+from contracap.cli.flags import arg
+from contracap.cli.options import AllowCommands, ResultFile, command_line
 
 
 def quickstart(

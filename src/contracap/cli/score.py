@@ -1,18 +1,41 @@
 """The verb that scores captions which were written before, by this package or any other."""
 
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from contracap.cli.errors import say, written
-from contracap.cli.options import PathText, ResultFile, Size, arg, check_outputs, command_line, load_model
-from contracap.evaluation.metrics.scores import METRICS, ONE_IMAGE, metric_names
+from contracap.cli.errors import say, try_write
+from contracap.cli.flags import Flags, PathText, arg
+from contracap.cli.options import ResultFile, Size, check_outputs, command_line, load_model
+from contracap.evaluation.metrics.scores import ONE_IMAGE, metric_names
 from contracap.evaluation.metrics.spice import MEMORY
 from contracap.evaluation.metrics.tokens import TokenizerName
 
 if TYPE_CHECKING:
+    from contracap.evaluation.metrics.scores import Scores
     from contracap.evaluation.predictions import Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """References and metrics of `contracap score`."""
+
+    references: Annotated[Path | None, "FILE"] = None
+    """For results in the format of COCO: the annotations with the captions that people wrote."""
+    metrics: Annotated[tuple[str, ...], "NAME"] = ()
+    """Some of bleu, rouge_l, cider, meteor, spice, cider_plain. The default is all that can run, except cider_plain."""
+    tokenizer: TokenizerName | None = None
+    """`java` is the tokenizer of published figures, and the default where it can run."""
+    corenlp_dir: Annotated[Path | None, "DIR"] = None
+    """For SPICE: folder with the jars of CoreNLP 3.6.0. The default is $CONTRACAP_CORENLP_DIR."""
+    spice_memory: Annotated[str, "SIZE"] = MEMORY
+    """For SPICE: the most memory that Java may use, such as 4g."""
+    clipscore: Annotated[PathText | None, "WEIGHTS"] = None
+    """Weights that compute CLIPScore and RefCLIPScore."""
+    images: Annotated[Path | None, "DIR"] = None
+    """For --clipscore: folder of the images, whose names are under `image_name`, or COCO's `file_name`."""
 
 
 def score(
@@ -25,57 +48,44 @@ def score(
     ],
     /,
     *,
-    references: Annotated[
-        Path | None,
-        arg(
-            metavar="FILE",
-            help="For results in the format of COCO: the annotations with the captions that people wrote.",
-        ),
-    ] = None,
-    metrics: Annotated[
-        tuple[str, ...],
-        arg(
-            metavar="NAME", help=f"Some of {', '.join(METRICS)}. The default is all that can run, except {METRICS[-1]}."
-        ),
-    ] = (),
-    tokenizer: Annotated[
-        TokenizerName | None,
-        arg(help="`java` is the tokenizer of published figures, and the default where it can run."),
-    ] = None,
-    corenlp_dir: Annotated[
-        Path | None,
-        arg(
-            metavar="DIR",
-            help="For SPICE: folder with the jars of CoreNLP 3.6.0. The default is $CONTRACAP_CORENLP_DIR.",
-        ),
-    ] = None,
-    spice_memory: Annotated[
-        str, arg(metavar="SIZE", help="For SPICE: the most memory that Java may use, such as 4g.")
-    ] = MEMORY,
-    clipscore: Annotated[
-        PathText | None, arg(metavar="WEIGHTS", help="Weights that compute CLIPScore and RefCLIPScore.")
-    ] = None,
-    images: Annotated[
-        Path | None,
-        arg(
-            metavar="DIR",
-            help="For --clipscore: folder of the images, whose names are under `image_name`, or COCO's `file_name`.",
-        ),
-    ] = None,
+    config: Annotated[ScoreConfig, Flags] = ScoreConfig(),
     size: Size = None,
     json: ResultFile = None,
 ) -> int:
     """Score captions against those that people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
     from contracap.evaluation.metrics.scores import CaptionScorer
-    from contracap.evaluation.predictions import read_predictions, read_references
     from contracap.evaluation.result import Result
 
-    if clipscore is None and (images is not None or size is not None):
+    if config.clipscore is None and (config.images is not None or size is not None):
         raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
-    check_outputs([file, references, clipscore], json=json)
+    check_outputs([file, config.references, config.clipscore], json=json)
     scorer = CaptionScorer(
-        metrics=metric_names(metrics), tokenizer=tokenizer, corenlp=corenlp_dir, spice_memory=spice_memory
+        metrics=metric_names(config.metrics),
+        tokenizer=config.tokenizer,
+        corenlp=config.corenlp_dir,
+        spice_memory=config.spice_memory,
     )
+    entries = _read_entries(file, config.references)
+    captions, predictions = [entry.captions for entry in entries], [entry.prediction for entry in entries]
+    clipscores = _clipscores(entries, config, size)  # first: an image may be damaged
+    scores = scorer.score(captions, predictions, domains=[entry.domain for entry in entries])
+    if clipscores is not None:
+        scores.add_clipscore(*clipscores, model=str(config.clipscore))
+    result = Result.of_samples(
+        [entry.key for entry in entries],
+        scores.figures,
+        per_sample=scores.per_sample,
+        reasons=scores.reasons,
+        details=scores.details,
+    )
+    kept = json is None or try_write(replace(result, command=command_line()).write, json)
+    _print(scores, insist=bool(config.metrics))
+    return 1 if not kept or (config.metrics and set(scores.reasons.values()) - {ONE_IMAGE}) else 0
+
+
+def _read_entries(file: Path, references: Path | None) -> "list[Prediction]":
+    from contracap.evaluation.predictions import read_predictions, read_references
+
     known = None if references is None else read_references(references)
     entries = read_predictions(file, known)
     if known is not None and len(entries) < len(known):
@@ -84,37 +94,24 @@ def score(
             f"they do not count",
             to_stderr=True,
         )
-    judge, pictures = None, list[Path]()
-    if clipscore is not None:
-        from contracap.evaluation.metrics.clipscore import ClipScorer
-
-        pictures = _pictures(entries, images)
-        judge = ClipScorer(*load_model(clipscore, size), name=clipscore)
-    captions, predictions = [entry.captions for entry in entries], [entry.prediction for entry in entries]
-    suits = None if judge is None else judge.score(pictures, predictions, captions)  # first: an image may be damaged
-    scores = scorer.score(captions, predictions, domains=[entry.domain for entry in entries])
-    if judge is not None and suits is not None:
-        scores.add_clipscore(*suits, model=judge.name)
-    result = Result.of_samples(
-        [entry.key for entry in entries],
-        scores.figures,
-        per_sample=scores.per_sample,
-        reasons=scores.reasons,
-        details=scores.details,
-    )
-    kept = json is None or written(replace(result, command=command_line()).write, json)
-    for name, value in scores.figures.items():
-        print(f"{name:24}{value:.4f}")
-    if reason := scores.details.get("tokenizer_reason"):
-        say(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", to_stderr=True)
-    for name, reason in scores.reasons.items():
-        line = f"contracap: {name} left out: {' '.join(reason.split())}"
-        print(line, file=sys.stderr) if metrics else say(line, to_stderr=True)
-    return 1 if not kept or (metrics and set(scores.reasons.values()) - {ONE_IMAGE}) else 0
+    return entries
 
 
-def _pictures(entries: "list[Prediction]", folder: Path | None) -> list[Path]:
-    """The image of each entry.
+def _clipscores(
+    entries: "Sequence[Prediction]", config: ScoreConfig, size: str | None
+) -> tuple[list[float], list[float]] | None:
+    """Return CLIPScore and RefCLIPScore of each entry; None if nobody asked for them."""
+    if config.clipscore is None:
+        return None
+    from contracap.evaluation.metrics.clipscore import ClipScorer
+
+    images = _image_paths(entries, config.images)
+    judge = ClipScorer(*load_model(config.clipscore, size), name=config.clipscore)
+    return judge.score(images, [entry.prediction for entry in entries], [entry.captions for entry in entries])
+
+
+def _image_paths(entries: "Sequence[Prediction]", folder: Path | None) -> list[Path]:
+    """Return the image of each entry.
 
     Raises: ValueError, FileNotFoundError: naming the first that has none.
     """
@@ -122,11 +119,22 @@ def _pictures(entries: "list[Prediction]", folder: Path | None) -> list[Path]:
         raise ValueError("--clipscore looks at the images: name their folder with --images DIR")
     paths = []
     for number, entry in enumerate(entries):
-        if entry.picture is None:
+        if entry.image_name is None:
             raise ValueError(
                 f"entry {number} (counted from 0) does not tell its image, under `image_name` or COCO's `file_name`"
             )
-        paths.append(folder / entry.picture)
+        paths.append(folder / entry.image_name)
         if not paths[-1].is_file():
             raise FileNotFoundError(f"no image of entry {number} (counted from 0) at {paths[-1]}")
     return paths
+
+
+def _print(scores: "Scores", *, insist: bool) -> None:
+    """Print the figures, and on stderr what is missing; with `insist` also if --quiet was given."""
+    for name, value in scores.figures.items():
+        print(f"{name:24}{value:.4f}")
+    if reason := scores.details.get("tokenizer_reason"):
+        say(f"contracap: the Python tokenizer made the tokens: {' '.join(reason.split())}", to_stderr=True)
+    for name, reason in scores.reasons.items():
+        line = f"contracap: {name} left out: {' '.join(reason.split())}"
+        print(line, file=sys.stderr) if insist else say(line, to_stderr=True)

@@ -10,17 +10,8 @@ from typing import Annotated
 
 from contracap.apps.serve.batching import BatchingConfig
 from contracap.apps.serve.config import AccessConfig, LimitsConfig
-from contracap.cli.options import (
-    Device,
-    Flags,
-    Settings,
-    Size,
-    StrategyName,
-    WeightsName,
-    arg,
-    keep_few_kernels,
-    load_model,
-)
+from contracap.cli.flags import Flags, arg
+from contracap.cli.options import Device, Settings, Size, StrategyName, WeightsName, keep_few_kernels, load_model
 
 API_KEY = "CONTRACAP_API_KEY"
 logger = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from contracap.cli.errors import interruption, say
-from contracap.cli.options import PathText, Workers, arg, worker_count
+from contracap.cli.flags import PathText, arg
+from contracap.cli.options import Workers, worker_count
 from contracap.wording import counted
 
 

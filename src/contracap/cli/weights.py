@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from contracap.cli.errors import say
-from contracap.cli.options import Size, WeightsName, arg
+from contracap.cli.flags import arg
+from contracap.cli.options import Size, WeightsName
 
 
 def inspect(
@@ -13,8 +14,12 @@ def inspect(
 ) -> None:
     """Print what a weights file holds, and how it differs from a size."""
     from contracap.model.sizes import SIZES, find_size
-    from contracap.pretrained import METADATA_KEY, OUR_NAME, find_weights, read_tensors
-    from contracap.pretrained.names import at_own_lengths, differences, match_sizes, printable, shapes_of
+    from contracap.pretrained import find_weights
+    from contracap.pretrained.errors import printable
+    from contracap.pretrained.fit import at_own_lengths, differences, match_sizes
+    from contracap.pretrained.shapes import shapes_of
+    from contracap.pretrained.tensors import METADATA_KEY, read_tensors
+    from contracap.pretrained.weights import OUR_NAME
 
     path = find_weights(file)
     tensors, metadata = read_tensors(path)
@@ -92,7 +97,7 @@ def convert(
     from contracap.pretrained import read_weights, save_open_clip, write_weights
     from contracap.pretrained.fidelity import changes_in_open_clip
     from contracap.pretrained.find import ENDINGS
-    from contracap.pretrained.open_clip import not_for_open_clip
+    from contracap.pretrained.open_clip_config import not_for_open_clip
 
     found = read_weights(file, size=size)
     to = to or ("open_clip" if found.layout == "contracap" else "contracap")

@@ -13,7 +13,8 @@ from contracap.data.batch import Batch
 from contracap.data.config import DataConfig
 from contracap.data.order import Order, OrderError, SampleStream, SkippedSample
 from contracap.data.samples import Sample
-from contracap.images import ImageConfig, ImageSizeError, augment, decode
+from contracap.image_files import ImageSizeError, decode
+from contracap.images import ImageConfig, augment
 from contracap.tokenizer import Tokenizer, text_lengths
 
 SMALLEST_SIDE = 8  # pixels; what is smaller, such as a web page's 1 x 1, is a bad sample

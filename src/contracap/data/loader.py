@@ -18,7 +18,8 @@ from contracap.data.order import WINDOW, Order, OrderError, SampleStream, ShardS
 from contracap.data.samples import Sample
 from contracap.data.shards import list_shards, samples
 from contracap.data.workers import WorkerError
-from contracap.images import ImageConfig, decode, resize_and_crop
+from contracap.image_files import decode
+from contracap.images import ImageConfig, resize_and_crop
 from contracap.tokenizer import Tokenizer
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from contracap.data.captions import CaptionConfig, all_captions, choose_caption
 from contracap.data.samples import SAMPLE_SUFFIXES, Record, Sample, SampleError, parse
 from contracap.data.shards import ShardError, layout_fault, records
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from contracap.data.annotations import Entry, SkippedEntry
-from contracap.images import ImageError, decode
+from contracap.image_files import ImageError, decode
 
 JPEG_QUALITY = 95  # of images that are made smaller
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of formats with another name

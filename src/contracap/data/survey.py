@@ -22,7 +22,8 @@ from contracap.data.counts import indexed_samples
 from contracap.data.samples import Record, Sample, SampleError, parse
 from contracap.data.shards import ShardError, list_shards, records
 from contracap.formats import FORMATS
-from contracap.images import AugmentationConfig, ImageConfig, ImageError, ImageSizeError, augment, decode
+from contracap.image_files import ImageError, ImageSizeError, decode
+from contracap.images import AugmentationConfig, ImageConfig, augment
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 

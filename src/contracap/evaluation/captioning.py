@@ -1,4 +1,4 @@
-"""Captioning: captions a model writes, scored against those people wrote."""
+"""Captioning: captions that a model writes, scored against those that people wrote."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 from contracap.data.samples import Sample
 from contracap.data.workers import prepared
 from contracap.evaluation.distributed import run_on_every_rank, run_on_rank_0
-from contracap.evaluation.features import Source, picture_pixels, sample_batches, with_progress
+from contracap.evaluation.features import Source, image_pixels, open_source, sample_batches, with_progress
 from contracap.evaluation.metrics.clipscore import ClipScorer
 from contracap.evaluation.metrics.scores import CaptionScorer, Scores, domain_name
 from contracap.evaluation.metrics.tokens import has_word
@@ -37,24 +37,22 @@ def evaluate_captioning(
     process_group: ProcessGroup = ProcessGroup(),
     on_predictions: Callable[[Sequence[Prediction]], object] = lambda _: None,
 ) -> Result:
-    """Let the model caption the images and score its captions. The predictions are a list of `Prediction`.
+    """Caption the images and score the captions. The predictions are a list of `Prediction`.
 
-    Samples with the field `domain` of NoCaps give figures of each domain too: CIDEr_in, CIDEr_near, CIDEr_out, likewise
-    of SPICE.
+    If samples have the field `domain` of NoCaps, each domain has figures of its own, such as CIDEr_near and SPICE_near.
 
     Args:
-        strategy: how to decode; its `max_tokens` is cut to the model's context.
+        strategy: the decoding strategy; its `max_tokens` is limited to the model's context.
         scorer: computes the metrics; by default all that can run here.
         clipscore: judges captions and images; `self` means the model that writes the captions, which is not an
             impartial judge of them.
-        batch_size: images decoded at a time.
+        batch_size: images captioned at a time.
         process_group: the ranks that run this together. All write every caption, since they may share the model;
             rank 0 computes the metrics for all.
         on_predictions: called with all captions before they are scored: a metric may take hours, and fail.
 
-    Raises:
-        ValueError: if the model cannot caption, an image has no caption with a word in it or cannot be read, or a
-            metric fails.
+    Raises: ValueError: if the model cannot caption, an image has no caption with a word in it or cannot be read, or a
+        metric fails.
     """
     scorer = scorer or CaptionScorer()
     judge = ClipScorer(model, processor, name="the model that wrote the captions") if clipscore == "self" else clipscore
@@ -89,21 +87,22 @@ def evaluate_captioning(
 def _write_captions(
     model: CoCa, processor: Processor, data: Source, *, strategy: Strategy, judge: ClipScorer | None, batch_size: int
 ) -> tuple[list[Prediction], list[float], list[float]]:
-    """Return all captions, and where there is a judge CLIPScore and RefCLIPScore of each."""
+    """Return all captions, and CLIPScore and RefCLIPScore of each if there is a judge."""
     captioner = Captioner(model, processor)
     predictions, clip, both = list[Prediction](), list[float](), list[float]()
 
     def pixels_of(
         samples: Sequence[Sample],
     ) -> tuple[Float32[Tensor, "batch 3 size size"], Float32[Tensor, "batch 3 judged judged"]]:
-        """Return what the model reads and what the judge reads, which may be the same."""
-        pixels = picture_pixels(samples, processor)
+        """Return the pixels for the model and those for the judge, which may be the same."""
+        pixels = image_pixels(samples, processor)
         if judge is None or judge.processor.image_config == processor.image_config:
             return pixels, pixels
-        return pixels, picture_pixels(samples, judge.processor)
+        return pixels, image_pixels(samples, judge.processor)
 
-    with prepared(pixels_of, sample_batches(data, batch_size)) as batches:
-        for batch, (pixels, judged) in with_progress(batches, data):
+    samples = open_source(data)
+    with prepared(pixels_of, sample_batches(samples, batch_size)) as batches:
+        for batch, (pixels, judged) in with_progress(batches, samples):
             for sample in batch:
                 if not has_word(sample.captions):
                     why = f" ({sample.problem})" if sample.problem else ""

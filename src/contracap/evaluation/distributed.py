@@ -14,16 +14,14 @@ from contracap.data.workers import prepared
 from contracap.parallel.process_group import ProcessGroup
 
 Value = TypeVar("Value")
-Item = TypeVar("Item")
+BatchType = TypeVar("BatchType")
 KEEPALIVE_SECONDS = 60.0  # between messages from rank 0 while the others wait for it
 
 
 def run_on_every_rank(process_group: ProcessGroup, work: Callable[[], Value]) -> Value:
-    """Return what `work` returns here, once it has succeeded on every rank; so no rank waits for one that has failed.
+    """Return the result of `work` once it has succeeded on every rank, so that no rank waits for one that has failed.
 
-    Raises:
-        Exception: what `work` raised here.
-        ValueError: if it failed on another rank; says on which, and why.
+    Raises: Exception: from `work` on this rank. ValueError: if it failed on another rank; says on which, and why.
     """
     problem, done = None, []
     try:
@@ -40,20 +38,21 @@ def run_on_every_rank(process_group: ProcessGroup, work: Callable[[], Value]) ->
 
 
 def run_on_rank_0(process_group: ProcessGroup, work: Callable[[], Value]) -> Value:
-    """Return what `work` returns on rank 0, on every rank. It may take hours: rank 0 sends keep-alive messages
-    meanwhile, so that the others do not take it for lost.
+    """Run `work` on rank 0 and return its result on every rank.
 
-    Raises: Exception: what `work` raised; on the other ranks a ValueError that says the same.
+    It may take hours: rank 0 sends keep-alive messages meanwhile, so that the other ranks do not give up.
+
+    Raises: Exception: from `work`; on the other ranks a ValueError that says the same.
     """
     if process_group.world_size == 1:
         return work()
-    with ThreadPoolExecutor(1) as aside:
-        later = aside.submit(work) if process_group.rank == 0 else None
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(work) if process_group.rank == 0 else None
 
         def look() -> list[Value]:
-            if later is None or later not in wait([later], KEEPALIVE_SECONDS).done:
+            if future is None or future not in wait([future], KEEPALIVE_SECONDS).done:
                 return []
-            return [later.result()]
+            return [future.result()]
 
         found = list[Value]()
         while not found:
@@ -63,26 +62,25 @@ def run_on_rank_0(process_group: ProcessGroup, work: Callable[[], Value]) -> Val
 
 def encode_in_shares(
     process_group: ProcessGroup,
-    batches: Iterable[Item],
-    prepare: Callable[[Item], Tensor],
+    batches: Iterable[BatchType],
+    prepare: Callable[[BatchType], Tensor],
     encode: Callable[[Tensor], Float[Tensor, "batch embed"]],
 ) -> Float32[Tensor, "row embed"]:
     """Return the encoded rows of all batches in order, on the CPU; each rank encodes every n-th batch.
 
-    All ranks run the model equally often, which a sharded model needs: where the batches run out, a rank encodes one of
-    another rank's again.
+    All ranks run the model equally often, which a sharded model needs: after its last batch, a rank encodes a batch of
+    another rank again.
 
     Args:
         batches: the same on every rank.
-        prepare, encode: may fail; then this ends on every rank. (With a sharded model, a rank that fails while it
-            encodes leaves the others waiting.) Threads run `prepare` ahead of `encode`.
+        prepare: run in threads, ahead of `encode`.
+        encode: an error in it ends this on every rank, except that a sharded model leaves the other ranks waiting.
 
-    Raises:
-        Exception: from `batches`, `prepare` or `encode`; on the other ranks a ValueError that says the same.
+    Raises: Exception: from `batches`, `prepare` or `encode`; on the other ranks a ValueError that says the same.
     """
     rows = list[Tensor]()
 
-    def own_batches() -> Generator[tuple[Item, bool], None, None]:  # rows of another rank's batch are dropped
+    def own_batches() -> Generator[tuple[BatchType, bool], None, None]:  # rows of another rank's batch are dropped
         stream = iter(batches)
         while group := list(islice(stream, process_group.world_size)):
             yield group[min(process_group.rank, len(group) - 1)], process_group.rank < len(group)
@@ -90,12 +88,12 @@ def encode_in_shares(
     with prepared(lambda item: prepare(item[0]), own_batches()) as own:
         while (found := run_on_every_rank(process_group, lambda: next(own, None))) is not None:
             (_, counts), inputs = found
-            encoded = run_on_every_rank(process_group, partial(_encoded, encode, inputs))
+            encoded = run_on_every_rank(process_group, partial(_encode, encode, inputs))
             if counts:
                 rows.append(encoded)
     shares = process_group.all_gather(rows)
     return torch.cat([rows for group in zip_longest(*shares) for rows in group if rows is not None])
 
 
-def _encoded(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+def _encode(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     return encode(inputs).float().cpu()

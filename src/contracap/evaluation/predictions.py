@@ -1,4 +1,4 @@
-"""Captions by a model, and the files that hold them: lists with the references, or COCO's results and annotations."""
+"""Captions by a model, and their files: lists with the references, or COCO's results and annotations."""
 
 import hashlib
 import json
@@ -21,18 +21,17 @@ class Prediction:
     """A caption of an image by a model, and those that people wrote.
 
     Attributes:
-        key: identifies the image. In a file it is the image's id, or else its name, or else a digest of the captions:
-            files about other images, or about the same in another order, have other keys.
-        captions: those that people wrote.
-        image: name of the image's file, if it is known.
-        domain: part of NoCaps that the image belongs to, such as `near`.
-        cider: CIDEr of this image within the set, from 0 to 10; None if it was not computed, or not yet.
+        key: identifies the image. In a file it is the image's id, or else its name, or else a digest of the captions.
+        captions: the references, which people wrote.
+        image_name: the name of the image's file, if it is known.
+        domain: the part of NoCaps that the image belongs to, such as `near`.
+        cider: CIDEr of this image within the set, from 0 to 10; None if it was not computed.
     """
 
     key: str
     prediction: str
     captions: tuple[str, ...]
-    picture: str | None = None
+    image_name: str | None = None
     domain: str | None = None
     cider: float | None = None
 
@@ -43,7 +42,7 @@ def read_predictions(path: Path, references: Mapping[str, Prediction] | None = N
     Args:
         path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name` and NoCaps' `domain`; with
             `references`, of objects with `image_id` and `caption`, the layout of COCO's results.
-        references: what `read_references` found. Images that `path` has nothing of do not count.
+        references: the result of `read_references`. Images that are not in `path` do not count.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -63,7 +62,7 @@ def read_predictions(path: Path, references: Mapping[str, Prediction] | None = N
             if not isinstance(value, dict):
                 raise ValueError(f"must be an object, not {type(value).__name__}")
             entry = _own(value) if references is None else _coco(value, references)
-            if entry.key in seen and (references is not None or entry.picture):
+            if entry.key in seen and (references is not None or entry.image_name):
                 raise ValueError(f"is the second one of image {entry.key}")
         except ValueError as error:
             raise ValueError(f"{path}, entry {number} (counted from 0): {error}") from None
@@ -73,7 +72,7 @@ def read_predictions(path: Path, references: Mapping[str, Prediction] | None = N
 
 
 def read_references(path: Path) -> dict[str, Prediction]:
-    """Return the images by their ids, with nothing predicted, from annotations in COCO's layout; `images` may be
+    """Return the images by their ids, with empty predictions, from annotations in COCO's layout; `images` may be
     missing.
 
     Raises:
@@ -96,7 +95,7 @@ def read_references(path: Path) -> dict[str, Prediction]:
             key=key,
             prediction="",
             captions=tuple(written),
-            picture=images.get(key, {}).get("file_name"),
+            image_name=images.get(key, {}).get("file_name"),
             domain=domain_name(images.get(key, {}).get("domain")),
         )
         for key, written in captions.items()
@@ -104,7 +103,7 @@ def read_references(path: Path) -> dict[str, Prediction]:
 
 
 def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
-    """Write a JSON list that `read_predictions` reads, an entry a line, whole or not at all. The key is the
+    """Write a JSON list that `read_predictions` reads, with an entry on each line; a whole file or none. The key is the
     `image_name` if no other image has the same."""
     keys = Counter(one.key for one in predictions)
     entries = list[dict[str, Any]]()
@@ -116,7 +115,7 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> No
 
 
 def write_list(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Write a JSON list, an entry a line, whole or not at all."""
+    """Write a JSON list with an entry on each line; a whole file or none."""
     write_text(path, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
 
 
@@ -128,13 +127,13 @@ def _own(value: dict[str, Any]) -> Prediction:
         raise ValueError("needs a list of texts under `captions`")
     if not has_word(captions):
         raise ValueError("has no reference in `captions` with a word in it")
-    written, picture = texts_in(captions), value.get("image_name")
-    named = isinstance(picture, str) and picture
+    written, name = texts_in(captions), value.get("image_name")
+    image_name = name if isinstance(name, str) and name else None
     return Prediction(
-        key=picture if named else hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16],
+        key=image_name or hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16],
         prediction=_text(value, "prediction"),
         captions=written,
-        picture=picture if named else None,
+        image_name=image_name,
         domain=domain_name(value.get("domain")),
     )
 
@@ -142,13 +141,13 @@ def _own(value: dict[str, Any]) -> Prediction:
 def _coco(value: dict[str, Any], known: Mapping[str, Prediction]) -> Prediction:
     if "image_id" not in value:
         raise ValueError("needs an `image_id`, whose references are in the other file")
-    picture = known.get(str(value["image_id"]))
-    if picture is None:
+    image = known.get(str(value["image_id"]))
+    if image is None:
         one = f"; one of theirs is {next(iter(known))}" if known else ""
         raise ValueError(f"the image_id {value['image_id']!r} is not among the references{one}")
-    if not has_word(picture.captions):
+    if not has_word(image.captions):
         raise ValueError(f"image {value['image_id']} has no reference with a word in it")
-    return replace(picture, prediction=_text(value, "caption"))
+    return replace(image, prediction=_text(value, "caption"))
 
 
 def _text(value: dict[str, Any], name: str) -> str:

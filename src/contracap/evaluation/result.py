@@ -1,4 +1,4 @@
-"""What an evaluation found, and the JSON file that a command writes of it."""
+"""The result of an evaluation, and its JSON file."""
 
 import hashlib
 import json
@@ -36,10 +36,10 @@ VERSIONED = (
 
 @dataclass(frozen=True, kw_only=True)
 class PerSample:
-    """A figure's value for each sample; the figure is their mean.
+    """The values of a figure for each sample; the figure is their mean.
 
     Attributes:
-        samples: a digest of the samples' keys, in their order: values of two results pair up where it is the same.
+        samples: a digest of the samples' keys, in order: the values of two results pair up if it is the same.
     """
 
     samples: str
@@ -47,30 +47,29 @@ class PerSample:
 
     @classmethod
     def of(cls, keys: Sequence[str], values: Sequence[float]) -> "PerSample":
-        """Values of the samples with these keys."""
+        """Return values of the samples with these keys."""
         return cls(samples=digest(keys), values=values)
 
 
 def digest(keys: Sequence[str]) -> str:
-    """Stands for the keys of samples, in their order."""
+    """Return a digest of the keys of samples, in order."""
     return hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was measured.
+    """Figures, and what they rest on.
 
     Attributes:
         figures: name to number, or to None with the reason under the same name in `reasons`.
-        samples: how many samples the figures rest on.
+        samples: number of samples.
         per_sample: the values of each sample, for figures that are means over samples.
-        predictions: what the model said of the samples, in the form of the task; not written to the file.
+        predictions: the model's output for the samples, in a form of the task's own; not in the file.
         details: further keys of the file, such as `bleu_stats`.
-        command: as it was typed.
-        seed: of the run; None if nothing random took part.
+        command: the command line as it was typed.
+        seed: the seed of the run; None if nothing was random.
 
-    Raises:
-        ValueError: if a figure is None without a reason, or a detail has the name of a key of its own.
+    Raises: ValueError: if a figure is None without a reason, or a detail has the name of another key of the file.
     """
 
     figures: Mapping[str, float | None]
@@ -96,8 +95,8 @@ class Result:
         """Return the result of one evaluator on the samples with these keys.
 
         Args:
-            per_sample: the values of each sample, in the order of the keys. What is counted in other units, such as
-                captions, is spread over the samples they belong to.
+            per_sample: the values of each sample, in the order of the keys. Values of other units, such as captions,
+                are divided among the samples that they belong to.
             reasons: why other figures could not be computed.
         """
         return cls(
@@ -123,7 +122,7 @@ class Result:
             raise ValueError(f"details would overwrite the result's own keys: {', '.join(sorted(taken))}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file; a figure that is not a finite number becomes null with a reason."""
+        """Return the content of the file. A figure that is not a finite number becomes null with a reason."""
         reasons = dict(self.reasons)
         figures: dict[str, float | None] = {}
         for name, value in self.figures.items():
@@ -138,8 +137,7 @@ class Result:
         return content
 
     def write(self, path: str | Path) -> None:
-        """Writes the file, whole or not at all; its folder is made if need be. A figure's values for the samples, which
-        may be many thousands, take one line."""
+        """Write the file, whole or not at all, and create its folder. The values of a figure take one line."""
         content = self.to_dict()
         per_sample = content.pop("per_sample", {})
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
@@ -155,12 +153,12 @@ Evaluator = Callable[[CoCa], Result]
 
 
 def unexpected(error: Exception) -> Exception | None:
-    """The error, if it is none that data, a file or the device's memory gives: its traceback is worth a look."""
+    """Return an error if its traceback is worth a look: it is not of the data, a file or the device's memory."""
     return None if isinstance(error, OSError | ValueError | torch.OutOfMemoryError) else error
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that can change a figure, as far as they are installed."""
+    """Return the versions of Python and of the installed packages that can change a figure."""
     found = {"python": platform.python_version()}
     for package in VERSIONED:
         try:

@@ -4,7 +4,7 @@ Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_retrieval, whose figur
 (text to image) and text_retrieval_recall (image to text).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from contracap.data.captions import require_captions
 from contracap.data.samples import Sample
 from contracap.evaluation.distributed import encode_in_shares, run_on_every_rank
-from contracap.evaluation.features import Source, finite, picture_pixels, progress, sample_batches
+from contracap.evaluation.features import Source, finite, image_pixels, open_source, progress, sample_batches
 from contracap.evaluation.metrics.ranking import ranks, share
 from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
@@ -27,8 +27,8 @@ class Features:
     """Images and captions as the model embeds them, on the CPU.
 
     Attributes:
-        image_of_text: row of `images` that each caption belongs to.
-        keys: of the images.
+        image_of_text: the row of `images` that each caption belongs to.
+        keys: keys of the images.
         captions: one for each row of `texts`.
     """
 
@@ -55,23 +55,22 @@ def evaluate_retrieval(
     The predictions are the `Features` that were ranked.
 
     Args:
-        ks: places from the top that count.
+        ks: each K of recall@K.
         batch_size: images, and captions, embedded at a time.
         process_group: the ranks that run this together, each on its share; the figures are those of one process.
 
-    Raises:
-        ValueError: if a K is below 1, an image has no caption or cannot be read, the features are not finite, or
-            another rank failed.
+    Raises: ValueError: if a K is below 1, an image has no caption or cannot be read, the features are not finite, or
+        another rank failed.
     """
-    check_places(ks)
+    _check_ks(ks)
     features = embed(model, processor, data, batch_size=batch_size, process_group=process_group)
-    device = next(model.parameters()).device
 
-    def moved() -> tuple[Tensor, Tensor, Tensor]:
+    def move_features() -> tuple[Tensor, Tensor, Tensor]:
+        device = model.device
         return features.images.to(device), features.texts.to(device), features.image_of_text.to(device)
 
-    text_ranks, image_ranks = ranks(*run_on_every_rank(process_group, moved), process_group)
-    hits, reasons = recalls(text_ranks, image_ranks, ks)
+    text_ranks, image_ranks = ranks(*run_on_every_rank(process_group, move_features), process_group)
+    hits, reasons = _hits(text_ranks, image_ranks, ks)
     images, per_sample = len(features.images), {}
     for name, hit in hits.items():
         owner = features.image_of_text if name.startswith("text_to_image") else torch.arange(images)
@@ -91,43 +90,36 @@ def evaluate_retrieval(
 def embed(
     model: CoCa, processor: Processor, source: Source, *, batch_size: int, process_group: ProcessGroup = ProcessGroup()
 ) -> Features:
-    """Embeddings of all images and all their captions.
+    """Return the embeddings of all images and all their captions.
 
     Args:
         process_group: the ranks that call this with the same samples; each embeds every n-th batch and gets all
             features.
 
-    Raises:
-        ValueError: if an image has no caption or cannot be read, or the features are not finite.
+    Raises: ValueError: if an image has no caption or cannot be read, or the features are not finite.
     """
     keys, captions, image_of_text = list[str](), list[str](), list[int]()
+    samples = open_source(source)
 
-    def batches() -> Iterator[list[Sample]]:
-        for batch in sample_batches(source, batch_size):
+    def batches() -> Generator[list[Sample], None, None]:
+        for batch in sample_batches(samples, batch_size):
             for sample in batch:
                 captions.extend(require_captions(sample))
                 image_of_text.extend([len(keys)] * len(sample.captions))
                 keys.append(sample.key)
             yield batch
 
-    like = next(model.parameters())
-
     def encode(pixels: Tensor) -> Tensor:
         bar.update(len(pixels))
-        return model.encode_image(pixels.to(like))
+        return model.encode_image(pixels.to(model.device, model.dtype))
 
-    with evaluating(model), progress(source) as bar:
-        images = encode_in_shares(
-            process_group,
-            batches(),
-            lambda batch: picture_pixels(batch, processor),
-            encode,
-        )
+    with evaluating(model), progress(samples) as bar:
+        images = encode_in_shares(process_group, batches(), lambda batch: image_pixels(batch, processor), encode)
         texts = encode_in_shares(
             process_group,
             (captions[first : first + batch_size] for first in range(0, len(captions), batch_size)),
             processor.texts,
-            lambda ids: model.encode_text(ids.to(like.device)),
+            lambda ids: model.encode_text(ids.to(model.device)),
         )
     return Features(
         images=finite(images, "images"),
@@ -144,43 +136,41 @@ def recall(
     image_of_text: Int64[Tensor, "text"],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """Recall@K in both directions, as shares from 0 to 1, from embeddings with unit rows.
+    """Return recall@K in both directions, from 0 to 1, of embeddings with unit rows.
 
     Args:
-        image_of_text: row of `image_features` that each text belongs to; each image has at least one.
-        ks: places from the top that count.
+        image_of_text: the row of `image_features` that each text belongs to; each image has at least one.
+        ks: each K of recall@K.
 
-    Raises:
-        ValueError: if a K is below 1 or above the number of candidates, an image has no text, or features are not
-            finite.
+    Raises: ValueError: if a K is below 1 or above the number of candidates, an image has no text, or features are not
+        finite.
     """
-    check_places(ks)
-    hits, reasons = recalls(*ranks(image_features, text_features, image_of_text), ks)
+    _check_ks(ks)
+    hits, reasons = _hits(*ranks(image_features, text_features, image_of_text), ks)
     for reason in reasons.values():
         raise ValueError(reason)
     return {name: share(hit) for name, hit in hits.items()}
 
 
-def recalls(
+def _hits(
     text_ranks: Int64[Tensor, "text"], image_ranks: Int64[Tensor, "image"], ks: Sequence[int]
 ) -> tuple[dict[str, Bool[Tensor, "query"]], dict[str, str]]:
-    """By the name of each recall which texts, or which images, hit: their share is the recall. And why there is none
-    of more places than there are candidates."""
+    """Return, by the name of each recall, a mask of the queries that hit; and reasons why a recall has no value."""
     hits, reasons = dict[str, Tensor](), dict[str, str]()
-    for direction, places, candidates, what in (
+    for direction, found, candidates, what in (
         ("text_to_image", text_ranks, len(image_ranks), "images"),
         ("image_to_text", image_ranks, len(text_ranks), "captions"),
     ):
         for k in ks:
             name = f"{direction}_recall@{k}"
             if k <= candidates:
-                hits[name] = places < k
+                hits[name] = found < k
             else:
                 reasons[name] = f"{name} needs at least {k} {what} to choose from; there are {candidates}"
     return hits, reasons
 
 
-def check_places(ks: Sequence[int]) -> None:
+def _check_ks(ks: Sequence[int]) -> None:
     """Raises: ValueError: if a K is below 1."""
     if wrong := [k for k in ks if k < 1]:
         raise ValueError(f"recall@{wrong[0]} needs a K from 1")

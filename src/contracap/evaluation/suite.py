@@ -1,19 +1,18 @@
-"""Several tasks as one: what a recipe wants measured while it trains, and what a file of tasks asks of a model."""
+"""Several tasks, measured one after the other and joined in one result: those of a file, or of a training run."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from contracap.config import require_paths
 from contracap.data.shards import list_shards
+from contracap.evaluation.config import EvaluationConfig, SampleCaptionsConfig, TaskConfig
 from contracap.evaluation.distributed import run_on_every_rank
-from contracap.evaluation.features import picture_pixels, sample_batches
+from contracap.evaluation.features import image_pixels, sample_batches
 from contracap.evaluation.result import Evaluator, PerSample, Result, unexpected
 from contracap.evaluation.task import build_evaluator, seed_of
-from contracap.evaluation.task_config import Shards, TaskConfig
 from contracap.generation.captioner import Captioner
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
@@ -23,56 +22,10 @@ BATCH = 16  # images captioned at a time
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleCaptionsConfig:
-    """Captions for people to read, in captions.jsonl and TensorBoard."""
-
-    data: Shards
-    """Tar shards, or folders of tar shards."""
-    samples: int = 16
-    """Number of images, from the start of the data."""
-
-    def __post_init__(self) -> None:
-        require_paths(self, "data")
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}; it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What is measured during training, besides the losses; by default nothing."""
-
-    every: int = 1000
-    """Steps between evaluations; there is always one at the end."""
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
-    """Tasks by name; metrics are recorded as `NAME/metric`."""
-    captions: SampleCaptionsConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; it must be at least 1 step")
-
-    @property
-    def writes(self) -> bool:
-        """Whether the model must have a decoder."""
-        return self.captions is not None or any(task.writes for task in self.tasks.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class TasksConfig:
-    """A file of tasks, each a table `[tasks.NAME]`."""
-
-    tasks: dict[str, TaskConfig]
-
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError("there is no task: give each a table [tasks.NAME]")
-
-
 def build_evaluators(
     tasks: Mapping[str, TaskConfig], processor: Processor, process_group: ProcessGroup = ProcessGroup()
 ) -> dict[str, Evaluator]:
-    """Return what measures each of the tasks.
+    """Return the evaluator of each task.
 
     Raises: FileNotFoundError, ValueError: naming the task, if its samples are missing, or a file or its first sample
         lacks what it needs.
@@ -91,8 +44,7 @@ def build_evaluators(
 def measure_tasks(
     tasks: Mapping[str, TaskConfig], model: CoCa, processor: Processor, *, command: str, seed: int | None = None
 ) -> Result:
-    """Measure one task after the other. A task that fails costs its own figures only: in their place its name is null,
-    with the reason.
+    """Measure the tasks one after the other. The figure of a task that fails is its name, null and with the reason.
 
     Raises: FileNotFoundError, ValueError: as `build_evaluators` does, before anything is computed.
     """
@@ -109,8 +61,10 @@ def measure_tasks(
 
 
 def join(results: Mapping[str, Result | str]) -> Result:
-    """Return one result of several tasks, each with its own result or the reason why it has none. Figures are called
-    `NAME/figure`; what was asked, and details, stand under `tasks`."""
+    """Join the results of tasks, or the reasons why they have none, in one result.
+
+    Figures are called `NAME/figure`; the details of each task, such as `asked`, are under `tasks`.
+    """
     figures, reasons = dict[str, float | None](), dict[str, str]()
     per_sample, tasks = dict[str, PerSample](), dict[str, Any]()
     for name, result in results.items():
@@ -133,12 +87,13 @@ def join(results: Mapping[str, Result | str]) -> Result:
 def build_suite(
     config: EvaluationConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()
 ) -> Evaluator | None:
-    """Return what measures all that a recipe asks for, None if that is nothing. Its predictions are the captions of
-    `config.captions`, ready for JSON.
+    """Return the evaluator of everything that a recipe measures; None if it measures nothing.
 
-    Every rank must call it: they share the images of retrieval, and maybe the model, which must have made a training
-    step before then: FSDP keeps the tensors that its first pass gathers into, and those of inference mode cannot be
-    trained on. The figures are the same on every rank. What fails on one rank raises on all.
+    Its predictions are the captions of `config.captions`, ready for JSON. Every rank must call it, since they share the
+    images of retrieval and perhaps the model. The figures are the same on every rank; an error on one raises on all.
+
+    A sharded model must have made a training step before: FSDP keeps the tensors that its first pass gathers into, and
+    tensors of inference mode cannot be trained.
 
     Raises: FileNotFoundError, ValueError: as `build_evaluators` does.
     """
@@ -162,11 +117,11 @@ def build_suite(
 
 
 def write_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[dict[str, Any]]:
-    """Return what the model writes for the first images, next to what people wrote."""
+    """Return the model's captions of the first images, each with its references."""
     captioner, written = Captioner(model, processor), list[dict[str, Any]]()
     samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)
     while batch := list(islice(samples, BATCH)):
-        captions = captioner.generate(picture_pixels(batch, processor))
+        captions = captioner.generate(image_pixels(batch, processor))
         written += [
             {"key": sample.key, "caption": caption.text, "references": tuple(sample.captions)}
             for sample, caption in zip(batch, captions, strict=True)

@@ -1,4 +1,4 @@
-"""One thing that can be measured of a model, and the evaluator that measures it."""
+"""Evaluators of one task: from its configuration to a function that measures a model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -11,25 +11,19 @@ from contracap.data.captions import require_captions
 from contracap.data.questions import questions
 from contracap.data.samples import SampleError
 from contracap.data.shards import layout_fault
+from contracap.evaluation.answers import AnswerChooser, AnswerWriter
 from contracap.evaluation.captioning import evaluate_captioning
-from contracap.evaluation.features import opened, sample_batches
+from contracap.evaluation.class_names import check_templates, load_classes, load_templates, templates_for
+from contracap.evaluation.config import Task, TaskConfig
+from contracap.evaluation.features import open_source, sample_batches
 from contracap.evaluation.metrics.clipscore import ClipScorer
 from contracap.evaluation.metrics.scores import CaptionScorer
 from contracap.evaluation.metrics.spice import MEMORY
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Evaluator, Result
 from contracap.evaluation.retrieval import evaluate_retrieval
-from contracap.evaluation.task_config import Task, TaskConfig
-from contracap.evaluation.vqa import PROMPT, Answered, answering, check_prompt, evaluate_vqa, load_answers
-from contracap.evaluation.zeroshot import (
-    check_templates,
-    evaluate_zeroshot,
-    label_of,
-    load_classes,
-    load_templates,
-    named_classes,
-    templates_of,
-)
+from contracap.evaluation.vqa import PROMPT, Answer, check_prompt, evaluate_vqa, load_answers
+from contracap.evaluation.zeroshot import evaluate_zeroshot, label_of, match_classes
 from contracap.generation.reranking import split
 from contracap.generation.sampling import Sampling
 from contracap.model.coca import CoCa
@@ -39,48 +33,44 @@ from contracap.processor import Processor
 
 
 def seed_of(*tasks: TaskConfig) -> int | None:
-    """The seed that the words of all these tasks are drawn with; None if none are drawn, or if there are several seeds:
-    what was asked tells them."""
+    """Return the seed with which these tasks sample texts; None if none samples, or if the seeds differ."""
     writers = [split(task.build_strategy())[0] for task in tasks if task.writes]
     seeds = {writer.seed for writer in writers if isinstance(writer, Sampling)}
     return seeds.pop() if len(seeds) == 1 else None
-
-
-def asked(config: TaskConfig) -> dict[str, Any]:
-    """What a task says beyond the defaults, as plain values."""
-    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
-    return {name: value for name, value in to_dict(config).items() if name in changed}
 
 
 def build_evaluator(
     config: TaskConfig,
     processor: Processor,
     process_group: ProcessGroup = ProcessGroup(),
-    on_predictions: Callable[[Sequence[Prediction | Answered]], object] = lambda _: None,
+    on_predictions: Callable[[Sequence[Prediction | Answer]], object] = lambda _: None,
 ) -> Evaluator:
-    """Return what measures a task; its results say what was asked. The files and the first sample are read now: a wrong
-    path is found before hours of work, not after.
+    """Return the evaluator of a task. Its results hold the configuration, without defaults, as the detail `asked`.
+
+    Files and the first sample are read now, so that a wrong path is found before hours of work.
 
     Args:
-        process_group: the ranks that run it together. They share retrieval; each of them runs the other tasks whole.
-        on_predictions: called with what the model wrote, before it is scored; for `captioning` and `vqa`.
+        process_group: the ranks that run it together. They share retrieval; each rank runs the other tasks whole.
+        on_predictions: called with the texts that the model wrote, before they are scored; for `captioning` and `vqa`.
 
     Raises: FileNotFoundError, ValueError: if there are no samples, or a file or the first sample lacks what it needs.
     """
-    evaluate = _prepared(config, process_group, on_predictions)
+    evaluate = _bind_task(config, process_group, on_predictions)
+    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    asked = {name: value for name, value in to_dict(config).items() if name in changed}
 
     def evaluator(model: CoCa) -> Result:
         result = evaluate(model, processor)
-        return replace(result, seed=seed_of(config), details={"asked": asked(config)} | dict(result.details))
+        return replace(result, seed=seed_of(config), details={"asked": asked} | dict(result.details))
 
     return evaluator
 
 
-def _prepared(
+def _bind_task(
     config: TaskConfig, process_group: ProcessGroup, on_predictions: Callable[[Sequence[Any]], object]
 ) -> Callable[[CoCa, Processor], Result]:
-    """Return the evaluation of a task with all its arguments but the model and the processor."""
-    data = opened(config.data, lines=config.caption_lines)
+    """Return the evaluation function of a task with all arguments except the model and the processor."""
+    data = open_source(config.data, lines=config.caption_lines)
     first = next(sample_batches(data, 1))[0]
     if config.task in ("retrieval", "captioning"):
         try:
@@ -88,8 +78,8 @@ def _prepared(
         except SampleError as error:
             raise ValueError(f"{error}, which {config.task} compares with.{layout_fault(first.shard)}") from None
     if config.task == "zeroshot":
-        data, classes = named_classes(config.data, load_classes(config.classes) if config.classes else None)
-        templates = load_templates(config.templates) if config.templates else templates_of(config.classes)
+        data, classes = match_classes(config.data, load_classes(config.classes) if config.classes else None)
+        templates = load_templates(config.templates) if config.templates else templates_for(config.classes)
         label_of(first, len(classes))
         return partial(evaluate_zeroshot, data=data, classes=classes, templates=check_templates(templates))
     if config.task == "retrieval":
@@ -97,9 +87,9 @@ def _prepared(
     if config.task == "vqa":
         questions(first)
         answers = load_answers(config.answers) if config.answers else ()
+        answerer = AnswerChooser(answers) if answers else AnswerWriter(config.build_strategy())
         prompt = check_prompt(PROMPT if config.prompt is None else config.prompt)
-        answer = answering(answers, config.build_strategy())
-        return partial(evaluate_vqa, data=data, answer=answer, prompt=prompt, on_predictions=on_predictions)
+        return partial(evaluate_vqa, data=data, answerer=answerer, prompt=prompt, on_predictions=on_predictions)
     scorer = CaptionScorer(
         metrics=config.metrics,
         tokenizer=config.tokenizer,
@@ -111,16 +101,14 @@ def _prepared(
         data=data,
         strategy=config.build_strategy(),
         scorer=scorer,
-        clipscore="self" if config.clipscore == "self" else _judge(config.clipscore),
+        clipscore="self" if config.clipscore == "self" else _load_judge(config.clipscore),
         process_group=process_group,
         on_predictions=on_predictions,
     )
 
 
-def _judge(weights: str | None) -> ClipScorer | None:
-    if weights is None:
-        return None
-    return ClipScorer(*load_on_device(weights), name=weights)
+def _load_judge(weights: str | None) -> ClipScorer | None:
+    return None if weights is None else ClipScorer(*load_on_device(weights), name=weights)
 
 
 def evaluate(
@@ -131,8 +119,6 @@ def evaluate(
     Args:
         data: folders of tar shards, or shards, as `TaskConfig` has them.
         options: other fields of `TaskConfig`, such as `classes="imagenet1k"`.
-
-    Returns: a result whose `figures` go from name to number.
 
     Raises: FileNotFoundError, ValueError: if the data or an option is wrong.
     """

@@ -1,4 +1,4 @@
-"""Visual question answering: answers of a model, beside those that people gave."""
+"""Visual question answering: answers of a model, compared with those of people."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -9,14 +9,13 @@ from typing import Any
 from contracap.data.annotations import read_list
 from contracap.data.questions import Question, questions
 from contracap.data.samples import Sample
-from contracap.evaluation.answering import Answering, Asked, Chosen, Written
-from contracap.evaluation.features import Source, picture_batches
+from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion
+from contracap.evaluation.features import Source, pixel_batches
 from contracap.evaluation.metrics.overlap import mean
 from contracap.evaluation.metrics.vqa_accuracy import accuracy
 from contracap.evaluation.predictions import write_list
 from contracap.evaluation.result import Result
 from contracap.generation.sampling import Greedy
-from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
@@ -24,14 +23,16 @@ from contracap.tokenizer import Tokenizer
 PROMPT = "question: {} answer:"
 # The whole context of the released models, because the question counts; an answer may be a single word.
 STRATEGY = Greedy(max_tokens=76, min_tokens=0)
+WRITER = AnswerWriter(STRATEGY)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
-    """A question, the model's answer, and the accuracy of it, from 0 to 1, where there are answers to compare with.
+class Answer:
+    """A model's answer to a question.
 
     Attributes:
-        key: of the image.
+        key: the key of the image.
+        accuracy: from 0 to 1; None if there are no answers to compare with.
     """
 
     key: str
@@ -45,54 +46,51 @@ def evaluate_vqa(
     processor: Processor,
     data: Source,
     *,
-    answer: Answering | None = None,
+    answerer: Answerer = WRITER,
     prompt: str = PROMPT,
     strict: bool = True,
     batch_size: int = 16,
-    on_predictions: Callable[[Sequence[Answered]], object] = lambda _: None,
+    on_predictions: Callable[[Sequence[Answer]], object] = lambda _: None,
 ) -> Result:
-    """Return the accuracy of answers to questions about images, by the rule of the VQA challenge, from 0 to 1.
+    """Return the accuracy of answers to questions about images, from 0 to 1, by the rule of the VQA challenge.
 
-    The questions are the field `qa` of the samples. See `metrics.vqa_accuracy`. The predictions are a list
-    of `Answered`, in the order of the questions; each image's value is what its questions add to the accuracy.
+    The questions are the field `qa` of the samples. The predictions are a list of `Answer`, in the order of the
+    questions. The value of an image is the part of the accuracy that its questions contribute.
 
     Args:
-        answer: how the model answers, as `answering` gives it; by default it writes.
-        prompt: what a question is put into, at {}, before the answer follows.
-        strict: as in `accuracy`.
+        answerer: gives the answers; by default the model writes them.
+        prompt: the text before an answer, with {} where the question goes.
+        strict: as in `metrics.vqa_accuracy.accuracy`.
         batch_size: images at a time, with all their questions.
         on_predictions: called with all answers.
 
-    Raises:
-        ValueError: if the prompt has no {}, the model cannot write, a sample has no questions or cannot be read, or a
-            question leaves no room for an answer.
+    Raises: ValueError: if the prompt has no {}, the model cannot write, a sample has no questions or cannot be read, or
+        a question leaves no room for an answer.
     """
     check_prompt(prompt)
-    answer = answer or answering()
-    keys, sums, predictions = list[str](), list[float](), list[Answered]()
-    with picture_batches(data, processor, batch_size) as batches:
+    keys, sums, predictions = list[str](), list[float](), list[Answer]()
+    with pixel_batches(data, processor, batch_size) as batches:
         for batch, pixels in batches:
-            about = [questions(sample) for sample in batch]
-            flat = [(picture, question) for picture, own in enumerate(about) for question in own]
-            asked = [
-                Asked(
-                    picture=picture,
+            by_image = [questions(sample) for sample in batch]
+            flat = [(image, question) for image, own in enumerate(by_image) for question in own]
+            prompted = [
+                PromptedQuestion(
+                    image=image,
                     number=number,
-                    prompt=_prompt(processor.tokenizer, prompt, question),
-                    name=f"sample {batch[picture].key} of {batch[picture].shard}",
+                    prompt=_encode_prompt(processor.tokenizer, prompt, question),
+                    sample=f"sample {batch[image].key} of {batch[image].shard}",
                 )
-                for number, (picture, question) in enumerate(flat, start=len(predictions))
+                for number, (image, question) in enumerate(flat, start=len(predictions))
             ]
-            texts = iter(answer(model, processor, pixels, asked))
-            for sample, own in zip(batch, about, strict=True):
-                answered = [_answered(sample, question, next(texts), strict) for question in own]
+            texts = iter(answerer(model, processor, pixels, prompted))
+            for sample, own in zip(batch, by_image, strict=True):
+                answers = [_compare(sample, question, next(texts), strict) for question in own]
                 keys.append(sample.key)
-                sums.append(sum(each.accuracy or 0.0 for each in answered))
-                predictions += answered
+                sums.append(sum(each.accuracy or 0.0 for each in answers))
+                predictions += answers
     on_predictions(predictions)
-    details: dict[str, Any] = {"questions": len(predictions)}
-    if isinstance(answer, Chosen):
-        details["answers"] = len(answer.answers)
+    choices = {"answers": len(answerer.answers)} if isinstance(answerer, AnswerChooser) else {}
+    details: dict[str, Any] = {"questions": len(predictions), **choices}
     known = [each.accuracy for each in predictions if each.accuracy is not None]
     if missing := len(predictions) - len(known):
         reason = f"{missing:,} of the questions have no answers to compare with"
@@ -109,15 +107,6 @@ def evaluate_vqa(
     )
 
 
-def answering(answers: Sequence[str] = (), strategy: Strategy = STRATEGY) -> Answering:
-    """Return what answers questions: the choice of the likeliest of `answers`, or without any the strategy, whose
-    `max_tokens` counts the question, too, and is cut to the model's context.
-
-    Raises: ValueError: if an answer is named twice, or the strategy writes no answers.
-    """
-    return Chosen(answers) if answers else Written(strategy)
-
-
 def check_prompt(prompt: str) -> str:
     """Raises: ValueError: if the prompt has no place for the question."""
     if "{}" not in prompt:
@@ -125,28 +114,30 @@ def check_prompt(prompt: str) -> str:
     return prompt
 
 
-def _prompt(tokenizer: Tokenizer, prompt: str, question: Question) -> tuple[int, ...]:
+def _encode_prompt(tokenizer: Tokenizer, prompt: str, question: Question) -> tuple[int, ...]:
     tokens = tuple(tokenizer.encode(prompt.replace("{}", question.text)))
     if tokenizer.start in tokens or tokenizer.end in tokens:
         raise ValueError(f"the question {question.text!r} names the start or the end token, which stand around a text")
     return tokens
 
 
-def _answered(sample: Sample, question: Question, prediction: str, strict: bool) -> Answered:
-    right = accuracy(prediction, question.answers, strict=strict) if question.answers else None
-    return Answered(key=sample.key, question=question, prediction=prediction, accuracy=right)
+def _compare(sample: Sample, question: Question, prediction: str, strict: bool) -> Answer:
+    value = accuracy(prediction, question.answers, strict=strict) if question.answers else None
+    return Answer(key=sample.key, question=question, prediction=prediction, accuracy=value)
 
 
-def _by_type(predictions: Sequence[Answered], kind: str) -> dict[str, float]:
+def _by_type(predictions: Sequence[Answer], kind: str) -> dict[str, float]:
     found = defaultdict[str, list[float]](list)
     for answer in predictions:
         found[getattr(answer.question, kind)].append(answer.accuracy or 0.0)
     return {name: mean(values) for name, values in sorted(found.items()) if name}
 
 
-def write_answers(path: str | Path, answers: Sequence[Answered]) -> None:
-    """Write answers in the layout of VQA's results, `question_id` and `answer`, whole or not at all. If a question has
-    no id, each answer has the image's `key` and the `number` of the question among those of the image, from 0."""
+def write_answers(path: str | Path, answers: Sequence[Answer]) -> None:
+    """Write answers in the layout of VQA's results, with `question_id` and `answer`; a whole file or none.
+
+    If a question has no id, each answer has the `key` of its image and the `number` of its question, from 0.
+    """
     named, numbers, entries = all(one.question.identity is not None for one in answers), Counter[str](), list[Any]()
     for one in answers:
         place = {"question_id": one.question.identity} if named else {"key": one.key, "number": numbers[one.key]}
@@ -156,7 +147,7 @@ def write_answers(path: str | Path, answers: Sequence[Answered]) -> None:
 
 
 def load_answers(path: str | Path) -> tuple[str, ...]:
-    """Answers to choose from: a JSON list of texts, or a JSON object with a list `answers`.
+    """Return answers to choose from, of a file with a JSON list, or with an object that has a list `answers`.
 
     Raises: ValueError: if the file holds no such list.
     """

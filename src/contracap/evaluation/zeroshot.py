@@ -1,14 +1,12 @@
-"""Zero-shot classification: images against class names in prompts.
+"""Zero-shot classification: image embeddings compared with those of class names in prompts.
 
-Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; its last product in fp32.
+Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification; here the last product is in fp32.
 """
 
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,34 +15,21 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from contracap.data.annotations import read_list
 from contracap.data.folders import ClassFolders, class_folders
 from contracap.data.samples import Sample
-from contracap.evaluation.features import READY, Source, embed_pictures, embed_texts, full_precision, picture_batches
+from contracap.evaluation.class_names import TEMPLATES, check_classes, check_templates
+from contracap.evaluation.features import Source, embed_images, embed_texts, full_precision, pixel_batches
 from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
-from contracap.evaluation.published import IMAGENET, Published, is_published, published
 from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
-TEMPLATE = "a photo of a {}."  # where one has to do
-TEMPLATES = (
-    TEMPLATE,
-    "a blurry photo of a {}.",
-    "a close-up photo of a {}.",
-    "a bright photo of a {}.",
-    "a dark photo of a {}.",
-    "a photo of the {}.",
-    "an image of one {}.",
-    "there is a {} in the photo.",
-)
-PLACE = re.compile(r"\{\w*\}")
-PROMPTS = 256  # at a time: see docs/performance.md
+PROMPTS = 256  # embedded at a time: see docs/performance.md
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification:
-    """The class of each image, and the one the model gives it; both are places in `classes`."""
+    """The class of each image, and the one that the model chooses, as indices into `classes`."""
 
     classes: tuple[str, ...]
     labels: list[int]
@@ -60,34 +45,32 @@ def evaluate_zeroshot(
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 64,
 ) -> Result:
-    """Return top-1 and top-5 accuracy and mean per-class recall, as shares from 0 to 1; for images of several classes
-    mean average precision.
+    """Return top-1 and top-5 accuracy and mean per-class recall, from 0 to 1. The predictions are a `Classification`.
 
-    A sample's class is its field `label` (or its `.cls` member): an index into `classes`. Of equal scores the class
-    that comes first stands first. The mean per-class recall is over the classes that occur. Where samples have a field
-    `labels` instead, a list of indices, or CLIP_benchmark's `.npy` member with a one or a zero for each class,
-    `mean_average_precision` is over all classes; of images with equal scores the one that comes first stands first.
-    The predictions are a `Classification`, of images of several classes none.
+    A sample's class is its field `label` (or its `.cls` member): an index into `classes`. If scores are equal, the
+    first class wins. The mean per-class recall is over the classes that occur.
+
+    If images have several classes, the result is `mean_average_precision` over all classes, without predictions. Their
+    field is `labels`, a list of indices, or CLIP_benchmark's `.npy` member with a one or a zero for each class. If
+    scores are equal, the first image is ranked first.
 
     Args:
         data: shards, samples, or a folder with a subfolder of images for each class.
-        classes: names of the classes; without them those of the subfolders, blanks for underscores.
+        classes: names of the classes; by default those of the subfolders, with blanks for underscores.
         batch_size: images at a time.
 
-    Raises:
-        ValueError: if there is no class, their number is not that of the subfolders, a template has no {} for the class
-            name, a sample has no label or one without a class, some have one and others several, or an image cannot
-            be read.
+    Raises: ValueError: if there is no class, their number is not that of the subfolders, a template has no {}, a sample
+        has no label or one without a class, some have one and others several, or an image cannot be read.
     """
-    data, classes = named_classes(data, classes)
+    data, classes = match_classes(data, classes)
     labels, scores, keys = list[int | tuple[int, ...]](), list[Tensor](), list[str]()
     with torch.inference_mode(), evaluating(model):
         weights = classifier(model, processor, classes, templates)
-        with picture_batches(data, processor, batch_size) as batches:
+        with pixel_batches(data, processor, batch_size) as batches:
             for batch, pixels in batches:
                 labels += [label_of(sample, len(classes)) for sample in batch]
                 keys += [sample.key for sample in batch]
-                scores.append(logits(embed_pictures(model, pixels), weights).cpu())
+                scores.append(logits(embed_images(model, pixels), weights).cpu())
     details = {"classes": len(classes), "templates": len(templates)}
     single = [label for label in labels if isinstance(label, int)]
     several = [label for label in labels if not isinstance(label, int)]
@@ -113,14 +96,13 @@ def evaluate_zeroshot(
 
 
 def label_of(sample: Sample, classes: int) -> int | tuple[int, ...]:
-    """Return the class of a sample; or its classes, if it has a field `labels`, or no field and a `.npy` member with a
-    one or a zero for each class.
+    """Return the class of a sample, or a tuple of its classes, as `evaluate_zeroshot` describes them.
 
     Raises: ValueError: if it has no label, or one without a class.
     """
     label, labels = sample.fields.get("label"), sample.fields.get("labels")
     if label is None and labels is None:
-        labels = _marked(sample.npy, classes)
+        labels = _read_marks(sample.npy, classes)
     several = label is None and isinstance(labels, list)
     found = labels if several else [label]
     if not all(type(each) is int and 0 <= each < classes for each in found):  # True is an int, too
@@ -142,23 +124,22 @@ def classifier(
     *,
     batch_size: int = PROMPTS,
 ) -> Float32[Tensor, "class embed"]:
-    """A unit row for each class: the mean of the unit embeddings of its prompts, normalised again.
+    """Return a unit row for each class: the mean of the unit embeddings of its prompts, normalised again.
 
     Args:
         batch_size: prompts at a time.
 
-    Raises:
-        ValueError: if there is no class, or a template has no {} for the class name.
+    Raises: ValueError: if there is no class, or a template has no {} for the class name.
     """
     classes, templates = check_classes(classes), check_templates(templates)
-    # Template by template: what stands before the names is then computed once for many of them.
+    # Grouped by template: the text before the class names is then computed once for many of them.
     prompts = [template.replace("{}", name) for template in templates for name in classes]
     with evaluating(model):
         return mean_per_class(embed_texts(model, processor, prompts, batch_size), classes=len(classes))
 
 
 def mean_per_class(features: Float32[Tensor, "prompt embed"], *, classes: int) -> Float32[Tensor, "class embed"]:
-    """Unit rows of classes from embeddings of prompts, which lie template by template."""
+    """Return unit rows of classes from embeddings of prompts, which are grouped by template."""
     per_template = rearrange(normalize(features, dim=-1), "(template name) embed -> template name embed", name=classes)
     return normalize(per_template.mean(dim=0), dim=-1)
 
@@ -166,7 +147,7 @@ def mean_per_class(features: Float32[Tensor, "prompt embed"], *, classes: int) -
 def logits(
     image_features: Float[Tensor, "image embed"], weights: Float[Tensor, "class embed"]
 ) -> Float32[Tensor, "image class"]:
-    """100 times the cosine of each image and each class, in fp32."""
+    """Return 100 times the cosine of each image and each class, in fp32."""
     with full_precision(image_features.device):
         return 100.0 * image_features.float() @ weights.float().T
 
@@ -190,74 +171,15 @@ def count_characters(labels: Sequence[str], templates: Sequence[str]) -> int:
     return sum(len(each) * len(labels) + each.count("{}") * sum(map(len, labels)) for each in templates)
 
 
-def load_classes(source: str | Path) -> tuple[str, ...]:
-    """Class names, in the order of the labels: those published under a name such as `imagenet1k`, or of a text file
-    with a name a line, or of a JSON file, which holds a list, or an object with a list `classes`.
-
-    Raises:
-        ValueError: if there is no such name, or the file holds no such list.
-        FileNotFoundError: if there is no such file.
-    """
-    if (found := _published(source)) is not None:
-        if not found.classes:
-            raise ValueError(f"{str(source)!r} has templates alone; name the classes otherwise, such as {IMAGENET!r}")
-        return found.classes
-    return read_list(Path(source), "classes")
-
-
-def load_templates(source: str | Path) -> tuple[str, ...]:
-    """Prompt templates, each with {} where the class name goes: a single one, those published under a name such as
-    `imagenet1k` or `imagenet-simple`, or of a text file with one a line, or of a JSON file, which holds a list, or an
-    object with a list `templates`. In files the place may have a name, as `{c}` in those of CLIP_benchmark.
-
-    Raises:
-        ValueError: if there is no such name, or the file holds no such list.
-        FileNotFoundError: if there is no such file.
-    """
-    if "{" in str(source) and not Path(source).exists():
-        return check_templates((str(source),))
-    if (found := _published(source)) is not None:
-        return found.templates
-    templates = [PLACE.sub("{}", template) for template in read_list(Path(source), "templates")]
-    try:
-        return check_templates(templates)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def templates_of(classes: str | Path | None) -> tuple[str, ...]:
-    """The templates that go with classes where none are named: those of a published set, else `TEMPLATES`.
-
-    Raises: ValueError: if there is no such name.
-    """
-    found = None if classes is None else _published(classes)
-    return TEMPLATES if found is None else found.templates
-
-
-def check_classes(names: Any) -> tuple[str, ...]:
-    """Raises: ValueError: unless these are class names."""
-    if not _are_texts(names):
-        raise ValueError("the class names must be a list of texts, at least one")
-    return tuple(names)
-
-
-def check_templates(templates: Any) -> tuple[str, ...]:
-    """Raises: ValueError: unless these are templates."""
-    if not _are_texts(templates):
-        raise ValueError("the templates must be a list of texts, at least one")
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"the template {template!r} has no {{}} for the class name")
-    return tuple(templates)
-
-
-def named_classes(data: Source, classes: Sequence[str] | None) -> tuple[Source, tuple[str, ...]]:
-    """Return the data, a folder with a subfolder for each class as `ClassFolders`, and the names of the classes.
+def match_classes(data: Source, classes: Sequence[str] | None) -> tuple[Source, tuple[str, ...]]:
+    """Return the data, and the names of the classes. A folder with a subfolder for each class becomes `ClassFolders`.
 
     Raises: ValueError: if nothing names the classes, or the names are not as many as the subfolders.
     """
-    folders = data if isinstance(data, READY) else class_folders(data)
-    if isinstance(folders, ClassFolders):
+    folders = class_folders(data) if isinstance(data, str | Path | Sequence) else None
+    if isinstance(data, ClassFolders):
+        folders = data
+    if folders is not None:
         if classes is None:
             return folders, tuple(name.replace("_", " ") for name in folders.names)
         folders.match(check_classes(classes))
@@ -269,25 +191,11 @@ def named_classes(data: Source, classes: Sequence[str] | None) -> tuple[Source, 
     return folders or data, check_classes(classes)
 
 
-def _marked(content: bytes, classes: int) -> list[int] | None:
-    """The places of the ones in a NumPy file; None if it is something else, such as an embedding, or broken."""
+def _read_marks(content: bytes, classes: int) -> list[int] | None:
+    """Return the indices of the ones in a NumPy file; None if it is something else, such as an embedding, or broken."""
     try:
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception:  # damaged bytes make its parser raise nearly anything
         return None
     is_mark = array.shape == (classes,) and array.dtype.kind in "biuf" and bool(np.isin(array, (0, 1)).all())
     return np.flatnonzero(array).tolist() if is_mark else None
-
-
-def _published(source: str | Path) -> Published | None:
-    """The set that is meant by a name; None if a file is: one that exists, or has a suffix as files do."""
-    name = str(source)  # as it is written: ./cifar10 is a file
-    if not is_published(name) and (Path(source).exists() or (Path(source).suffix and "{}" not in name)):
-        return None
-    return published(name)
-
-
-def _are_texts(texts: Any) -> bool:
-    """Empty ones are: a published set has one. `read_list` refuses them in files."""
-    is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
-    return is_list and len(texts) > 0 and all(isinstance(text, str) for text in texts)

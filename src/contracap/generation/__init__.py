@@ -1,4 +1,16 @@
-"""Captioning: decoding strategies, and the captioner that runs them."""
+"""Captioning: decoding strategies, and the captioner that runs them.
+
+A caption goes through the files in this order:
+
+1. `captioner` encodes the images and the prompts.
+2. `decoding` prefills a cache with the prompts, then decodes one token of every text at each step.
+3. A search chooses the tokens. `strategy` says what a search is; `sampling`, `beam` and `legacy` are the searches.
+   `constraints` forbids tokens (lengths, prompts, repetition) and `phrases` those of banned and forced phrases.
+   `texts` holds the texts while they grow, and the best of those that are finished.
+4. `captioner` turns the token ids into captions, and ranks them again for `reranking`.
+
+`registry` builds a strategy from its name and settings. `word_maps` shows where the model looked for each word.
+"""
 
 from contracap.generation.beam import BeamSearch
 from contracap.generation.captioner import Caption, Captioner

@@ -59,7 +59,7 @@ class BeamSearch:
     diversity: float = 0.0
     """Nats that a token loses for each beam of an earlier group that took it; 0.5 is usual."""
     rules: Rules = Rules()
-    """What a text must and must not contain."""
+    """Words that a text must and must not contain, and its repetitions."""
 
     def __post_init__(self) -> None:
         require_count("width", self.width, 1, "beams of an image", most=MAX_ROWS)
@@ -83,12 +83,12 @@ class BeamSearch:
         """Maximum number of rows per image."""
         return self.width
 
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "Beams":
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "BeamState":
         """Return the state before the first step."""
-        return Beams(self, prompts, tokenizer)
+        return BeamState(self, prompts, tokenizer)
 
 
-class Beams:
+class BeamState:
     """The state of decoding one batch: the searches of all groups side by side."""
 
     def __init__(self, strategy: BeamSearch, prompts: Prompts, tokenizer: Tokenizer):

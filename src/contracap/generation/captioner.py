@@ -1,4 +1,4 @@
-"""The captioner: images to sentences."""
+"""The captioner: images to captions."""
 
 import itertools
 import math
@@ -95,7 +95,7 @@ class Captioner:
         if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
             raise ValueError(f"the images must be a list, such as [image], not {type(sources).__name__}")
         require_count("batch_size", batch_size, 1, "images at a time")
-        self._split(strategy)
+        self._limit(strategy)
         prompt_ids = self._encode_prompts(prompts, len(sources))
         captions: list[Caption] = []
         for first in range(0, len(sources), batch_size):
@@ -128,7 +128,7 @@ class Captioner:
             raise ValueError(
                 f"{counted(len(numbers), 'number(s)')} for {counted(len(pixels), 'image(s)')}: give one for each"
             )
-        self._split(strategy)
+        self._limit(strategy)
         prompt_ids = self._encode_prompts(prompts, len(pixels))
         return self.write(self.encode(pixels), strategy, prompt_ids, numbers, before_step) if len(pixels) else []
 
@@ -136,14 +136,14 @@ class Captioner:
         """Raises: ValueError: if this model cannot use the strategy and the prompt, whatever the image."""
         tokenizer = self.processor.tokenizer
         prompts = _pad_prompts(self._encode_prompts(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
-        writer, _ = self._split(strategy)
+        writer, _ = self._limit(strategy)
         writer.begin(prompts, tokenizer)
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
         """Return the embeddings and caption tokens of normalised images."""
         with evaluating(self.model):
-            return EncodedImages(*self.model.encode_caption_tokens(pixels.to(next(self.model.vision.parameters()))))
+            return EncodedImages(*self.model.encode_caption_tokens(pixels.to(self.model.device, self.model.dtype)))
 
     @torch.inference_mode()
     def write(
@@ -162,7 +162,7 @@ class Captioner:
 
         Raises: ValueError: as `__call__` does.
         """
-        writer, is_reranked = self._split(strategy)
+        writer, is_reranked = self._limit(strategy)
         model, tokenizer = self.model, self.processor.tokenizer
         prompts = _pad_prompts(prompt_ids, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
@@ -176,7 +176,7 @@ class Captioner:
                 captions = self._rerank(captions)
         return [replace(alternatives[0], alternatives=tuple(alternatives)) for alternatives in captions]
 
-    def _split(self, strategy: Strategy) -> tuple[SearchStrategy, bool]:
+    def _limit(self, strategy: Strategy) -> tuple[SearchStrategy, bool]:
         """Return the strategy that writes, limited to this model's context, and whether its texts are reranked."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be an object such as BeamSearch(width=6), not {strategy!r}")

@@ -1,4 +1,4 @@
-"""Which tokens may come next: lengths, prompts and rules, for every strategy."""
+"""Constraints on the next token: lengths, prompts and rules, for every strategy."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Phrases = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a text must and must not contain, for every strategy that takes rules.
+    """Rules about the words of a text, for every strategy except `LegacyBeamSearch`.
 
     Rules apply to the whole text: the prompt and what was generated. If rules contradict each other, `forced` wins over
     `no_repeat_ngram`, and a prompt wins over all.

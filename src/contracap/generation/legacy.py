@@ -16,7 +16,7 @@ WIDTH = 2  # the release has 6 beams in 3 groups, but nothing makes the groups d
 
 @dataclass(frozen=True)
 class LegacyBeamSearch:
-    """What open_clip calls 6 beams in 3 groups: 2 beams, ranked by sums of raw logits.
+    """Search with 2 beams, ranked by sums of raw logits. open_clip calls it 6 beams in 3 groups.
 
     A step adds the logits to the sums and takes the best 4 continuations. If one of the first 2 is an end token, that
     text is finished and scores its sum / divisor; an end token after the first 2 is ignored. The best 2 continuations
@@ -49,17 +49,17 @@ class LegacyBeamSearch:
         """Maximum number of rows per image."""
         return WIDTH
 
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "LegacyBeams":
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "LegacyState":
         """Return the state before the first step.
 
         Raises: ValueError: if there is a prompt.
         """
         if (prompts.lengths != 1).any():
             raise ValueError("LegacyBeamSearch takes no prompts, as in the releases: use BeamSearch")
-        return LegacyBeams(self, prompts, tokenizer)
+        return LegacyState(self, prompts, tokenizer)
 
 
-class LegacyBeams:
+class LegacyState:
     """The state of decoding one batch."""
 
     def __init__(self, strategy: LegacyBeamSearch, prompts: Prompts, tokenizer: Tokenizer):

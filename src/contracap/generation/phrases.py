@@ -147,7 +147,7 @@ class ForcedPhrases:
                 "raise max_tokens or force less"
             )
 
-    def missing(self, text: bytes) -> list[int]:
+    def find_missing(self, text: bytes) -> list[int]:
         """Return the numbers of the phrases that `text` does not hold."""
         return [number for number, phrase in enumerate(self.phrases) if phrase not in text]
 
@@ -165,7 +165,7 @@ class ForcedPhrases:
 
     def tokens_needed(self, text: bytes) -> int:
         """Return how many tokens must follow until every phrase has occurred."""
-        missing = self.missing(text)
+        missing = self.find_missing(text)
         if not missing:
             return 0
         written = max((count for number in missing for count in self.progress(text, number)), default=-1)
@@ -173,13 +173,13 @@ class ForcedPhrases:
 
     def tokens_met(self, text: bytes) -> int:
         """Return how many tokens of the phrases `text` holds, counting the phrase that it has begun."""
-        missing = self.missing(text)
+        missing = self.find_missing(text)
         written = max((count for number in missing for count in self.progress(text, number)), default=0)
         return sum(self.lengths) - sum(self.lengths[number] for number in missing) + written
 
     def next_tokens(self, text: bytes) -> list[int]:
         """Return the tokens that begin or continue a phrase that `text` does not hold."""
-        missing = self.missing(text)
+        missing = self.find_missing(text)
         return sorted({self.steps[number][count][1] for number in missing for count in self.progress(text, number)})
 
     def forbid(self, scores: Float[Tensor, " vocab"], text: bytes, end: int, room: int) -> bool:
@@ -187,7 +187,7 @@ class ForcedPhrases:
 
         Returns: whether the room is so short that only the forced phrases decide what may come.
         """
-        missing = self.missing(text)
+        missing = self.find_missing(text)
         if not missing:
             return False
         scores[end] = -math.inf

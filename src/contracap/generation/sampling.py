@@ -29,7 +29,7 @@ class Greedy:
     min_tokens: int = 5
     """The end token is forbidden while the sequence, start token included, is shorter than this."""
     rules: Rules = Rules()
-    """What a text must and must not contain."""
+    """Words that a text must and must not contain, and its repetitions."""
 
     def __post_init__(self) -> None:
         check_lengths(self.max_tokens, self.min_tokens)
@@ -39,9 +39,9 @@ class Greedy:
         """Number of rows per image."""
         return 1
 
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "GreedySearch":
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "GreedyState":
         """Return the state before the first step."""
-        return GreedySearch(self, prompts, tokenizer)
+        return GreedyState(self, prompts, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Sampling:
     min_tokens: int = 5
     """The end token is forbidden while the sequence, start token included, is shorter than this."""
     rules: Rules = Rules()
-    """What a text must and must not contain."""
+    """Words that a text must and must not contain, and its repetitions."""
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0.01, 100.0, "1 samples from the model as it is")
@@ -97,12 +97,12 @@ class Sampling:
         """Number of rows per image."""
         return self.samples
 
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SamplingSearch":
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SamplingState":
         """Return the state before the first step."""
-        return SamplingSearch(self, prompts, tokenizer)
+        return SamplingState(self, prompts, tokenizer)
 
 
-class GreedySearch:
+class GreedyState:
     """The state of decoding texts that do not compete: each continues with the token that `choose` returns."""
 
     def __init__(self, strategy: Greedy | Sampling, prompts: Prompts, tokenizer: Tokenizer):
@@ -178,7 +178,7 @@ class GreedySearch:
         return results
 
 
-class SamplingSearch(GreedySearch):
+class SamplingState(GreedyState):
     """The state of decoding texts whose tokens are drawn by their probability."""
 
     def __init__(self, strategy: Sampling, prompts: Prompts, tokenizer: Tokenizer):

@@ -1,7 +1,7 @@
 """The interface between a decoding strategy and the decoding loop.
 
-A `Strategy` is a frozen record of settings. `SearchStrategy.begin` returns a `Search`: the state of decoding one batch,
-which receives logits and never sees a model.
+A `Strategy` is a frozen dataclass of settings. `SearchStrategy.begin` returns a `Search`: the state of decoding one
+batch, which receives logits and never sees a model.
 """
 
 from dataclasses import dataclass, field

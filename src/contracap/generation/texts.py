@@ -56,7 +56,7 @@ class PartialTexts:
 
     @property
     def is_full(self) -> bool:
-        """Whether the texts have reached `max_tokens`."""
+        """True once the texts have reached `max_tokens`."""
         return self.length == self.ids.shape[2]
 
     @property

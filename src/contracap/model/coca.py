@@ -118,6 +118,11 @@ class CoCa(nn.Module):
         """The device of the parameters."""
         return self.logit_scale.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the parameters."""
+        return self.logit_scale.dtype
+
     def forward(
         self,
         pixels: Float[Tensor, "batch 3 height width"],

@@ -1,4 +1,4 @@
-"""What changes when open_clip 3.3.0 reads a model whose mask or pooler positions it does not know, in numbers."""
+"""Changes of the outputs when open_clip 3.3.0 reads a model whose mask or pooler positions it does not know."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from contracap.model.coca import CoCa, CoCaConfig, unit
-from contracap.pretrained.names import POOLER_POSITIONS
+from contracap.pretrained.positions import POOLER_POSITIONS
 from contracap.tokenizer import Tokenizer, text_lengths
 
 TEXTS = (
@@ -28,16 +28,17 @@ IMAGES = 8
 
 @dataclass(frozen=True)
 class Change:
-    """How far numbers move, over all samples."""
+    """The largest and the mean change over all samples."""
 
     largest: float
     mean: float
 
 
 def changes_in_open_clip(config: CoCaConfig, state: Mapping[str, Tensor]) -> dict[str, Change]:
-    """What moves on sample inputs, by name: the image and text embeddings (distance of unit vectors), and the
-    attention of the class token (share of it that goes elsewhere, for each layer, head and text). Empty if nothing
-    does, or if open_clip has no such pooler at all.
+    """Return the changes on sample inputs by name; none if nothing changes, or if open_clip lacks the pooler.
+
+    They are distances of unit image and text embeddings, and the share of the class token's attention that goes to
+    other places, for each layer, head and text.
     """
     theirs = replace(
         config,
@@ -75,14 +76,13 @@ def _model(config: CoCaConfig, state: Mapping[str, Tensor]) -> CoCa:
 
 
 def _images(size: int) -> Float[Tensor, "image 3 size size"]:
-    """Soft blots of colour, always the same."""
+    """Return blurred blots of colour, always the same."""
     blots = torch.randn(IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return interpolate(blots, size=(size, size), mode="bicubic")
 
 
 def _read_texts(model: CoCa) -> tuple[Float[Tensor, "text embed"], Float[Tensor, "layer text head place"]]:
-    """The embeddings of the texts, and how their class token's attention is shared out among the places of the context
-    and, last, itself."""
+    """Return the embeddings of the texts, and the attention of their class tokens to each place and, last, itself."""
     config, shares = model.config.text, []
     ids = Tokenizer(config.context, config.vocab_size)(TEXTS)
     layout = model.text.layout(ids, text_lengths(ids, config.end))

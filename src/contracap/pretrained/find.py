@@ -1,4 +1,4 @@
-"""The weights file that a name means: a file, a folder, a run, a repository of the hub, or a release."""
+"""Names of weights to files: a file, a folder, a run, a repository of the hub, or a release."""
 
 import logging
 import re
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from contracap.model.sizes import SIZES
-from contracap.pretrained.names import WeightsError
+from contracap.pretrained.errors import WeightsError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_weights(name: str | Path) -> Path:
-    """The weights file that a name means. A file or folder of that name comes before a release.
+    """Return the weights file that a name means. A file or folder of that name comes before a release.
 
     Raises: WeightsError: if there is none.
     """
@@ -88,7 +88,7 @@ def find_weights(name: str | Path) -> Path:
 
 
 def is_of_hub(name: str) -> bool:
-    """Return whether a name means weights of the hub."""
+    """Return True if a name means weights of the hub."""
     return name.startswith(HUB) or (TAGS.get(name, name) in RELEASED and not Path(name).exists())
 
 
@@ -111,12 +111,12 @@ def _in_folder(folder: Path) -> Path:
 
 @cache
 def _tell(folder: Path, checkpoint: Path) -> None:
-    """Once, as the same name is looked up before a run and at its start."""
+    """Log the checkpoint once: the same name is looked up before a run and at its start."""
     logger.warning("%s is the folder of a run: its last checkpoint is %s", folder, checkpoint)
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of the run whose folder this is, if it is one's."""
+    """Return the last checkpoint of a run folder, if it is one."""
     for place in RUN_FOLDERS:
         for pattern in CHECKPOINTS:
             found = [path for path in (folder / place).glob(pattern) if re.fullmatch(COMPLETE, path.name)]
@@ -127,7 +127,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """A context in which the hub's library does not tell of its attempts; what it fails with is an error."""
+    """A context in which the hub's library logs errors only, not its attempts."""
     hub = logging.getLogger("huggingface_hub")
     before = hub.level
     hub.setLevel(logging.ERROR)
@@ -138,9 +138,9 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _from_hub(repository: str) -> Path:
-    """The weights of a hub repository, in the hub's own cache, its configuration next to them.
+    """Return the weights of a hub repository in the hub's own cache, with its configuration next to them.
 
-    Without a connection, what is in the cache is taken.
+    Without a connection, the cache is used as it is.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -149,7 +149,7 @@ def _from_hub(repository: str) -> Path:
     name, online, unknown = f"{HUB}{repository}", True, False
 
     def find(file: str) -> Path | None:
-        """The file, or None if the repository has none of that name, or nothing is known of one."""
+        """Return the file; None if the repository does not have it, or offline nothing is known of it."""
         nonlocal online, unknown
         if online:
             try:

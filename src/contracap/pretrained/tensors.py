@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from contracap.pretrained.names import WeightsError
+from contracap.pretrained.errors import WeightsError
 
 METADATA_KEY = "contracap"  # of safetensors files in our own layout
 # Where training programs put the weights, best first: a moving average is taken where nothing else is there.
@@ -49,8 +49,9 @@ MAX_UNPACKED = 4  # bytes that tensors may take for each byte of their file, whi
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a file, in memory of their own, and the metadata of safetensors. Of a training checkpoint, its
-    weights. Prefixes that wrappers and training programs add to names are taken off.
+    """Return the tensors of a file, in memory of their own, and the metadata of a safetensors file.
+
+    A training checkpoint gives its weights. Prefixes of names that wrappers and training programs add are removed.
 
     Raises: WeightsError: saying what the file is, if it is not a readable weights file.
     """
@@ -64,9 +65,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path} is not a readable safetensors file, it may be cut off: get it again ({error})"
             ) from None
     else:
-        tensors, metadata = _state_dict(path, _unpickled(path)), {}
+        tensors, metadata = _state_dict(path, _unpickle(path)), {}
     if METADATA_KEY not in metadata:
         tensors = {name: each for name, each in _plain_names(path, tensors).items() if name not in NOT_WEIGHTS}
+        if SCALE in tensors and tensors[SCALE].shape == (1,):
+            tensors[SCALE] = tensors[SCALE].reshape(())
     size, found = path.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if found > MAX_UNPACKED * size:
         raise WeightsError(f"{path} has {size} bytes, but its tensors would take {found}: it is not a weights file")
@@ -77,7 +80,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors, by its first bytes; if not, it is a pickle.
+    """Return True for a safetensors file and False for a pickle, by the first bytes.
 
     Raises: WeightsError: if it is neither.
     """
@@ -99,7 +102,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 class _Ignored:
-    """Takes the place of numpy's objects in the optimizer's part of a checkpoint. Nobody reads them."""
+    """Replaces numpy's objects in the optimizer state of a checkpoint, which nobody reads."""
 
     def __new__(cls, *_: Any) -> "_Ignored":
         return object.__new__(cls)
@@ -124,7 +127,7 @@ _OF_NUMPY: list[Callable | tuple[Callable, str]] = [
 ]
 
 
-def _unpickled(path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     damaged = f"{path} is not a file of plain tensors: it is cut off or damaged, or not a file of torch: get it again"
     try:
         with path.open("rb") as file:
@@ -159,8 +162,7 @@ def _too_long(path: Path) -> WeightsError:
 
 
 def _require_small_structure(path: Path) -> None:
-    """Looks through the pickles at the start of a file that is not an archive: three of its format, what it holds, the
-    names of its tensors' memory.
+    """Check the five pickles at the start of a file that is not an archive: its format, its content, its storage names.
 
     Raises: WeightsError: if they are longer than those of weights. ValueError: if there are no such pickles.
     """
@@ -177,7 +179,7 @@ def _require_small_structure(path: Path) -> None:
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    """The named tensors of a pickle."""
+    """Return the named tensors of a pickle."""
     for _ in range(len(STATE_DICTS)):  # a dict may hold itself
         if not isinstance(content, Mapping):
             break
@@ -197,8 +199,10 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _plain_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without wrappers' parts, and without the prefix that `logit_scale` has; of several copies of a model under
-    different prefixes, such as a moving average, one that is not named so."""
+    """Return the tensors without the parts of wrappers in their names, and without the prefix of `logit_scale`.
+
+    If a file has several copies of a model under different prefixes, one that is not a moving average is taken.
+    """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -13,7 +13,7 @@ from contracap.data.config import DataConfig
 from contracap.data.counts import samples_in
 from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
-from contracap.evaluation.suite import EvaluationConfig
+from contracap.evaluation.config import EvaluationConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import find_size

@@ -16,8 +16,10 @@ from contracap.model.compiling import require_compiler
 from contracap.model.onednn import use_onednn
 from contracap.parallel import ParallelError
 from contracap.pretrained import find_weights, random_model, read_weights
+from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.find import is_of_hub
-from contracap.pretrained.names import WeightsError, interpolate_positions, meta_state, require_same_keys, shapes_of
+from contracap.pretrained.positions import interpolate_positions
+from contracap.pretrained.shapes import meta_state, require_same_keys, shapes_of
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe, with_absolute_paths
 

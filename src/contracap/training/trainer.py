@@ -17,7 +17,7 @@ from contracap.images import ImageConfig
 from contracap.model.coca import CoCa
 from contracap.parallel import Agreement, ParallelError, ProcessGroup, parallelize, start_process_group
 from contracap.pretrained import load, processor_for
-from contracap.pretrained.names import WeightsError
+from contracap.pretrained.errors import WeightsError
 from contracap.training.checkpoint import (
     CHECKPOINTS,
     LAST,

@@ -22,7 +22,8 @@ from contracap.cli import main
 from contracap.data.shards import write_shard
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model, save
-from tests.apps.bulk.conftest import Run, fill, picture
+from tests.apps.bulk.conftest import fill, picture
+from tests.conftest import Run
 
 FILES = {"jsonl": "c.jsonl", "csv": "c.csv", "parquet": "c.parquet", "metadata": "pictures/metadata.jsonl"}
 

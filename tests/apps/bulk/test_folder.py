@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -9,25 +8,10 @@ from contracap.apps.bulk.folder import Folder, FolderError
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+def bucket(s3: None) -> str:
     """An empty bucket of a local S3 server."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            environment.setenv(name, value)
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("parts")
-        yield "s3://parts"
-    server.stop()
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("parts")
+    return "s3://parts"
 
 
 @pytest.fixture(params=["local", "s3"])

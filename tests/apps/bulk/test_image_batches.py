@@ -7,7 +7,8 @@ import torch
 from contracap.apps.bulk import image_batches as module
 from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
-from contracap.images import ImageConfig, decode, resize_and_crop
+from contracap.image_files import decode
+from contracap.images import ImageConfig, resize_and_crop
 from tests.apps.bulk.conftest import picture
 
 IMAGE = ImageConfig(size=32)

@@ -14,8 +14,8 @@ from contracap.apps.report.run import write_report
 from contracap.cli import main
 from contracap.config import to_toml
 from contracap.data.shards import write_shard
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.suite import measure_tasks
-from contracap.evaluation.task_config import TaskConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import load, write_weights
 from contracap.training.recipe import load_recipe

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from contracap.evaluation.metrics.clipscore import ClipScorer
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 

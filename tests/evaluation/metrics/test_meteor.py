@@ -33,14 +33,14 @@ def test_meteor_equals_pycocoevalcap(monkeypatch) -> None:
     ]
     with Meteor() as program:
         scores = program.score(references, ["a man rides a horse at the shore", "", "a red bus"])
-    assert scores == MeteorScores(corpus=0.2893185837124105, pictures=[0.3328885725327551, 0.0, 1.0])
+    assert scores == MeteorScores(corpus=0.2893185837124105, images=[0.3328885725327551, 0.0, 1.0])
 
 
 @needs_java
 def test_separators_in_captions_are_no_separators() -> None:
     with Meteor() as program:
         scores = program.score([["a red ||| bus"], ["two cats"]], ["a ||| red bus|||", "two cats"])
-    assert scores == MeteorScores(corpus=1.0, pictures=[1.0, 1.0])
+    assert scores == MeteorScores(corpus=1.0, images=[1.0, 1.0])
 
 
 def test_more_pictures_than_the_pipes_hold_are_scored(monkeypatch, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_more_pictures_than_the_pipes_hold_are_scored(monkeypatch, tmp_path: Pat
     references = [["word " * 200] * 3 for _ in range(2000)]  # 6 MB, and no one reads the first answers
     with Meteor() as program:
         scores = program.score(references, ["one two three"] * 2000)
-    assert scores == MeteorScores(corpus=0.5, pictures=[3.0] * 2000)
+    assert scores == MeteorScores(corpus=0.5, images=[3.0] * 2000)
 
 
 def test_java_is_called_for_english_whatever_the_users_language(monkeypatch, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from contracap.apps.bulk.inputs import Item
 from contracap.data.workers import in_threads
 from contracap.download import LONGEST
-from contracap.images import ImageConfig, decode, resize_and_crop
+from contracap.image_files import decode
+from contracap.images import ImageConfig, resize_and_crop
 
 
 @dataclass(frozen=True, kw_only=True)

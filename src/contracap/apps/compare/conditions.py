@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from contracap.evaluation.published import main_name
+from contracap.evaluation.class_names import main_name
 from contracap.evaluation.result import Result
 
 MEASURED_BY = {"tokenizer": "the tokenizer", "clipscore_model": "the model behind CLIPScore"}

@@ -12,12 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.apps.demo.overlay import overlay, to_pillow
+from contracap.evaluation.class_names import check_templates
 from contracap.evaluation.features import embed_texts, finite
-from contracap.evaluation.zeroshot import check_templates, classifier, compare_with_labels, count_characters
+from contracap.evaluation.zeroshot import classifier, compare_with_labels, count_characters
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.registry import build_strategy
 from contracap.generation.word_maps import attention_map, word_maps
-from contracap.images import decode, normalise, resize_and_crop
+from contracap.image_files import decode
+from contracap.images import normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 

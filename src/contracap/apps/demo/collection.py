@@ -14,7 +14,7 @@ from torch import Tensor
 from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.overlay import to_thumbnail
 from contracap.data.image_files import SkippedFiles, images_in
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 from contracap.wording import counted
 
 BATCH = 16  # images embedded at a time

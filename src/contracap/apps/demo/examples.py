@@ -14,7 +14,7 @@ from contracap.apps.demo.uploads import Uploads
 from contracap.data.drawing import draw
 from contracap.data.grammar import COLOR_TEMPLATES
 from contracap.data.scenes import COLORS, single_scenes, twin_scenes
-from contracap.evaluation.zeroshot import TEMPLATE
+from contracap.evaluation.class_names import TEMPLATE
 from contracap.model.sizes import SIZES
 
 EXAMPLES = 4

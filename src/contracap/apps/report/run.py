@@ -17,11 +17,11 @@ from contracap.data.annotations import read_json
 from contracap.data.loader import evaluation_samples
 from contracap.data.patterns import require_consent
 from contracap.evaluation.captioning import evaluate_captioning
-from contracap.evaluation.features import Source, opened
+from contracap.evaluation.config import TaskConfig
+from contracap.evaluation.features import Source, open_source
 from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected
 from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.task import build_evaluator
-from contracap.evaluation.task_config import TaskConfig
 from contracap.files import read_regular, write_text
 from contracap.pretrained import load_on_device
 from contracap.processor import Processor
@@ -122,7 +122,7 @@ def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[s
 
 
 def _of_task(task: TaskConfig, processor: Processor) -> tuple[Source, Evaluator]:
-    return opened(task.data, lines=task.caption_lines), build_evaluator(task, processor)
+    return open_source(task.data, lines=task.caption_lines), build_evaluator(task, processor)
 
 
 def _asked(file: Path) -> dict[str, TaskConfig]:

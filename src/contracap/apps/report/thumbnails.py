@@ -8,7 +8,7 @@ from PIL import Image
 from contracap.apps.page import Html, image_tag
 from contracap.data.samples import Sample
 from contracap.evaluation.features import Source, sample_batches
-from contracap.images import decode
+from contracap.image_files import decode
 
 SIDE = 160  # pixels of the longer side
 

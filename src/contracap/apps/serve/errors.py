@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from contracap.apps.serve.batching import BatchError
-from contracap.images import ImageError
+from contracap.image_files import ImageError
 
 
 def problem(status: int, error: str, **headers: str) -> JSONResponse:

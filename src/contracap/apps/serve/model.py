@@ -11,7 +11,8 @@ from contracap.evaluation.features import embed_texts, finite
 from contracap.evaluation.zeroshot import classifier, compare_with_labels
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.strategy import Strategy
-from contracap.images import decode, normalise, resize_and_crop
+from contracap.image_files import decode
+from contracap.images import normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 

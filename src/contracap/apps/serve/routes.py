@@ -26,8 +26,9 @@ from contracap.apps.serve.schemas import (
     Texts,
 )
 from contracap.apps.serve.service import Service
-from contracap.evaluation.zeroshot import TEMPLATE, check_templates, count_characters
-from contracap.images import ImageError
+from contracap.evaluation.class_names import TEMPLATE, check_templates
+from contracap.evaluation.zeroshot import count_characters
+from contracap.image_files import ImageError
 
 MAX_LABELS = 100
 MAX_CHARACTERS = 65_536  # of all texts of a request

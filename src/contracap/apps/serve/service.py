@@ -20,7 +20,7 @@ from contracap.config import ConfigError
 from contracap.generation.captioner import Caption
 from contracap.generation.registry import build_strategy
 from contracap.generation.strategy import Strategy
-from contracap.images import pixel_count
+from contracap.image_files import pixel_count
 
 MAX_BEAMS = 32  # rows that one image may take in a batch
 DECODERS = min(4, os.cpu_count() or 1)

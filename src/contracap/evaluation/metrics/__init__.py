@@ -1,1 +1,1 @@
-"""Metrics, each in a file of its own, and what several of them need."""
+"""Metrics, each in a file of its own."""

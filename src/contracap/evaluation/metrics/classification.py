@@ -1,4 +1,4 @@
-"""Figures of classification, where they are means over the images as what each image adds to them.
+"""Metrics of classification.
 
 Source: LAION-AI/CLIP_benchmark, commit 48de38c, zeroshot_classification.
 """
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from contracap.evaluation.metrics.ranking import places
+from contracap.evaluation.metrics.ranking import place_of
 
 ROWS = 1024  # images ranked at a time
 
@@ -17,19 +17,19 @@ ROWS = 1024  # images ranked at a time
 def accuracy_parts(
     scores: Float32[Tensor, "image class"], labels: Int64[Tensor, "image"]
 ) -> dict[str, Float64[Tensor, "image"]]:
-    """What each image adds to `acc1`, `acc5` and `mean_per_class_recall`, which are the means."""
+    """Return values of each image whose means are `acc1`, `acc5` and `mean_per_class_recall`."""
     blocks = zip(scores.split(ROWS), labels.split(ROWS), strict=True)
-    ranks, counts = torch.cat([places(*block) for block in blocks]), torch.bincount(labels).double()
+    ranks, counts = torch.cat([place_of(*block) for block in blocks]), torch.bincount(labels).double()
     top1, top5 = (ranks < 1).double(), (ranks < 5).double()
     weight = len(labels) / (int((counts > 0).sum()) * counts[labels])  # each class that occurs counts alike
     return {"acc1": top1, "acc5": top5, "mean_per_class_recall": top1 * weight}
 
 
 def mean_average_precision(scores: Float32[Tensor, "image class"], labels: Sequence[tuple[int, ...]]) -> float:
-    """Mean over the classes of average precision: for each image of a class, the share of the class's images among
-    those that score at least as high, averaged over these images. A class without an image counts 0.
+    """Return the mean over the classes of average precision.
 
-    It is not a mean over the images: what one of them adds depends on which others there are.
+    For each image of a class this is the share of the class's images among those that score at least as high, averaged
+    over these images. A class without an image counts 0. It is not a mean over images.
     """
     wanted = torch.zeros(scores.shape, dtype=torch.float64)
     for row, found in zip(wanted, labels, strict=True):

@@ -1,4 +1,4 @@
-"""CLIPScore: how well captions suit their images by a contrastive model's own judgement, with or without references.
+"""CLIPScore: how well captions fit their images, as a contrastive model judges, with or without references.
 
 Source: Hessel et al., CLIPScore: A Reference-free Evaluation Metric for Image Captioning (arXiv 2104.08718).
 """
@@ -10,21 +10,20 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from contracap.evaluation.features import embed_texts, finite, full_precision
+from contracap.evaluation.features import embed_images, embed_texts, full_precision
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
 PROMPT = "A photo depicts "
-WEIGHT = 2.5  # spreads the usual cosines over 0 to 1
+WEIGHT = 2.5  # scales the usual cosines to 0..1
 BATCH = 64
 
 
 class ClipScorer:
-    """CLIPScore and RefCLIPScore by one model. They depend on it: scores by two models do not compare.
+    """Computes CLIPScore and RefCLIPScore with one model. Scores by two models cannot be compared.
 
     Attributes:
-        processor: of the model.
-        name: of the model, for the result.
+        name: the model's name, for the result.
     """
 
     def __init__(self, model: CoCa, processor: Processor, *, name: str):
@@ -33,29 +32,28 @@ class ClipScorer:
     @torch.inference_mode()
     def score(
         self,
-        pictures: Sequence[bytes | str | Path] | Float32[Tensor, "image 3 height width"],
+        images: Sequence[bytes | str | Path] | Float32[Tensor, "image 3 height width"],
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> tuple[list[float], list[float]]:
-        """CLIPScore and RefCLIPScore of each caption.
+        """Return CLIPScore and RefCLIPScore of each caption.
 
         The first is 2.5 max(cos(image, caption), 0), the second the harmonic mean of that and of the largest cosine
         between the caption and a reference, or 0.
 
         Args:
-            images: file contents or paths, or their pixels as `processor` gives them.
+            images: bytes of files or paths, or pixels as `processor` returns them.
             captions: one for each image.
-            references: for each image what people wrote, one caption at least.
+            references: for each image the captions that people wrote, at least one.
 
-        Raises:
-            FileNotFoundError, ImageError: naming an image that is missing or cannot be used.
-            ValueError: if the model's features are not finite.
+        Raises: FileNotFoundError, ImageError: naming an image that is missing or cannot be used. ValueError: if the
+            model's features are not finite.
         """
         scores, with_references = [], []
         with evaluating(self.model):
-            for first in range(0, len(pictures), BATCH):
+            for first in range(0, len(images), BATCH):
                 chunk = slice(first, first + BATCH)
-                pixels = pictures[chunk] if isinstance(pictures, Tensor) else self.processor.images(pictures[chunk])
+                pixels = images[chunk] if isinstance(images, Tensor) else self.processor.images(images[chunk])
                 clip, both = self._score(pixels, captions[chunk], references[chunk])
                 scores += clip.tolist()
                 with_references += both.tolist()
@@ -67,7 +65,7 @@ class ClipScorer:
         captions: Sequence[str],
         references: Sequence[Sequence[str]],
     ) -> tuple[Float32[Tensor, "image"], Float32[Tensor, "image"]]:
-        images = finite(self.model.encode_image(pixels.to(next(self.model.parameters()))), "images")
+        images = embed_images(self.model, pixels)
         texts = self._embed(captions)
         written = self._embed([caption for own in references for caption in own])
         with full_precision(images.device):

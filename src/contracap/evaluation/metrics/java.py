@@ -1,5 +1,6 @@
-"""Java and the jars of `pycocoevalcap`: where they are, and what a failed run had to say. The package is not imported:
-its scorers download at once, write into its own folder, and leave processes running.
+"""Java and the jars of `pycocoevalcap`.
+
+The package is not imported: its scorers download files, write into the package's folder, and leave processes running.
 """
 
 import os
@@ -11,19 +12,19 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-LOCALE = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")  # or else 0,5 somewhere
+LOCALE = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")  # otherwise some countries write 0,5
 
 
 class UnavailableError(ValueError):
-    """Something that a metric needs is not installed; the message says what it is and how to get it."""
+    """A program or a file that a metric needs is not installed; the message says how to get it."""
 
 
 class JavaError(ValueError):
-    """A Java program could not be run, failed, or did not answer line for line."""
+    """A Java program cannot be run, failed, or did not answer line by line."""
 
 
 def find_java() -> Path | None:
-    """The Java executable of `JAVA_HOME`, else of `PATH`; None if there is none that runs."""
+    """Return the Java executable of `JAVA_HOME`, else of `PATH`; None if none runs."""
     home = os.environ.get("JAVA_HOME")
     folders = [*([str(Path(home) / "bin")] if home else []), None]
     found = (shutil.which("java", path=folder) for folder in folders)
@@ -31,7 +32,7 @@ def find_java() -> Path | None:
 
 
 def find_jar(name: str) -> Path | None:
-    """A file inside the installed `pycocoevalcap`; None if it is missing."""
+    """Return a file inside the installed `pycocoevalcap`; None if it is missing."""
     package = find_spec("pycocoevalcap")
     folders = package.submodule_search_locations if package else None
     jars = (Path(folder) / name for folder in folders or ())
@@ -39,15 +40,14 @@ def find_jar(name: str) -> Path | None:
 
 
 def java_and_jar(name: str, *, what: str, instead: str) -> tuple[Path, Path]:
-    """Java and a jar of `pycocoevalcap`.
+    """Return Java and a jar of `pycocoevalcap`.
 
     Args:
-        name: of the jar, in the package.
-        what: needs them.
-        instead: what a user without them can do, a sentence.
+        name: path of the jar in the package.
+        what: the metric or tokenizer that needs them, for the error.
+        instead: a sentence about what a user without them can do.
 
-    Raises:
-        UnavailableError: if one of them is missing.
+    Raises: UnavailableError: if one of them is missing.
     """
     java, jar = find_java(), find_jar(name)
     if java is None:
@@ -61,14 +61,14 @@ def java_and_jar(name: str, *, what: str, instead: str) -> tuple[Path, Path]:
 
 
 def failure(what: str, status: int | None, output: bytes) -> JavaError:
-    """The error of a program that ended with this exit status, with the first line that it wrote."""
+    """Return the error of a program that ended with this exit status; it quotes the first line of the output."""
     reason = next(filter(None, map(str.strip, output.decode(errors="replace").splitlines())), "no message")
     return JavaError(f"{what} failed (exit status {status}): {reason}")
 
 
 @contextmanager
-def running(what: str) -> Iterator[None]:
-    """What the system refuses in this block, such as memory or room for files, becomes a `JavaError` of the program."""
+def java_errors(what: str) -> Iterator[None]:
+    """A context in which an error of the system, such as too little memory, becomes a `JavaError` of the program."""
     try:
         yield
     except OSError as error:
@@ -77,7 +77,7 @@ def running(what: str) -> Iterator[None]:
 
 @cache
 def runs(java: str) -> bool:
-    """Whether this is a Java: macOS has one that only says that there is none."""
+    """Return True if this Java runs: macOS has one that only says that there is none."""
     try:
         return subprocess.run([java, "-version"], capture_output=True, check=False).returncode == 0
     except OSError:

@@ -1,7 +1,7 @@
 """METEOR 1.5, computed by its own program: exact, stem, synonym and paraphrase matches against the best reference.
 
-The jar, its tables and the protocol (a line SCORE for each image, then one line EVAL for the set) are those of
-`pycocoevalcap`, whose figures these equal.
+The jar, its tables and the protocol are those of `pycocoevalcap`, and so are the figures. The protocol has a line SCORE
+for each image, then one line EVAL for the set.
 
 Source: Denkowski and Lavie, Meteor Universal (2014).
 """
@@ -15,11 +15,11 @@ from threading import Event, Thread, Timer
 from types import TracebackType
 from typing import IO, cast
 
-from contracap.evaluation.metrics.java import LOCALE, JavaError, failure, java_and_jar, running
+from contracap.evaluation.metrics.java import LOCALE, JavaError, failure, java_and_jar, java_errors
 from contracap.evaluation.metrics.overlap import check
 
 JAR = "meteor/meteor-1.5.jar"
-# One thread for garbage: the default takes twice the memory, and the other core is for the other metrics.
+# One garbage-collection thread: the default takes twice the memory, and other metrics use the other core.
 COMMAND = ("-XX:+UseSerialGC", "-Xmx2G", *LOCALE, "-jar")
 OPTIONS = ("-", "-", "-l", "en", "-norm", "-stdio")
 SEPARATOR = "|||"
@@ -27,19 +27,17 @@ SEPARATOR = "|||"
 
 @dataclass(frozen=True, kw_only=True)
 class MeteorScores:
-    """METEOR from 0 to 1, of the set and of each image. The first is not the mean of the others: it is computed from
-    summed counts."""
+    """METEOR from 0 to 1, of the set and of each image. That of the set is not a mean: it comes from summed counts."""
 
     corpus: float
-    pictures: list[float]
+    images: list[float]
 
 
 class Meteor:
-    """The program, from `with` to the end of the block. It reads its tables for some seconds, in which others can work:
-    enter it first."""
+    """A context that runs the program. It reads its tables for some seconds: enter it first, and work meanwhile."""
 
     def __init__(self, *, timeout: float = 3600.0):
-        """Finds the program.
+        """Find the program.
 
         Args:
             timeout: seconds for one call of `score` (5,000 images take about ten).
@@ -52,11 +50,11 @@ class Meteor:
         self._timeout = timeout
 
     def __enter__(self) -> "Meteor":
-        """Starts the program.
+        """Start the program.
 
         Raises: JavaError: if it cannot be run.
         """
-        with running("METEOR"), ExitStack() as opened:
+        with java_errors("METEOR"), ExitStack() as opened:
             self._errors = opened.enter_context(TemporaryFile())  # not a pipe, which would fill if nobody reads it
             self._process = Popen(self._command, stdin=PIPE, stdout=PIPE, stderr=self._errors)
             opened.pop_all()
@@ -68,12 +66,15 @@ class Meteor:
         self._process.kill()
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._errors):
-            with suppress(BrokenPipeError):  # of what was still to be sent
+            with suppress(BrokenPipeError):  # the lines that were not sent yet
                 cast(IO[bytes], file).close()
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
-        """Scores tokenized captions: `references[i]` are those of image i, `hypotheses[i]` is what a model wrote.
-        Once: then the program has ended.
+        """Score tokenized captions; then the program ends, so call it once.
+
+        Args:
+            references: for each image the captions that people wrote.
+            hypotheses: for each image the caption of a model.
 
         Raises:
             ValueError: if an image has no reference or an empty one, or the two lengths differ.
@@ -90,22 +91,22 @@ class Meteor:
             ]
             counts = self._ask(lines, len(lines))
             last = f" {SEPARATOR} ".join(["EVAL", *counts])
-            *pictures, corpus = map(float, self._ask([last], len(lines) + 1, last=True))
+            *images, corpus = map(float, self._ask([last], len(lines) + 1, last=True))
         except ValueError as error:
             if given_up.is_set():
                 raise JavaError(f"METEOR gave no answer within {self._timeout:g} seconds") from None
             raise error if isinstance(error, JavaError) else JavaError(f"METEOR answered nonsense: {error}") from None
         finally:
             late.cancel()
-            late.join()  # or else it might end the program of the next call
-        return MeteorScores(corpus=corpus, pictures=pictures)
+            late.join()  # otherwise it might end the program of the next call
+        return MeteorScores(corpus=corpus, images=images)
 
     def _give_up(self, given_up: Event) -> None:
-        given_up.set()  # before the program ends, which others wait for
+        given_up.set()  # set before the program ends, which `score` waits for
         self._process.kill()
 
     def _ask(self, lines: Sequence[str], answers: int, *, last: bool = False) -> list[str]:
-        """Sends lines while it reads the answers: either pipe may be full. Behind the last lines the program ends."""
+        """Send lines while reading answers, since either pipe may be full. After the last lines the program ends."""
         stdin, stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
         sender = Thread(target=send, args=(stdin, lines), kwargs={"close": last}, daemon=True)
         sender.start()
@@ -113,12 +114,12 @@ class Meteor:
         for _ in range(answers):
             line = stdout.readline().decode(errors="replace")
             if not line.endswith("\n"):
-                raise self._ended([*answered, line.strip()], answers)
+                raise self._end_error([*answered, line.strip()], answers)
             answered.append(line.strip())
         sender.join()
         return answered
 
-    def _ended(self, answered: Sequence[str], wanted: int) -> JavaError:
+    def _end_error(self, answered: Sequence[str], wanted: int) -> JavaError:
         status = self._process.wait()
         self._errors.seek(0)
         if written := self._errors.read().strip():
@@ -128,13 +129,12 @@ class Meteor:
 
 
 def plain(caption: str) -> str:
-    """The caption without what separates captions in the protocol. Words end at blanks only: one may hold another
-    kind of space."""
+    """Return the caption without the protocol's separator. Only blanks end words: a word may hold another space."""
     return " ".join(word for word in caption.replace(SEPARATOR, " ").split(" ") if word)
 
 
 def send(file: IO[bytes], lines: Sequence[str], *, close: bool) -> None:
-    """Writes lines; nobody may be there to read them, which is found at the other end."""
+    """Write lines. If the reader has gone, the other end reports it."""
     with suppress(OSError, ValueError):
         file.writelines(f"{line}\n".encode(errors="replace") for line in lines)
         file.flush()

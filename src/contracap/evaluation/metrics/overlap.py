@@ -1,7 +1,7 @@
 """Caption metrics that count shared words: BLEU, ROUGE_L and CIDEr of tokenized captions, in float64.
 
-Everywhere: `references[i]` are the captions of image i, `hypotheses[i]` is what a model wrote for it, all of them
-tokens joined by blanks as `tokens.tokenize` returns them. The figures equal those of `pycocoevalcap` 1.2.
+In all functions, `references[i]` are the captions of image i that people wrote, and `hypotheses[i]` is a model's. All
+are tokens joined by blanks, as `tokens.tokenize` returns them. The figures equal those of `pycocoevalcap` 1.2.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LONGEST = 4  # words in the longest n-gram of BLEU and CIDEr
-TINY, SMALL = 1e-15, 1e-9  # all the smoothing that coco-caption's BLEU has
+TINY, SMALL = 1e-15, 1e-9  # the smoothing of coco-caption's BLEU
 RECALL_WEIGHT = 1.2  # beta of ROUGE_L
 LENGTH_SPREAD = 6.0  # words; sigma of CIDEr-D's length penalty
 
@@ -19,14 +19,14 @@ NGram = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Bleu:
-    """BLEU of a set of captions and the counts it rests on.
+    """BLEU of a set of captions, and its counts.
 
     Attributes:
         scores: Bleu_1 to Bleu_4, from 0 to 1.
-        hypothesis_length: words of all hypotheses.
-        reference_length: words of, for each image, the reference nearest in length (the shorter of two).
-        guessed: n-grams in the hypotheses, n = 1 to 4.
-        correct: those that a reference has too, each as often as the reference that has it most often.
+        hypothesis_length: words in all hypotheses.
+        reference_length: words in the references that are nearest in length, one for each image; of two, the shorter.
+        guessed: number of n-grams in the hypotheses, n = 1 to 4.
+        correct: number of those that a reference has too; each counts at most as often as in one reference.
     """
 
     scores: tuple[float, ...]
@@ -37,7 +37,7 @@ class Bleu:
 
 
 def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Bleu:
-    """Corpus BLEU. Not the mean over images: for one image's score give one image.
+    """Return BLEU of the whole set, which is not a mean over images.
 
     Raises:
         ValueError: if an image has no reference or an empty one, or the two lengths differ.
@@ -73,7 +73,7 @@ def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Bleu
 
 
 def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
-    """ROUGE_L of each image, from 0 to 1; the figure of a set is their mean.
+    """Return ROUGE_L of each image, from 0 to 1; the figure of a set is their mean.
 
     The best precision and the best recall may come from different references.
 
@@ -94,13 +94,13 @@ def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> l
 
 
 def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, plain: bool = False) -> list[float]:
-    """CIDEr-D of each image, from 0 to 10; the figure of a set, which is printed as CIDEr, is their mean.
+    """Return CIDEr-D of each image, from 0 to 10; the figure of a set, which is printed as CIDEr, is their mean.
 
-    How rare an n-gram is comes from the references given here: an image's score depends on the whole set, one
-    image alone scores 0, and two systems compare on the same images only.
+    The references given here tell how rare an n-gram is. So a score depends on the whole set, an image alone scores 0,
+    and two systems can be compared only on the same images.
 
     Args:
-        plain: without what the D stands for, clipped counts and the length penalty. Such scores are higher, and must
+        plain: leave out clipped counts and the length penalty, which the D stands for. Such scores are higher, and must
             not be called CIDEr.
 
     Raises:
@@ -108,8 +108,8 @@ def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, pla
     """
     check(references, hypotheses)
     counted = [[count_ngrams(caption) for caption in captions] for captions in references]
-    pictures_with = Counter(ngram for captions in counted for ngram in set().union(*captions))
-    rarity = {ngram: math.log(len(references)) - math.log(count) for ngram, count in pictures_with.items()}
+    images_with = Counter(ngram for captions in counted for ngram in set().union(*captions))
+    rarity = {ngram: math.log(len(references)) - math.log(count) for ngram, count in images_with.items()}
     unseen = math.log(len(references)) if references else 0.0
 
     def weigh(counts: Counter[NGram]) -> "WeightedNGrams":
@@ -129,7 +129,7 @@ def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, pla
 
 @dataclass(frozen=True)
 class WeightedNGrams:
-    """A caption as CIDEr sees it: weights of its n-grams by n, the norms of these vectors, the number of bigrams."""
+    """A caption in CIDEr: the weights of its n-grams by n, the norms of these vectors, and its number of bigrams."""
 
     weights: list[dict[NGram, float]]
     norms: list[float]
@@ -137,7 +137,7 @@ class WeightedNGrams:
 
 
 def similarity(hypothesis: WeightedNGrams, reference: WeightedNGrams, *, plain: bool) -> float:
-    """Clipped cosines, summed over n, times the length penalty (lengths are counted in bigrams); cosines if `plain`."""
+    """Return the sum over n of clipped cosines, times the penalty of lengths in bigrams; if `plain`, of cosines."""
     total = 0.0
     for n in range(LONGEST):
         norms = hypothesis.norms[n] * reference.norms[n]
@@ -151,13 +151,13 @@ def similarity(hypothesis: WeightedNGrams, reference: WeightedNGrams, *, plain: 
 
 
 def count_ngrams(caption: str) -> Counter[NGram]:
-    """How often each run of one to four words occurs."""
+    """Return the counts of all runs of one to four words."""
     words = caption.split()
     return Counter(tuple(words[i : i + n]) for n in range(1, LONGEST + 1) for i in range(len(words) - n + 1))
 
 
 def common_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, the dynamic programme's rows kept as the bits of an integer.
+    """Return the length of the longest common subsequence. The rows of the dynamic programme are bits of an integer.
 
     Source: Hyyrö, Bit-parallel LCS-length computation revisited (2004).
     """
@@ -173,13 +173,13 @@ def common_length(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def mean(scores: Iterable[float]) -> float:
-    """The mean, summed without rounding, so that the order of the images does not matter."""
+    """Return the mean. The sum is exact, so the order of the images does not matter."""
     scores = list(scores)
     return math.fsum(scores) / len(scores)
 
 
 def check(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
-    """Raises: ValueError: if these cannot be scored against each other."""
+    """Raises: ValueError: if these cannot be compared."""
     if not hypotheses:
         raise ValueError("there is no caption to score")
     if len(references) != len(hypotheses):

@@ -1,4 +1,4 @@
-"""Places of texts among images and of images among texts, without the matrix of all their scores."""
+"""Ranks of images for texts and of texts for images, without the matrix of all scores."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +13,7 @@ from contracap.evaluation.features import finite, full_precision
 from contracap.parallel.process_group import ProcessGroup
 
 SIDE = 1024  # texts and images of one tile of scores: 4 MiB in fp32
-FILL = 64  # sides are multiples of it: at the odd edges of a product equal rows do not give equal bits
+MULTIPLE = 64  # of the sides of a tile: at odd edges of a product, equal rows do not give equal bits
 
 
 @torch.no_grad()
@@ -23,13 +23,14 @@ def ranks(
     image_of_text: Int64[Tensor, "text"],
     process_group: ProcessGroup = ProcessGroup(),
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
-    """For each text the place of its image among all images, for each image that of its best text; 0 is the top.
-    They are given on the CPU, and computed where the features are.
+    """Return the rank of each text's image among all images, and of each image's best text; 0 is the top.
 
-    Among equal scores the candidate that comes first in the data stands first, so a model that gives every pair the
-    same score is at chance. Scores are computed in fp32, tile by tile, and each tile is counted in both directions at
-    once: memory grows with the number of rows, not with its square. A tile of own pairs is computed twice, in the same
-    way: what it is compared with must be known before.
+    They are computed on the device of the features, and returned on the CPU. If scores are equal, the candidate that
+    comes first in the data ranks first, so a model that gives every pair the same score is at chance.
+
+    Scores are computed in fp32, tile by tile. Each tile is counted in both directions at once, so memory grows with the
+    number of rows, not with its square. Tiles with own pairs are computed twice, because their scores must be known
+    first.
 
     Args:
         process_group: the ranks that call this with the same features; each takes every n-th row of tiles.
@@ -51,7 +52,7 @@ def _counts(
     image_of_text: Int64[Tensor, "text"],
     process_group: ProcessGroup,
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
-    """What the tiles of this process add to the places."""
+    """Return the part of the ranks that the tiles of this process contribute."""
     images, texts = finite(image_features, "images"), finite(text_features, "texts")
     _check_owners(image_of_text, len(images))
     with full_precision(images.device):
@@ -69,19 +70,19 @@ def _counts(
 def _best_texts(
     own: Float32[Tensor, "text"], image_of_text: Int64[Tensor, "text"], images: int
 ) -> tuple[Float32[Tensor, "image"], Int64[Tensor, "image"]]:
-    """Best score of each image among its texts, and the row of the first text that has it."""
+    """Return the best score of each image among its texts, and the row of the first text that has it."""
     best = own.new_full((images,), -torch.inf).scatter_reduce(0, image_of_text, own, "amax")
     rows = torch.arange(len(own), device=own.device).where(own == best[image_of_text], len(own))
     return best, rows.new_full((images,), len(own)).scatter_reduce(0, image_of_text, rows, "amin")
 
 
-def places(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "query"]) -> Int64[Tensor, "query"]:
-    """How many candidates stand before the wanted one: those that score higher, and equal ones that come earlier."""
+def place_of(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "query"]) -> Int64[Tensor, "query"]:
+    """Return how many candidates rank before the wanted one: higher scores, and equal ones that come earlier."""
     return _before(scores, scores.gather(1, wanted[:, None]).squeeze(1), wanted)
 
 
 def share(hits: Bool[Tensor, "query"]) -> float:
-    """The part of the queries that hit, from 0 to 1."""
+    """Return the share of the queries that hit, from 0 to 1."""
     return int(hits.sum()) / len(hits)
 
 
@@ -95,14 +96,14 @@ def _check_owners(image_of_text: Int64[Tensor, "text"], images: int) -> None:
 def _before(
     scores: Float32[Tensor, "query candidate"], own: Float32[Tensor, "query"], wanted: Int64[Tensor, "query"]
 ) -> Int64[Tensor, "query"]:
-    """How many of these candidates stand before each query's wanted one.
+    """Return how many of these candidates rank before the wanted one of each query.
 
     Args:
-        own: score of the wanted one.
-        wanted: its column; below 0 or beyond the last, if it comes before or after these candidates.
+        own: the score of the wanted candidate.
+        wanted: its column; below 0 or beyond the last if it comes before or after these candidates.
     """
     candidates = scores.shape[1]
-    # Earlier candidates count at an equal score, too: above the float that comes before it.
+    # Earlier candidates also count at an equal score: above the float that comes before it.
     bar = torch.where(wanted < candidates, own, own.nextafter(own.new_tensor(-torch.inf)))
     marks = torch.empty_like(scores)  # 0 and 1 as floats: counted several times faster than booleans, exact to 2**24
     before = torch.gt(scores, bar[:, None], out=marks).sum(dim=1).long()
@@ -116,7 +117,7 @@ def _before(
 def _own_scores(
     texts: Float32[Tensor, "text embed"], images: Float32[Tensor, "image embed"], image_of_text: Int64[Tensor, "text"]
 ) -> Float32[Tensor, "text"]:
-    """The score of each text and its image, to the bit as it stands in its tile."""
+    """Return the score of each text and its image, bit-equal to that in its tile."""
     own = texts.new_empty(len(texts))
     for rows in _blocks(len(texts)):
         for columns in _blocks(len(images)):
@@ -134,12 +135,14 @@ def _blocks(length: int) -> Iterator[slice]:
 def _tile(
     texts: Float32[Tensor, "text embed"], rows: slice, images: Float32[Tensor, "image embed"], columns: slice
 ) -> Float32[Tensor, "row column"]:
-    """Scores of a block of each. All tiles are of one shape when they are computed, so that equal pairs have equal
-    scores wherever they stand."""
-    scores = _filled(texts, rows) @ _filled(images, columns).T
+    """Return the scores of a block of texts and a block of images.
+
+    All tiles are computed in the same shape, so that equal pairs have equal scores in every tile.
+    """
+    scores = _pad(texts, rows) @ _pad(images, columns).T
     return scores[: rows.stop - rows.start, : columns.stop - columns.start]
 
 
-def _filled(features: Float32[Tensor, "row embed"], rows: slice) -> Float32[Tensor, "side embed"]:
-    missing = min(SIDE, -(-len(features) // FILL) * FILL) - (rows.stop - rows.start)
+def _pad(features: Float32[Tensor, "row embed"], rows: slice) -> Float32[Tensor, "side embed"]:
+    missing = min(SIDE, -(-len(features) // MULTIPLE) * MULTIPLE) - (rows.stop - rows.start)
     return pad(features[rows], (0, 0, 0, missing)) if missing else features[rows]

@@ -1,4 +1,4 @@
-"""Every caption metric of a set of captions, of those that can run."""
+"""All caption metrics of a set of captions that can run here."""
 
 import math
 import re
@@ -23,9 +23,9 @@ ONE_IMAGE = "CIDEr weighs words by how rare they are among the images: it needs 
 
 
 def metric_names(names: Iterable[str]) -> tuple[MetricName, ...]:
-    """The metrics that names mean: those of `METRICS` or of figures, such as `CIDEr` and `Bleu_4`, in any case.
+    """Return the metrics of these names: those of `METRICS`, or of figures such as `CIDEr` and `Bleu_4`, in any case.
 
-    Raises: ValueError: for a metric that there is not.
+    Raises: ValueError: for an unknown metric.
     """
     found = dict[MetricName, None]()
     for name in (part.strip() for text in names for part in text.split(",")):
@@ -38,13 +38,13 @@ def metric_names(names: Iterable[str]) -> tuple[MetricName, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How well captions match their references.
+    """Scores of captions against their references.
 
     Attributes:
-        figures: by their names in results.
-        per_sample: of the figures that are means over images, the value of each image.
-        reasons: figures that could not be computed, with the reason.
-        details: which tokenizer made the tokens, and what else belongs beside the figures.
+        figures: name to value.
+        per_sample: the values of each image, for figures that are means over images.
+        reasons: why a figure could not be computed.
+        details: further keys of the result, such as the tokenizer.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
@@ -53,18 +53,18 @@ class Scores:
     details: dict[str, Any] = field(default_factory=dict)
 
     def add_clipscore(self, clip: list[float], both: list[float], *, model: str) -> None:
-        """Adds CLIPScore and RefCLIPScore of each image, and which model they are by."""
+        """Add CLIPScore and RefCLIPScore of each image, and the name of the model that computed them."""
         self.per_sample.update({"CLIPScore": clip, "RefCLIPScore": both})
         self.figures.update({"CLIPScore": mean(clip), "RefCLIPScore": mean(both)})
         self.details["clipscore_model"] = model
 
 
 class CaptionScorer:
-    """Bleu_1 to Bleu_4, ROUGE_L, CIDEr (which is CIDEr-D), METEOR and SPICE of captions against those people wrote.
+    """Computes Bleu_1 to Bleu_4, ROUGE_L, CIDEr (which is CIDEr-D), METEOR and SPICE of captions.
 
     Attributes:
-        tokenizer: which one it uses; if nobody named it and it fails, Python's takes its place.
-        reasons: of the usual metrics, those that cannot run here: the figure's name and the reason.
+        tokenizer: its tokenizer; if nobody asked for it and it fails, Python's is used.
+        reasons: why some of the usual figures cannot be computed here.
     """
 
     def __init__(
@@ -75,17 +75,16 @@ class CaptionScorer:
         corenlp: str | Path | None = None,
         spice_memory: str = MEMORY,
     ):
-        """Finds what the metrics need, so that nothing is found missing after hours of work.
+        """Find the programs that the metrics need, before hours of work.
 
         Args:
-            metrics: which to compute; none means all but `cider_plain`, as far as they can run.
-            tokenizer: by default Java's, where it can run.
+            metrics: metrics to compute; by default all that can run, except `cider_plain`.
+            tokenizer: by default Java's if it can run.
             corenlp: folder with the parser of SPICE, CoreNLP 3.6.0; by default that of `CONTRACAP_CORENLP_DIR`.
-            spice_memory: the most that SPICE may use, as Java's option -Xmx takes it.
+            spice_memory: the most memory that SPICE may use, in the form of Java's option -Xmx.
 
-        Raises:
-            UnavailableError, JavaError: if a metric or the tokenizer is named and cannot run.
-            ValueError: for a metric that there is not.
+        Raises: UnavailableError, JavaError: if a metric or the tokenizer is named and cannot run. ValueError: for an
+            unknown metric.
         """
         metrics = metric_names(metrics)
         self.tokenizer = choose_tokenizer(tokenizer)
@@ -118,20 +117,19 @@ class CaptionScorer:
         domains: Sequence[str | None] = (),
         keys: Sequence[str] = (),
     ) -> Scores:
-        """Scores raw captions: tokenizes all of them in one go, then counts.
+        """Tokenize and score captions.
 
-        A program that fails costs its own figure only, which then has a reason: captions may have taken hours to write.
+        If a program fails, only its own figure is missing, with a reason: the captions may have taken hours to write.
 
         Args:
-            references: for each image the captions people wrote; those without a word are left out.
-            predictions: for each image what is to be scored.
+            references: for each image the captions that people wrote; those without a word are left out.
+            predictions: for each image the caption to score.
             domains: for each image the part of the set that it belongs to, such as `near`, or None. Each part gets
                 figures of its own, such as `CIDEr_near`, as if it were the whole set.
-            keys: what errors call the images; by default their places.
+            keys: names of the images in errors; by default their numbers.
 
-        Raises:
-            ValueError: if an image has no reference with a word in it, or the lengths differ.
-            JavaError: if a tokenizer fails that was named.
+        Raises: ValueError: if an image has no reference with a word in it, or the lengths differ. JavaError: if the
+            tokenizer was named and fails.
         """
         with ThreadPoolExecutor(1) as beside, ExitStack() as programs:
             reasons, meteor = dict(self.reasons), None
@@ -148,24 +146,7 @@ class CaptionScorer:
             check(written, hypotheses)
             later = beside.submit(meteor.score, written, hypotheses) if meteor else None
             scores = Scores(reasons=reasons, details=details)
-            if "bleu" in self._metrics:
-                counted = bleu(written, hypotheses)
-                scores.figures.update({f"Bleu_{n}": value for n, value in enumerate(counted.scores, start=1)})
-                scores.details["bleu_stats"] = {
-                    "testlen": counted.hypothesis_length,
-                    "reflen": counted.reference_length,
-                    "guess": list(counted.guessed),
-                    "correct": list(counted.correct),
-                }
-            if "rouge_l" in self._metrics:
-                scores.per_sample["ROUGE_L"] = rouge_l(written, hypotheses)
-            for name in ("CIDEr", "CIDEr_plain"):
-                if name.lower() not in self._metrics:
-                    continue
-                if len(hypotheses) < 2:
-                    scores.reasons[name] = ONE_IMAGE
-                else:
-                    scores.per_sample[name] = cider(written, hypotheses, plain=name == "CIDEr_plain")
+            self._add_counted(scores, written, hypotheses)
             if later:
                 try:
                     scores.figures["METEOR"] = later.result().corpus
@@ -181,7 +162,7 @@ class CaptionScorer:
     def _tokens(
         self, references: Sequence[Sequence[str]], predictions: Sequence[str]
     ) -> tuple[list[list[str]], list[str], dict[str, Any]]:
-        """Tokens of the references, tokens of the predictions, and how they were made."""
+        """Return the tokens of the references and of the predictions, and the details about the tokenizer."""
         captions = [*predictions, *(caption for written in references for caption in written)]
         details: dict[str, Any] = {"tokenizer": self.tokenizer}
         try:
@@ -194,6 +175,27 @@ class CaptionScorer:
         hypotheses = [next(tokens) for _ in predictions]
         written = [[next(tokens) for _ in captions] for captions in references]
         return [[caption for caption in captions if caption.strip()] for captions in written], hypotheses, details
+
+    def _add_counted(self, scores: Scores, written: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
+        """Add BLEU, ROUGE_L and CIDEr."""
+        if "bleu" in self._metrics:
+            counted = bleu(written, hypotheses)
+            scores.figures.update({f"Bleu_{n}": value for n, value in enumerate(counted.scores, start=1)})
+            scores.details["bleu_stats"] = {
+                "testlen": counted.hypothesis_length,
+                "reflen": counted.reference_length,
+                "guess": list(counted.guessed),
+                "correct": list(counted.correct),
+            }
+        if "rouge_l" in self._metrics:
+            scores.per_sample["ROUGE_L"] = rouge_l(written, hypotheses)
+        for name in ("CIDEr", "CIDEr_plain"):
+            if name.lower() not in self._metrics:
+                continue
+            if len(hypotheses) < 2:
+                scores.reasons[name] = ONE_IMAGE
+            else:
+                scores.per_sample[name] = cider(written, hypotheses, plain=name == "CIDEr_plain")
 
     def _add_spice(
         self, scores: Scores, spice: Spice, written: Sequence[Sequence[str]], hypotheses: Sequence[str]
@@ -237,6 +239,6 @@ class CaptionScorer:
 
 
 def domain_name(value: object) -> str | None:
-    """The part of NoCaps that a field `domain` names, such as `near` for `near-domain`; None for anything else."""
+    """Return the part of NoCaps that a field `domain` names: `near` for `near-domain`, None for other values."""
     found = value.removesuffix("-domain") if isinstance(value, str) else ""
     return found if found and found != value else None

@@ -1,7 +1,7 @@
-"""SPICE: how far the things, attributes and relations of captions agree, computed by its own program.
+"""SPICE: the agreement of captions in objects, attributes and relations, computed by its own program.
 
-The program is in `pycocoevalcap`; the parser it needs, CoreNLP 3.6.0, is not, and is never downloaded: another version
-gives other scores.
+The program is in `pycocoevalcap`. Its parser, CoreNLP 3.6.0, is not, and is never downloaded. Another version gives
+other scores.
 
 Source: Anderson et al., SPICE: Semantic Propositional Image Caption Evaluation (arXiv 1607.08822).
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from contracap.evaluation.metrics.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar, running
+from contracap.evaluation.metrics.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar, java_errors
 from contracap.evaluation.metrics.overlap import check
 
 JAR = "spice/spice-1.0.jar"
@@ -48,20 +48,20 @@ public class Scores {
 
 
 class Spice:
-    """The program with its parser."""
+    """Runs the program with its parser."""
 
     def __init__(self, corenlp: str | Path | None = None, *, memory: str = MEMORY, timeout: float = 6 * 3600.0):
-        """Finds the program.
+        """Find the program.
 
         Args:
             corenlp: folder with the two jars of CoreNLP 3.6.0; by default that of `CONTRACAP_CORENLP_DIR`.
-            memory: the most that Java may use for objects, as its option -Xmx takes it.
+            memory: the most memory that Java may use, in the form of its option -Xmx.
             timeout: seconds for one call of `score`.
 
         Raises:
             UnavailableError: if Java, its compiler or a jar is missing.
             JavaError: if Java cannot be run.
-            ValueError: if `memory` is none.
+            ValueError: if `memory` has another form.
         """
         if not re.fullmatch(r"[1-9]\d*[kKmMgG]", memory):
             raise ValueError(
@@ -78,7 +78,7 @@ class Spice:
                 f"SPICE needs CoreNLP 3.6.0, which is not in {folders[0]}: --corenlp-dir DIR "
                 "(docs/evaluation.md says where to get it)"
             )
-        with running("SPICE"):
+        with java_errors("SPICE"):
             modules = subprocess.run([java, "--list-modules"], capture_output=True, check=False).stdout
         if b"jdk.compiler" not in modules:
             raise UnavailableError(
@@ -91,23 +91,23 @@ class Spice:
         self._timeout = timeout
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
-        """SPICE of each image, from 0 to 1, from tokenized captions; the figure of a set is their mean.
+        """Return SPICE of each image, from 0 to 1, of tokenized captions; the figure of a set is their mean.
 
-        NaN where the program gives no number.
+        NaN stands for an image without a score.
 
         Raises:
             ValueError: if an image has no reference or an empty one, or the two lengths differ.
             JavaError: if the program cannot be run, fails, is too slow, or leaves out images.
         """
         check(references, hypotheses)
-        pictures = [
+        images = [
             {"image_id": i, "test": hypothesis, "refs": list(captions)}
             for i, (captions, hypothesis) in enumerate(zip(references, hypotheses, strict=True))
         ]
-        with running("SPICE"), TemporaryDirectory(prefix="contracap-spice-") as folder:
+        with java_errors("SPICE"), TemporaryDirectory(prefix="contracap-spice-") as folder:
             program, asked, answered = (Path(folder, name) for name in ("Scores.java", "captions.json", "scores.json"))
             program.write_text(PROGRAM, encoding="utf-8")
-            asked.write_text(json.dumps(pictures), encoding="utf-8")
+            asked.write_text(json.dumps(images), encoding="utf-8")
             command = [*self._command, str(program), str(asked), str(answered)]
             try:
                 done = subprocess.run(command, cwd=folder, capture_output=True, timeout=self._timeout, check=False)
@@ -115,18 +115,18 @@ class Spice:
                 raise JavaError(f"SPICE gave no answer within {self._timeout:g} seconds") from None
             if done.returncode != 0 or not answered.is_file():
                 raise failure("SPICE", done.returncode, error_lines(done.stderr))
-            return read_scores(answered.read_text(encoding="utf-8"), len(pictures))
+            return read_scores(answered.read_text(encoding="utf-8"), len(images))
 
 
 def error_lines(written: bytes) -> bytes:
-    """What the program wrote from its first error on: before that it tells what it loads."""
+    """Return the output of the program from its first error on; before that it tells what it loads."""
     lines = written.splitlines()
     first = next((i for i, line in enumerate(lines) if re.search(rb"Exception|Error|error:", line)), 0)
     return b"\n".join(lines[first:])
 
 
-def read_scores(text: str, pictures: int) -> list[float]:
-    """The F-score of each image in what the program writes.
+def read_scores(text: str, images: int) -> list[float]:
+    """Return the F-score of each image in the output of the program.
 
     Raises:
         JavaError: if it has another layout, or other images.
@@ -135,6 +135,6 @@ def read_scores(text: str, pictures: int) -> list[float]:
         found: dict[int, Any] = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in json.loads(text)}
     except (ValueError, LookupError, TypeError) as error:
         raise JavaError(f"SPICE answered nonsense: {error!r}") from None
-    if sorted(found) != list(range(pictures)):
-        raise JavaError(f"SPICE returned scores of {len(found)} images for {pictures}; refusing to pair them")
-    return [math.nan if found[i] is None else float(found[i]) for i in range(pictures)]
+    if sorted(found) != list(range(images)):
+        raise JavaError(f"SPICE returned scores of {len(found)} images for {images}; refusing to pair them")
+    return [math.nan if found[i] is None else float(found[i]) for i in range(images)]

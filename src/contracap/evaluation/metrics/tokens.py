@@ -1,10 +1,9 @@
-"""Captions into Penn Treebank tokens, as the caption metrics of COCO want them.
+"""Captions to Penn Treebank tokens, as the caption metrics of COCO use them.
 
-Two tokenizers give the same kind of string (lower case, tokens joined by one blank, punctuation dropped): the Java
-`PTBTokenizer` that the published figures rest on, run from the jar of `pycocoevalcap`, and a pure-Python one for
-machines without Java. They agree on all but about one in 20,000 captions of COCO train2014, which was not looked at
-while writing the second; hyphens outside Latin scripts, and rare signs, differ. A result says which one was used:
-scores may differ a little.
+There are two tokenizers: the Java `PTBTokenizer` of published figures, run from the jar of `pycocoevalcap`, and one in
+Python for machines without Java. Both return lower case, tokens joined by one blank, without punctuation. They agree on
+all but about one in 20,000 captions of COCO train2014, which was not used in writing the second. Hyphens outside Latin
+scripts and rare signs differ. A result says which tokenizer was used, because scores may differ a little.
 
 Source: coco-caption (tylin/coco-caption, commit 3a9afb26), the list of dropped tokens; Stanford CoreNLP 3.4.1.
 """
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from contracap.evaluation.metrics.java import LOCALE, JavaError, failure, find_jar, find_java, java_and_jar, running
+from contracap.evaluation.metrics.java import LOCALE, JavaError, failure, find_jar, find_java, java_and_jar, java_errors
 
 TokenizerName = Literal["java", "python"]
 
@@ -27,12 +26,12 @@ DROPPED = frozenset(
 
 
 def one_line(caption: str) -> str:
-    """The caption without line ends of any kind: a second line would move every later caption to the wrong image."""
+    """Return the caption on one line: a second line would move every later caption to the wrong image."""
     return " ".join(caption.splitlines())
 
 
 def choose_tokenizer(wanted: TokenizerName | None = None) -> TokenizerName:
-    """The tokenizer that is wanted; if none is, Java's where it can run.
+    """Return the wanted tokenizer, by default Java's if it can run.
 
     Raises:
         UnavailableError: if Java's is wanted and cannot.
@@ -43,7 +42,7 @@ def choose_tokenizer(wanted: TokenizerName | None = None) -> TokenizerName:
 
 
 def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) -> list[str]:
-    """Captions as tokens joined by one blank, in the same order.
+    """Return the captions as tokens joined by one blank, in the same order.
 
     A token may hold a no-break space ("25 1/2" is one token); an empty caption stays empty.
 
@@ -61,17 +60,17 @@ def tokenize(captions: Sequence[str], tokenizer: TokenizerName | None = None) ->
 
 
 def has_word(captions: Iterable[str]) -> bool:
-    """Whether there is a token with a letter or a digit in any of these, as the Python tokenizer cuts them.
+    """Return True if the Python tokenizer finds a token with a letter or a digit in any of these captions.
 
-    The Java tokenizer deletes what it does not know: emoji, everything above U+FFFF, and letters younger than itself.
-    The last are few, and count here.
+    The Java tokenizer deletes emoji, everything above U+FFFF, and letters younger than itself. The last are few, and
+    count here.
     """
     tokens = (token for caption in captions for token in python_tokens(one_line(caption)))
     return any(character.isalnum() and character <= "\uffff" for token in tokens for character in token)
 
 
 def java_tokenizer() -> tuple[Path, Path]:
-    """Java and the jar of its tokenizer.
+    """Return Java and the jar of its tokenizer.
 
     Raises:
         UnavailableError: if one of them is missing.
@@ -80,7 +79,7 @@ def java_tokenizer() -> tuple[Path, Path]:
 
 
 def java_lines(lines: Sequence[str], *, timeout: float = 600.0) -> list[str]:
-    """What Java's PTBTokenizer makes of each line; one process, standard input and output, no files.
+    """Return the tokens of each line by Java's PTBTokenizer, in one process without files.
 
     Args:
         lines: texts without line ends.
@@ -93,7 +92,7 @@ def java_lines(lines: Sequence[str], *, timeout: float = 600.0) -> list[str]:
     command += ["-encoding", "UTF-8", "-preserveLines", "-lowerCase"]
     text = "".join(line + "\n" for line in lines).encode("utf-8", errors="replace")
     try:
-        with running("the Java tokenizer"):
+        with java_errors("the Java tokenizer"):
             done = subprocess.run(command, input=text, capture_output=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         raise JavaError(f"the Java tokenizer gave no answer within {timeout:g} seconds") from None
@@ -140,18 +139,18 @@ REPLACED = {
 
 
 def either(words: str) -> str:
-    """A pattern of the words, in any case of letters, the longer ones first."""
+    """Return a pattern of the words, in any case, longer ones first."""
     choices = sorted((re.escape(word) for word in words.split()), key=len, reverse=True)
     return "(?i:" + "|".join(choices) + ")"
 
 
-def joined(pair: str) -> str:
+def split_pattern(pair: str) -> str:
     first, second = pair.split("|")
     return rf"(?i:{first}(?={second}\b))"
 
 
 def characters(*categories: str) -> str:
-    """The characters of these Unicode categories, as a character class of a pattern has them."""
+    """Return the characters of these Unicode categories, for a character class of a pattern."""
     found = (chr(code) for code in range(0x80, 0x10000))
     return "".join(character for character in found if unicodedata.category(character) in categories)
 
@@ -184,7 +183,7 @@ TOKEN = re.compile(
             r"(?<![\w-])[-+]\d+(?!\w)",
             r"(?<!\w)'\d\ds?(?![\w'])",  # '70s
             rf"(?<!\w){either(APOSTROPHE_WORDS)}(?!\w)",
-            *(rf"(?<!\w){joined(pair)}" for pair in JOINED_WORDS.split()),
+            *(rf"(?<!\w){split_pattern(pair)}" for pair in JOINED_WORDS.split()),
             rf"{LETTERS}+?(?={NEGATION})",  # do in don't
             NEGATION,
             r"(?i:'(?:s|m|d|re|ve|ll))(?!\w)",
@@ -209,7 +208,7 @@ TOKEN = re.compile(
 
 
 def python_tokens(line: str) -> list[str]:
-    """The tokens of one line in lower case, punctuation included."""
+    """Return the tokens of one line in lower case, with punctuation."""
     tokens, line = [], line.translate(SEPARATORS)
     for match in TOKEN.finditer(line.replace("\u2019", "'")):
         token = match.group()

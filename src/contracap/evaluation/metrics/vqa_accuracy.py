@@ -1,7 +1,7 @@
-"""How far an answer agrees with those that people gave, by the rules of the VQA challenge.
+"""Accuracy of an answer among those that people gave, by the rules of the VQA challenge.
 
-Source: GT-Vision-Lab/VQA, commit a013f004, PythonEvaluationTools/vqaEvaluation/vqaEval.py: what it does, also where it
-looks like a slip, since published figures were made so.
+Source: GT-Vision-Lab/VQA, commit a013f004, PythonEvaluationTools/vqaEvaluation/vqaEval.py. Its slips are kept, because
+published figures have them.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 MARKS = ';/[]"{}()=+\\_-><@`,?!'  # apostrophe, colon, $, % and & stay
 COMMA_IN_NUMBER = re.compile(r"\d,\d")  # digits of any script
 DOT = re.compile(r"\.(?!\d)")
-MAX_DOTS = 32  # that are deleted: meant as a flag, and read as a count
+MAX_DOTS = 32  # dots that are deleted: meant as a flag, but read as a count
 ARTICLES = ("a", "an", "the")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(DIGITS)}
@@ -42,15 +42,16 @@ CONTRACTIONS = {  # those with a capital letter are never met: texts are lower-c
 
 
 def accuracy(prediction: str, answers: Sequence[str], *, strict: bool = True) -> float:
-    """From 0 to 1: for each person's answer, a third for each of the others' that equals the prediction, at most 1; the
-    mean of that. Of ten answers 0, 1, 2, 3, 4 equal ones are worth 0, 0.3, 0.6, 0.9, 1.
+    """Return the accuracy of an answer, from 0 to 1.
 
-    Below four answers the others are too few to make 1; then all of them do, and a single answer has to be met.
+    Each person is left out in turn: the answer scores a third for each of the others who gave it, at most 1, and the
+    scores are averaged. Of ten people, 0, 1, 2, 3 or 4 with this answer give 0, 0.3, 0.6, 0.9 or 1. With fewer than
+    four people, all the others must have given it for a 1.
 
     Args:
-        answers: of several people to one question.
-        strict: compare answers as they stand where all are equal, as the challenge does: `Black.` is wrong where ten
-            people said `black`. Else all are normalised.
+        answers: the answers of several people to one question.
+        strict: if all people agree, compare answers without normalising them, as the challenge does: `Black.` is wrong
+            if all said `black`. Otherwise all are normalised.
 
     Raises: ValueError: if there is no answer.
     """
@@ -58,7 +59,7 @@ def accuracy(prediction: str, answers: Sequence[str], *, strict: bool = True) ->
         raise ValueError("there is no answer to compare with")
     prediction, given = _one_line(prediction), [_one_line(answer) for answer in answers]
     if len(set(given)) > 1 or not strict:
-        prediction, given = normalised(prediction), [normalised(answer) for answer in given]
+        prediction, given = normalise(prediction), [normalise(answer) for answer in given]
     people, equal = len(given), given.count(prediction)
     if people == 1:
         return float(equal)
@@ -67,11 +68,12 @@ def accuracy(prediction: str, answers: Sequence[str], *, strict: bool = True) ->
     return (equal * said_so + (people - equal) * said_other) / people
 
 
-def normalised(answer: str) -> str:
-    """Without punctuation and articles, in lower case, numbers up to ten as digits, contractions with apostrophes.
+def normalise(answer: str) -> str:
+    """Return the answer in lower case, without punctuation and articles, with digits for numbers up to ten and
+    apostrophes in contractions.
 
-    A mark is deleted where the answer has it next to a blank anywhere, or has a comma between digits; else it becomes a
-    blank.
+    A mark is deleted if the answer has it next to a blank anywhere, or has a comma between digits. Otherwise it becomes
+    a blank.
     """
     text, has_number = answer, COMMA_IN_NUMBER.search(answer) is not None
     for mark in MARKS:

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 
-from contracap.evaluation.published import is_published, main_name, published, published_names
+from contracap.evaluation.class_names import main_name, published_names, published_set
 
 from .oracles import clip_benchmark_literal, clip_benchmark_table
 
@@ -37,8 +37,8 @@ def test_names_equal_clip_benchmark_in_content_and_order() -> None:
     expected["vtab/caltech101"] = expected.pop("caltech101_vtab")
     assert len(expected) == 17
     for name, classes in expected.items():
-        assert list(published(name).classes) == classes, name
-    assert list(published("voc2007").classes) == clip_benchmark_literal("voc2007", "object_categories")
+        assert list(published_set(name).classes) == classes, name
+    assert list(published_set("voc2007").classes) == clip_benchmark_literal("voc2007", "object_categories")
 
 
 def test_templates_equal_clip_benchmark_in_content_and_order() -> None:
@@ -46,21 +46,23 @@ def test_templates_equal_clip_benchmark_in_content_and_order() -> None:
     del expected["dummy"]
     for name, templates in expected.items():
         for spelling in (name, f"vtab/{name}", f"wds/vtab/{name}"):  # it looks for a name without its prefix, too
-            assert list(published(spelling).templates) == [text.replace("{c}", "{}") for text in templates], spelling
+            assert list(published_set(spelling).templates) == [text.replace("{c}", "{}") for text in templates], (
+                spelling
+            )
 
 
 def test_imagenet_equals_open_clip(open_clip: ModuleType) -> None:
-    assert list(published("imagenet1k").classes) == list(open_clip.IMAGENET_CLASSNAMES)
+    assert list(published_set("imagenet1k").classes) == list(open_clip.IMAGENET_CLASSNAMES)
     for name, templates in (
         ("imagenet1k", open_clip.OPENAI_IMAGENET_TEMPLATES),
         ("imagenet-simple", open_clip.SIMPLE_IMAGENET_TEMPLATES),
     ):
-        assert list(published(name).templates) == [template("{}") for template in templates]
-    assert [len(published(name).templates) for name in ("imagenet1k", "imagenet-simple")] == [80, 7]
+        assert list(published_set(name).templates) == [template("{}") for template in templates]
+    assert [len(published_set(name).templates) for name in ("imagenet1k", "imagenet-simple")] == [80, 7]
 
 
 def test_two_pairs_of_equal_names_in_imagenet_are_kept() -> None:
-    names = published("imagenet1k").classes
+    names = published_set("imagenet1k").classes
     assert len(names) == 1000
     assert {name for name in names if names.count(name) > 1} == {"missile", "sunglasses"}
 
@@ -69,45 +71,46 @@ def test_two_pairs_of_equal_names_in_imagenet_are_kept() -> None:
 def test_part_of_imagenet_is_the_one_that_clip_benchmark_takes(letter: str) -> None:
     wanted = set(clip_benchmark_literal("builder", f"imagenet_{letter}_wnids"))
     whole = zip(
-        published("imagenet1k").classes, clip_benchmark_literal("builder", "all_imagenet_wordnet_ids"), strict=True
+        published_set("imagenet1k").classes, clip_benchmark_literal("builder", "all_imagenet_wordnet_ids"), strict=True
     )
-    assert list(published(f"imagenet-{letter}").classes) == [name for name, identity in whole if identity in wanted]
-    assert published(f"imagenet-{letter}").templates == published("imagenet1k").templates
+    assert list(published_set(f"imagenet-{letter}").classes) == [name for name, identity in whole if identity in wanted]
+    assert published_set(f"imagenet-{letter}").templates == published_set("imagenet1k").templates
 
 
 def test_every_set_of_vtab_plus_has_names_and_templates() -> None:
     names = clip_benchmark_literal("builder", "dataset_collection")["vtab+"]
     assert len(names) == 36
     for name in names:
-        assert len(published(name).classes) >= 2 and published(name).templates and published(name).origin, name
+        assert len(published_set(name).classes) >= 2 and published_set(name).templates and published_set(name).origin, (
+            name
+        )
 
 
 def test_sets_named_by_their_data_have_all_their_classes_once_and_in_order() -> None:
     for name, (count, digest) in (BY_NAME | IN_OTHER_ORDER).items():
-        classes = published(name).classes
+        classes = published_set(name).classes
         assert len(classes) == len(set(classes)) == count, name
         assert sha256("\n".join(classes).encode()).hexdigest()[:16] == digest, name
     for name in BY_NAME:
-        assert list(published(name).classes) == sorted(published(name).classes), name
+        assert list(published_set(name).classes) == sorted(published_set(name).classes), name
     for name, count in NUMBERS.items():
-        assert published(name).classes == tuple(map(str, range(count))), name
+        assert published_set(name).classes == tuple(map(str, range(count))), name
 
 
 def test_cifar10_has_the_names_of_the_data(data_folder) -> None:
     manifest = json.loads((data_folder / "cifar10" / "manifest.json").read_text())
-    assert list(published("cifar10").classes) == manifest["classes"]
-
-
-def test_imagenets_relatives_have_its_names() -> None:
-    for name in ("imagenetv2", "imagenet_sketch", "wds/imagenetv2"):
-        assert published(name) == published("imagenet1k")
-    assert published("voc2007_multilabel") == published("voc2007")
+    assert list(published_set("cifar10").classes) == manifest["classes"]
 
 
 def test_vtab_has_names_of_its_own_for_two_sets() -> None:
-    assert published("vtab/flowers").classes[92] == "ball moss" and published("flowers").classes[92] == "air plant"
-    assert published("vtab/caltech101").classes[0] == "accordion" and published("caltech101").classes[0] == "background"
-    assert published("vtab/cifar10") == published("cifar10")
+    assert (
+        published_set("vtab/flowers").classes[92] == "ball moss" and published_set("flowers").classes[92] == "air plant"
+    )
+    assert (
+        published_set("vtab/caltech101").classes[0] == "accordion"
+        and published_set("caltech101").classes[0] == "background"
+    )
+    assert published_set("vtab/cifar10") == published_set("cifar10")
 
 
 @pytest.mark.parametrize(
@@ -119,11 +122,13 @@ def test_vtab_has_names_of_its_own_for_two_sets() -> None:
         ("wds/vtab/flowers", "vtab/flowers"),
         ("wds/vtab/cifar10", "cifar10"),
         ("imagenetv2", "imagenet1k"),
+        ("wds/imagenet_sketch", "imagenet1k"),
+        ("voc2007_multilabel", "voc2007"),
     ],
 )
 def test_names_of_the_same_set_have_one_main_name(name: str, main: str) -> None:
     assert main_name(name) == main
-    assert published(name) == published(main)
+    assert published_set(name) == published_set(main)
 
 
 def test_what_is_no_published_name_has_no_main_name() -> None:
@@ -134,17 +139,17 @@ def test_what_is_no_published_name_has_no_main_name() -> None:
 
 def test_every_template_has_one_place_for_the_name() -> None:
     for name in published_names():
-        assert all(template.count("{}") == 1 for template in published(name).templates), name
+        assert all(template.count("{}") == 1 for template in published_set(name).templates), name
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"called 'cifar-10'; the nearest are cifar10, .*; else give a JSON file"):
-        published("cifar-10")
+        published_set("cifar-10")
     with pytest.raises(ValueError, match=r"called 'vtab/eurosats'; the nearest are eurosat"):
-        published("vtab/eurosats")
+        published_set("vtab/eurosats")
     with pytest.raises(
         ValueError, match=r"called 'qqq'; some are imagenet1k, cifar10, food101, all are in .*classes; "
     ):
-        published("qqq")
+        published_set("qqq")
     for name in ("", "vtab/", "flowers_vtab", "tfds/cifar10", "../classes/cifar10", "imagenet"):
-        assert not is_published(name)
+        assert main_name(name) is None

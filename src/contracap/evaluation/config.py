@@ -1,6 +1,9 @@
-"""One thing that can be measured of a model. Imports no torch: the command line makes its flags from this."""
+"""Evaluations of a model: one task, several, or those of a training run.
 
-from dataclasses import dataclass, fields
+Imports no torch, because the command line makes its flags of these classes.
+"""
+
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from contracap.config import SettingsHelp, assign, build, keys_text, require_paths, to_dict
@@ -13,21 +16,12 @@ if TYPE_CHECKING:
 Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
 Shards = str | tuple[str, ...]
 
-# The fields of each task, besides `task` and `data`
-TAKES: dict[Task, tuple[str, ...]] = {
-    "retrieval": ("caption_lines",),
-    "captioning": (
-        "caption_lines",
-        "metrics",
-        "tokenizer",
-        "corenlp_dir",
-        "spice_memory",
-        "clipscore",
-        "strategy",
-        "settings",
-    ),
-    "zeroshot": ("classes", "templates"),
-    "vqa": ("answers", "prompt", "strategy", "settings"),
+# The fields that each task takes, besides `task` and `data`
+TASK_FIELDS: dict[Task, str] = {
+    "retrieval": "caption_lines",
+    "captioning": "caption_lines metrics tokenizer corenlp_dir spice_memory clipscore strategy settings",
+    "zeroshot": "classes templates",
+    "vqa": "answers prompt strategy settings",
 }
 
 
@@ -36,7 +30,7 @@ class TaskConfig:
     """One task, from the command line, a recipe or a file of tasks."""
 
     task: Task
-    """What is measured."""
+    """Kind of evaluation."""
     data: Annotated[Shards, "PATH [PATH ...]"]
     """Tar shards, or folders of tar shards. For `zeroshot` also a folder with a subfolder of images for each class.
     For `vqa` also a file of questions in the format of VQAv2 or OK-VQA, followed by the folder of its images if
@@ -84,10 +78,10 @@ class TaskConfig:
             raise ValueError(
                 f"{first} is not a tar shard; {self.task} needs some: contracap shards make {first} --out DIR"
             )
-        taken = ("data", *TAKES[self.task])
-        for field in fields(self):
-            if getattr(self, field.name) != field.default and field.name not in ("task", *taken):
-                raise ValueError(f"{self.task} takes no {field.name}; what it takes is {', '.join(taken)}")
+        taken = ["data", *TASK_FIELDS[self.task].split()]
+        for each in fields(self):
+            if getattr(self, each.name) != each.default and each.name not in ("task", *taken):
+                raise ValueError(f"{self.task} takes no {each.name}; what it takes is {', '.join(taken)}")
         if self.answers is not None and (self.strategy or self.settings):
             raise ValueError("an answer is chosen from `answers` or written by a strategy: leave one of them out")
         if self.writes:
@@ -95,19 +89,21 @@ class TaskConfig:
 
     @property
     def writes(self) -> bool:
-        """Whether the model must have a decoder."""
+        """True if the model must have a decoder."""
         return self.task in ("captioning", "vqa")
 
     @property
     def reads(self) -> list[str]:
-        """The paths it reads, or the names of what has no path, as of published classes."""
+        """The paths it reads, and names of published classes and templates."""
         data = [self.data] if isinstance(self.data, str) else self.data
         named = (self.classes, self.templates, self.clipscore, self.answers)
         return [*data, *(name for name in named if name is not None)]
 
     def build_strategy(self) -> "Strategy":
-        """Return the named strategy, or the default of the task, with these settings. Unless a setting says otherwise,
-        texts are as long as those of the default."""
+        """Return the named strategy, or the default of the task, with these settings.
+
+        Unless a setting says otherwise, its `max_tokens` and `min_tokens` are those of the default.
+        """
         from contracap.evaluation.vqa import STRATEGY as ANSWERING
         from contracap.generation.beam import BeamSearch
         from contracap.generation.registry import build_strategy
@@ -123,3 +119,49 @@ class TaskConfig:
         for setting in self.settings:
             assign(values, setting)
         return build(type(usual), values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCaptionsConfig:
+    """Captions for people to read, in captions.jsonl and TensorBoard."""
+
+    data: Shards
+    """Tar shards, or folders of tar shards."""
+    samples: int = 16
+    """Number of images, from the start of the data."""
+
+    def __post_init__(self) -> None:
+        require_paths(self, "data")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation during training, besides the losses; by default none."""
+
+    every: int = 1000
+    """Steps between evaluations; there is always one at the end."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Tasks by name; metrics are recorded as `NAME/metric`."""
+    captions: SampleCaptionsConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; it must be at least 1 step")
+
+    @property
+    def writes(self) -> bool:
+        """True if the model must have a decoder."""
+        return self.captions is not None or any(task.writes for task in self.tasks.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """A file of tasks, each a table `[tasks.NAME]`."""
+
+    tasks: dict[str, TaskConfig]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("there is no task: give each a table [tasks.NAME]")

@@ -1,4 +1,4 @@
-"""Configurations of open_clip to ours and back."""
+"""open_clip's model configurations: to ours and back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from contracap.config import ConfigError, build
 from contracap.model.coca import CoCaConfig
 from contracap.model.text import TextConfig
-from contracap.pretrained.names import WeightsError
+from contracap.pretrained.errors import WeightsError
 
 ANY = object()  # a value that changes no result here
 # Values of a configuration that are understood, the default first. What is not listed is refused by name.
@@ -161,7 +161,7 @@ def _side(size: int | Sequence[int]) -> int:
 
 
 def not_for_open_clip(config: CoCaConfig) -> list[str]:
-    """What open_clip 3.3.0 cannot follow in a model of this configuration; one text each."""
+    """Return the differences between a model of this configuration and what open_clip 3.3.0 can build."""
     problems = {
         "it refuses the key correct_cls_mask of its configuration; without the key the class token sees one place "
         "else (train with model.text.cls_mask = 'legacy' to avoid it)": config.text.pool == "class_token"
@@ -175,7 +175,7 @@ def not_for_open_clip(config: CoCaConfig) -> list[str]:
 
 
 def config_to_open_clip(config: CoCaConfig) -> dict:
-    """The `model_cfg` that says these sizes to open_clip."""
+    """Return the `model_cfg` of open_clip for a configuration."""
     vision, text, pooler = asdict(config.vision), asdict(config.text), config.pooler
     if config.vision.width % config.vision.heads or config.text.width % config.text.heads:
         raise WeightsError("open_clip needs widths that its heads divide")

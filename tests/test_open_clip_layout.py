@@ -1,18 +1,17 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from contracap.pretrained import random_model
-from contracap.pretrained.names import (
-    WeightsError,
-    from_open_clip,
-    interpolate_positions,
-    match_sizes,
-    shapes_of,
-    to_open_clip,
-)
-from contracap.pretrained.open_clip import config_from_open_clip, config_to_open_clip, not_for_open_clip
+from contracap.pretrained import random_model, read_weights
+from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.fit import match_sizes, require_fit
+from contracap.pretrained.open_clip_config import config_from_open_clip, config_to_open_clip, not_for_open_clip
+from contracap.pretrained.open_clip_names import from_open_clip, to_open_clip
+from contracap.pretrained.positions import interpolate_positions
+from contracap.pretrained.shapes import shapes_of
 from tests.model.tiny_models import TINY, tiny_clip, with_pooler
 
 EVERY_KIND = {
@@ -68,14 +67,15 @@ def test_a_wrong_key_is_named(damage, message: str) -> None:
     tensors = to_open_clip(random_model(TINY, seed=0)[0].state_dict(), TINY)
     damage(tensors)
     with pytest.raises(WeightsError, match=message):
-        from_open_clip(tensors, TINY)
+        require_fit(tensors, TINY, ours=False)
 
 
-def test_a_logit_scale_of_one_number_is_accepted() -> None:
+def test_a_logit_scale_of_one_number_is_accepted(tmp_path: Path) -> None:
     state = random_model(TINY, seed=0)[0].state_dict()
     theirs = to_open_clip(state, TINY)
     theirs["logit_scale"] = theirs["logit_scale"].reshape(1)
-    assert torch.equal(from_open_clip(theirs, TINY)["logit_scale"], state["logit_scale"])
+    save_file(theirs, tmp_path / "model.safetensors")
+    assert torch.equal(read_weights(tmp_path, size="tiny").state["logit_scale"], state["logit_scale"])
 
 
 def test_a_size_is_found_by_its_shapes() -> None:
@@ -90,6 +90,7 @@ def test_a_size_is_found_by_its_shapes() -> None:
     [
         (lambda model: model["text_cfg"].update(hf_model_name="roberta-base"), "hf_model_name"),
         (lambda model: model["vision_cfg"].update(timm_model_name="convnext"), "timm_model_name"),
+        (lambda model: model["text_cfg"].pop("width"), "width"),
         (lambda model: model["vision_cfg"].update(pool_type="avg"), "pool_type"),
         (lambda model: model["text_cfg"].update(no_causal_mask=True), "no_causal_mask"),
         (lambda model: model["vision_cfg"].update(layers=[3, 4, 6, 3]), "another kind of model"),

@@ -1,0 +1,98 @@
+"""Models and their processors: loaded from weights, made with random weights, saved."""
+
+from pathlib import Path
+
+import torch
+
+from contracap.images import ImageConfig
+from contracap.model.coca import CoCa, CoCaConfig
+from contracap.model.onednn import use_onednn
+from contracap.model.sizes import SIZES, find_size
+from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.weights import name_errors, read_weights, write_weights
+from contracap.processor import Processor
+from contracap.tokenizer import Tokenizer
+
+
+def load(
+    name: str | Path, *, weights: str | Path | None = None, seed: int | None = None, size: str | None = None
+) -> tuple[CoCa, Processor]:
+    """Return a model in evaluation mode, float32 on the CPU, and its processor.
+
+    Args:
+        name: a size of the table, which then needs `weights`; or what holds weights: a file (safetensors, or a
+            pickle, whose tensors alone are read), a folder, a run or one of its checkpoints,
+            `hf-hub:organisation/repository`, or a release such as `coca_ViT-L-14/laion2b`.
+        weights: for a size: the same choice, or "random".
+        seed: for random weights; 0 when left out.
+        size: for a file that does not say its size and fits none of the table's.
+
+    Raises:
+        WeightsError: nothing there, another kind of file, or keys that are missing, extra or misshapen, by name.
+    """
+    if str(name) in SIZES:
+        if weights is None:
+            raise WeightsError(
+                f"{name} is a size, not weights: add weights=FILE, FOLDER or 'hf-hub:organisation/name' to load some, "
+                "or weights='random' for a model that knows nothing"
+            )
+        if weights == "random":
+            return random_model(find_size(str(name)), seed=seed or 0)
+        name, size = weights, str(name)
+    elif weights is not None:
+        raise WeightsError(f"weights= goes with a size, and {str(name)!r} is none; the sizes are {', '.join(SIZES)}")
+    if seed is not None:
+        raise WeightsError("seed= is for weights='random'")
+    found = read_weights(name, size=size)
+    with name_errors(found.path):
+        processor = processor_for(found.model, found.image)
+    with torch.device("meta"):
+        model = CoCa(found.model)
+    model.load_state_dict(found.state, assign=True)
+    model.float()
+    use_onednn(model)
+    return model.eval().requires_grad_(True), processor
+
+
+def load_on_device(name: str | Path, *, size: str | None = None, device: str | None = None) -> tuple[CoCa, Processor]:
+    """Load as `load` does, and put the model on a device, by default the GPU if there is one."""
+    model, processor = load(name, size=size)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+
+
+def check_device(name: str | None) -> None:
+    """Raises: ValueError: if there is no such device here."""
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"there is no device {name!r} here: {reason} Take cpu, cuda or cuda:1") from None
+
+
+def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:
+    """Return a model with initial weights, in evaluation mode. The global random generator is not changed."""
+    with torch.device("meta"):
+        model = CoCa(config)
+    model.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialise()
+    use_onednn(model)
+    return model.eval(), processor_for(config, ImageConfig(size=config.vision.image_size))
+
+
+def processor_for(model: CoCaConfig, image: ImageConfig) -> Processor:
+    """Return the processor whose images and texts fit the model."""
+    return Processor(image, Tokenizer(context=model.text.context, vocab_size=model.text.vocab_size))
+
+
+def save(path: str | Path, model: CoCa, processor: Processor) -> None:
+    """Write a model to a `.safetensors` file that `load` reads back, with its configuration. A whole file is
+    written, or none.
+
+    Raises: WeightsError: if the name ends otherwise. OSError: if the file cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise WeightsError(f"{path} must end in .safetensors")
+    write_weights(Path(path), model=model.config, image=processor.image_config, state=model.state_dict())

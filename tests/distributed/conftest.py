@@ -1,1 +1,0 @@
-from tests.training.conftest import colours, recipe_values  # noqa: F401
