@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from contracap.config import ConfigError, build, load_toml, require_paths, to_dict
 from contracap.data.config import DataConfig
-from contracap.data.counts import samples_in
+from contracap.data.counts import indexed_captions, samples_in
 from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
 from contracap.evaluation.config import EvaluationConfig
@@ -203,11 +203,22 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def in_steps(recipe: Recipe) -> Recipe:
-    """The recipe with the steps that its epochs are, if it says these; where no index tells, samples are counted."""
+    """Return the recipe with steps instead of epochs. Samples are counted, if no index has their number.
+
+    Raises: ConfigError: if the epochs make no valid recipe, or each caption is a sample and no index counts them.
+    """
     if recipe.epochs is None:
         return recipe
     shards = [list_shards(paths, key=key) for key, paths in recipe.data.training_paths.items()]
     samples = sum(sum(samples_in(each)) for each in shards)
+    if recipe.data.captions.use == "all":
+        captions = list(map(indexed_captions, shards))
+        if None in captions or not recipe.data.captions.lines or recipe.data.captions.weights:
+            raise ConfigError(
+                "epochs cannot be counted if data.captions.use is 'all' and no index has the number of captions: "
+                "give steps, or run `contracap shards index FOLDER`"
+            )
+        samples = sum(filter(None, captions))
     batch_size = recipe.data.batch_size
     steps = math.ceil(recipe.epochs * samples / batch_size)
     try:
