@@ -119,7 +119,7 @@ def path_text(path: str | Path) -> str:
     """
     text = os.fspath(path)
     if os.sep == "/":  # on Windows a backslash ends a folder, and every name is text
-        text = re.sub(r"\\(?=x([89a-f][0-9a-f]|5c))", r"\\x5c", text)
+        text = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", text)
     return os.fsencode(text).decode("utf-8", errors="backslashreplace")
 
 

@@ -125,11 +125,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if not is_for_the_user(error):
+        errors = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+        if not all(map(is_for_the_user, errors)):
             raise
         if verbosity.verbose:
             traceback.print_exc()
-        problems = error.problems if isinstance(error, ConfigError) else [message(error)]
+        problems = [
+            text for each in errors for text in (each.problems if isinstance(each, ConfigError) else [message(each)])
+        ]
         return max(fail(problem, status=getattr(error, "exit_status", 1)) for problem in problems)
     return status or 0
 

@@ -230,18 +230,40 @@ def write_tar(path: Path, names: list[str]) -> str:
     return str(path)
 
 
-def test_images_whose_names_have_dots_are_an_error_that_names_rule_and_remedy(here: Path) -> None:
-    rule = r"v1\.0\.jpg: a key ends at the first dot of a name.*Rename the members, such as v1_0\.jpg\. 2 groups"
+def test_each_image_whose_name_has_several_dots_is_an_error_that_names_it_and_a_remedy(here: Path) -> None:
     write_tar(here / "dots.tar", ["v1.0.jpg", "v1.1.jpg", "v2.0.jpg"])
     for paths in (["dots.tar"], ["dots.tar", "dots.tar"]):
-        with pytest.raises(FileNotFoundError, match=rule):
+        with pytest.raises(FileNotFoundError, match=r"v1\.0\.jpg.* one dot.*v1_0\.jpg"):
             list(first_items(paths))
-    write_tar(here / "mixed.tar", ["0.input.jpg", "1.jpg", "2.input.jpg"])
+    write_tar(here / "mixed.tar", ["0.input.jpg", "1.jpg", "2.a.jpg", "2.b.jpg"])
     assert [item.name for item in first_items(["mixed.tar"])] == ["mixed.tar/1"]
-    good, bad = items(["mixed.tar"])
-    assert (good.name, bad.name) == ("mixed.tar/1", "mixed.tar/0")
-    with pytest.raises(SampleError, match=r"0\.input\.jpg.*such as 0_input\.jpg\. 2 groups"):
-        bad.content()
+    assert names("mixed.tar") == [f"mixed.tar/{name}" for name in ("0.input.jpg", "1", "2.a.jpg", "2.b.jpg")]
+    with pytest.raises(SampleError, match=r"mixed\.tar/0\.input\.jpg.*0_input\.jpg"):
+        next(items(["mixed.tar"])).content()
+
+
+def test_all_paths_that_cannot_be_read_are_named_together(here: Path) -> None:
+    fill(here, ["a.jpg"])
+    with pytest.raises(ExceptionGroup) as caught:
+        list(first_items(["a.jpg", "none.jpg", "ftp://localhost/x.jpg", "no/*.png"]))
+    told = [str(error) for error in caught.value.exceptions]
+    assert [name in text for name, text in zip(("none.jpg", "ftp://", "no/*.png"), told, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("url", ["ftp://localhost/x.jpg", "file:///x.PNG", "s3://bucket/x.webp?a=1"])
+def test_an_image_on_another_server_than_a_web_server_is_refused_at_once(here: Path, url: str) -> None:
+    (here / "list.txt").write_text(f"{url}\n")
+    for path in (url, "list.txt"):
+        with pytest.raises(ValueError, match="http://") as caught:
+            list(first_items([path]))
+        assert url in str(caught.value)
+
+
+def test_a_folder_in_a_list_is_told_with_list_and_line(here: Path) -> None:
+    fill(here, ["a.jpg", "b/c.jpg"])
+    (here / "list.txt").write_text("a.jpg\nb\n")
+    with pytest.raises(IsADirectoryError, match=r"list\.txt, line 2.*b"):
+        list(items(["list.txt"]))[1].content()
 
 
 def test_further_images_of_a_group_are_counted(here: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Images that a user names: files, folders, patterns, lists, tar shards and URLs, as one ordered stream."""
 
+import errno
 import logging
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -18,10 +19,10 @@ from contracap.data.source_kinds import TABLE_SUFFIXES
 from contracap.data.tar import SHARD_SUFFIXES
 from contracap.download import download
 from contracap.files import check_regular, path_text, read_regular
-from contracap.wording import counted
 
 logger = logging.getLogger(__name__)
 LIST_SUFFIX = ".txt"
+ONLY_WEB = "of URLs of images, only http:// and https:// are read: copy the image, and give its path"
 WITHOUT_IMAGE = {  # groups of a shard, by the kind of their error: as they are counted
     "no_picture": "group(s) without an image",
     "unsorted": f"group(s) apart from the image ({SORT})",
@@ -59,11 +60,12 @@ class Item:
             case Path() as path:
                 try:
                     return read_regular(path)
-                except FileNotFoundError:
+                except OSError as error:
                     if not self.listed:
                         raise
                     remark = " (a list has no comments)" if self.name.startswith("#") else ""
-                    raise FileNotFoundError(f"{self.listed}: no such file: {self.name}{remark}") from None
+                    reason = "no such file" if error.errno == errno.ENOENT else error.strerror
+                    raise type(error)(f"{self.listed}: {reason}: {self.name}{remark}") from None
 
 
 def items(
@@ -104,42 +106,55 @@ def first_items(paths: Sequence[str], *, recursive: bool = True) -> Iterator[Ite
         FileNotFoundError: if a path does not exist or stands for no image; a shard that holds none, or is broken, is
             told in a warning where there are other paths.
         OSError, ValueError: if one cannot be read.
+        ExceptionGroup: of these, if several cannot.
     """
     if not paths:
         raise ValueError("nothing to read: give images, folders, patterns, lists (.txt) or tar shards")
-    empty = list[str]()
+    empty, errors = list[str](), list[Exception]()
     for path in paths:
-        passed, dotted = SkippedFiles(), list[str]()
-        with closing(_items_of(path, recursive, passed)) as found:
-            try:
-                while (first := next(found, None)) is not None and _is_dotted(first.source):
-                    dotted.append(str(first.source))
-            except ShardError as error:
-                if not Path(path).exists():
-                    raise
-                empty.append(str(error))
-                continue
-        if first is None:
-            problem = _nothing_at(path) + (f" (passed over {passed})" if passed.counts else "")
-            problem = dotted[0] if dotted else problem
-            if not path.endswith(SHARD_SUFFIXES):
-                raise FileNotFoundError(problem)
-            empty.append(problem)
+        try:
+            first = _first_at(path, recursive)
+        except (OSError, ValueError) as error:
+            errors.append(error)
             continue
-        if (
-            path.endswith(LIST_SUFFIX)
-            and isinstance(first.source, Path)
-            and (first.source.is_dir() or not first.source.exists())
-        ):
-            raise FileNotFoundError(
-                f"{path} is not a list of images, a path or URL on each line and no comments: {first.listed} names no "
-                f"file, {first.name}"
-            )
-        yield first
+        if isinstance(first, Item):
+            yield first
+        else:
+            empty.append(first)
+    if len(errors) > 1:
+        raise ExceptionGroup("paths that cannot be read", errors)
+    if errors:
+        raise errors[0]
     if len(empty) == len(paths):
         raise FileNotFoundError(empty[0])
     for problem in empty:
         logger.warning(problem)
+
+
+def _first_at(path: str, recursive: bool) -> Item | str:
+    """Return the first image of a path, or why a shard that is there has none."""
+    passed, dotted = SkippedFiles(), ""
+    with closing(_items_of(path, recursive, passed)) as found:
+        try:
+            while (first := next(found, None)) is not None and _is_dotted(first.source):
+                dotted = dotted or str(first.source)
+        except ShardError as error:
+            if not Path(path).exists():
+                raise
+            return str(error)
+    if first is None:
+        problem = dotted or _nothing_at(path) + (f" (passed over {passed})" if passed.counts else "")
+        if path.endswith(SHARD_SUFFIXES):
+            return problem
+        raise FileNotFoundError(problem)
+    if path.endswith(LIST_SUFFIX) and isinstance(first.source, Exception):
+        raise first.source
+    if path.endswith(LIST_SUFFIX) and isinstance(first.source, Path) and not first.source.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a list of images, a path or URL on each line and no comments: {first.listed} names no "
+            f"file, {first.name}"
+        )
+    return first
 
 
 def _items_of(path: str, recursive: bool, passed: SkippedFiles) -> Generator[Item, None, None]:
@@ -157,6 +172,8 @@ def _found_at(path: str, recursive: bool, passed: SkippedFiles) -> Generator[Ite
     if "://" in path or path.startswith("pipe:"):
         if path.startswith(WEB) and not path.partition("?")[0].endswith(SHARD_SUFFIXES):
             yield Item(name=path_text(path), source=path)
+        elif is_image(Path(path.partition("?")[0])):
+            raise ValueError(f"{path_text(path)}: {ONLY_WEB}")
         else:
             yield path
     elif local.is_dir():
@@ -229,6 +246,9 @@ def _of_list(path: Path) -> Iterator[Item]:
         for number, line in enumerate(map(str.strip, lines), start=1):
             if line.startswith(WEB):
                 yield Item(name=path_text(line), source=line)
+            elif "://" in line:
+                name = path_text(line)
+                yield Item(name=name, source=ValueError(f"{path}, line {number}: {name}: {ONLY_WEB}"))
             elif line:
                 yield replace(_file(Path(line)), listed=f"{path}, line {number}")
 
@@ -244,12 +264,11 @@ def _of_shards(path: str, passed: SkippedFiles) -> Iterator[Item]:
 
 
 def images_of(shard: str, passed: SkippedFiles) -> Generator[Item, None, None]:
-    """Yield the images of a shard, in order. `passed` counts groups without one, and further images of a group. Groups
-    whose images all have names with dots are one item at the end, which says so.
+    """Yield the images of a shard, in order. `passed` counts groups without one, and further images of a group. If the
+    names of all images of a group have several dots, each is an item that says so.
 
     Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
     """
-    dotted, count = None, 0
     for record in records(shard, suffixes=IMAGE_SUFFIXES):
         images = {suffix: content for suffix, content in record.members.items() if is_image_suffix(suffix)}
         item = _item_of(record, images)
@@ -257,14 +276,19 @@ def images_of(shard: str, passed: SkippedFiles) -> Generator[Item, None, None]:
         if kind in WITHOUT_IMAGE:
             passed.counts[WITHOUT_IMAGE[kind]] += 1
         elif _is_dotted(item.source):
-            dotted, count = dotted or item, count + 1
+            yield from (_dotted(f"{item.name}.{path_text(suffix)}") for suffix in images)
         else:
             if len(images) > 1:
                 passed.counts[OTHER_IMAGE] += len(images) - 1
             yield item
-    if dotted is not None:
-        error = SampleError(f"{dotted.source}. {counted(count, 'group(s)')} of the shard cannot be used", kind=DOTTED)
-        yield replace(dotted, source=error)
+
+
+def _dotted(name: str) -> Item:
+    """Return the item of an image whose name has several dots."""
+    stem, _, suffix = name.rpartition("/")[2].rpartition(".")
+    right = f"{stem.replace('.', '_')}.{suffix}"
+    reason = f"a name in a shard may have one dot, the one before its suffix: rename it, such as {right}"
+    return Item(name=name, source=SampleError(f"{name}: {reason}", kind=DOTTED))
 
 
 def _is_dotted(source: object) -> bool:
