@@ -642,3 +642,27 @@ def test_the_swagger_page_asks_this_server_alone(pair):
             assert (await client.get(path)).status_code == 200, path
 
     asked(application(pair), test)
+
+
+@pytest.mark.parametrize(
+    ("route", "named"),
+    [
+        ("/v1/classify?label=&label=cat", "label"),
+        ("/v1/classify?label=cat&label=cat", "label"),
+        ("/v1/classify?label=cat&template={}&template=a {}", "template"),
+        ("/v1/caption?width=2&width=3", "width"),
+    ],
+)
+def test_what_is_empty_or_given_twice_is_refused(pair, route: str, named: str) -> None:
+    async def test(client: Client) -> None:
+        one_line(await client.post(route, content=picture("red")), 400, named)
+
+    asked(application(pair), test)
+
+
+def test_health_checks_may_ask_for_the_head_alone(pair) -> None:
+    async def test(client: Client) -> None:
+        for route in ("/health", "/ready"):
+            assert (await client.head(route)).status_code == 200
+
+    asked(application(pair), test)

@@ -35,7 +35,16 @@ MAX_CHARACTERS = 65_536  # of all texts of a request
 IMAGE_PATHS = frozenset({"/v1/caption", "/v1/classify", "/v1/embed/image"})
 
 Result = TypeVar("Result")
-router = APIRouter(prefix="/v1")
+
+
+async def refuse_repeated_settings(request: Request) -> None:
+    """Raises: HTTPException: if the query gives anything but a label twice; only one value would count."""
+    names = [name for name, _ in request.query_params.multi_items() if name != "label"]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise HTTPException(400, f"{', '.join(repeated)}: given more than once; give it once")
+
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(refuse_repeated_settings)])
 
 
 async def get_service(request: Request) -> Service:
@@ -84,7 +93,9 @@ async def classify(
     template: Annotated[str, Query(description="a text with {} where the label goes")] = TEMPLATE,
 ) -> Classification | Answers[Classification]:
     """Say which of some labels fits an image, without any training on them."""
-    labels = tuple(dict.fromkeys(label))  # what is asked twice would have its probability halved
+    labels = tuple(label)
+    if not all(text.strip() for text in labels) or len(set(labels)) < len(labels):
+        raise HTTPException(400, "label: give each label once, and none empty")
     try:
         templates = check_templates([template])
     except ValueError as error:

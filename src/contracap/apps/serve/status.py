@@ -12,12 +12,14 @@ from contracap.apps.serve.schemas import State
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> State:
     """Say that the server is alive."""
     return State(status="alive")
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(service: CurrentService) -> State:
     """Say whether the server takes another request; 503 while it takes none."""
