@@ -308,3 +308,8 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(WeightsError, match=r"must end in \.safetensors"):
         contracap.save(tmp_path / "mine.bin", model, processor)
+
+
+def test_a_size_beside_the_name_of_a_size_is_refused() -> None:
+    with pytest.raises(WeightsError, match="size="):
+        load("tiny", weights="random", size="scenes")

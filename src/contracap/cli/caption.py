@@ -42,7 +42,7 @@ class CaptionFlags:
     strategy: Annotated[str, "NAME"] = "beam"
     """Decoding strategy for captions: greedy, beam, sample, legacy or rerank."""
     settings: Annotated[tuple[str, ...], "[KEY=VALUE ...]"] = ()
-    """Settings of the strategy, such as width=3 length_penalty=0; `--set help` lists them."""
+    """Settings of the strategy, such as width=3 length_penalty=0; `WEIGHTS --set help` lists them."""
     prompt: Annotated[str, "TEXT"] = ""
     """The beginning of each caption."""
     raw: FlagCreatePairsOff[bool] = False
@@ -143,7 +143,11 @@ def caption(
     if json is not None:
         _result(rows, outcome).write(json)
     if outcome.captioned or outcome.skipped:  # otherwise the errors tell it
-        say(outcome.summary(), to_stderr=isinstance(output, Lines) or (table is not None and is_stream(table)))
+        place = f": {output.place}" if output.place else ""
+        say(
+            f"{outcome.summary()}{place}",
+            to_stderr=isinstance(output, Lines) or (table is not None and is_stream(table)),
+        )
     for error in outcome.broken:
         fail(message(error))
     return 1 if outcome.broken else 0
@@ -161,5 +165,8 @@ def _result(rows: "Sequence[Row]", outcome: "Outcome") -> "Result":
             "skipped": float(outcome.skipped),
             "seconds": outcome.seconds,
         },
-        details={"captions": [{"path": row.path, "caption": row.caption, "score": row.score} for row in rows]},
+        details={
+            "captions": [{"path": row.path, "caption": row.caption, "score": row.score} for row in rows],
+            "unreadable": [message(error) for error in outcome.broken],
+        },
     )

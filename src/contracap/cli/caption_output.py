@@ -58,12 +58,12 @@ class CaptionOutput:
 
         existing, format, out = self.existing, self.format, self.out
         if format is None and out is not None:
-            format = "metadata" if out.name == METADATA_FILE else FORMATS.get(out.suffix)
+            format = "metadata" if out.name == METADATA_FILE else FORMATS.get(out.suffix.lower())
             if format is None:
                 raise ValueError(
                     f"cannot tell the format of {out} by its name: give --format jsonl, csv, parquet or metadata"
                 )
-        if out is not None and format in FORMATS.values() and FORMATS.get(out.suffix, format) != format:
+        if out is not None and format in FORMATS.values() and FORMATS.get(out.suffix.lower(), format) != format:
             raise ValueError(f"--format {format} does not go with --out {out}, which ends in {out.suffix}: change one")
         if self.ext is not None and format != "sidecar":
             raise ValueError("--ext is for --format sidecar")
@@ -73,7 +73,7 @@ class CaptionOutput:
                 raise ValueError(f"{option} is for captions in files: give --format sidecar, or --out FILE")
             return Lines()
         if format == "sidecar":
-            if out is not None and out.suffix in FORMATS:
+            if out is not None and out.suffix.lower() in FORMATS:
                 raise ValueError(
                     f"--out {out} is one file for all captions, but side-cars need a folder: give one of them"
                 )

@@ -77,9 +77,8 @@ def classify(
                 found.append({"path": name, "probabilities": dict(zip(labels, row, strict=True))})
     if json is not None:
         figures = {"unreadable": float(len(broken))}
-        result = Result(
-            command=command_line(), seed=None, samples=len(found), figures=figures, details={"images": found}
-        )
+        details = {"images": found, "unreadable": [message(error) for error in broken]}
+        result = Result(command=command_line(), seed=None, samples=len(found), figures=figures, details=details)
         result.write(json)
     return _report(broken)
 
@@ -107,7 +106,7 @@ def embed(
 
     check_batch_size(batch_size)
     _check(paths)
-    kind = out.suffix.removeprefix(".")
+    kind = out.suffix.lower().removeprefix(".")
     if kind != "npz" and kind != "parquet":
         raise ValueError(f"--out {str(out)!r} must end in .npz or .parquet")
     check_outputs([weights, *paths], out=out)

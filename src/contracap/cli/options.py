@@ -41,7 +41,7 @@ Settings = Annotated[
     arg(
         name="set",
         metavar="[KEY=VALUE ...]",
-        help="Settings of the strategy, such as width=3 length_penalty=0; `--set help` lists them.",
+        help="Settings of the strategy, such as width=3 length_penalty=0; `WEIGHTS --set help` lists them.",
     ),
 ]
 Device = Annotated[

@@ -186,7 +186,11 @@ class Captioner:
 
     def _encode_prompts(self, prompts: str | Sequence[str], images: int) -> list[list[int]]:
         """Return the tokens of each image's prompt, without the start token."""
+        if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+            raise ValueError(f"the prompts must be a text, or a list with one for each image, not {prompts!r}")
         texts = [prompts] * images if isinstance(prompts, str) else list(prompts)
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"a prompt must be a text, not {wrong[0]!r}; the empty text is no prompt")
         if len(texts) != images:
             given = f"{counted(len(texts), 'prompt(s)')} for {counted(images, 'image(s)')}"
             raise ValueError(f"{given}: give one for all, or one for each")

@@ -128,13 +128,14 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
     """A context in which the hub's library logs errors only, not its attempts."""
-    hub = logging.getLogger("huggingface_hub")
-    before = hub.level
-    hub.setLevel(logging.ERROR)
+    from huggingface_hub.utils import logging as hub_logging
+
+    before = hub_logging.get_verbosity()  # the library sets its level when it is first used, which this call is
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:
-        hub.setLevel(before)
+        hub_logging.set_verbosity(before)
 
 
 def _from_hub(repository: str) -> Path:

@@ -31,6 +31,8 @@ def load(
         WeightsError: nothing there, another kind of file, or keys that are missing, extra or misshapen, by name.
     """
     if str(name) in SIZES:
+        if size is not None:
+            raise WeightsError(f"size= is for weights that do not tell their size, and {name} is a size: remove size=")
         if weights is None:
             raise WeightsError(
                 f"{name} is a size, not weights: add weights=FILE, FOLDER or 'hf-hub:organisation/name' to load some, "
@@ -65,9 +67,9 @@ def check_device(name: str | None) -> None:
     if name is not None:
         try:
             torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"there is no device {name!r} here: {reason} Take cpu, cuda or cuda:1") from None
+        except (RuntimeError, AssertionError):
+            devices = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+            raise ValueError(f"there is no device {name!r} here: use {' or '.join(devices)}") from None
 
 
 def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:

@@ -326,7 +326,7 @@ def test_a_side_car_is_that_of_the_first_image_that_can_be_read(tmp_path: Path) 
 def test_a_line_is_a_path_a_tab_and_a_text_whatever_the_path_holds(capsys: pytest.CaptureFixture[str]) -> None:
     row = Row(path="a\tb  c\nd\x1b[31m.jpg", caption="x\ty", score=None)
     Lines().write([(Item(name=row.path, source=Path(row.path)), row)])
-    assert capsys.readouterr().out == "a b  c d\\x1b[31m.jpg\tx y\n"
+    assert capsys.readouterr().out == "a\\x09b  c\\x0ad\\x1b[31m.jpg\tx y\n"
 
 
 def test_embeddings_of_a_csv_file_take_the_place_of_no_other_file(tmp_path: Path) -> None:

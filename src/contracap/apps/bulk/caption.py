@@ -50,10 +50,10 @@ class Outcome:
     def summary(self) -> str:
         """Return what was done, in one line."""
         before = self.captioned - self.added + self.skipped - self.repeated
-        rate = self.captioned / self.seconds if self.seconds else 0.0
+        rate = f" in {self.seconds:.1f} s, {self.captioned / self.seconds:.1f} images/s" if self.captioned else ""
         numbers = {"had one before": before, "repeated in the list": self.repeated, "cannot be used": len(self.broken)}
         others = "".join(f", {number:,} {what}" for what, number in numbers.items() if number)
-        return f"{counted(self.added, 'caption(s)')} in {self.seconds:.1f} s, {rate:.1f} images/s{others}"
+        return f"{counted(self.added, 'caption(s)')}{rate}{others}"
 
 
 def caption_images(

@@ -45,6 +45,8 @@ def changes(before: OutputConfig, now: OutputConfig) -> str:
     other = [name for name in now if before.get(name) != now[name]]
     old, new = (dict(flat({name: side.get(name) for name in other})) for side in (before, now))
     keys = [key for key in old | new if old.get(key) != new.get(key)]
+    if "strategy.name" in keys:  # of another strategy, all settings are others
+        keys = [key for key in keys if key == "strategy.name" or not key.startswith("strategy.")]
     return "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 

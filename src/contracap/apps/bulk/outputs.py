@@ -2,6 +2,7 @@
 
 import errno
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ from typing import Literal
 from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.output_config import OutputConfigError
 from contracap.apps.bulk.rows import Row
-from contracap.wording import escaped
 
 Existing = Literal["skip", "overwrite", "append"]
 """Treatment of an image that has a caption: nothing; a new one in its place; one more, if it is another."""
 
 
+UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of characters that steer a terminal or end a line
 OF_ONE_IMAGE = {
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
@@ -37,10 +38,12 @@ class Output(ABC):
     Attributes:
         added: captions that the output did not have.
         repeated: images that came before in the same run.
+        place: where the captions are, for the user; empty for stdout.
         resumption: what the user can do after an interruption.
     """
 
     added = repeated = 0
+    place = ""
     resumption = "the same command continues"
 
     def check(self, item: Item) -> None:
@@ -78,8 +81,13 @@ def one_line(text: str) -> str:
 
 
 def path_in_one_line(path: str) -> str:
-    """The path without tabs and line breaks, and with control characters escaped; two blanks in a name stay two."""
-    return escaped(" ".join(path.replace("\t", " ").splitlines()))
+    r"""Return a path with each byte of a control character or line separator as `\xNN`, as `path_text` writes bytes."""
+    return "".join(
+        "".join(f"\\x{byte:02x}" for byte in letter.encode(errors="surrogateescape"))
+        if unicodedata.category(letter) in UNSAFE
+        else letter
+        for letter in path
+    )
 
 
 class Lines(Output):

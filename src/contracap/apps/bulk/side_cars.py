@@ -50,6 +50,7 @@ class SideCars(Output):
         self._lock = threading.Lock()  # images are looked for in one thread, and captions written in another
         if existing == "overwrite":
             self.resumption = "the same command starts again"
+        self.place = str(folder) if folder is not None else "next to the images"
         if folder is not None:
             if folder.exists() and not folder.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -141,7 +142,8 @@ class SideCars(Output):
     def _source(self, item: Item) -> Path:
         if not isinstance(item.source, Path):
             raise ValueError(
-                f"{item.name}: no file can lie beside it; take --format jsonl, csv or parquet for shards and URLs"
+                f"{item.name}: side-cars are for local image files only; for shards and URLs use --format jsonl, csv "
+                "or parquet"
             )
         return item.source
 

@@ -36,6 +36,7 @@ class Table(Output):
         self, path: Path, kind: TableFormat, existing: Existing, *, embed: bool, config: OutputConfig | None = None
     ) -> None:
         self.path, self.kind, self.existing, self.embed, self.config = path, kind, existing, embed, config
+        self.place = str(path)
         self._config_file: ConfigFile | None = None
         self._last_before = 0  # number of the last row that was there before
         self._is_stream = is_stream(path)
