@@ -66,6 +66,15 @@ def try_place(path: str | Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
+def require_folder(path: str | Path) -> None:
+    """Refuse a file where a folder belongs.
+
+    Raises: NotADirectoryError: that says what to do.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise NotADirectoryError(f"{path} is a file, not a folder: give another name for the folder")
+
+
 def _own_stream(path: Path) -> int | None:
     """Return the descriptor of stdout or stderr if `path` is the same open file."""
     for descriptor in (1, 2):

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from contracap.data.annotations import number_or_text
 from contracap.data.folders import ClassFolders, class_folders
 from contracap.data.samples import Sample
 from contracap.evaluation.class_names import TEMPLATES, check_classes, check_templates
@@ -104,7 +105,7 @@ def label_of(sample: Sample, classes: int) -> int | tuple[int, ...]:
     if label is None and labels is None:
         labels = _read_marks(sample.npy, classes)
     several = label is None and isinstance(labels, list)
-    found = labels if several else [label]
+    found = [number_or_text(each) for each in (labels if several else [label])]  # tables of text write numbers so
     if not all(type(each) is int and 0 <= each < classes for each in found):  # True is an int, too
         has = "no label" if found == [None] else f"the label {labels if several else label!r}"
         raise ValueError(
