@@ -1,5 +1,6 @@
 """Warnings: why a run cannot be started as planned, and changes that would do."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ def _memory_warnings(run: PlannedRun, gpu: str) -> Iterator[str]:
     elif not run.fits:
         ways = [way for way in (_recompute(run), _more_gpus(run), _more_parts(run)) if way]
         yield (
-            f"{run.rows:,.5g} samples at a time do not fit into the memory of one {gpu}, {run.max_rows} do: "
+            f"{math.ceil(run.rows):,} samples at a time do not fit into the memory of one {gpu}, {run.max_rows} do: "
             + (", or ".join(ways) or "take a larger GPU")
         )
 

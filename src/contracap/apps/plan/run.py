@@ -106,8 +106,8 @@ def _title(run: PlannedRun, gpu: str) -> str:
     recipe, precision = run.recipe, "fp32" if run.product == EXACT else "bf16"
     return (
         f"{recipe.size} on {run.gpus} {gpu}, {recipe.parallel.kind}, {precision}: {recipe.steps:,} steps of "
-        f"{recipe.data.batch_size:,} samples, {run.samples:,.5g} on each GPU, texts of {run.texts.mean:.1f} tokens in "
-        "the mean"
+        f"{recipe.data.batch_size:,} samples, {math.ceil(run.samples):,} on each GPU, "
+        f"texts of {run.texts.mean:.1f} tokens in the mean"
     )
 
 
