@@ -67,7 +67,7 @@ def make(
     if repeated := made.repeated_captions:
         say(f"{counted(repeated, 'repeated caption(s)')}, kept: the image has the same text already")
     for reason, number in made.skipped.items():
-        say(f"skipped {number}: {reason}")
+        say(f"skipped {number:,}: {reason}")
     if made.skipped:
         say(f"each is named in {out / SKIPPED_FILE}")
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from contracap.apps.plan.planned_run import PlannedRun
+from contracap.wording import counted
 
 MAX_GPUS = 10**6
 
@@ -22,7 +23,7 @@ def _sharing_warnings(run: PlannedRun) -> Iterator[str]:
     data, parts, gpus = run.recipe.data, run.recipe.accumulation, run.gpus
     batch, streams = data.batch_size, data.stream_count
     if batch % (gpus * parts):
-        each = f"{gpus} GPUs" + (f" with {parts} parts each" if parts > 1 else "")
+        each = counted(gpus, "GPU(s)") + (f" with {parts} parts each" if parts > 1 else "")
         lower = batch // (gpus * parts) * gpus * parts
         advice = f"{f'{lower} or ' if lower else ''}{lower + gpus * parts}"
         yield f"data.batch_size {batch} cannot be shared by {each}: set it to {advice}"
