@@ -199,7 +199,7 @@ def test_an_interrupted_verb_says_what_the_same_command_does(
         "apps.bulk.embedding.finite",
         "evaluation.task.evaluate_retrieval",
         "data.survey.parse",
-        "data.index.describe",
+        "data.indexing.describe",
     )
     for place in places:
         monkeypatch.setattr(f"contracap.{place}", lambda *_, **__: signal.raise_signal(number))

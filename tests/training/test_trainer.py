@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracap.config import build, to_toml
+from contracap.config import ConfigError, build, to_toml
+from contracap.data.indexing import index_folder
 from contracap.data.order import OrderError
 from contracap.data.shards import records, write_shard
-from contracap.pretrained import load, read_weights, save, save_open_clip
+from contracap.pretrained import load, random_model, read_weights, save, save_open_clip
 from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.logging import read_metrics
 from contracap.training.loop import TrainingError
-from contracap.training.recipe import Recipe, load_recipe
+from contracap.training.recipe import Recipe, load_recipe, with_steps
 from contracap.training.start import precision_on, starting_model
 from contracap.training.trainer import train
 
@@ -459,3 +461,43 @@ def test_settings_that_are_hardly_wanted_are_warned_of(recipe_values: dict, capl
     data = recipe_values["data"] | change.get("data", {})
     train(build(Recipe, recipe_values | change | {"steps": 3, "data": data}))
     assert warning in caplog.text
+
+
+def test_epochs_of_all_captions_are_counted_by_an_index_or_refused(
+    recipe_values: dict, colours: Path, tmp_path
+) -> None:
+    shards = shutil.copytree(colours, tmp_path / "shards")
+    data = recipe_values["data"] | {"train": str(shards), "captions": {"use": "all"}}
+    values = {name: value for name, value in recipe_values.items() if name != "steps"}
+    recipe = build(Recipe, values | {"epochs": 2, "data": data})
+    with pytest.raises(ConfigError, match="no index has the number of captions: give steps, or run"):
+        with_steps(recipe)
+    index_folder(shards)
+    assert with_steps(recipe).steps == 2 * 48 * 3 / 8
+
+
+def test_a_run_starts_from_bare_weights_of_its_own_model(recipe_values: dict, tmp_path: Path) -> None:
+    changes = {"vision": {"layers": 1}}
+    config = build(Recipe, recipe_values | {"model": changes}).model_config
+    state = random_model(config, seed=1)[0].state_dict()
+    torch.save(
+        {"state_dict": {f"module.{name}": each for name, each in to_open_clip(state, config).items()}},
+        tmp_path / "a.pt",
+    )
+    values = recipe_values | {"model": changes, "initialise_from": str(tmp_path / "a.pt")}
+    model, _ = starting_model(build(Recipe, values))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"vision": {"activation": "quick_gelu"}}, 'set model.vision.activation = "gelu"'),
+        ({"text": {"context": 12}}, "set model.text.context = 16"),
+    ],
+)
+def test_weights_of_another_model_name_the_key_to_change(
+    recipe_values: dict, weights: Path, change: dict, remedy: str
+) -> None:
+    with pytest.raises(WeightsError, match=remedy):
+        starting_model(build(Recipe, recipe_values | {"model": change, "initialise_from": str(weights)}))

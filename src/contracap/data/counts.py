@@ -49,6 +49,13 @@ def indexed_samples(shards: Sequence[str]) -> int | None:
     return sum(entry.samples for entry in entries) if current else None
 
 
+def indexed_captions(shards: Sequence[str]) -> int | None:
+    """Return how many captions shards hold by their indexes; None if one is not indexed."""
+    indexes = _read_indexes(shard for shard in shards if not shard.startswith("pipe:"))
+    entries = [None if shard.startswith("pipe:") else _entry_of(shard, indexes) for shard in shards]
+    return None if None in entries else sum(entry.captions for entry in entries if entry)
+
+
 def is_damaged(shard: str) -> bool:
     """Return whether a local shard cannot be read to its end."""
     try:

@@ -44,10 +44,11 @@ class Weights:
     state: dict[str, Tensor]
 
 
-def read_weights(name: str | Path, *, size: str | None = None) -> Weights:
+def read_weights(name: str | Path, *, size: str | None = None, fallback: CoCaConfig | None = None) -> Weights:
     """Read the weights file that a name means, as in `load`.
 
-    The configuration is that of the file or its folder. Without one it is `size`, or the one size that fits the shapes.
+    The configuration is that of the file or its folder. Without one it is `size`, or `fallback` if it fits the shapes,
+    or the one size of the table that does.
 
     Raises: WeightsError: as `load` does.
     """
@@ -58,9 +59,9 @@ def read_weights(name: str | Path, *, size: str | None = None) -> Weights:
         if size is not None and model != with_cls_mask(find_size(size), model.text.cls_mask):
             raise WeightsError(f"{path} holds another model than {size}; leave the size out, the file knows its own")
     elif OUR_NAME in tensors:
-        model, image = _configuration_of_size(path, shapes_of(tensors), size, ours=True)
+        model, image = _configuration_of_size(path, shapes_of(tensors), size, fallback, ours=True)
     else:
-        model, image = _open_clip_configuration(path, tensors, size)
+        model, image = _open_clip_configuration(path, tensors, size, fallback)
     ours = METADATA_KEY in metadata or OUR_NAME in tensors
     with name_errors(path):
         require_fit(tensors, model, ours=ours)
@@ -101,11 +102,13 @@ def _own_configuration(path: Path, text: str) -> tuple[CoCaConfig, ImageConfig]:
         return model, image
 
 
-def _open_clip_configuration(path: Path, tensors: Mapping, size: str | None) -> tuple[CoCaConfig, ImageConfig]:
+def _open_clip_configuration(
+    path: Path, tensors: Mapping, size: str | None, fallback: CoCaConfig | None
+) -> tuple[CoCaConfig, ImageConfig]:
     """Return the model and image configuration of a file in open_clip's layout."""
     beside = path.parent / OPEN_CLIP_CONFIG
     if not beside.is_file():
-        return _configuration_of_size(path, shapes_of(tensors), size)
+        return _configuration_of_size(path, shapes_of(tensors), size, fallback)
     with name_errors(beside):
         with beside.open("rb") as file:
             values = _parse(file.read(MAX_CONFIGURATION + 1).decode("utf-8-sig"))
@@ -133,10 +136,14 @@ def _open_clip_configuration(path: Path, tensors: Mapping, size: str | None) -> 
 
 
 def _configuration_of_size(
-    path: Path, shapes: Shapes, size: str | None, *, ours: bool = False
+    path: Path, shapes: Shapes, size: str | None, fallback: CoCaConfig | None, *, ours: bool = False
 ) -> tuple[CoCaConfig, ImageConfig]:
     """Return the configuration of a file that has none: a size of the table, at the file's own image size, patch size
     and context."""
+    if fallback is not None and not size:
+        fitted = at_own_lengths(fallback, shapes, ours=ours)
+        if not differences(fitted, shapes, ours=ours):
+            return fitted, ImageConfig(size=fitted.vision.image_size)
     sizes = [size] if size else match_sizes(shapes, ours=ours)
     if not sizes:
         raise WeightsError(

@@ -234,8 +234,9 @@ class WeightsAndBiasesLogger:
                 config=dict(settings),
             )
         except Exception as error:  # wandb has many kinds, for servers, accounts and settings
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise LoggerError(
-                f"wandb = {project!r} cannot be started: {' '.join(str(error).split()) or type(error).__name__}. "
+                f"wandb = {project!r} cannot be started: {reason}. "
                 "Log in with `wandb login`, set WANDB_MODE=offline, or leave the key out"
             ) from error
         write_text(known, id + "\n")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from contracap.config import ConfigError, build, load_toml, require_paths, to_dict
 from contracap.data.config import DataConfig
-from contracap.data.counts import samples_in
+from contracap.data.counts import indexed_captions, samples_in
 from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
 from contracap.evaluation.config import EvaluationConfig
@@ -37,7 +37,7 @@ class Recipe:
     """`contracap weights list` and docs/model.md describe the sizes: coca_ViT-S-32, -M-32, -B-32, -B-16, -L-14 and
     -H-14, ViT-B-32, -B-16, -L-14, -H-14, -g-14 and -bigG-14 (some also with -quickgelu), flickr8k, scenes and tiny."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
+    """Fields of the size to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
     steps: int = 0
     """Updates of the weights; give this or `epochs`."""
     epochs: float | None = None
@@ -151,7 +151,7 @@ class Recipe:
     @property
     def model_config(self) -> CoCaConfig:
         """The size, with the recipe's changes."""
-        return build(CoCaConfig, merged(to_dict(find_size(self.size)), self.model))
+        return build(CoCaConfig, merge(to_dict(find_size(self.size)), self.model))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -202,12 +202,23 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     )
 
 
-def in_steps(recipe: Recipe) -> Recipe:
-    """The recipe with the steps that its epochs are, if it says these; where no index tells, samples are counted."""
+def with_steps(recipe: Recipe) -> Recipe:
+    """Return the recipe with its epochs converted to steps. Samples are counted, if no index has their number.
+
+    Raises: ConfigError: if the epochs make no valid recipe, or each caption is a sample and no index counts them.
+    """
     if recipe.epochs is None:
         return recipe
     shards = [list_shards(paths, key=key) for key, paths in recipe.data.training_paths.items()]
     samples = sum(sum(samples_in(each)) for each in shards)
+    if recipe.data.captions.use == "all":
+        captions = list(map(indexed_captions, shards))
+        if None in captions or not recipe.data.captions.lines or recipe.data.captions.weights:
+            raise ConfigError(
+                "epochs cannot be counted if data.captions.use is 'all' and no index has the number of captions: "
+                "give steps, or run `contracap shards index FOLDER`"
+            )
+        samples = sum(filter(None, captions))
     batch_size = recipe.data.batch_size
     steps = math.ceil(recipe.epochs * samples / batch_size)
     try:
@@ -221,10 +232,10 @@ def in_steps(recipe: Recipe) -> Recipe:
         raise ConfigError(said) from None
 
 
-def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with some of them changed."""
     return dict(values) | {
-        name: merged(values[name], change)
+        name: merge(values[name], change)
         if isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
         else change
         for name, change in changes.items()

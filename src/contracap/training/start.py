@@ -1,5 +1,6 @@
 """The start of a run: checks of its inputs, its first weights, its device and precision."""
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,11 @@ from contracap.pretrained.shapes import meta_state, require_same_keys, shapes_of
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe, with_absolute_paths
 
+logger = logging.getLogger(__name__)
+
 # Keys that may change when a run is resumed. They change its updates by rounding only, with three exceptions: `steps`
-# stretches the cosine; with another `device` or `accumulation` (or number of ranks), other patches are dropped.
+# stretches the cosine; with another `device` or `accumulation` (or number of ranks), other patches are dropped. Of
+# `data.train` only the folder may change: names and sample counts of the shards are compared where the data resumes.
 MAY_CHANGE_ON_RESUME = (
     "resume",
     "out",
@@ -109,20 +113,39 @@ def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
     """Return the model before its first step: random, or the recipe's weights, with positions interpolated to its
     image size.
 
-    Raises: WeightsError: if the weights are not of the size that the recipe names.
+    Raises: WeightsError: if the weights are not of the model that the recipe describes.
     """
     if recipe.initialise_from is None:
         model, processor = random_model(recipe.model_config, seed=recipe.seed)
         return model, processor.image_config
-    weights = read_weights(recipe.initialise_from)
-    # Keep the mask that the weights were trained with, unless the recipe names one.
     wanted = recipe.model_config
+    weights = read_weights(recipe.initialise_from, fallback=wanted)
+    trained = weights.model
+    # Keep the mask that the weights were trained with, unless the recipe names one.
     if "cls_mask" not in recipe.model.get("text", {}):
-        wanted = replace(wanted, text=replace(wanted.text, cls_mask=weights.model.text.cls_mask))
+        wanted = replace(wanted, text=replace(wanted.text, cls_mask=trained.text.cls_mask))
+    elif wanted.text.cls_mask != trained.text.cls_mask:
+        logger.warning(
+            "the weights were trained with text.cls_mask %r, the recipe says %r",
+            *(trained.text.cls_mask, wanted.text.cls_mask),
+        )
+    for part in ("vision", "text"):
+        activation, other = getattr(trained, part).activation, getattr(wanted, part).activation
+        if activation != other:
+            raise WeightsError(
+                f"{weights.path} was trained with {activation}, the recipe says {other}: "
+                f'set model.{part}.activation = "{activation}"'
+            )
     fitted = interpolate_positions(weights.state, patches=wanted.vision.patches)
     try:
         require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
     except WeightsError as error:
+        same_context = replace(wanted, text=replace(wanted.text, context=trained.text.context))
+        if shapes_of(fitted) == shapes_of(meta_state(same_context)):
+            raise WeightsError(
+                f"{weights.path} reads texts of {trained.text.context} tokens, the recipe says {wanted.text.context}: "
+                f"set model.text.context = {trained.text.context}"
+            ) from None
         raise WeightsError(f"{weights.path} is not of size {recipe.size}: {error}") from None
     with torch.device("meta"):
         model = CoCa(wanted)

@@ -15,7 +15,7 @@ from contracap.config import require_count
 from contracap.data.patterns import require_consent
 from contracap.training.flops import TextLengths
 from contracap.training.gpus import find_gpu
-from contracap.training.recipe import Recipe, in_steps
+from contracap.training.recipe import Recipe, with_steps
 from contracap.wording import counted
 
 
@@ -45,7 +45,7 @@ def plan_run(
     """
     if recipe.epochs is not None:
         require_consent(recipe.commands, allow_commands)
-    recipe, machine = in_steps(recipe), find_gpu(gpu)
+    recipe, machine = with_steps(recipe), find_gpu(gpu)
     _check(gpus, gpus_per_machine, efficiency, hours_between_failures)
     context = min(recipe.model_config.text.context, recipe.data.captions.max_tokens or recipe.model_config.text.context)
     padded = TextLengths(mean=float(context), longest=context)
