@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from contracap.cli.errors import interruption, say
 from contracap.cli.flags import PathText, arg
-from contracap.cli.options import Workers, worker_count
+from contracap.cli.options import Workers, check_outputs, worker_count
 from contracap.wording import counted
 
 
@@ -112,6 +112,7 @@ def show(
     from contracap.tokenizer import Tokenizer
     from contracap.training.recipe import load_recipe
 
+    check_outputs([*paths, recipe], out=out)
     image, augmentation, tokenizer, lines = ImageConfig(), AugmentationConfig(), Tokenizer(), True
     if recipe is not None:
         run = load_recipe(recipe)

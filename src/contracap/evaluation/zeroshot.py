@@ -173,20 +173,21 @@ def count_characters(labels: Sequence[str], templates: Sequence[str]) -> int:
 
 
 def match_classes(data: Source, classes: Sequence[str] | None) -> tuple[Source, tuple[str, ...]]:
-    """Return the data, and the names of the classes. A folder with a subfolder for each class becomes `ClassFolders`.
+    """Return the data, and the names of the classes. A folder with a subfolder for each class becomes `ClassFolders`,
+    whose labels are those of the classes; data of that type was matched before.
 
     Raises: ValueError: if nothing names the classes, or the names are not as many as the subfolders.
     """
+    if isinstance(data, ClassFolders) and classes is not None:
+        return data, check_classes(classes)
     folders = class_folders(data) if isinstance(data, str | Path | Sequence) else None
-    if isinstance(data, ClassFolders):
-        folders = data
     if folders is not None:
         if classes is None:
             return folders, tuple(name.replace("_", " ") for name in folders.names)
         folders.match(check_classes(classes))
     if classes is None:
         raise ValueError(
-            "the names of the classes are missing: --classes FILE, or a published name such as imagenet1k; only a "
+            "`classes` is missing: give it a file of class names, or a published name such as imagenet1k; only a "
             "folder with a subfolder for each class says them itself"
         )
     return folders or data, check_classes(classes)

@@ -16,6 +16,7 @@ from contracap.data.patterns import require_consent
 from contracap.training.flops import TextLengths
 from contracap.training.gpus import find_gpu
 from contracap.training.recipe import Recipe, with_steps
+from contracap.wording import counted
 
 
 def plan_run(
@@ -105,9 +106,9 @@ def _text_lengths(recipe: Recipe, context: int, text_tokens: float | None) -> Te
 def _title(run: PlannedRun, gpu: str) -> str:
     recipe, precision = run.recipe, "fp32" if run.product == EXACT else "bf16"
     return (
-        f"{recipe.size} on {run.gpus} {gpu}, {recipe.parallel.kind}, {precision}: {recipe.steps:,} steps of "
-        f"{recipe.data.batch_size:,} samples, {run.samples:,.5g} on each GPU, texts of {run.texts.mean:.1f} tokens in "
-        "the mean"
+        f"{recipe.size} on {run.gpus} {gpu}, {recipe.parallel.kind}, {precision}: "
+        f"{counted(recipe.steps, 'step(s)')} of {counted(recipe.data.batch_size, 'sample(s)')}, "
+        f"{math.ceil(run.samples):,} on each GPU, texts of {run.texts.mean:.1f} tokens in the mean"
     )
 
 
