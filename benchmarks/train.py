@@ -32,7 +32,7 @@ from benchmarks.train_steps import (
     tolerance,
 )
 from contracap.data.batch import Batch
-from contracap.training.step import count_labels, losses
+from contracap.training.step import compute_losses, count_labels
 from contracap.training.utilisation import ModelUtilisation, Peak
 
 B_32, L_14, CLIP = "coca_ViT-B-32", "coca_ViT-L-14", "ViT-B-32"
@@ -161,7 +161,7 @@ def plain_step(ours: Ours, batch: Batch) -> Numbers:
     tokens = count_labels(batch)
     captioning = torch.zeros((), device=model.device)
     for part in batch.split(PARTS):
-        values = losses(model, part, ours.config, tokens=tokens)
+        values = compute_losses(model, part, ours.config, tokens=tokens)
         captioning += values["captioning_loss"].detach()
         (LOSS.captioning * values["captioning_loss"] + LOSS.contrastive * values["contrastive_loss"]).backward()
     nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)

@@ -89,6 +89,10 @@ def test_a_whole_number_stands_for_a_float() -> None:
             {"steps": 1, "optimizer": {"schedule": "step"}},
             "'optimizer.schedule' must be one of 'cosine', 'linear', not 'step'",
         ),
+        (
+            {"steps": 1, "optimizer": {"betas": [0.9]}},
+            "'optimizer.betas' must be a list (a number, a number), not [0.9]",
+        ),
         ({"steps": 1, "optimizer": {"learning_rate": -1.0}}, "'optimizer': learning_rate is -1.0; it must be above 0"),
     ],
 )

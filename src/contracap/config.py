@@ -269,7 +269,9 @@ def _problem(cls: type, details: Any, path: tuple[str, ...], hint: Any) -> str:
     key, kind = ".".join(path), details["type"]
     if kind == "unexpected_keyword_argument":
         return _unknown_key(cls, path, details["loc"][1:-1])
-    if kind == "missing":
+    if kind == "missing" and isinstance(details["loc"][-1], int):  # a list that is too short
+        key, hint = ".".join(path[:-1]), _follow(cls, details["loc"][1:-1])[1]
+    elif kind == "missing":
         return f"key '{key}' is missing"
     if kind == "json_invalid":  # of what we wrote ourselves
         return "a string is not valid UTF-8"

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+DISK_ERRORS = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -32,12 +34,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial = _beside(target)
     try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        with _write_errors_name(path):
+            yield partial
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         with _errors_name(path):
             os.replace(partial, target)
     finally:
@@ -64,6 +67,15 @@ def try_place(path: str | Path) -> None:
         _beside(Path(os.path.realpath(path)) if path.is_symlink() else path).unlink()
     elif not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def require_folder(path: str | Path) -> None:
+    """Refuse a file where a folder belongs.
+
+    Raises: NotADirectoryError: that says what to do.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise NotADirectoryError(f"{path} is a file, not a folder: give another name for the folder")
 
 
 def _own_stream(path: Path) -> int | None:
@@ -110,6 +122,17 @@ def _errors_name(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def _write_errors_name(path: Path) -> Iterator[None]:
+    """A context whose errors of a full disk, which tell no file, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in DISK_ERRORS:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def path_text(path: str | Path) -> str:

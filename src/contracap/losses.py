@@ -144,7 +144,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `states @ vocabulary.T`, of which no more than a chunk of rows is ever held.
 
     While a chunk's scores are there, the gradients are formed from them; the backward pass only scales these. Torch's
-    own `linear_cross_entropy` (2.13 and later) does so too, but sums a bf16 loss in bf16 and does not join autocast.
+    own `linear_cross_entropy` (2.13 and later) does so too, but sums a bf16 loss in bf16 and ignores autocast.
     Source: Liger (arXiv 2410.10989), for the idea.
     """
 
@@ -167,26 +167,27 @@ class _SummedCrossEntropy(torch.autograd.Function):
             hidden, matrix = states.to(product).masked_fill(ignored, 0), vocabulary.to(product)
             to_states = torch.empty_like(hidden) if wanted[0] else None
             to_vocabulary = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
-            # All chunks share these, so that memory is touched for the first time once.
+            # All chunks probability these, so that memory is touched for the first time once.
             scores = hidden.new_empty(min(chunk, len(hidden)), len(matrix))
             # Probabilities, in the place of the scores where the type allows it.
-            shares = scores if product == exact else torch.empty_like(scores, dtype=exact)
+            probabilities = scores if product == exact else torch.empty_like(scores, dtype=exact)
             total = torch.zeros((), dtype=exact, device=states.device)
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 part, target = hidden[rows], labels[rows]
                 score = scores[: len(part)]
-                share = score if shares is scores else shares[: len(part)]  # of the same type they are one, not copied
-                share.copy_(torch.mm(part, matrix.T, out=score))
-                target_score, highest = share.gather(1, target), share.amax(1, keepdim=True)
-                torch.softmax(share, dim=1, out=share)
-                # The highest score and its share say what the scores were normalised by, without another exponential.
-                normaliser = highest - share.amax(1, keepdim=True).log()
+                # The same buffer if the types are equal.
+                probability = score if probabilities is scores else probabilities[: len(part)]
+                probability.copy_(torch.mm(part, matrix.T, out=score))
+                target_score, highest = probability.gather(1, target), probability.amax(1, keepdim=True)
+                torch.softmax(probability, dim=1, out=probability)
+                # The normaliser follows from the highest score and its probability, without another exponential.
+                normaliser = highest - probability.amax(1, keepdim=True).log()
                 total += (normaliser - target_score).masked_fill(ignored[rows], 0).sum()
                 if not any(wanted):
                     continue
-                share.scatter_add_(1, target, share.new_full(target.shape, -1.0))
-                gradient = score.copy_(share)
+                probability.scatter_add_(1, target, probability.new_full(target.shape, -1.0))
+                gradient = score.copy_(probability)
                 if to_states is not None:
                     torch.mm(gradient, matrix, out=to_states[rows])
                 if to_vocabulary is not None and product == exact:

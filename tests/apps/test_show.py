@@ -267,6 +267,14 @@ def test_captions_are_measured_by_the_context_and_vocabulary_of_the_recipe(
     assert re.search(r"^ +17\+ .* 1$", said, re.MULTILINE)
 
 
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_read(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("contracap.data.survey.survey", lambda *_, **__: pytest.fail("too late"))
+    assert main(["shards", "show", str(mixed), "--out", str(tmp_path)]) == 1
+    assert f"--out {tmp_path}" in capsys.readouterr().err
+
+
 def test_shards_without_a_usable_sample_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = shard(tmp_path / "s.tar", [sample(b"broken", "x")])
     assert main(["shards", "show", str(path), "--out", str(tmp_path / "page.html")]) == 1

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.data.annotations import SourceError
+from contracap.data.datasets.tables import cell_captions
 from contracap.data.shard_maker import make_shards
 from contracap.data.sources import SourceContents, read_source
 from tests.data.test_shard_maker import picture, read
@@ -108,7 +109,7 @@ def test_list_in_a_cell_is_several_captions(tmp_path: Path, written: str, suffix
     assert pairs(read_source(write(tmp_path / f"t.{suffix}", text))) == [("a.jpg", ("one", "two"))]
 
 
-@pytest.mark.parametrize("written", ["[a red square]", "[]", '["a", 3]', "['a' and 'b']", "[sic]", "['\\x']"])
+@pytest.mark.parametrize("written", ["[a red square]", '["a", 3]', "['a' and 'b']", "[sic]", "['\\x']"])
 def test_text_in_brackets_that_is_not_a_list_stays_a_caption(tmp_path: Path, written: str) -> None:
     assert pairs(read_source(write(tmp_path / "t.tsv", f"image\tcaption\na.jpg\t{written}\n"))) == [
         ("a.jpg", (written,))
@@ -229,3 +230,28 @@ def test_name_that_no_file_can_have_is_one_missing_file(tmp_path: Path) -> None:
     made = make_shards(write(tmp_path / "t.jsonl", "\n".join(lines)), tmp_path / "out")
     assert (made.samples, made.skipped) == (1, {"missing_file": 3})
     assert read(tmp_path / "out")[0].fields["other_captions"] == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("written", "captions"),
+    [("[]", ()), ("[None]", ()), ("['a', nan]", ("a",)), ("('a', 'b')", ("a", "b")), ('[{"raw": "a"}]', ("a",))],
+)
+def test_lists_with_missing_values_tuples_and_objects_are_lists(written: str, captions: tuple[str, ...]) -> None:
+    assert cell_captions(written) == captions
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="'caption'"):
+        read_source(write(tmp_path / "t.csv", "image,caption,caption\na.jpg,a,b\n"))
+
+
+def test_spellings_of_a_path_are_one_image(tmp_path: Path) -> None:
+    rows = f"image,caption\na.jpg,1\n./a.jpg,2\n{tmp_path}/a.jpg,3\n"
+    assert pairs(read_source(write(tmp_path / "t.csv", rows))) == [("a.jpg", ("1", "2", "3"))]
+
+
+@pytest.mark.parametrize("head", [b"\x1f\x8b\x08", b"ARROW1", b"FEA1", b"PAR1"])
+def test_format_of_no_kind_is_refused_with_what_to_do(tmp_path: Path, head: bytes) -> None:
+    (path := tmp_path / "t.x").write_bytes(head)
+    with pytest.raises(SourceError, match=r"unpack|\.parquet"):
+        read_source(path, kind="table")

@@ -1,8 +1,12 @@
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from os import _exit
+from pathlib import Path
 from time import sleep
 
 import pytest
@@ -134,3 +138,17 @@ def test_an_error_is_raised_in_its_place_and_leaves_no_thread(failing: str) -> N
                 break
     assert taken == [0, 1, 2]
     assert threading.active_count() <= threads
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(tmp_path: Path, number: int) -> None:
+    program = (
+        "from time import sleep; from contracap.data.workers import in_processes\n"
+        "if __name__ == '__main__': [print('done', flush=True) for _ in in_processes(sleep, [0, 60, 60], 2)]"
+    )
+    (script := tmp_path / "parent.py").write_text(program)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.readline()
+        parent.send_signal(number)
+        assert parent.stdout.read() == b""  # ends when no process holds it
+    assert parent.returncode == -number

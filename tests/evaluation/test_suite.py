@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_a_task_that_runs_out_of_memory_costs_its_own_figures_only(pair, greys: 
     assert result.figures["pairs/text_to_image_recall@1"] is not None
 
 
+def test_data_that_goes_away_during_a_run_costs_its_own_figures_only(pair, greys: Path, tmp_path: Path, caplog) -> None:
+    gone = shutil.copytree(greys, tmp_path / "gone")
+    healthy = {"pairs": retrieval(greys)}
+    tables = {"tasks": {"late": retrieval(gone)} | healthy, "captions": {"data": str(greys), "samples": 2}}
+    measure, sampled = suite(pair, **tables), suite(pair, tasks=healthy, captions={"data": str(gone)})
+    shutil.rmtree(gone)
+    result = measure(pair[0])
+    assert set(result.values) == {name for name in result.figures if name.startswith("pairs/")}
+    assert len(result.predictions) == 2
+    assert "late" in caplog.text and "gone" in caplog.text
+    result = sampled(pair[0])
+    assert result.values and not result.predictions
+    assert "evaluation.captions" in caplog.text
+
+
 @pytest.mark.parametrize("task", ["retrieval", "captioning"])
 def test_pictures_without_captions_are_found_when_the_suite_is_made(pair, tmp_path: Path, task: str) -> None:
     file = io.BytesIO()
@@ -166,7 +182,7 @@ def test_shards_without_labels_are_found_when_the_suite_is_made(pair, greys: Pat
 
 
 def test_classes_without_names_are_found_when_the_suite_is_made(pair, greys: Path) -> None:
-    with pytest.raises(ValueError, match="task greys: the names of the classes are missing: --classes FILE"):
+    with pytest.raises(ValueError, match="task greys: `classes` is missing"):
         suite(pair, tasks={"greys": {"task": "zeroshot", "data": str(greys)}})
 
 
@@ -202,13 +218,14 @@ def test_missing_shards_are_found_when_the_suite_is_made(pair, greys: Path, name
             {"tasks": {"x": {"task": "retrieval", "data": "x", "strategy": "beam"}}},
             "'tasks.x': retrieval takes no strategy",
         ),
-        ({"tasks": {"x": {"task": "retrieval", "data": []}}}, "'tasks.x': there is nothing to measure on: --data PATH"),
+        ({"tasks": {"x": {"task": "retrieval", "data": []}}}, "'tasks.x': there is nothing to measure on"),
         (
             {"tasks": {"x": {"task": "retrieval", "data": "dataset_coco.json"}}},
             r"'tasks.x': dataset_coco\.json is not a tar shard; .*: contracap shards make dataset_coco\.json --out DIR",
         ),
         ({"tasks": {"x": {"task": "zeroshot", "data": ["a.json", "pictures"]}}}, "a.json is not a tar shard; zeroshot"),
         ({"tasks": {"x": {"task": "vqa", "data": "x", "answers": "x", "strategy": "beam"}}}, "leave one of them out"),
+        ({"tasks": {"x": {"task": "captioning", "data": "x", "strategy": "legacy"}}}, "settings: .*legacy.*key 'year'"),
         ({"tasks": {"cifar": {"task": "captioning"}}}, "key 'tasks.cifar.data' is missing"),
         (
             {"tasks": {"x": {"task": "captioning", "data": "x", "strategy": "bean"}}},

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from contracap.config import build
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import write_shard
 from contracap.evaluation.class_names import TEMPLATES, load_classes, load_templates, published_set, templates_for
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.metrics import classification
 from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
 from contracap.evaluation.result import digest
+from contracap.evaluation.task import build_evaluator
 from contracap.evaluation.zeroshot import classifier, evaluate_zeroshot, label_of, logits, match_classes
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
@@ -190,9 +193,25 @@ def test_folders_of_classes_name_them(tmp_path) -> None:
         match_classes(tmp_path, NAMES)
 
 
+def test_the_order_of_folders_and_classes_is_told_once(tmp_path, caplog) -> None:
+    for name in ("sky", "red"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture(COLOURS["red"]))
+    config = build(TaskConfig, {"task": "zeroshot", "data": str(tmp_path), "classes": str(tmp_path / "names.txt")})
+    (tmp_path / "names.txt").write_text("rouge\nbleu\n")
+    build_evaluator(config, processor())(ColourModel())
+    assert caplog.text.count("matched by order") == 1
+
+
+def test_names_that_several_classes_share_are_warned_of(tmp_path, caplog) -> None:
+    (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")
+    assert load_classes(tmp_path / "names.txt") == ("cat", "dog", "cat")
+    assert "'cat'" in caplog.text
+
+
 def test_shards_do_not_name_their_classes(tmp_path) -> None:
     write_shard(tmp_path / "0.tar", [record("one", "blue", label=2)])
-    with pytest.raises(ValueError, match="names of the classes are missing"):
+    with pytest.raises(ValueError, match="`classes` is missing"):
         match_classes(tmp_path, None)
 
 
@@ -265,6 +284,11 @@ def test_templates_come_from_a_list(tmp_path) -> None:
     (tmp_path / "templates.json").write_text('["a {}", "a photo"]')
     with pytest.raises(ValueError, match=r"templates\.json: the template 'a photo' has no \{\}"):
         load_templates(tmp_path / "templates.json")
+
+
+def test_a_single_template_without_a_place_for_the_name_is_told_so() -> None:
+    with pytest.raises(ValueError, match=r"'a photo'.*\{\}"):
+        load_templates("a photo")
 
 
 def test_published_sets_are_known_by_name(tmp_path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from contracap import cli
 from contracap.apps.plan.run import plan_run
 from contracap.config import ConfigError, build, load_toml, to_toml
 from contracap.data.shards import write_shard
-from contracap.training.recipe import Recipe, in_steps, load_recipe
+from contracap.training.recipe import Recipe, load_recipe, with_steps
 from contracap.training.start import check_inputs
 from contracap.training.trainer import train
 
@@ -217,13 +217,13 @@ def test_epochs_stand_for_steps(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [(f"{number}", {"txt": b"a"}) for number in range(20)])
     values = {key: value for key, value in LEAST.items() if key != "steps"} | {"optimizer": {"warmup_steps": 3}}
     data = {"train": str(tmp_path), "batch_size": 8}
-    recipe = in_steps(build(Recipe, values | {"data": data, "epochs": 2.0}))
+    recipe = with_steps(build(Recipe, values | {"data": data, "epochs": 2.0}))
     assert (recipe.steps, recipe.epochs) == (5, None)
     for wrong in ({"epochs": 2.0, "steps": 10}, {"epochs": 0.0}, {}):
         with pytest.raises(ConfigError, match="epochs"):
             build(Recipe, values | {"data": data} | wrong)
     with pytest.raises(ConfigError, match=r"1 epoch of 20 samples is 3 steps: optimizer\.warmup_steps 3 must be"):
-        in_steps(build(Recipe, values | {"data": data, "epochs": 1.0}))
+        with_steps(build(Recipe, values | {"data": data, "epochs": 1.0}))
 
 
 def test_epochs_on_the_command_line_replace_the_steps_of_the_file() -> None:

@@ -13,7 +13,7 @@ from contracap.pretrained import random_model
 from contracap.tokenizer import text_lengths
 from contracap.training import step
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
-from contracap.training.step import NonFiniteError, StepConfig, TrainingState, count_labels, losses, train_step
+from contracap.training.step import NonFiniteError, StepConfig, TrainingState, compute_losses, count_labels, train_step
 
 TINY = SIZES["tiny"]
 CONFIG = StepConfig(
@@ -98,7 +98,7 @@ def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
     state = new_state(replace(TINY, pooler=replace(TINY.pooler, kind=kind)))
     model = state.model
     config = replace(CONFIG, loss=LossConfig(contrastive=contrastive, captioning=captioning))
-    sum(losses(model, batch(), config, tokens=count_labels(batch())).values()).backward()
+    sum(compute_losses(model, batch(), config, tokens=count_labels(batch())).values()).backward()
     unreached = () if contrastive else tuple(model.only_for_contrastive())
     unreached += () if captioning else tuple(model.only_for_captioning())
     for name, parameter in model.named_parameters():

@@ -19,7 +19,7 @@ from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.logging import read_metrics
 from contracap.training.loop import TrainingError
-from contracap.training.recipe import Recipe, in_steps, load_recipe
+from contracap.training.recipe import Recipe, load_recipe, with_steps
 from contracap.training.start import precision_on, starting_model
 from contracap.training.trainer import train
 
@@ -471,9 +471,9 @@ def test_epochs_of_all_captions_are_counted_by_an_index_or_refused(
     values = {name: value for name, value in recipe_values.items() if name != "steps"}
     recipe = build(Recipe, values | {"epochs": 2, "data": data})
     with pytest.raises(ConfigError, match="no index has the number of captions: give steps, or run"):
-        in_steps(recipe)
+        with_steps(recipe)
     index_folder(shards)
-    assert in_steps(recipe).steps == 2 * 48 * 3 / 8
+    assert with_steps(recipe).steps == 2 * 48 * 3 / 8
 
 
 def test_a_run_starts_from_bare_weights_of_its_own_model(recipe_values: dict, tmp_path: Path) -> None:

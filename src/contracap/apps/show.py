@@ -9,7 +9,7 @@ from pathlib import Path
 from contracap.apps.page import Html, bars, charts, image_tag, page, pairs, paragraph, table, text
 from contracap.data.survey import EXAMPLES, Survey, share
 from contracap.files import write_text
-from contracap.wording import escaped
+from contracap.wording import counted, escaped
 
 SIDE_BINS = (1, 8, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
 BAR = 40  # characters of the longest bar on the terminal
@@ -48,8 +48,8 @@ def write_page(survey: Survey, path: str | Path) -> None:
         ]
     sections["Samples"] = [
         paragraph(
-            f"{len(cards)} samples, drawn with seed {survey.seed}. Left: a random crop of {survey.image.size} pixels, "
-            "as the trainer makes them. Right: the whole image."
+            f"{counted(len(cards), 'sample(s)')}, drawn with seed {survey.seed}. Left: a random crop of "
+            f"{survey.image.size} pixels, as the trainer makes them. Right: the whole image."
         ),
         pairs(cards),
     ]
@@ -91,7 +91,9 @@ def _extent(survey: Survey) -> str:
     """Say what was counted and what was only sampled."""
     extent = "Every sample of every shard was read."
     if not survey.complete:
-        extent = f"Only the first {survey.samples:,} samples were read, and all that follows is about these alone."
+        extent = (
+            f"All that follows is about the first {counted(survey.samples, 'sample(s)')} alone; no others were read."
+        )
     return (
         f"{extent} Images were measured by their headers, and only those shown below were decoded: one that is "
         "damaged further in may have passed. Repeated is what came before, byte for byte."

@@ -18,7 +18,7 @@ from contracap.evaluation.suite import build_evaluators, build_suite, measure_ta
 from contracap.images import ImageConfig
 from contracap.pretrained import find_weights, load_on_device, processor_for
 from contracap.training.checkpoint import CHECKPOINTS, checkpoint_name
-from contracap.training.recipe import RECIPE_FILE, Recipe, in_steps, load_recipe, merged
+from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe, merge, with_steps
 from contracap.training.start import device_of, precision_on, require_same_run
 from contracap.training.trainer import train
 
@@ -84,7 +84,7 @@ class StudyConfig:
     def run(self, arm: str, seed: int) -> Recipe:
         """The recipe of one run."""
         given = {"out": str(Path(self.out) / f"{arm}-{seed}"), "seed": seed, "resume": True}
-        return build(Recipe, merged(merged(self.recipe, self.arms[arm]), given))
+        return build(Recipe, merge(merge(self.recipe, self.arms[arm]), given))
 
     def common_tasks(self, arm: str) -> set[str]:
         """The tasks that an arm and the first one are both measured by."""
@@ -113,7 +113,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
         require_consent(task.data, allow_commands)
     for arm in config.arms:
         require_consent(config.run(arm, config.seeds[0]).commands, allow_commands)
-    first_runs = {arm: in_steps(config.run(arm, config.seeds[0])) for arm in config.arms}  # samples are counted once
+    first_runs = {arm: with_steps(config.run(arm, config.seeds[0])) for arm in config.arms}  # samples are counted once
     runs = [
         (arm, replace(config.run(arm, seed), steps=first_runs[arm].steps, epochs=None))
         for seed in config.seeds

@@ -22,7 +22,7 @@ from contracap.cli.caption import caption
 from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
 from contracap.cli.describe import classify, embed
-from contracap.cli.errors import fail, is_for_the_user, message, sigterm_interrupts, verbosity
+from contracap.cli.errors import fail, is_for_the_user, message, one_interruption, verbosity
 from contracap.cli.flags import registry
 from contracap.cli.measure import evaluate
 from contracap.cli.runs import plan, quickstart, study, train
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            with sigterm_interrupts() as interrupted:
+            with one_interruption() as interrupted:
                 try:
                     return _run(arguments)
                 except KeyboardInterrupt as interrupt:  # the verb's own message, if any

@@ -29,7 +29,9 @@ def compare(
     from contracap.apps.compare.tables import markdown
     from contracap.apps.compare.writing import write
     from contracap.evaluation.result import RESULTS_FILE
+    from contracap.files import require_folder
 
+    require_folder(out)
     if (result := out / RESULTS_FILE).exists() and any(result.samefile(each) for each in (a, b) if each.exists()):
         raise ValueError(f"{result} would take the place of a result that is compared: choose another --out")
     comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))

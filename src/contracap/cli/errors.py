@@ -56,25 +56,27 @@ def interruption(words: str = "interrupted: nothing was written; the same comman
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[Callable[[], int]]:
-    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does. Outside the main thread it changes nothing.
+def one_interruption() -> Iterator[Callable[[], int]]:
+    """A context in which the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and later ones are ignored.
+
+    So nothing disturbs the clean-up after the first. Outside the main thread it changes nothing.
 
     Yields: a function that returns the exit status, as shells derive it: 130 for Ctrl-C, 143 for SIGTERM.
     """
-    received = signal.SIGINT
+    received = list[int]()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = signal.SIGTERM
-        raise KeyboardInterrupt
+        received.append(number)
+        if len(received) == 1:
+            raise KeyboardInterrupt
 
     is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
     try:
-        yield lambda: 128 + received
+        yield lambda: 128 + (received or [signal.SIGINT])[0]
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def fail(message: str, *, status: int = 1) -> int:

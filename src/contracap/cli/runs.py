@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.flags import arg
-from contracap.cli.options import AllowCommands, ResultFile, command_line
+from contracap.cli.options import AllowCommands, ResultFile, check_outputs, command_line
 
 
 def quickstart(
@@ -108,6 +108,7 @@ def plan(
     from contracap.apps.plan.run import plan_run
     from contracap.training.recipe import load_recipe
 
+    check_outputs([recipe], json=json)
     made = plan_run(
         load_recipe(recipe, overrides),
         gpus=gpus,

@@ -123,10 +123,28 @@ def _image_paths(entries: "Sequence[Prediction]", folder: Path | None) -> list[P
             raise ValueError(
                 f"entry {number} (counted from 0) does not tell its image, under `image_name` or COCO's `file_name`"
             )
-        paths.append(folder / entry.image_name)
-        if not paths[-1].is_file():
-            raise FileNotFoundError(f"no image of entry {number} (counted from 0) at {paths[-1]}")
+        try:
+            paths.append(_find_image(folder / entry.image_name))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"entry {number} (counted from 0): {error}") from None
     return paths
+
+
+def _find_image(path: Path) -> Path:
+    """Return the file at a path, or the only image there with a suffix: names of a shard's samples have none."""
+    from contracap.data.samples import IMAGE_SUFFIXES
+
+    if path.is_file():
+        return path
+    suffixes = [f".{written}" for suffix in IMAGE_SUFFIXES for written in (suffix, suffix.upper())]
+    found = [image for suffix in suffixes if (image := path.with_name(path.name + suffix)).is_file()]
+    if not found:
+        raise FileNotFoundError(f"no image at {path}, with or without a suffix such as .jpg")
+    if len(found) > 1:
+        raise ValueError(
+            f"several images could be {path}: {', '.join(image.name for image in found)}; move all but one"
+        )
+    return found[0]
 
 
 def _print(scores: "Scores", *, insist: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from contracap.cli.errors import interruption, say
 from contracap.cli.flags import PathText, arg
-from contracap.cli.options import Workers, worker_count
+from contracap.cli.options import Workers, check_outputs, worker_count
 from contracap.wording import counted
 
 
@@ -67,9 +67,9 @@ def make(
     if repeated := made.repeated_captions:
         say(f"{counted(repeated, 'repeated caption(s)')}, kept: the image has the same text already")
     for reason, number in made.skipped.items():
-        say(f"skipped {number}: {reason}")
+        say(f"skipped {number:,}: {reason}")
     if made.skipped:
-        say(f"each is named in {out / SKIPPED_FILE}")
+        say(f"each is named in {out / SKIPPED_FILE}; to try again after a change, delete {out} first")
 
 
 def index(
@@ -112,6 +112,7 @@ def show(
     from contracap.tokenizer import Tokenizer
     from contracap.training.recipe import load_recipe
 
+    check_outputs([*paths, recipe], out=out)
     image, augmentation, tokenizer, lines = ImageConfig(), AugmentationConfig(), Tokenizer(), True
     if recipe is not None:
         run = load_recipe(recipe)

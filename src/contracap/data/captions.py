@@ -16,7 +16,7 @@ class CaptionConfig:
     """Use a `random` caption of the image each time it is drawn, its `first` caption, or `all` of them, one after
     the other."""
     weights: dict[str, float] = field(default_factory=dict)
-    """How often the caption is taken from each field of the `.json`, such as `{ caption = 0.3, recaption = 0.7 }`,
+    """How often the caption is taken from each field of the `.json`, such as `{ captions = 0.3, recaption = 0.7 }`,
     in proportion among the fields that a sample has. Empty: the sample's captions are used."""
     lines: bool = True
     """Each line of a `.txt` is a caption; otherwise the whole file is one."""

@@ -23,6 +23,7 @@ from contracap.data.captions import CaptionConfig, all_captions, choose_caption
 from contracap.data.samples import SAMPLE_SUFFIXES, Record, Sample, SampleError, parse
 from contracap.data.shards import ShardError, layout_fault, records
 from contracap.image_files import ImageError
+from contracap.wording import counted
 
 T = TypeVar("T")
 
@@ -113,8 +114,10 @@ class Order:
         for source in self.sources:
             if source.samples < self.streams:
                 raise ValueError(
-                    f"{len(source.shards)} shards ({source.shards[0]}, ...) hold {source.samples} samples, too few for "
-                    f"{self.streams} streams: set streams to {max(1, source.samples)} or less, or bring more data"
+                    f"{counted(source.samples, 'sample(s)')} in {counted(len(source.shards), 'shard(s)')} "
+                    f"({source.shards[0]}, ...), too few for {self.streams} streams: set streams to "
+                    f"{max(1, source.samples)} or less, or bring more data. If images have names with several dots, "
+                    "`contracap shards show` tells how to rename them"
                 )
 
     @property

@@ -22,7 +22,7 @@ from contracap.data.source_kinds import Kind
 from contracap.data.sources import NAMES_IMAGES, read_source
 from contracap.data.tar import SHARD_SUFFIXES
 from contracap.data.workers import in_processes
-from contracap.files import write_text
+from contracap.files import require_folder, write_text
 from contracap.progress import progress_bar
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -186,6 +186,7 @@ def _run(tasks: Sequence[_Task], workers: int, out: Path) -> None:
 def _begin(out: Path, plan: dict[str, Any]) -> MadeShards | None:
     """Prepare the folder for a plan; return the result if all is done already."""
     plan_file = out / PLAN_FILE
+    require_folder(out)
     if not plan_file.exists():
         if out.is_dir() and any(file.name.endswith(SHARD_SUFFIXES) for file in out.iterdir()):
             raise MakingError(f"{out} holds shards already that are not of this source: give another folder")
@@ -196,10 +197,10 @@ def _begin(out: Path, plan: dict[str, Any]) -> MadeShards | None:
         raise MakingError(f"{plan_file} is broken ({error}): give another folder") from None
     for name, value in plan.items():
         if begun.get(name) != value:
-            raise MakingError(
-                f"{out} was begun with another source or other settings: {name} was {begun.get(name)} "
-                f"and is now {value}; set it back, or give another folder"
-            )
+            what = "the entries of the source, or the options that select them, have changed"
+            if name != "source_sha256":
+                what = f"{name} was {begun.get(name)} and is now {value}"
+            raise MakingError(f"{out} was begun with other input: {what}; delete {out}, or give another --out")
     for partial in out.glob(".*.partial"):  # of a process that was killed
         partial.unlink()
     if "outcome" not in begun:

@@ -69,6 +69,22 @@ def _kind_of_file(path: Path) -> Kind:
     )
 
 
+def require_readable(path: Path) -> None:
+    """Refuse a file in a format that no kind of source has.
+
+    Raises:
+        SourceError: that says what to convert it to.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head.startswith(b"\x1f\x8b") and not path.name.endswith(SHARD_SUFFIXES):
+        raise SourceError(f"{path} is compressed: unpack it first, with gunzip")
+    if head.startswith((b"ARROW1", b"FEA1")):
+        raise SourceError(f"{path} is a Feather or Arrow file: save it as Parquet, under a name that ends in .parquet")
+    if head.startswith(b"PAR1") and path.suffix.lower() != ".parquet":
+        raise SourceError(f"{path} is a Parquet file: give it a name that ends in .parquet")
+
+
 def _kind_of_json(path: Path) -> Kind | None:
     document = read_json(path)
     if isinstance(document, dict) and "questions" in document:

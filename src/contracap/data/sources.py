@@ -19,7 +19,7 @@ from contracap.data.datasets.tables import IMAGE_COLUMNS, read_table
 from contracap.data.datasets.vqa import read_vqa
 from contracap.data.image_files import SkippedFiles, files_in, images_in, is_image
 from contracap.data.samples import IMAGE_SUFFIXES
-from contracap.data.source_kinds import Kind, detect_kind
+from contracap.data.source_kinds import Kind, detect_kind, require_readable
 from contracap.files import check_regular
 
 NAMES_IMAGES = ("table", "coco", "karpathy", "flickr", "vqa", "bulk")  # kinds whose images may be in another folder
@@ -70,6 +70,7 @@ def read_source(
         raise FileNotFoundError(f"no such source: {path}")
     if not path.is_dir():
         check_regular(path)
+        require_readable(path)
     if kind == "auto":
         kind = detect_kind(path)
     for option, given, kinds in (
@@ -159,20 +160,24 @@ def _merge(
 ) -> SourceContents:
     """Join the captions of entries with the same image, and find out where each image is."""
     skipped, first, captions = list[SkippedEntry](), dict[str | Inside, Entry](), dict[str | Inside, list[str]]()
-    for entry in entries:
-        if isinstance(entry, SkippedEntry):
-            skipped.append(entry)
+    found = list[Entry]()
+    for each in entries:
+        if isinstance(each, SkippedEntry):
+            skipped.append(each)
         else:
-            key = entry.inside or entry.name
-            first.setdefault(key, entry)
-            captions.setdefault(key, []).extend(entry.captions)
-    names = [key for key in islice(first, NAMES_TRIED) if isinstance(key, str)]
+            found.append(each)
+    relative = (entry.name for entry in found if entry.inside is None and not os.path.isabs(entry.name))
+    names = list(islice(relative, NAMES_TRIED))
     if (
         may_be_elsewhere
         and any(map(os.path.isfile, names))
         and not any(os.path.isfile(folder / name) for name in names)
     ):
         folder = Path()  # where `caption` ran that wrote the table, say
+    for entry in found:
+        key = entry.inside or _same_place(entry.name, folder, kind)
+        first.setdefault(key, entry)
+        captions.setdefault(key, []).extend(entry.captions)
     merged = []
     for key, entry in first.items():
         if problem := _problem(entry.name, bool(captions[key]), kind, folder):
@@ -182,6 +187,13 @@ def _merge(
             path = entry.inside.file if entry.inside else entry.name if is_url else str(folder / entry.name)
             merged.append(replace(entry, path=path, captions=tuple(captions[key])))
     return SourceContents(kind=kind, entries=merged, skipped=skipped)
+
+
+def _same_place(name: str, folder: Path, kind: Kind) -> str:
+    """Return one text for all spellings of a name: `a.jpg`, `./a.jpg`, and the path from the root."""
+    if "://" in name or (kind not in ("table", "bulk") and (os.path.isabs(name) or ".." in re.split(r"[/\\]", name))):
+        return name
+    return os.path.abspath(folder / name)
 
 
 def _problem(name: str, has_captions: bool, kind: Kind, folder: Path) -> SkippedEntry | None:

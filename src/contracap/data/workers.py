@@ -5,19 +5,24 @@ need not be copied between processes.
 """
 
 import os
+import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import TypeVar
+from types import FrameType
+from typing import Any, TypeVar, cast
 
 AHEAD = min(8, os.cpu_count() or 1)  # batches that are prepared at a time, each in a thread
-PATIENCE = 2.0  # seconds in which threads may end; one may wait for a silent server
+PATIENCE = 2.0  # seconds in which threads and processes may end; one may wait for a silent server
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -30,8 +35,8 @@ class WorkerError(RuntimeError):
 def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Yield what `function` makes of each task, in the order in which they are done.
 
-    A worker gets its next task when it has done one. After an error, or when the caller stops, only running tasks are
-    finished.
+    A worker gets its next task when it has done one. After an error, and when the caller stops or ends in any way, the
+    workers leave their tasks and end.
 
     Args:
         function: must be picklable, like its tasks and results.
@@ -47,18 +52,98 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
     if workers <= 1:
         yield from map(function, tasks)
         return
-    tasks = iter(tasks)
-    # Not forked: in a copy of a process with threads, such as torch's and fsspec's, locks may stay closed.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            running = {pool.submit(function, task) for task in islice(tasks, workers)}
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(function, task) for task in islice(tasks, len(done))}
-                yield from [future.result() for future in done]
-        except BrokenProcessPool:
-            reason = "a worker process died, perhaps for want of memory: try again with fewer workers"
-            raise WorkerError(reason) from None
+    tasks, started = iter(tasks), list[BaseProcess]()
+    context = get_context("spawn")  # in a fork of a process with threads, such as torch's, locks may stay closed
+    lifeline, held = context.Pipe(duplex=False)  # the workers end when nobody holds its other end
+    try:
+        busy = dict[Any, None]()  # pipes of the workers that have a task
+        for task in islice(tasks, workers):
+            pipe, other_end = context.Pipe()
+            process = context.Process(target=_work, args=(other_end, lifeline, function), daemon=True)
+            with _signals_blocked():
+                process.start()
+            started.append(process)
+            other_end.close()
+            busy[pipe] = None
+            _send(pipe, task)
+        while busy:
+            for pipe in cast(list[Connection], wait(list(busy))):
+                result = _receive(pipe)
+                del busy[pipe]
+                for task in islice(tasks, 1):
+                    _send(pipe, task)
+                    busy[pipe] = None
+                yield result
+    finally:
+        held.close()
+        for process in started:
+            process.join()
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):  # the worker has died, which `_receive` will tell
+        pipe.send(message)
+
+
+def _receive(pipe: Connection) -> Any:
+    """Return the next result of a worker, or raise its error."""
+    try:
+        result, error = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        reason = "a worker process died, perhaps for want of memory: try again with fewer workers"
+        raise WorkerError(reason) from None
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A context that holds back the signals to end; a process that starts in it never gets them before `_work`."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(pipe: Connection, lifeline: Connection, function: Callable[[Any], Any]) -> None:
+    """Do the tasks that come through the pipe, in a worker.
+
+    Ctrl-C and SIGTERM reach all processes of a terminal or a job. Only the first process heeds them: when it ends, or
+    needs no more results, the lifeline ends, and the worker leaves its task and removes its temporary files.
+    """
+    abandoned = threading.Event()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if abandoned.is_set():
+            abandoned.clear()  # a second signal must not interrupt the removal of files
+            raise SystemExit
+
+    def watch() -> None:
+        wait([lifeline])
+        abandoned.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os._exit(1)  # the task hangs
+
+    for number in END_SIGNALS:
+        signal.signal(number, leave)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+    threading.Thread(target=watch, daemon=True).start()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            task, result, error = pipe.recv(), None, None
+            try:
+                result = function(task)
+            except Exception as raised:
+                raised.add_note(f"In a worker process:\n{traceback.format_exc()}")
+                error = raised
+            pipe.send((result, error))
 
 
 @contextmanager

@@ -114,6 +114,19 @@ def _write_captions(
                 clip += found[0]
                 both += found[1]
             for sample, text in zip(batch, written, strict=True):
-                domain = domain_name(sample.fields.get("domain"))
-                predictions.append(Prediction(key=sample.key, prediction=text, captions=sample.captions, domain=domain))
+                predictions.append(
+                    Prediction(
+                        key=sample.key,
+                        prediction=text,
+                        captions=sample.captions,
+                        image_name=_image_name(sample),
+                        domain=domain_name(sample.fields.get("domain")),
+                    )
+                )
     return predictions, clip, both
+
+
+def _image_name(sample: Sample) -> str | None:
+    """Return the name that the image had before it was put in a shard; None if the shard does not tell."""
+    name = sample.fields.get("image_name", sample.fields.get("source"))  # with both, `source` is another column
+    return name if isinstance(name, str) else None

@@ -5,7 +5,9 @@ Source: OpenAI CLIP, open_clip 3.3.0 and CLIP_benchmark 1.6.2; each file in `cla
 
 import difflib
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -37,6 +39,7 @@ TEMPLATES = (
     "there is a {} in the photo.",
 )
 PLACEHOLDER = re.compile(r"\{\w*\}")
+logger = logging.getLogger(__name__)
 
 
 def load_classes(source: str | Path) -> tuple[str, ...]:
@@ -53,7 +56,13 @@ def load_classes(source: str | Path) -> tuple[str, ...]:
         if not found.classes:
             raise ValueError(f"{str(source)!r} has templates alone; name the classes otherwise, such as {IMAGENET!r}")
         return found.classes
-    return read_list(Path(source), "classes")
+    names = read_list(Path(source), "classes")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        logger.warning(
+            f"{source}: {len(repeated)} of the class names are there twice or more, such as {repeated[0]!r}: "
+            "the model cannot tell these classes apart; give each a name of its own"
+        )
+    return names
 
 
 def load_templates(source: str | Path) -> tuple[str, ...]:
@@ -69,7 +78,11 @@ def load_templates(source: str | Path) -> tuple[str, ...]:
     """
     if "{" in str(source) and not Path(source).exists():
         return check_templates((str(source),))
-    if (found := _find_set(source)) is not None:
+    try:
+        found = _find_set(source)
+    except ValueError as error:
+        raise ValueError(f"{error}. A template of your own has {{}} where the class name goes") from None
+    if found is not None:
         return found.templates
     templates = [PLACEHOLDER.sub("{}", template) for template in read_list(Path(source), "templates")]
     try:
@@ -130,14 +143,12 @@ def published_set(name: str) -> PublishedSet:
     """
     file = _file(name)
     if file is None:
-        if "{}" in name:
-            raise ValueError(
-                f"{name!r} is neither a published name nor a file; give templates as a list in a JSON file"
-            )
         near = difflib.get_close_matches(name.rpartition("/")[2], published_names(), n=3, cutoff=0.5)
         some = f"some are {', '.join(WELL_KNOWN)}, all are in {_folder()}"
         hint = f"the nearest are {', '.join(near)}" if near else some
-        raise ValueError(f"no published classes or templates are called {name!r}; {hint}; else give a JSON file")
+        raise ValueError(
+            f"no published classes or templates are called {name!r}; {hint}; else name a .txt or JSON file"
+        )
     content = json.loads(file.read_text(encoding="utf-8"))
     return PublishedSet(
         classes=tuple(content.get("classes", ())),

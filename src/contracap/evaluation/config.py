@@ -6,7 +6,7 @@ Imports no torch, because the command line makes its flags of these classes.
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from contracap.config import SettingsHelp, assign, build, keys_text, require_paths, to_dict
+from contracap.config import ConfigError, SettingsHelp, assign, build, keys_text, require_paths, to_dict
 from contracap.evaluation.metrics.scores import metric_names
 from contracap.evaluation.metrics.tokens import TokenizerName
 
@@ -36,11 +36,11 @@ class TaskConfig:
     For `vqa` also a file of questions in the format of VQAv2 or OK-VQA, followed by the folder of its images if
     that is elsewhere."""
     classes: Annotated[str | None, "NAME|FILE"] = None
-    """For `zeroshot`: a published set, such as `imagenet1k`, or a JSON file with a list of names in the order of
-    the labels, or with an object whose `classes` is such a list. The default is the names of the subfolders."""
+    """For `zeroshot`: a published set, such as `imagenet1k`, or a file of names in the order of the labels: a .txt with
+    one a line, a JSON list, or a JSON object with a list `classes`. The default is the names of the subfolders."""
     templates: Annotated[str | None, "NAME|FILE"] = None
-    """For `zeroshot`: a published set or a JSON file, like `classes`, with {} where the name goes. The default is
-    the templates of the published classes, or eight for photographs."""
+    """For `zeroshot`: a published set or a file, as for `classes`, or a single template, such as `a photo of a {}`.
+    Each has {} where the name goes. The default is the templates of the published classes, or eight for photographs."""
     caption_lines: bool = True
     """For `retrieval` and `captioning`: whether each line of a `.txt` is a caption; otherwise the whole file is one."""
     metrics: Annotated[str | tuple[str, ...], "NAME"] = ()
@@ -56,8 +56,8 @@ class TaskConfig:
     """For `captioning`: weights that compute CLIPScore and RefCLIPScore; `self` is the model that writes the
     captions."""
     answers: Annotated[str | None, "FILE"] = None
-    """For `vqa`: a JSON file with a list of answers to choose from, or with an object whose `answers` is such a
-    list. By default the model writes the answer."""
+    """For `vqa`: a file of answers to choose from: a .txt with one a line, a JSON list, or a JSON object with a list
+    `answers`. By default the model writes the answer."""
     prompt: Annotated[str | None, "TEXT"] = None
     """For `vqa`: the text before an answer, with {} where the question goes. The default is `question: {} answer:`."""
     strategy: Annotated[str | None, "NAME"] = None
@@ -71,7 +71,7 @@ class TaskConfig:
         names = (self.metrics,) if isinstance(self.metrics, str) else self.metrics
         object.__setattr__(self, "metrics", metric_names(names))
         if not self.data:
-            raise ValueError("there is nothing to measure on: --data PATH, a folder of tar shards, or shards")
+            raise ValueError("there is nothing to measure on: give `data`, folders of tar shards, or shards")
         require_paths(self, "data", "classes", "templates", "corenlp_dir", "clipscore", "answers")
         first = self.data if isinstance(self.data, str) else self.data[0]
         if first.endswith(".json") and self.task != "vqa":
@@ -104,6 +104,16 @@ class TaskConfig:
 
         Unless a setting says otherwise, its `max_tokens` and `min_tokens` are those of the default.
         """
+        from contracap.generation.registry import STRATEGIES
+
+        try:
+            return self._build_strategy()
+        except ConfigError as error:
+            if self.strategy is None or self.strategy in STRATEGIES:
+                raise ConfigError(f"settings: {error}") from None
+            raise
+
+    def _build_strategy(self) -> "Strategy":
         from contracap.evaluation.vqa import STRATEGY as ANSWERING
         from contracap.generation.beam import BeamSearch
         from contracap.generation.registry import build_strategy

@@ -40,8 +40,8 @@ def read_predictions(path: Path, references: Mapping[str, Prediction] | None = N
     """Return the predictions of a file, in its order.
 
     Args:
-        path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name` and NoCaps' `domain`; with
-            `references`, of objects with `image_id` and `caption`, the layout of COCO's results.
+        path: a JSON list of objects with `prediction` and `captions`, and maybe `image_name`, `file_name` and NoCaps'
+            `domain`; with `references`, of objects with `image_id` and `caption`, the layout of COCO's results.
         references: the result of `read_references`. Images that are not in `path` do not count.
 
     Raises:
@@ -103,12 +103,16 @@ def read_references(path: Path) -> dict[str, Prediction]:
 
 
 def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
-    """Write a JSON list that `read_predictions` reads, with an entry on each line; a whole file or none. The key is the
-    `image_name` if no other image has the same."""
-    keys = Counter(one.key for one in predictions)
+    """Write a JSON list that `read_predictions` reads, with an entry on each line; a whole file or none.
+
+    The key is the `image_name`, and the name of the image's file the `file_name`, unless another image has the same.
+    """
+    keys, names = Counter(one.key for one in predictions), Counter(one.image_name for one in predictions)
     entries = list[dict[str, Any]]()
     for one in predictions:
         entry: dict[str, Any] = {"image_name": one.key} if keys[one.key] == 1 else {}
+        if one.image_name is not None and names[one.image_name] == 1:
+            entry["file_name"] = one.image_name
         entry |= {"captions": one.captions, "prediction": one.prediction}
         entries.append(entry | ({"domain": f"{one.domain}-domain"} if one.domain else {}))
     write_list(path, entries)
@@ -127,13 +131,13 @@ def _own(value: dict[str, Any]) -> Prediction:
         raise ValueError("needs a list of texts under `captions`")
     if not has_word(captions):
         raise ValueError("has no reference in `captions` with a word in it")
-    written, name = texts_in(captions), value.get("image_name")
-    image_name = name if isinstance(name, str) and name else None
+    written = texts_in(captions)
+    key, name = (found if isinstance(found := value.get(field), str) else "" for field in ("image_name", "file_name"))
     return Prediction(
-        key=image_name or hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16],
+        key=key or name or hashlib.sha256(json.dumps(written).encode()).hexdigest()[:16],
         prediction=_text(value, "prediction"),
         captions=written,
-        image_name=image_name,
+        image_name=name or key or None,
         domain=domain_name(value.get("domain")),
     )
 

@@ -1,11 +1,11 @@
 """Several tasks, measured one after the other and joined in one result: those of a file, or of a training run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from contracap.data.shards import list_shards
 from contracap.evaluation.config import EvaluationConfig, SampleCaptionsConfig, TaskConfig
@@ -18,6 +18,7 @@ from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
 from contracap.processor import Processor
 
+Value = TypeVar("Value")
 BATCH = 16  # images captioned at a time
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,21 @@ def measure_tasks(
     """
     results = dict[str, Result | str]()
     for name, evaluator in build_evaluators(tasks, processor).items():
-        try:
-            results[name] = result = evaluator(model)
-        except Exception as error:  # out of memory, for one: a single task is no reason to lose the others
-            logger.warning("%s was not measured: %s", name, error, exc_info=unexpected(error))
-            results[name] = str(error) or type(error).__name__
-        else:
+        results[name] = result = _try_measure(name, partial(evaluator, model))
+        if isinstance(result, Result):
             logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in result.figures.items()))
     return replace(join(results), command=command, seed=seed_of(*tasks.values()) if seed is None else seed)
+
+
+def _try_measure(name: str, measure: Callable[[], Value], *, log: bool = True) -> Value | str:
+    """Return what `measure` returns. If it fails, warn and return why: the other tasks still run."""
+    try:
+        return measure()
+    except Exception as error:  # also out of memory
+        reason = str(error) or type(error).__name__
+        if log:
+            logger.warning("%s was not measured: %s", name, reason, exc_info=unexpected(error))
+        return reason
 
 
 def join(results: Mapping[str, Result | str]) -> Result:
@@ -90,7 +98,8 @@ def build_suite(
     """Return the evaluator of everything that a recipe measures; None if it measures nothing.
 
     Its predictions are the captions of `config.captions`, ready for JSON. Every rank must call it, since they share the
-    images of retrieval and perhaps the model. The figures are the same on every rank; an error on one raises on all.
+    images of retrieval and perhaps the model. The figures are the same on every rank. If a task or the captions fail on
+    one rank, rank 0 warns, and the result has the other figures.
 
     A sharded model must have made a training step before: FSDP keeps the tensors that its first pass gathers into, and
     tensors of inference mode cannot be trained.
@@ -105,13 +114,14 @@ def build_suite(
         return None
 
     def suite(model: CoCa) -> Result:
-        results = {
-            name: run_on_every_rank(process_group, partial(evaluator, model)) for name, evaluator in evaluators.items()
-        }
-        written = list[dict[str, Any]]()
+        def measure(name: str, work: Callable[[], Value]) -> Value | str:
+            return _try_measure(name, partial(run_on_every_rank, process_group, work), log=process_group.rank == 0)
+
+        results = {name: measure(name, partial(evaluator, model)) for name, evaluator in evaluators.items()}
+        written: list[dict[str, Any]] | str = []
         if captions is not None:
-            written = run_on_every_rank(process_group, partial(write_sample_captions, model, processor, captions))
-        return replace(join(results), predictions=written)
+            written = measure("evaluation.captions", partial(write_sample_captions, model, processor, captions))
+        return replace(join(results), predictions=[] if isinstance(written, str) else written)
 
     return suite
 

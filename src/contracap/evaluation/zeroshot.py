@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from contracap.data.annotations import number_or_text
 from contracap.data.folders import ClassFolders, class_folders
 from contracap.data.samples import Sample
 from contracap.evaluation.class_names import TEMPLATES, check_classes, check_templates
@@ -104,7 +105,7 @@ def label_of(sample: Sample, classes: int) -> int | tuple[int, ...]:
     if label is None and labels is None:
         labels = _read_marks(sample.npy, classes)
     several = label is None and isinstance(labels, list)
-    found = labels if several else [label]
+    found = [number_or_text(each) for each in (labels if several else [label])]  # tables of text write numbers so
     if not all(type(each) is int and 0 <= each < classes for each in found):  # True is an int, too
         has = "no label" if found == [None] else f"the label {labels if several else label!r}"
         raise ValueError(
@@ -172,20 +173,21 @@ def count_characters(labels: Sequence[str], templates: Sequence[str]) -> int:
 
 
 def match_classes(data: Source, classes: Sequence[str] | None) -> tuple[Source, tuple[str, ...]]:
-    """Return the data, and the names of the classes. A folder with a subfolder for each class becomes `ClassFolders`.
+    """Return the data, and the names of the classes. A folder with a subfolder for each class becomes `ClassFolders`,
+    whose labels are those of the classes; data of that type was matched before.
 
     Raises: ValueError: if nothing names the classes, or the names are not as many as the subfolders.
     """
+    if isinstance(data, ClassFolders) and classes is not None:
+        return data, check_classes(classes)
     folders = class_folders(data) if isinstance(data, str | Path | Sequence) else None
-    if isinstance(data, ClassFolders):
-        folders = data
     if folders is not None:
         if classes is None:
             return folders, tuple(name.replace("_", " ") for name in folders.names)
         folders.match(check_classes(classes))
     if classes is None:
         raise ValueError(
-            "the names of the classes are missing: --classes FILE, or a published name such as imagenet1k; only a "
+            "`classes` is missing: give it a file of class names, or a published name such as imagenet1k; only a "
             "folder with a subfolder for each class says them itself"
         )
     return folders or data, check_classes(classes)

@@ -100,7 +100,7 @@ class DecodingLoop:
 
     def _decode(self, ids: Int64[Tensor, "images rows"], cache: DecodingCache) -> Float[Tensor, "images rows vocab"]:
         """Do what `CoCa.decode` does, compiled where that is asked for."""
-        return self._next_logits(ids, cache.caption_tokens, cache.add_tokens(ids.shape[1]))
+        return self._next_logits(ids, cache.projected, cache.add_tokens(ids.shape[1]))
 
     def _new_cache(
         self, caption_tokens: Float[Tensor, "images caption_token embed"], strategy: SearchStrategy, prompts: Prompts

@@ -56,7 +56,7 @@ class LayerCache:
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodingStep:
     """Inputs of the text encoder and decoder in one decoding step, besides the new tokens and the caption tokens.
 
     Attributes:
@@ -81,13 +81,13 @@ class DecodingCache:
     never moved or copied: a text that continues another one, as in beam search, only sees other slots.
 
     Attributes:
-        caption_tokens: their keys and values in each cross-attention layer, once per image.
+        projected: keys and values of the caption tokens in each cross-attention layer, once per image.
         length: tokens of each text so far.
     """
 
     def __init__(
         self,
-        caption_tokens: list[Projected],
+        projected: list[Projected],
         text: list[tuple[Tensor, Tensor]],
         decoder: list[tuple[Tensor, Tensor]],
         *,
@@ -98,22 +98,22 @@ class DecodingCache:
             text, decoder: finite keys and values of each layer, [images head slot dim].
             fixed_shapes: let each decoding step read all slots, with empty ones masked.
         """
-        self.caption_tokens, self._text, self._decoder = caption_tokens, text, decoder
+        self.projected, self._text, self._decoder = projected, text, decoder
         self._fixed_shapes = fixed_shapes
         keys = text[0][0]
         self.length = 0
         self._used = 0
         self._visible = torch.zeros(len(keys), 1, keys.shape[2], dtype=torch.bool, device=keys.device)
 
-    def add_prompt(self, columns: int) -> Step:
+    def add_prompt(self, columns: int) -> DecodingStep:
         """Reserve slots for the prompt, which all texts of an image share."""
         slots = self._reserve(columns)
         self._visible[:, :, slots] = True
         self.length = columns
         text, decoder = self._layers(slots, shown=self._used)
-        return Step(slots, text, decoder, mask=None, causal=True)
+        return DecodingStep(slots, text, decoder, mask=None, causal=True)
 
-    def add_tokens(self, columns: int) -> Step:
+    def add_tokens(self, columns: int) -> DecodingStep:
         """Reserve slots for one more token of each text."""
         slots = self._reserve(columns)
         self._visible[:, torch.arange(columns, device=slots.device), slots] = True
@@ -123,7 +123,7 @@ class DecodingCache:
         text, decoder = self._layers(slots, shown=shown)
         sees_all = columns == 1 and not self._fixed_shapes
         mask = None if sees_all else self._visible[:, None, :, :shown]
-        return Step(positions, text, decoder, mask, causal=False)
+        return DecodingStep(positions, text, decoder, mask, causal=False)
 
     def _reserve(self, columns: int) -> Int64[Tensor, "column"]:
         """Return the next slots.
@@ -154,15 +154,15 @@ class DecodingCache:
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
         """Keep these images only."""
-        self.caption_tokens = [layer.select(images) for layer in self.caption_tokens]
+        self.projected = [layer.select(images) for layer in self.projected]
         self._text, self._decoder = (
             [(keys[images], values[images]) for keys, values in layers] for layers in (self._text, self._decoder)
         )
         self._visible = self._visible[images]
 
-    def restart(self, caption_tokens: list[Projected]) -> None:
+    def restart(self, projected: list[Projected]) -> None:
         """Forget all texts, and copy the caption tokens of equally many other images over the present ones."""
-        for present, new in zip(self.caption_tokens, caption_tokens, strict=True):
+        for present, new in zip(self.projected, projected, strict=True):
             present.key.copy_(new.key)
             present.value.copy_(new.value)
         for keys, values in (*self._text, *self._decoder):  # NaN passes through a mask
@@ -173,6 +173,6 @@ class DecodingCache:
 
     def mark_static(self) -> None:
         """Tell `torch.compile` that keys and values keep their addresses, so that CUDA graphs may write to them."""
-        for tensors in (*self._text, *self._decoder, *((layer.key, layer.value) for layer in self.caption_tokens)):
+        for tensors in (*self._text, *self._decoder, *((layer.key, layer.value) for layer in self.projected)):
             for tensor in tensors:
                 torch._dynamo.mark_static_address(tensor)

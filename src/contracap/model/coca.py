@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.cache import DecodingCache, Projected, Step
+from contracap.model.cache import DecodingCache, DecodingStep, Projected
 from contracap.model.pooler import PoolerConfig, build_pooler
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder, TokenStates
 from contracap.model.vision import VisionConfig, VisionEncoder
@@ -188,7 +188,7 @@ class CoCa(nn.Module):
 
     def new_cache(
         self,
-        caption_tokens: list[Projected],
+        projected: list[Projected],
         *,
         prompt: int,
         rows: int,
@@ -198,7 +198,7 @@ class CoCa(nn.Module):
         """Return an empty cache for decoding up to `rows` texts per image.
 
         Args:
-            caption_tokens: the result of `TextDecoder.project`.
+            projected: the result of `TextDecoder.project`.
             prompt: tokens that `prefill` will read, including the start token.
             max_tokens: longest text, including the prompt.
             fixed_shapes: as in `DecodingCache`.
@@ -208,14 +208,14 @@ class CoCa(nn.Module):
         decoder, text = self.require_decoder(), self.config.text
         if max_tokens > text.context:
             raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
-        slots, keys = prompt + rows * (max_tokens - prompt), caption_tokens[0].key
+        slots, keys = prompt + rows * (max_tokens - prompt), projected[0].key
 
         def empty(layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
             size = (len(keys), heads, slots, text.width // heads)
             return [(keys.new_zeros(size), keys.new_zeros(size)) for _ in range(layers)]
 
         return DecodingCache(
-            caption_tokens,
+            projected,
             empty(text.layers, text.heads),
             empty(decoder.config.layers, decoder.config.heads),
             fixed_shapes=fixed_shapes,
@@ -225,18 +225,18 @@ class CoCa(nn.Module):
         self, ids: Int64[Tensor, "images column"], cache: DecodingCache
     ) -> Float[Tensor, "images 1 vocabulary"]:
         """Read the prompts into an empty cache; return float32 logits of the token that follows."""
-        return self.next_logits(ids, cache.caption_tokens, cache.add_prompt(ids.shape[1]))
+        return self.next_logits(ids, cache.projected, cache.add_prompt(ids.shape[1]))
 
     def decode(self, ids: Int64[Tensor, "images row"], cache: DecodingCache) -> Float[Tensor, "images row vocabulary"]:
         """Read the newest token of each text into the cache; return float32 logits of the token that follows."""
-        return self.next_logits(ids, cache.caption_tokens, cache.add_tokens(ids.shape[1]))
+        return self.next_logits(ids, cache.projected, cache.add_tokens(ids.shape[1]))
 
     def next_logits(
-        self, ids: Int64[Tensor, "images column"], caption_tokens: list[Projected], step: Step
+        self, ids: Int64[Tensor, "images column"], projected: list[Projected], step: DecodingStep
     ) -> Float[Tensor, "images row vocabulary"]:
         """Do the work of `prefill` and `decode` on tensors alone, so that it can be compiled."""
         decoder = self.require_decoder()
-        states = decoder.next_states(self.text.next_states(ids, step), caption_tokens, step)
+        states = decoder.next_states(self.text.next_states(ids, step), projected, step)
         return decoder.vocabulary(states[:, -1:] if step.causal else states).float()
 
     def only_for_contrastive(self) -> list[str]:

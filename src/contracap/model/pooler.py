@@ -1,4 +1,4 @@
-"""Attentional pooling: learned queries read the image tokens and return the contrastive vector and caption tokens."""
+"""Attentional pooling: learned queries turn image tokens into the contrastive embedding and the caption tokens."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from contracap.model.cache import Unprojected
 
 @dataclass(frozen=True, kw_only=True)
 class PoolerConfig:
-    """Pooling of image tokens to one contrastive vector and a sequence of caption tokens."""
+    """Pooling of image tokens to one contrastive embedding and a sequence of caption tokens."""
 
     kind: Literal["shared", "cascade", "parallel", "class_token"] = "shared"
     """`shared`: one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the
@@ -102,7 +102,7 @@ class Pooler(nn.Module, ABC):
 
     @abstractmethod
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive vector alone, not of unit length."""
+        """Return the contrastive embedding alone, not of unit length."""
 
     @abstractmethod
     def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
@@ -112,11 +112,11 @@ class Pooler(nn.Module, ABC):
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
     ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
-        """Return the contrastive vector and the caption tokens."""
+        """Return the contrastive embedding and the caption tokens."""
 
 
 class SharedPooler(Pooler):
-    """One pool: query 0 is projected to the contrastive vector, the outputs of the others are the caption tokens."""
+    """One pool: query 0 is projected to the contrastive embedding, the outputs of the others are the caption tokens."""
 
     def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int, positions: int | None):
         super().__init__()
@@ -136,7 +136,7 @@ class SharedPooler(Pooler):
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive vector, using one query only."""
+        """Return the contrastive embedding, using one query only."""
         return self.projection(self.norm_out(self.pool(tokens, slice(0, 1)))[:, 0])
 
     def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
@@ -150,7 +150,7 @@ class SharedPooler(Pooler):
 
 
 class TwoPoolers(Pooler):
-    """The poolers of the paper: one for the caption tokens, and one with a single query for the contrastive vector.
+    """The poolers of the paper: one for the caption tokens, and one with a single query for the contrastive embedding.
 
     In a cascade, that query reads the caption tokens; in parallel, it reads the image tokens. Image tokens are
     normalised before the pools, and there is no projection after them.
@@ -179,7 +179,7 @@ class TwoPoolers(Pooler):
         self.contrastive_pool.initialise()
 
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive vector alone, for which a cascade must pool the caption tokens first."""
+        """Return the contrastive embedding alone, for which a cascade must pool the caption tokens first."""
         tokens = self.norm_in(tokens)
         return self.contrastive_pool(self.caption_pool(tokens) if self.cascade else tokens)[:, 0]
 

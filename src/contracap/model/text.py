@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, pad
 
 from contracap.config import require_positive
-from contracap.model.cache import Memory, Projected, Step, Unprojected
+from contracap.model.cache import DecodingStep, Memory, Projected, Unprojected
 from contracap.model.packing import GRID, Grid, Packed, pack, pack_sharing
 from contracap.model.transformer import Activation, CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import Lengths, text_lengths
@@ -39,7 +39,7 @@ class TextConfig:
     activation: Activation = "gelu"
     """Of the text encoder and the decoder; `quick_gelu` for OpenAI's CLIP and the models trained after it."""
     pool: Literal["class_token", "end_token"] = "class_token"
-    """Where the contrastive vector is read: at a class token after the text (CoCa), or at the end token (CLIP)."""
+    """Where the contrastive embedding is read: at a class token after the text (CoCa), or at the end token (CLIP)."""
     cls_mask: ClsMask = "correct"
     """What the class token attends to. `correct`: the text and itself. `legacy`, with which the released weights were
     trained: the text, the first padding token after it, and itself only if the text fills the context."""
@@ -86,7 +86,7 @@ class TokenStates:
 
 
 class TextEncoder(nn.Module):
-    """Causal transformer over the text; a class token after the text gives the contrastive vector.
+    """Causal transformer over the text; a class token after the text gives the contrastive embedding.
 
     No token attends to the class token, so the token states are those of a causal language model and can be cached.
     Texts are packed: nothing is computed for padding. Their `lengths` (tokens, start and end included) come with the
@@ -121,7 +121,7 @@ class TextEncoder(nn.Module):
     def forward(
         self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None
     ) -> tuple[Float[Tensor, "batch embed"], TokenStates]:
-        """Return the contrastive vector, not of unit length, and the token states that the decoder reads.
+        """Return the contrastive embedding, not of unit length, and the token states that the decoder reads.
 
         Raises: ValueError: if a text is longer than the context.
         """
@@ -134,7 +134,7 @@ class TextEncoder(nn.Module):
     def contrastive(
         self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None, *, sharing: bool = False
     ) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive vector alone. `sharing`: compute common beginnings of texts once."""
+        """Return the contrastive embedding alone. `sharing`: compute common beginnings of texts once."""
         layout = self.layout(ids, self.checked_lengths(ids, lengths), sharing=sharing)
         return self.project(self.states(ids, layout), layout)
 
@@ -146,7 +146,9 @@ class TextEncoder(nn.Module):
             states = block(states, layout=captions, causal=True)
         return TokenStates(states, next_tokens(ids, captions), captions)
 
-    def next_states(self, ids: Int64[Tensor, "images column"], step: Step) -> Float[Tensor, "images column width"]:
+    def next_states(
+        self, ids: Int64[Tensor, "images column"], step: DecodingStep
+    ) -> Float[Tensor, "images column width"]:
         """Return the states of tokens that follow those in the caches of `step`."""
         states = self.embed(ids, GRID, step.positions)
         for block, cache in zip(self.blocks, step.text, strict=True):
@@ -201,7 +203,7 @@ class TextEncoder(nn.Module):
         return states
 
     def project(self, states: Float[Tensor, "rows width"], layout: Packed) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive vector, read at the last row of each text."""
+        """Return the contrastive embedding, read at the last row of each text."""
         return self.projection(self.norm_out(states.index_select(0, layout.last_rows)))
 
     def mask(self, ids: Int64[Tensor, "batch column"], layout: Packed) -> Bool[Tensor, "batch 1 column column"] | None:
@@ -257,11 +259,11 @@ class TextDecoder(nn.Module):
         return replace(token_states, states=self.norm_out(states))
 
     def next_states(
-        self, states: Float[Tensor, "images column width"], caption_tokens: Sequence[Projected], step: Step
+        self, states: Float[Tensor, "images column width"], projected: Sequence[Projected], step: DecodingStep
     ) -> Float[Tensor, "images column width"]:
         """Return the states of tokens that follow those in the caches of `step`."""
         for self_block, cross_block, layer_tokens, cache in zip(
-            self.self_blocks, self.cross_blocks, caption_tokens, step.decoder, strict=True
+            self.self_blocks, self.cross_blocks, projected, step.decoder, strict=True
         ):
             states = self_block(states, causal=step.causal, mask=step.mask, cache=cache)
             states = cross_block(states, layer_tokens)

@@ -230,26 +230,26 @@ class Throughput:
         return None
 
 
-def figures(ranks: Sequence[Measured], utilisation: Utilisation | None) -> dict[str, float]:
+def figures(reports: Sequence[Measured], utilisation: Utilisation | None) -> dict[str, float]:
     """Return the figures of all ranks together.
 
     `samples_per_second`, `tokens_per_second` and, with `utilisation`, `mfu` are totals; `data_wait_share` and
     `memory_gib` are those of the rank with the most; `gpu_utilisation` is the mean, if all ranks know theirs. There are
     no rates if a clock has jumped.
     """
-    seconds = max(rank.seconds for rank in ranks)
-    samples, tokens = sum(rank.samples for rank in ranks), sum(rank.tokens for rank in ranks)
-    found = {"memory_gib": max(rank.memory for rank in ranks) / GIB}
-    trusted = all(0 <= rank.waited <= rank.seconds and rank.seconds > 0 for rank in ranks)
+    seconds = max(report.seconds for report in reports)
+    samples, tokens = sum(report.samples for report in reports), sum(report.tokens for report in reports)
+    found = {"memory_gib": max(report.memory for report in reports) / GIB}
+    trusted = all(0 <= report.waited <= report.seconds and report.seconds > 0 for report in reports)
     if trusted:  # else a clock has jumped, as when a virtual machine moves
         found |= {
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
-            "data_wait_share": max(rank.waited / rank.seconds for rank in ranks),
+            "data_wait_share": max(report.waited / report.seconds for report in reports),
         }
     if trusted and utilisation is not None:
-        found["mfu"] = utilisation(samples / seconds / len(ranks), tokens / samples)
-    shares = [rank.gpu_utilisation for rank in ranks if rank.gpu_utilisation is not None]
-    if len(shares) == len(ranks):
+        found["mfu"] = utilisation(samples / seconds / len(reports), tokens / samples)
+    shares = [report.gpu_utilisation for report in reports if report.gpu_utilisation is not None]
+    if len(shares) == len(reports):
         found["gpu_utilisation"] = sum(shares) / len(shares)
     return found

@@ -37,7 +37,7 @@ class Recipe:
     """`contracap weights list` and docs/model.md describe the sizes: coca_ViT-S-32, -M-32, -B-32, -B-16, -L-14 and
     -H-14, ViT-B-32, -B-16, -L-14, -H-14, -g-14 and -bigG-14 (some also with -quickgelu), flickr8k, scenes and tiny."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of that row to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
+    """Fields of the size to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
     steps: int = 0
     """Updates of the weights; give this or `epochs`."""
     epochs: float | None = None
@@ -151,7 +151,7 @@ class Recipe:
     @property
     def model_config(self) -> CoCaConfig:
         """The size, with the recipe's changes."""
-        return build(CoCaConfig, merged(to_dict(find_size(self.size)), self.model))
+        return build(CoCaConfig, merge(to_dict(find_size(self.size)), self.model))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -202,8 +202,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     )
 
 
-def in_steps(recipe: Recipe) -> Recipe:
-    """Return the recipe with steps instead of epochs. Samples are counted, if no index has their number.
+def with_steps(recipe: Recipe) -> Recipe:
+    """Return the recipe with its epochs converted to steps. Samples are counted, if no index has their number.
 
     Raises: ConfigError: if the epochs make no valid recipe, or each caption is a sample and no index counts them.
     """
@@ -232,10 +232,10 @@ def in_steps(recipe: Recipe) -> Recipe:
         raise ConfigError(said) from None
 
 
-def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values with some of them changed."""
     return dict(values) | {
-        name: merged(values[name], change)
+        name: merge(values[name], change)
         if isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
         else change
         for name, change in changes.items()

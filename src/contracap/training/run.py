@@ -51,7 +51,7 @@ class Run:
     write_errors: list[OSError] = field(default_factory=list)
 
     def repeat(
-        self, config: StepConfig, *, validate: Callable[[], Mapping[str, float]] | None, evaluate: Evaluator | None
+        self, config: StepConfig, *, validate: Callable[[], Mapping[str, float]] | None, evaluator: Evaluator | None
     ) -> None:
         """Train to the last step."""
         recipe, state = self.recipe, self.state
@@ -64,8 +64,8 @@ class Run:
         ]
         if validate:
             events.append(Event(recipe.validate_every, partial(self.validate, validate)))
-        if evaluate:
-            events.append(Event(recipe.evaluation.every, partial(self.evaluate, evaluate, bf16=config.bf16)))
+        if evaluator:
+            events.append(Event(recipe.evaluation.every, partial(self.evaluate, evaluator, bf16=config.bf16)))
         events.append(Event(1, self.stop_if_asked))
         start = state.step
         try:
@@ -126,33 +126,33 @@ class Run:
         with self.monitor.phase(RECORD), self.keep_write_errors():
             self.monitor.log({f"skipped/{kind}": float(count) for kind, count in skipped.items()})
 
-    def validate(self, validate: Callable[[], Mapping[str, float]]) -> None:
+    def validate(self, compute: Callable[[], Mapping[str, float]]) -> None:
         """Record the losses on `data.validation`."""
         self.stop_if_asked(at_once=True)  # not only after the validation, which takes a while
         with self.monitor.phase(EVALUATION):
-            numbers = self.measure(validate)
+            numbers = self.try_on_all_ranks(compute)
             with self.keep_write_errors():
                 self.recorder.record(self.state.step, numbers or {})
 
-    def evaluate(self, evaluate: Evaluator, *, bf16: bool) -> None:
+    def evaluate(self, evaluator: Evaluator, *, bf16: bool) -> None:
         """Record the results of the recipe's evaluation."""
         self.stop_if_asked(at_once=True)
         model = self.state.model
         with self.monitor.phase(EVALUATION):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                result = self.measure(partial(evaluate, model)) or Result(figures={}, samples=0)
+                result = self.try_on_all_ranks(partial(evaluator, model)) or Result(figures={}, samples=0)
             with self.keep_write_errors():
                 self.recorder.record(self.state.step, result.values)
                 self.recorder.captions(self.state.step, result.predictions)
 
-    def measure(self, measure: Callable[[], Found]) -> Found | None:
-        """Return what `measure` returns. If it fails on any rank, warn and return None: that does not end the run.
+    def try_on_all_ranks(self, action: Callable[[], Found]) -> Found | None:
+        """Return what `action` returns. If it fails on any rank, warn and return None: that does not end the run.
 
         A rank that fails while the others wait for it, as under FSDP, is lost nevertheless.
         """
         found, reason = None, ""
         try:
-            found = measure()
+            found = action()
         except Exception as error:
             reason = describe(error)
         for rank, problem in enumerate(self.state.process_group.all_gather(reason)):
@@ -195,7 +195,7 @@ class Run:
         if failed:
             self.writer.wait()
             reason = process_group.broadcast(describe(self.write_errors[0]) if self.write_errors else "")
-            raise stopped(Path(recipe.out), reason)
+            raise write_failure(Path(recipe.out), reason)
         if asked and self.state.step < recipe.steps:
             self.end_early()
 
@@ -215,7 +215,7 @@ def how_to_continue(recipe: Recipe, last: Path | None) -> str:
     return f"the same command{'' if recipe.resume else ' with resume=true'} continues from {last}"
 
 
-def stopped(folder: Path, reason: str) -> CheckpointError:
+def write_failure(folder: Path, reason: str) -> CheckpointError:
     """Return the error of a run that can write no more."""
     last = last_checkpoint(folder / CHECKPOINTS) or "none yet"
     return CheckpointError(

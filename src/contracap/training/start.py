@@ -27,7 +27,8 @@ from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recip
 logger = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed. They change its updates by rounding only, with three exceptions: `steps`
-# stretches the cosine; with another `device` or `accumulation` (or number of ranks), other patches are dropped.
+# stretches the cosine; with another `device` or `accumulation` (or number of ranks), other patches are dropped. Of
+# `data.train` only the folder may change: names and sample counts of the shards are compared where the data resumes.
 MAY_CHANGE_ON_RESUME = (
     "resume",
     "out",

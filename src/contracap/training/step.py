@@ -64,7 +64,7 @@ class StepConfig:
     seed: int
 
 
-def losses(
+def compute_losses(
     model: CoCa,
     batch: Batch,
     config: StepConfig,
@@ -84,7 +84,7 @@ def losses(
     parallel = parallel or ParallelModel(model)
     contrast = contrast or partial(contrastive_loss, gather=parallel.gather)
 
-    def run(forward: Callable[..., Any]) -> Any:
+    def forward_batch(forward: Callable[..., Any]) -> Any:
         # The normalised pixels take as much memory as much of the rest: nothing else refers to them.
         return forward(normalise(batch.pixels, config.image), batch.ids, batch.lengths)
 
@@ -94,11 +94,11 @@ def losses(
 
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         if not config.loss.captioning:
-            images, texts = run(parallel.model.contrastive_features)
+            images, texts = forward_batch(parallel.model.contrastive_features)
             return {"contrastive_loss": contrast(images, texts, logit_scale=model.logit_scale.exp())}
         if not config.loss.contrastive:
-            return {"captioning_loss": captioning(run(parallel.model.caption_states))}
-        output = run(parallel.model)
+            return {"captioning_loss": captioning(forward_batch(parallel.model.caption_states))}
+        output = forward_batch(parallel.model)
         return {
             "captioning_loss": captioning(output.caption_states),
             "contrastive_loss": contrast(output.image_features, output.text_features, logit_scale=output.logit_scale),
@@ -127,12 +127,12 @@ def contrast_in_parts(
     to_images, to_texts, to_scale = torch.autograd.grad(loss, (images, texts, scale))
     count = len(parts)
     return [
-        partial(_share, value=loss.detach() / count, to_images=images, to_texts=texts, to_scale=to_scale / count)
+        partial(_stand_in, value=loss.detach() / count, to_images=images, to_texts=texts, to_scale=to_scale / count)
         for images, texts in zip(to_images.chunk(count), to_texts.chunk(count), strict=True)
     ]
 
 
-def _share(
+def _stand_in(
     image_features: Float[Tensor, "batch embed"],
     text_features: Float[Tensor, "batch embed"],
     *,
@@ -225,7 +225,7 @@ def _backward(
     totals: dict[str, Tensor] = {}
     for number, (part, contrast) in enumerate(zip(parts, contrasts, strict=True), start=1):
         with parallel.accumulating() if number < len(parts) else nullcontext():
-            values = losses(model, part, config, tokens=tokens, parallel=parallel, contrast=contrast)
+            values = compute_losses(model, part, config, tokens=tokens, parallel=parallel, contrast=contrast)
             torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
     return totals

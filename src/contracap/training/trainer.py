@@ -1,8 +1,8 @@
 """The trainer: a recipe in, a run folder out."""
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ from contracap.training.folder import locked
 from contracap.training.logging import Profile, Recorder, open_loggers, require_wandb
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
-from contracap.training.recipe import RECIPE_FILE, Recipe, in_steps, with_absolute_paths
-from contracap.training.run import Run, how_to_continue, stopped
+from contracap.training.recipe import RECIPE_FILE, Recipe, with_absolute_paths, with_steps
+from contracap.training.run import Run, how_to_continue, write_failure
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal, shutdown_signal
 from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model
 from contracap.training.step import StepConfig, TrainingState
@@ -86,7 +86,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
     checkpoint = _from_rank_0(process_group, lambda: _checkpoint_to_resume(recipe))
     _require_shared_batch(recipe, process_group.world_size)
     check_inputs(recipe, process_group.world_size)
-    recipe = in_steps(recipe)
+    recipe = with_steps(recipe)
     recipe = replace(recipe, precision=precision_on(process_group.device, recipe.precision))
     model, image = _resumed_model(recipe, checkpoint) if checkpoint else starting_model(recipe)
     config = StepConfig(
@@ -116,29 +116,33 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
     if recipe.validate_every:
         require_validation(recipe.data)
         validate = partial(validation_losses, state, config, recipe.data)
-    evaluate = build_suite(recipe.evaluation, processor, process_group)
+    evaluator = build_suite(recipe.evaluation, processor, process_group)
     if checkpoint:
-        try:
-            batches.load_state_dict(restore_checkpoint(checkpoint, state))
-        except (CheckpointError, WeightsError) as error:
-            raise CheckpointError(f"{error}{_older_checkpoints(checkpoint)}") from None
-        if state.step > recipe.steps:
-            raise CheckpointError(
-                f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps"
-            )
-        logger.info("going on from %s", checkpoint)
+        _resume(recipe, checkpoint, state, batches)
     if process_group.rank == 0:
         logger.info("%s", _describe(recipe, model, batches.samples, process_group))
         _warn(recipe, model, batches.samples)
         if state.step == recipe.steps:
             logger.info("the run is complete: there is nothing left to do")
     process_group.barrier()  # no rank changes the folder before all have read it
-    folder, left = Path(recipe.out), recipe.steps - state.step
+    with shutdown.at_once(False), _open_run(recipe, config, state, batches, shutdown) as run:
+        run.repeat(config, validate=validate, evaluator=evaluator)
+    return Path(recipe.out) / CHECKPOINTS / checkpoint_name(recipe.steps)
+
+
+@contextmanager
+def _open_run(
+    recipe: Recipe, config: StepConfig, state: TrainingState, batches: TrainingBatches, shutdown: ShutdownSignal
+) -> Iterator[Run]:
+    """A context with the run, its records, its checkpoint writer and its watchdog."""
+    process_group, folder = state.process_group, Path(recipe.out)
     peak = find_peak(process_group.device, bf16=config.bf16, stated=recipe.peak_tflops)
-    utilisation = ModelUtilisation(model, recipe.loss, peak) if peak else None
+    utilisation = ModelUtilisation(state.model, recipe.loss, peak) if peak else None
+    left = recipe.steps - state.step
     with (
-        shutdown.at_once(False),
-        CheckpointWriter(folder / CHECKPOINTS, recipe.checkpoint, image=image, process_group=process_group) as writer,
+        CheckpointWriter(
+            folder / CHECKPOINTS, recipe.checkpoint, image=config.image, process_group=process_group
+        ) as writer,
         _open_recorder(recipe, state) as recorder,
         Watchdog(recipe.stall_seconds, process_group, start=state.step) as watchdog,
         Monitor(
@@ -165,8 +169,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
             logger.info("%s", utilisation)
             with run.keep_write_errors():
                 recorder.record(state.step, {"mfu_peak_tflops": utilisation.peak.flops / 1e12})
-        run.repeat(config, validate=validate, evaluate=evaluate)
-    return folder / CHECKPOINTS / checkpoint_name(recipe.steps)
+        yield run
 
 
 def _from_rank_0(process_group: ProcessGroup, action: Callable[[], Found]) -> Found:
@@ -222,6 +225,17 @@ def _resumed_model(recipe: Recipe, checkpoint: Path) -> tuple[CoCa, ImageConfig]
     return model, processor.image_config
 
 
+def _resume(recipe: Recipe, checkpoint: Path, state: TrainingState, batches: TrainingBatches) -> None:
+    """Continue from a checkpoint, whose weights the model already has."""
+    try:
+        batches.load_state_dict(restore_checkpoint(checkpoint, state))
+    except (CheckpointError, WeightsError) as error:
+        raise CheckpointError(f"{error}{_older_checkpoints(checkpoint)}") from None
+    if state.step > recipe.steps:
+        raise CheckpointError(f"{checkpoint} is already at step {state.step}, beyond the recipe's {recipe.steps} steps")
+    logger.info("resuming from %s", checkpoint)
+
+
 def _older_checkpoints(checkpoint: Path) -> str:
     """Tell how to resume from an earlier checkpoint, if there is one."""
     folder = checkpoint.parent
@@ -264,7 +278,7 @@ def _describe(recipe: Recipe, model: CoCa, samples: int, process_group: ProcessG
 
 
 def _warn(recipe: Recipe, model: CoCa, samples: int) -> None:
-    """Warn of settings that are allowed, but hardly wanted."""
+    """Warn of settings that are allowed, but probably mistakes."""
     if recipe.data.validation is not None and not recipe.validate_every:
         logger.warning("data.validation is set, but validate_every is 0: nothing will be validated")
     if recipe.loss.contrastive and recipe.data.batch_size > samples:
@@ -289,4 +303,4 @@ def _open_recorder(recipe: Recipe, state: TrainingState) -> Recorder:
         loggers = open_loggers(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe))
         return Recorder(folder, loggers=loggers, start=state.step, total_steps=recipe.steps)
     except OSError as error:
-        raise stopped(folder, describe(error)) from None
+        raise write_failure(folder, describe(error)) from None

@@ -10,7 +10,7 @@ from contracap.data.shards import list_shards
 from contracap.model.coca import evaluating
 from contracap.parallel import ParallelModel
 from contracap.pretrained import processor_for
-from contracap.training.step import StepConfig, TrainingState, count_labels, losses
+from contracap.training.step import StepConfig, TrainingState, compute_losses, count_labels
 
 
 def require_validation(data: DataConfig) -> None:
@@ -46,7 +46,7 @@ def validation_losses(state: TrainingState, config: StepConfig, data: DataConfig
         batches += 1
         tokens += count_labels(part)
         with evaluating(model), parallel.forward_only():
-            parts = losses(model, part, config, tokens=1, parallel=parallel)
+            parts = compute_losses(model, part, config, tokens=1, parallel=parallel)
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     # One loss is a mean over tokens, the other over batches. Sums and counts are averaged over the ranks separately.

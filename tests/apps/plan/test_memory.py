@@ -27,7 +27,7 @@ from contracap.training.checkpoint import CheckpointConfig, last_checkpoint, mov
 from contracap.training.flops import TextLengths, tokens_of
 from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze
 from contracap.training.recipe import Recipe
-from contracap.training.step import StepConfig, TrainingState, losses, train_step
+from contracap.training.step import StepConfig, TrainingState, compute_losses, train_step
 from contracap.training.writer import CheckpointWriter
 from tests.model.tiny_models import TINY, tiny_clip, with_pooler
 
@@ -71,7 +71,7 @@ def saved_for_backward(model: CoCa, loss: LossConfig, batch: Batch, *, bf16: boo
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = losses(model, batch, step_config(loss, bf16=bf16), tokens=1)
+        graph = compute_losses(model, batch, step_config(loss, bf16=bf16), tokens=1)
     assert graph
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -141,11 +141,19 @@ def test_the_best_interval_loses_less_than_its_neighbours() -> None:
     assert many.best_interval / 60 == pytest.approx(5, abs=0.1)
 
 
+def test_a_share_is_below_the_whole_and_counts_are_whole() -> None:
+    plan = plan_run(recipe(size="tiny", steps=2000), gpus=2, gpu="rtx-4090")
+    assert 0 < plan.figures["failure_loss_percent_at_best"] <= plan.figures["failure_loss_percent"] < 100
+    assert plan.figures["best_steps_between_checkpoints"] % 1 == 0
+    (line,) = (line for line in plan.table().splitlines() if line.startswith("batch per gpu"))
+    assert line.split()[-1] == "32"
+
+
 def test_the_next_checkpoint_waits_until_the_one_before_is_written() -> None:
     failures = Failures(stall=1.0, writing=600.0, between=10_000.0)
     assert failures.best_interval == 600
-    assert failures.lost_share(600.0) == pytest.approx(1 / 600 + (300 + 600) / 10_000)
-    assert failures.lost_share(200.0) == pytest.approx(401 / 200 + (100 + 600) / 10_000)
+    for interval, lost in {600.0: 1 / 600 + (300 + 600) / 10_000, 200.0: 401 / 200 + (100 + 600) / 10_000}.items():
+        assert failures.lost_share(interval) == pytest.approx(lost / (1 + lost))
 
 
 def test_the_published_run_is_held_up_for_a_copy_and_not_for_the_writing() -> None:

@@ -111,8 +111,8 @@ def remarks(tasks: Mapping[str, str], a: System, b: System) -> Iterator[str]:
             of_a, of_b = (sorted({found[what] for found in ways if what in found}) for ways in (ways_a, ways_b))
             if of_a and of_b and of_a != of_b:
                 yield (
-                    f"{where}{what} of {a.name} is {' and '.join(of_a)}, that of {b.name} {' and '.join(of_b)}: "
-                    "part of the gap may come of that"
+                    f"{where}{what} ({' and '.join(of_a)} for {a.name}, {' and '.join(of_b)} for {b.name}) may cause "
+                    "part of the gap"
                 )
         if any(facts.get("asked", {}).get("clipscore") == "self" for facts in [*a.facts(figure), *b.facts(figure)]):
             yield f"{where}a model's CLIPScore of its own captions compares the judges as much as the captions"

@@ -1,9 +1,11 @@
 """Warnings: why a run cannot be started as planned, and changes that would do."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from contracap.apps.plan.planned_run import PlannedRun
+from contracap.wording import counted
 
 MAX_GPUS = 10**6
 
@@ -21,7 +23,7 @@ def _sharing_warnings(run: PlannedRun) -> Iterator[str]:
     data, parts, gpus = run.recipe.data, run.recipe.accumulation, run.gpus
     batch, streams = data.batch_size, data.stream_count
     if batch % (gpus * parts):
-        each = f"{gpus} GPUs" + (f" with {parts} parts each" if parts > 1 else "")
+        each = counted(gpus, "GPU(s)") + (f" with {parts} parts each" if parts > 1 else "")
         lower = batch // (gpus * parts) * gpus * parts
         advice = f"{f'{lower} or ' if lower else ''}{lower + gpus * parts}"
         yield f"data.batch_size {batch} cannot be shared by {each}: set it to {advice}"
@@ -35,7 +37,7 @@ def _memory_warnings(run: PlannedRun, gpu: str) -> Iterator[str]:
     elif not run.fits:
         ways = [way for way in (_recompute(run), _more_gpus(run), _more_parts(run)) if way]
         yield (
-            f"{run.rows:,.5g} samples at a time do not fit into the memory of one {gpu}, {run.max_rows} do: "
+            f"{math.ceil(run.rows):,} samples at a time do not fit into the memory of one {gpu}, {run.max_rows} do: "
             + (", or ".join(ways) or "take a larger GPU")
         )
 

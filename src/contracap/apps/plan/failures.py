@@ -32,10 +32,11 @@ class Failures:
         return max(self.writing, math.sqrt(2 * self.stall * self.between))
 
     def lost_share(self, interval: float) -> float:
-        """Share of the time that goes to checkpoints every `interval` seconds of steps and, after a failure, to
-        repeating half an interval and what was done while the lost checkpoint was written."""
+        """Return the share of the whole time that goes to checkpoints every `interval` seconds of steps and, after a
+        failure, to repeating half an interval and what was done while the lost checkpoint was written."""
         waiting = max(0.0, self.writing - interval)
-        return (self.stall + waiting) / interval + (interval / 2 + self.writing) / self.between
+        lost = (self.stall + waiting) / interval + (interval / 2 + self.writing) / self.between  # a second of steps
+        return lost / (1 + lost)
 
 
 def failure_figures(run: PlannedRun, *, step_seconds: float, hours_between_failures: float) -> Mapping[str, float]:
@@ -63,6 +64,6 @@ def failure_figures(run: PlannedRun, *, step_seconds: float, hours_between_failu
         return figures
     return figures | {
         "failure_loss_percent": 100 * failures.lost_share(interval),
-        "best_steps_between_checkpoints": best / step_seconds,
+        "best_steps_between_checkpoints": max(1.0, float(round(best / step_seconds))),
         "failure_loss_percent_at_best": 100 * failures.lost_share(best),
     }

@@ -114,6 +114,6 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 
 def _number(value: float) -> str:
-    if not value:
-        return "0"
+    if value == int(value) or abs(value) >= 1000:
+        return f"{value:,.0f}"
     return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.0e}"

@@ -15,7 +15,8 @@ from contracap.config import require_count
 from contracap.data.patterns import require_consent
 from contracap.training.flops import TextLengths
 from contracap.training.gpus import find_gpu
-from contracap.training.recipe import Recipe, in_steps
+from contracap.training.recipe import Recipe, with_steps
+from contracap.wording import counted
 
 
 def plan_run(
@@ -44,7 +45,7 @@ def plan_run(
     """
     if recipe.epochs is not None:
         require_consent(recipe.commands, allow_commands)
-    recipe, machine = in_steps(recipe), find_gpu(gpu)
+    recipe, machine = with_steps(recipe), find_gpu(gpu)
     _check(gpus, gpus_per_machine, efficiency, hours_between_failures)
     context = min(recipe.model_config.text.context, recipe.data.captions.max_tokens or recipe.model_config.text.context)
     padded = TextLengths(mean=float(context), longest=context)
@@ -105,9 +106,9 @@ def _text_lengths(recipe: Recipe, context: int, text_tokens: float | None) -> Te
 def _title(run: PlannedRun, gpu: str) -> str:
     recipe, precision = run.recipe, "fp32" if run.product == EXACT else "bf16"
     return (
-        f"{recipe.size} on {run.gpus} {gpu}, {recipe.parallel.kind}, {precision}: {recipe.steps:,} steps of "
-        f"{recipe.data.batch_size:,} samples, {run.samples:,.5g} on each GPU, texts of {run.texts.mean:.1f} tokens in "
-        "the mean"
+        f"{recipe.size} on {run.gpus} {gpu}, {recipe.parallel.kind}, {precision}: "
+        f"{counted(recipe.steps, 'step(s)')} of {counted(recipe.data.batch_size, 'sample(s)')}, "
+        f"{math.ceil(run.samples):,} on each GPU, texts of {run.texts.mean:.1f} tokens in the mean"
     )
 
 

@@ -28,6 +28,7 @@ from contracap.processor import Processor
 from contracap.training.checkpoint import CHECKPOINTS, last_checkpoint
 from contracap.training.logging import CAPTIONS_FILE, METRICS_FILE, read_metrics
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe
+from contracap.wording import counted
 
 PAGE = "report.html"
 MAX_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
@@ -117,7 +118,9 @@ def _evaluators(run: Path, recipe: Recipe, processor: Processor) -> tuple[dict[s
         evaluators["retrieval"] = lambda: (samples, partial(evaluate_retrieval, processor=processor, data=samples))
     if recipe.loss.captioning:
         evaluators["captioning"] = lambda: (samples, partial(evaluate_captioning, processor=processor, data=samples))
-    what = f"the first {len(samples):,} samples of its validation shards; the recipe has no evaluation.tasks"
+    what = (
+        f"the first {counted(len(samples), 'sample(s)')} of its validation shards; the recipe has no evaluation.tasks"
+    )
     return evaluators, what
 
 
@@ -160,7 +163,7 @@ def captions_on_the_way(path: Path) -> Html:
 
 def _progress(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
     done = records[-1]["step"] if records else 0
-    return f"{done:,} of {recipe.steps:,} steps of {recipe.data.batch_size:,} images with a caption each."
+    return f"{done:,} of {recipe.steps:,} steps of {counted(recipe.data.batch_size, 'image(s)')} with a caption each."
 
 
 def _facts(recipe: Recipe) -> Html:

@@ -11,6 +11,7 @@ from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features
 from contracap.evaluation.zeroshot import Classification
+from contracap.wording import counted
 
 QUERIES = 8  # of each direction of retrieval
 CARDS = 5  # captions of each kind
@@ -37,11 +38,11 @@ def retrieval_parts(features: Features, data: Source) -> Iterator[Html]:
     texts = best_texts(features, images)
     samples = read_samples(data, {*images, *(image for each in images_found for image in each.candidates)})
     yield paragraph(
-        f"For {len(images)} captions the best of all {len(features.images):,} images. Green: the caption's own "
-        "image; red: another one in the first place."
+        f"For {counted(len(images), 'caption(s)')} the best of all {counted(len(features.images), 'image(s)')}. "
+        "Green: the caption's own image; red: another one in the first place."
     )
     yield image_grid(features, images_found, samples)
-    yield paragraph(f"For their images the best of all {len(features.captions):,} captions.")
+    yield paragraph(f"For their images the best of all {counted(len(features.captions), 'caption(s)')}.")
     yield caption_grid(features, texts, samples)
 
 

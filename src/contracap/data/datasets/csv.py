@@ -27,6 +27,8 @@ def csv_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any] | Ski
                 return
             delimiter = _delimiter(head, wanted, first="\t" if path.suffix.lower() == ".tsv" else ",")
             names = [name.strip() for name in _cells(head, delimiter)]
+            if twice := next((name for name in names if name and names.count(name) > 1), None):
+                raise SourceError(f"{path} has two columns called {twice!r}: give each column a name of its own")
             while True:
                 source = f"{path.name}, line {lines.number + 1}"
                 text, cells = _take_row(lines, delimiter, len(names))

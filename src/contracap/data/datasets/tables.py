@@ -23,7 +23,10 @@ CAPTION_COLUMNS = ("caption", "text", "captions", "title", "raw", "sentences", "
 MISSING = ("NaN", "nan", "null", "None")  # in a cell of text, what pandas and others write where there is no value
 JSON_SUFFIXES = (".json", ".jsonl")
 TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-LIST = re.compile(rf"\[\s*{TEXT}(?:[\s,]+{TEXT})*[\s,]*\]", re.DOTALL)  # as Python and NumPy print them
+ITEM = rf"(?:{TEXT}|{'|'.join(MISSING)})"
+ITEMS = rf"\s*(?:{ITEM}(?:[\s,]+{ITEM})*[\s,]*)?"
+# Lists as Python and NumPy print them, and tuples. A text in parentheses is a tuple only with a comma.
+LIST = re.compile(rf"\[{ITEMS}\]|\((?:\s*|\s*{ITEM}\s*,{ITEMS})\)", re.DOTALL)
 
 
 def read_table(
@@ -113,22 +116,30 @@ def _is_text_table(path: Path) -> bool:
 
 
 def cell_captions(value: Any) -> tuple[str, ...]:
-    """Return the captions in a cell: a text, a list of texts, or a list that was written as a text, `["a", "b"]`."""
-    if not isinstance(value, str) or not (value.strip()[:1] == "[" and value.strip()[-1:] == "]"):
-        return texts_in(value)
-    written = value.strip()
+    """Return the captions in a cell: a text, a list, or a list or tuple that was written as a text, `["a", "b"]`.
+
+    A list may hold texts, objects with the text under `raw`, and missing values, which are left out.
+    """
+    found = _written_list(value.strip()) if isinstance(value, str) else value
+    if isinstance(found, list):
+        return texts_in([text.get("raw") if isinstance(text, dict) else text for text in found])
+    return texts_in(value)
+
+
+def _written_list(written: str) -> list[Any] | None:
+    """Return the list that JSON, Python or NumPy wrote as a text; None if it is another text, such as `[a dog]`."""
     try:
         found = json.loads(written)
     except (ValueError, RecursionError):
         found = None
     if found is None and LIST.fullmatch(written):
+        items = [item for item in re.findall(ITEM, written[1:-1], re.DOTALL) if item not in MISSING]
         try:
-            found = [ast.literal_eval(text) for text in re.findall(TEXT, written, re.DOTALL)]
+            found = [ast.literal_eval(item) for item in items]
         except (ValueError, SyntaxError):  # of an escape that Python does not know
-            found = None
-    if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
-        return texts_in(found)
-    return texts_in(value)
+            return None
+    usable = isinstance(found, list) and all(isinstance(text, str | dict | None) or text != text for text in found)
+    return found if usable else None
 
 
 def find_column(names: Any, wanted: Sequence[str]) -> str | None:
