@@ -129,7 +129,7 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
         (["weights", "inspect", weights, "--size", "huge"], "unknown size 'huge'"),
         (["weights", "convert", weights, tmp_path / "file.bin"], "give a folder"),
         (["weights", "convert", weights, tmp_path / "file.bin", "--to", "contracap"], ".safetensors"),
-        ([*evaluate, "zeroshot"], "--classes FILE"),
+        ([*evaluate, "zeroshot"], "`classes` is missing"),
         ([*evaluate, "zeroshot", "--classes", tmp_path / "none.json"], "No such file or directory"),
         (["evaluate", weights, "--task", "retrieval", "--data", empty], "no shards"),
         (["evaluate", weights], "say what to measure: --task retrieval"),

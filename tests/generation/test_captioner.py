@@ -351,9 +351,3 @@ def test_broken_weights_are_an_error_not_a_caption(images, strategy):
     torch.nn.init.constant_(model.decoder.vocabulary.weight, math.nan)
     with pytest.raises(ValueError, match="not finite"):
         Captioner(model, processor)(images[:1], strategy)
-
-
-@pytest.mark.parametrize("prompts", [None, [None], b"a", 3])
-def test_prompts_that_are_not_texts_are_refused_by_name(pair, images, prompts):
-    with pytest.raises(ValueError, match="prompt"):
-        Captioner(*pair)(images[:1], Greedy(), prompts=prompts)

@@ -306,7 +306,7 @@ def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, her
     none = here / "none.safetensors"  # what is wrong is told before weights are looked for
     calls: list[tuple[list[object], str]] = [
         ([none, "none.jpg"], "no such image or folder: none.jpg"),
-        ([none, "0.tar", "--format", "sidecar"], "no file can lie beside it"),
+        ([none, "0.tar", "--format", "sidecar"], "side-cars are for local image files only"),
         ([none, "pictures", "--out", "file/c.csv"], "Not a directory: file"),
         ([none, "pictures", "--out", "c.xml"], "cannot tell the format of c.xml"),
         ([none, "pictures", "--format", "csv", "--out", "c.jsonl"], "--format csv does not go with --out c.jsonl"),

@@ -261,7 +261,7 @@ def test_a_side_car_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_nothing_lies_beside_a_image_that_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"0\.tar/a: no file can lie beside it; take --format jsonl"):
+    with pytest.raises(ValueError, match=r"0\.tar/a: side-cars are for local .* use --format jsonl"):
         SideCars(".txt", "skip", embed=False).check(Item(name="0.tar/a", source=b""))
 
 
