@@ -1,12 +1,13 @@
-"""The peer of recipes/flickr8k-cpu.toml: open_clip's CoCa or CLIP, trained for the same time on the same cores.
+"""Train open_clip's CoCa or CLIP on Flickr8k, for as long as recipes/flickr8k-cpu.toml takes on the same cores.
 
-    .venv/bin/python runs/flickr8k_open_clip.py coca|clip MINUTES ../shared/data/flickr8k [PEAK_RATE]
+    python runs/flickr8k_open_clip.py coca 15 data/flickr8k
 
-The model, the text tokenizer and the losses are open_clip's. Pictures are decoded and augmented by contracap, outside
-the time that counts, which favours the peer. Afterwards the weights move to contracap (the tests prove that the two
-give the same outputs), so that both are measured by the same code. Precision as contracap would choose it here.
+Model, tokenizer and losses are open_clip's. contracap decodes and augments the images, and the clock stops meanwhile,
+which favours open_clip. Afterwards the weights are converted, and contracap measures the model (tests check that both
+compute the same outputs). The precision is the one that contracap would choose on this machine.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -16,16 +17,19 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from contracap.image import AugmentationConfig, augment, decode, normalise
-from contracap.model.weights import config_from_open_clip, from_open_clip
-from contracap.trainer import precision_on
 from torch import nn
 
 from contracap import Greedy
 from contracap.data.loader import evaluation_samples
-from contracap.evaluation.captioning import Captioning
-from contracap.evaluation.retrieval import Retrieval
+from contracap.evaluation.captioning import evaluate_captioning
+from contracap.evaluation.metrics.scores import CaptionScorer
+from contracap.evaluation.retrieval import evaluate_retrieval
+from contracap.image_files import decode
+from contracap.images import AugmentationConfig, augment, normalise
 from contracap.pretrained import random_model
+from contracap.pretrained.open_clip_config import config_from_open_clip
+from contracap.pretrained.open_clip_names import from_open_clip
+from contracap.training.start import precision_on
 
 sys.modules.setdefault("torchvision._meta_registrations", ModuleType("torchvision._meta_registrations"))
 import open_clip  # noqa: E402
@@ -53,14 +57,14 @@ def main(kind: str, minutes: float, data: Path, learning_rate: float) -> None:
     torch.manual_seed(0)
     config = CONFIGS[kind]
     if kind == "coca":
-        peer: nn.Module = open_clip.CoCa(**{name: value for name, value in config.items() if name != "custom_text"})
-        nn.init.normal_(peer.text_decoder.text_projection, std=WIDTH**-0.5)  # left uninitialised there
+        theirs: nn.Module = open_clip.CoCa(**{name: value for name, value in config.items() if name != "custom_text"})
+        nn.init.normal_(theirs.text_decoder.text_projection, std=WIDTH**-0.5)  # left uninitialised there
     else:
-        peer = open_clip.CLIP(**config)
-    tokenizer = open_clip.SimpleTokenizer(context_length=peer.context_length)
+        theirs = open_clip.CLIP(**config)
+    tokenizer = open_clip.SimpleTokenizer(context_length=theirs.context_length)
     loss = open_clip.CoCaLoss(2.0, 1.0, pad_id=0) if kind == "coca" else open_clip.ClipLoss()
-    decayed = [value for value in peer.parameters() if value.ndim > 1]
-    others = [value for value in peer.parameters() if value.ndim < 2]
+    decayed = [value for value in theirs.parameters() if value.ndim > 1]
+    others = [value for value in theirs.parameters() if value.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98), eps=1e-6
     )
@@ -87,16 +91,16 @@ def main(kind: str, minutes: float, data: Path, learning_rate: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            outputs = peer(pixels, tokenizer(captions))
+            outputs = theirs(pixels, tokenizer(captions))
             if kind == "clip":
                 outputs = dict(zip(("image_features", "text_features", "logit_scale"), outputs, strict=True))
             total = sum(loss(**outputs, output_dict=True).values())
         optimizer.zero_grad()
         total.backward()
-        nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            peer.logit_scale.clamp_(0, math.log(100))
+            theirs.logit_scale.clamp_(0, math.log(100))
         spent += time.perf_counter() - begun
         steps += 1
         if steps % 10 == 0:
@@ -104,13 +108,20 @@ def main(kind: str, minutes: float, data: Path, learning_rate: float) -> None:
                 f"{steps} steps, {spent:.0f} s, loss {total.item():.3f}, {steps * BATCH / spent:.1f} samples/s",
                 flush=True,
             )
-    model.load_state_dict(from_open_clip(peer.state_dict(), ours))
-    figures = dict(Retrieval(data / "val", processor).run(model))
+    model.load_state_dict(from_open_clip(theirs.state_dict(), ours))
+    metrics = dict(evaluate_retrieval(model, processor, data / "val").figures)
     if kind == "coca":
-        captioning = Captioning(data / "val", processor, strategy=Greedy())
-        figures |= {name: value for name, value in captioning.run(model) if name == "CIDEr"}
-    print(json.dumps({"kind": kind, "steps": steps, "samples": steps * BATCH, "seconds": spent, "figures": figures}))
+        scorer = CaptionScorer(metrics=["cider"])
+        captions = evaluate_captioning(model, processor, data / "val", strategy=Greedy(), scorer=scorer)
+        metrics["CIDEr"] = captions.figures["CIDEr"]
+    print(json.dumps({"kind": kind, "steps": steps, "samples": steps * BATCH, "seconds": spent, "metrics": metrics}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]) if len(sys.argv) > 4 else 1e-3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=list(CONFIGS))
+    parser.add_argument("minutes", type=float, help="training time, without decoding and augmentation")
+    parser.add_argument("data", type=Path, help="folder with the shards of Flickr8k in train and val")
+    parser.add_argument("learning_rate", type=float, nargs="?", default=1e-3, help="the highest (default: 1e-3)")
+    arguments = parser.parse_args()
+    main(arguments.kind, arguments.minutes, arguments.data, arguments.learning_rate)
