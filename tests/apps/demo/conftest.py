@@ -31,12 +31,12 @@ class Server:
         return sorted(path for path in self.log.parent.rglob("*") if path.is_file() and path != self.log)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def weights(varied_weights: Path) -> Path:
     return varied_weights
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def start(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Starts a server with further arguments; all are ended with Ctrl-C, and must then end well."""
     if not os.environ.get("CI"):  # there it must be installed
@@ -68,7 +68,7 @@ def start(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         assert "Traceback" not in server.text() and not server.uploads(), server.text()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server with 13 images to search, of which one is none."""
     folder = tmp_path_factory.mktemp("pictures")
