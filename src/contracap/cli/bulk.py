@@ -89,7 +89,6 @@ def _run(
     from contracap.pretrained import load
 
     listed = list_shards(shards)
-    say("contracap: loading the model and starting Ray, which may take minutes", to_stderr=True)
     model, processor = load(weights, size=size)
     done = run(listed, out, config, model, processor, weights=weights, cluster=cluster)
     rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))

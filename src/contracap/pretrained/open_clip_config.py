@@ -164,7 +164,7 @@ def not_for_open_clip(config: CoCaConfig) -> list[str]:
     """Return the differences between a model of this configuration and what open_clip 3.3.0 can build."""
     problems = {
         "it refuses the key correct_cls_mask of its configuration, and without the key its class token attends to "
-        "other positions (train with model.text.cls_mask = 'legacy' to avoid it)": config.text.pool == "class_token"
+        "other tokens (train with model.text.cls_mask = 'legacy' to avoid it)": config.text.pool == "class_token"
         and config.text.cls_mask == "correct",
         f"its {config.pooler.kind} pooler is another one": config.pooler.kind in ("cascade", "parallel"),
         "its pooler adds no positions, and it refuses the key attn_pooler_positions": config.pooler.adds_positions,

@@ -421,10 +421,10 @@ def test_repeated_lines_of_a_list_are_told(
     call = ["caption", weights, "list.txt", *where, *existing, "--strategy", "greedy", "--batch-size"]
     for size in ("1", "4"):
         told = run(*call, size, *([] if existing or size == "1" else ["--overwrite"]))[1]
-        assert told.startswith("2 captions") and told.endswith("images/s, 2 repeated in the list\n")
+        assert told.startswith("2 captions") and "images/s, 2 repeated in the list" in told
     if not existing:
         assert re.search(
-            r"^0 captions .*/s, (2 had one before, 2 repeated in the list|4 had one before)$", run(*call, "4")[1]
+            r"^0 captions, (2 had one before, 2 repeated in the list|4 had one before)", run(*call, "4")[1]
         )
 
 

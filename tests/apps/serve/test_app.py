@@ -172,7 +172,7 @@ def test_embeddings_and_labels_are_the_models(pair):
         assert found[0]["probability"] / found[1]["probability"] == pytest.approx(ratio, rel=1e-3)
         twice = {"label": [*labels, labels[0]], "template": "one {}"}
         answer = await client.post("/v1/classify", params=twice, content=picture("red"))
-        assert answer.json()["labels"] == found
+        assert answer.status_code == 400
 
     asked(application(pair), test)
 

@@ -150,6 +150,8 @@ def _first_at(path: str, recursive: bool) -> Item | str:
     if path.endswith(LIST_SUFFIX) and isinstance(first.source, Exception):
         raise first.source
     if path.endswith(LIST_SUFFIX) and isinstance(first.source, Path) and not first.source.is_file():
+        if first.source.exists() and not first.source.is_dir():
+            check_regular(first.source)
         raise FileNotFoundError(
             f"{path} is not a list of images, a path or URL on each line and no comments: {first.listed} names no "
             f"file, {first.name}"
