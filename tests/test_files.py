@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 
-from contracap.files import replacing, try_place, write_text
+from contracap.files import replacing, require_folder, try_place, write_text
 
 
 def test_an_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
@@ -116,3 +116,11 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
     for text in ("x", "y"):
         write_text(tmp_path / "a", text)
         assert (tmp_path / "folder" / "b").read_text() == text and (tmp_path / "a").is_symlink()
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    require_folder(tmp_path)
+    require_folder(tmp_path / "missing")
+    with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):
+        require_folder(tmp_path / "file")

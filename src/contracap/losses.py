@@ -167,7 +167,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             hidden, matrix = states.to(product).masked_fill(ignored, 0), vocabulary.to(product)
             to_states = torch.empty_like(hidden) if wanted[0] else None
             to_vocabulary = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
-            # All chunks probability these, so that memory is touched for the first time once.
+            # All chunks share these buffers, so that their memory is touched for the first time once.
             scores = hidden.new_empty(min(chunk, len(hidden)), len(matrix))
             # Probabilities, in the place of the scores where the type allows it.
             probabilities = scores if product == exact else torch.empty_like(scores, dtype=exact)

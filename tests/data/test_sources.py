@@ -416,3 +416,17 @@ def test_missing_pyarrow_is_one_line_that_names_the_extra(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(SourceError, match=r"pip install 'contracap\[data\]'"):
         read_source(path)
+
+
+def test_absolute_paths_do_not_hide_where_the_relative_ones_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tables").mkdir()
+    for name in ("one.jpg", "two.jpg"):
+        (tmp_path / name).touch()
+    table = tmp_path / "tables" / "t.csv"
+    table.write_text(f"image,caption\n{tmp_path}/one.jpg,a\ntwo.jpg,b\n")
+    monkeypatch.chdir(tmp_path)
+    contents = read_source(table)
+    assert [Path(entry.path).name for entry in contents.entries] == ["one.jpg", "two.jpg"]
+    assert all(Path(entry.path).is_file() for entry in contents.entries)

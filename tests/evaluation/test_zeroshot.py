@@ -153,6 +153,11 @@ def test_a_npy_member_that_holds_no_marks_is_no_label(content: bytes) -> None:
     assert label_of(replace(sample("x", "red", label=2), npy=content), 6) == 2
 
 
+def test_a_number_that_a_table_wrote_as_text_is_a_label() -> None:
+    assert label_of(sample("x", "red", label="2"), 6) == 2
+    assert label_of(sample("x", "red", labels=["0", "5"]), 6) == (0, 5)
+
+
 def test_fields_come_before_the_marks_of_a_npy_member() -> None:
     marks = npy(np.array([1, 0, 0, 0, 0, 1], bool))
     assert label_of(replace(sample("x", "red"), npy=marks), 6) == (0, 5)

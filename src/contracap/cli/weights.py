@@ -56,18 +56,17 @@ def show_sizes() -> None:
     import torch
 
     from contracap.model.coca import CoCa
-    from contracap.model.sizes import SIZES
+    from contracap.model.sizes import PURPOSES, SIZES
     from contracap.pretrained.find import RELEASED
 
-    print(f"{'size':20} {'family':6} {'million':>8} {'pixels':>6} {'patch':>5} {'tokens':>6}  released weights")
+    print(f"{'size':19} {'million':>7} {'pixels':>6} {'patch':>5} {'tokens':>6}  {'what it is':36} released weights")
     for name, config in SIZES.items():
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in CoCa(config).parameters()) / 1e6
-        family = "CoCa" if config.decoder else "CLIP"
         vision, released = config.vision, [each for each in RELEASED if _size_of(each) == name]
         print(
-            f"{name:20} {family:6} {parameters:8.1f} {vision.image_size:6} {vision.patch_size:5} "
-            f"{config.text.context:6}  {', '.join(released)}".rstrip()
+            f"{name:19} {parameters:7.1f} {vision.image_size:6} {vision.patch_size:5} {config.text.context:6}  "
+            f"{PURPOSES[name]:36} {', '.join(released)}".rstrip()
         )
 
 
@@ -106,7 +105,7 @@ def convert(
             raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
         write_weights(out, model=found.model, image=found.image, state=found.state)
     else:
-        if out.suffix in ENDINGS or out.is_file():
+        if out.name.endswith(ENDINGS) or out.is_file():
             raise ValueError(f"open_clip's layout is a folder of two files, and {out} names a file: give a folder")
         save_open_clip(out, model=found.model, image=found.image, state=found.state)
         for problem in not_for_open_clip(found.model):

@@ -52,15 +52,17 @@ def match_sizes(found: Shapes, *, ours: bool = False) -> list[str]:
 
     There may be several, because shapes do not tell the activation.
     """
+    width = tuple(found.get("vision.class_token" if ours else "visual.class_embedding", ()))
+    same_width = {name: config for name, config in SIZES.items() if width == (config.vision.width,)}
     return [
         name
-        for name, config in SIZES.items()
+        for name, config in same_width.items()
         if not differences(at_own_lengths(config, found, ours=ours), found, ours=ours)
     ]
 
 
 def at_own_lengths(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> CoCaConfig:
-    """Return the configuration at the patch size, image size and context that the tensors of a file are for."""
+    """Return the configuration at the patch size, image size and context of the tensors in a file."""
     text = "" if ours or config.text.pool == "end_token" else "text."
     patch = found.get("vision.patch_embedding.weight" if ours else "visual.conv1.weight") or (0, 0)
     patch_size = math.isqrt(patch[1] // 3) if ours else patch[-1]
@@ -68,6 +70,7 @@ def at_own_lengths(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> 
     context = positions[0] - (config.text.pool == "class_token")
     if patch_size < 1 or context < 1:
         return config
+    # The image has a single patch until `at_own_grid` counts them: its side must be a multiple of the patch's.
     vision = replace(config.vision, patch_size=patch_size, image_size=patch_size)
     fitted = replace(config, vision=vision, text=replace(config.text, context=context))
     return at_own_grid(fitted, found, ours=ours)

@@ -266,12 +266,17 @@ def _describe(recipe: Recipe, model: CoCa, samples: int, process_group: ProcessG
     )
     ranks = f", {process_group.world_size} ranks" if process_group.world_size > 1 else ""
     batch, total, trained = recipe.data.batch_size, f"{total:,.1f}", f"{trained:,.1f}"
-    one_each = recipe.data.captions.use != "all"  # else an epoch has each caption of each image
-    steps_each = f", {samples / batch:,.1f} steps an epoch" if one_each else ", with all of their captions"
-    epochs = f", {recipe.steps * batch / samples:,.1f} epochs" if one_each else ""
+    data = f"{samples:,} samples, batch {batch:,}"
+    if recipe.data.captions.use == "all":  # how many captions an epoch has is known after it
+        data, epochs = f"{data}, each with all of its captions", ""
+    else:
+        data, epochs = (
+            f"{data}, {samples / batch:,.1f} steps an epoch",
+            f", {recipe.steps * batch / samples:,.1f} epochs",
+        )
     return (
         f"{recipe.size}: {total} million parameters{f' ({trained} trained)' if trained != total else ''}\n"
-        f"data: {samples:,} samples, batch {batch:,}{steps_each}\n"
+        f"data: {data}\n"
         f"run: {recipe.steps:,} steps{epochs}, in {recipe.out}\n"
         f"device: {process_group.device}{ranks}, precision {recipe.precision}"
     )

@@ -73,7 +73,7 @@ class ShardOutcome:
         first_unreadable: keys of the first of these.
         without_image: groups without an image, which have no row.
         other_images: images next to the one that is taken of a group.
-        problem: why there is no part.
+        problem: the reason if there is no part.
     """
 
     shard: str

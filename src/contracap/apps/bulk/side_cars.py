@@ -19,11 +19,10 @@ from contracap.files import replacing
 
 
 class SideCars(Output):
-    """A text file beside each image, a line for each caption; its embedding in a `.npy` file, float32. One that is
-    empty or blank counts as none.
+    """A text file next to each image, with a line for each caption, and its embedding in a float32 `.npy` file.
 
-    Images whose names differ in their suffixes alone have one side-car between them: it is that of the first which has
-    a caption, and there is no place for those that follow.
+    An empty or blank text file counts as missing. Images whose names differ only in their suffixes would share a
+    side-car: the first that has a caption gets it, and the others get none.
 
     Args:
         suffix: of the text file, such as ".txt".
