@@ -27,8 +27,8 @@ from contracap.data.scenes import PAIRS, random_scene, twin_scenes
 from contracap.evaluation.result import Result
 from contracap.pretrained import load
 from contracap.tokenizer import Tokenizer, text_lengths
-from contracap.training.logging import read_metrics
 from contracap.training.recipe import load_recipe
+from contracap.training.recorder import read_metrics
 from contracap.training.shutdown import Interrupted
 
 NAMES = {

@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 from contracap.config import build
 from contracap.training import loop, writer
-from contracap.training.logging import Recorder
 from contracap.training.recipe import Recipe
+from contracap.training.recorder import Recorder
 from contracap.training.trainer import train
 from tests.distributed.forks import run_ranks
 

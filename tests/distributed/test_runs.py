@@ -13,8 +13,8 @@ import torch
 
 from contracap.config import build
 from contracap.pretrained import load, read_weights
-from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe
+from contracap.training.recorder import read_metrics
 from contracap.training.trainer import train
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from contracap.config import build, to_toml
 from contracap.data.loader import TrainingBatches
 from contracap.images import ImageConfig
 from contracap.pretrained import load
-from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe
+from contracap.training.recorder import read_metrics
 
 
 @pytest.mark.slow

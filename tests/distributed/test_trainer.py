@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from contracap.config import build, to_toml
-from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe, load_recipe
+from contracap.training.recorder import read_metrics
 from contracap.training.trainer import train
 
 pytestmark = pytest.mark.slow

@@ -31,9 +31,9 @@ from contracap.training.checkpoint import (
     restore_checkpoint,
 )
 from contracap.training.folder import locked
-from contracap.training.logging import Recorder, read_metrics
 from contracap.training.optimizer import build_optimizer
 from contracap.training.recipe import Recipe
+from contracap.training.recorder import Recorder, read_metrics
 from contracap.training.shutdown import Interrupted, ShutdownRequested, shutdown_signal
 from contracap.training.step import StepMetrics, TrainingState, train_step
 from contracap.training.trainer import train

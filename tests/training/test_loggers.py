@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from contracap.config import build
-from contracap.training.logging import LoggerError, open_loggers
+from contracap.training.loggers import LoggerError, open_loggers
 from contracap.training.recipe import Recipe
 from contracap.training.trainer import train
 

@@ -18,10 +18,10 @@ from contracap.images import ImageConfig
 from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, read_weights
 from contracap.training import spikes, step
-from contracap.training.logging import Recorder, read_metrics
 from contracap.training.loop import TrainingError
 from contracap.training.monitor import Monitor
 from contracap.training.recipe import Recipe
+from contracap.training.recorder import Recorder, read_metrics
 from contracap.training.trainer import train
 from contracap.training.watchdog import Watchdog
 from contracap.training.writer import CheckpointWriter

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contracap.config import build
-from contracap.training.logging import Profile
+from contracap.training.profiling import Profile
 from contracap.training.recipe import Recipe
 from contracap.training.trainer import train
 

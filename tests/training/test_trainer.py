@@ -17,9 +17,9 @@ from contracap.pretrained import load, random_model, read_weights, save, save_op
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.training.checkpoint import CheckpointError
-from contracap.training.logging import read_metrics
 from contracap.training.loop import TrainingError
 from contracap.training.recipe import Recipe, load_recipe, with_steps
+from contracap.training.recorder import read_metrics
 from contracap.training.start import precision_on, starting_model
 from contracap.training.trainer import train
 

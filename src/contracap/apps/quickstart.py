@@ -51,8 +51,8 @@ from contracap.generation.sampling import Greedy
 from contracap.model.coca import CoCa
 from contracap.pretrained import load
 from contracap.processor import Processor
-from contracap.training.logging import read_metrics
 from contracap.training.recipe import Recipe, load_recipe
+from contracap.training.recorder import read_metrics
 from contracap.training.trainer import train
 
 TRAINING_SCENES = 30_000

@@ -12,7 +12,8 @@ import torch
 
 from contracap.data.batch import Batch
 from contracap.parallel import ProcessGroup
-from contracap.training.logging import SPIKES_FILE, Profile, Recorder
+from contracap.training.profiling import Profile
+from contracap.training.recorder import SPIKES_FILE, Recorder
 from contracap.training.spikes import Spike, Spikes
 from contracap.training.watchdog import DATA, STEP, Watchdog
 

@@ -19,8 +19,9 @@ from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import find_size
 from contracap.parallel import ParallelConfig
 from contracap.training.checkpoint import CHECKPOINTS, CheckpointConfig
-from contracap.training.logging import METRICS_FILE, TENSORBOARD_FOLDER
+from contracap.training.loggers import TENSORBOARD_FOLDER
 from contracap.training.optimizer import OptimizerConfig
+from contracap.training.recorder import METRICS_FILE
 
 RECIPE_FILE = "recipe.toml"  # in a run's folder
 RUN_PARTS = (CHECKPOINTS, METRICS_FILE, TENSORBOARD_FOLDER)  # one of which a run's folder has

@@ -17,10 +17,10 @@ from contracap.data.order import OrderError
 from contracap.evaluation.result import Evaluator, Result
 from contracap.parallel import Agreement
 from contracap.training.checkpoint import CHECKPOINTS, CheckpointError, describe, last_checkpoint
-from contracap.training.logging import Recorder
 from contracap.training.loop import Event, TrainingError, repeat_steps
 from contracap.training.monitor import Monitor
 from contracap.training.recipe import Recipe
+from contracap.training.recorder import Recorder
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal
 from contracap.training.step import StepConfig, TrainingState
 from contracap.training.watchdog import CHECKPOINT, EVALUATION, RECORD

@@ -30,10 +30,12 @@ from contracap.training.checkpoint import (
     restore_checkpoint,
 )
 from contracap.training.folder import locked
-from contracap.training.logging import Profile, Recorder, open_loggers, require_wandb
+from contracap.training.loggers import open_loggers, require_wandb
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
+from contracap.training.profiling import Profile
 from contracap.training.recipe import RECIPE_FILE, Recipe, with_absolute_paths, with_steps
+from contracap.training.recorder import Recorder
 from contracap.training.run import Run, how_to_continue, write_failure
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal, shutdown_signal
 from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model

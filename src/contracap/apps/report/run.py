@@ -26,8 +26,8 @@ from contracap.files import read_regular, write_text
 from contracap.pretrained import load_on_device
 from contracap.processor import Processor
 from contracap.training.checkpoint import CHECKPOINTS, last_checkpoint
-from contracap.training.logging import CAPTIONS_FILE, METRICS_FILE, read_metrics
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe
+from contracap.training.recorder import CAPTIONS_FILE, METRICS_FILE, read_metrics
 from contracap.wording import counted
 
 PAGE = "report.html"

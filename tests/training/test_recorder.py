@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from contracap.training.logging import METRICS_FILE, SPIKES_FILE, Recorder, read_metrics
+from contracap.training.recorder import METRICS_FILE, SPIKES_FILE, Recorder, read_metrics
 
 
 def strict(line: str) -> dict[str, Any]:
