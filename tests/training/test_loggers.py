@@ -93,8 +93,8 @@ def test_boards_show_figures_and_captions(tmp_path: Path, wandb: Wandb) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for board in open_loggers(tmp_path, start=0, wandb="captions", settings={}):
-        board.figures(3, {"loss": 2.5})
-        board.captions(3, {"0001": "a red image"})
+        board.log_numbers(3, {"loss": 2.5})
+        board.log_captions(3, {"0001": "a red image"})
         board.close(failed=False)
     assert wandb.logged == [
         {"step": 3, "loss": 2.5},

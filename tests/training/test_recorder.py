@@ -16,7 +16,7 @@ def strict(line: str) -> dict[str, Any]:
 def test_numbers_that_are_not_finite_are_null_in_the_files(tmp_path: Path) -> None:
     with Recorder(tmp_path, start=0, total_steps=2, loggers=[]) as recorder:
         recorder.record(1, {"loss": math.nan, "gradient_norm": math.inf, "learning_rate": 1e-3})
-        recorder.spike({"step": 1, "loss": -math.inf, "samples": [{"score": math.nan, "key": "0001"}]})
+        recorder.record_spike({"step": 1, "loss": -math.inf, "samples": [{"score": math.nan, "key": "0001"}]})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "learning_rate": 1e-3}]
     for name in (METRICS_FILE, SPIKES_FILE):
         (line,) = (tmp_path / name).read_text().splitlines()

@@ -9,7 +9,7 @@ KEYS = ["a", "b"]
 def found(losses: Iterable[float], norms: Iterable[float] | None = None) -> list[Spike]:
     spikes, losses = Spikes(), list(losses)
     looked = (
-        spikes.look(step, {"loss": loss, "gradient_norm": norm, "logit_scale": 14.0}, KEYS)
+        spikes.find(step, {"loss": loss, "gradient_norm": norm, "logit_scale": 14.0}, KEYS)
         for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=1)
     )
     return [spike for spike in looked if spike is not None]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from contracap.data.batch import Batch
-from contracap.training.monitor import GIB, Measured, Throughput, figures
+from contracap.training.throughput import GIB, Measured, Throughput, summarise
 
 
 def batch() -> Batch:
@@ -20,33 +20,33 @@ def measured(**changed: float | None) -> Measured:
 
 
 def test_tokens_are_those_of_the_texts_without_padding() -> None:
-    meter = Throughput(torch.device("cpu"))
-    meter.step(batch())
-    meter.step(batch())
-    taken = meter.take()
+    throughput = Throughput(torch.device("cpu"))
+    throughput.count_step(batch())
+    throughput.count_step(batch())
+    taken = throughput.take()
     assert (taken.steps, taken.samples, taken.tokens) == (2, 6, 22)
 
 
 def test_counts_begin_anew_with_each_record() -> None:
-    meter = Throughput(torch.device("cpu"))
+    throughput = Throughput(torch.device("cpu"))
     time.sleep(0.02)
-    meter.step(batch())
-    meter.waited(0.01)
-    first = meter.take()
+    throughput.count_step(batch())
+    throughput.count_wait(0.01)
+    first = throughput.take()
     assert first.waited == 0.01 and first.seconds >= 0.02
-    second = meter.take()
+    second = throughput.take()
     assert (second.samples, second.tokens, second.waited) == (0, 0, 0.0)
     assert second.seconds < first.seconds
 
 
 def test_resident_memory_holds_what_the_process_allocates() -> None:
-    meter = Throughput(torch.device("cpu"))
+    throughput = Throughput(torch.device("cpu"))
     held = torch.ones(2**25)  # 128 MiB, touched
-    assert held.nbytes < meter.take().memory < 2**40
+    assert held.nbytes < throughput.take().memory < 2**40
 
 
 def test_speeds_are_of_all_ranks_and_the_rest_of_the_worst() -> None:
-    found = figures([measured(), measured(seconds=5.0, waited=4.0, tokens=60, memory=3.0 * GIB)], None)
+    found = summarise([measured(), measured(seconds=5.0, waited=4.0, tokens=60, memory=3.0 * GIB)], None)
     assert found == {
         "samples_per_second": 16 / 5,
         "tokens_per_second": 100 / 5,
@@ -57,17 +57,17 @@ def test_speeds_are_of_all_ranks_and_the_rest_of_the_worst() -> None:
 
 @pytest.mark.parametrize("jump", [{"seconds": -3600.0}, {"seconds": 0.0}, {"waited": -2.0}, {"waited": 9.0}])
 def test_a_clock_that_jumps_gives_no_rates(jump: dict[str, float]) -> None:
-    assert figures([measured(), measured(**jump)], lambda *_: 1.0).keys() == {"memory_gib"}
+    assert summarise([measured(), measured(**jump)], lambda *_: 1.0).keys() == {"memory_gib"}
 
 
 def test_utilisation_is_told_the_speed_of_one_device_and_the_mean_text() -> None:
-    found = figures([measured(), measured()], lambda samples_per_second, tokens: samples_per_second * 1000 + tokens)
+    found = summarise([measured(), measured()], lambda samples_per_second, tokens: samples_per_second * 1000 + tokens)
     assert found["mfu"] == 2 * 1000 + 5
 
 
 def test_gpu_utilisation_is_the_mean_and_only_there_if_all_know_it() -> None:
-    assert figures([measured(gpu_utilisation=0.5), measured(gpu_utilisation=1.0)], None)["gpu_utilisation"] == 0.75
-    assert "gpu_utilisation" not in figures([measured(gpu_utilisation=0.5), measured()], None)
+    assert summarise([measured(gpu_utilisation=0.5), measured(gpu_utilisation=1.0)], None)["gpu_utilisation"] == 0.75
+    assert "gpu_utilisation" not in summarise([measured(gpu_utilisation=0.5), measured()], None)
 
 
 def test_a_driver_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_a_driver_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.utilization", utilization)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
-    meter = Throughput(torch.device("cuda", 0))
-    taken = [meter.take(), meter.take()]
+    throughput = Throughput(torch.device("cuda", 0))
+    taken = [throughput.take(), throughput.take()]
     assert [each.gpu_utilisation for each in taken] == [None, None] and len(asked) == 1
     assert taken[0].memory == 3 * GIB

@@ -20,11 +20,11 @@ class LoggerError(RuntimeError):
 class RunLogger(Protocol):
     """The interface of loggers, which show numbers and texts by step."""
 
-    def figures(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Show numbers as points of curves."""
         ...
 
-    def captions(self, step: int, captions: Mapping[str, str]) -> None:
+    def log_captions(self, step: int, captions: Mapping[str, str]) -> None:
         """Show captions by the keys of their images."""
         ...
 
@@ -68,11 +68,11 @@ class TensorBoardLogger:
 
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start + 1 if start else 0)
 
-    def figures(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def captions(self, step: int, captions: Mapping[str, str]) -> None:
+    def log_captions(self, step: int, captions: Mapping[str, str]) -> None:
         self._writer.add_text("captions", "\n\n".join(f"{key}: {text}" for key, text in captions.items()), step)
 
     def close(self, *, failed: bool) -> None:
@@ -113,10 +113,10 @@ class WeightsAndBiasesLogger:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def figures(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({"step": step, **numbers})
 
-    def captions(self, step: int, captions: Mapping[str, str]) -> None:
+    def log_captions(self, step: int, captions: Mapping[str, str]) -> None:
         table = self._table(columns=["key", "caption"], data=[list(row) for row in captions.items()])
         self._run.log({"step": step, "captions": table})
 

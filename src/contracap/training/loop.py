@@ -47,7 +47,7 @@ def repeat_steps(
         except NonFiniteError as error:
             skipped += 1
             stops = nonfinite == "stop" or skipped == MAX_SKIPPED
-            monitor.not_finite(str(error), batch, stops=stops)
+            monitor.note_not_finite(str(error), batch, stops=stops)
             if stops:
                 row = f", number {skipped} of such steps in a row" if skipped > 1 else ""
                 raise TrainingError(f"step {state.step + 1}: {error}{row}") from None

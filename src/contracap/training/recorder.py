@@ -53,7 +53,7 @@ class Recorder:
         for run_logger in self._loggers:
             run_logger.close(failed=error is not None)
 
-    def progress(self) -> None:
+    def show_progress(self) -> None:
         """Show that a step is done."""
         self._bar.update()
 
@@ -61,9 +61,9 @@ class Recorder:
         """Record numbers, if there are any. The line is with the operating system when this returns."""
         if not numbers or self._folder is None:
             return
-        self._line(METRICS_FILE, {"step": step, **numbers})
+        self._append(METRICS_FILE, {"step": step, **numbers})
         for run_logger in self._loggers:
-            run_logger.figures(step, numbers)
+            run_logger.log_numbers(step, numbers)
         text = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar.disable:
             left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
@@ -72,34 +72,34 @@ class Recorder:
             shown = {"loss": "loss {:.4g}", "samples_per_second": "{:.4g} samples/s"}  # all that fits into a line
             self._bar.set_postfix_str(", ".join(shown[name].format(numbers[name]) for name in shown if name in numbers))
 
-    def skips(self, step: int, skips: Iterable[SkippedSample]) -> None:
+    def record_skips(self, step: int, skips: Iterable[SkippedSample]) -> None:
         """Record samples that were left out since the last step. Warn of the first ones."""
         for skip in skips if self._folder else ():
-            self._line(SKIPPED_FILE, {"step": step, **asdict(skip)})
+            self._append(SKIPPED_FILE, {"step": step, **asdict(skip)})
             self._warnings += 1
             if self._warnings <= MAX_WARNINGS:
                 logger.warning("skipped: %s", escaped(skip.reason))
             if self._warnings == MAX_WARNINGS:
                 logger.warning("further ones are in %s only", SKIPPED_FILE)
 
-    def spike(self, spike: Mapping[str, Any]) -> None:
+    def record_spike(self, spike: Mapping[str, Any]) -> None:
         """Record an unusual step, which its field `step` names."""
-        self._line(SPIKES_FILE, spike)
+        self._append(SPIKES_FILE, spike)
 
-    def captions(self, step: int, captions: Sequence[Mapping[str, Any]]) -> None:
+    def record_captions(self, step: int, captions: Sequence[Mapping[str, Any]]) -> None:
         """Record sample captions of this step, if there are any; each has fields `key` and `caption`."""
         if not captions:
             return
         for caption in captions:
-            self._line(CAPTIONS_FILE, {"step": step, **caption})
+            self._append(CAPTIONS_FILE, {"step": step, **caption})
         for run_logger in self._loggers:
-            run_logger.captions(step, {caption["key"]: caption["caption"] for caption in captions})
+            run_logger.log_captions(step, {caption["key"]: caption["caption"] for caption in captions})
 
-    def _line(self, name: str, values: Mapping[str, Any]) -> None:
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
         if self._folder is None:
             return
         with (self._folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+            file.write(json.dumps(_null_nonfinite(values), allow_nan=False) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -109,12 +109,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete.splitlines()]
 
 
-def _finite(value: Any) -> Any:
+def _null_nonfinite(value: Any) -> Any:
     """Return the value with None instead of NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _null_nonfinite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_null_nonfinite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -86,7 +86,7 @@ class Run:
                 raise
             self.end_early()
         except OrderError:  # on this rank alone: the others are not asked
-            self.recorder.skips(state.step, self.batches.take_skips())
+            self.recorder.record_skips(state.step, self.batches.take_skips())
             counts = {f"skipped/{kind}": float(count) for kind, count in self.batches.skipped.items()}
             self.recorder.record(state.step, counts)
             raise
@@ -118,7 +118,7 @@ class Run:
         """Record the samples that were left out since the last call."""
         skips = [skip for skips in self.state.process_group.all_gather(self.batches.take_skips()) for skip in skips]
         with self.keep_write_errors():
-            self.recorder.skips(self.state.step, skips)
+            self.recorder.record_skips(self.state.step, skips)
 
     def log(self) -> None:
         """Record the newest numbers."""
@@ -143,7 +143,7 @@ class Run:
                 result = self.try_on_all_ranks(partial(evaluator, model)) or Result(figures={}, samples=0)
             with self.keep_write_errors():
                 self.recorder.record(self.state.step, result.values)
-                self.recorder.captions(self.state.step, result.predictions)
+                self.recorder.record_captions(self.state.step, result.predictions)
 
     def try_on_all_ranks(self, action: Callable[[], Found]) -> Found | None:
         """Return what `action` returns. If it fails on any rank, warn and return None: that does not end the run.

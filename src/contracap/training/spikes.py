@@ -40,7 +40,7 @@ class Usual:
         self._variance = 0.0
         self._count = 0
 
-    def exceeded_by(self, value: float) -> bool:
+    def is_spike(self, value: float) -> bool:
         """Return whether the value is a spike, and count it."""
         deviation = max(math.sqrt(self._variance), MIN_DEVIATION * abs(self.mean))
         warm = self._count >= WARM_UP
@@ -59,16 +59,16 @@ class Spikes:
     def __init__(self) -> None:
         self._usual = {name: Usual() for name in WATCHED}
 
-    def look(self, step: int, numbers: Mapping[str, float], keys: Sequence[str]) -> Spike | None:
+    def find(self, step: int, numbers: Mapping[str, float], keys: Sequence[str]) -> Spike | None:
         """Return the spike if the step, all of whose numbers are finite, is one."""
         usual = {name: self._usual[name].mean for name in WATCHED}
-        high = [name for name in WATCHED if self._usual[name].exceeded_by(numbers[name])]
+        high = [name for name in WATCHED if self._usual[name].is_spike(numbers[name])]
         if not high:
             return None
         reason = ", ".join(f"{name} {numbers[name]:.4g}, usually {usual[name]:.4g}" for name in high)
         return Spike(step=step, reason=reason, numbers=numbers, usual=usual, keys=keys)
 
-    def not_finite(self, step: int, reason: str, keys: Sequence[str]) -> Spike:
+    def make_not_finite(self, step: int, reason: str, keys: Sequence[str]) -> Spike:
         """Return the spike of a step with numbers that are NaN or infinite."""
         usual = {name: usual.mean for name, usual in self._usual.items()}
         return Spike(step=step, reason=reason, numbers={}, usual=usual, keys=keys)
