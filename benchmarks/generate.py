@@ -19,7 +19,7 @@ from benchmarks.captioners import (
 )
 from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
 from benchmarks.open_clip_captions import BEAMS, Way
-from contracap.apps.bulk.caption import caption_images
+from contracap.apps.bulk.caption_images import caption_images
 from contracap.apps.bulk.inputs import items
 from contracap.apps.bulk.outputs import one_line
 from contracap.apps.bulk.rows import caption_rows

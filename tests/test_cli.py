@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import contracap
-from contracap.cli.errors import fail
+from contracap.cli.messages import fail
 from contracap.data.shards import write_shard
 from contracap.evaluation.result import Result
 from contracap.pretrained import read_weights

@@ -30,10 +30,10 @@ from contracap.training.checkpoint import (
     moving_average,
     restore_checkpoint,
 )
-from contracap.training.folder import locked
 from contracap.training.optimizer import build_optimizer
 from contracap.training.recipe import Recipe
 from contracap.training.recorder import Recorder, read_metrics
+from contracap.training.run_folder import locked
 from contracap.training.shutdown import Interrupted, ShutdownRequested, shutdown_signal
 from contracap.training.step import StepMetrics, TrainingState, train_step
 from contracap.training.trainer import train

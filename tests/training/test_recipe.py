@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from contracap import cli
-from contracap.apps.plan.run import plan_run
+from contracap.apps.plan.planner import plan_run
 from contracap.config import ConfigError, build, load_toml, to_toml
 from contracap.data.shards import write_shard
 from contracap.training.recipe import Recipe, load_recipe, with_steps

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from contracap.apps.plan.run import plan_run
+from contracap.apps.plan.planner import plan_run
 from contracap.config import build
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from contracap.apps.page import (
+from contracap.apps.html_page import (
     Html,
     gallery,
     image_tag,

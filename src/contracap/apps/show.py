@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from contracap.apps.page import Html, bars, charts, image_tag, page, pairs, paragraph, table, text
+from contracap.apps.html_page import Html, bars, charts, image_tag, page, pairs, paragraph, table, text
 from contracap.data.survey import EXAMPLES, Survey, share
 from contracap.files import write_text
 from contracap.wording import counted, escaped

@@ -22,9 +22,9 @@ from contracap.cli.caption import caption
 from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
 from contracap.cli.describe import classify, embed
-from contracap.cli.errors import fail, is_for_the_user, message, one_interruption, verbosity
 from contracap.cli.flags import registry
 from contracap.cli.measure import evaluate
+from contracap.cli.messages import fail, is_for_the_user, message, one_interruption, verbosity
 from contracap.cli.runs import plan, quickstart, study, train
 from contracap.cli.score import score
 from contracap.cli.serve import serve

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from contracap.apps.bulk.cluster_config import ClusterConfig
-from contracap.cli.errors import fail, say
 from contracap.cli.flags import Flags, PathText, arg
+from contracap.cli.messages import fail, say
 from contracap.cli.options import Settings, Size, StrategyName, WeightsName
 from contracap.wording import counted
 

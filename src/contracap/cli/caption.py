@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.caption_output import CaptionOutput
-from contracap.cli.errors import fail, message, say
 from contracap.cli.flags import Flags, PathText, arg
+from contracap.cli.messages import fail, message, say
 from contracap.cli.options import (
     MAX_WORKERS,
     Device,
@@ -26,7 +26,7 @@ from contracap.cli.options import (
 from contracap.config import require_count
 
 if TYPE_CHECKING:
-    from contracap.apps.bulk.caption import Outcome
+    from contracap.apps.bulk.caption_images import Outcome
     from contracap.apps.bulk.rows import Row
     from contracap.evaluation.result import Result
 
@@ -91,7 +91,7 @@ def caption(
 ) -> int:
     """Write a caption for each image. The same command continues where it was stopped. Unreadable images are listed
     at the end."""
-    from contracap.apps.bulk.caption import caption_images, first
+    from contracap.apps.bulk.caption_images import caption_images, first
     from contracap.apps.bulk.inputs import count_items, first_items, items
     from contracap.apps.bulk.output_config import caption_config
     from contracap.apps.bulk.outputs import Lines

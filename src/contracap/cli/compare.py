@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-from contracap.cli.errors import say
 from contracap.cli.flags import arg
+from contracap.cli.messages import say
 from contracap.cli.options import command_line
 
 Results = Annotated[Path, arg(metavar="RESULTS.json", help="Written by contracap evaluate or score, with --json.")]
@@ -25,8 +25,8 @@ def compare(
 ) -> None:
     """Draw two results side by side: scores, gaps with intervals, and tables."""
     from contracap.apps.compare.comparison import compare as compared
+    from contracap.apps.compare.comparison_tables import markdown
     from contracap.apps.compare.results import load_result, names_of
-    from contracap.apps.compare.tables import markdown
     from contracap.apps.compare.writing import write
     from contracap.evaluation.result import RESULTS_FILE
     from contracap.files import require_folder
@@ -45,7 +45,7 @@ def report(run: Annotated[Path, arg(metavar="RUN", help="A run folder: the `out`
     """Write a page about a run, RUN/report.html: curves, figures, captions, retrieval, confusions."""
     import logging
 
-    from contracap.apps.report.run import write_report
+    from contracap.apps.report.run_report import write_report
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(write_report(run))

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from contracap.cli.errors import fail, interruption, message, say
 from contracap.cli.flags import PathText, arg
+from contracap.cli.messages import fail, interruption, message, say
 from contracap.cli.options import (
     Device,
     ResultFile,

@@ -16,7 +16,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from contracap.cli.errors import EmptyPathError
+from contracap.cli.messages import EmptyPathError
 from contracap.config import field_docstrings
 
 

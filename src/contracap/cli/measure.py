@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from contracap.cli.errors import interruption, try_write
 from contracap.cli.flags import Flags, GivenFlags, arg
+from contracap.cli.messages import interruption, try_write
 from contracap.cli.options import AllowCommands, ResultFile, Size, WeightsName, check_outputs, command_line, load_model
 from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.metrics.scores import ONE_IMAGE

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import FlagCreatePairsOff
 
-from contracap.cli.errors import message
 from contracap.cli.flags import PathText, arg
+from contracap.cli.messages import message
 from contracap.config import require_count
 from contracap.files import try_place
 

@@ -70,7 +70,7 @@ def study(
 ) -> None:
     """Train one recipe in several arms with several seeds, then measure and compare them. The same command continues
     where it was interrupted."""
-    from contracap.apps.compare.tables import markdown
+    from contracap.apps.compare.comparison_tables import markdown
     from contracap.apps.study import StudyConfig
     from contracap.apps.study import study as run
     from contracap.config import load_toml
@@ -105,7 +105,7 @@ def plan(
     json: ResultFile = None,
 ) -> None:
     """Estimate the memory, time and traffic of a run, without running it."""
-    from contracap.apps.plan.run import plan_run
+    from contracap.apps.plan.planner import plan_run
     from contracap.training.recipe import load_recipe
 
     check_outputs([recipe], json=json)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from contracap.cli.errors import say, try_write
 from contracap.cli.flags import Flags, PathText, arg
+from contracap.cli.messages import say, try_write
 from contracap.cli.options import ResultFile, Size, check_outputs, command_line, load_model
 from contracap.evaluation.metrics.scores import ONE_IMAGE, metric_names
 from contracap.evaluation.metrics.spice import MEMORY

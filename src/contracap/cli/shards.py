@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from contracap.cli.errors import interruption, say
 from contracap.cli.flags import PathText, arg
+from contracap.cli.messages import interruption, say
 from contracap.cli.options import Workers, check_outputs, worker_count
 from contracap.wording import counted
 

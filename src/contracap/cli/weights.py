@@ -4,8 +4,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from contracap.cli.errors import say
 from contracap.cli.flags import arg
+from contracap.cli.messages import say
 from contracap.cli.options import Size, WeightsName
 
 

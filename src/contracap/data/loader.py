@@ -10,9 +10,9 @@ from typing import Any
 
 from contracap.data.batch import Batch
 from contracap.data.batch_maker import BatchMaker, BatchPart, PreparedRow, collate
+from contracap.data.class_folders import class_folders
 from contracap.data.config import DataConfig
 from contracap.data.counts import is_damaged, samples_in
-from contracap.data.folders import class_folders
 from contracap.data.loader_workers import run_workers
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, ShardSet, SkippedSample
 from contracap.data.samples import Sample

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 from contracap.data.annotations import SourceError, read_json
-from contracap.data.datasets.bulk import is_bulk
+from contracap.data.datasets.bulk_captions import is_bulk
 from contracap.data.datasets.flickr import is_flickr
 from contracap.data.datasets.imagefolder import METADATA_FILES
 from contracap.data.datasets.tables import is_lines, is_table
-from contracap.data.image_files import SkippedFiles, files_in, is_image
+from contracap.data.image_finder import SkippedFiles, files_in, is_image
 from contracap.data.tar import SHARD_SUFFIXES
 
 Kind = Literal["folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder", "bulk"]

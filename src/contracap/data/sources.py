@@ -10,14 +10,14 @@ from typing import Literal
 from unicodedata import normalize
 
 from contracap.data.annotations import Entry, Inside, SkippedEntry, SourceError, read_json
-from contracap.data.datasets.bulk import read_bulk
+from contracap.data.datasets.bulk_captions import read_bulk
 from contracap.data.datasets.coco import read_coco, read_karpathy
 from contracap.data.datasets.flickr import read_flickr
 from contracap.data.datasets.folder import CAPTION_SUFFIXES, read_folder
 from contracap.data.datasets.imagefolder import read_imagefolder
 from contracap.data.datasets.tables import IMAGE_COLUMNS, read_table
 from contracap.data.datasets.vqa import read_vqa
-from contracap.data.image_files import SkippedFiles, files_in, images_in, is_image
+from contracap.data.image_finder import SkippedFiles, files_in, images_in, is_image
 from contracap.data.samples import IMAGE_SUFFIXES
 from contracap.data.source_kinds import Kind, detect_kind, require_readable
 from contracap.files import check_regular

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contracap.data.annotations import number_or_text
-from contracap.data.folders import ClassFolders, class_folders
+from contracap.data.class_folders import ClassFolders, class_folders
 from contracap.data.samples import Sample
 from contracap.evaluation.class_names import TEMPLATES, check_classes, check_templates
 from contracap.evaluation.features import Source, embed_images, embed_texts, full_precision, pixel_batches

@@ -29,7 +29,6 @@ from contracap.training.checkpoint import (
     moving_average,
     restore_checkpoint,
 )
-from contracap.training.folder import locked
 from contracap.training.loggers import open_loggers, require_wandb
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
@@ -37,6 +36,7 @@ from contracap.training.profiling import Profile
 from contracap.training.recipe import RECIPE_FILE, Recipe, with_absolute_paths, with_steps
 from contracap.training.recorder import Recorder
 from contracap.training.run import Run, how_to_continue, write_failure
+from contracap.training.run_folder import locked
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal, shutdown_signal
 from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model
 from contracap.training.step import StepConfig, TrainingState

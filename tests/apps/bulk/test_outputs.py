@@ -16,8 +16,8 @@ from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.outputs import Existing, Lines
 from contracap.apps.bulk.rows import Row
 from contracap.apps.bulk.side_cars import SideCars
+from contracap.apps.bulk.table_files import TableError, TableFormat, read_table
 from contracap.apps.bulk.table_output import Table
-from contracap.apps.bulk.tables import TableError, TableFormat, read_table
 from contracap.data.sources import read_source
 
 NAMES: dict[TableFormat, str] = {
@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_rows_to_the_next_run(
 ) -> None:
     out = tmp_path / "a.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("contracap.apps.bulk.tables._write_json_lines", full)
+        patch.setattr("contracap.apps.bulk.table_files._write_json_lines", full)
         with pytest.raises(OSError) as caught:
             write(Table(out, "jsonl", "skip", embed=False), rows(tmp_path, "x"))
     assert caught.value.filename == str(out) and os.listdir(tmp_path) == ["a.jsonl.partial"]

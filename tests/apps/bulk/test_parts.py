@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from contracap.apps.bulk import parts
-from contracap.apps.bulk.folder import Folder
+from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, part_config, part_name
 from contracap.data.shards import records, write_shard
 from contracap.generation import BeamSearch, Captioner, Greedy

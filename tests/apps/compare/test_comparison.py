@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from contracap.apps.compare.comparison import compare
-from contracap.apps.compare.tables import latex, markdown, to_csv
+from contracap.apps.compare.comparison_tables import latex, markdown, to_csv
 from contracap.evaluation.result import Result
 from tests.apps.compare.worlds import result
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from contracap.apps.plan.run import plan_run
+from contracap.apps.plan.planner import plan_run
 from contracap.cli import main
 from contracap.training.recipe import Recipe, load_recipe
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from contracap.apps.bulk.cluster_config import CORES, ClusterConfig
-from contracap.apps.bulk.folder import Folder
 from contracap.apps.bulk.output_config import description
+from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
 from contracap.model.coca import CoCa

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
-from contracap.apps.bulk.tables import require_pyarrow
+from contracap.apps.bulk.table_files import require_pyarrow
 from contracap.evaluation.features import finite
 from contracap.files import replacing
 from contracap.images import normalise

@@ -11,7 +11,7 @@ from glob import has_magic
 from itertools import islice
 from pathlib import Path
 
-from contracap.data.image_files import SkippedFiles, folders_in, images_in, is_image
+from contracap.data.image_finder import SkippedFiles, folders_in, images_in, is_image
 from contracap.data.remote import WEB
 from contracap.data.samples import DOTTED, IMAGE_SUFFIXES, SORT, Record, SampleError, is_image_suffix, parse
 from contracap.data.shards import ShardError, list_shards, records

@@ -16,14 +16,14 @@ from jaxtyping import UInt8
 from pyarrow.parquet import ParquetWriter
 from torch import Tensor
 
-from contracap.apps.bulk.folder import Folder
 from contracap.apps.bulk.image_batches import ImageBatch, image_batches
 from contracap.apps.bulk.inputs import OTHER_IMAGE, Item, images_of
 from contracap.apps.bulk.output_config import caption_config
+from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.rows import caption_rows
-from contracap.apps.bulk.tables import ROW_GROUP
+from contracap.apps.bulk.table_files import ROW_GROUP
 from contracap.config import require_count
-from contracap.data.image_files import SkippedFiles
+from contracap.data.image_finder import SkippedFiles
 from contracap.data.remote import WEB
 from contracap.data.shards import ShardError
 from contracap.files import path_text

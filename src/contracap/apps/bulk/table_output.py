@@ -13,7 +13,14 @@ from contracap.apps.bulk.journal import Journal
 from contracap.apps.bulk.output_config import ConfigFile, OutputConfig
 from contracap.apps.bulk.outputs import Existing, Output, errors_at, require_folder
 from contracap.apps.bulk.rows import Row
-from contracap.apps.bulk.tables import TableError, TableFormat, read_table, require_pyarrow, vectors_beside, write_table
+from contracap.apps.bulk.table_files import (
+    TableError,
+    TableFormat,
+    read_table,
+    require_pyarrow,
+    vectors_beside,
+    write_table,
+)
 from contracap.files import is_stream, path_text
 
 MAX_NAME_BYTES = 255 - len(".partial-journal")  # of an output with files of ours next to it; SQLite makes the journal

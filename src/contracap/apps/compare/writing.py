@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from contracap.apps.compare.comparison import Comparison
+from contracap.apps.compare.comparison_tables import cells, headings, latex, markdown, method, notes, to_csv
 from contracap.apps.compare.figure import Drawing, draw
-from contracap.apps.compare.tables import cells, headings, latex, markdown, method, notes, to_csv
-from contracap.apps.page import drawing, page, paragraph, table
+from contracap.apps.html_page import drawing, page, paragraph, table
 from contracap.evaluation.result import RESULTS_FILE
 from contracap.files import replacing, write_text
 

@@ -8,9 +8,9 @@ from typing import Any
 import gradio
 
 from contracap.apps.demo.actions import Actions, Captioned
+from contracap.apps.demo.components import examples_input, gallery, image_input, number_input
 from contracap.apps.demo.events import SILENT, on_example, on_image
 from contracap.apps.demo.examples import Examples
-from contracap.apps.demo.inputs import examples_input, gallery, image_input, number_input
 from contracap.apps.demo.strategy_settings import (
     LENGTHS,
     NAMES,
@@ -21,7 +21,7 @@ from contracap.apps.demo.strategy_settings import (
     Setting,
     read_settings,
 )
-from contracap.apps.page import table
+from contracap.apps.html_page import table
 
 COMMON = (*LENGTHS, *RULES)  # settings of every strategy
 

@@ -3,9 +3,9 @@
 import gradio
 
 from contracap.apps.demo.actions import Actions
+from contracap.apps.demo.components import examples_input, image_input
 from contracap.apps.demo.events import on_example, on_image
 from contracap.apps.demo.examples import Examples
-from contracap.apps.demo.inputs import examples_input, image_input
 
 
 def classify_tab(actions: Actions, examples: Examples) -> None:

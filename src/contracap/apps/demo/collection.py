@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.overlay import to_thumbnail
-from contracap.data.image_files import SkippedFiles, images_in
+from contracap.data.image_finder import SkippedFiles, images_in
 from contracap.image_files import ImageError
 from contracap.wording import counted
 
@@ -128,7 +128,7 @@ class Collection:
 
 
 def images_under(folder: Path) -> list[Path]:
-    """The paths of a folder's images, as `data.image_files.images_in` finds them.
+    """The paths of a folder's images, as `data.image_finder.images_in` finds them.
 
     Raises:
         ValueError: if there are none, or no such folder.

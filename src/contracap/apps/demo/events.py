@@ -8,7 +8,7 @@ from typing import Any
 import gradio
 
 from contracap.apps.demo.examples import Examples
-from contracap.apps.page import text
+from contracap.apps.html_page import text
 
 # Whichever button they come from, events share the model's cores.
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}

@@ -7,8 +7,8 @@ import gradio
 
 from contracap.apps.demo.actions import Actions
 from contracap.apps.demo.collection import Collection, Match
+from contracap.apps.demo.components import gallery, image_input, images_input
 from contracap.apps.demo.events import ONE_AT_A_TIME, SILENT, on_image, report_errors
-from contracap.apps.demo.inputs import gallery, image_input, images_input
 
 STATE_SECONDS = 2  # from one look at how many images can be searched to the next
 MAX_SEARCHED = 200  # images that a visitor searches

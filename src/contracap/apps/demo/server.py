@@ -11,8 +11,8 @@ import gradio
 
 from contracap.apps.demo.actions import Actions
 from contracap.apps.demo.collection import Collection
+from contracap.apps.demo.components import guard
 from contracap.apps.demo.examples import find_examples
-from contracap.apps.demo.inputs import guard
 from contracap.apps.demo.limits import LimitVisitors
 from contracap.apps.demo.page import CSS, build_page, theme
 from contracap.apps.demo.uploads import MAX_IMAGE_MIB, Uploads

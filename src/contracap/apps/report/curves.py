@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contracap.apps.page import Html, chart, charts, paragraph
+from contracap.apps.html_page import Html, chart, charts, paragraph
 
 MAX_POINTS = 300  # of a curve; of a longer one, neighbours are averaged
 SERIES = {  # what is drawn of each step's record: title to the names of up to three curves

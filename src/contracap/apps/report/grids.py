@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from contracap.apps.page import Html, table, verdict
+from contracap.apps.html_page import Html, table, verdict
 from contracap.apps.report.thumbnails import thumbnail_tag
 from contracap.data.samples import Sample
 from contracap.evaluation.retrieval import Features

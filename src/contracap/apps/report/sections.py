@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from contracap.apps.page import Html, gallery, heat_table, paragraph, table, text
+from contracap.apps.html_page import Html, gallery, heat_table, paragraph, table, text
 from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
 from contracap.apps.report.thumbnails import read_samples, thumbnail_tag
 from contracap.evaluation.features import Source

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from contracap.apps.page import Html, image_tag
+from contracap.apps.html_page import Html, image_tag
 from contracap.data.samples import Sample
 from contracap.evaluation.features import Source, sample_batches
 from contracap.image_files import decode

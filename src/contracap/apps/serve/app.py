@@ -9,7 +9,7 @@ import contracap
 from contracap.apps.serve import routes, status
 from contracap.apps.serve.batching import BatchingConfig
 from contracap.apps.serve.config import AccessConfig, LimitsConfig
-from contracap.apps.serve.errors import HANDLERS
+from contracap.apps.serve.error_responses import HANDLERS
 from contracap.apps.serve.middleware import add_middleware
 from contracap.apps.serve.model import ServedModel
 from contracap.apps.serve.schemas import Problem

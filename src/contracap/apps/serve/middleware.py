@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contracap.apps.serve.config import AccessConfig
-from contracap.apps.serve.errors import problem
+from contracap.apps.serve.error_responses import problem
 from contracap.apps.serve.metrics import Metrics
 from contracap.apps.serve.service import Service
 from contracap.apps.serve.under_way import UnderWay

@@ -5,7 +5,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException
 
-from contracap.apps.page import page, paragraph, table
+from contracap.apps.html_page import page, paragraph, table
 from contracap.apps.serve.routes import CurrentService
 from contracap.apps.serve.schemas import State
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from contracap.data.annotations import Entry, SkippedEntry, SourceError, read_json, read_text
 from contracap.data.datasets.tables import cell_captions
-from contracap.data.image_files import SkippedFiles, files_in, is_image
+from contracap.data.image_finder import SkippedFiles, files_in, is_image
 from contracap.data.samples import text_lines, texts_in
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")

@@ -8,7 +8,7 @@ from unicodedata import normalize
 
 from contracap.data.annotations import Entry, SkippedEntry
 from contracap.data.datasets.tables import IMAGE_COLUMNS, read_table
-from contracap.data.image_files import SkippedFiles, files_in, is_image
+from contracap.data.image_finder import SkippedFiles, files_in, is_image
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from contracap.apps.page import (
+from contracap.apps.html_page import (
     Html,
     bars,
     chart,

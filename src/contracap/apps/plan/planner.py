@@ -9,7 +9,7 @@ from contracap.apps.plan.parameters import EXACT, checkpoint_bytes, count_parame
 from contracap.apps.plan.planned_run import PlannedRun
 from contracap.apps.plan.report import GIB, Plan
 from contracap.apps.plan.speed import SampleFlops, sample_flops, step_seconds
-from contracap.apps.plan.texts import caption_texts
+from contracap.apps.plan.text_lengths import caption_texts
 from contracap.apps.plan.traffic import KINDS, bytes_by_kind
 from contracap.config import require_count
 from contracap.data.patterns import require_consent

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from contracap.data.image_files import SkippedFiles, has_image, images_in, is_image
+from contracap.data.image_finder import SkippedFiles, has_image, images_in, is_image
 from contracap.data.samples import Sample
 from contracap.data.tar import SHARD_SUFFIXES
 from contracap.files import read_regular
@@ -19,7 +19,7 @@ class ClassFolders:
     are all numbers are in the order of the numbers.
 
     Classes and images are otherwise those of torchvision's ImageFolder, but for what is hidden, which is left out,
-    and suffixes: `data.image_files` says what is an image.
+    and suffixes: `data.image_finder` says what is an image.
 
     Attributes:
         path: of the folder.

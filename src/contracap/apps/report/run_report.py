@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from contracap.apps.page import Html, page, paragraph, table
+from contracap.apps.html_page import Html, page, paragraph, table
 from contracap.apps.report.curves import curves
 from contracap.apps.report.sections import sections_of
 from contracap.config import build

@@ -4,7 +4,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from contracap.apps.bulk.folder import Folder, FolderError
+from contracap.apps.bulk.output_folder import Folder, FolderError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from contracap.apps.report.run import write_report
+from contracap.apps.report.run_report import write_report
 from contracap.cli import main
 from contracap.config import to_toml
 from contracap.data.shards import write_shard

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from contracap.data.image_files import SkippedFiles, has_image, images_in
+from contracap.data.image_finder import SkippedFiles, has_image, images_in
 
 
 def picture(format: str = "JPEG") -> bytes:

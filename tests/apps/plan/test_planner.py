@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from contracap.apps.plan.failures import Failures
-from contracap.apps.plan.run import plan_run
+from contracap.apps.plan.planner import plan_run
 from contracap.apps.plan.speed import travel_seconds
-from contracap.apps.plan.texts import caption_texts
+from contracap.apps.plan.text_lengths import caption_texts
 from contracap.apps.plan.traffic import Collective
 from contracap.config import build
 from contracap.data.index import ShardEntry, write_index

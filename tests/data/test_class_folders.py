@@ -4,7 +4,7 @@ from unicodedata import normalize
 
 import pytest
 
-from contracap.data.folders import class_folders
+from contracap.data.class_folders import class_folders
 from contracap.data.loader import evaluation_samples
 from contracap.data.shards import write_shard
 
@@ -74,7 +74,7 @@ def test_a_folder_without_a_picture_is_refused(tmp_path) -> None:
 
 def test_other_files_beside_the_folders_are_named_in_one_line(tmp_path, caplog) -> None:
     make(tmp_path, "cat/1.jpg", "LICENSE", "labels.csv")
-    with caplog.at_level(logging.WARNING, logger="contracap.data.folders"):
+    with caplog.at_level(logging.WARNING, logger="contracap.data.class_folders"):
         assert len(list(evaluation_samples(tmp_path))) == 1
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: passed over what is in no class folder: LICENSE, labels.csv"
