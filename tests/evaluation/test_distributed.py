@@ -18,7 +18,7 @@ from contracap.evaluation import retrieval
 from contracap.evaluation.config import EvaluationConfig
 from contracap.evaluation.distributed import run_on_every_rank
 from contracap.evaluation.metrics import ranking
-from contracap.evaluation.metrics.ranking import ranks
+from contracap.evaluation.metrics.ranking import find_positions
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features, evaluate_retrieval
 from contracap.evaluation.suite import build_suite
@@ -67,8 +67,8 @@ def in_threads(count: int, work: Callable[[Thread], Any]) -> list[Any]:
 def test_places_counted_in_shares_are_those_of_one_process(monkeypatch, count: int) -> None:
     monkeypatch.setattr(ranking, "SIDE", 64)
     images, texts, owner = embeddings(50, (3, 6), seed=0)
-    expected = [places.tolist() for places in ranks(images, texts, owner)]
-    for found in in_threads(count, lambda thread: ranks(images, texts, owner, thread)):
+    expected = [places.tolist() for places in find_positions(images, texts, owner)]
+    for found in in_threads(count, lambda thread: find_positions(images, texts, owner, thread)):
         assert [places.tolist() for places in found] == expected
 
 

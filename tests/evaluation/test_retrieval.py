@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from contracap.data.shards import write_shard
 from contracap.evaluation import retrieval
 from contracap.evaluation.metrics import ranking
-from contracap.evaluation.metrics.ranking import place_of, ranks
+from contracap.evaluation.metrics.ranking import find_position, find_positions
 from contracap.evaluation.retrieval import Features, evaluate_retrieval, recall
 
 from .oracles import reference
@@ -72,7 +72,7 @@ def test_ties_across_tiles_go_by_the_order_of_the_data(monkeypatch, seed: int) -
     # of few whole numbers, so that products are exact and most scores have equals
     images, texts = (torch.randint(-1, 2, (rows, 3), generator=draw).float() for rows in (37, len(owner)))
     scores, right = texts @ images.T, owner[:, None] == torch.arange(37)
-    text_ranks, image_ranks = ranks(images, texts, owner)
+    text_ranks, image_ranks = find_positions(images, texts, owner)
     assert text_ranks.tolist() == places_by_definition(scores, right)
     assert image_ranks.tolist() == places_by_definition(scores.T, right.T)
 
@@ -86,14 +86,14 @@ def test_equal_embeddings_tie_wherever_they_stand(monkeypatch, images: int, widt
     )
     owner = torch.arange(images).repeat_interleave(3)
     pictures, texts = picture.repeat(images, 1).to(device), text.repeat(3 * images, 1).to(device)
-    text_ranks, image_ranks = ranks(pictures, texts, owner.to(device))
+    text_ranks, image_ranks = find_positions(pictures, texts, owner.to(device))
     assert torch.equal(text_ranks, owner)
     assert torch.equal(image_ranks, 3 * torch.arange(images))
 
 
 def test_of_equal_scores_the_first_candidate_stands_first() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
-    assert [int(place_of(scores, torch.tensor([i]))) for i in range(5)] == [3, 0, 1, 2, 4]
+    assert [int(find_position(scores, torch.tensor([i]))) for i in range(5)] == [3, 0, 1, 2, 4]
 
 
 def test_a_collapsed_model_is_at_chance() -> None:
@@ -120,22 +120,22 @@ def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
 def test_features_that_are_not_finite_are_refused() -> None:
     images, texts, owner = embeddings(4, (1, 1), 0)
     with pytest.raises(ValueError, match="not finite"):
-        ranks(images.index_fill(0, torch.tensor([1]), torch.nan), texts, owner)
+        find_positions(images.index_fill(0, torch.tensor([1]), torch.nan), texts, owner)
 
 
 def test_a_picture_without_a_text_is_refused() -> None:
     images, texts, owner = embeddings(4, (1, 1), 0)
     with pytest.raises(ValueError, match="at least one text"):
-        ranks(images, texts, owner.clamp(max=2))
+        find_positions(images, texts, owner.clamp(max=2))
 
 
 def test_a_text_without_a_picture_and_a_world_of_nothing_are_refused() -> None:
     images, texts, owner = embeddings(4, (1, 1), 0)
     for wrong in (owner - 1, owner + 1):
         with pytest.raises(ValueError, match="needs the row of its image, and there are 4 images"):
-            ranks(images, texts, wrong)
+            find_positions(images, texts, wrong)
     with pytest.raises(ValueError, match=r"each text, at least one, needs .* there are 0 images"):
-        ranks(images[:0], texts[:0], owner[:0])
+        find_positions(images[:0], texts[:0], owner[:0])
 
 
 def test_a_picture_with_most_of_the_texts_needs_no_more_memory_than_its_texts(monkeypatch) -> None:
@@ -144,7 +144,7 @@ def test_a_picture_with_most_of_the_texts_needs_no_more_memory_than_its_texts(mo
     draw = torch.Generator().manual_seed(0)
     images, texts = (torch.randint(-1, 2, (rows, 3), generator=draw).float() for rows in (50, 1000))
     with Largest() as largest:
-        _, image_ranks = ranks(images, texts, owner)
+        _, image_ranks = find_positions(images, texts, owner)
     assert largest.elements == 64 * 64  # a tile; not images x most texts, 47,550
     right = owner == torch.arange(50)[:, None]
     assert image_ranks.tolist() == places_by_definition(images @ texts.T, right)
@@ -153,9 +153,9 @@ def test_a_picture_with_most_of_the_texts_needs_no_more_memory_than_its_texts(mo
 def test_half_precision_features_and_autocast_are_ranked_in_fp32() -> None:
     images, texts, owner = embeddings(30, (2, 2), 1)
     images, texts = images.bfloat16(), texts.bfloat16()
-    expected = [rank.tolist() for rank in ranks(images.float(), texts.float(), owner)]
+    expected = [rank.tolist() for rank in find_positions(images.float(), texts.float(), owner)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert [rank.tolist() for rank in ranks(images, texts, owner)] == expected
+        assert [rank.tolist() for rank in find_positions(images, texts, owner)] == expected
 
 
 def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contracap.generation import BeamSearch, Rules
-from contracap.generation.strategy import Hypothesis, Prompts, Search, SearchStrategy
+from contracap.generation.strategy import FinishedText, Prompts, Search, SearchStrategy
 from contracap.tokenizer import Tokenizer
 
 WORDS = 3  # ids 0 to 2; then the start and the end token
@@ -59,28 +59,34 @@ def prompts_of(prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None =
     return Prompts(torch.tensor(ids), lengths, None if numbers is None else torch.tensor(numbers))
 
 
+def empty_prompts(images: int, start: int) -> Prompts:
+    """Prompts that hold the start token alone."""
+    lengths = torch.ones(images, dtype=torch.int64)
+    return Prompts(start * lengths[:, None], lengths)
+
+
 def begin(strategy: SearchStrategy, images: int, prompts: Prompts | None = None) -> Search:
     """The state before the first step, without a prompt if none is given."""
-    return strategy.begin(Prompts.empty(images, START) if prompts is None else prompts, Words())
+    return strategy.begin(empty_prompts(images, START) if prompts is None else prompts, Words())
 
 
 def run(
     strategy: SearchStrategy, table: Table, prompts: Prompts | None = None, *, compact: bool = False
-) -> list[list[Hypothesis]]:
+) -> list[list[FinishedText]]:
     """Decode as the captioner does; `held` stands for the key/value cache and shows each row's beginning.
 
     `compact` takes finished images out of the batch at once.
     """
     images = list(range(len(table.images)))
-    prompts = Prompts.empty(len(images), START) if prompts is None else prompts
+    prompts = empty_prompts(len(images), START) if prompts is None else prompts
     search = begin(strategy, len(images), prompts)
     shared = prompts.ids[:, : prompts.shared - 1]
     held = [[tuple(ids)] for ids in shared.tolist()]
-    results: dict[int, list[Hypothesis]] = {}
+    results: dict[int, list[FinishedText]] = {}
     while images:
         finished = search.finished.tolist()
         if all(finished) or (compact and any(finished)):
-            found = search.hypotheses()
+            found = search.list_texts()
             results |= {image: texts for image, texts, ended in zip(images, found, finished, strict=True) if ended}
             places = [place for place, ended in enumerate(finished) if not ended]
             search.select(torch.tensor(places, dtype=torch.int64))
@@ -114,8 +120,8 @@ def step(table: Table, image: int, beginning: tuple[int, ...], min_tokens: int) 
     return values
 
 
-def text_of(ids: Sequence[int], gains: Sequence[float], score: float) -> Hypothesis:
-    return Hypothesis(
+def text_of(ids: Sequence[int], gains: Sequence[float], score: float) -> FinishedText:
+    return FinishedText(
         token_ids=tuple(ids), log_probability=sum(gains, 0.0), score=score, token_log_probabilities=tuple(gains)
     )
 
@@ -143,7 +149,7 @@ def obeys(words: tuple[int, ...], rules: Rules) -> bool:
     )
 
 
-def every_text(table: Table, image: int, strategy: BeamSearch, prompt: tuple[int, ...] = ()) -> list[Hypothesis]:
+def every_text(table: Table, image: int, strategy: BeamSearch, prompt: tuple[int, ...] = ()) -> list[FinishedText]:
     """All texts there are that keep the rules, best first."""
     found, first = [], (START, *prompt)
     room = strategy.max_tokens - len(first)
@@ -168,11 +174,11 @@ def every_text(table: Table, image: int, strategy: BeamSearch, prompt: tuple[int
     return sorted(found, key=lambda text: -text.score)
 
 
-def plain_beam_search(table: Table, image: int, strategy: BeamSearch) -> list[Hypothesis]:
+def plain_beam_search(table: Table, image: int, strategy: BeamSearch) -> list[FinishedText]:
     """Beam search, also in groups, in plain Python, to the longest length, without stopping early."""
     width = strategy.width // strategy.groups
     live: list[list[tuple[tuple[int, ...], list[float]]]] = [[((START,), [])] for _ in range(strategy.groups)]
-    kept: list[list[Hypothesis]] = [[] for _ in range(strategy.groups)]
+    kept: list[list[FinishedText]] = [[] for _ in range(strategy.groups)]
     for length in range(2, strategy.max_tokens + 1):
         taken: list[int] = []
         for group in range(strategy.groups):

@@ -186,7 +186,7 @@ def test_equals_are_ranked_by_beam_then_by_token():
     search = begin(strategy, 1)
     while not search.finished.all():
         search.advance(torch.zeros(*search.last.shape, VOCAB))
-    assert [text.token_ids for text in search.hypotheses()[0]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert [text.token_ids for text in search.list_texts()[0]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
 
 
 @settings(max_examples=40, deadline=None)

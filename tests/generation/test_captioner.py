@@ -10,11 +10,12 @@ from torch import Tensor
 
 import contracap
 from contracap.generation import BeamSearch, Captioner, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
-from contracap.generation.strategy import Prompts, Strategy
+from contracap.generation.strategy import Prompts
 from contracap.image_files import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer, join_marks
+from tests.generation.logit_tables import Strategy, empty_prompts
 
 STRATEGIES = [
     Greedy(14, 3),
@@ -55,7 +56,7 @@ def next_logits(model: CoCa, pixels: Tensor, held: Tensor, end: int) -> Tensor:
 
 @torch.no_grad()
 def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokenizer, prompts: Prompts | None = None):
-    prompts = prompts or Prompts.empty(len(pixels), tokenizer.start)
+    prompts = prompts or empty_prompts(len(pixels), tokenizer.start)
     search = strategy.begin(prompts, tokenizer)
     held = prompts.ids[:, None, : prompts.shared - 1]
     while not search.finished.all():
@@ -64,7 +65,7 @@ def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokeniz
         logits = next_logits(model, repeated, held.flatten(0, 1), tokenizer.end)
         rows = search.advance(logits.unflatten(0, held.shape[:2]))
         held = held if rows is None else held.gather(1, rows[:, :, None].expand(-1, -1, held.shape[2]))
-    return search.hypotheses()
+    return search.list_texts()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from contracap.generation.constraints import Constraints
 from contracap.generation.strategy import Prompts
 from contracap.generation.texts import PartialTexts
 from contracap.tokenizer import Tokenizer
+from tests.generation.logit_tables import empty_prompts
 
 from .logit_tables import END, START, VOCAB, Words, begin, prompts_of
 
@@ -26,7 +27,7 @@ def constraints(rules: Rules, prompts: Prompts, min_tokens: int = 0, max_tokens:
 
 def texts_of(*ids: list[int], prompted: int = 1) -> PartialTexts:
     rows = torch.tensor([ids])
-    texts = PartialTexts.from_prompts(Prompts.empty(1, START), 12)
+    texts = PartialTexts.from_prompts(empty_prompts(1, START), 12)
     table = torch.zeros(1, len(ids), 12, dtype=torch.int64)
     table[:, :, : rows.shape[2]] = rows
     return PartialTexts(
@@ -37,7 +38,7 @@ def texts_of(*ids: list[int], prompted: int = 1) -> PartialTexts:
 def test_forbidden_tokens_leave_the_other_probabilities_as_the_model_gave_them():
     logits = torch.randn(1, 2, VOCAB, dtype=torch.float64)
     before = logits.clone()
-    scores = constraints(Rules(), Prompts.empty(1, START), min_tokens=5)(logits, texts_of([START, 0], [START, 1]))
+    scores = constraints(Rules(), empty_prompts(1, START), min_tokens=5)(logits, texts_of([START, 0], [START, 1]))
     assert scores.scores.dtype == torch.float32
     assert (scores.scores[..., [START, END]] == -math.inf).all()
     torch.testing.assert_close(scores.scores[..., :START], torch.log_softmax(logits, -1).float()[..., :START])
@@ -47,7 +48,7 @@ def test_forbidden_tokens_leave_the_other_probabilities_as_the_model_gave_them()
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_generated_tokens():
     logits = torch.tensor([[[2.0, -1.0, 0.5, 0.1, 1.0]]])
     rules, texts = Rules(repetition_penalty=2.0), texts_of([START, 2, 0, 1, 0], prompted=2)
-    scores = constraints(rules, Prompts.empty(1, START))(logits, texts)
+    scores = constraints(rules, empty_prompts(1, START))(logits, texts)
     expected = torch.log_softmax(torch.tensor([1.0, -2.0, 0.5, 0.1, 1.0]), dim=-1)  # id 2 is the prompt's
     torch.testing.assert_close(scores.scores[0, 0, [0, 1, 2, 4]], expected[[0, 1, 2, 4]])
     torch.testing.assert_close(scores.log_probs[0, 0], torch.log_softmax(logits[0, 0], dim=-1))
@@ -61,7 +62,7 @@ def test_a_penalty_changes_the_words_and_not_the_probabilities_that_are_reported
         search = begin(strategy(max_tokens=4, min_tokens=4, rules=Rules(repetition_penalty=penalty)), 1)
         while not search.finished.all():
             search.advance(logits.expand(*search.last.shape, -1))
-        found.append(search.hypotheses()[0][0])
+        found.append(search.list_texts()[0][0])
     assert found[0].token_ids == (0, 0, 0) and set(found[1].token_ids) == {0, 1, 2}
     expected = torch.log_softmax(logits, dim=-1)[list(found[1].token_ids)]
     assert found[1].token_log_probabilities == pytest.approx(expected.tolist(), rel=1e-5)
@@ -71,7 +72,7 @@ def test_a_penalty_changes_the_words_and_not_the_probabilities_that_are_reported
 @given(ids=st.lists(st.integers(0, 2), max_size=9), count=st.integers(1, 4))
 def test_no_sequence_of_that_many_tokens_comes_twice(ids, count):
     text = [START, *ids]
-    scores = constraints(Rules(no_repeat_ngram=count), Prompts.empty(1, START))(
+    scores = constraints(Rules(no_repeat_ngram=count), empty_prompts(1, START))(
         torch.zeros(1, 1, VOCAB), texts_of(text)
     )
     runs = [text[place : place + count] for place in range(len(text) - count + 1)]
@@ -138,7 +139,7 @@ def test_forced_phrases_always_occur_and_banned_never(seed, banned, forced, ngra
     )
     while not search.finished.all():
         search.advance(wanting(search.texts.ids[:, :, : search.texts.length]))
-    (found,) = search.hypotheses()
+    (found,) = search.list_texts()
     assert found and all(math.isfinite(text.score) for text in found)
     for text in found:
         shown = words(TOKENIZER.decode([*ids[0].tolist(), *text.token_ids]))
@@ -200,4 +201,4 @@ def test_rules_that_cannot_be_kept_are_refused_before_the_first_step(strategy, r
 
 def test_a_special_token_is_no_word():
     with pytest.raises(ValueError, match="names a special token"):
-        Greedy(rules=Rules(banned=("<end_of_text>",))).begin(Prompts.empty(1, TOKENIZER.start), TOKENIZER)
+        Greedy(rules=Rules(banned=("<end_of_text>",))).begin(empty_prompts(1, TOKENIZER.start), TOKENIZER)

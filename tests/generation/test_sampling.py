@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.generation import BeamSearch, Greedy, Sampling
-from contracap.generation.strategy import Prompts
+from tests.generation.logit_tables import empty_prompts
 
 from .logit_tables import END, START, VOCAB, Table, Words, begin, every_text, run, step
 
@@ -57,7 +57,7 @@ def test_end_token_is_forbidden_exactly_while_the_sequence_is_shorter_than_min_t
         search = begin(strategy, 1)
         while not search.finished.all():
             search.advance(logits.expand(*search.last.shape, -1))
-        shortest = min(search.hypotheses()[0], key=lambda text: len(text.token_ids))
+        shortest = min(search.list_texts()[0], key=lambda text: len(text.token_ids))
         assert len(shortest.token_ids) == 3  # with the start token: 4
 
 
@@ -68,14 +68,14 @@ def test_start_token_is_never_produced_and_id_zero_is_a_word():
         search = begin(strategy, 1)
         while not search.finished.all():
             search.advance(logits.expand(*search.last.shape, -1))
-        assert search.hypotheses()[0][0].token_ids == (0, 0, 0, 0, 0)
+        assert search.list_texts()[0][0].token_ids == (0, 0, 0, 0, 0)
 
 
 def test_among_equal_tokens_the_lowest_id_wins():
     search = begin(Greedy(4, 4), 2)
     while not search.finished.all():
         search.advance(torch.zeros(2, 1, VOCAB))
-    assert [texts[0].token_ids for texts in search.hypotheses()] == [(0, 0, 0), (0, 0, 0)]
+    assert [texts[0].token_ids for texts in search.list_texts()] == [(0, 0, 0), (0, 0, 0)]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def assert_distributed(counts: list[int], probabilities: list[float]) -> None:
 def test_tokens_are_drawn_by_their_probabilities(settings, images, samples):
     logits = 1.5 * torch.randn(40, generator=torch.Generator().manual_seed(1))
     strategy = Sampling(samples=samples, max_tokens=2, min_tokens=0, seed=5, **settings)
-    search = strategy.begin(Prompts.empty(images, 38), Wide())
+    search = strategy.begin(empty_prompts(images, 38), Wide())
     search.advance(logits.expand(images, 1, -1))
     counts = torch.bincount(search.last.flatten(), minlength=40).tolist()
     assert_distributed(counts, truth(logits.double().tolist(), strategy))

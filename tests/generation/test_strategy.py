@@ -5,7 +5,7 @@ import torch
 
 from contracap.generation import BeamSearch, Greedy, LegacyBeamSearch, Rules, Sampling
 from contracap.generation.registry import build_strategy
-from contracap.generation.strategy import Prompts
+from tests.generation.logit_tables import empty_prompts
 
 from .logit_tables import END, START, Table, begin, prompts_of, run
 
@@ -74,7 +74,7 @@ def test_searches_begin_with_one_row_per_image_and_expand_in_their_first_step():
 
 
 def test_no_prompt_is_the_start_token_alone():
-    prompts = Prompts.empty(3, START)
+    prompts = empty_prompts(3, START)
     assert prompts.ids.tolist() == [[START]] * 3 and prompts.lengths.tolist() == [1, 1, 1] and prompts.shared == 1
 
 

@@ -15,7 +15,7 @@ from contracap.data.captions import require_captions
 from contracap.data.samples import Sample
 from contracap.evaluation.distributed import encode_in_shares, run_on_every_rank
 from contracap.evaluation.features import Source, finite, image_pixels, open_source, progress, sample_batches
-from contracap.evaluation.metrics.ranking import ranks, share
+from contracap.evaluation.metrics.ranking import compute_share, find_positions
 from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
 from contracap.parallel.process_group import ProcessGroup
@@ -69,8 +69,8 @@ def evaluate_retrieval(
         device = model.device
         return features.images.to(device), features.texts.to(device), features.image_of_text.to(device)
 
-    text_ranks, image_ranks = ranks(*run_on_every_rank(process_group, move_features), process_group)
-    hits, reasons = _hits(text_ranks, image_ranks, ks)
+    text_positions, image_positions = find_positions(*run_on_every_rank(process_group, move_features), process_group)
+    hits, reasons = _hits(text_positions, image_positions, ks)
     images, per_sample = len(features.images), {}
     for name, hit in hits.items():
         owner = features.image_of_text if name.startswith("text_to_image") else torch.arange(images)
@@ -78,7 +78,7 @@ def evaluate_retrieval(
         per_sample[name] = (parts * (images / len(hit))).tolist()
     return Result.of_samples(
         features.keys,
-        {name: share(hit) for name, hit in hits.items()},
+        {name: compute_share(hit) for name, hit in hits.items()},
         per_sample=per_sample,
         predictions=features,
         details={"captions": len(features.texts)},
@@ -146,20 +146,20 @@ def recall(
         finite.
     """
     _check_ks(ks)
-    hits, reasons = _hits(*ranks(image_features, text_features, image_of_text), ks)
+    hits, reasons = _hits(*find_positions(image_features, text_features, image_of_text), ks)
     for reason in reasons.values():
         raise ValueError(reason)
-    return {name: share(hit) for name, hit in hits.items()}
+    return {name: compute_share(hit) for name, hit in hits.items()}
 
 
 def _hits(
-    text_ranks: Int64[Tensor, "text"], image_ranks: Int64[Tensor, "image"], ks: Sequence[int]
+    text_positions: Int64[Tensor, "text"], image_positions: Int64[Tensor, "image"], ks: Sequence[int]
 ) -> tuple[dict[str, Bool[Tensor, "query"]], dict[str, str]]:
     """Return, by the name of each recall, a mask of the queries that hit; and reasons why a recall has no value."""
     hits, reasons = dict[str, Tensor](), dict[str, str]()
     for direction, found, candidates, what in (
-        ("text_to_image", text_ranks, len(image_ranks), "images"),
-        ("image_to_text", image_ranks, len(text_ranks), "captions"),
+        ("text_to_image", text_positions, len(image_positions), "images"),
+        ("image_to_text", image_positions, len(text_positions), "captions"),
     ):
         for k in ks:
             name = f"{direction}_recall@{k}"

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from contracap.config import require_count
 from contracap.generation.constraints import Constraints, NextTokenScores, Rules
 from contracap.generation.phrases import ForcedPhrases
-from contracap.generation.strategy import MAX_ROWS, Hypothesis, Prompts, check_lengths, check_number
-from contracap.generation.texts import FinishedTexts, PartialTexts, stable_topk
+from contracap.generation.strategy import MAX_ROWS, FinishedText, Prompts, check_lengths, check_number
+from contracap.generation.texts import BestTexts, PartialTexts, stable_topk
 from contracap.tokenizer import Tokenizer
 
 
@@ -137,10 +137,10 @@ class BeamState:
         for group in self.groups:
             group.select(images)
 
-    def hypotheses(self) -> list[list[Hypothesis]]:
+    def list_texts(self) -> list[list[FinishedText]]:
         """Return the finished texts of each image, best first: `width` of them, or fewer if fewer were found."""
         results = []
-        for found in zip(*(group.finished_texts.hypotheses(self.end) for group in self.groups), strict=True):
+        for found in zip(*(group.best_texts.list_texts(self.end) for group in self.groups), strict=True):
             unique = {text.token_ids: text for texts in reversed(found) for text in reversed(texts)}
             results.append(sorted(reversed(unique.values()), key=lambda text: -text.score))
         return results
@@ -154,7 +154,7 @@ class BeamGroup:
         self.width = strategy.width // strategy.groups
         self.texts = texts
         self.scores = torch.zeros_like(texts.token_log_probs[:, :, 0])
-        self.finished_texts = FinishedTexts(texts, self.width)
+        self.best_texts = BestTexts(texts, self.width)
         self.finished = torch.zeros(len(texts.ids), dtype=torch.bool, device=texts.ids.device)
 
     def advance(
@@ -167,14 +167,18 @@ class BeamGroup:
         """
         width, (_, rows, vocab) = self.width, next_token.scores.shape
         all_scores = (self.scores[:, :, None] + next_token.scores).flatten(1)
-        all_ranks = all_scores if penalty is None else (all_scores.unflatten(1, (rows, vocab)) - penalty).flatten(1)
-        if all_ranks.shape[1] < 2 * width:  # fewer continuations than a step takes
-            all_ranks = functional.pad(all_ranks, (0, 2 * width - all_ranks.shape[1]), value=-math.inf)
-        ranks, indices = stable_topk(all_ranks, 2 * width)
+        all_priorities = (
+            all_scores if penalty is None else (all_scores.unflatten(1, (rows, vocab)) - penalty).flatten(1)
+        )
+        if all_priorities.shape[1] < 2 * width:  # fewer continuations than a step takes
+            all_priorities = functional.pad(all_priorities, (0, 2 * width - all_priorities.shape[1]), value=-math.inf)
+        priorities, indices = stable_topk(all_priorities, 2 * width)
         indices = indices.clamp(max=all_scores.shape[1] - 1)
         if self.forced is not None:
-            ranks, indices = self._add_forced(self.forced, all_ranks[:, : all_scores.shape[1]], ranks, indices)
-        scores = all_scores.gather(1, indices).masked_fill(ranks == -math.inf, -math.inf)
+            priorities, indices = self._add_forced(
+                self.forced, all_priorities[:, : all_scores.shape[1]], priorities, indices
+            )
+        scores = all_scores.gather(1, indices).masked_fill(priorities == -math.inf, -math.inf)
         parents, token = indices // vocab, indices % vocab
         texts = self.texts.append(token, next_token.log_probs.flatten(1).gather(1, indices), parents)
 
@@ -183,10 +187,10 @@ class BeamGroup:
         is_accepted[:, width:] = False
         length = texts.num_generated.clamp(min=1)[:, None]
         final_scores = scores / length**self.strategy.length_penalty
-        self.finished_texts.add(texts, final_scores.masked_fill(~is_accepted, -math.inf))
+        self.best_texts.add(texts, final_scores.masked_fill(~is_accepted, -math.inf))
 
-        order = torch.arange(0.0, -ranks.shape[1], -1.0, device=ranks.device)
-        selected, beams = stable_topk(order.masked_fill(has_ended | (ranks == -math.inf), -math.inf), width)
+        order = torch.arange(0.0, -priorities.shape[1], -1.0, device=priorities.device)
+        selected, beams = stable_topk(order.masked_fill(has_ended | (priorities == -math.inf), -math.inf), width)
         self.scores = scores.gather(1, beams).masked_fill(selected == -math.inf, -math.inf)
         self.texts = texts.reorder(beams)
         self._update_finished()
@@ -201,13 +205,13 @@ class BeamGroup:
         """Keep these images only."""
         self.texts = self.texts.select(images)
         self.scores, self.finished = self.scores[images], self.finished[images]
-        self.finished_texts.select(images)
+        self.best_texts.select(images)
 
     def _add_forced(
         self,
         forced: ForcedPhrases,
-        all_ranks: Float[Tensor, "images continuations"],
-        ranks: Float[Tensor, "images best"],
+        all_priorities: Float[Tensor, "images continuations"],
+        priorities: Float[Tensor, "images best"],
         indices: Int64[Tensor, "images best"],
     ) -> tuple[Float[Tensor, "images candidates"], Int64[Tensor, "images candidates"]]:
         """Add the next tokens of forced phrases and the best continuation of each beam, and order all candidates.
@@ -216,9 +220,9 @@ class BeamGroup:
         candidate first; in each turn a bank gives its best remaining candidate.
         """
         rows = self.texts.ids.shape[1]
-        vocab = all_ranks.shape[1] // rows
+        vocab = all_priorities.shape[1] // rows
         written = forced.vocabulary.texts(self.texts.ids[:, :, : self.texts.length])
-        likeliest = all_ranks.unflatten(1, (rows, vocab)).argmax(dim=-1).tolist()
+        likeliest = all_priorities.unflatten(1, (rows, vocab)).argmax(dim=-1).tolist()
         added = []
         for texts, tokens, known in zip(written, likeliest, indices.tolist(), strict=True):
             wanted = {
@@ -228,22 +232,24 @@ class BeamGroup:
             }
             added.append(torch.tensor(sorted(wanted - set(known)), dtype=torch.int64))
         added_indices = pad_sequence(added, batch_first=True, padding_value=-1).to(indices)
-        added_ranks = all_ranks.gather(1, added_indices.clamp(min=0)).masked_fill(added_indices < 0, -math.inf)
-        ranks = torch.cat([ranks, added_ranks], dim=1)
+        added_priorities = all_priorities.gather(1, added_indices.clamp(min=0)).masked_fill(
+            added_indices < 0, -math.inf
+        )
+        priorities = torch.cat([priorities, added_priorities], dim=1)
         indices = torch.cat([indices, added_indices.clamp(min=0)], dim=1)
 
         orders = []
-        for texts, image_ranks, image_indices in zip(written, ranks.tolist(), indices.tolist(), strict=True):
+        for texts, image_priorities, image_indices in zip(written, priorities.tolist(), indices.tolist(), strict=True):
             banks: dict[float, list[int]] = {}
-            for candidate in sorted(range(len(image_ranks)), key=lambda candidate: -image_ranks[candidate]):
+            for candidate in sorted(range(len(image_priorities)), key=lambda candidate: -image_priorities[candidate]):
                 row, token = divmod(image_indices[candidate], vocab)
                 met = forced.tokens_met(texts[row] + forced.vocabulary.pieces[token])
-                banks.setdefault(met if image_ranks[candidate] > -math.inf else math.inf, []).append(candidate)
+                banks.setdefault(met if image_priorities[candidate] > -math.inf else math.inf, []).append(candidate)
             impossible = banks.pop(math.inf, [])
             turns = itertools.chain.from_iterable(itertools.zip_longest(*banks.values()))
             orders.append([candidate for candidate in turns if candidate is not None] + impossible)
         order = torch.tensor(orders).to(indices)
-        return ranks.gather(1, order), indices.gather(1, order)
+        return priorities.gather(1, order), indices.gather(1, order)
 
     def _update_finished(self) -> None:
         """Mark the images whose beams can no longer beat the worst finished text.
@@ -255,6 +261,6 @@ class BeamGroup:
         longest = self.strategy.max_tokens - texts.prompt_lengths
         length = longest if penalty > 0 else (texts.num_generated + 1).clamp(max=longest)
         best = self.scores.amax(dim=1) / length**penalty
-        self.finished = self.finished | (best <= self.finished_texts.scores[:, -1])
+        self.finished = self.finished | (best <= self.best_texts.scores[:, -1])
         if self.width == 1:
-            self.finished = self.finished | (self.finished_texts.scores[:, 0] > -math.inf)
+            self.finished = self.finished | (self.best_texts.scores[:, 0] > -math.inf)

@@ -13,8 +13,8 @@ from torch import Tensor
 from contracap.config import require_count
 from contracap.generation.beam import BeamSearch
 from contracap.generation.decoding import DecodingLoop
-from contracap.generation.reranking import split
-from contracap.generation.strategy import Hypothesis, Prompts, SearchStrategy, Strategy
+from contracap.generation.reranking import split_reranking
+from contracap.generation.strategy import FinishedText, Prompts, SearchStrategy, Strategy
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 from contracap.tokenizer import join_marks
@@ -22,8 +22,8 @@ from contracap.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caption(Hypothesis):
-    """A finished text about one image.
+class Caption(FinishedText):
+    """A finished text in words, with the image that it is about.
 
     Attributes:
         text: the sentence, including the prompt, with normal punctuation: "a star, above it a circle".
@@ -169,8 +169,8 @@ class Captioner:
             found = self.decoding.run(images.caption_tokens, writer, prompts, tokenizer, before_step)
             embeddings = images.embeddings.float().cpu()
             captions = [
-                self._captions(hypotheses, prompt, embedding)
-                for hypotheses, prompt, embedding in zip(found, prompt_ids, embeddings, strict=True)
+                self._make_captions(texts, prompt, embedding)
+                for texts, prompt, embedding in zip(found, prompt_ids, embeddings, strict=True)
             ]
             if is_reranked:
                 captions = self._rerank(captions)
@@ -180,7 +180,7 @@ class Captioner:
         """Return the strategy that writes, limited to this model's context, and whether its texts are reranked."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be an object such as BeamSearch(width=6), not {strategy!r}")
-        writer, is_reranked = split(strategy)
+        writer, is_reranked = split_reranking(strategy)
         context = self.model.config.text.context
         return replace(writer, max_tokens=min(writer.max_tokens, context)), is_reranked
 
@@ -201,20 +201,20 @@ class Captioner:
                 raise ValueError(f"the prompt {text!r} names the start or the end token: remove it")
         return prompt_ids
 
-    def _captions(
-        self, hypotheses: list[Hypothesis], prompt: Sequence[int], embedding: Float[Tensor, "embed"]
+    def _make_captions(
+        self, texts: list[FinishedText], prompt: Sequence[int], embedding: Float[Tensor, "embed"]
     ) -> list[Caption]:
-        """Turn the hypotheses about one image into captions."""
-        if not hypotheses or not math.isfinite(hypotheses[0].score):
+        """Turn the finished texts about one image into captions."""
+        if not texts or not math.isfinite(texts[0].score):
             raise ValueError(
                 "no text was found. Either the logits are not finite (NaN or infinite): check the weights and pixels. "
                 "Or the rules and lengths allow no text: relax them"
             )
         captions = []
-        for hypothesis in hypotheses:
-            token_ids = (*prompt, *hypothesis.token_ids)
+        for each in texts:
+            token_ids = (*prompt, *each.token_ids)
             raw_text = self.processor.tokenizer.decode(token_ids)
-            values = vars(hypothesis) | {"token_ids": token_ids, "raw_text": raw_text, "text": join_marks(raw_text)}
+            values = vars(each) | {"token_ids": token_ids, "raw_text": raw_text, "text": join_marks(raw_text)}
             captions.append(Caption(**values, embedding=embedding))
         return captions
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from contracap.generation.strategy import Hypothesis, Prompts, Search, SearchStrategy
+from contracap.generation.strategy import FinishedText, Prompts, Search, SearchStrategy
 from contracap.model.cache import DecodingCache
 from contracap.model.coca import CoCa
 from contracap.model.compiling import require_compiler
@@ -52,7 +52,7 @@ class DecodingLoop:
         prompts: Prompts,
         tokenizer: Tokenizer,
         before_step: Callable[[], object] = lambda: None,
-    ) -> list[list[Hypothesis]]:
+    ) -> list[list[FinishedText]]:
         """Return the texts that the strategy finds for each image, best first.
 
         Args:
@@ -73,9 +73,9 @@ class DecodingLoop:
         logits: Float[Tensor, "images rows vocab"],
         max_tokens: int,
         before_step: Callable[[], object],
-    ) -> list[list[Hypothesis]]:
+    ) -> list[list[FinishedText]]:
         check_every = CHECK_EVERY.get(logits.device.type, 1)
-        results: list[list[Hypothesis]] = [[] for _ in logits]
+        results: list[list[FinishedText]] = [[] for _ in logits]
         images = list(range(len(results)))  # those still in the batch
         while True:
             before_step()
@@ -83,7 +83,7 @@ class DecodingLoop:
             if cache.length + 1 == max_tokens or cache.length % check_every == 0:
                 finished = search.finished.tolist()
                 if all(finished) or (not self.compiled and sum(finished) >= MIN_LEAVING * len(finished)):
-                    for image, is_finished, texts in zip(images, finished, search.hypotheses(), strict=True):
+                    for image, is_finished, texts in zip(images, finished, search.list_texts(), strict=True):
                         if is_finished:
                             results[image] = texts
                     if all(finished):

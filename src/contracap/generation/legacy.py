@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from contracap.generation.strategy import Hypothesis, Prompts, check_lengths
-from contracap.generation.texts import FinishedTexts, PartialTexts, stable_topk
+from contracap.generation.strategy import FinishedText, Prompts, check_lengths
+from contracap.generation.texts import BestTexts, PartialTexts, stable_topk
 from contracap.tokenizer import Tokenizer
 
 WIDTH = 2  # the release has 6 beams in 3 groups, but nothing makes the groups differ
@@ -66,7 +66,7 @@ class LegacyState:
         self.strategy, self.end = strategy, tokenizer.end
         self.texts = PartialTexts.from_prompts(prompts, strategy.max_tokens)
         self.scores = torch.zeros_like(self.texts.token_log_probs[:, :, 0])
-        self.finished_texts = FinishedTexts(self.texts, WIDTH)
+        self.best_texts = BestTexts(self.texts, WIDTH)
         self.stopped = torch.zeros(len(prompts.ids), dtype=torch.bool, device=prompts.ids.device)
 
     @property
@@ -94,24 +94,24 @@ class LegacyState:
         is_accepted = has_ended & ~self.stopped[:, None]
         is_accepted[:, WIDTH:] = False
         divisor = length if self.strategy.year == 2023 else length + 1
-        self.finished_texts.add(texts, (scores / divisor).masked_fill(~is_accepted, -math.inf))
-        worse = self.finished_texts.scores[:, -1]
+        self.best_texts.add(texts, (scores / divisor).masked_fill(~is_accepted, -math.inf))
+        worse = self.best_texts.scores[:, -1]
         self.stopped = self.stopped | ((worse > -math.inf) & (worse >= scores[:, 0] / divisor))
 
         self.scores, rows = stable_topk(scores.masked_fill(has_ended, -math.inf), WIDTH)
         self.texts = texts.reorder(rows)
         if self.texts.is_full:
             unfinished_scores = self.scores.masked_fill(self.stopped[:, None], -math.inf)
-            self.finished_texts.add(self.texts, unfinished_scores / self.strategy.max_tokens)
+            self.best_texts.add(self.texts, unfinished_scores / self.strategy.max_tokens)
         return parents.gather(1, rows)
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
         """Keep these images only."""
         self.texts = self.texts.select(images)
         self.scores, self.stopped = self.scores[images], self.stopped[images]
-        self.finished_texts.select(images)
+        self.best_texts.select(images)
 
-    def hypotheses(self) -> list[list[Hypothesis]]:
+    def list_texts(self) -> list[list[FinishedText]]:
         """Return the 2 best texts of each image; the log-probabilities are the model's, the score is that of the
         release."""
-        return self.finished_texts.hypotheses(self.end)
+        return self.best_texts.list_texts(self.end)

@@ -29,7 +29,7 @@ class ContrastiveReranking:
         return self.of.rows
 
 
-def split(strategy: Strategy) -> tuple[SearchStrategy, bool]:
+def split_reranking(strategy: Strategy) -> tuple[SearchStrategy, bool]:
     """Return the strategy that writes the texts, and whether they are reranked afterwards."""
     if isinstance(strategy, ContrastiveReranking):
         return strategy.of, True

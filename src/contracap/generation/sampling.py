@@ -10,8 +10,8 @@ from torch import Tensor
 
 from contracap.config import require_count
 from contracap.generation.constraints import Constraints, Rules
-from contracap.generation.strategy import MAX_ROWS, Hypothesis, Prompts, check_lengths, check_number
-from contracap.generation.texts import PartialTexts, build_hypothesis, stable_topk
+from contracap.generation.strategy import MAX_ROWS, FinishedText, Prompts, check_lengths, check_number
+from contracap.generation.texts import PartialTexts, build_finished_text, stable_topk
 from contracap.tokenizer import Tokenizer
 
 RESOLUTION = 2**48  # of the random numbers: finer than any probability that matters, and exact when multiplied
@@ -164,14 +164,14 @@ class GreedyState:
             values[images] for values in (self.ended, self.num_generated, self.log_probs)
         )
 
-    def hypotheses(self) -> list[list[Hypothesis]]:
+    def list_texts(self) -> list[list[FinishedText]]:
         """Return the texts of each image, best first; texts of equal score in the order of their samples."""
         scores, texts = self.log_probs / self.num_generated, self.texts
         columns = (texts.ids, texts.token_log_probs, self.num_generated, scores, texts.prompt_lengths)
         results = []
         for *rows, first in zip(*(values.tolist() for values in columns), strict=True):
             found = [
-                build_hypothesis(ids[first : first + count], token_log_probs[first : first + count], score, self.end)
+                build_finished_text(ids[first : first + count], token_log_probs[first : first + count], score, self.end)
                 for ids, token_log_probs, count, score in zip(*rows, strict=True)
             ]
             results.append(sorted(found, key=lambda text: -text.score))

@@ -7,7 +7,6 @@ batch, which receives logits and never sees a model.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -19,8 +18,8 @@ MAX_ROWS = 1000  # texts of one image that are searched together
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hypothesis:
-    """A finished text.
+class FinishedText:
+    """A text that a search has finished, in tokens.
 
     Attributes:
         token_ids: the generated tokens, without the start token, the prompt and the end token.
@@ -50,12 +49,6 @@ class Prompts:
     ids: Int64[Tensor, "images longest"]
     lengths: Int64[Tensor, "images"]
     numbers: Int64[Tensor, "images"] | None = None
-
-    @classmethod
-    def empty(cls, images: int, start: int, device: torch.device | str = "cpu") -> "Prompts":
-        """Return prompts that hold the start token alone."""
-        lengths = torch.ones(images, dtype=torch.int64, device=device)
-        return cls(start * lengths[:, None], lengths)
 
     @property
     def shared(self) -> int:
@@ -106,8 +99,8 @@ class Search(Protocol):
         """Keep these images only, given by their positions among those still in the search."""
         ...
 
-    def hypotheses(self) -> list[list[Hypothesis]]:
-        """Return the results of each image that is still in the search, best first."""
+    def list_texts(self) -> list[list[FinishedText]]:
+        """Return the finished texts of each image that is still in the search, best first."""
         ...
 
 

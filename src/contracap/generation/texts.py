@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from contracap.generation.strategy import Hypothesis, Prompts
+from contracap.generation.strategy import FinishedText, Prompts
 
 CHUNK = 256  # scores that `stable_topk` compares at once; 128 to 256 was fastest for 6 beams of 49,408 tokens
 
@@ -93,7 +93,7 @@ class PartialTexts:
         return PartialTexts(self.ids[images], self.token_log_probs[images], self.length, self.prompt_lengths[images])
 
 
-class FinishedTexts:
+class BestTexts:
     """The `count` best finished texts of each image, best first; of two equal scores the earlier text comes first."""
 
     def __init__(self, texts: PartialTexts, count: int):
@@ -118,12 +118,12 @@ class FinishedTexts:
         for name in ("ids", "token_log_probs", "scores", "lengths", "prompt_lengths"):
             setattr(self, name, getattr(self, name)[images])
 
-    def hypotheses(self, end: int) -> list[list[Hypothesis]]:
+    def list_texts(self, end: int) -> list[list[FinishedText]]:
         """Return the texts of each image, best first: `count` of them, or fewer if fewer were added."""
         columns = (self.ids, self.token_log_probs, self.lengths, self.scores, self.prompt_lengths)
         return [
             [
-                build_hypothesis(ids[prompt_length:length], token_log_probs[prompt_length:length], score, end)
+                build_finished_text(ids[prompt_length:length], token_log_probs[prompt_length:length], score, end)
                 for ids, token_log_probs, length, score in zip(*texts, strict=True)
                 if score > -math.inf
             ]
@@ -131,9 +131,9 @@ class FinishedTexts:
         ]
 
 
-def build_hypothesis(ids: list[int], token_log_probs: list[float], score: float, end: int) -> Hypothesis:
+def build_finished_text(ids: list[int], token_log_probs: list[float], score: float, end: int) -> FinishedText:
     """Return a finished text; `ids` are its generated tokens, with or without the end token."""
-    return Hypothesis(
+    return FinishedText(
         token_ids=tuple(ids[:-1] if ids and ids[-1] == end else ids),
         log_probability=sum(token_log_probs, 0.0),
         score=score,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from contracap.evaluation.metrics.ranking import place_of
+from contracap.evaluation.metrics.ranking import find_position
 
 ROWS = 1024  # images ranked at a time
 
@@ -19,8 +19,8 @@ def accuracy_parts(
 ) -> dict[str, Float64[Tensor, "image"]]:
     """Return values of each image whose means are `acc1`, `acc5` and `mean_per_class_recall`."""
     blocks = zip(scores.split(ROWS), labels.split(ROWS), strict=True)
-    ranks, counts = torch.cat([place_of(*block) for block in blocks]), torch.bincount(labels).double()
-    top1, top5 = (ranks < 1).double(), (ranks < 5).double()
+    positions, counts = torch.cat([find_position(*block) for block in blocks]), torch.bincount(labels).double()
+    top1, top5 = (positions < 1).double(), (positions < 5).double()
     weight = len(labels) / (int((counts > 0).sum()) * counts[labels])  # each class that occurs counts alike
     return {"acc1": top1, "acc5": top5, "mean_per_class_recall": top1 * weight}
 

@@ -1,4 +1,4 @@
-"""Ranks of images for texts and of texts for images, without the matrix of all scores."""
+"""Positions of images for texts and of texts for images in retrieval, without the matrix of all scores."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,16 +17,16 @@ MULTIPLE = 64  # of the sides of a tile: at odd edges of a product, equal rows d
 
 
 @torch.no_grad()
-def ranks(
+def find_positions(
     image_features: Float[Tensor, "image embed"],
     text_features: Float[Tensor, "text embed"],
     image_of_text: Int64[Tensor, "text"],
     process_group: ProcessGroup = ProcessGroup(),
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
-    """Return the rank of each text's image among all images, and of each image's best text; 0 is the top.
+    """Return the position of each text's image among all images, and of each image's best text; 0 is the top.
 
     They are computed on the device of the features, and returned on the CPU. If scores are equal, the candidate that
-    comes first in the data ranks first, so a model that gives every pair the same score is at chance.
+    comes first in the data is placed first, so a model that gives every pair the same score is at chance.
 
     Scores are computed in fp32, tile by tile. Each tile is counted in both directions at once, so memory grows with the
     number of rows, not with its square. Tiles with own pairs are computed twice, because their scores must be known
@@ -40,34 +40,34 @@ def ranks(
         Exception: what failed here, such as out of memory; on the other ranks a ValueError that says the same.
     """
     counts = run_on_every_rank(
-        process_group, partial(_counts, image_features, text_features, image_of_text, process_group)
+        process_group, partial(_count_tiles, image_features, text_features, image_of_text, process_group)
     )
     text_counts, image_counts = zip(*process_group.all_gather(counts), strict=True)
     return torch.stack(text_counts).sum(dim=0), torch.stack(image_counts).sum(dim=0)
 
 
-def _counts(
+def _count_tiles(
     image_features: Float[Tensor, "image embed"],
     text_features: Float[Tensor, "text embed"],
     image_of_text: Int64[Tensor, "text"],
     process_group: ProcessGroup,
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
-    """Return the part of the ranks that the tiles of this process contribute."""
+    """Return the part of the positions that the tiles of this process contribute."""
     images, texts = finite(image_features, "images"), finite(text_features, "texts")
     _check_owners(image_of_text, len(images))
     with full_precision(images.device):
-        own = _own_scores(texts, images, image_of_text)
-        best, best_text = _best_texts(own, image_of_text, len(images))
-        text_ranks, image_ranks = torch.zeros_like(image_of_text), torch.zeros_like(best_text)
-        for rows in list(_blocks(len(texts)))[process_group.rank :: process_group.world_size]:
-            for columns in _blocks(len(images)):
-                scores = _tile(texts, rows, images, columns)
-                text_ranks[rows] += _before(scores, own[rows], image_of_text[rows] - columns.start)
-                image_ranks[columns] += _before(scores.T, best[columns], best_text[columns] - rows.start)
-    return text_ranks.cpu(), image_ranks.cpu()
+        own = _compute_own_scores(texts, images, image_of_text)
+        best, best_text = _find_best_texts(own, image_of_text, len(images))
+        text_positions, image_positions = torch.zeros_like(image_of_text), torch.zeros_like(best_text)
+        for rows in list(_split(len(texts)))[process_group.rank :: process_group.world_size]:
+            for columns in _split(len(images)):
+                scores = _score_tile(texts, rows, images, columns)
+                text_positions[rows] += _count_before(scores, own[rows], image_of_text[rows] - columns.start)
+                image_positions[columns] += _count_before(scores.T, best[columns], best_text[columns] - rows.start)
+    return text_positions.cpu(), image_positions.cpu()
 
 
-def _best_texts(
+def _find_best_texts(
     own: Float32[Tensor, "text"], image_of_text: Int64[Tensor, "text"], images: int
 ) -> tuple[Float32[Tensor, "image"], Int64[Tensor, "image"]]:
     """Return the best score of each image among its texts, and the row of the first text that has it."""
@@ -76,12 +76,12 @@ def _best_texts(
     return best, rows.new_full((images,), len(own)).scatter_reduce(0, image_of_text, rows, "amin")
 
 
-def place_of(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "query"]) -> Int64[Tensor, "query"]:
-    """Return how many candidates rank before the wanted one: higher scores, and equal ones that come earlier."""
-    return _before(scores, scores.gather(1, wanted[:, None]).squeeze(1), wanted)
+def find_position(scores: Float32[Tensor, "query candidate"], wanted: Int64[Tensor, "query"]) -> Int64[Tensor, "query"]:
+    """Return how many candidates come before the wanted one: higher scores, and equal ones that come earlier."""
+    return _count_before(scores, scores.gather(1, wanted[:, None]).squeeze(1), wanted)
 
 
-def share(hits: Bool[Tensor, "query"]) -> float:
+def compute_share(hits: Bool[Tensor, "query"]) -> float:
     """Return the share of the queries that hit, from 0 to 1."""
     return int(hits.sum()) / len(hits)
 
@@ -93,10 +93,10 @@ def _check_owners(image_of_text: Int64[Tensor, "text"], images: int) -> None:
         raise ValueError("every image needs at least one text that belongs to it")
 
 
-def _before(
+def _count_before(
     scores: Float32[Tensor, "query candidate"], own: Float32[Tensor, "query"], wanted: Int64[Tensor, "query"]
 ) -> Int64[Tensor, "query"]:
-    """Return how many of these candidates rank before the wanted one of each query.
+    """Return how many of these candidates come before the wanted one of each query.
 
     Args:
         own: the score of the wanted candidate.
@@ -114,25 +114,25 @@ def _before(
     return before
 
 
-def _own_scores(
+def _compute_own_scores(
     texts: Float32[Tensor, "text embed"], images: Float32[Tensor, "image embed"], image_of_text: Int64[Tensor, "text"]
 ) -> Float32[Tensor, "text"]:
     """Return the score of each text and its image, bit-equal to that in its tile."""
     own = texts.new_empty(len(texts))
-    for rows in _blocks(len(texts)):
-        for columns in _blocks(len(images)):
+    for rows in _split(len(texts)):
+        for columns in _split(len(images)):
             owner = image_of_text[rows] - columns.start
             here = ((owner >= 0) & (owner < columns.stop - columns.start)).nonzero().squeeze(1)
             if len(here):
-                own[rows.start + here] = _tile(texts, rows, images, columns)[here, owner[here]]
+                own[rows.start + here] = _score_tile(texts, rows, images, columns)[here, owner[here]]
     return own
 
 
-def _blocks(length: int) -> Iterator[slice]:
+def _split(length: int) -> Iterator[slice]:
     return (slice(first, min(first + SIDE, length)) for first in range(0, length, SIDE))
 
 
-def _tile(
+def _score_tile(
     texts: Float32[Tensor, "text embed"], rows: slice, images: Float32[Tensor, "image embed"], columns: slice
 ) -> Float32[Tensor, "row column"]:
     """Return the scores of a block of texts and a block of images.
