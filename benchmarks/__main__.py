@@ -14,7 +14,7 @@ import torch
 from benchmarks.harness import MIN_ROUNDS, Benchmark, Run, UnequalError, table
 from benchmarks.machine import release_memory, this_machine
 from contracap.evaluation.metrics.java import UnavailableError
-from contracap.evaluation.result import versions
+from contracap.evaluation.result import list_versions
 from contracap.files import try_place, write_text
 
 NAMES = ("data", "train", "generate", "zeroshot", "retrieval", "score")
@@ -68,7 +68,7 @@ def measure(benchmark: Benchmark, names: Sequence[str], run: Run) -> dict[str, A
     if len(rows) > 1:
         print(f"\n{table(rows)}")
     return {
-        "versions": versions(),
+        "versions": list_versions(),
         "seed": run.seed,
         "samples": benchmark.samples(),
         "figures": {row.work: row.ratio for row in rows},

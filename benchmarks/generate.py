@@ -20,7 +20,7 @@ from benchmarks.captioners import (
 from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
 from benchmarks.open_clip_captions import BEAMS, Way
 from contracap.apps.bulk.caption_images import caption_images
-from contracap.apps.bulk.inputs import items
+from contracap.apps.bulk.inputs import find_items
 from contracap.apps.bulk.outputs import one_line
 from contracap.apps.bulk.rows import caption_rows
 from contracap.apps.bulk.side_cars import SideCars
@@ -101,7 +101,7 @@ def caption_folder(captioner: Captioner, folder: Path) -> None:
     """The images of a folder, each into a text file next to it."""
     with SideCars(".txt", "overwrite", embed=False) as output:
         caption_images(
-            items([str(folder)]),
+            find_items([str(folder)]),
             partial(caption_rows, captioner, strategy=BeamSearch()),
             output,
             image=captioner.processor.image_config,

@@ -25,7 +25,7 @@ from benchmarks.harness import (
 )
 from benchmarks.machine import peak_growth
 from benchmarks.peers import peer_module
-from contracap.evaluation.retrieval import recall
+from contracap.evaluation.retrieval import compute_recall
 
 Side = Literal["ours", "clip_benchmark", "the N x N matrix and topk"]
 PEER: Side = "clip_benchmark"
@@ -111,7 +111,7 @@ def recall_memory(side: Side, images: int, seed: int) -> tuple[float, Numbers]:
 def ranked(side: Side, embeddings: Embeddings) -> dict[str, float]:
     """The recalls as one of the sides computes them."""
     if side == "ours":
-        return recall(embeddings.images, embeddings.texts, embeddings.image_of_text, KS)
+        return compute_recall(embeddings.images, embeddings.texts, embeddings.image_of_text, KS)
     return clip_benchmark(embeddings) if side == PEER else matrix(embeddings)
 
 

@@ -11,7 +11,7 @@ from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
 from benchmarks.open_clip_models import legacy_config, open_clip_model
 from benchmarks.peers import peer_module
 from contracap.evaluation.class_names import IMAGENET, published_set
-from contracap.evaluation.zeroshot import PROMPTS, classifier, mean_per_class
+from contracap.evaluation.zeroshot import PROMPTS, build_classifier, mean_per_class
 from contracap.pretrained import random_model
 
 SIZE = "coca_ViT-B-32"
@@ -31,7 +31,7 @@ class Classifier:
 
     def build(self) -> Float[Tensor, "class embed"]:
         """The classifier as every user gets it."""
-        return classifier(self.model, self.processor, self.names, self.templates)
+        return build_classifier(self.model, self.processor, self.names, self.templates)
 
     @torch.inference_mode()
     def build_without_sharing(self) -> Float[Tensor, "class embed"]:

@@ -8,11 +8,11 @@ from threading import Thread
 
 import pytest
 
-from contracap.files import replacing, require_folder, try_place, write_text
+from contracap.files import replace_file, require_folder, try_place, write_text
 
 
 def test_an_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"full\.txt"), replacing(tmp_path / "full.txt"):
+    with pytest.raises(OSError, match=r"full\.txt"), replace_file(tmp_path / "full.txt"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -25,7 +25,7 @@ def test_a_file_appears_whole_and_nothing_beside_it(tmp_path: Path) -> None:
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "good")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt") as partial:
+    with pytest.raises(RuntimeError), replace_file(tmp_path / "a.txt") as partial:
         partial.write_text("half")
         raise RuntimeError
     assert (tmp_path / "a.txt").read_text() == "good"

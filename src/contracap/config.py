@@ -141,7 +141,7 @@ def require_count(name: str, value: Any, least: int, why: str, *, most: int = 10
         raise ValueError(f"{name} must be at most {most:,} ({why}), not {value:,}")
 
 
-def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+def list_keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
     """Yield the dotted key, the type with the default, and the meaning of every field of a dataclass and of those
     inside it. The meaning is the docstring under the field."""
     hints, meanings = get_type_hints(cls), field_docstrings(cls)
@@ -150,7 +150,7 @@ def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]
         if dataclasses.is_dataclass(field.default):  # one of several, as a strategy that another contains
             inside = type(field.default)
         if inside is not None and field.default is not None:
-            yield from keys(inside, (*path, field.name))
+            yield from list_keys(inside, (*path, field.name))
             continue
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "needed" if needed else "none by default"
@@ -159,13 +159,14 @@ def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]
         yield key, f"{_words(hints[field.name])}; {default}", meanings.get(field.name, "")
         for each in (inside, *map(_dataclass_of, _items(hints[field.name]))):
             if each is not None:
-                yield from keys(each, (*path, field.name) if each is inside else (*path, field.name, "NAME"))
+                yield from list_keys(each, (*path, field.name) if each is inside else (*path, field.name, "NAME"))
 
 
 def keys_text(cls: type) -> str:
     """Return every key with its type, default and meaning, for a terminal and for the docs."""
     return "\n\n".join(
-        "\n    ".join([key, *textwrap.wrap(takes, 76), *textwrap.wrap(means, 76)]) for key, takes, means in keys(cls)
+        "\n    ".join([key, *textwrap.wrap(takes, 76), *textwrap.wrap(means, 76)])
+        for key, takes, means in list_keys(cls)
     )
 
 
@@ -333,10 +334,10 @@ def _toml_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the keys of nested mappings, such as `a.b`, with their values."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

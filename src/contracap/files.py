@@ -15,7 +15,7 @@ DISK_ERRORS = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replace_file(path: str | Path) -> Iterator[Path]:
     """A context with an empty file next to `path`, which replaces `path` at the end, or is removed after an error.
 
     The folder is created. The file gets the default permissions. If `path` is a link, its target is replaced. If it is
@@ -56,7 +56,7 @@ def is_stream(path: str | Path) -> bool:
 
 
 def try_place(path: str | Path) -> None:
-    """Check that `replacing` can write `path`, by creating and removing a file next to it.
+    """Check that `replace_file` can write `path`, by creating and removing a file next to it.
 
     Raises: OSError: naming `path`, if it cannot be written.
     """
@@ -151,7 +151,7 @@ def write_text(path: str | Path, text: str) -> None:
 
     Characters that UTF-8 cannot hold, such as undecodable bytes of a file's name, are escaped as in JSON: \\udce9.
     """
-    with replacing(path) as partial:
+    with replace_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

@@ -108,7 +108,7 @@ def in_thread(steps: Iterable[object], *, pause: float = 0.0) -> Iterator[None]:
         thread.join()
 
 
-def waiting(bar: tqdm) -> Callable[[int, str], None]:
+def show_waiting(bar: tqdm) -> Callable[[int, str], None]:
     """Return a function that shows what the work waits for: on the bar, or if none is shown in a log line.
 
     Call it every second with the number of images that are done and the name of what is waited for, "" for nothing.

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from contracap.apps.web import BodyTooLargeError, EndQuietly, bind, limit_body, url
+from contracap.apps.web import BodyTooLargeError, EndQuietly, bind, format_url, limit_body
 
 
 def test_clients_are_refused_until_the_server_listens() -> None:
@@ -32,7 +32,7 @@ def test_an_address_of_ipv6_stands_in_brackets() -> None:
     except OSError:
         pytest.skip("no IPv6 here")
     with listener:
-        assert url(listener) == f"http://[::1]:{listener.getsockname()[1]}"
+        assert format_url(listener) == f"http://[::1]:{listener.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])

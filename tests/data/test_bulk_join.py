@@ -9,7 +9,7 @@ import pytest
 from contracap.data.captions import CaptionConfig, choose_caption
 from contracap.data.samples import Sample
 from contracap.data.shard_maker import make_shards
-from contracap.data.shards import list_shards, samples, write_shard
+from contracap.data.shards import list_shards, read_samples, write_shard
 from contracap.data.sources import read_source
 from tests.data.test_shard_maker import picture
 
@@ -40,7 +40,7 @@ def written(shards: Path) -> list[dict[str, Any]]:
     """Rows as `bulk caption` writes them; the last image of each shard could not be read."""
     found = []
     for shard in list_shards(shards):
-        for sample in samples(shard):
+        for sample in read_samples(shard):
             text = None if sample.key.endswith("2") else f"made {sample.key}"
             error = None if text else "broken"
             found.append({"key": sample.key, "shard": str(shard), "caption": text, "score": 0.1, "error": error})
@@ -48,7 +48,7 @@ def written(shards: Path) -> list[dict[str, Any]]:
 
 
 def read(out: Path) -> list[Sample]:
-    return [sample for shard in list_shards(out) for sample in samples(shard)]
+    return [sample for shard in list_shards(out) for sample in read_samples(shard)]
 
 
 def test_captions_are_joined_with_the_samples_they_were_written_for(shards: Path, tmp_path: Path) -> None:
@@ -107,5 +107,5 @@ def test_a_row_names_no_command(
 def test_the_name_of_a_file_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_shard(tmp_path / "pipe:touch ran;.tar", [("a", {"jpg": picture(0)})])
-    assert [sample.key for shard in list_shards(".") for sample in samples(shard)] == ["a"]
+    assert [sample.key for shard in list_shards(".") for sample in read_samples(shard)] == ["a"]
     assert not (tmp_path / "ran").exists()

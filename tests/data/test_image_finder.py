@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from contracap.data.image_finder import SkippedFiles, has_image, images_in
+from contracap.data.image_finder import SkippedFiles, find_images, has_image
 
 
 def picture(format: str = "JPEG") -> bytes:
@@ -26,7 +26,7 @@ def fill(folder: Path, **files: bytes) -> Path:
 
 def walked(folder: Path) -> tuple[list[str], dict[str, int]]:
     passed = SkippedFiles()
-    return [file.as_posix() for file in images_in(folder, passed)], dict(passed.counts)
+    return [file.as_posix() for file in find_images(folder, passed)], dict(passed.counts)
 
 
 def test_files_without_a_known_suffix_are_judged_by_their_content(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_only_regular_files_are_pictures(tmp_path: Path) -> None:
 
 def test_what_is_passed_over_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(tmp_path, **{"a.jpg": picture(), "a.txt": b"", "b.mp4": b"", "c.mp4": b"", "d.zip": b""})
-    list(images_in(tmp_path))
+    list(find_images(tmp_path))
     (line,) = caplog.messages
     assert "2 .mp4, 1 .zip" in line and str(tmp_path) in line and "txt" not in line
     assert not has_image(fill(tmp_path / "empty", **{"a.mp4": b""}))

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from contracap.data.annotations import SourceError
-from contracap.data.questions import Question, QuestionSamples, questions
+from contracap.data.questions import Question, QuestionSamples, parse_questions
 from contracap.data.samples import Sample
-from contracap.data.shards import samples
+from contracap.data.shards import read_samples
 
 
 def sample(**fields: Any) -> Sample:
@@ -50,11 +50,11 @@ def test_files_of_vqav2_and_ok_vqa_become_pictures_with_their_questions(
     assert (first.key, first.image) == ("COCO_val2014_000000000042", b"picture 42")
     assert (second.key, second.shard) == ("COCO_val2014_000000000007", path.name)
     ten = ("answer 1", "answer 0") * 5
-    assert questions(first) == tuple(
+    assert parse_questions(first) == tuple(
         Question(text=text, answers=ten, question_type="what is", answer_type="other", identity=number)
         for number, text in ((420, "what is it?"), (421, "how many?"))
     )
-    assert [question.text for question in questions(second)] == ["is it red?"]
+    assert [question.text for question in parse_questions(second)] == ["is it red?"]
     assert [*samples] == [first, second]
 
 
@@ -70,12 +70,12 @@ def test_pictures_that_are_not_there_are_named_before_the_first_sample(tmp_path:
 
 
 def test_a_single_answer_is_that_of_one_person() -> None:
-    (question,) = questions(sample(qa=[{"question": "is it?", "answer": "yes"}]))
+    (question,) = parse_questions(sample(qa=[{"question": "is it?", "answer": "yes"}]))
     assert question == Question(text="is it?", answers=("yes",))
 
 
 def test_a_type_of_null_is_none() -> None:
-    (question,) = questions(
+    (question,) = parse_questions(
         sample(qa=[{"question": "is it?", "answer": "yes", "question_type": None, "answer_type": None}])
     )
     assert (question.question_type, question.answer_type) == ("", "")
@@ -97,11 +97,11 @@ def test_a_type_of_null_is_none() -> None:
 )
 def test_questions_that_are_not_as_they_should_be_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        questions(sample(**fields))
+        parse_questions(sample(**fields))
 
 
 def test_easy_vqa_is_read_as_it_lies(data_folder: Path) -> None:
-    asked = [questions(sample) for sample in samples(str(data_folder / "easy_vqa" / "train" / "000000.tar"))]
+    asked = [parse_questions(sample) for sample in read_samples(str(data_folder / "easy_vqa" / "train" / "000000.tar"))]
     assert (len(asked), sum(map(len, asked))) == (4000, 38575)
     answers = json.loads((data_folder / "easy_vqa" / "manifest.json").read_text())["answers"]
     assert {answer for about in asked for question in about for answer in question.answers} == set(answers)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from contracap.data import remote
 from contracap.data.patterns import expand
 from contracap.data.remote import RemoteError, open_file
-from contracap.data.shards import ShardError, list_shards, records, write_shard
+from contracap.data.shards import ShardError, list_shards, read_records, write_shard
 
 T = TypeVar("T")
 NAMES = [f"{'n' * 120}/{'é' * 90}.jpg", f"{'n' * 120}/{'é' * 90}.json", "b.jpg", "dir.with.dot/c.jpg", "d.txt"]
@@ -137,7 +137,7 @@ def content_of(url: str) -> bytes:
 
 
 def records_of(shard: str) -> list[tuple[str, dict[str, bytes]]]:
-    return within(20, lambda: [(record.key, record.members) for record in records(shard)])
+    return within(20, lambda: [(record.key, record.members) for record in read_records(shard)])
 
 
 def webdataset_records(shard: Path) -> list[tuple[str, dict[str, bytes]]]:
@@ -319,7 +319,7 @@ class Shards(IterableDataset[str]):
         self.url = url
 
     def __iter__(self) -> Iterator[str]:
-        yield from (record.key for record in records(self.url))
+        yield from (record.key for record in read_records(self.url))
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +457,9 @@ def test_the_output_of_a_command_is_a_shard(tmp_path: Path) -> None:
     local = records_of(str(tmp_path / "made.tar"))
     assert records_of(f"pipe:cat {tmp_path}/made.tar") == local
     assert records_of(f"pipe:gzip -c {tmp_path}/made.tar | gunzip -c") == local
-    assert next(records(f"pipe:cat {tmp_path}/made.tar; sleep 20")).key == "0000"  # left early, its end is not awaited
+    assert (
+        next(read_records(f"pipe:cat {tmp_path}/made.tar; sleep 20")).key == "0000"
+    )  # left early, its end is not awaited
 
 
 @pytest.mark.parametrize(

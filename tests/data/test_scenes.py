@@ -16,8 +16,8 @@ from contracap.data.grammar import (
     RELATION_PHRASES,
     RELATION_WORDS,
     describe,
-    hint,
     parse,
+    write_hint,
 )
 from contracap.data.loader import evaluation_samples
 from contracap.data.scenes import (
@@ -33,10 +33,10 @@ from contracap.data.scenes import (
     count_meanings,
     is_test,
     legal_twins,
+    make_twin,
     random_scene,
     single_scenes,
     training_scenes,
-    twin,
     twin_scenes,
 )
 
@@ -92,11 +92,11 @@ def test_incomplete_or_foreign_captions_have_no_meaning(caption: str) -> None:
 
 def test_a_hint_tells_no_whole_scene() -> None:
     generator = np.random.default_rng(0)
-    hints = {hint(Scene((CIRCLE,)), generator) for _ in range(50)}
+    hints = {write_hint(Scene((CIRCLE,)), generator) for _ in range(50)}
     assert len(hints) > 2
     assert all(parse(words) is None for words in hints)
     assert all(("red" in words) + ("circle" in words) + ("in the middle" in words) == 1 for words in hints)
-    left = {hint(Scene((CIRCLE,), place=("left of", False)), generator) for _ in range(50)}
+    left = {write_hint(Scene((CIRCLE,), place=("left of", False)), generator) for _ in range(50)}
     assert "a thing left of the middle" in left and "there is a thing to the left of the middle" in left
 
 
@@ -142,8 +142,8 @@ def test_training_scenes_are_followed_by_some_of_their_twins() -> None:
 
 def test_a_twin_exchanges_one_attribute() -> None:
     scene = Scene((CIRCLE, SQUARE), "above")
-    assert twin(scene, "color") == Scene((replace(CIRCLE, color="blue"), replace(SQUARE, color="red")), "above")
-    assert twin(twin(scene, "shape"), "shape") == scene
+    assert make_twin(scene, "color") == Scene((replace(CIRCLE, color="blue"), replace(SQUARE, color="red")), "above")
+    assert make_twin(make_twin(scene, "shape"), "shape") == scene
     assert legal_twins(Scene((CIRCLE,)), test=True) == legal_twins(Scene((CIRCLE,)), test=False) == {}
 
 
@@ -156,7 +156,9 @@ def test_legal_twins_mean_something_else_and_stay_on_their_side() -> None:
         assert all(other.pairs <= TRAINED for other in training.values())
         assert all(other.pairs & HELD_OUT for other in test.values())
         first, second = scene.things
-        assert ("size" in training or "size" in test) == (first.size != second.size and twin(scene, "size") != scene)
+        assert ("size" in training or "size" in test) == (
+            first.size != second.size and make_twin(scene, "size") != scene
+        )
 
 
 def test_test_scenes_are_distinct_hold_a_held_out_pair_and_lie_beside_their_twins() -> None:

@@ -20,7 +20,7 @@ from contracap.data.index import read_index
 from contracap.data.indexing import describe
 from contracap.data.samples import Sample
 from contracap.data.shard_maker import MadeShards, MakingError, make_shards
-from contracap.data.shards import list_shards, samples, write_shard
+from contracap.data.shards import list_shards, read_samples, write_shard
 from contracap.image_files import decode
 
 
@@ -41,7 +41,7 @@ def make_folder(folder: Path, count: int) -> Path:
 
 
 def read(out: Path) -> list[Sample]:
-    return [sample for shard in list_shards(out) for sample in samples(shard)]
+    return [sample for shard in list_shards(out) for sample in read_samples(shard)]
 
 
 def contents(out: Path) -> dict[str, bytes]:

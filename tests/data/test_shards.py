@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from contracap.data import shards, tar
 from contracap.data.captions import require_captions
 from contracap.data.samples import SAMPLE_SUFFIXES, Record, SampleError, parse
-from contracap.data.shards import ShardError, count_samples, list_shards, records, samples, write_shard
+from contracap.data.shards import ShardError, count_samples, list_shards, read_records, read_samples, write_shard
 
 LONG = "long/" + "n" * 150 + "/" + "é" * 90
 NAMES = [
@@ -49,7 +49,7 @@ def webdataset_records(shard: str) -> list[tuple[str, dict[str, bytes]]]:
 
 
 def our_records(shard: str, start: int = 0) -> list[tuple[str, dict[str, bytes]]]:
-    return [(record.key, record.members) for record in records(shard, start)]
+    return [(record.key, record.members) for record in read_records(shard, start)]
 
 
 def simple_shard(path: Path, keys: list[str]) -> list[tuple[str, dict[str, bytes]]]:
@@ -74,7 +74,7 @@ def test_flickr8k_samples_are_those_of_webdataset(data_folder: Path) -> None:
     ours = our_records(shard)
     assert ours == webdataset_records(shard)
     assert len(ours) == 1000
-    assert all(len(sample.captions) == 5 for sample in samples(shard))
+    assert all(len(sample.captions) == 5 for sample in read_samples(shard))
 
 
 def test_repeated_suffix_starts_another_sample(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_cut_shard_gives_whole_samples_then_an_error(tmp_path_factory: pytest.Te
     cut.write_bytes(content[: int(share * (end + 511))])
     found = []
     with pytest.raises(ShardError, match=r"cut\.tar"):
-        found.extend((record.key, record.members) for record in records(str(cut)))
+        found.extend((record.key, record.members) for record in read_records(str(cut)))
     assert found == written[: len(found)]
     assert len(found) >= int(share * 4) - 1
 
@@ -290,7 +290,7 @@ def test_members_of_one_sample_are_not_read_beyond_the_limit_of_one(tmp_path: Pa
     monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 10_000)
     monkeypatch.setattr(shards, "MAX_TEXT_BYTES", 1000)
     shard = zeros(tmp_path / "0.tgz", [("b.json", 2000), ("b.txt", 20), ("b.gif", 6000), ("b.jpg", 6000)], samples=2)
-    found = list(records(shard))
+    found = list(read_records(shard))
     assert [record.key for record in found] == ["0", "b", "1"]
     assert found[1].too_large == ["json", "jpg"]
     assert sum(map(len, found[1].members.values())) == 6020
@@ -312,9 +312,9 @@ def test_members_of_one_sample_are_not_read_beyond_the_limit_of_one(tmp_path: Pa
 )
 def test_a_sample_that_costs_more_than_one_may_ends_its_shard(tmp_path, monkeypatch, limit: str, members) -> None:
     shard = zeros(tmp_path / "0.tgz", members, samples=3)
-    assert len(list(records(shard))) >= 3
+    assert len(list(read_records(shard))) >= 3
     monkeypatch.setattr(tar, limit, 100_000)
-    for read in (lambda: list(records(shard)), lambda: count_samples(shard)):
+    for read in (lambda: list(read_records(shard)), lambda: count_samples(shard)):
         with pytest.raises(ShardError, match=r"0\.tgz.* more than 100,000 bytes") as error:
             read()
         assert error.value.whole <= 1
@@ -328,13 +328,13 @@ def test_many_samples_may_take_more_together_than_one(tmp_path: Path, monkeypatc
 
 def test_groups_without_a_picture_are_passed_over_and_counted(tmp_path: Path, caplog) -> None:
     write_shard(tmp_path / "0.tar", [("notes", {"json": b"{}"}), ("a", {"jpg": b"p"}), ("more", {"txt": b"t"})])
-    assert [sample.key for sample in samples(str(tmp_path / "0.tar"))] == ["a"]
+    assert [sample.key for sample in read_samples(str(tmp_path / "0.tar"))] == ["a"]
     assert "2 groups without an image" in caplog.text
 
 
 def test_members_of_other_suffixes_are_left_empty_when_asked_for(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": b"features", "txt": b"t"})])
-    (record,) = records(str(tmp_path / "0.tar"), suffixes=SAMPLE_SUFFIXES)
+    (record,) = read_records(str(tmp_path / "0.tar"), suffixes=SAMPLE_SUFFIXES)
     assert record.members == {"jpg": b"p", "npy": b"", "txt": b"t"}
 
 
@@ -342,7 +342,7 @@ def test_members_of_other_suffixes_are_left_empty_when_asked_for(tmp_path: Path)
 def test_a_npy_member_is_handed_on_as_it_lies(tmp_path: Path, content: bytes) -> None:
     fields = {"labels": [1]}
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": content, "json": json.dumps(fields).encode()})])
-    (sample,) = samples(str(tmp_path / "0.tar"))
+    (sample,) = read_samples(str(tmp_path / "0.tar"))
     assert (sample.npy, sample.fields) == (content, fields)
 
 
@@ -352,4 +352,4 @@ def test_a_sparse_member_that_is_damaged_is_told_of_in_words_of_our_own(tmp_path
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         archive.addfile(member, io.BytesIO(bytes(512)))
     with pytest.raises(ShardError, match="a header of a kind that no shard has"):
-        list(records(str(tmp_path / "a.tar")))
+        list(read_records(str(tmp_path / "a.tar")))

@@ -12,7 +12,7 @@ from time import sleep
 import pytest
 
 from contracap.data import workers
-from contracap.data.workers import WorkerError, in_processes, in_threads, prepared
+from contracap.data.workers import WorkerError, in_processes, in_threads, prepare_ahead
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -107,7 +107,7 @@ def test_batches_are_prepared_in_their_order_and_ahead_of_who_takes_them(monkeyp
         made[number].set()
         return -number
 
-    with prepared(prepare, numbers(9, [])) as batches:
+    with prepare_ahead(prepare, numbers(9, [])) as batches:
         for place, (number, result) in enumerate(batches):
             assert (number, result) == (place, -place)
             assert all(made[later].wait(10) for later in range(place, min(place + 1 + ahead, 9)))
@@ -129,7 +129,7 @@ def test_an_error_is_raised_in_its_place_and_leaves_no_thread(failing: str) -> N
             raise OSError("gone")
         return number
 
-    with suppress(OSError), prepared(prepare, batches()) as found:
+    with suppress(OSError), prepare_ahead(prepare, batches()) as found:
         for number, _ in found:
             taken.append(number)
             if number == 2 and failing == "consumer":

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from contracap.evaluation.result import OWN_KEYS, PerSample, Result, versions
+from contracap.evaluation.result import OWN_KEYS, PerSample, Result, list_versions
 
 
 def test_file_holds_the_keys_of_every_result(tmp_path) -> None:
@@ -18,7 +18,7 @@ def test_file_holds_the_keys_of_every_result(tmp_path) -> None:
     )
     replace(result, command="contracap evaluate x", seed=7).write(path)
     content = json.loads(path.read_text())
-    assert content.pop("versions")["python"] == versions()["python"]
+    assert content.pop("versions")["python"] == list_versions()["python"]
     assert content == {
         "command": "contracap evaluate x",
         "seed": 7,
@@ -40,7 +40,7 @@ def test_values_pair_up_by_the_samples_in_their_order() -> None:
 
 
 def test_versions_name_what_can_change_a_figure() -> None:
-    assert {"python", "torch", "numpy"} <= versions().keys()
+    assert {"python", "torch", "numpy"} <= list_versions().keys()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,7 +9,7 @@ from contracap.data.shards import write_shard
 from contracap.evaluation import retrieval
 from contracap.evaluation.metrics import ranking
 from contracap.evaluation.metrics.ranking import find_position, find_positions
-from contracap.evaluation.retrieval import Features, evaluate_retrieval, recall
+from contracap.evaluation.retrieval import Features, compute_recall, evaluate_retrieval
 
 from .oracles import reference
 from .worlds import COLOURS, ColourModel, Largest, processor, record, sample
@@ -46,7 +46,7 @@ def test_recall_equals_clip_benchmark_with_several_captions_a_picture(
     scores = texts @ images.T
     assert all(len(row.unique()) == len(row) for row in (*scores, *scores.T))  # no ties
     positive = owner[:, None] == torch.arange(len(images))
-    found = recall(images.to(device), texts.to(device), owner.to(device), (1, 5, 10))
+    found = compute_recall(images.to(device), texts.to(device), owner.to(device), (1, 5, 10))
     for k in (1, 5, 10):
         to_image, to_text = clip_benchmark_recall(scores, positive, k), clip_benchmark_recall(scores.T, positive.T, k)
         assert found[f"text_to_image_recall@{k}"] == pytest.approx(to_image, abs=1e-6)
@@ -98,7 +98,7 @@ def test_of_equal_scores_the_first_candidate_stands_first() -> None:
 
 def test_a_collapsed_model_is_at_chance() -> None:
     same = torch.ones(10, 4) / 2
-    found = recall(same, same.repeat_interleave(2, dim=0), torch.arange(10).repeat_interleave(2), (1, 5))
+    found = compute_recall(same, same.repeat_interleave(2, dim=0), torch.arange(10).repeat_interleave(2), (1, 5))
     assert found == {
         "text_to_image_recall@1": 0.1,
         "text_to_image_recall@5": 0.5,
@@ -110,9 +110,9 @@ def test_a_collapsed_model_is_at_chance() -> None:
 def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
     images, texts, owner = embeddings(4, (3, 3), 0)
     with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs at least 5 images .*; there are 4"):
-        recall(images, texts, owner, (1, 5))
+        compute_recall(images, texts, owner, (1, 5))
     with pytest.raises(ValueError, match=r"recall@0 needs a K from 1"):
-        recall(images, texts, owner, (0,))
+        compute_recall(images, texts, owner, (0,))
     with pytest.raises(ValueError, match=r"recall@-1 needs a K from 1"):
         evaluate_retrieval(ColourModel(), processor(), [], ks=(1, -1))
 
@@ -213,7 +213,7 @@ def test_the_evaluator_finds_the_recalls_of_the_embeddings(monkeypatch) -> None:
     images, texts, owner = embeddings(40, (5, 7), seed=0)
     found = Features(images=images, texts=texts, image_of_text=owner, keys=["x"] * 40, captions=["x"] * len(texts))
     monkeypatch.setattr(retrieval, "embed", lambda *_, **__: found)
-    assert evaluate_retrieval(ColourModel(), processor(), []).figures == recall(images, texts, owner)
+    assert evaluate_retrieval(ColourModel(), processor(), []).figures == compute_recall(images, texts, owner)
 
 
 def test_batch_size_does_not_change_the_figures() -> None:

@@ -11,7 +11,7 @@ from contracap.data.shards import write_shard
 from contracap.evaluation import answers as module
 from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion
 from contracap.evaluation.config import TaskConfig
-from contracap.evaluation.result import digest
+from contracap.evaluation.result import compute_digest
 from contracap.evaluation.task import build_evaluator
 from contracap.evaluation.vqa import STRATEGY, evaluate_vqa, load_answers, write_answers
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, Sampling
@@ -177,7 +177,7 @@ def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
     assert result.samples == 2
     assert result.per_sample["accuracy"].values == pytest.approx([0.6 * 2 / 3, 1 * 2 / 3])
     assert result.details == {
-        "keys_digest": digest(["a", "b"]),
+        "keys_digest": compute_digest(["a", "b"]),
         "questions": 3,
         "accuracy_by_question_type": {"how many": pytest.approx(0.6), "is": 0.5},
         "accuracy_by_answer_type": {"number": pytest.approx(0.6), "yes/no": 0.5},

@@ -14,9 +14,9 @@ from contracap.evaluation.class_names import TEMPLATES, load_classes, load_templ
 from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.metrics import classification
 from contracap.evaluation.metrics.classification import accuracy_parts, mean_average_precision
-from contracap.evaluation.result import digest
+from contracap.evaluation.result import compute_digest
 from contracap.evaluation.task import build_evaluator
-from contracap.evaluation.zeroshot import classifier, evaluate_zeroshot, label_of, logits, match_classes
+from contracap.evaluation.zeroshot import build_classifier, compute_logits, evaluate_zeroshot, label_of, match_classes
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 
@@ -32,7 +32,7 @@ def test_classifier_is_the_normalised_mean_of_the_normalised_prompts() -> None:
     model, prompts = ColourModel(), processor()
     table = torch.randn(1024, 8)
     model.encode_text = lambda ids: table[ids].mean(dim=1)  # depends on the template too, and is not normalised
-    weights = classifier(model, prompts, ["red", "blue"], TEMPLATES, batch_size=3)
+    weights = build_classifier(model, prompts, ["red", "blue"], TEMPLATES, batch_size=3)
     for row, name in zip(weights, ["red", "blue"], strict=True):
         texts = prompts.texts([template.format(name) for template in TEMPLATES])
         mean = normalize(model.encode_text(texts), dim=-1).mean(dim=0)
@@ -105,7 +105,7 @@ def test_classifier_equals_clip_benchmark() -> None:
     expected = oracle.zero_shot_classifier(
         model, prompts.texts, names, [template.replace("{}", "{c}") for template in templates], "cpu", amp=False
     )
-    torch.testing.assert_close(classifier(model, prompts, names, templates, batch_size=4), expected.T)
+    torch.testing.assert_close(build_classifier(model, prompts, names, templates, batch_size=4), expected.T)
 
 
 def test_pictures_of_several_classes_have_a_mean_average_precision(tmp_path) -> None:
@@ -192,7 +192,7 @@ def test_folders_of_classes_name_them(tmp_path) -> None:
     assert result.predictions.classes == ("red", "sky blue")
     assert result.figures["acc1"] == 1
     assert result.predictions.labels == [0, 1]
-    assert result.details["keys_digest"] == digest(["red/0.png", "sky_blue/0.png"])
+    assert result.details["keys_digest"] == compute_digest(["red/0.png", "sky_blue/0.png"])
     assert match_classes((tmp_path,), ["rouge", "bleu"])[1] == ("rouge", "bleu")
     with pytest.raises(ValueError, match="has 2 subfolders, but there are 6 class names"):
         match_classes(tmp_path, NAMES)
@@ -231,7 +231,7 @@ def test_last_product_is_fp32_under_autocast() -> None:
     pictures, weights = torch.randn(4, 64, generator=draw), torch.randn(7, 64, generator=draw)
     expected = 100 * pictures @ weights.T
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        made = logits(pictures, weights)
+        made = compute_logits(pictures, weights)
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, expected)
 

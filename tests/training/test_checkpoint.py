@@ -33,7 +33,7 @@ from contracap.training.checkpoint import (
 from contracap.training.optimizer import build_optimizer
 from contracap.training.recipe import Recipe
 from contracap.training.recorder import Recorder, read_metrics
-from contracap.training.run_folder import locked
+from contracap.training.run_folder import lock_folder
 from contracap.training.shutdown import Interrupted, ShutdownRequested, shutdown_signal
 from contracap.training.step import StepMetrics, TrainingState, train_step
 from contracap.training.trainer import train
@@ -418,7 +418,7 @@ def test_two_runs_at_once_in_a_folder_are_refused(recipe_values: dict) -> None:
     held, told = os.pipe()
     if (other := os.fork()) == 0:
         try:  # an error must not go on as a second test run
-            with locked(folder):
+            with lock_folder(folder):
                 os.write(told, b"!")
                 time.sleep(60)
         finally:

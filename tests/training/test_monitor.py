@@ -13,7 +13,7 @@ import torch
 from contracap.config import build
 from contracap.data.batch import Batch
 from contracap.data.loader import TrainingBatches
-from contracap.data.shards import samples
+from contracap.data.shards import read_samples
 from contracap.images import ImageConfig
 from contracap.parallel import ProcessGroup
 from contracap.pretrained import load, read_weights
@@ -160,7 +160,7 @@ def test_evaluating_on_the_way_changes_nothing_of_the_training(
     assert all((ours[name] == theirs[name]).all() for name in ours)
     figures = [record for record in read_metrics(Path(recipe.out)) if "pairs/text_to_image_recall@1" in record]
     assert [record["step"] for record in figures] == [5, 8]
-    first = next(iter(samples(str(colours / "000.tar"))))
+    first = next(iter(read_samples(str(colours / "000.tar"))))
     captions = lines(recipe, "captions.jsonl")
     assert [(line["step"], line["key"]) for line in captions] == [
         (step, key) for step in (5, 8) for key in ("0000", "0001")

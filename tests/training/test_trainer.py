@@ -12,7 +12,7 @@ import torch
 from contracap.config import ConfigError, build, to_toml
 from contracap.data.indexing import index_folder
 from contracap.data.order import OrderError
-from contracap.data.shards import records, write_shard
+from contracap.data.shards import read_records, write_shard
 from contracap.pretrained import load, random_model, read_weights, save, save_open_clip
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.open_clip_names import to_open_clip
@@ -357,7 +357,7 @@ def test_metrics_after_the_checkpoint_and_a_cut_last_line_are_dropped(recipe_val
 def test_bad_samples_are_named_and_counted_and_survive_a_resume(recipe_values: dict, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(recipe_values["data"]["train"], shards)
-    good = list(records(str(shards / "000.tar")))
+    good = list(read_records(str(shards / "000.tar")))
     broken = [("broken", {"png": b"no picture", "txt": b"a"}), ("silent", {"png": good[0].members["png"]})]
     write_shard(shards / "002.tar", broken)
     data = recipe_values["data"] | {"train": str(shards)}

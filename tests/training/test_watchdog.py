@@ -9,7 +9,7 @@ from contracap.data.loader import TrainingBatches
 from contracap.parallel import ProcessGroup
 from contracap.training.recipe import Recipe
 from contracap.training.trainer import train
-from contracap.training.watchdog import CHECKPOINT, DATA, STEP, Stall, Watchdog, verdict
+from contracap.training.watchdog import CHECKPOINT, DATA, STEP, Stall, Watchdog, describe_stalls
 
 
 def reports(caplog: pytest.LogCaptureFixture, beginning: str) -> list[str]:
@@ -104,10 +104,10 @@ def stall(step: int = 5, phase: str = STEP, *, waits: bool = True, place: str = 
     ids=["at something of its own", "a step behind", "rank 0 writes", "gone", "inside the step"],
 )
 def test_rank_0_says_whom_the_others_wait_for(stalls: dict[int, Stall], expected: str) -> None:
-    assert re.search(expected, verdict(stalls, 3))
+    assert re.search(expected, describe_stalls(stalls, 3))
 
 
 def test_many_ranks_are_named_in_one_short_line() -> None:
     stalls = {rank: stall() for rank in range(1024)} | {3: stall(phase=DATA, waits=False)}
-    assert verdict(stalls, 1024).startswith("the ranks wait for rank 3, ")
-    assert len(verdict({rank: stall() for rank in range(1024)}, 1024)) < 200
+    assert describe_stalls(stalls, 1024).startswith("the ranks wait for rank 3, ")
+    assert len(describe_stalls({rank: stall() for rank in range(1024)}, 1024)) < 200

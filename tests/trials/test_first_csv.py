@@ -15,7 +15,7 @@ from contracap.cli import main
 from contracap.config import ConfigError
 from contracap.data.annotations import SourceError
 from contracap.data.shard_maker import make_shards
-from contracap.data.shards import list_shards, samples
+from contracap.data.shards import list_shards, read_samples
 from contracap.data.sources import read_source
 from contracap.pretrained.find import find_weights
 from contracap.training.recipe import load_recipe
@@ -113,7 +113,7 @@ def test_captions_of_all_named_columns_are_taken(folder: Path, capsys: pytest.Ca
     Path("t.csv").write_text("image,short,long,caption\n0.png,a,b,c\n")
     make = ["shards", "make", "t.csv", "--out", "out", "--workers", "1"]
     assert main([*make, "--caption-column", "short", "long"]) == 0
-    assert next(samples("out/00000.tar")).captions == ("a", "b")
+    assert next(read_samples("out/00000.tar")).captions == ("a", "b")
     assert main([*make, "--caption-column", "short", "--caption-column", "long"]) == 2
     assert "--caption-column is given twice" in capsys.readouterr().err
     assert "has no column short or none" in said([*make, "--caption-column", "short", "none"], capsys)
@@ -202,7 +202,7 @@ def test_counts_of_made_shards_add_up(folder: Path, capsys: pytest.CaptureFixtur
         assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[:2] == ["3 samples with 4 captions in 1 shard: out", "skipped 1: missing_file"]
-    assert sum(len(sample.captions) for sample in samples("out/00000.tar")) == 4
+    assert sum(len(sample.captions) for sample in read_samples("out/00000.tar")) == 4
 
 
 def test_sigterm_ends_the_making_of_shards_as_ctrl_c_does(

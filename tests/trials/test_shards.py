@@ -10,7 +10,7 @@ from contracap.data.captions import CaptionConfig
 from contracap.data.config import DataConfig
 from contracap.data.loader import TrainingBatches
 from contracap.data.order import OrderError
-from contracap.data.shards import samples
+from contracap.data.shards import read_samples
 from contracap.images import ImageConfig
 from contracap.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ def test_the_layout_is_told_with_its_remedy(trial, weights: Path, tmp_path, caps
 
 
 def test_captions_are_found_wherever_they_stand(trial) -> None:
-    found = {sample.key: sample.captions for sample in samples(str(trial("shards") / "captions.tar"))}
+    found = {sample.key: sample.captions for sample in read_samples(str(trial("shards") / "captions.tar"))}
     assert found["002"] == ("one caption", "another")
     assert found["003"] == ("a caption with a mark",)
     assert found["005"] == ("json with a mark",)

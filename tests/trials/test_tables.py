@@ -12,7 +12,7 @@ import pytest
 from contracap.cli import main
 from contracap.data.samples import Sample
 from contracap.data.shard_maker import make_shards
-from contracap.data.shards import list_shards, samples
+from contracap.data.shards import list_shards, read_samples
 
 Made = tuple[dict[str, tuple[str, ...]], dict[str, int]]
 
@@ -22,7 +22,7 @@ def captions_of(out: Path) -> dict[str, tuple[str, ...]]:
 
 
 def samples_of(out: Path) -> list[Sample]:
-    return [sample for shard in list_shards(out) for sample in samples(shard)]
+    return [sample for shard in list_shards(out) for sample in read_samples(shard)]
 
 
 @pytest.fixture

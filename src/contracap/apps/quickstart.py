@@ -25,7 +25,7 @@ from contracap.apps.html_page import (
     text,
     verdict,
 )
-from contracap.apps.report.curves import curves
+from contracap.apps.report.curves import draw_curves
 from contracap.apps.report.grids import best_images, image_grid
 from contracap.config import to_dict
 from contracap.data.drawing import scene_records, write_training_shards
@@ -45,7 +45,7 @@ from contracap.data.shards import write_shard
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features, evaluate_retrieval
 from contracap.evaluation.zeroshot import evaluate_zeroshot
-from contracap.files import replacing, write_text
+from contracap.files import replace_file, write_text
 from contracap.generation.captioner import Captioner
 from contracap.generation.sampling import Greedy
 from contracap.model.coca import CoCa
@@ -169,7 +169,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
         details={"chance": CHANCE, "targets": TARGETS, "recipe": to_dict(recipe)},
     )
     write_text(out / "report.html", report(measured, figures, recipe))
-    with replacing(out / "sample.png") as sample:
+    with replace_file(out / "sample.png") as sample:
         sample.write_bytes(measured.twins[0].image)
     result.write(out / "results.json")
     print(figures_as_text(figures))
@@ -274,7 +274,7 @@ def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> 
             ),
             image_grid(features, best_images(features, range(GRID_ROWS)), dict(enumerate(measured.twins))),
         ],
-        "The run": [curves(read_metrics(Path(recipe.out)))],
+        "The run": [draw_curves(read_metrics(Path(recipe.out)))],
     }
     return page("contracap quickstart", sections)
 

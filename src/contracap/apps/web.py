@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url(listener: socket.socket) -> str:
+def format_url(listener: socket.socket) -> str:
     """Return the address for a browser on this machine."""
     host, port = listener.getsockname()[:2]
     return f"http://{_url_host(host)}:{port}"

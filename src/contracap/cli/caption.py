@@ -91,8 +91,8 @@ def caption(
 ) -> int:
     """Write a caption for each image. The same command continues where it was stopped. Unreadable images are listed
     at the end."""
-    from contracap.apps.bulk.caption_images import caption_images, first
-    from contracap.apps.bulk.inputs import count_items, first_items, items
+    from contracap.apps.bulk.caption_images import caption_images, take_first
+    from contracap.apps.bulk.inputs import count_items, find_items, first_items
     from contracap.apps.bulk.output_config import caption_config
     from contracap.apps.bulk.outputs import Lines
     from contracap.apps.bulk.rows import Row, caption_rows
@@ -130,7 +130,7 @@ def caption(
     )
     with output:
         outcome = caption_images(
-            first(items(paths, recursive=flags.recursive, outputs=[table, json]), flags.limit),
+            take_first(find_items(paths, recursive=flags.recursive, outputs=[table, json]), flags.limit),
             write,
             output,
             image=captioner.processor.image_config,

@@ -25,7 +25,7 @@ def compare(
 ) -> None:
     """Draw two results side by side: scores, gaps with intervals, and tables."""
     from contracap.apps.compare.comparison import compare as compared
-    from contracap.apps.compare.comparison_tables import markdown
+    from contracap.apps.compare.comparison_tables import to_markdown
     from contracap.apps.compare.results import load_result, names_of
     from contracap.apps.compare.writing import write
     from contracap.evaluation.result import RESULTS_FILE
@@ -36,7 +36,7 @@ def compare(
         raise ValueError(f"{result} would take the place of a result that is compared: choose another --out")
     comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))
     write(comparison, out, command=command_line())
-    print(markdown(comparison))
+    print(to_markdown(comparison))
     say(f"the figure: {out / 'compare.svg'}" if comparison.headlines else "no figure: no score has a value in both")
     say(f"the page: {out / 'compare.html'}")
 

@@ -55,7 +55,7 @@ def classify(
     from contracap.apps.bulk.outputs import path_in_one_line
     from contracap.evaluation.class_names import check_templates
     from contracap.evaluation.result import Result
-    from contracap.evaluation.zeroshot import classifier, compare_with_labels
+    from contracap.evaluation.zeroshot import build_classifier, compare_with_labels
 
     check_batch_size(batch_size)
     _check(paths)
@@ -65,7 +65,7 @@ def classify(
     check_templates(templates)
     model, processor = load_model(weights, size, device=device)
     scale = model.logit_scale.detach().exp()
-    weight = classifier(model, processor, labels, templates)
+    weight = build_classifier(model, processor, labels, templates)
     found, broken = [], list[Exception]()
     for batch in _batches(model, processor, paths, batch_size, output=json, progress=not sys.stdout.isatty()):
         broken += batch.broken
@@ -142,13 +142,13 @@ def _batches(
     progress: bool = True,
 ) -> "Iterator[EmbeddingBatch]":
     from contracap.apps.bulk.embedding import embed_items
-    from contracap.apps.bulk.inputs import count_items, items
-    from contracap.progress import progress_bar, waiting
+    from contracap.apps.bulk.inputs import count_items, find_items
+    from contracap.progress import progress_bar, show_waiting
 
     workers = 4 * (os.cpu_count() or 1)
-    found = items(paths, outputs=[output])
+    found = find_items(paths, outputs=[output])
     with progress_bar(total=lambda: count_items(paths), unit=" images", disable=not progress) as bar:
-        made = embed_items(model, processor, found, batch_size=batch_size, workers=workers, waiting=waiting(bar))
+        made = embed_items(model, processor, found, batch_size=batch_size, workers=workers, waiting=show_waiting(bar))
         for batch in made:
             yield batch
             bar.update(len(batch.names) + len(batch.broken))

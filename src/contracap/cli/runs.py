@@ -70,7 +70,7 @@ def study(
 ) -> None:
     """Train one recipe in several arms with several seeds, then measure and compare them. The same command continues
     where it was interrupted."""
-    from contracap.apps.compare.comparison_tables import markdown
+    from contracap.apps.compare.comparison_tables import to_markdown
     from contracap.apps.study import StudyConfig
     from contracap.apps.study import study as run
     from contracap.config import load_toml
@@ -80,7 +80,7 @@ def study(
     with exit_on_signal():
         config = load_toml(study, StudyConfig, overrides)
         for comparison in run(config, command=command_line(), allow_commands=allow_commands):
-            print(markdown(comparison))
+            print(to_markdown(comparison))
 
 
 def plan(

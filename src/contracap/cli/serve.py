@@ -37,7 +37,7 @@ def serve(
     try:
         from contracap.apps.serve.app import build_app
         from contracap.apps.serve.service import DefaultStrategy
-        from contracap.apps.web import HEAD_SECONDS, bind, run, url
+        from contracap.apps.web import HEAD_SECONDS, bind, format_url, run
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
@@ -48,11 +48,11 @@ def serve(
         access = replace(access, api_key=os.environ.get(API_KEY))
     with bind(host, port) as listener:
         if access.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            logger.warning(f"whoever reaches {url(listener)} can use it: give --api-key KEY or set {API_KEY}")
+            logger.warning(f"whoever reaches {format_url(listener)} can use it: give --api-key KEY or set {API_KEY}")
         model = load_model(weights, size, device=device)
         app = build_app(*model, default=default, batching=batching, limits=limits, access=access)
         longest = 2 * limits.timeout_s + HEAD_SECONDS
-        greeting = f"serving {weights} at {url(listener)} (docs at {url(listener)}/docs); Ctrl-C ends it"
+        greeting = f"serving {weights} at {format_url(listener)} (docs at {format_url(listener)}/docs); Ctrl-C ends it"
         run(app, listener, greeting=greeting, patience=math.ceil(limits.timeout_s), request_seconds=longest)
     sys.stdout.flush()
     sys.stderr.flush()

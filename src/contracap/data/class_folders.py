@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from contracap.data.image_finder import SkippedFiles, has_image, images_in, is_image
+from contracap.data.image_finder import SkippedFiles, find_images, has_image, is_image
 from contracap.data.samples import Sample
 from contracap.data.tar import SHARD_SUFFIXES
 from contracap.files import read_regular
@@ -49,7 +49,7 @@ class ClassFolders:
             logger.warning(f"{self.path}: passed over what is in no class folder: {', '.join(self.strays)}")
         skipped = SkippedFiles()
         for label, name in zip(self.labels, self.names, strict=True):
-            for file in images_in(self.path / name, skipped):
+            for file in find_images(self.path / name, skipped):
                 yield Sample(
                     key=f"{name}/{file.as_posix()}",
                     image=read_regular(self.path / name / file),

@@ -53,7 +53,7 @@ def describe(scene: Scene, generator: np.random.Generator) -> str:
     return phrase.format(a=a, b=b, relation=relation)
 
 
-def hint(scene: Scene, generator: np.random.Generator) -> str:
+def write_hint(scene: Scene, generator: np.random.Generator) -> str:
     """Return a caption that tells only the colour, the shape or the place of a single object.
 
     Places are told in the words for relations. From two objects alone, the decoder would learn these slowly.

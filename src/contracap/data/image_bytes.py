@@ -9,7 +9,7 @@ from pathlib import Path
 from contracap.data.annotations import Entry, SkippedEntry, SourceError
 from contracap.data.datasets.parquet import parquet_images
 from contracap.data.samples import SAMPLE_SUFFIXES, SampleError, parse, texts_in
-from contracap.data.shards import ShardError, records
+from contracap.data.shards import ShardError, read_records
 from contracap.data.sources import find_image
 from contracap.download import DownloadError, download
 from contracap.files import read_regular
@@ -60,7 +60,7 @@ def _from_shard(shard: str, entries: Sequence[Entry], lines: bool) -> Iterator[t
     remaining = {entry.inside.key: entry for entry in entries if entry.inside is not None}
     message = "no such sample in the shard"
     try:
-        for record in records(shard, suffixes=SAMPLE_SUFFIXES):
+        for record in read_records(shard, suffixes=SAMPLE_SUFFIXES):
             entry = remaining.pop(record.key, None)
             if entry is None:
                 continue

@@ -48,7 +48,7 @@ class SkippedFiles:
             logger.warning(f"{escaped(str(where))}: passed over {self}")
 
 
-def images_in(folder: Path, skipped: SkippedFiles | None = None) -> Iterator[Path]:
+def find_images(folder: Path, skipped: SkippedFiles | None = None) -> Iterator[Path]:
     """Yield the images in a folder and its subfolders, relative to it, by name. A folder's own come first.
 
     Links to folders are followed once, unless they lead to a part of the folder itself or to a parent of it. Hidden
@@ -58,7 +58,7 @@ def images_in(folder: Path, skipped: SkippedFiles | None = None) -> Iterator[Pat
     Raises: OSError: if the folder cannot be read.
     """
     counts = SkippedFiles() if skipped is None else skipped
-    for file in files_in(folder, counts):
+    for file in find_files(folder, counts):
         if is_image(folder / file):
             yield file
         else:
@@ -72,7 +72,7 @@ def has_image(folder: Path) -> bool:
 
     Raises: OSError: if the folder cannot be read.
     """
-    return next(images_in(folder, SkippedFiles()), None) is not None
+    return next(find_images(folder, SkippedFiles()), None) is not None
 
 
 def is_image(file: Path) -> bool:
@@ -93,9 +93,9 @@ def is_image(file: Path) -> bool:
     return format is not None and (format != "TIFF" or not suffix)
 
 
-def files_in(folder: Path, skipped: SkippedFiles) -> Iterator[Path]:
-    """Yield the regular files in a folder and its subfolders, in the order of `images_in`."""
-    for place, others in folders_in(folder, skipped):
+def find_files(folder: Path, skipped: SkippedFiles) -> Iterator[Path]:
+    """Yield the regular files in a folder and its subfolders, in the order of `find_images`."""
+    for place, others in find_folders(folder, skipped):
         for name, kind in others:
             if kind == "file":
                 yield place / name
@@ -103,7 +103,7 @@ def files_in(folder: Path, skipped: SkippedFiles) -> Iterator[Path]:
                 skipped.counts[kind] += 1
 
 
-def folders_in(folder: Path, skipped: SkippedFiles) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
+def find_folders(folder: Path, skipped: SkippedFiles) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
     """Yield a folder and its subfolders, relative to it, each with the names and kinds of its other entries. `skipped`
     counts the subfolders that are left out."""
     root = os.path.realpath(folder)

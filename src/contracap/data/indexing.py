@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from contracap.data.index import INDEX_FILE, IndexFileError, ShardEntry, read_index, write_index
 from contracap.data.remote import BUFFER_BYTES, open_file
 from contracap.data.samples import SampleError, parse
-from contracap.data.shards import ShardError, list_shards, records
+from contracap.data.shards import ShardError, list_shards, read_records
 from contracap.data.workers import in_processes
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def describe(shard: str | Path) -> ShardEntry:
 
 def _describe_file(path: Path) -> ShardEntry:
     tokenizer, samples, lengths = Tokenizer(), 0, Counter[int]()
-    for record in records(str(path)):
+    for record in read_records(str(path)):
         samples += 1
         try:
             captions = parse(record).captions

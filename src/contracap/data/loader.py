@@ -16,7 +16,7 @@ from contracap.data.counts import is_damaged, samples_in
 from contracap.data.loader_workers import run_workers
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, ShardSet, SkippedSample
 from contracap.data.samples import Sample
-from contracap.data.shards import list_shards, samples
+from contracap.data.shards import list_shards, read_samples
 from contracap.data.workers import WorkerError
 from contracap.image_files import decode
 from contracap.images import ImageConfig, resize_and_crop
@@ -238,7 +238,7 @@ def evaluation_samples(path: str | Path | Sequence[str | Path], *, lines: bool =
         yield from folders
         return
     for shard in list_shards(path):
-        yield from samples(shard, lines=lines)
+        yield from read_samples(shard, lines=lines)
 
 
 def validation_batches(

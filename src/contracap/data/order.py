@@ -21,7 +21,7 @@ import numpy as np
 
 from contracap.data.captions import CaptionConfig, all_captions, choose_caption
 from contracap.data.samples import SAMPLE_SUFFIXES, Record, Sample, SampleError, parse
-from contracap.data.shards import ShardError, layout_fault, records
+from contracap.data.shards import ShardError, layout_fault, read_records
 from contracap.image_files import ImageError
 from contracap.wording import counted
 
@@ -313,7 +313,7 @@ class _SlotStream:
         span = self._source.span(seed=self._seed, epoch=epoch, stream=self._stream, streams=self._order.streams)
         for number, (index, begin, end) in enumerate(span[first:], first):
             shard, reached = self._source.shards[index], max(begin, member if number == first else 0)
-            counted, part, more = self._source.counts[index], records(shard, reached, suffixes=SAMPLE_SUFFIXES), 0
+            counted, part, more = self._source.counts[index], read_records(shard, reached, suffixes=SAMPLE_SUFFIXES), 0
             reason = f"{shard} holds fewer samples than the {counted} that were counted"
             try:
                 for record in islice(part, end - reached):

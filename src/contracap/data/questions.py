@@ -28,7 +28,7 @@ class Question:
     identity: int | str | None = None
 
 
-def questions(sample: Sample) -> tuple[Question, ...]:
+def parse_questions(sample: Sample) -> tuple[Question, ...]:
     """Return the questions of a sample: objects in its field `qa` with `question`, and maybe `answers` or `answer`.
 
     Raises:

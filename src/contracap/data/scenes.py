@@ -106,7 +106,7 @@ def random_scene(generator: np.random.Generator, pairs: frozenset[tuple[Color, S
     return Scene(tuple(things), RELATIONS[generator.integers(len(RELATIONS))])
 
 
-def twin(scene: Scene, attribute: Attribute) -> Scene:
+def make_twin(scene: Scene, attribute: Attribute) -> Scene:
     """Return the scene with one `attribute` exchanged between its two objects."""
     first, second = scene.things
     swapped = (
@@ -120,7 +120,7 @@ def legal_twins(scene: Scene, *, test: bool) -> dict[Attribute, Scene]:
     """Return the attribute-swapped twins with another meaning that are test scenes, or training scenes."""
     if len(scene.things) < 2:
         return {}
-    twins = {attribute: twin(scene, attribute) for attribute in ATTRIBUTES}
+    twins = {attribute: make_twin(scene, attribute) for attribute in ATTRIBUTES}
     return {attribute: other for attribute, other in twins.items() if other != scene and is_test(other) == test}
 
 

@@ -32,7 +32,7 @@ from contracap.data.samples import (
     parse,
 )
 from contracap.data.tar import GZIP_SUFFIXES, SHARD_SUFFIXES, file_part, is_tar, open_tar
-from contracap.files import replacing
+from contracap.files import replace_file
 from contracap.wording import counted
 
 META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset keeps notes about a shard under such names
@@ -114,7 +114,7 @@ def _shards_at(name: str, key: str) -> list[str]:
     return shards
 
 
-def samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sample]:
+def read_samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sample]:
     """Yield the samples of a shard in order, from number `start` on. Records without an image are left out, and
     counted in one warning.
 
@@ -126,7 +126,7 @@ def samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sampl
         SampleError: at a sample that cannot be used.
     """
     without_image = list[str]()
-    for record in records(shard, start, suffixes=SAMPLE_SUFFIXES | {"npy"}):
+    for record in read_records(shard, start, suffixes=SAMPLE_SUFFIXES | {"npy"}):
         try:
             yield parse(record, lines=lines)
         except SampleError as error:
@@ -137,7 +137,7 @@ def samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[Sampl
         logger.warning("passed over %d groups without an image; the first: %s", len(without_image), without_image[0])
 
 
-def records(shard: str, start: int = 0, *, suffixes: Container[str] | None = None) -> Iterator[Record]:
+def read_records(shard: str, start: int = 0, *, suffixes: Container[str] | None = None) -> Iterator[Record]:
     """Yield the records of a shard in order, from number `start` on. Those before it are not read.
 
     The key is the name up to the first dot after the last slash. As in webdataset, a new key starts a new record. So
@@ -154,7 +154,7 @@ def count_samples(shard: str) -> int:
     """Return the number of records, from the headers alone.
 
     Raises:
-        ShardError: as `records`.
+        ShardError: as `read_records`.
     """
     return sum(1 for _ in _records(shard, sys.maxsize, None))
 
@@ -230,7 +230,7 @@ def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, byte
         ValueError: if a key would not be read back, because it is empty or its last part has a dot.
     """
     path = Path(path)
-    with replacing(path) as partial, partial.open("wb") as file:
+    with replace_file(path) as partial, partial.open("wb") as file:
         if path.name.endswith(GZIP_SUFFIXES):
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as compressed:
                 _write(compressed, records)

@@ -8,7 +8,7 @@ from contracap.data.datasets.bulk_captions import is_bulk
 from contracap.data.datasets.flickr import is_flickr
 from contracap.data.datasets.imagefolder import METADATA_FILES
 from contracap.data.datasets.tables import is_lines, is_table
-from contracap.data.image_finder import SkippedFiles, files_in, is_image
+from contracap.data.image_finder import SkippedFiles, find_files, is_image
 from contracap.data.tar import SHARD_SUFFIXES
 
 Kind = Literal["folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder", "bulk"]
@@ -27,7 +27,7 @@ def detect_kind(path: Path) -> Kind:
 
 def _kind_of_folder(folder: Path) -> Kind:
     has_image, table, shard = False, None, None
-    for file in files_in(folder, SkippedFiles()):
+    for file in find_files(folder, SkippedFiles()):
         if file.name in METADATA_FILES:
             return "imagefolder"
         if not has_image and is_image(folder / file):

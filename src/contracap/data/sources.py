@@ -17,7 +17,7 @@ from contracap.data.datasets.folder import CAPTION_SUFFIXES, read_folder
 from contracap.data.datasets.imagefolder import read_imagefolder
 from contracap.data.datasets.tables import IMAGE_COLUMNS, read_table
 from contracap.data.datasets.vqa import read_vqa
-from contracap.data.image_finder import SkippedFiles, files_in, images_in, is_image
+from contracap.data.image_finder import SkippedFiles, find_files, find_images, is_image
 from contracap.data.samples import IMAGE_SUFFIXES
 from contracap.data.source_kinds import Kind, detect_kind, require_readable
 from contracap.files import check_regular
@@ -122,7 +122,7 @@ def _read_entries(
         case "karpathy":
             return read_karpathy(path, read_json(path), splits)
         case "vqa":
-            return read_vqa(path, read_json(path), (file.as_posix() for file in images_in(folder)))
+            return read_vqa(path, read_json(path), (file.as_posix() for file in find_images(folder)))
         case _:
             return (entry for table in _tables(path) for entry in read_bulk(table, folder if moved else None))
 
@@ -144,7 +144,7 @@ def _tables(path: Path, splits: Sequence[str] = ()) -> list[Path]:
     """Return the table, or the Parquet files in a folder whose names hold one of the splits."""
     if not path.is_dir():
         return [path]
-    found = [file for file in files_in(path, SkippedFiles()) if file.suffix.lower() == ".parquet"]
+    found = [file for file in find_files(path, SkippedFiles()) if file.suffix.lower() == ".parquet"]
     for split in splits:
         if not any(split in _words(file) for file in found):
             raise SourceError(f"{path} has no Parquet file of the split {split}, but {', '.join(map(str, found[:20]))}")

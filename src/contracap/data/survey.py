@@ -20,7 +20,7 @@ from contracap.config import require_count
 from contracap.data.captions import require_captions
 from contracap.data.counts import indexed_samples
 from contracap.data.samples import Record, Sample, SampleError, parse
-from contracap.data.shards import ShardError, list_shards, records
+from contracap.data.shards import ShardError, list_shards, read_records
 from contracap.formats import FORMATS
 from contracap.image_files import ImageError, ImageSizeError, decode
 from contracap.images import AugmentationConfig, ImageConfig, augment
@@ -210,7 +210,7 @@ class _Reader:
         for shard in shards:
             self._found.shards_read += 1
             try:
-                yield from records(shard)
+                yield from read_records(shard)
             except ShardError as error:
                 self._found.skip("broken_shard", str(error))
 

@@ -147,7 +147,7 @@ def _work(pipe: Connection, lifeline: Connection, function: Callable[[Any], Any]
 
 
 @contextmanager
-def prepared(
+def prepare_ahead(
     prepare: Callable[[Task], Result], batches: Generator[Task, None, None]
 ) -> Iterator[Iterator[tuple[Task, Result]]]:
     """Yield, within the block, batches in order with what `prepare` makes of them, up to `AHEAD` ahead of their use.

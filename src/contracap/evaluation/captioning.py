@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from contracap.data.samples import Sample
-from contracap.data.workers import prepared
+from contracap.data.workers import prepare_ahead
 from contracap.evaluation.distributed import run_on_every_rank, run_on_rank_0
 from contracap.evaluation.features import Source, image_pixels, open_source, sample_batches, with_progress
 from contracap.evaluation.metrics.clipscore import ClipScorer
@@ -101,7 +101,7 @@ def _write_captions(
         return pixels, image_pixels(samples, judge.processor)
 
     samples = open_source(data)
-    with prepared(pixels_of, sample_batches(samples, batch_size)) as batches:
+    with prepare_ahead(pixels_of, sample_batches(samples, batch_size)) as batches:
         for batch, (pixels, judged) in with_progress(batches, samples):
             for sample in batch:
                 if not has_word(sample.captions):

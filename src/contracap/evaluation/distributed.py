@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from contracap.data.workers import prepared
+from contracap.data.workers import prepare_ahead
 from contracap.parallel.process_group import ProcessGroup
 
 Value = TypeVar("Value")
@@ -85,7 +85,7 @@ def encode_in_shares(
         while group := list(islice(stream, process_group.world_size)):
             yield group[min(process_group.rank, len(group) - 1)], process_group.rank < len(group)
 
-    with prepared(lambda item: prepare(item[0]), own_batches()) as own:
+    with prepare_ahead(lambda item: prepare(item[0]), own_batches()) as own:
         while (found := run_on_every_rank(process_group, lambda: next(own, None))) is not None:
             (_, counts), inputs = found
             encoded = run_on_every_rank(process_group, partial(_encode, encode, inputs))

@@ -18,7 +18,7 @@ from contracap.data.loader import evaluation_samples
 from contracap.data.questions import QuestionSamples
 from contracap.data.samples import Sample
 from contracap.data.shards import list_shards
-from contracap.data.workers import prepared
+from contracap.data.workers import prepare_ahead
 from contracap.image_files import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -98,7 +98,7 @@ def pixel_batches(
     Raises: ValueError: as `sample_batches` and `image_pixels` do, when they reach the batch.
     """
     samples = open_source(source)
-    with prepared(partial(image_pixels, processor=processor), sample_batches(samples, size)) as batches:
+    with prepare_ahead(partial(image_pixels, processor=processor), sample_batches(samples, size)) as batches:
         yield with_progress(batches, samples)
 
 
@@ -137,7 +137,7 @@ def image_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Ten
 
 def embed_images(model: CoCa, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch embed"]:
     """Return the embeddings of one batch of images: unit rows on the model's device."""
-    return finite(model.encode_image(pixels.to(model.device, model.dtype)), "images")
+    return require_finite(model.encode_image(pixels.to(model.device, model.dtype)), "images")
 
 
 def embed_texts(
@@ -145,10 +145,10 @@ def embed_texts(
 ) -> Float32[Tensor, "text embed"]:
     """Return the embeddings of texts, `batch_size` at a time: unit rows on the model's device."""
     chunks = (processor.texts(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size))
-    return finite(torch.cat([model.encode_text(ids.to(model.device)) for ids in chunks]), "texts")
+    return require_finite(torch.cat([model.encode_text(ids.to(model.device)) for ids in chunks]), "texts")
 
 
-def finite(features: Tensor, what: str) -> Float32[Tensor, "row embed"]:
+def require_finite(features: Tensor, what: str) -> Float32[Tensor, "row embed"]:
     """Return the features in fp32.
 
     Raises: ValueError: if one is NaN or infinite: comparisons with NaN are false, which would count as perfect ranks.

@@ -48,10 +48,10 @@ class PerSample:
     @classmethod
     def of(cls, keys: Sequence[str], values: Sequence[float]) -> "PerSample":
         """Return values of the samples with these keys."""
-        return cls(samples=digest(keys), values=values)
+        return cls(samples=compute_digest(keys), values=values)
 
 
-def digest(keys: Sequence[str]) -> str:
+def compute_digest(keys: Sequence[str]) -> str:
     """Return a digest of the keys of samples, in order."""
     return hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:16]
 
@@ -105,7 +105,7 @@ class Result:
             reasons=reasons,
             per_sample={name: PerSample.of(keys, values) for name, values in per_sample.items()},
             predictions=predictions,
-            details={"keys_digest": digest(keys), **details},
+            details={"keys_digest": compute_digest(keys), **details},
         )
 
     @property
@@ -130,7 +130,7 @@ class Result:
             figures[name] = value if finite else None
             if not finite:
                 reasons.setdefault(name, f"came out as {value}, which is not a finite number")
-        own = {"command": self.command, "versions": versions(), "seed": self.seed, "samples": self.samples}
+        own = {"command": self.command, "versions": list_versions(), "seed": self.seed, "samples": self.samples}
         content = own | {"figures": figures, "reasons": reasons} | dict(self.details)
         if self.per_sample:
             content["per_sample"] = {name: vars(values) for name, values in self.per_sample.items()}
@@ -157,7 +157,7 @@ def unexpected(error: Exception) -> Exception | None:
     return None if isinstance(error, OSError | ValueError | torch.OutOfMemoryError) else error
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that can change a figure."""
     found = {"python": platform.python_version()}
     for package in VERSIONED:

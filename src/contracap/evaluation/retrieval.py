@@ -14,7 +14,7 @@ from torch import Tensor
 from contracap.data.captions import require_captions
 from contracap.data.samples import Sample
 from contracap.evaluation.distributed import encode_in_shares, run_on_every_rank
-from contracap.evaluation.features import Source, finite, image_pixels, open_source, progress, sample_batches
+from contracap.evaluation.features import Source, image_pixels, open_source, progress, require_finite, sample_batches
 from contracap.evaluation.metrics.ranking import compute_share, find_positions
 from contracap.evaluation.result import Result
 from contracap.model.coca import CoCa, evaluating
@@ -122,15 +122,15 @@ def embed(
             lambda ids: model.encode_text(ids.to(model.device)),
         )
     return Features(
-        images=finite(images, "images"),
-        texts=finite(texts, "texts"),
+        images=require_finite(images, "images"),
+        texts=require_finite(texts, "texts"),
         image_of_text=torch.tensor(image_of_text),
         keys=keys,
         captions=captions,
     )
 
 
-def recall(
+def compute_recall(
     image_features: Float[Tensor, "image embed"],
     text_features: Float[Tensor, "text embed"],
     image_of_text: Int64[Tensor, "text"],

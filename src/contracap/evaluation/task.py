@@ -8,7 +8,7 @@ from typing import Any
 
 from contracap.config import build, to_dict
 from contracap.data.captions import require_captions
-from contracap.data.questions import questions
+from contracap.data.questions import parse_questions
 from contracap.data.samples import SampleError
 from contracap.data.shards import layout_fault
 from contracap.evaluation.answers import AnswerChooser, AnswerWriter
@@ -85,7 +85,7 @@ def _bind_task(
     if config.task == "retrieval":
         return partial(evaluate_retrieval, data=data, process_group=process_group)
     if config.task == "vqa":
-        questions(first)
+        parse_questions(first)
         answers = load_answers(config.answers) if config.answers else ()
         answerer = AnswerChooser(answers) if answers else AnswerWriter(config.build_strategy())
         prompt = check_prompt(PROMPT if config.prompt is None else config.prompt)

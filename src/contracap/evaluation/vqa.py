@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from contracap.data.annotations import read_list
-from contracap.data.questions import Question, questions
+from contracap.data.questions import Question, parse_questions
 from contracap.data.samples import Sample
 from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion
 from contracap.evaluation.features import Source, pixel_batches
@@ -71,7 +71,7 @@ def evaluate_vqa(
     keys, sums, predictions = list[str](), list[float](), list[Answer]()
     with pixel_batches(data, processor, batch_size) as batches:
         for batch, pixels in batches:
-            by_image = [questions(sample) for sample in batch]
+            by_image = [parse_questions(sample) for sample in batch]
             flat = [(image, question) for image, own in enumerate(by_image) for question in own]
             prompted = [
                 PromptedQuestion(

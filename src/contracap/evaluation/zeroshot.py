@@ -66,12 +66,12 @@ def evaluate_zeroshot(
     data, classes = match_classes(data, classes)
     labels, scores, keys = list[int | tuple[int, ...]](), list[Tensor](), list[str]()
     with torch.inference_mode(), evaluating(model):
-        weights = classifier(model, processor, classes, templates)
+        weights = build_classifier(model, processor, classes, templates)
         with pixel_batches(data, processor, batch_size) as batches:
             for batch, pixels in batches:
                 labels += [label_of(sample, len(classes)) for sample in batch]
                 keys += [sample.key for sample in batch]
-                scores.append(logits(embed_images(model, pixels), weights).cpu())
+                scores.append(compute_logits(embed_images(model, pixels), weights).cpu())
     details = {"classes": len(classes), "templates": len(templates)}
     single = [label for label in labels if isinstance(label, int)]
     several = [label for label in labels if not isinstance(label, int)]
@@ -117,7 +117,7 @@ def label_of(sample: Sample, classes: int) -> int | tuple[int, ...]:
 
 
 @torch.inference_mode()
-def classifier(
+def build_classifier(
     model: CoCa,
     processor: Processor,
     classes: Sequence[str],
@@ -145,7 +145,7 @@ def mean_per_class(features: Float32[Tensor, "prompt embed"], *, classes: int) -
     return normalize(per_template.mean(dim=0), dim=-1)
 
 
-def logits(
+def compute_logits(
     image_features: Float[Tensor, "image embed"], weights: Float[Tensor, "class embed"]
 ) -> Float32[Tensor, "image class"]:
     """Return 100 times the cosine of each image and each class, in fp32."""
@@ -160,7 +160,7 @@ def compare_with_labels(
 
     Args:
         image_features: unit rows.
-        weights: rows of `classifier`, one for each label.
+        weights: rows of `build_classifier`, one for each label.
         logit_scale: factor of the cosines before softmax, `exp` of the model's parameter.
     """
     cosines = image_features @ weights.T

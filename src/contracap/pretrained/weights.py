@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contracap.config import build, to_dict
-from contracap.files import replacing, write_text
+from contracap.files import replace_file, write_text
 from contracap.images import ImageConfig
 from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import SIZES, find_size
@@ -89,7 +89,7 @@ def save_open_clip(folder: Path, *, model: CoCaConfig, image: ImageConfig, state
 
 
 def _write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    with replacing(path) as partial:
+    with replace_file(path) as partial:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, partial, metadata=metadata)
 
 

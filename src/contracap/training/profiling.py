@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from contracap.files import replacing
+from contracap.files import replace_file
 
 PROFILE_FOLDER = "profile"
 WAIT, WARM_UP, ACTIVE = 10, 2, 3  # steps: not traced, traced but thrown away, and written
@@ -58,7 +58,7 @@ class Profile:
             trace = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(trace))
             with (
-                replacing(self._path) as partial,
+                replace_file(self._path) as partial,
                 trace.open("rb") as source,
                 gzip.open(partial, "wb") as file,
             ):

@@ -18,7 +18,7 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """A context in which no other process trains in the folder.
 
     The folder is created if it does not exist, and removed again if it is empty at the end. The system releases the

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from contracap.config import flat, to_dict
+from contracap.config import flatten, to_dict
 from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
 from contracap.images import ImageConfig
@@ -95,7 +95,7 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
     if not stored.is_file():
         return None
     earlier = load_recipe(stored)
-    before, now = (dict(flat(to_dict(with_absolute_paths(each)))) for each in (earlier, recipe))
+    before, now = (dict(flatten(to_dict(with_absolute_paths(each)))) for each in (earlier, recipe))
     changed = [
         f"{key} was {before.get(key)} and is now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

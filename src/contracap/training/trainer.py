@@ -36,7 +36,7 @@ from contracap.training.profiling import Profile
 from contracap.training.recipe import RECIPE_FILE, Recipe, with_absolute_paths, with_steps
 from contracap.training.recorder import Recorder
 from contracap.training.run import Run, how_to_continue, write_failure
-from contracap.training.run_folder import locked
+from contracap.training.run_folder import lock_folder
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal, shutdown_signal
 from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model
 from contracap.training.step import StepConfig, TrainingState
@@ -77,7 +77,7 @@ def train(recipe: Recipe, *, allow_commands: bool = False) -> Path:
         single = process_group.world_size == 1
         try:
             with shutdown.at_once(single):
-                _from_rank_0(process_group, lambda: stack.enter_context(locked(Path(recipe.out))))
+                _from_rank_0(process_group, lambda: stack.enter_context(lock_folder(Path(recipe.out))))
                 return _train(recipe, process_group, shutdown)
         except ShutdownRequested:
             last = last_checkpoint(Path(recipe.out) / CHECKPOINTS)

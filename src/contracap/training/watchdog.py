@@ -168,7 +168,7 @@ class Watchdog:
         except RuntimeError as error:
             logger.warning("what the other ranks do is not known: %s", error)
             return
-        logger.warning("%s", verdict(stalls, self._process_group.world_size))
+        logger.warning("%s", describe_stalls(stalls, self._process_group.world_size))
 
     def _connected(self) -> dist.Store:
         """Return this thread's own connection: the process group's may be the one that the loop waits for."""
@@ -184,7 +184,7 @@ class Watchdog:
         return self._store
 
 
-def verdict(stalls: Mapping[int, Stall], count: int) -> str:
+def describe_stalls(stalls: Mapping[int, Stall], count: int) -> str:
     """Name the ranks that the others wait for: those that have done fewer steps, else those in a phase of their own,
     else those that have not reported.
 

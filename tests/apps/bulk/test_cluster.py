@@ -21,7 +21,7 @@ from contracap.apps.bulk.cluster import ATTEMPTS, Ledger, cores_each
 from contracap.apps.bulk.parts import ShardOutcome, part_name
 from contracap.apps.bulk.ray_session import SESSION_PREFIX, session_folder
 from contracap.cli import main
-from contracap.data.shards import records, write_shard
+from contracap.data.shards import read_records, write_shard
 from contracap.generation import BeamSearch, Captioner
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -32,7 +32,7 @@ TROUBLED = ["-m", "tests.apps.bulk.troubled"]
 
 
 def expected_captions(model: CoCa, processor: Processor, shard: str) -> list[str]:
-    pictures = [record.members["jpg"] for record in records(shard)]
+    pictures = [record.members["jpg"] for record in read_records(shard)]
     return [caption.text for caption in Captioner(model, processor)(pictures, BeamSearch(width=2, max_tokens=12))]
 
 
@@ -110,7 +110,7 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*map(part_name, [*shards, more]), "_bulk.json"}
     for shard in shards:
         assert captions(tmp_path / "out", shard) == expected_captions(model, processor, shard)
-        pictures = [record.members["jpg"] for record in records(shard)]
+        pictures = [record.members["jpg"] for record in read_records(shard)]
         with torch.no_grad():
             embeddings = model.encode_image(processor.images(pictures)).numpy()
         found = np.array([row["embedding"] for row in rows(tmp_path / "out", shard)])

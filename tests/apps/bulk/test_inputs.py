@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from contracap.apps.bulk.inputs import count_items, first_items, items
+from contracap.apps.bulk.inputs import count_items, find_items, first_items
 from contracap.data.samples import MAX_MEMBER_BYTES, SampleError
 from contracap.data.shards import ShardError, write_shard
 from contracap.download import DownloadError
@@ -23,7 +23,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def names(*paths: str) -> list[str]:
-    return [item.name for item in items(paths)]
+    return [item.name for item in find_items(paths)]
 
 
 def shard(path: Path, keys: list[str]) -> str:
@@ -57,7 +57,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(here: Path) -> None
 def test_a_list_has_a_path_or_url_on_each_line(here: Path) -> None:
     fill(here, ["a b.jpg", "c.png"])
     (here / "list.txt").write_bytes("\ufeffa b.jpg\r\n\r\n  http://localhost/x.jpg?a=1\nc.png".encode())
-    found = list(items(["list.txt"]))
+    found = list(find_items(["list.txt"]))
     assert [item.source for item in found] == [Path("a b.jpg"), "http://localhost/x.jpg?a=1", Path("c.png")]
     assert found[2].content() == (here / "c.png").read_bytes()
 
@@ -66,7 +66,7 @@ def test_a_line_of_a_list_that_names_no_file_is_told_with_its_number(here: Path)
     fill(here, ["a.jpg", "#b.jpg"])
     (here / "list.txt").write_text("a.jpg\n\n# a comment\n#b.jpg\nnone.jpg\n")
     (here / "first.txt").write_text("# a comment\na.jpg\n")
-    found = list(items(["list.txt"]))
+    found = list(find_items(["list.txt"]))
     assert found[2].content() == (here / "#b.jpg").read_bytes()
     for place, words in ((1, "list.txt, line 3: no such file: # a comment (a list has no comments)"), (3, "line 5")):
         with pytest.raises(FileNotFoundError) as caught:
@@ -79,7 +79,7 @@ def test_a_line_of_a_list_that_names_no_file_is_told_with_its_number(here: Path)
 def test_a_shard_gives_its_images_whatever_its_texts_are(here: Path) -> None:
     shard(here / "0.tar", ["a", "b/c"])
     shard(here / "1.tar", ["d"])
-    found = list(items(["{0..1}.tar"]))
+    found = list(find_items(["{0..1}.tar"]))
     assert [item.name for item in found] == ["0.tar/a", "0.tar/b/c", "1.tar/d"]
     assert [item.content() for item in found] == [picture(0), picture(1), picture(0)]
     assert names("0.tar", "pipe:cat 1.tar") == ["0.tar/a", "0.tar/b/c", "pipe:cat 1.tar/d"]
@@ -90,7 +90,7 @@ def test_what_is_no_image_or_breaks_off_is_an_item_that_says_so(here: Path) -> N
     whole = (here / "0.tar").read_bytes()
     (here / "0.tar").write_bytes(whole[: whole.index(b"c.jpg") + 600])
     fill(here, ["z.jpg"])
-    found = list(items(["0.tar", "none.jpg", "z.jpg"]))
+    found = list(find_items(["0.tar", "none.jpg", "z.jpg"]))
     assert [type(item.source) for item in found] == [bytes, SampleError, ShardError, FileNotFoundError, type(Path())]
     with pytest.raises(SampleError, match="points out of the folder"):
         found[1].content()
@@ -101,7 +101,7 @@ def test_groups_of_a_shard_without_an_image_are_counted_and_texts_may_lie_anywhe
 ) -> None:
     text, image = {"txt": b"a"}, {"jpg": picture(0)}
     write_shard(here / "0.tar", [("a", text), ("b", image), ("c", text), ("a", image), ("b", text)])
-    found = list(items(["0.tar"]))
+    found = list(find_items(["0.tar"]))
     assert [item.name for item in found] == ["0.tar/b", "0.tar/a"] and found[1].content() == picture(0)
     (line,) = caplog.messages
     assert "2 groups without an image" in line and "1 group apart from the image" in line and "--sort=name" in line
@@ -127,7 +127,7 @@ def test_counting_opens_no_shard(here: Path) -> None:
 def test_a_file_too_large_for_a_photograph_is_not_read(here: Path) -> None:
     with open("a.jpg", "wb") as file:
         file.truncate(MAX_MEMBER_BYTES + 1)
-    (item,) = items(["a.jpg"])
+    (item,) = find_items(["a.jpg"])
     with pytest.raises(OSError, match=r"larger than .*a\.jpg"):
         item.content()
 
@@ -135,7 +135,7 @@ def test_a_file_too_large_for_a_photograph_is_not_read(here: Path) -> None:
 def test_a_name_that_is_no_unicode_can_be_written(here: Path) -> None:
     name = os.fsdecode(b"caf\xe9.jpg")
     fill(here, [name])
-    (item,) = items(["."])
+    (item,) = find_items(["."])
     assert item.name == "caf\\xe9.jpg" and item.content() == picture(0)
 
 
@@ -143,7 +143,7 @@ def test_names_that_differ_in_bytes_that_are_no_unicode_stay_distinct(here: Path
     raw = [b"a.jpg", b"a\\xff.jpg", b"a\\x5cxff.jpg", b"a\\b.jpg", b"a\xfe.jpg", b"a\xff.jpg"]
     fill(here / "p", [os.fsdecode(name) for name in raw])
     (here / "list.txt").write_bytes(b"".join(b"p/" + name + b"\n" for name in raw))
-    found = list(items(["list.txt"]))
+    found = list(find_items(["list.txt"]))
     assert len({item.name for item in found}) == len(raw) and [item.content() for item in found] == [
         (here / "p" / os.fsdecode(name)).read_bytes() for name in raw
     ]
@@ -195,7 +195,7 @@ def test_images_and_shards_come_over_http(here: Path, address: str) -> None:
     fill(here, ["a.jpg"])
     shard(here / "0.tar", ["x"])
     (here / "list.txt").write_text(f"{address}/a.jpg\n{address}/none.jpg\n")
-    found = list(items([f"{address}/a.jpg", f"{address}/0.tar", "list.txt"]))
+    found = list(find_items([f"{address}/a.jpg", f"{address}/0.tar", "list.txt"]))
     assert [item.name.removeprefix(address) for item in found] == ["/a.jpg", "/0.tar/x", "/a.jpg", "/none.jpg"]
     assert [item.content() for item in found[:3]] == [picture(0)] * 3
     with pytest.raises(DownloadError, match="HTTP status 404"):
@@ -207,7 +207,7 @@ def test_an_image_that_is_an_output_too_is_refused(here: Path) -> None:
     (here / "link").symlink_to("a/2.jpg")
     for outputs in ([Path("a/2.jpg")], [None, here / "a" / "2.jpg"], [Path("link")]):
         with pytest.raises(ValueError, match=r"a/2\.jpg is one of the images to read"):
-            list(items(["a"], outputs=outputs))
+            list(find_items(["a"], outputs=outputs))
 
 
 def test_a_shard_without_an_image_is_told_and_the_rest_is_read(here: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -239,7 +239,7 @@ def test_each_image_whose_name_has_several_dots_is_an_error_that_names_it_and_a_
     assert [item.name for item in first_items(["mixed.tar"])] == ["mixed.tar/1"]
     assert names("mixed.tar") == [f"mixed.tar/{name}" for name in ("0.input.jpg", "1", "2.a.jpg", "2.b.jpg")]
     with pytest.raises(SampleError, match=r"mixed\.tar/0\.input\.jpg.*0_input\.jpg"):
-        next(items(["mixed.tar"])).content()
+        next(find_items(["mixed.tar"])).content()
 
 
 def test_all_paths_that_cannot_be_read_are_named_together(here: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_folder_in_a_list_is_told_with_list_and_line(here: Path) -> None:
     fill(here, ["a.jpg", "b/c.jpg"])
     (here / "list.txt").write_text("a.jpg\nb\n")
     with pytest.raises(IsADirectoryError, match=r"list\.txt, line 2.*b"):
-        list(items(["list.txt"]))[1].content()
+        list(find_items(["list.txt"]))[1].content()
 
 
 def test_further_images_of_a_group_are_counted(here: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ import torch
 from contracap.apps.bulk import parts
 from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, part_config, part_name
-from contracap.data.shards import records, write_shard
+from contracap.data.shards import read_records, write_shard
 from contracap.generation import BeamSearch, Captioner, Greedy
 from contracap.model.coca import CoCa
 from contracap.model.sizes import SIZES
@@ -36,7 +36,7 @@ def writer(tiny: tuple[CoCa, Processor], config: BulkConfig) -> PartWriter:
 
 
 def pictures(shard: str) -> list[bytes]:
-    return [record.members["jpg"] for record in records(shard)]
+    return [record.members["jpg"] for record in read_records(shard)]
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from contracap.apps.compare.comparison import compare
-from contracap.apps.compare.comparison_tables import latex, markdown, to_csv
+from contracap.apps.compare.comparison_tables import to_csv, to_latex, to_markdown
 from contracap.evaluation.result import Result
 from tests.apps.compare.worlds import result
 
@@ -37,7 +37,7 @@ def test_runs_are_averaged_and_keep_their_own_gaps() -> None:
     assert (row.a, row.b, row.gap) == (0.625, 0.25, 0.375)
     assert row.gaps == (0.25, 0.5)
     assert comparison.runs == 2
-    assert "| +37.50 | +25.00 +50.00 |" in markdown(comparison)
+    assert "| +37.50 | +25.00 +50.00 |" in to_markdown(comparison)
     assert to_csv(comparison).splitlines()[0] == "figure,A,B,gap,gap_1,gap_2,low,high,reason"
 
 
@@ -47,7 +47,7 @@ def test_of_several_runs_the_interval_alone_speaks() -> None:
     (row,) = comparison.rows
     assert row.low is not None and row.low > 0
     assert (row.p, row.p_holm) == (None, None)
-    table, _, below = markdown(comparison).partition("\n\n")
+    table, _, below = to_markdown(comparison).partition("\n\n")
     assert table.splitlines()[0] == "| figure | A | B | gap | each run | 95 % interval |"
     assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "It speaks alone" in below and "Holm" not in below
@@ -55,8 +55,8 @@ def test_of_several_runs_the_interval_alone_speaks() -> None:
 
 def test_a_rounded_zero_has_no_sign() -> None:
     comparison = compare([result({}, {"Bleu_4": 0.3, "x": -1e-9})], [result({}, {"Bleu_4": 0.300001, "x": -1e-9})])
-    assert "| Bleu_4 | 30.00 | 30.00 | 0.00 |" in markdown(comparison)
-    assert "| x | 0.00 | 0.00 | 0.00 |" in markdown(comparison)
+    assert "| Bleu_4 | 30.00 | 30.00 | 0.00 |" in to_markdown(comparison)
+    assert "| x | 0.00 | 0.00 | 0.00 |" in to_markdown(comparison)
 
 
 def test_many_figures_make_each_p_value_larger() -> None:
@@ -109,7 +109,7 @@ def test_what_was_measured_by_other_means_is_said(task: str) -> None:
     said = "the tokenizer (java for CoCa, python for CLIP)"
     (remark,) = comparison.remarks
     assert remark.startswith(f"coco: {said}" if task else said)
-    assert said in markdown(comparison)
+    assert said in to_markdown(comparison)
     comparison = compare([measured("java", "B")], [measured("java", "L")])
     assert ["the model behind CLIPScore (B for A" in remark for remark in comparison.remarks] == [True]
     assert compare([measured("java", "B")], [measured("java", "B")]).remarks == ()
@@ -162,7 +162,7 @@ def test_a_task_that_failed_in_one_system_is_told_of_with_its_reason() -> None:
     failed = result({"x/acc1": HITS}, {"late": None})
     comparison = compare([whole], [failed], names=("CoCa", "CLIP"))
     assert comparison.remarks == ("late of CLIP: SPICE needs a jar",)
-    assert "- late of CLIP: SPICE needs a jar" in markdown(comparison)
+    assert "- late of CLIP: SPICE needs a jar" in to_markdown(comparison)
     assert comparison.only == (("late/acc1",), ())
     assert compare([failed], [whole]).only == ((), ("late/acc1",))
     more = result({"x/acc1": HITS}, {"x/SPICE": None})
@@ -188,8 +188,8 @@ def test_a_missing_figure_is_shown_with_its_reason() -> None:
     comparison = compare([result({}, {"SPICE": 0.3})], [result({}, {"SPICE": None})], names=("CoCa", "CLIP"))
     (row,) = comparison.rows
     assert (row.a, row.b, row.gap) == (0.3, None, None)
-    assert "| SPICE | 30.00 | missing |" in markdown(comparison)
-    assert "- SPICE: CLIP: SPICE needs a jar" in markdown(comparison)
+    assert "| SPICE | 30.00 | missing |" in to_markdown(comparison)
+    assert "- SPICE: CLIP: SPICE needs a jar" in to_markdown(comparison)
     content = comparison.result(command="made here").to_dict()
     assert content["figures"] == {"SPICE": None}
     assert content["reasons"] == {"SPICE": "CLIP: SPICE needs a jar"}
@@ -199,7 +199,7 @@ def test_figures_of_one_system_alone_are_listed_as_such() -> None:
     comparison = compare([result({"acc1": HITS, "acc5": HITS})], [result({"acc1": HITS, "CIDEr": HITS})])
     assert [row.figure for row in comparison.rows] == ["acc1"]
     assert comparison.only == (("acc5",), ("CIDEr",))
-    assert "only of B: CIDEr" in markdown(comparison)
+    assert "only of B: CIDEr" in to_markdown(comparison)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -246,7 +246,7 @@ def test_csv_holds_what_was_computed() -> None:
 
 
 def test_printed_scores_are_times_100_but_seconds_are_seconds() -> None:
-    lines = markdown(compare(*whole())).splitlines()
+    lines = to_markdown(compare(*whole())).splitlines()
     assert lines[2].startswith("| flickr8k/CIDEr | 100.00 | 100.00 | 0.00 | 0.00 to 0.00 | 1.0000 |")
     assert lines[3].startswith("| flickr8k/Bleu_4 | 25.00 | 12.50 | +12.50 |")
     assert lines[4].startswith("| seconds | 20.00 | 20.00 |")
@@ -254,9 +254,9 @@ def test_printed_scores_are_times_100_but_seconds_are_seconds() -> None:
 
 def test_latex_is_escaped() -> None:
     b, a = whole()
-    assert "& $-$12.50 &" in latex(compare(a, b, names=("A-1", "B-1")))
-    assert "A-1 & B-1" in latex(compare(a, b, names=("A-1", "B-1")))
-    made = latex(compare(b, a, names=("CoCa_L", "50 % & CLIP")))
+    assert "& $-$12.50 &" in to_latex(compare(a, b, names=("A-1", "B-1")))
+    assert "A-1 & B-1" in to_latex(compare(a, b, names=("A-1", "B-1")))
+    made = to_latex(compare(b, a, names=("CoCa_L", "50 % & CLIP")))
     body = made[made.index(r"\toprule") :]
     assert r"CoCa\_L & 50 \% \& CLIP & gap" in body
     assert r"flickr8k/Bleu\_4 & 25.00" in body

@@ -26,7 +26,7 @@ from contracap.apps.demo.strategy_settings import (
 )
 from contracap.apps.demo.uploads import Uploads
 from contracap.data.scenes import COLORS
-from contracap.evaluation.zeroshot import classifier
+from contracap.evaluation.zeroshot import build_classifier
 from contracap.generation import BeamSearch, Captioner
 from contracap.generation.registry import STRATEGIES
 from contracap.pretrained import random_model
@@ -83,7 +83,7 @@ def test_probabilities_follow_the_models_own_temperature(actions: Actions, tmp_p
     assert list(found) == ["red", "green"] and sum(found.values()) == pytest.approx(1)
     with torch.inference_mode():
         image = actions.model.encode_image(actions.processor.images([path]))[0]
-        weights = classifier(actions.model, actions.processor, ["red", "green"], ["a {}.", "the {}"])
+        weights = build_classifier(actions.model, actions.processor, ["red", "green"], ["a {}.", "the {}"])
         scores = actions.model.logit_scale.exp() * weights @ image
     assert list(found.values()) == pytest.approx(scores.softmax(dim=0).tolist(), rel=1e-4)
 

@@ -24,7 +24,7 @@ from contracap.apps.serve.config import AccessConfig, LimitsConfig
 from contracap.apps.serve.model import ServedModel
 from contracap.apps.serve.service import DefaultStrategy
 from contracap.config import ConfigError
-from contracap.evaluation.zeroshot import classifier
+from contracap.evaluation.zeroshot import build_classifier
 from contracap.generation import BeamSearch, Captioner, Greedy, Sampling
 from contracap.model.coca import CoCa
 from contracap.model.pooler import PoolerConfig
@@ -152,7 +152,7 @@ def test_embeddings_and_labels_are_the_models(pair):
     pixels, labels = processor.images([picture(colour) for colour in COLOURS]), ["a cat", "a dog", "a cow"]
     with torch.no_grad():
         images, texts = model.encode_image(pixels), model.encode_text(processor.texts(labels))
-        weights = classifier(model, processor, labels, ["one {}"])
+        weights = build_classifier(model, processor, labels, ["one {}"])
 
     async def test(client: Client) -> None:
         answers = await asyncio.gather(*(client.post("/v1/embed/image", content=picture(colour)) for colour in COLOURS))

@@ -15,7 +15,7 @@ from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.outputs import Output, is_of_one_image
 from contracap.apps.bulk.rows import Row
 from contracap.images import ImageConfig
-from contracap.progress import progress_bar, waiting
+from contracap.progress import progress_bar, show_waiting
 from contracap.wording import counted
 
 Describe = Callable[[Sequence[str], UInt8[Tensor, "batch 3 height width"]], list[Row]]
@@ -93,7 +93,7 @@ def caption_images(
 
     bar = progress_bar(total=total, unit=" images", disable=not progress)
     missing = _missing(items, output, outcome)
-    batches = image_batches(missing, image, batch_size=batch_size, workers=workers, waiting=waiting(bar))
+    batches = image_batches(missing, image, batch_size=batch_size, workers=workers, waiting=show_waiting(bar))
     with _report_interruption(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
             outcome.broken += batch.broken.values()
@@ -142,7 +142,7 @@ def _missing(items: Generator[Item, None, None], output: Output, outcome: Outcom
             yield item
 
 
-def first(items: Generator[Item, None, None], limit: int | None) -> Generator[Item, None, None]:
+def take_first(items: Generator[Item, None, None], limit: int | None) -> Generator[Item, None, None]:
     """Yield the first `limit` of some items; None: all."""
     with closing(items):
         yield from islice(items, limit)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from contracap.apps.bulk.cluster_config import CORES, ClusterConfig
-from contracap.apps.bulk.output_config import description
+from contracap.apps.bulk.output_config import describe_run
 from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
@@ -62,7 +62,7 @@ def run(
         FolderError: if the folder belongs to a run with other weights or settings.
         ValueError: if the model cannot do what is wanted.
     """
-    decided, described = part_config(config, model, processor), description(weights, model, processor)
+    decided, described = part_config(config, model, processor), describe_run(weights, model, processor)
     metadata = {**described, "settings": decided}
     PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
     folder = Folder(absolute_name(out))

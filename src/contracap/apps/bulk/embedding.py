@@ -14,8 +14,8 @@ from torch import Tensor
 from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.table_files import require_pyarrow
-from contracap.evaluation.features import finite
-from contracap.files import replacing
+from contracap.evaluation.features import require_finite
+from contracap.files import replace_file
 from contracap.images import normalise
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
@@ -60,7 +60,7 @@ def embed_items(
         for batch in batches:
             with torch.inference_mode():
                 pixels = normalise(batch.pixels.to(model.device), processor.image_config)
-                embeddings = finite(model.encode_image(pixels), "images")
+                embeddings = require_finite(model.encode_image(pixels), "images")
             names = [item.name for item in batch.usable]
             yield EmbeddingBatch(names=names, embeddings=embeddings, broken=list(batch.broken.values()))
 
@@ -73,7 +73,7 @@ def write_embeddings(path: Path, kind: EmbeddingFormat, batches: Iterator[Embedd
 
     Raises: ImportError: if pyarrow is missing. OSError: if the file cannot be written.
     """
-    with replacing(path) as partial:
+    with replace_file(path) as partial:
         if kind == "parquet":
             return _write_parquet(partial, batches)
         paths, rows = list[str](), list[np.ndarray]()

@@ -11,10 +11,10 @@ from glob import has_magic
 from itertools import islice
 from pathlib import Path
 
-from contracap.data.image_finder import SkippedFiles, folders_in, images_in, is_image
+from contracap.data.image_finder import SkippedFiles, find_folders, find_images, is_image
 from contracap.data.remote import WEB
 from contracap.data.samples import DOTTED, IMAGE_SUFFIXES, SORT, Record, SampleError, is_image_suffix, parse
-from contracap.data.shards import ShardError, list_shards, records
+from contracap.data.shards import ShardError, list_shards, read_records
 from contracap.data.source_kinds import TABLE_SUFFIXES
 from contracap.data.tar import SHARD_SUFFIXES
 from contracap.download import download
@@ -68,7 +68,7 @@ class Item:
                     raise type(error)(f"{self.listed}: {reason}: {self.name}{remark}") from None
 
 
-def items(
+def find_items(
     paths: Sequence[str], *, recursive: bool = True, outputs: Sequence[Path | None] = ()
 ) -> Generator[Item, None, None]:
     """Yield the images that paths stand for, in order, read from folders, lists and shards only as they are asked for.
@@ -179,7 +179,7 @@ def _found_at(path: str, recursive: bool, passed: SkippedFiles) -> Generator[Ite
         else:
             yield path
     elif local.is_dir():
-        for image in images_in(local, passed):
+        for image in find_images(local, passed):
             if not recursive and image.name != str(image):  # those of subfolders come last
                 break
             yield _file(local / image)
@@ -271,7 +271,7 @@ def images_of(shard: str, passed: SkippedFiles) -> Generator[Item, None, None]:
 
     Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
     """
-    for record in records(shard, suffixes=IMAGE_SUFFIXES):
+    for record in read_records(shard, suffixes=IMAGE_SUFFIXES):
         images = {suffix: content for suffix, content in record.members.items() if is_image_suffix(suffix)}
         item = _item_of(record, images)
         kind = item.source.kind if isinstance(item.source, SampleError) else ""
@@ -319,7 +319,7 @@ def _matches(folder: Path, parts: Sequence[str], passed: SkippedFiles) -> Iterat
             yield from _matches(folder / part, rest, passed)
     elif part == "**":
         if os.path.isdir(folder):
-            for place, _ in folders_in(folder, passed):
+            for place, _ in find_folders(folder, passed):
                 yield from _matches(folder / place, rest or ("*",), passed)
     elif os.path.isdir(folder):
         try:

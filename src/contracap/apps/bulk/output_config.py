@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from contracap import __version__
-from contracap.config import flat, to_dict
+from contracap.config import flatten, to_dict
 from contracap.files import write_text
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
@@ -30,7 +30,7 @@ def caption_config(strategy: Strategy | None, prompt: str, model: CoCa, processo
     return {"weights_sha256": _digest(model, processor), "strategy": named, "prompt": prompt}
 
 
-def description(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:
+def describe_run(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:
     """Describe the origin of an output for its readers, ready for JSON."""
     return {
         "contracap": __version__,
@@ -40,10 +40,10 @@ def description(weights: str, model: CoCa, processor: Processor) -> dict[str, An
     }
 
 
-def changes(before: OutputConfig, now: OutputConfig) -> str:
+def describe_changes(before: OutputConfig, now: OutputConfig) -> str:
     """Describe what differs, for a message; empty if nothing does."""
     other = [name for name in now if before.get(name) != now[name]]
-    old, new = (dict(flat({name: side.get(name) for name in other})) for side in (before, now))
+    old, new = (dict(flatten({name: side.get(name) for name in other})) for side in (before, now))
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     if "strategy.name" in keys:  # of another strategy, all settings are others
         keys = [key for key in keys if key == "strategy.name" or not key.startswith("strategy.")]
@@ -69,7 +69,7 @@ class ConfigFile:
             return
         except (ValueError, TypeError) as error:
             raise OutputConfigError(f"{self.path} does not hold settings: {error}; delete it") from None
-        if different := changes(before, self.config):
+        if different := describe_changes(before, self.config):
             raise OutputConfigError(f"{output} holds captions of other settings: {different}. {remedy}")
 
     def write(self) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from contracap.apps.bulk.output_config import OutputConfig, changes
+from contracap.apps.bulk.output_config import OutputConfig, describe_changes
 from contracap.data.remote import GOOGLE, S3, list_files, open_file, upload
-from contracap.files import replacing
+from contracap.files import replace_file
 
 MANIFEST_FILE = "_bulk.json"  # readers of parquet folders leave out names that begin with an underscore
 OLD_MANIFEST_FILE = "bulk.json"  # of runs before the underscore; what it says still counts
@@ -47,7 +47,7 @@ class Folder:
         Raises: OSError: if it cannot be written; names it.
         """
         if not self._remote:
-            with replacing(Path(self.name, file)) as partial:
+            with replace_file(Path(self.name, file)) as partial:
                 yield partial
             return
         with TemporaryDirectory() as scratch:
@@ -68,7 +68,7 @@ class Folder:
                     before = dict(json.loads(file.read())["settings"])
             except (ValueError, KeyError, TypeError) as error:
                 raise FolderError(f"{self.name}/{manifest} is not a manifest of a run: {error}") from None
-            if different := changes(before, config):
+            if different := describe_changes(before, config):
                 raise FolderError(f"{self.name} holds a run with other settings: {different}. Give another --out")
 
     def claim(self, config: OutputConfig, *, described: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.output_config import ConfigFile, OutputConfig
 from contracap.apps.bulk.outputs import Existing, Output, errors_at, is_of_one_image, one_line, require_folder
 from contracap.apps.bulk.rows import Row
-from contracap.files import replacing
+from contracap.files import replace_file
 
 
 class SideCars(Output):
@@ -177,5 +177,5 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with errors_at(path), replacing(path) as partial:
+    with errors_at(path), replace_file(path) as partial:
         partial.write_bytes(content)

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from contracap.apps.bulk.rows import Row
-from contracap.files import replacing
+from contracap.files import replace_file
 
 TableFormat = Literal["jsonl", "csv", "parquet", "metadata"]
 
@@ -40,7 +40,7 @@ def write_table(path: Path, kind: TableFormat, rows: Iterable[Row], *, count: in
         rows = _with_vectors_beside(path, rows, count, dimensions)
     elif kind == "csv" and os.path.exists(vectors_beside(path)):
         vectors_beside(path).unlink(missing_ok=True)  # of the rows that are overwritten
-    with replacing(path) as partial:
+    with replace_file(path) as partial:
         if kind == "parquet":
             _write_parquet(partial, rows, dimensions is not None)
         else:
@@ -87,7 +87,7 @@ def _values(row: Row) -> dict[str, Any]:
 
 def _with_vectors_beside(path: Path, rows: Iterable[Row], count: int, dimensions: int) -> Iterator[Row]:
     """The rows; when they have gone by, their embeddings are in the file beside `path`."""
-    with replacing(vectors_beside(path)) as partial, partial.open("wb") as file:
+    with replace_file(vectors_beside(path)) as partial, partial.open("wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<f4", "fortran_order": False, "shape": (count, dimensions)}
         )

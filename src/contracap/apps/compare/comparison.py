@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from contracap.apps.compare.conditions import System, remarks, require_same_counts, sample_differences
+from contracap.apps.compare.conditions import System, list_remarks, require_same_counts, sample_differences
 from contracap.apps.compare.statistics import CONFIDENCE, RESAMPLES, bootstrap_interval, holm, permutation_test
 from contracap.evaluation.result import Result
 
@@ -147,7 +147,7 @@ def compare(a: Sequence[Result], b: Sequence[Result], names: tuple[str, str] = (
         runs=len(a),
         samples=min(result.samples for result in [*a, *b]),
         seed=seed,
-        remarks=tuple(remarks(tasks, first, second)),
+        remarks=tuple(list_remarks(tasks, first, second)),
     )
 
 

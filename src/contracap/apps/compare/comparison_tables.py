@@ -16,14 +16,14 @@ LATEX = str.maketrans(
 MINUS = re.compile(r"(?<![^ ])-(?=\d)")  # a sign, not the hyphen of a name
 
 
-def headings(comparison: Comparison) -> list[str]:
-    """Names of the columns of `cells`."""
+def list_headings(comparison: Comparison) -> list[str]:
+    """Names of the columns of `format_cells`."""
     if comparison.runs > 1:
         return ["figure", *comparison.names, "gap", "each run", "95 % interval"]
     return ["figure", *comparison.names, "gap", "95 % interval", "p", "p (Holm)"]
 
 
-def cells(row: Row, comparison: Comparison) -> list[str]:
+def format_cells(row: Row, comparison: Comparison) -> list[str]:
     """A row as it is printed: scores times 100, what is missing as a word or left empty."""
     factor = 1.0 if row.name in UNITS else 100.0
 
@@ -38,15 +38,15 @@ def cells(row: Row, comparison: Comparison) -> list[str]:
     scores = [row.figure, score(row.a), score(row.b), gap(row.gap)]
     if comparison.runs > 1:
         return [*scores, " ".join(map(gap, row.gaps)), interval]
-    return [*scores, interval, probability(row.p), probability(row.p_holm)]
+    return [*scores, interval, format_probability(row.p), format_probability(row.p_holm)]
 
 
-def probability(p: float | None) -> str:
+def format_probability(p: float | None) -> str:
     """A p-value with as many places as can be told apart."""
     return "" if p is None else f"{p:.4f}"
 
 
-def notes(comparison: Comparison) -> list[str]:
+def list_notes(comparison: Comparison) -> list[str]:
     """Return the lines below a table: what is missing, what only one system has, what was measured in other ways."""
     reasons: dict[str, list[str]] = {}
     for row in comparison.rows:
@@ -61,7 +61,7 @@ def notes(comparison: Comparison) -> list[str]:
     return [*lines, *comparison.remarks]
 
 
-def method(comparison: Comparison) -> str:
+def describe_method(comparison: Comparison) -> str:
     """Describe how intervals and p-values were made."""
     a, b = comparison.names
     if comparison.runs > 1:
@@ -82,13 +82,13 @@ def method(comparison: Comparison) -> str:
     )
 
 
-def markdown(comparison: Comparison) -> str:
+def to_markdown(comparison: Comparison) -> str:
     """A table, and below it what it does not hold."""
-    head = headings(comparison)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(cells(row, comparison) for row in comparison.rows)]
+    head = list_headings(comparison)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(format_cells(row, comparison) for row in comparison.rows)]
     made = "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
-    below = "".join(f"- {note}\n" for note in notes(comparison))
-    return f"{made}\n\n{method(comparison)}\n" + (f"\n{below}" if below else "")
+    below = "".join(f"- {note}\n" for note in list_notes(comparison))
+    return f"{made}\n\n{describe_method(comparison)}\n" + (f"\n{below}" if below else "")
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -106,18 +106,18 @@ def to_csv(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def latex(comparison: Comparison) -> str:
+def to_latex(comparison: Comparison) -> str:
     """A tabular in the style of the package booktabs."""
-    head = headings(comparison)
+    head = list_headings(comparison)
 
     def line(texts: Sequence[str]) -> str:
         figure, *numbers = (text.translate(LATEX) for text in texts)
         return " & ".join([figure, *(MINUS.sub("$-$", number) for number in numbers)]) + r" \\"
 
-    rows = "\n".join(line(cells(row, comparison)) for row in comparison.rows)
+    rows = "\n".join(line(format_cells(row, comparison)) for row in comparison.rows)
     return (
-        f"% {method(comparison)}\n"
-        + "".join(f"% {note}\n" for note in notes(comparison))
+        f"% {describe_method(comparison)}\n"
+        + "".join(f"% {note}\n" for note in list_notes(comparison))
         + f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n{line(head)}\n\\midrule\n{rows}\n"
         "\\bottomrule\n\\end{tabular}\n"
     )

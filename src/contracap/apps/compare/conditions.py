@@ -98,7 +98,7 @@ def require_same_counts(task: str, figure: str, a: System, b: System) -> None:
             )
 
 
-def remarks(tasks: Mapping[str, str], a: System, b: System) -> Iterator[str]:
+def list_remarks(tasks: Mapping[str, str], a: System, b: System) -> Iterator[str]:
     """Yield what differs in how the two systems were measured, then why a task failed in one, a sentence each.
 
     Args:

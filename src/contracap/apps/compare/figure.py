@@ -80,7 +80,7 @@ def _draw_scores(axes: Any, rows: tuple[Row, ...]) -> None:
     axes.hlines(places, a, b, color=NEITHER, linewidth=1.2, zorder=1)
     axes.scatter(a, places, color=FIRST, marker="o", zorder=2, clip_on=False)
     axes.scatter(b, places, color=SECOND, marker="D", s=26, zorder=2, clip_on=False)
-    axes.set_yticks(places, [label(row) for row in rows], parse_math=False)
+    axes.set_yticks(places, [make_label(row) for row in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlim(1.05 * min(0.0, *a, *b), 1.05 * max(0.0, *a, *b) or 1.0)
     axes.locator_params(axis="x", nbins=5)
@@ -111,7 +111,7 @@ def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def label(row: Row) -> str:
+def make_label(row: Row) -> str:
     """A row's task, cut if need be, and its figure."""
     name = shorten_name(SHORT.get(row.name, row.name))
     return f"{shorten_name(row.task)}, {name}" if row.task else name

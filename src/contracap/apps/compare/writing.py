@@ -3,11 +3,19 @@
 from pathlib import Path
 
 from contracap.apps.compare.comparison import Comparison
-from contracap.apps.compare.comparison_tables import cells, headings, latex, markdown, method, notes, to_csv
+from contracap.apps.compare.comparison_tables import (
+    describe_method,
+    format_cells,
+    list_headings,
+    list_notes,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 from contracap.apps.compare.figure import Drawing, draw
 from contracap.apps.html_page import drawing, page, paragraph, table
 from contracap.evaluation.result import RESULTS_FILE
-from contracap.files import replacing, write_text
+from contracap.files import replace_file, write_text
 
 
 def write(comparison: Comparison, folder: Path, *, command: str) -> None:
@@ -21,15 +29,15 @@ def write(comparison: Comparison, folder: Path, *, command: str) -> None:
     drawn = draw(comparison) if comparison.headlines else None
     texts = {
         "html": compare_page(comparison, drawn),
-        "md": markdown(comparison),
+        "md": to_markdown(comparison),
         "csv": to_csv(comparison),
-        "tex": latex(comparison),
+        "tex": to_latex(comparison),
     }
     for ending in ("svg", "png"):
         if drawn is None:
             (folder / f"compare.{ending}").unlink(missing_ok=True)
             continue
-        with replacing(folder / f"compare.{ending}") as partial:
+        with replace_file(folder / f"compare.{ending}") as partial:
             partial.write_bytes(getattr(drawn, ending))
     for ending, text in texts.items():
         write_text(folder / f"compare.{ending}", text)
@@ -39,8 +47,8 @@ def write(comparison: Comparison, folder: Path, *, command: str) -> None:
 def compare_page(comparison: Comparison, drawn: Drawing | None) -> str:
     """The page: the figure, if there is one, all figures as a table, and how they were made."""
     a, b = comparison.names
-    head = headings(comparison)
-    rows = [cells(row, comparison) for row in comparison.rows]
+    head = list_headings(comparison)
+    rows = [format_cells(row, comparison) for row in comparison.rows]
     sections = {
         "": [paragraph("There is nothing to draw: no score has a value in both.")]
         if drawn is None
@@ -50,8 +58,8 @@ def compare_page(comparison: Comparison, drawn: Drawing | None) -> str:
         ],
         "All figures": [
             table(head, rows, numbers=range(1, len(head))),
-            *map(paragraph, notes(comparison)),
-            paragraph(method(comparison)),
+            *map(paragraph, list_notes(comparison)),
+            paragraph(describe_method(comparison)),
         ],
     }
     return page(f"{a} and {b}", sections)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from contracap.apps.demo.overlay import overlay, to_pillow
 from contracap.evaluation.class_names import check_templates
-from contracap.evaluation.features import embed_texts, finite
-from contracap.evaluation.zeroshot import classifier, compare_with_labels, count_characters
+from contracap.evaluation.features import embed_texts, require_finite
+from contracap.evaluation.zeroshot import build_classifier, compare_with_labels, count_characters
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.registry import build_strategy
 from contracap.generation.word_maps import attention_map, word_maps
@@ -88,19 +88,19 @@ class Actions:
 
         Raises: ValueError: if there is no image or no label, a template has no {}, or the image cannot be used.
         """
-        names = list(dict.fromkeys(lines(labels)))
+        names = list(dict.fromkeys(split_lines(labels)))
         if not names:
             raise ValueError("there are no labels: write at least one, each on a line of its own")
         if len(names) > MAX_LABELS:
             raise ValueError(f"there are {len(names)} labels; the page takes {MAX_LABELS}")
-        templates = check_templates(lines(template))
+        templates = check_templates(split_lines(template))
         if (characters := count_characters(names, templates)) > MAX_CHARACTERS:
             raise ValueError(
                 f"the labels have {characters:,} characters in all prompts; the page takes {MAX_CHARACTERS:,}"
             )
         embedding = self.embed(self.pixels(self.read(path)))[0]
         with self._one_at_a_time:
-            weights = classifier(self.model, self.processor, names, templates)
+            weights = build_classifier(self.model, self.processor, names, templates)
         _, probabilities = compare_with_labels(embedding, weights, self.model.logit_scale.exp())
         return dict(zip(names, probabilities.tolist(), strict=True))
 
@@ -108,7 +108,7 @@ class Actions:
     def embed(self, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image embed"]:
         """Contrastive embeddings, unit rows, where the model is."""
         with self._one_at_a_time, evaluating(self.model):
-            return finite(self.model.encode_image(pixels.to(self.model.logit_scale)), "images")
+            return require_finite(self.model.encode_image(pixels.to(self.model.logit_scale)), "images")
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> Float[Tensor, "embed"]:
@@ -134,6 +134,6 @@ class Actions:
         return resize_and_crop(image, replace(self.processor.image_config, size=SHOWN))
 
 
-def lines(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     """The lines of a text, without those that are empty."""
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.overlay import to_thumbnail
-from contracap.data.image_finder import SkippedFiles, images_in
+from contracap.data.image_finder import SkippedFiles, find_images
 from contracap.image_files import ImageError
 from contracap.wording import counted
 
@@ -128,7 +128,7 @@ class Collection:
 
 
 def images_under(folder: Path) -> list[Path]:
-    """The paths of a folder's images, as `data.image_finder.images_in` finds them.
+    """The paths of a folder's images, as `data.image_finder.find_images` finds them.
 
     Raises:
         ValueError: if there are none, or no such folder.
@@ -137,7 +137,7 @@ def images_under(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give one that holds images")
     passed = SkippedFiles()
-    found = [folder / path for path in images_in(folder, passed)]
+    found = [folder / path for path in find_images(folder, passed)]
     if not found:
         raise ValueError(f"{folder} holds no images" + (f" (passed over {passed})" if passed.counts else ""))
     passed.report(folder)

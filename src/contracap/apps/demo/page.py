@@ -36,7 +36,7 @@ footer { display: none !important; }
 """
 
 
-def theme() -> gradio.themes.Base:
+def build_theme() -> gradio.themes.Base:
     """Return a plain theme, in the visitor's own fonts: gradio's themes name some that a browser would fetch."""
     return gradio.themes.Default(
         primary_hue="blue",

@@ -14,9 +14,9 @@ from contracap.apps.demo.collection import Collection
 from contracap.apps.demo.components import guard
 from contracap.apps.demo.examples import find_examples
 from contracap.apps.demo.limits import LimitVisitors
-from contracap.apps.demo.page import CSS, build_page, theme
+from contracap.apps.demo.page import CSS, build_page, build_theme
 from contracap.apps.demo.uploads import MAX_IMAGE_MIB, Uploads
-from contracap.apps.web import MIB, run, url
+from contracap.apps.web import MIB, format_url, run
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.progress import in_thread
@@ -44,7 +44,7 @@ def serve(
     collection = Collection(actions, images or (), folder=folder)
     with tempfile.TemporaryDirectory(prefix="contracap-demo-") as temporary, in_thread(collection.fill()):
         app = build_app(actions, collection if images is not None else None, Uploads(Path(temporary)))
-        greeting = f"the page is at {url(address)}; Ctrl-C ends it"
+        greeting = f"the page is at {format_url(address)}; Ctrl-C ends it"
         run(app, address, greeting=greeting, patience=PATIENCE, log_level="warning")
 
 
@@ -61,7 +61,7 @@ def build_app(actions: Actions, collection: Collection | None, uploads: Uploads)
         page,
         path="/",
         max_file_size=MAX_IMAGE_MIB * MIB,
-        theme=theme(),
+        theme=build_theme(),
         css=CSS,
         footer_links=[],
         run_history=False,

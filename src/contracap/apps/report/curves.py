@@ -17,7 +17,7 @@ SERIES = {  # what is drawn of each step's record: title to the names of up to t
 Point = tuple[float, float]
 
 
-def curves(records: Sequence[Mapping[str, Any]]) -> Html:
+def draw_curves(records: Sequence[Mapping[str, Any]]) -> Html:
     """Losses, learning rate, gradient norm, logit scale and speed over the steps, as far as they were recorded, and
     figures that were evaluated on the way more than once; those of one task that differ in K share a chart."""
     series = dict(SERIES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contracap.apps.html_page import Html, page, paragraph, table
-from contracap.apps.report.curves import curves
+from contracap.apps.report.curves import draw_curves
 from contracap.apps.report.sections import sections_of
 from contracap.config import build
 from contracap.data.annotations import read_json
@@ -54,7 +54,7 @@ def write_report(run: Path) -> Path:
         records = read_metrics(run)
         sections[""].insert(0, paragraph(_progress(records, recipe)))
         if records:
-            sections["The run"] = [curves(records)]
+            sections["The run"] = [draw_curves(records)]
     if checkpoint := last_checkpoint(run / CHECKPOINTS):
         sections |= measure(run, recipe, checkpoint)
     else:

@@ -27,10 +27,10 @@ def read_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
 def thumbnail_tag(sample: Sample, *, good: bool | None = None) -> Html:
     """A sample's image as a thumbnail; its first caption, or its key, stands for it where it cannot be seen."""
     alt = sample.captions[0] if sample.captions else sample.key
-    return image_tag(thumbnail(sample.image), alt=alt, good=good)
+    return image_tag(make_thumbnail(sample.image), alt=alt, good=good)
 
 
-def thumbnail(image: bytes) -> bytes:
+def make_thumbnail(image: bytes) -> bytes:
     """A JPEG of at most `SIDE` pixels; a PNG of no more is left as it is.
 
     Raises: ImageError: if the image cannot be read.

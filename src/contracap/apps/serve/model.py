@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from contracap.evaluation.features import embed_texts, finite
-from contracap.evaluation.zeroshot import classifier, compare_with_labels
+from contracap.evaluation.features import embed_texts, require_finite
+from contracap.evaluation.zeroshot import build_classifier, compare_with_labels
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.strategy import Strategy
 from contracap.image_files import decode
@@ -55,7 +55,7 @@ class ServedModel:
     def image_embeddings(self, _: None, images: list[Image], go_on: object) -> list[Float32[Tensor, "embed"]]:
         """Return a unit vector for each image."""
         with evaluating(self.model):
-            return list(finite(self.model.encode_image(self._pixels(images)), "images").cpu())
+            return list(require_finite(self.model.encode_image(self._pixels(images)), "images").cpu())
 
     @torch.inference_mode()
     def text_embeddings(self, _: None, texts: list[str], go_on: object) -> list[Float32[Tensor, "embed"]]:
@@ -71,7 +71,7 @@ class ServedModel:
         return list(zip(*compare_with_labels(embeddings, self._classifier(*classes), self.logit_scale), strict=True))
 
     def _new_classifier(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Float32[Tensor, "label embed"]:
-        return classifier(self.model, self.processor, labels, templates).cpu()
+        return build_classifier(self.model, self.processor, labels, templates).cpu()
 
     def _pixels(self, images: list[Image]) -> Float32[Tensor, "batch 3 height width"]:
         return normalise(torch.stack(images).to(self.model.device), self.processor.image_config)

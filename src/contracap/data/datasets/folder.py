@@ -6,7 +6,7 @@ from pathlib import Path
 
 from contracap.data.annotations import Entry, SkippedEntry, SourceError, read_json, read_text
 from contracap.data.datasets.tables import cell_captions
-from contracap.data.image_finder import SkippedFiles, files_in, is_image
+from contracap.data.image_finder import SkippedFiles, find_files, is_image
 from contracap.data.samples import text_lines, texts_in
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
@@ -21,7 +21,7 @@ def read_folder(folder: Path, lines: bool) -> Iterator[Entry | SkippedEntry]:
         lines: each line of a text file is a caption; otherwise the whole text is one.
     """
     skipped = SkippedFiles()
-    files = list(files_in(folder, skipped))
+    files = list(find_files(folder, skipped))
     caption_files = {
         (file.with_suffix("").as_posix(), file.suffix.lower()): file
         for file in files

@@ -8,7 +8,7 @@ from unicodedata import normalize
 
 from contracap.data.annotations import Entry, SkippedEntry
 from contracap.data.datasets.tables import IMAGE_COLUMNS, read_table
-from contracap.data.image_finder import SkippedFiles, files_in, is_image
+from contracap.data.image_finder import SkippedFiles, find_files, is_image
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -19,7 +19,7 @@ def read_imagefolder(
     """Yield the rows of every metadata file, whose names start in its folder; then the images that no row names."""
     image_columns = (image_column,) if image_column else ("file_name", *IMAGE_COLUMNS)
     named, images, skipped = set[str](), list[str](), SkippedFiles()
-    for file in files_in(folder, skipped):
+    for file in find_files(folder, skipped):
         if is_image(folder / file):
             images.append(file.as_posix())
         elif file.name in METADATA_FILES:

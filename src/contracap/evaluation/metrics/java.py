@@ -28,7 +28,7 @@ def find_java() -> Path | None:
     home = os.environ.get("JAVA_HOME")
     folders = [*([str(Path(home) / "bin")] if home else []), None]
     found = (shutil.which("java", path=folder) for folder in folders)
-    return next((Path(java) for java in found if java and runs(java)), None)
+    return next((Path(java) for java in found if java and can_run(java)), None)
 
 
 def find_jar(name: str) -> Path | None:
@@ -76,7 +76,7 @@ def java_errors(what: str) -> Iterator[None]:
 
 
 @cache
-def runs(java: str) -> bool:
+def can_run(java: str) -> bool:
     """Return True if this Java runs: macOS has one that only says that there is none."""
     try:
         return subprocess.run([java, "-version"], capture_output=True, check=False).returncode == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from contracap.evaluation.distributed import run_on_every_rank
-from contracap.evaluation.features import finite, full_precision
+from contracap.evaluation.features import full_precision, require_finite
 from contracap.parallel.process_group import ProcessGroup
 
 SIDE = 1024  # texts and images of one tile of scores: 4 MiB in fp32
@@ -53,7 +53,7 @@ def _count_tiles(
     process_group: ProcessGroup,
 ) -> tuple[Int64[Tensor, "text"], Int64[Tensor, "image"]]:
     """Return the part of the positions that the tiles of this process contribute."""
-    images, texts = finite(image_features, "images"), finite(text_features, "texts")
+    images, texts = require_finite(image_features, "images"), require_finite(text_features, "texts")
     _check_owners(image_of_text, len(images))
     with full_precision(images.device):
         own = _compute_own_scores(texts, images, image_of_text)
