@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import say, try_write
 from contracap.cli.options import ResultFile, Size, check_outputs, command_line, load_model
-from contracap.evaluation.metrics.scores import ONE_IMAGE, metric_names
+from contracap.evaluation.metrics.scores import ONE_IMAGE
 from contracap.evaluation.metrics.spice import MEMORY
 from contracap.evaluation.metrics.tokens import TokenizerName
 
@@ -60,7 +60,7 @@ def score(
         raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
     check_outputs([file, config.references, config.clipscore], json=json)
     scorer = CaptionScorer(
-        metrics=metric_names(config.metrics),
+        metrics=config.metrics,
         tokenizer=config.tokenizer,
         corenlp=config.corenlp_dir,
         spice_memory=config.spice_memory,

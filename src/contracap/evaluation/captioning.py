@@ -36,8 +36,8 @@ def evaluate_captioning(
     batch_size: int = 16,
     process_group: ProcessGroup = ProcessGroup(),
     on_predictions: Callable[[Sequence[Prediction]], object] = lambda _: None,
-) -> Result:
-    """Caption the images and score the captions. The predictions are a list of `Prediction`.
+) -> Result[list[Prediction]]:
+    """Caption the images and score the captions.
 
     If samples have the field `domain` of NoCaps, each domain has figures of its own, such as CIDEr_near and SPICE_near.
 

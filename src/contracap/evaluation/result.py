@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from contracap.model.coca import CoCa
 RESULTS_FILE = "results.json"  # in a folder of its own
 OWN_KEYS = frozenset({"command", "versions", "seed", "samples", "figures", "reasons", "per_sample"})  # of every result
 
+Predictions = TypeVar("Predictions")
+NONE: Any = ()  # predictions of an evaluator that makes none
 VERSIONED = (
     "contracap",
     "torch",
@@ -57,7 +59,7 @@ def compute_digest(keys: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Generic[Predictions]):
     """Figures, and what they rest on.
 
     Attributes:
@@ -76,7 +78,7 @@ class Result:
     samples: int
     reasons: Mapping[str, str] = field(default_factory=dict)
     per_sample: Mapping[str, PerSample] = field(default_factory=dict)
-    predictions: Any = field(default=(), compare=False, repr=False)
+    predictions: Predictions = field(default=NONE, compare=False, repr=False)
     details: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     seed: int | None = None
@@ -89,9 +91,9 @@ class Result:
         *,
         per_sample: Mapping[str, Sequence[float]] = MappingProxyType({}),
         reasons: Mapping[str, str] = MappingProxyType({}),
-        predictions: Any = (),
+        predictions: Predictions = NONE,
         details: Mapping[str, Any] = MappingProxyType({}),
-    ) -> "Result":
+    ) -> "Result[Predictions]":
         """Return the result of one evaluator on the samples with these keys.
 
         Args:
@@ -149,7 +151,7 @@ class Result:
         write_text(path, text + "\n")
 
 
-Evaluator = Callable[[CoCa], Result]
+Evaluator = Callable[[CoCa], Result[Any]]
 
 
 def unexpected(error: Exception) -> Exception | None:

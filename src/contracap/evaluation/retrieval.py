@@ -47,7 +47,7 @@ def evaluate_retrieval(
     ks: Sequence[int] = (1, 5, 10),
     batch_size: int = 64,
     process_group: ProcessGroup = ProcessGroup(),
-) -> Result:
+) -> Result[Features]:
     """Return recall@K over all images and all their captions, as shares from 0 to 1.
 
     `text_to_image_recall@K` is the share of captions whose image is among the K best images for them,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from contracap.data.shards import list_shards
 from contracap.evaluation.config import EvaluationConfig, SampleCaptionsConfig, TaskConfig
@@ -21,6 +21,17 @@ from contracap.processor import Processor
 Value = TypeVar("Value")
 BATCH = 16  # images captioned at a time
 logger = logging.getLogger(__name__)
+
+
+class SampleCaption(TypedDict):
+    """A caption of the model and those of people, ready for JSON; `key` is that of the image."""
+
+    key: str
+    caption: str
+    references: tuple[str, ...]
+
+
+Suite = Callable[[CoCa], Result[list[SampleCaption]]]
 
 
 def build_evaluators(
@@ -94,10 +105,10 @@ def join(results: Mapping[str, Result | str]) -> Result:
 
 def build_suite(
     config: EvaluationConfig, processor: Processor, process_group: ProcessGroup = ProcessGroup()
-) -> Evaluator | None:
+) -> Suite | None:
     """Return the evaluator of everything that a recipe measures; None if it measures nothing.
 
-    Its predictions are the captions of `config.captions`, ready for JSON. Every rank must call it, since they share the
+    Its predictions are the captions of `config.captions`. Every rank must call it, since they share the
     images of retrieval and perhaps the model. The figures are the same on every rank. If a task or the captions fail on
     one rank, rank 0 warns, and the result has the other figures.
 
@@ -113,12 +124,12 @@ def build_suite(
     if not evaluators and captions is None:
         return None
 
-    def suite(model: CoCa) -> Result:
+    def suite(model: CoCa) -> Result[list[SampleCaption]]:
         def measure(name: str, work: Callable[[], Value]) -> Value | str:
             return _try_measure(name, partial(run_on_every_rank, process_group, work), log=process_group.rank == 0)
 
         results = {name: measure(name, partial(evaluator, model)) for name, evaluator in evaluators.items()}
-        written: list[dict[str, Any]] | str = []
+        written: list[SampleCaption] | str = []
         if captions is not None:
             written = measure("evaluation.captions", partial(write_sample_captions, model, processor, captions))
         return replace(join(results), predictions=[] if isinstance(written, str) else written)
@@ -126,9 +137,9 @@ def build_suite(
     return suite
 
 
-def write_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[dict[str, Any]]:
+def write_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[SampleCaption]:
     """Return the model's captions of the first images, each with its references."""
-    captioner, written = Captioner(model, processor), list[dict[str, Any]]()
+    captioner, written = Captioner(model, processor), list[SampleCaption]()
     samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)
     while batch := list(islice(samples, BATCH)):
         captions = captioner.generate(image_pixels(batch, processor))

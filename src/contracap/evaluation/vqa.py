@@ -51,11 +51,11 @@ def evaluate_vqa(
     strict: bool = True,
     batch_size: int = 16,
     on_predictions: Callable[[Sequence[Answer]], object] = lambda _: None,
-) -> Result:
+) -> Result[list[Answer]]:
     """Return the accuracy of answers to questions about images, from 0 to 1, by the rule of the VQA challenge.
 
-    The questions are the field `qa` of the samples. The predictions are a list of `Answer`, in the order of the
-    questions. The value of an image is the part of the accuracy that its questions contribute.
+    The questions are the field `qa` of the samples. The predictions are in the order of the questions. The value of
+    an image is the part of the accuracy that its questions contribute.
 
     Args:
         answerer: gives the answers; by default the model writes them.

@@ -14,7 +14,7 @@ import torch
 from contracap.data.batch import Batch
 from contracap.data.loader import TrainingBatches, join_states
 from contracap.data.order import OrderError
-from contracap.evaluation.result import Evaluator, Result
+from contracap.evaluation.suite import Suite
 from contracap.parallel import Agreement
 from contracap.training.checkpoint import CHECKPOINTS, CheckpointError, describe, last_checkpoint
 from contracap.training.loop import Event, TrainingError, repeat_steps
@@ -51,7 +51,7 @@ class Run:
     write_errors: list[OSError] = field(default_factory=list)
 
     def repeat(
-        self, config: StepConfig, *, validate: Callable[[], Mapping[str, float]] | None, evaluator: Evaluator | None
+        self, config: StepConfig, *, validate: Callable[[], Mapping[str, float]] | None, evaluator: Suite | None
     ) -> None:
         """Train to the last step."""
         recipe, state = self.recipe, self.state
@@ -134,16 +134,17 @@ class Run:
             with self.keep_write_errors():
                 self.recorder.record(self.state.step, numbers or {})
 
-    def evaluate(self, evaluator: Evaluator, *, bf16: bool) -> None:
+    def evaluate(self, evaluator: Suite, *, bf16: bool) -> None:
         """Record the results of the recipe's evaluation."""
         self.stop_if_asked(at_once=True)
         model = self.state.model
         with self.monitor.phase(EVALUATION):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                result = self.try_on_all_ranks(partial(evaluator, model)) or Result(figures={}, samples=0)
-            with self.keep_write_errors():
-                self.recorder.record(self.state.step, result.values)
-                self.recorder.record_captions(self.state.step, result.predictions)
+                result = self.try_on_all_ranks(partial(evaluator, model))
+            if result is not None:
+                with self.keep_write_errors():
+                    self.recorder.record(self.state.step, result.values)
+                    self.recorder.record_captions(self.state.step, result.predictions)
 
     def try_on_all_ranks(self, action: Callable[[], Found]) -> Found | None:
         """Return what `action` returns. If it fails on any rank, warn and return None: that does not end the run.
