@@ -21,7 +21,7 @@ from contracap.apps.quickstart import (
     quickstart,
 )
 from contracap.data.drawing import scene_records
-from contracap.data.grammar import describe
+from contracap.data.grammar import make_caption
 from contracap.data.samples import Sample
 from contracap.data.scenes import PAIRS, random_scene, twin_scenes
 from contracap.evaluation.result import Result
@@ -96,7 +96,7 @@ def test_no_caption_is_cut_by_the_context_of_the_size() -> None:
     recipe = load_recipe(find_recipe())
     _, processor = load(recipe.size, weights="random", seed=0)
     generator = np.random.default_rng(0)
-    captions = [describe(random_scene(generator, PAIRS, objects=2), generator) for _ in range(2000)]
+    captions = [make_caption(random_scene(generator, PAIRS, objects=2), generator) for _ in range(2000)]
     roomy = Tokenizer(context=100, vocab_size=processor.tokenizer.vocab_size)
     assert text_lengths(roomy(captions), roomy.end).max() <= processor.tokenizer.context
 

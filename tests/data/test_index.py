@@ -11,7 +11,7 @@ import pytest
 
 from contracap.data.counts import samples_in
 from contracap.data.index import INDEX_FILE, IndexFileError, ShardEntry, read_index, write_index
-from contracap.data.indexing import describe, index_folder
+from contracap.data.indexing import index_folder, index_shard
 from contracap.data.shards import ShardError, list_shards, write_shard
 
 LONG = "a dog runs " * 60  # 180 words, each a token
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_entry_counts_samples_captions_and_their_lengths_uncut(folder: Path) -> None:
-    entry = describe(folder / "b.tar")
+    entry = index_shard(folder / "b.tar")
     content = (folder / "b.tar").read_bytes()
     assert entry == ShardEntry(
         name="b.tar",
@@ -43,25 +43,25 @@ def test_entry_counts_samples_captions_and_their_lengths_uncut(folder: Path) -> 
         captions=2,
         caption_lengths={3: 1, 182: 1},
     )
-    assert describe(folder / "a.tar").caption_lengths == {4: 2, 5: 1}
+    assert index_shard(folder / "a.tar").caption_lengths == {4: 2, 5: 1}
 
 
 def test_unusable_sample_counts_as_sample_without_captions(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.tar", [("0", {"txt": b"no picture"}), ("1", {"jpg": b"p", "txt": b"one"})])
-    entry = describe(tmp_path / "s.tar")
+    entry = index_shard(tmp_path / "s.tar")
     assert (entry.samples, entry.captions) == (2, 1)
 
 
 def test_index_of_flickr8k_says_what_its_manifest_says(data_folder: Path) -> None:
     manifest = json.loads((data_folder / "flickr8k" / "manifest.json").read_text())["splits"]["val"]
-    entry = describe(data_folder / manifest["shards"][0]["path"])
+    entry = index_shard(data_folder / manifest["shards"][0]["path"])
     assert (entry.samples, entry.captions) == (manifest["images"], manifest["captions"])
     assert (entry.bytes, entry.sha256) == (manifest["shards"][0]["bytes"], manifest["shards"][0]["sha256"])
     assert sum(entry.caption_lengths.values()) == entry.captions
 
 
 def test_written_index_is_read_back_sorted_by_name(folder: Path) -> None:
-    entries = [describe(folder / name) for name in ("b.tar", "a.tar")]
+    entries = [index_shard(folder / name) for name in ("b.tar", "a.tar")]
     write_index(folder, entries)
     assert read_index(folder) == {entry.name: entry for entry in entries}
     document = json.loads((folder / INDEX_FILE).read_text())
@@ -110,7 +110,7 @@ def test_completing_an_index_reads_new_and_changed_shards_only(folder: Path) -> 
     assert (folder / "b.tar").stat().st_size == marked[1].bytes
     os.utime(folder / "b.tar", (later := time.time() + 9, later))
     completed = index_folder(folder)
-    assert completed == [marked[0], describe(folder / "b.tar"), describe(folder / "c.tar")]
+    assert completed == [marked[0], index_shard(folder / "b.tar"), index_shard(folder / "c.tar")]
     make_shard(folder / "b.tar", [["a longer shard"]] * 20)
     assert index_folder(folder)[1].samples == 20
     (folder / "b.tar").unlink()
@@ -133,7 +133,7 @@ def test_index_made_by_worker_processes_is_the_same(folder: Path) -> None:
 
 
 def test_shard_that_is_indexed_and_gone_is_an_error(folder: Path) -> None:
-    write_index(folder, [*index_folder(folder), replace(describe(list_shards(folder)[0]), name="gone.tar")])
+    write_index(folder, [*index_folder(folder), replace(index_shard(list_shards(folder)[0]), name="gone.tar")])
     with pytest.raises(IndexFileError, match=r"lists gone\.tar, which is not there"):
         samples_in(list_shards(folder))
 

@@ -15,9 +15,9 @@ from contracap.data.grammar import (
     IT_WORDS,
     RELATION_PHRASES,
     RELATION_WORDS,
-    describe,
+    make_caption,
+    make_hint,
     parse,
-    write_hint,
 )
 from contracap.data.loader import evaluation_samples
 from contracap.data.scenes import (
@@ -59,7 +59,7 @@ def test_described_scenes_are_read_back(objects: int) -> None:
     generator = np.random.default_rng(0)
     for _ in range(500):
         scene = random_scene(generator, TRAINED | HELD_OUT, objects=objects)
-        assert parse(describe(scene, generator)) == scene
+        assert parse(make_caption(scene, generator)) == scene
 
 
 def test_inverse_relations_say_the_same() -> None:
@@ -92,11 +92,11 @@ def test_incomplete_or_foreign_captions_have_no_meaning(caption: str) -> None:
 
 def test_a_hint_tells_no_whole_scene() -> None:
     generator = np.random.default_rng(0)
-    hints = {write_hint(Scene((CIRCLE,)), generator) for _ in range(50)}
+    hints = {make_hint(Scene((CIRCLE,)), generator) for _ in range(50)}
     assert len(hints) > 2
     assert all(parse(words) is None for words in hints)
     assert all(("red" in words) + ("circle" in words) + ("in the middle" in words) == 1 for words in hints)
-    left = {write_hint(Scene((CIRCLE,), place=("left of", False)), generator) for _ in range(50)}
+    left = {make_hint(Scene((CIRCLE,), place=("left of", False)), generator) for _ in range(50)}
     assert "a thing left of the middle" in left and "there is a thing to the left of the middle" in left
 
 
@@ -113,7 +113,7 @@ def test_training_scenes_hold_no_held_out_pair_yet_every_colour_and_shape() -> N
 def test_no_training_caption_names_a_held_out_pair() -> None:
     generator = np.random.default_rng(1)
     for scene in islice(training_scenes(generator), 2000):
-        told = parse(describe(scene, generator))
+        told = parse(make_caption(scene, generator))
         assert told is not None
         assert not told.pairs & HELD_OUT
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from contracap.cli import main
 from contracap.data.index import read_index
-from contracap.data.indexing import describe
+from contracap.data.indexing import index_shard
 from contracap.data.samples import Sample
 from contracap.data.shard_maker import MadeShards, MakingError, make_shards
 from contracap.data.shards import list_shards, read_samples, write_shard
@@ -207,7 +207,7 @@ def test_index_describes_the_shards_and_nothing_else_is_left(tmp_path: Path) -> 
         "making.json",
         "skipped.jsonl",
     ]
-    assert list(read_index(out).values()) == [describe(shard) for shard in list_shards(out)]
+    assert list(read_index(out).values()) == [index_shard(shard) for shard in list_shards(out)]
     assert [entry.samples for entry in read_index(out).values()] == [2, 2, 1]
 
 

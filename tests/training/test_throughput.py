@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from contracap.data.batch import Batch
-from contracap.training.throughput import GIB, Measured, Throughput, summarise
+from contracap.training.throughput import GIB, RankCounts, Throughput, summarise
 
 
 def batch() -> Batch:
@@ -14,9 +14,9 @@ def batch() -> Batch:
     return Batch(pixels=pixels, ids=ids, lengths=np.array([2, 4, 5]), keys=["a", "b", "c"])
 
 
-def measured(**changed: float | None) -> Measured:
+def measured(**changed: float | None) -> RankCounts:
     fields = dict(steps=2, samples=8, tokens=40, seconds=4.0, waited=1.0, memory=1.0 * GIB, gpu_utilisation=None)
-    return Measured(**(fields | changed))
+    return RankCounts(**(fields | changed))
 
 
 def test_tokens_are_those_of_the_texts_without_padding() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from contracap.apps.compare.comparison import Comparison, compare
 from contracap.apps.compare.figure import require_matplotlib
 from contracap.apps.compare.results import load_result
-from contracap.apps.compare.writing import write
+from contracap.apps.compare.writing import write_comparison
 from contracap.config import ConfigError, build, require_paths, to_dict
 from contracap.data.patterns import require_consent
 from contracap.data.shards import list_shards
@@ -132,7 +132,7 @@ def study(config: StudyConfig, *, command: str, allow_commands: bool = False) ->
     made = []
     for other in others:
         made.append(compare(results[first], results[other], names=(first, other)))
-        write(made[-1], Path(config.out) / f"{first}-vs-{other}", command=command)
+        write_comparison(made[-1], Path(config.out) / f"{first}-vs-{other}", command=command)
     return made
 
 

@@ -27,7 +27,7 @@ def compare(
     from contracap.apps.compare.comparison import compare as compared
     from contracap.apps.compare.comparison_tables import to_markdown
     from contracap.apps.compare.results import load_result, names_of
-    from contracap.apps.compare.writing import write
+    from contracap.apps.compare.writing import write_comparison
     from contracap.evaluation.result import RESULTS_FILE
     from contracap.files import require_folder
 
@@ -35,7 +35,7 @@ def compare(
     if (result := out / RESULTS_FILE).exists() and any(result.samefile(each) for each in (a, b) if each.exists()):
         raise ValueError(f"{result} would take the place of a result that is compared: choose another --out")
     comparison = compared([load_result(a)], [load_result(b)], names=names or names_of(a, b))
-    write(comparison, out, command=command_line())
+    write_comparison(comparison, out, command=command_line())
     print(to_markdown(comparison))
     say(f"the figure: {out / 'compare.svg'}" if comparison.headlines else "no figure: no score has a value in both")
     say(f"the page: {out / 'compare.html'}")

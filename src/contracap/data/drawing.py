@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from contracap.data.grammar import describe, write_hint
+from contracap.data.grammar import make_caption, make_hint
 from contracap.data.scenes import Color, Scene, Shape, Size, Thing, training_scenes
 from contracap.data.shards import write_shard
 from contracap.data.workers import in_processes
@@ -94,7 +94,7 @@ def scene_records(
     for index, scene in enumerate(scenes):
         alone = scene.relation is None
         texts = [
-            write_hint(scene, generator) if alone and i % 4 else describe(scene, generator) for i in range(captions)
+            make_hint(scene, generator) if alone and i % 4 else make_caption(scene, generator) for i in range(captions)
         ]
         fields = {"captions": texts, "scene": asdict(scene)}
         image = io.BytesIO()

@@ -40,7 +40,7 @@ SHAPE_TEMPLATES = ("a {}", "there is a {}")
 PLACE_TEMPLATES = ("a thing {}", "there is a thing {}")
 
 
-def describe(scene: Scene, generator: np.random.Generator) -> str:
+def make_caption(scene: Scene, generator: np.random.Generator) -> str:
     """Return a caption that tells everything about the scene, in a random phrasing."""
     if scene.relation is None:
         return _pick(ALONE_PHRASES, generator).format(a=_describe_thing(scene.things[0]))
@@ -53,7 +53,7 @@ def describe(scene: Scene, generator: np.random.Generator) -> str:
     return phrase.format(a=a, b=b, relation=relation)
 
 
-def write_hint(scene: Scene, generator: np.random.Generator) -> str:
+def make_hint(scene: Scene, generator: np.random.Generator) -> str:
     """Return a caption that tells only the colour, the shape or the place of a single object.
 
     Places are told in the words for relations. From two objects alone, the decoder would learn these slowly.

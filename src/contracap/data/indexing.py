@@ -16,7 +16,7 @@ from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
 
 
-def describe(shard: str | Path) -> ShardEntry:
+def index_shard(shard: str | Path) -> ShardEntry:
     """Return the entry of a shard, which is read whole; a remote one is downloaded.
 
     Raises:
@@ -110,6 +110,6 @@ def _current_entry(shard: str, known: Mapping[str, ShardEntry], written: int) ->
 def _describe_or_error(shard: str) -> ShardEntry | ShardError | OSError:
     """Return an error as a result, so that it does not end the work on the other shards."""
     try:
-        return describe(shard)
+        return index_shard(shard)
     except (ShardError, OSError) as error:
         return error

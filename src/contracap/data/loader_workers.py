@@ -2,7 +2,8 @@
 
 Torch's loader is not used. Its handler of SIGCHLD raises an error wherever the main thread is when a worker dies,
 perhaps while it holds a lock; and its workers share a pipe and locks, which break when one dies. Here each worker has
-a pipe of its own, which ends when the worker dies.
+a pipe of its own, which ends when the worker dies. `workers.in_processes` cannot serve here: its workers keep no state
+between tasks, and leave their task on a signal.
 """
 
 import io

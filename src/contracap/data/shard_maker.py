@@ -15,7 +15,7 @@ from contracap.data.annotations import Entry, SkippedEntry
 from contracap.data.config import MAX_WORKERS
 from contracap.data.image_bytes import read_images
 from contracap.data.index import ShardEntry, read_index, write_index
-from contracap.data.indexing import describe
+from contracap.data.indexing import index_shard
 from contracap.data.sample_members import plain_json, sample_members
 from contracap.data.shards import write_shard
 from contracap.data.source_kinds import Kind
@@ -257,7 +257,7 @@ def _make_shard(task: _Task) -> int:
     write_shard(task.shard, records())
     shard_entry = None
     if len(skipped) < len(task.entries):
-        shard_entry = describe(task.shard)
+        shard_entry = index_shard(task.shard)
     else:
         task.shard.unlink()
     write_text(task.note, json.dumps(plain_json(asdict(_Note(entry=shard_entry, refused=skipped)))))

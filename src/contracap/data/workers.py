@@ -2,6 +2,9 @@
 
 Threads are enough for images: files, sockets, the JPEG decoder and resizing release the interpreter's lock, and pixels
 need not be copied between processes.
+
+A pool for shards shares out tasks that end; `loader_workers` are another, for streams of batches without end. These
+are in a fixed order, travel as shared memory, and outlive the signals that make a worker here leave its task.
 """
 
 import os

@@ -17,11 +17,14 @@ Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
 Shards = str | tuple[str, ...]
 
 # The fields that each task takes, besides `task` and `data`
-TASK_FIELDS: dict[Task, str] = {
-    "retrieval": "caption_lines",
-    "captioning": "caption_lines metrics tokenizer corenlp_dir spice_memory clipscore strategy settings",
-    "zeroshot": "classes templates",
-    "vqa": "answers prompt strategy settings",
+TASK_FIELDS: dict[Task, tuple[str, ...]] = {
+    "retrieval": ("caption_lines",),
+    "captioning": (
+        *("caption_lines", "metrics", "tokenizer", "corenlp_dir", "spice_memory", "clipscore"),
+        *("strategy", "settings"),
+    ),
+    "zeroshot": ("classes", "templates"),
+    "vqa": ("answers", "prompt", "strategy", "settings"),
 }
 
 
@@ -78,7 +81,7 @@ class TaskConfig:
             raise ValueError(
                 f"{first} is not a tar shard; {self.task} needs some: contracap shards make {first} --out DIR"
             )
-        taken = ["data", *TASK_FIELDS[self.task].split()]
+        taken = ["data", *TASK_FIELDS[self.task]]
         for each in fields(self):
             if getattr(self, each.name) != each.default and each.name not in ("task", *taken):
                 raise ValueError(f"{self.task} takes no {each.name}; what it takes is {', '.join(taken)}")

@@ -131,13 +131,13 @@ def build_suite(
         results = {name: measure(name, partial(evaluator, model)) for name, evaluator in evaluators.items()}
         written: list[SampleCaption] | str = []
         if captions is not None:
-            written = measure("evaluation.captions", partial(write_sample_captions, model, processor, captions))
+            written = measure("evaluation.captions", partial(generate_sample_captions, model, processor, captions))
         return replace(join(results), predictions=[] if isinstance(written, str) else written)
 
     return suite
 
 
-def write_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[SampleCaption]:
+def generate_sample_captions(model: CoCa, processor: Processor, config: SampleCaptionsConfig) -> list[SampleCaption]:
     """Return the model's captions of the first images, each with its references."""
     captioner, written = Captioner(model, processor), list[SampleCaption]()
     samples = islice((sample for batch in sample_batches(config.data, BATCH) for sample in batch), config.samples)

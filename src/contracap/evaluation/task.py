@@ -34,8 +34,8 @@ from contracap.processor import Processor
 
 def seed_of(*tasks: TaskConfig) -> int | None:
     """Return the seed with which these tasks sample texts; None if none samples, or if the seeds differ."""
-    writers = [split_reranking(task.build_strategy())[0] for task in tasks if task.writes]
-    seeds = {writer.seed for writer in writers if isinstance(writer, Sampling)}
+    strategies = [split_reranking(task.build_strategy())[0] for task in tasks if task.writes]
+    seeds = {strategy.seed for strategy in strategies if isinstance(strategy, Sampling)}
     return seeds.pop() if len(seeds) == 1 else None
 
 

@@ -23,7 +23,7 @@ from contracap.tokenizer import Tokenizer
 PROMPT = "question: {} answer:"
 # The whole context of the released models, because the question counts; an answer may be a single word.
 STRATEGY = Greedy(max_tokens=76, min_tokens=0)
-WRITER = AnswerWriter(STRATEGY)
+ANSWER_WRITER = AnswerWriter(STRATEGY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def evaluate_vqa(
     processor: Processor,
     data: Source,
     *,
-    answerer: Answerer = WRITER,
+    answerer: Answerer = ANSWER_WRITER,
     prompt: str = PROMPT,
     strict: bool = True,
     batch_size: int = 16,

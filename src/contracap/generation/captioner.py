@@ -136,8 +136,8 @@ class Captioner:
         """Raises: ValueError: if this model cannot use the strategy and the prompt, whatever the image."""
         tokenizer = self.processor.tokenizer
         prompts = _pad_prompts(self._encode_prompts(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
-        writer, _ = self._limit(strategy)
-        writer.begin(prompts, tokenizer)
+        search_strategy, _ = self._limit(strategy)
+        search_strategy.begin(prompts, tokenizer)
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
@@ -162,11 +162,11 @@ class Captioner:
 
         Raises: ValueError: as `__call__` does.
         """
-        writer, is_reranked = self._limit(strategy)
+        search_strategy, is_reranked = self._limit(strategy)
         model, tokenizer = self.model, self.processor.tokenizer
         prompts = _pad_prompts(prompt_ids, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
-            found = self.decoding.run(images.caption_tokens, writer, prompts, tokenizer, before_step)
+            found = self.decoding.run(images.caption_tokens, search_strategy, prompts, tokenizer, before_step)
             embeddings = images.embeddings.float().cpu()
             captions = [
                 self._make_captions(texts, prompt, embedding)
@@ -180,9 +180,9 @@ class Captioner:
         """Return the strategy that writes, limited to this model's context, and whether its texts are reranked."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be an object such as BeamSearch(width=6), not {strategy!r}")
-        writer, is_reranked = split_reranking(strategy)
+        search_strategy, is_reranked = split_reranking(strategy)
         context = self.model.config.text.context
-        return replace(writer, max_tokens=min(writer.max_tokens, context)), is_reranked
+        return replace(search_strategy, max_tokens=min(search_strategy.max_tokens, context)), is_reranked
 
     def _encode_prompts(self, prompts: str | Sequence[str], images: int) -> list[list[int]]:
         """Return the tokens of each image's prompt, without the start token."""

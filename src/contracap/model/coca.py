@@ -61,8 +61,8 @@ class CoCaOutput:
     """The result of a forward pass.
 
     Attributes:
-        image_features: [batch embed], unit rows.
-        text_features: [batch embed], unit rows.
+        image_features: contrastive embeddings of the images: [batch embed], unit rows.
+        text_features: contrastive embeddings of the texts: [batch embed], unit rows.
         caption_states: the decoder's states, and the labels for the captioning loss; without a decoder, the text
             encoder's states.
         logit_scale: scalar, already exponentiated.

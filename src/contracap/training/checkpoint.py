@@ -188,19 +188,19 @@ def moving_average(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _trouble(part: str, error: BaseException) -> str:
     """Describe why a part of a checkpoint cannot be used; of torch's messages, show only those about mismatches."""
-    words = describe(error)
+    words = describe_error(error)
     known = isinstance(error, CheckpointError | OSError) or isinstance(error.__context__, OSError)
     if known or re.search(r"mismatch|Missing key|CheckpointError", words):
         return words
     return f"{part} is damaged, or not what a run writes: choose an older checkpoint"
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error in one line; if several ranks have one, that of the first."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
-        return describe(next(iter(error.failures.values()))[0])
+        return describe_error(next(iter(error.failures.values()))[0])
     if isinstance(error.__context__, OSError):  # torch hides it behind a RuntimeError about positions in a file
-        return describe(error.__context__)
+        return describe_error(error.__context__)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = " ".join(str(error).split())

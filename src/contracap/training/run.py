@@ -16,7 +16,7 @@ from contracap.data.loader import TrainingBatches, join_states
 from contracap.data.order import OrderError
 from contracap.evaluation.suite import Suite
 from contracap.parallel import Agreement
-from contracap.training.checkpoint import CHECKPOINTS, CheckpointError, describe, last_checkpoint
+from contracap.training.checkpoint import CHECKPOINTS, CheckpointError, describe_error, last_checkpoint
 from contracap.training.loop import Event, TrainingError, repeat_steps
 from contracap.training.monitor import Monitor
 from contracap.training.recipe import Recipe
@@ -155,7 +155,7 @@ class Run:
         try:
             found = action()
         except Exception as error:
-            reason = describe(error)
+            reason = describe_error(error)
         for rank, problem in enumerate(self.state.process_group.all_gather(reason)):
             if problem:
                 found = None
@@ -195,8 +195,8 @@ class Run:
         asked, failed = ask(self.shutdown.received, self.writer.failed or bool(self.write_errors))
         if failed:
             self.writer.wait()
-            reason = process_group.broadcast(describe(self.write_errors[0]) if self.write_errors else "")
-            raise write_failure(Path(recipe.out), reason)
+            reason = process_group.broadcast(describe_error(self.write_errors[0]) if self.write_errors else "")
+            raise make_write_error(Path(recipe.out), reason)
         if asked and self.state.step < recipe.steps:
             self.end_early()
 
@@ -216,7 +216,7 @@ def how_to_continue(recipe: Recipe, last: Path | None) -> str:
     return f"the same command{'' if recipe.resume else ' with resume=true'} continues from {last}"
 
 
-def write_failure(folder: Path, reason: str) -> CheckpointError:
+def make_write_error(folder: Path, reason: str) -> CheckpointError:
     """Return the error of a run that can write no more."""
     last = last_checkpoint(folder / CHECKPOINTS) or "none yet"
     return CheckpointError(

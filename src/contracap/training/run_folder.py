@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from contracap.training.checkpoint import CheckpointError, describe
+from contracap.training.checkpoint import CheckpointError, describe_error
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         created = _create(folder)
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{folder}: the run cannot be written there: {describe(error)}") from None
+        raise CheckpointError(f"{folder}: the run cannot be written there: {describe_error(error)}") from None
     with file:
         _lock(file, folder)
         try:

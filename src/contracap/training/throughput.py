@@ -21,7 +21,7 @@ Utilisation = Callable[[float, float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class RankCounts:
     """Counts of one rank since its last record.
 
     Attributes:
@@ -64,9 +64,9 @@ class Throughput:
         self._samples += len(batch)
         self._tokens += int(batch.lengths.sum())
 
-    def take(self) -> Measured:
+    def take(self) -> RankCounts:
         """Return the counts since the last call, and start again."""
-        measured = Measured(
+        measured = RankCounts(
             steps=self._steps,
             samples=self._samples,
             tokens=self._tokens,
@@ -99,7 +99,7 @@ class Throughput:
         return None
 
 
-def summarise(reports: Sequence[Measured], utilisation: Utilisation | None) -> dict[str, float]:
+def summarise(reports: Sequence[RankCounts], utilisation: Utilisation | None) -> dict[str, float]:
     """Return the figures of all ranks together.
 
     `samples_per_second`, `tokens_per_second` and, with `utilisation`, `mfu` are totals; `data_wait_share` and

@@ -24,7 +24,7 @@ from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
     checkpoint_steps,
-    describe,
+    describe_error,
     last_checkpoint,
     moving_average,
     restore_checkpoint,
@@ -35,7 +35,7 @@ from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
 from contracap.training.profiling import Profile
 from contracap.training.recipe import RECIPE_FILE, Recipe, with_absolute_paths, with_steps
 from contracap.training.recorder import Recorder
-from contracap.training.run import Run, how_to_continue, write_failure
+from contracap.training.run import Run, how_to_continue, make_write_error
 from contracap.training.run_folder import lock_folder
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal, shutdown_signal
 from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model
@@ -310,4 +310,4 @@ def _open_recorder(recipe: Recipe, state: TrainingState) -> Recorder:
         loggers = open_loggers(folder, start=state.step, wandb=recipe.wandb, settings=to_dict(recipe))
         return Recorder(folder, loggers=loggers, start=state.step, total_steps=recipe.steps)
     except OSError as error:
-        raise write_failure(folder, describe(error)) from None
+        raise make_write_error(folder, describe_error(error)) from None

@@ -29,7 +29,7 @@ from contracap.training.checkpoint import (
     CheckpointError,
     checkpoint_name,
     checkpoint_steps,
-    describe,
+    describe_error,
     expect_one_process,
     last_checkpoint,
     optimizer_state,
@@ -158,7 +158,7 @@ class CheckpointWriter:
             if self._process_group.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{final} cannot be written: {describe(error)}. "
+                f"{final} cannot be written: {describe_error(error)}. "
                 f"Last good checkpoint: {last_checkpoint(self._folder) or 'none yet'}. "
                 "Put that right, then continue with resume=true"
             ) from error
@@ -171,7 +171,7 @@ class CheckpointWriter:
                 action()
             except Exception as error:
                 problem = error
-        reasons = [problem and describe(problem)]
+        reasons = [problem and describe_error(problem)]
         if self._group is not None:
             dist.broadcast_object_list(reasons, group=self._group)
         if reasons[0] is not None:
@@ -229,7 +229,7 @@ def _remove(path: Path) -> None:
         else:
             path.unlink()
     except OSError as error:
-        logger.warning("%s cannot be deleted: %s", path, describe(error))
+        logger.warning("%s cannot be deleted: %s", path, describe_error(error))
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from contracap.apps.compare.comparison import compare
-from contracap.apps.compare.writing import write
+from contracap.apps.compare.writing import write_comparison
 from contracap.cli import main
 from tests.apps.compare.worlds import result
 
@@ -46,7 +46,7 @@ def test_a_result_that_is_compared_is_never_overwritten(tmp_path: Path, capsys) 
 
 def test_a_name_that_is_no_text_is_spelled_out(tmp_path: Path) -> None:
     comparison = compare([result({"acc1": HITS})], [result({"acc1": FEWER})], names=("caf\udce9", "B"))
-    write(comparison, tmp_path, command="compare caf\udce9.json")
+    write_comparison(comparison, tmp_path, command="compare caf\udce9.json")
     assert "caf\\udce9" in (tmp_path / "compare.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["command"] == "compare caf\udce9.json"
 
@@ -54,7 +54,7 @@ def test_a_name_that_is_no_text_is_spelled_out(tmp_path: Path) -> None:
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     comparison = compare([result({"cifar10/acc1": HITS})], [result({"cifar10/acc1": FEWER})])
     for folder in ("first", "second"):
-        write(comparison, tmp_path / folder, command="made here")
+        write_comparison(comparison, tmp_path / folder, command="made here")
     for name in FILES:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
@@ -62,7 +62,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
 def test_the_page_asks_the_network_for_nothing_and_escapes_names(tmp_path: Path) -> None:
     evil = "<script>x</script>"
     comparison = compare([result({evil: HITS})], [result({evil: FEWER})], names=("<b>A", "B"))
-    write(comparison, tmp_path, command="made here")
+    write_comparison(comparison, tmp_path, command="made here")
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "<script" not in html and "<b>A" not in html
     assert "http" not in html
@@ -83,7 +83,7 @@ def test_where_nothing_can_be_drawn_the_tables_and_the_page_are_written(tmp_path
 
 
 def test_the_page_says_that_intervals_are_not_corrected(tmp_path: Path) -> None:
-    write(compare([result({"acc1": HITS})], [result({"acc1": FEWER})]), tmp_path, command="made here")
+    write_comparison(compare([result({"acc1": HITS})], [result({"acc1": FEWER})]), tmp_path, command="made here")
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "Each interval is for its figure alone, not corrected for how many there are." in html
 
@@ -94,7 +94,7 @@ def test_the_figure_grows_with_the_tasks(tmp_path: Path) -> None:
     heights = []
     for tasks in (2, 20):
         values = {f"task{number}/acc1": HITS for number in range(tasks)}
-        write(compare([result(values)], [result(values)]), tmp_path, command="made here")
+        write_comparison(compare([result(values)], [result(values)]), tmp_path, command="made here")
         with Image.open(tmp_path / "compare.png") as picture:
             heights.append(picture.height)
     assert heights[1] > 2 * heights[0]

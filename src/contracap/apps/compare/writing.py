@@ -18,7 +18,7 @@ from contracap.evaluation.result import RESULTS_FILE
 from contracap.files import replace_file, write_text
 
 
-def write(comparison: Comparison, folder: Path, *, command: str) -> None:
+def write_comparison(comparison: Comparison, folder: Path, *, command: str) -> None:
     """Writes compare.svg, .png, .html, .md, .csv, .tex and results.json to a folder, each whole or not at all.
 
     Where no score has a gap there is nothing to draw: then without .svg and .png, and those of an earlier call go.

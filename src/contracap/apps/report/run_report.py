@@ -56,7 +56,7 @@ def write_report(run: Path) -> Path:
         if records:
             sections["The run"] = [draw_curves(records)]
     if checkpoint := last_checkpoint(run / CHECKPOINTS):
-        sections |= measure(run, recipe, checkpoint)
+        sections |= measure_checkpoint(run, recipe, checkpoint)
     else:
         sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
     if (run / CAPTIONS_FILE).is_file():
@@ -66,7 +66,7 @@ def write_report(run: Path) -> Path:
     return run / PAGE
 
 
-def measure(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
+def measure_checkpoint(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
     """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
     validation shards. What fails costs its own figures only."""
     model, processor = load_on_device(checkpoint)
