@@ -17,7 +17,7 @@ def test_equal_recalls_are_compared_and_others_are_not(row, peer, run: Run, monk
     found = row(run, images=30, peer=peer)
     assert found.peer is not None and "image_to_text_recall@10 differ by" in found.note
     wrong = {name: 0.9 * value for name, value in ranked("ours", Embeddings.random(30, seed=0)).items()}
-    monkeypatch.setattr(retrieval, "recall", lambda *_: wrong)
+    monkeypatch.setattr(retrieval, "compute_recall", lambda *_: wrong)
     with pytest.raises(UnequalError, match="recall@1"):
         row(run, images=30, peer=peer)
 

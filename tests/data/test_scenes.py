@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contracap.data.drawing import draw, scene_records, write_training_shards
+from contracap.data.drawing import draw_scene, scene_records, write_training_shards
 from contracap.data.grammar import (
     ALONE_PHRASES,
     IT_PHRASES,
@@ -17,7 +17,7 @@ from contracap.data.grammar import (
     RELATION_WORDS,
     make_caption,
     make_hint,
-    parse,
+    parse_caption,
 )
 from contracap.data.loader import evaluation_samples
 from contracap.data.scenes import (
@@ -49,9 +49,9 @@ def test_every_phrasing_is_read_back_to_its_meaning() -> None:
     for phrases, words in ((RELATION_PHRASES, RELATION_WORDS), (IT_PHRASES, IT_WORDS)):
         for phrase, (word, (relation, backwards)) in product(phrases, words.items()):
             expected = Scene((SQUARE, CIRCLE) if backwards else (CIRCLE, SQUARE), relation)
-            assert parse(phrase.format(a=a, b=b, relation=word)) == expected
+            assert parse_caption(phrase.format(a=a, b=b, relation=word)) == expected
     for phrase in ALONE_PHRASES:
-        assert parse(phrase.format(a=b)) == Scene((SQUARE,))
+        assert parse_caption(phrase.format(a=b)) == Scene((SQUARE,))
 
 
 @pytest.mark.parametrize("objects", [1, 2])
@@ -59,18 +59,18 @@ def test_described_scenes_are_read_back(objects: int) -> None:
     generator = np.random.default_rng(0)
     for _ in range(500):
         scene = random_scene(generator, TRAINED | HELD_OUT, objects=objects)
-        assert parse(make_caption(scene, generator)) == scene
+        assert parse_caption(make_caption(scene, generator)) == scene
 
 
 def test_inverse_relations_say_the_same() -> None:
     circle, square = "a small red plain circle", "a large blue striped square"
-    assert parse(f"{circle} above {square}") == parse(f"A{square[1:]}  is below {circle}.") is not None
-    assert parse(f"{circle} left of {square}") == parse(f"{circle}, to its right {square}") is not None
-    assert parse(f"{circle} left of {square}") != parse(f"{circle} right of {square}")
+    assert parse_caption(f"{circle} above {square}") == parse_caption(f"A{square[1:]}  is below {circle}.") is not None
+    assert parse_caption(f"{circle} left of {square}") == parse_caption(f"{circle}, to its right {square}") is not None
+    assert parse_caption(f"{circle} left of {square}") != parse_caption(f"{circle} right of {square}")
 
 
 def test_a_texture_may_come_first_and_plain_may_go_unsaid() -> None:
-    assert parse("a small red circle above a large striped blue square") == Scene((CIRCLE, SQUARE), "above")
+    assert parse_caption("a small red circle above a large striped blue square") == Scene((CIRCLE, SQUARE), "above")
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_a_texture_may_come_first_and_plain_may_go_unsaid() -> None:
     ],
 )
 def test_incomplete_or_foreign_captions_have_no_meaning(caption: str) -> None:
-    assert parse(caption) is None
+    assert parse_caption(caption) is None
 
 
 def test_a_hint_tells_no_whole_scene() -> None:
     generator = np.random.default_rng(0)
     hints = {make_hint(Scene((CIRCLE,)), generator) for _ in range(50)}
     assert len(hints) > 2
-    assert all(parse(words) is None for words in hints)
+    assert all(parse_caption(words) is None for words in hints)
     assert all(("red" in words) + ("circle" in words) + ("in the middle" in words) == 1 for words in hints)
     left = {make_hint(Scene((CIRCLE,), place=("left of", False)), generator) for _ in range(50)}
     assert "a thing left of the middle" in left and "there is a thing to the left of the middle" in left
@@ -113,7 +113,7 @@ def test_training_scenes_hold_no_held_out_pair_yet_every_colour_and_shape() -> N
 def test_no_training_caption_names_a_held_out_pair() -> None:
     generator = np.random.default_rng(1)
     for scene in islice(training_scenes(generator), 2000):
-        told = parse(make_caption(scene, generator))
+        told = parse_caption(make_caption(scene, generator))
         assert told is not None
         assert not told.pairs & HELD_OUT
 
@@ -185,7 +185,7 @@ def test_a_scene_of_two_objects_needs_a_relation() -> None:
 
 def test_a_picture_depends_on_the_seed_alone() -> None:
     scene = Scene((CIRCLE, SQUARE), "above")
-    first, again, other = (draw(scene, np.random.default_rng(seed), size=64) for seed in (3, 3, 4))
+    first, again, other = (draw_scene(scene, np.random.default_rng(seed), size=64) for seed in (3, 3, 4))
     assert (first.size, first.mode) == ((64, 64), "RGB")
     assert first.tobytes() == again.tobytes()
     assert first.tobytes() != other.tobytes()
@@ -195,7 +195,7 @@ def test_a_picture_depends_on_the_seed_alone() -> None:
 def test_objects_are_drawn_in_their_colours_where_the_relation_puts_them(relation) -> None:
     circle, square = replace(CIRCLE, size="large"), replace(SQUARE, texture="plain")
     for seed in range(20):
-        picture = draw(Scene((circle, square), relation), np.random.default_rng(seed), size=64)
+        picture = draw_scene(Scene((circle, square), relation), np.random.default_rng(seed), size=64)
         red, green, blue = np.moveaxis(np.asarray(picture, dtype=int), 2, 0)
         circle_at, square_at = (
             np.argwhere(mask).mean(axis=0)[::-1] for mask in (red > green + blue, (blue > 150) & (red < 80))
@@ -213,7 +213,7 @@ def test_shards_are_the_same_whoever_draws_them(tmp_path: Path) -> None:
     for sample in evaluation_samples(tmp_path / "first"):
         assert len(sample.captions) > 1
         for caption in sample.captions:
-            told = parse(caption)
+            told = parse_caption(caption)
             assert told is None or json.loads(json.dumps(sample.fields["scene"]))["relation"] == told.relation
 
 
@@ -223,5 +223,5 @@ def test_records_hold_a_picture_and_its_captions() -> None:
     fields = json.loads(members["json"])
     assert key == "000000"
     assert members["png"].startswith(b"\x89PNG")
-    assert [parse(caption) for caption in fields["captions"]] == [scene] * 3
+    assert [parse_caption(caption) for caption in fields["captions"]] == [scene] * 3
     assert fields["scene"]["things"][0] == {"size": "small", "texture": "plain", "color": "red", "shape": "circle"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from contracap.data import shards, tar
 from contracap.data.captions import require_captions
-from contracap.data.samples import SAMPLE_SUFFIXES, Record, SampleError, parse
+from contracap.data.samples import SAMPLE_SUFFIXES, Record, SampleError, parse_record
 from contracap.data.shards import ShardError, count_samples, list_shards, read_records, read_samples, write_shard
 
 LONG = "long/" + "n" * 150 + "/" + "é" * 90
@@ -139,7 +139,7 @@ def test_missing_shard_is_a_shard_error() -> None:
 
 def parsed(**members: bytes) -> tuple[str, ...]:
     members.setdefault("jpg", b"picture")
-    return parse(Record(key="k", members=members, shard="s.tar")).captions
+    return parse_record(Record(key="k", members=members, shard="s.tar")).captions
 
 
 def test_captions_come_from_captions_then_text_then_caption() -> None:
@@ -154,9 +154,9 @@ def test_captions_come_from_captions_then_text_then_caption() -> None:
 
 def test_label_comes_from_json_or_cls() -> None:
     record = Record(key="k", members={"png": b"p", "cls": b"7\n"}, shard="s.tar")
-    assert parse(record).fields == {"label": 7}
+    assert parse_record(record).fields == {"label": 7}
     record = Record(key="k", members={"webp": b"p", "json": b'{"label": 3}'}, shard="s.tar")
-    assert parse(record).fields == {"label": 3}
+    assert parse_record(record).fields == {"label": 3}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_label_comes_from_json_or_cls() -> None:
     ],
 )
 def test_unreadable_member_is_told_to_who_misses_it_with_sample_and_shard(members: dict[str, bytes]) -> None:
-    sample = parse(Record(key="k", members={"jpg": b"picture", **members}, shard="s.tar"))
+    sample = parse_record(Record(key="k", members={"jpg": b"picture", **members}, shard="s.tar"))
     with pytest.raises(SampleError, match=r"sample k of s\.tar .*(json|txt|cls|caption)") as error:
         require_captions(sample)
     assert error.value.kind == "broken_text"
@@ -201,12 +201,12 @@ def test_first_of_the_members_that_has_a_caption_counts(members: dict[str, bytes
 def test_each_line_of_a_text_is_a_caption(text: bytes) -> None:
     assert parsed(txt=text) == ("one", "two")
     record = Record(key="k", members={"jpg": b"p", "txt": text}, shard="s.tar")
-    assert parse(record, lines=False).captions == (text.decode().strip(),)
+    assert parse_record(record, lines=False).captions == (text.decode().strip(),)
 
 
 def test_sample_without_picture_is_an_error_that_lists_the_members() -> None:
     with pytest.raises(SampleError, match=r"no image \(members: json, txt\)"):
-        parse(Record(key="k", members={"txt": b"t", "json": b"{}"}, shard="s.tar"))
+        parse_record(Record(key="k", members={"txt": b"t", "json": b"{}"}, shard="s.tar"))
 
 
 def test_failed_writing_leaves_the_old_shard_and_nothing_else(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_members_that_unfold_to_more_than_any_picture_are_not_read(tmp_path: Pat
         our_records(str(tmp_path / "0.tar"))
     record = Record(key="bomb", members={"jpg": b""}, shard="0.tar", too_large=["jpg"])
     with pytest.raises(SampleError, match=r"bomb of 0\.tar: jpg has more than 268,435,456 bytes"):
-        parse(record)
+        parse_record(record)
 
 
 def zeros(path: Path, members: list[tuple[str, int]], *, samples: int = 1) -> str:
@@ -295,8 +295,8 @@ def test_members_of_one_sample_are_not_read_beyond_the_limit_of_one(tmp_path: Pa
     assert found[1].too_large == ["json", "jpg"]
     assert sum(map(len, found[1].members.values())) == 6020
     with pytest.raises(SampleError, match="jpg has more than"):
-        parse(found[1])
-    parse(replace(found[1], too_large=["json"]))  # a text that nobody needs spoils nothing
+        parse_record(found[1])
+    parse_record(replace(found[1], too_large=["json"]))  # a text that nobody needs spoils nothing
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_picture_that_one_process_cannot_read_ends_all() -> None:
 def test_an_accelerator_of_one_process_that_is_full_ends_all_at_once(monkeypatch, failing: str) -> None:
     samples = [sample(str(i), colour, f"a {colour} wall") for i, colour in enumerate(COLOURS)]
     here = threading.local()
-    tile, embed = ranking._tile, retrieval.embed
+    tile, embed = ranking._score_tile, retrieval.embed_pairs
 
     class Images(torch.Tensor):
         def to(self, *_: Any) -> torch.Tensor:
@@ -137,8 +137,8 @@ def test_an_accelerator_of_one_process_that_is_full_ends_all_at_once(monkeypatch
             raise RuntimeError("out of memory")
         return tile(*arguments)
 
-    monkeypatch.setattr(retrieval, "embed", embedded)
-    monkeypatch.setattr(ranking, "_tile", full_tile)
+    monkeypatch.setattr(retrieval, "embed_pairs", embedded)
+    monkeypatch.setattr(ranking, "_score_tile", full_tile)
 
     def work(thread: Thread) -> tuple[str, list[int]]:
         here.rank = thread.rank

@@ -212,7 +212,7 @@ def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
 def test_the_evaluator_finds_the_recalls_of_the_embeddings(monkeypatch) -> None:
     images, texts, owner = embeddings(40, (5, 7), seed=0)
     found = Features(images=images, texts=texts, image_of_text=owner, keys=["x"] * 40, captions=["x"] * len(texts))
-    monkeypatch.setattr(retrieval, "embed", lambda *_, **__: found)
+    monkeypatch.setattr(retrieval, "embed_pairs", lambda *_, **__: found)
     assert evaluate_retrieval(ColourModel(), processor(), []).figures == compute_recall(images, texts, owner)
 
 

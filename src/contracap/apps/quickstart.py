@@ -29,7 +29,7 @@ from contracap.apps.report.curves import draw_curves
 from contracap.apps.report.grids import best_images, image_grid
 from contracap.config import to_dict
 from contracap.data.drawing import scene_records, write_training_shards
-from contracap.data.grammar import COLOR_TEMPLATES, SHAPE_TEMPLATES, parse
+from contracap.data.grammar import COLOR_TEMPLATES, SHAPE_TEMPLATES, parse_caption
 from contracap.data.loader import evaluation_samples
 from contracap.data.samples import Sample
 from contracap.data.scenes import (
@@ -95,8 +95,8 @@ def evaluate_scene_captions(model: CoCa, processor: Processor, samples: Sequence
     captioner = Captioner(model, processor)
     strategy = Greedy(max_tokens=model.config.text.context)
     captions = [made.text for made in captioner([sample.image for sample in samples], strategy, batch_size=100)]
-    shown = [parse(sample.captions[0]) for sample in samples]
-    correct = [parse(caption) == scene for caption, scene in zip(captions, shown, strict=True)]
+    shown = [parse_caption(sample.captions[0]) for sample in samples]
+    correct = [parse_caption(caption) == scene for caption, scene in zip(captions, shown, strict=True)]
     return Result.of_samples(
         [sample.key for sample in samples],
         {"caption_accuracy": sum(correct) / len(correct)},
@@ -168,7 +168,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
         reasons=reasons,
         details={"chance": CHANCE, "targets": TARGETS, "recipe": to_dict(recipe)},
     )
-    write_text(out / "report.html", report(measured, figures, recipe))
+    write_text(out / "report.html", build_report(measured, figures, recipe))
     with replace_file(out / "sample.png") as sample:
         sample.write_bytes(measured.twins[0].image)
     result.write(out / "results.json")
@@ -234,7 +234,7 @@ def figures_as_text(figures: Mapping[str, float]) -> str:
     )
 
 
-def report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> str:
+def build_report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> str:
     """The page: figures, images with their captions, retrieval, and the curves of the run."""
     features = measured.features
     cards = [

@@ -49,7 +49,7 @@ def _url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def run(
+def run_server(
     app: ASGIApp,
     listener: socket.socket,
     *,

@@ -82,7 +82,7 @@ def _require_extras() -> None:
 def _run(
     weights: str, shards: tuple[str, ...], out: str, config: "BulkConfig", cluster: ClusterConfig, size: str | None
 ) -> int:
-    from contracap.apps.bulk.cluster import run
+    from contracap.apps.bulk.cluster import run_on_cluster
     from contracap.apps.bulk.inputs import OTHER_IMAGE
     from contracap.apps.bulk.parts import NAMED
     from contracap.data.shards import list_shards
@@ -90,7 +90,7 @@ def _run(
 
     listed = list_shards(shards)
     model, processor = load(weights, size=size)
-    done = run(listed, out, config, model, processor, weights=weights, cluster=cluster)
+    done = run_on_cluster(listed, out, config, model, processor, weights=weights, cluster=cluster)
     rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))
     before = f"; {counted(done.before, 'shard(s)')} had a file before" if done.before else ""
     images = f"{rows - unreadable:,} of {rows:,} images" if unreadable else counted(rows, "image(s)")

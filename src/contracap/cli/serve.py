@@ -37,7 +37,7 @@ def serve(
     try:
         from contracap.apps.serve.app import build_app
         from contracap.apps.serve.service import DefaultStrategy
-        from contracap.apps.web import HEAD_SECONDS, bind, format_url, run
+        from contracap.apps.web import HEAD_SECONDS, bind, format_url, run_server
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
@@ -53,7 +53,7 @@ def serve(
         app = build_app(*model, default=default, batching=batching, limits=limits, access=access)
         longest = 2 * limits.timeout_s + HEAD_SECONDS
         greeting = f"serving {weights} at {format_url(listener)} (docs at {format_url(listener)}/docs); Ctrl-C ends it"
-        run(app, listener, greeting=greeting, patience=math.ceil(limits.timeout_s), request_seconds=longest)
+        run_server(app, listener, greeting=greeting, patience=math.ceil(limits.timeout_s), request_seconds=longest)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # Python would wait for threads, such as one that decodes an image which nobody waits for

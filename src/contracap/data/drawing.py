@@ -75,7 +75,7 @@ def _write_training_shard(job: tuple[Path, int, int, tuple[int, int]]) -> int:
     return count
 
 
-def draw(scene: Scene, generator: np.random.Generator, *, size: int) -> Image.Image:
+def draw_scene(scene: Scene, generator: np.random.Generator, *, size: int) -> Image.Image:
     """Draw a scene in `size` x `size` pixels; background, places and exact sizes are random."""
     canvas = _background(generator).resize((size * OVERSAMPLING,) * 2, Image.Resampling.BILINEAR)
     for thing, centre in zip(scene.things, _places(scene, generator), strict=True):
@@ -98,7 +98,7 @@ def scene_records(
         ]
         fields = {"captions": texts, "scene": asdict(scene)}
         image = io.BytesIO()
-        draw(scene, generator, size=size).save(image, "png", compress_level=1)
+        draw_scene(scene, generator, size=size).save(image, "png", compress_level=1)
         yield f"{index:06d}", {"png": image.getvalue(), "json": json.dumps(fields).encode()}
 
 

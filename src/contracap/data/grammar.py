@@ -67,7 +67,7 @@ def make_hint(scene: Scene, generator: np.random.Generator) -> str:
     return _pick(templates, generator).format(word)
 
 
-def parse(caption: str) -> Scene | None:
+def parse_caption(caption: str) -> Scene | None:
     """Return the scene that a caption describes, or None if it is not a complete sentence of this grammar.
 
     Case, spacing and a final full stop do not matter; a texture may stand before the colour or after it, and one that

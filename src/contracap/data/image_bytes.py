@@ -8,7 +8,7 @@ from pathlib import Path
 
 from contracap.data.annotations import Entry, SkippedEntry, SourceError
 from contracap.data.datasets.parquet import parquet_images
-from contracap.data.samples import SAMPLE_SUFFIXES, SampleError, parse, texts_in
+from contracap.data.samples import SAMPLE_SUFFIXES, SampleError, parse_record, texts_in
 from contracap.data.shards import ShardError, read_records
 from contracap.data.sources import find_image
 from contracap.download import DownloadError, download
@@ -65,7 +65,7 @@ def _from_shard(shard: str, entries: Sequence[Entry], lines: bool) -> Iterator[t
             if entry is None:
                 continue
             try:
-                sample = parse(record, lines=lines)
+                sample = parse_record(record, lines=lines)
             except SampleError as error:
                 yield entry, _skip(entry, error.kind, str(error))
                 continue

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from contracap.data.index import INDEX_FILE, IndexFileError, ShardEntry, read_index, write_index
 from contracap.data.remote import BUFFER_BYTES, open_file
-from contracap.data.samples import SampleError, parse
+from contracap.data.samples import SampleError, parse_record
 from contracap.data.shards import ShardError, list_shards, read_records
 from contracap.data.workers import in_processes
 from contracap.progress import progress_bar
@@ -38,7 +38,7 @@ def _describe_file(path: Path) -> ShardEntry:
     for record in read_records(str(path)):
         samples += 1
         try:
-            captions = parse(record).captions
+            captions = parse_record(record).captions
         except SampleError:
             continue
         lengths.update(len(tokenizer.encode(caption)) + 2 for caption in captions)

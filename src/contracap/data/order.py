@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from contracap.data.captions import CaptionConfig, all_captions, choose_caption
-from contracap.data.samples import SAMPLE_SUFFIXES, Record, Sample, SampleError, parse
+from contracap.data.samples import SAMPLE_SUFFIXES, Record, Sample, SampleError, parse_record
 from contracap.data.shards import ShardError, layout_fault, read_records
 from contracap.image_files import ImageError
 from contracap.wording import counted
@@ -179,7 +179,7 @@ class SampleStream:
                 continue
             self._tried += 1
             try:
-                sample = parse(slot, lines=self._order.captions.lines)
+                sample = parse_record(slot, lines=self._order.captions.lines)
                 if caption is None:
                     caption = choose_caption(sample, self._order.captions, generator)
                 prepared = prepare(sample, caption, generator)
@@ -301,7 +301,7 @@ class _SlotStream:
         """Repeat a slot for each caption that is used. A bad record is not repeated; drawing it reports it."""
         if self._order.captions.use == "all" and isinstance(slot, Record):
             try:
-                sample = parse(slot, lines=self._order.captions.lines)
+                sample = parse_record(slot, lines=self._order.captions.lines)
                 return [(slot, caption) for caption in all_captions(sample, self._order.captions)]
             except SampleError:
                 pass

@@ -11,7 +11,7 @@ IMAGE_SUFFIXES = (  # a sample with several has the first of them
     *("jfif", "jpe", "jp2", "j2k", "heic", "heif", "ico", "pgm", "pbm", "pnm"),
 )
 TEXT_SUFFIXES = ("json", "cls", "txt")
-SAMPLE_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *TEXT_SUFFIXES))  # of the members that `parse` reads
+SAMPLE_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *TEXT_SUFFIXES))  # of the members that `parse_record` reads
 # A shard can claim any size in a few bytes. `open_tar` has further limits.
 MAX_MEMBER_BYTES = 256 * 2**20  # of a member, and of all members of a sample that are read
 MAX_TEXT_BYTES = 4 * 2**20  # of a `.json`, `.txt`, `.cls` or `.npy` member
@@ -75,7 +75,7 @@ class Sample:
         return f"sample {self.key} of {self.shard}"
 
 
-def parse(record: Record, *, lines: bool = True) -> Sample:
+def parse_record(record: Record, *, lines: bool = True) -> Sample:
     """Return the sample that a record holds.
 
     Captions come from `captions` in the `.json`, else from the `.txt`, else from `caption` in the `.json`. In JSON,

@@ -29,7 +29,7 @@ from contracap.data.samples import (
     Record,
     Sample,
     SampleError,
-    parse,
+    parse_record,
 )
 from contracap.data.tar import GZIP_SUFFIXES, SHARD_SUFFIXES, file_part, is_tar, open_tar
 from contracap.files import replace_file
@@ -119,7 +119,7 @@ def read_samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[
     counted in one warning.
 
     Args:
-        lines: as in `parse`.
+        lines: as in `parse_record`.
 
     Raises:
         ShardError: after the last whole sample, if the shard is missing, cut or broken.
@@ -128,7 +128,7 @@ def read_samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[
     without_image = list[str]()
     for record in read_records(shard, start, suffixes=SAMPLE_SUFFIXES | {"npy"}):
         try:
-            yield parse(record, lines=lines)
+            yield parse_record(record, lines=lines)
         except SampleError as error:
             if error.kind != "no_picture":
                 raise

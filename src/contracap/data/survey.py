@@ -19,7 +19,7 @@ from torch import Tensor
 from contracap.config import require_count
 from contracap.data.captions import require_captions
 from contracap.data.counts import indexed_samples
-from contracap.data.samples import Record, Sample, SampleError, parse
+from contracap.data.samples import Record, Sample, SampleError, parse_record
 from contracap.data.shards import ShardError, list_shards, read_records
 from contracap.formats import FORMATS
 from contracap.image_files import ImageError, ImageSizeError, decode
@@ -219,7 +219,7 @@ class _Reader:
         found = self._found
         found.samples += 1
         try:
-            sample = parse(record, lines=self._lines)
+            sample = parse_record(record, lines=self._lines)
             self._add_captions(sample)
             width, height, kind = _measure(sample.image, sample.name)
         except (SampleError, ImageError) as error:

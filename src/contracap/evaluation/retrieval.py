@@ -63,7 +63,7 @@ def evaluate_retrieval(
         another rank failed.
     """
     _check_ks(ks)
-    features = embed(model, processor, data, batch_size=batch_size, process_group=process_group)
+    features = embed_pairs(model, processor, data, batch_size=batch_size, process_group=process_group)
 
     def move_features() -> tuple[Tensor, Tensor, Tensor]:
         device = model.device
@@ -87,7 +87,7 @@ def evaluate_retrieval(
 
 
 @torch.inference_mode()
-def embed(
+def embed_pairs(
     model: CoCa, processor: Processor, source: Source, *, batch_size: int, process_group: ProcessGroup = ProcessGroup()
 ) -> Features:
     """Return the embeddings of all images and all their captions.

@@ -29,7 +29,7 @@ PROMPTS = 256  # embedded at a time: see docs/performance.md
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class ChosenClasses:
     """The class of each image, and the one that the model chooses, as indices into `classes`."""
 
     classes: tuple[str, ...]
@@ -46,7 +46,7 @@ def evaluate_zeroshot(
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 64,
 ) -> Result:
-    """Return top-1 and top-5 accuracy and mean per-class recall, from 0 to 1. The predictions are a `Classification`.
+    """Return top-1 and top-5 accuracy and mean per-class recall, from 0 to 1. The predictions are a `ChosenClasses`.
 
     A sample's class is its field `label` (or its `.cls` member): an index into `classes`. If scores are equal, the
     first class wins. The mean per-class recall is over the classes that occur.
@@ -90,7 +90,7 @@ def evaluate_zeroshot(
         keys,
         {name: float(part.mean()) for name, part in parts.items()},
         per_sample={name: part.tolist() for name, part in parts.items()},
-        predictions=Classification(classes=classes, labels=single, predictions=table.argmax(dim=1).tolist()),
+        predictions=ChosenClasses(classes=classes, labels=single, predictions=table.argmax(dim=1).tolist()),
         details=details,
         reasons=reasons,
     )

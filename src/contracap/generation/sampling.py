@@ -190,7 +190,7 @@ class SamplingState(GreedyState):
 
     def choose(self, scores: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
         """Draw the next token of each row."""
-        return draw(scores, self.uniform[:, :, self.texts.length], self.strategy)
+        return draw_tokens(scores, self.uniform[:, :, self.texts.length], self.strategy)
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
         """Keep these images only."""
@@ -211,7 +211,7 @@ def uniform_numbers(seed: int, number: int, samples: int, count: int) -> Float64
     return torch.stack(rows)
 
 
-def draw(
+def draw_tokens(
     scores: Float[Tensor, "images rows vocab"], uniform: Float64[Tensor, "images rows"], strategy: Sampling
 ) -> Int64[Tensor, "images rows"]:
     """Return the tokens at which the cumulative distributions pass the numbers in `uniform`."""

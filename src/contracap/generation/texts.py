@@ -78,14 +78,14 @@ class PartialTexts:
         if parents is None:
             ids, token_log_probs = self.ids.clone(), self.token_log_probs.clone()
         else:
-            ids, token_log_probs = gather_rows(self.ids, parents), gather_rows(self.token_log_probs, parents)
+            ids, token_log_probs = select_rows(self.ids, parents), select_rows(self.token_log_probs, parents)
         ids[:, :, self.length] = token
         token_log_probs[:, :, self.length] = token_log_prob
         return PartialTexts(ids, token_log_probs, self.length + 1, self.prompt_lengths)
 
     def reorder(self, rows: Int64[Tensor, "images new_rows"]) -> "PartialTexts":
         """Return these rows of each image."""
-        ids, token_log_probs = gather_rows(self.ids, rows), gather_rows(self.token_log_probs, rows)
+        ids, token_log_probs = select_rows(self.ids, rows), select_rows(self.token_log_probs, rows)
         return PartialTexts(ids, token_log_probs, self.length, self.prompt_lengths)
 
     def select(self, images: Int64[Tensor, "selected"]) -> "PartialTexts":
@@ -110,8 +110,8 @@ class BestTexts:
         self.scores, rows = stable_topk(torch.cat([self.scores, scores], dim=1), count)
         lengths = torch.full_like(scores, texts.length, dtype=torch.int64)
         self.lengths = torch.cat([self.lengths, lengths], dim=1).gather(1, rows)
-        self.ids = gather_rows(torch.cat([self.ids, texts.ids], dim=1), rows)
-        self.token_log_probs = gather_rows(torch.cat([self.token_log_probs, texts.token_log_probs], dim=1), rows)
+        self.ids = select_rows(torch.cat([self.ids, texts.ids], dim=1), rows)
+        self.token_log_probs = select_rows(torch.cat([self.token_log_probs, texts.token_log_probs], dim=1), rows)
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
         """Keep the texts of these images only."""
@@ -141,7 +141,7 @@ def build_finished_text(ids: list[int], token_log_probs: list[float], score: flo
     )
 
 
-def gather_rows(
+def select_rows(
     table: Shaped[Tensor, "image row column"], rows: Int64[Tensor, "image new_row"]
 ) -> Shaped[Tensor, "image new_row column"]:
     """Return the rows with these numbers, image by image."""
@@ -161,6 +161,6 @@ def stable_topk(
     chunks = functional.pad(scores, (0, -scores.shape[1] % CHUNK), value=-math.inf).unflatten(1, (-1, CHUNK))
     by_maximum = chunks.amax(dim=-1).sort(dim=1, descending=True, stable=True).indices
     chunk = by_maximum[:, :count].sort(dim=1).values
-    values, indices = gather_rows(chunks, chunk).flatten(1).sort(dim=1, descending=True, stable=True)
+    values, indices = select_rows(chunks, chunk).flatten(1).sort(dim=1, descending=True, stable=True)
     values, indices = values[:, :count], indices[:, :count]
     return values, chunk.gather(1, indices // CHUNK) * CHUNK + indices % CHUNK

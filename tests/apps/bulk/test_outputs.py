@@ -16,7 +16,7 @@ from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.outputs import Existing, Lines
 from contracap.apps.bulk.rows import Row
 from contracap.apps.bulk.side_cars import SideCars
-from contracap.apps.bulk.table_files import TableError, TableFormat, read_table
+from contracap.apps.bulk.table_files import TableError, TableFormat, read_rows
 from contracap.apps.bulk.table_output import Table
 from contracap.data.sources import read_source
 
@@ -71,7 +71,7 @@ def test_a_table_is_read_by_shards_make_whatever_the_captions_hold(tmp_path: Pat
     ]
     write(Table(out, kind, "skip", embed=False), rows(tmp_path, *texts), [])
     assert captions(out) == [(f"{number}.jpg", text) for number, text in enumerate(texts)]
-    assert [row.caption for row in read_table(out, kind)] == texts
+    assert [row.caption for row in read_rows(out, kind)] == texts
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 

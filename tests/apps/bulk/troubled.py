@@ -46,7 +46,7 @@ def main(trouble: str, weights: str, shards: str, out: str, log: str) -> None:
     os.environ |= {"TROUBLE": trouble, "TROUBLE_LOG": log}  # for the workers, which Ray starts
     cluster.Worker = TroubledWorker  # type: ignore[misc]
     try:
-        done = cluster.run(
+        done = cluster.run_on_cluster(
             list_shards(shards),
             out,
             parts.BulkConfig(strategy=BeamSearch(width=2, max_tokens=12), batch_size=4),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from contracap.apps.compare.comparison import compare
-from contracap.apps.compare.figure import draw, make_figure
+from contracap.apps.compare.figure import draw_panel, make_figure
 from tests.apps.compare.worlds import result
 
 pytest.importorskip("matplotlib")
@@ -46,7 +46,7 @@ def test_names_are_drawn_as_they_are_written_and_without_a_warning() -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert draw(comparison).png
+        assert draw_panel(comparison).png
         made = make_figure(comparison)
         made.canvas.draw()
     assert [text.get_text() for text in made.legends[0].get_texts()] == [r"x$\frac$", "_y \ufffd \ufffd"]

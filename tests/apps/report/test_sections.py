@@ -5,7 +5,7 @@ from PIL import Image
 
 from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
 from contracap.apps.report.sections import caption_parts, confusion_parts, spread
-from contracap.apps.report.thumbnails import SIDE, make_thumbnail, read_samples
+from contracap.apps.report.thumbnails import SIDE, make_thumbnail, read_wanted_samples
 from contracap.data.samples import Sample
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.retrieval import Features
@@ -98,7 +98,7 @@ def test_a_large_image_becomes_a_small_jpeg_and_a_drawn_one_stays() -> None:
 
 def test_only_the_chosen_samples_are_kept() -> None:
     samples: list[Sample] = [sample(f"key{number}", "red") for number in range(200)]
-    found = read_samples(samples, [150, 3])
+    found = read_wanted_samples(samples, [150, 3])
     assert {row: each.key for row, each in found.items()} == {150: "key150", 3: "key3"}
 
 

@@ -4,7 +4,7 @@ from hashlib import sha256
 
 import pytest
 
-from contracap.evaluation.metrics.vqa_accuracy import CONTRACTIONS, accuracy, normalise
+from contracap.evaluation.metrics.vqa_accuracy import CONTRACTIONS, accuracy, normalise_answer
 
 
 def by_the_letter(prediction: str, answers: list[str]) -> float:
@@ -122,17 +122,17 @@ CASES = {  # as the official code gives them, step by step
 
 @pytest.mark.parametrize("answer", CASES)
 def test_answers_are_normalised_as_the_official_code_does(answer: str) -> None:
-    assert normalise(answer) == CASES[answer]
+    assert normalise_answer(answer) == CASES[answer]
 
 
 def test_at_most_32_dots_are_deleted() -> None:
-    assert normalise("." * 32 + "x") == "x"
-    assert normalise("." * 40 + "x") == "." * 8 + "x"
+    assert normalise_answer("." * 32 + "x") == "x"
+    assert normalise_answer("." * 40 + "x") == "." * 8 + "x"
 
 
 def test_answers_are_normalised_once() -> None:
     dots = "." * 64 + "x"
-    assert normalise(normalise(dots)) == "x"
+    assert normalise_answer(normalise_answer(dots)) == "x"
     assert accuracy(dots, ["x"] * 9 + ["y"]) == 0
 
 

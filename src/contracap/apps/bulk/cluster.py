@@ -38,7 +38,7 @@ class Summary:
         return [outcome for outcome in self.outcomes if outcome.problem]
 
 
-def run(
+def run_on_cluster(
     shards: Sequence[str],
     out: str,
     config: BulkConfig,

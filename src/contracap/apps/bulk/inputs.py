@@ -13,7 +13,7 @@ from pathlib import Path
 
 from contracap.data.image_finder import SkippedFiles, find_folders, find_images, is_image
 from contracap.data.remote import WEB
-from contracap.data.samples import DOTTED, IMAGE_SUFFIXES, SORT, Record, SampleError, is_image_suffix, parse
+from contracap.data.samples import DOTTED, IMAGE_SUFFIXES, SORT, Record, SampleError, is_image_suffix, parse_record
 from contracap.data.shards import ShardError, list_shards, read_records
 from contracap.data.source_kinds import TABLE_SUFFIXES
 from contracap.data.tar import SHARD_SUFFIXES
@@ -303,7 +303,7 @@ def _item_of(record: Record, images: dict[str, bytes]) -> Item:
     if record.scattered and images:
         record = replace(record, scattered=False, repeated=False)
     try:
-        return Item(name=name, source=parse(replace(record, members=images)).image)
+        return Item(name=name, source=parse_record(replace(record, members=images)).image)
     except SampleError as error:
         return Item(name=name, source=error)
 

@@ -102,7 +102,7 @@ class Lines(Output):
         return []
 
 
-def require_folder(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
     """Raises: OSError: unless files can be written in a folder, which may have to be made."""
     for path in (folder, *folder.absolute().parents):
         if path.exists():

@@ -13,7 +13,7 @@ import numpy as np
 
 from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.output_config import ConfigFile, OutputConfig
-from contracap.apps.bulk.outputs import Existing, Output, errors_at, is_of_one_image, one_line, require_folder
+from contracap.apps.bulk.outputs import Existing, Output, errors_at, is_of_one_image, one_line, require_writable
 from contracap.apps.bulk.rows import Row
 from contracap.files import replace_file
 
@@ -53,10 +53,10 @@ class SideCars(Output):
         if folder is not None:
             if folder.exists() and not folder.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-            require_folder(folder)
+            require_writable(folder)
 
     def check(self, item: Item) -> None:
-        require_folder(self._place(item).parent)
+        require_writable(self._place(item).parent)
 
     def has(self, item: Item) -> bool:
         place = self._place(item)

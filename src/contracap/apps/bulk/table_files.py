@@ -101,7 +101,7 @@ def vectors_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.npy")
 
 
-def read_table(path: Path, kind: TableFormat) -> Iterator[Row]:
+def read_rows(path: Path, kind: TableFormat) -> Iterator[Row]:
     """The rows of a file that `write_table` wrote.
 
     Raises: TableError: if it is another file.

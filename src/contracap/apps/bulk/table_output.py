@@ -11,12 +11,12 @@ from pathlib import Path
 from contracap.apps.bulk.inputs import Item
 from contracap.apps.bulk.journal import Journal
 from contracap.apps.bulk.output_config import ConfigFile, OutputConfig
-from contracap.apps.bulk.outputs import Existing, Output, errors_at, require_folder
+from contracap.apps.bulk.outputs import Existing, Output, errors_at, require_writable
 from contracap.apps.bulk.rows import Row
 from contracap.apps.bulk.table_files import (
     TableError,
     TableFormat,
-    read_table,
+    read_rows,
     require_pyarrow,
     vectors_beside,
     write_table,
@@ -52,7 +52,7 @@ class Table(Output):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not self._is_stream:
-            require_folder(path.parent)
+            require_writable(path.parent)
         elif kind == "csv" and embed:
             raise ValueError(f"{path} has no file beside it for embeddings, as csv needs: take jsonl, or a file")
         if self._is_stream:
@@ -80,7 +80,7 @@ class Table(Output):
                     self._config_file.check(str(self.path), remedy)
             if self._journal.is_new and self.existing != "overwrite":
                 if self.path.exists():
-                    self._journal.add(read_table(self.path, self.kind))
+                    self._journal.add(read_rows(self.path, self.kind))
                 elif self.kind == "csv" and os.path.exists(beside := vectors_beside(self.path)):
                     raise TableError(f"{beside} is there without {self.path.name}: give another --out, or --overwrite")
             self._last_before = self._journal.last_number()

@@ -19,7 +19,7 @@ UNITS = {"seconds"}  # figures that are no scores: all others are, and are print
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ComparisonRow:
     """One figure of both systems, in its own unit; of several runs the mean.
 
     Attributes:
@@ -77,7 +77,7 @@ class Comparison:
     """
 
     names: tuple[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     only: tuple[tuple[str, ...], tuple[str, ...]]
     runs: int
     samples: int
@@ -85,7 +85,7 @@ class Comparison:
     remarks: tuple[str, ...] = ()
 
     @property
-    def headlines(self) -> tuple[Row, ...]:
+    def headlines(self) -> tuple[ComparisonRow, ...]:
         """Rows to draw: of each task the figures its kind is known by, or all of them if none is that; largest gap
         first. Those without a gap are left out, and so are seconds."""
         drawn = [row for row in self.rows if row.gap is not None and row.name not in UNITS]
@@ -157,7 +157,7 @@ def _only(system: System, other: System) -> tuple[str, ...]:
     return tuple(name for name in names if name not in other.figures)
 
 
-def _row(name: str, a: System, b: System, seed: int) -> Row:
+def _row(name: str, a: System, b: System, seed: int) -> ComparisonRow:
     values_a, values_b = ([result.figures[name] for result in system.results] for system in (a, b))
     mean_a, mean_b = _mean(values_a), _mean(values_b)
     if mean_a is None or mean_b is None:
@@ -167,9 +167,9 @@ def _row(name: str, a: System, b: System, seed: int) -> Row:
             for result in system.results
             if result.figures[name] is None
         )
-        return Row(figure=name, a=mean_a, b=mean_b, reason=next(missing))
+        return ComparisonRow(figure=name, a=mean_a, b=mean_b, reason=next(missing))
     gaps = tuple(x - y for x, y in zip(values_a, values_b, strict=True) if x is not None and y is not None)
-    row = Row(figure=name, a=mean_a, b=mean_b, gap=mean_a - mean_b, gaps=gaps)
+    row = ComparisonRow(figure=name, a=mean_a, b=mean_b, gap=mean_a - mean_b, gaps=gaps)
     differences = sample_differences(name, a, b)
     if differences is None:
         return replace(row, reason="no values of single samples, hence no interval")
@@ -178,7 +178,7 @@ def _row(name: str, a: System, b: System, seed: int) -> Row:
     return replace(row, low=low, high=high, p=p)
 
 
-def _corrected(rows: Sequence[Row]) -> Iterator[Row]:
+def _corrected(rows: Sequence[ComparisonRow]) -> Iterator[ComparisonRow]:
     """Yield the rows with p-values corrected for how many of them were tested."""
     corrected = iter(holm([row.p for row in rows if row.p is not None]))
     yield from (row if row.p is None else replace(row, p_holm=next(corrected)) for row in rows)

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from contracap.apps.compare.comparison import UNITS, Comparison, Row
+from contracap.apps.compare.comparison import UNITS, Comparison, ComparisonRow
 from contracap.apps.compare.statistics import RESAMPLES
 
 MISSING = "missing"
@@ -23,7 +23,7 @@ def list_headings(comparison: Comparison) -> list[str]:
     return ["figure", *comparison.names, "gap", "95 % interval", "p", "p (Holm)"]
 
 
-def format_cells(row: Row, comparison: Comparison) -> list[str]:
+def format_cells(row: ComparisonRow, comparison: Comparison) -> list[str]:
     """A row as it is printed: scores times 100, what is missing as a word or left empty."""
     factor = 1.0 if row.name in UNITS else 100.0
 

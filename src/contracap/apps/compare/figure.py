@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from contracap.apps.compare.comparison import Comparison, Row
+from contracap.apps.compare.comparison import Comparison, ComparisonRow
 
 SHORT = {
     "acc1": "acc@1",
@@ -32,7 +32,7 @@ def require_matplotlib() -> None:
         raise ImportError("the figure needs the package matplotlib: pip install 'contracap[figures]'")
 
 
-def draw(comparison: Comparison) -> Drawing:
+def draw_panel(comparison: Comparison) -> Drawing:
     """Draws the headline figures, largest gap on top; the same comparison gives the same bytes.
 
     Raises:
@@ -73,7 +73,7 @@ def make_figure(comparison: Comparison) -> Any:
     return figure
 
 
-def _draw_scores(axes: Any, rows: tuple[Row, ...]) -> None:
+def _draw_scores(axes: Any, rows: tuple[ComparisonRow, ...]) -> None:
     """Both scores on a line per task."""
     places = range(len(rows))
     a, b = ([100 * (getattr(row, side) or 0.0) for row in rows] for side in ("a", "b"))
@@ -90,7 +90,7 @@ def _draw_scores(axes: Any, rows: tuple[Row, ...]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None:
+def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[ComparisonRow, ...]) -> None:
     """The gap of each task, of several runs also each one's, and the interval where there is one; grey where the gap
     may be chance."""
     for place, row in enumerate(rows):
@@ -111,7 +111,7 @@ def _draw_gaps(axes: Any, comparison: Comparison, rows: tuple[Row, ...]) -> None
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def make_label(row: Row) -> str:
+def make_label(row: ComparisonRow) -> str:
     """A row's task, cut if need be, and its figure."""
     name = shorten_name(SHORT.get(row.name, row.name))
     return f"{shorten_name(row.task)}, {name}" if row.task else name
@@ -126,7 +126,7 @@ def shorten_name(name: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2 - 1]}…{line[-LONGEST // 2 :]}"
 
 
-def _color(row: Row) -> str:
+def _color(row: ComparisonRow) -> str:
     """Color of the system that is ahead for sure; a neutral one where that may be chance."""
     if not row.is_sure:
         return NEITHER

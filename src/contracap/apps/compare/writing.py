@@ -12,7 +12,7 @@ from contracap.apps.compare.comparison_tables import (
     to_latex,
     to_markdown,
 )
-from contracap.apps.compare.figure import Drawing, draw
+from contracap.apps.compare.figure import Drawing, draw_panel
 from contracap.apps.html_page import drawing, page, paragraph, table
 from contracap.evaluation.result import RESULTS_FILE
 from contracap.files import replace_file, write_text
@@ -26,7 +26,7 @@ def write_comparison(comparison: Comparison, folder: Path, *, command: str) -> N
     Raises:
         ImportError: if matplotlib is not installed; nothing is written then.
     """
-    drawn = draw(comparison) if comparison.headlines else None
+    drawn = draw_panel(comparison) if comparison.headlines else None
     texts = {
         "html": compare_page(comparison, drawn),
         "md": to_markdown(comparison),

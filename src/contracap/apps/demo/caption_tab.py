@@ -8,7 +8,7 @@ from typing import Any
 import gradio
 
 from contracap.apps.demo.actions import Actions, Captioned
-from contracap.apps.demo.components import examples_input, gallery, image_input, number_input
+from contracap.apps.demo.components import build_gallery, examples_input, image_input, number_input
 from contracap.apps.demo.events import SILENT, on_example, on_image
 from contracap.apps.demo.examples import Examples
 from contracap.apps.demo.strategy_settings import (
@@ -82,7 +82,7 @@ def caption_tab(actions: Actions, examples: Examples) -> None:
                 label="Where each word looked",
                 info="On the part of the image that the model sees; yellow is most.",
             )
-            maps = gallery("maps", format="png")
+            maps = build_gallery("maps", format="png")
 
     def caption(path: str | None, name: str, begins: str, *answers: Any) -> tuple[Any, ...]:
         return _shown(actions.caption(path, name, chosen.read(name, answers), begins or ""))

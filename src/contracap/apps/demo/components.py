@@ -60,7 +60,7 @@ def number_input(setting: Amount) -> gradio.Slider:
     return hand_on(made, lambda payload: payload)
 
 
-def gallery(name: str, *, format: str) -> gradio.Gallery:
+def build_gallery(name: str, *, format: str) -> gradio.Gallery:
     """Return a gallery of images in rows of four, which nobody can change."""
     return gradio.Gallery(
         show_label=False,
@@ -88,14 +88,14 @@ def guard(page: gradio.Blocks, uploads: Uploads) -> None:
         if len(inputs) != len(block_fn.inputs):
             error = f"This takes {len(block_fn.inputs)} values, not {len(inputs)}."
             raise gradio.Error(error, print_exception=False)
-        looked_at = [check(*pair, uploads) for pair in zip(block_fn.inputs, inputs, strict=True)]
+        looked_at = [check_value(*pair, uploads) for pair in zip(block_fn.inputs, inputs, strict=True)]
         return await preprocess(block_fn, looked_at, *others, **named)
 
     setattr(page, "preprocess_data", guarded)  # noqa: B010
     page.has_launched = True  # else gradio's own check of paths is off; a page that is mounted is never launched
 
 
-def check(component: Component, value: Any, uploads: Uploads) -> Any:
+def check_value(component: Component, value: Any, uploads: Uploads) -> Any:
     """Return the value, if it is one for this input.
 
     Raises: gradio.Error: if it is not.

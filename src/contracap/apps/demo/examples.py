@@ -11,7 +11,7 @@ from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.collection import Collection
 from contracap.apps.demo.overlay import to_thumbnail
 from contracap.apps.demo.uploads import Uploads
-from contracap.data.drawing import draw
+from contracap.data.drawing import draw_scene
 from contracap.data.grammar import COLOR_TEMPLATES
 from contracap.data.scenes import COLORS, single_scenes, twin_scenes
 from contracap.evaluation.class_names import TEMPLATE
@@ -47,7 +47,7 @@ def find_examples(actions: Actions, collection: Collection | None, uploads: Uplo
 def _scenes() -> Iterator[tuple[str, Image.Image]]:
     generator = np.random.default_rng(0)
     scenes = [*single_scenes(generator, EXAMPLES - EXAMPLES // 2), *twin_scenes(generator, EXAMPLES // 2)]
-    return ((f"scene {number}", draw(scene, generator, size=SHOWN)) for number, scene in enumerate(scenes, 1))
+    return ((f"scene {number}", draw_scene(scene, generator, size=SHOWN)) for number, scene in enumerate(scenes, 1))
 
 
 def _of_collection(actions: Actions, collection: Collection) -> Iterator[tuple[str, Image.Image]]:

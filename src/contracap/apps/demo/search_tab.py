@@ -7,7 +7,7 @@ import gradio
 
 from contracap.apps.demo.actions import Actions
 from contracap.apps.demo.collection import Collection, Match
-from contracap.apps.demo.components import gallery, image_input, images_input
+from contracap.apps.demo.components import build_gallery, image_input, images_input
 from contracap.apps.demo.events import ONE_AT_A_TIME, SILENT, on_image, report_errors
 
 STATE_SECONDS = 2  # from one look at how many images can be searched to the next
@@ -29,7 +29,7 @@ def search_tab(actions: Actions, collection: Collection | None) -> gradio.Markdo
             by_image = gradio.Button("Search by image")
         with gradio.Column(elem_classes="shown"):
             state = gradio.Markdown()
-            found = gallery("found", format="jpeg")
+            found = build_gallery("found", format="jpeg")
 
     def read(paths: Sequence[str], progress: gradio.Progress = PROGRESS) -> tuple[Collection, str]:
         if len(paths) > MAX_SEARCHED:

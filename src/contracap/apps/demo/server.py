@@ -16,7 +16,7 @@ from contracap.apps.demo.examples import find_examples
 from contracap.apps.demo.limits import LimitVisitors
 from contracap.apps.demo.page import CSS, build_page, build_theme
 from contracap.apps.demo.uploads import MAX_IMAGE_MIB, Uploads
-from contracap.apps.web import MIB, format_url, run
+from contracap.apps.web import MIB, format_url, run_server
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.progress import in_thread
@@ -45,7 +45,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="contracap-demo-") as temporary, in_thread(collection.fill()):
         app = build_app(actions, collection if images is not None else None, Uploads(Path(temporary)))
         greeting = f"the page is at {format_url(address)}; Ctrl-C ends it"
-        run(app, address, greeting=greeting, patience=PATIENCE, log_level="warning")
+        run_server(app, address, greeting=greeting, patience=PATIENCE, log_level="warning")
 
 
 def build_app(actions: Actions, collection: Collection | None, uploads: Uploads) -> fastapi.FastAPI:

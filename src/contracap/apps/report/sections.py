@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from contracap.apps.html_page import Html, gallery, heat_table, paragraph, table, text
 from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
-from contracap.apps.report.thumbnails import read_samples, thumbnail_tag
+from contracap.apps.report.thumbnails import read_wanted_samples, thumbnail_tag
 from contracap.evaluation.features import Source
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import Result
 from contracap.evaluation.retrieval import Features
-from contracap.evaluation.zeroshot import Classification
+from contracap.evaluation.zeroshot import ChosenClasses
 from contracap.wording import counted
 
 QUERIES = 8  # of each direction of retrieval
@@ -24,7 +24,7 @@ def sections_of(result: Result, data: Source) -> Iterator[Html]:
     predictions = result.predictions
     if isinstance(predictions, Features):
         yield from retrieval_parts(predictions, data)
-    elif isinstance(predictions, Classification):
+    elif isinstance(predictions, ChosenClasses):
         yield from confusion_parts(predictions.classes, predictions.labels, predictions.predictions)
     elif predictions and isinstance(predictions[0], Prediction):
         yield from caption_parts(predictions, data)
@@ -36,7 +36,7 @@ def retrieval_parts(features: Features, data: Source) -> Iterator[Html]:
     first_texts = {image: text for text, image in reversed(list(enumerate(features.image_of_text.tolist())))}
     images_found = best_images(features, [first_texts[image] for image in images])
     texts = best_texts(features, images)
-    samples = read_samples(data, {*images, *(image for each in images_found for image in each.candidates)})
+    samples = read_wanted_samples(data, {*images, *(image for each in images_found for image in each.candidates)})
     yield paragraph(
         f"For {counted(len(images), 'caption(s)')} the best of all {counted(len(features.images), 'image(s)')}. "
         "Green: the caption's own image; red: another one in the first place."
@@ -57,7 +57,7 @@ def caption_parts(predictions: Sequence[Prediction], data: Source) -> Iterator[H
     count = min(CARDS, max(1, len(order) // 3))
     middle = (len(order) - count) // 2
     kinds = {"Best": order[:count], "Median": order[middle : middle + count], "Worst": order[-count:]}
-    samples = read_samples(data, {row for rows in kinds.values() for row in rows})
+    samples = read_wanted_samples(data, {row for rows in kinds.values() for row in rows})
     yield paragraph("Captions by their CIDEr, which is printed times 100; below each what people wrote.")
     for kind, rows in kinds.items():
         yield Html(f"<h3>{kind}</h3>\n")

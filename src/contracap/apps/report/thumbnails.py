@@ -13,7 +13,7 @@ from contracap.image_files import decode
 SIDE = 160  # pixels of the longer side
 
 
-def read_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
+def read_wanted_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample]:
     """The samples in these places of the data, by their places."""
     wanted, found, first = set(rows), {}, 0
     for batch in sample_batches(source, 64):

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, cast
 
 from contracap.evaluation.metrics.java import LOCALE, JavaError, failure, java_and_jar, java_errors
-from contracap.evaluation.metrics.overlap import check
+from contracap.evaluation.metrics.overlap import check_hypotheses
 
 JAR = "meteor/meteor-1.5.jar"
 # One garbage-collection thread: the default takes twice the memory, and other metrics use the other core.
@@ -80,7 +80,7 @@ class Meteor:
             ValueError: if an image has no reference or an empty one, or the two lengths differ.
             JavaError: if the program fails, is too slow, or does not answer line for line.
         """
-        check(references, hypotheses)
+        check_hypotheses(references, hypotheses)
         given_up = Event()
         late = Timer(self._timeout, self._give_up, args=[given_up])
         late.start()

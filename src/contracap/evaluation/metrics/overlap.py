@@ -42,7 +42,7 @@ def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Bleu
     Raises:
         ValueError: if an image has no reference or an empty one, or the two lengths differ.
     """
-    check(references, hypotheses)
+    check_hypotheses(references, hypotheses)
     hypothesis_length = reference_length = 0
     guessed, correct = [0] * LONGEST, [0] * LONGEST
     for captions, hypothesis in zip(references, hypotheses, strict=True):
@@ -80,7 +80,7 @@ def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> l
     Raises:
         ValueError: if an image has no reference or an empty one, or the two lengths differ.
     """
-    check(references, hypotheses)
+    check_hypotheses(references, hypotheses)
     scores = []
     for captions, hypothesis in zip(references, hypotheses, strict=True):
         # Tokens end at blanks only, so "25\u00a01/2" is one; an empty hypothesis is one empty token.
@@ -106,7 +106,7 @@ def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, pla
     Raises:
         ValueError: if an image has no reference or an empty one, or the two lengths differ.
     """
-    check(references, hypotheses)
+    check_hypotheses(references, hypotheses)
     counted = [[count_ngrams(caption) for caption in captions] for captions in references]
     images_with = Counter(ngram for captions in counted for ngram in set().union(*captions))
     rarity = {ngram: math.log(len(references)) - math.log(count) for ngram, count in images_with.items()}
@@ -178,7 +178,7 @@ def mean(scores: Iterable[float]) -> float:
     return math.fsum(scores) / len(scores)
 
 
-def check(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
+def check_hypotheses(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
     """Raises: ValueError: if these cannot be compared."""
     if not hypotheses:
         raise ValueError("there is no caption to score")

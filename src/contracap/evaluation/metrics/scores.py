@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from contracap.evaluation.metrics.java import JavaError, UnavailableError
 from contracap.evaluation.metrics.meteor import Meteor
-from contracap.evaluation.metrics.overlap import bleu, check, cider, mean, rouge_l
+from contracap.evaluation.metrics.overlap import bleu, check_hypotheses, cider, mean, rouge_l
 from contracap.evaluation.metrics.spice import MEMORY, Spice
 from contracap.evaluation.metrics.tokens import TokenizerName, choose_tokenizer, tokenize
 
@@ -143,7 +143,7 @@ class CaptionScorer:
                 if not captions:
                     name, by = keys[place] if keys else f"{place} (counted from 0)", details["tokenizer"]
                     raise ValueError(f"image {name} has no reference in which the tokenizer ({by}) finds a word")
-            check(written, hypotheses)
+            check_hypotheses(written, hypotheses)
             later = beside.submit(meteor.score, written, hypotheses) if meteor else None
             scores = Scores(reasons=reasons, details=details)
             self._add_counted(scores, written, hypotheses)

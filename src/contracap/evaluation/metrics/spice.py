@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from contracap.evaluation.metrics.java import LOCALE, JavaError, UnavailableError, failure, java_and_jar, java_errors
-from contracap.evaluation.metrics.overlap import check
+from contracap.evaluation.metrics.overlap import check_hypotheses
 
 JAR = "spice/spice-1.0.jar"
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -99,7 +99,7 @@ class Spice:
             ValueError: if an image has no reference or an empty one, or the two lengths differ.
             JavaError: if the program cannot be run, fails, is too slow, or leaves out images.
         """
-        check(references, hypotheses)
+        check_hypotheses(references, hypotheses)
         images = [
             {"image_id": i, "test": hypothesis, "refs": list(captions)}
             for i, (captions, hypothesis) in enumerate(zip(references, hypotheses, strict=True))

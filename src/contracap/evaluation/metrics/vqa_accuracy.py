@@ -59,7 +59,7 @@ def accuracy(prediction: str, answers: Sequence[str], *, strict: bool = True) ->
         raise ValueError("there is no answer to compare with")
     prediction, given = _one_line(prediction), [_one_line(answer) for answer in answers]
     if len(set(given)) > 1 or not strict:
-        prediction, given = normalise(prediction), [normalise(answer) for answer in given]
+        prediction, given = normalise_answer(prediction), [normalise_answer(answer) for answer in given]
     people, equal = len(given), given.count(prediction)
     if people == 1:
         return float(equal)
@@ -68,7 +68,7 @@ def accuracy(prediction: str, answers: Sequence[str], *, strict: bool = True) ->
     return (equal * said_so + (people - equal) * said_other) / people
 
 
-def normalise(answer: str) -> str:
+def normalise_answer(answer: str) -> str:
     """Return the answer in lower case, without punctuation and articles, with digits for numbers up to ten and
     apostrophes in contractions.
 
