@@ -102,7 +102,8 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": bytes(10_000_000 if scope["path"] == "/large" else 9)})
 with web.bind("127.0.0.1", 0) as listener:
-    web.run_server(app, listener, greeting=web.format_url(listener), patience=1, request_seconds=1.5, log_level="warning")
+    greeting = web.format_url(listener)
+    web.run_server(app, listener, greeting=greeting, patience=1, request_seconds=1.5, log_level="warning")
 """
 
 

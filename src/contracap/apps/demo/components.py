@@ -1,8 +1,8 @@
 """Gradio's inputs, made to hand on what they get: what is wrong with it is then said by this package, in one line.
 
 Gradio's own open every image before the page's code sees it, so that a broken one ends as a traceback, as does a
-number out of its bounds. Here `images.decode` opens images, which knows their limits. The inputs are changed one by
-one, not by subclasses, for which gradio writes files into the package's folder.
+number out of its bounds. Here `image_files.decode` opens images, which knows their limits. The inputs are changed one
+by one, not by subclasses, for which gradio writes files into the package's folder.
 
 Whatever looks like a file in a value, gradio copies to where the page hands it out, be it an address, any file of the
 server, or one inside a text's value. So `guard` looks at every value first.
