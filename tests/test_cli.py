@@ -196,10 +196,10 @@ def test_an_interrupted_verb_says_what_the_same_command_does(
     before = signal.getsignal(signal.SIGTERM)
     places = (
         "apps.bulk.rows.normalise",
-        "apps.bulk.embedding.finite",
+        "apps.bulk.embedding.require_finite",
         "evaluation.task.evaluate_retrieval",
-        "data.survey.parse",
-        "data.indexing.describe",
+        "data.survey.parse_record",
+        "data.indexing._describe_file",
     )
     for place in places:
         monkeypatch.setattr(f"contracap.{place}", lambda *_, **__: signal.raise_signal(number))

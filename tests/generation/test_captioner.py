@@ -10,12 +10,12 @@ from torch import Tensor
 
 import contracap
 from contracap.generation import BeamSearch, Captioner, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
-from contracap.generation.strategy import Prompts
+from contracap.generation.strategy import Prompts, SearchStrategy
 from contracap.image_files import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer, join_marks
-from tests.generation.logit_tables import Strategy, empty_prompts
+from tests.generation.logit_tables import empty_prompts
 
 STRATEGIES = [
     Greedy(14, 3),
@@ -55,7 +55,9 @@ def next_logits(model: CoCa, pixels: Tensor, held: Tensor, end: int) -> Tensor:
 
 
 @torch.no_grad()
-def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokenizer, prompts: Prompts | None = None):
+def uncached(
+    model: CoCa, pixels: Tensor, strategy: SearchStrategy, tokenizer: Tokenizer, prompts: Prompts | None = None
+):
     prompts = prompts or empty_prompts(len(pixels), tokenizer.start)
     search = strategy.begin(prompts, tokenizer)
     held = prompts.ids[:, None, : prompts.shared - 1]
