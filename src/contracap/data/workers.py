@@ -76,7 +76,10 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
                 yield result
     finally:
         held.close()
+        end = time.monotonic() + 2 * PATIENCE  # after `PATIENCE` a worker ends itself, unless it is still starting
         for process in started:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
             process.join()
 
 
