@@ -1,6 +1,7 @@
 """Messages of the verbs: errors, progress as `--quiet` and `--verbose` ask, and interruptions."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -76,10 +77,13 @@ def one_interruption() -> Iterator[Callable[[BaseException], int | None]]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal ignored_until
         received.append(number)
-        if _is_importing(frame) or (len(received) > 1 and time.monotonic() > ignored_until):
+        is_first = len(received) == 1
+        if _is_importing(frame) if is_first else time.monotonic() > ignored_until:
+            for child in multiprocessing.active_children():
+                child.kill()
             os.write(2, b"contracap: error: interrupted\n")
             os._exit(128 + received[0])
-        if len(received) == 1:
+        if is_first:
             ignored_until = time.monotonic() + SAME_REQUEST
             raise KeyboardInterrupt
 
