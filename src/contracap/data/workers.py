@@ -147,6 +147,8 @@ def _work(pipe: Connection, lifeline: Connection, function: Callable[[Any], Any]
                 raised.add_note(f"In a worker process:\n{traceback.format_exc()}")
                 error = raised
             pipe.send((result, error))
+    for number in END_SIGNALS:  # nothing disturbs the end of the interpreter
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
