@@ -20,7 +20,7 @@ def require_validation(data: DataConfig) -> None:
     captioned = (sample for sample in evaluation_samples(shards) if sample.captions)
     if (found := sum(1 for _ in islice(captioned, data.batch_size))) < data.batch_size:
         raise ValueError(
-            f"data.validation {data.validation} holds {counted(found, 'sample(s)')} with captions, fewer than one batch "
+            f"data.validation {data.validation} holds {counted(found, 'sample(s)')} with captions, fewer than a batch "
             f"of {data.batch_size}: bring more, lower data.batch_size, or set validate_every = 0"
         )
 
