@@ -19,9 +19,10 @@ def require_validation(data: DataConfig) -> None:
     shards = list_shards(data.validation or (), key="data.validation")
     captioned = (sample for sample in evaluation_samples(shards) if sample.captions)
     if (found := sum(1 for _ in islice(captioned, data.batch_size))) < data.batch_size:
+        held = counted(found, "sample(s)")
         raise ValueError(
-            f"data.validation {data.validation} holds {counted(found, 'sample(s)')} with captions, fewer than a batch "
-            f"of {data.batch_size}: bring more, lower data.batch_size, or set validate_every = 0"
+            f"data.validation {data.validation} holds {held} with captions, fewer than one batch of "
+            f"{data.batch_size}: bring more, lower data.batch_size, or set validate_every = 0"
         )
 
 
