@@ -217,6 +217,32 @@ def test_an_interrupted_verb_says_what_the_same_command_does(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+INTERRUPTED_VERBS = {
+    "twice at once": "try: send(); send()\n    finally: send()",
+    "during an import": "import interrupting",
+    "in an error of its own": "try: send()\n    finally: threading.Lock().release()",
+    "again, as the clean-up hangs": "try: send()\n    finally: time.sleep(1.1); send(); time.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", INTERRUPTED_VERBS.values(), ids=INTERRUPTED_VERBS)
+def test_signals_end_a_verb_in_one_line_wherever_they_arrive(tmp_path: Path, verb: str, number: int) -> None:
+    (tmp_path / "interrupting.py").write_text(
+        f"import signal, time; signal.raise_signal({int(number)}); time.sleep(600)"
+    )
+    program = (
+        "import signal, sys, threading, time; import contracap.cli as cli\n"
+        f"def send(): signal.raise_signal({int(number)})\n"
+        f"def verb():\n    {verb}\n"
+        "cli.VERBS = {'verb': verb}; sys.exit(cli.main(['verb']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "contracap: error: interrupted\n")
+
+
 def test_training_that_has_not_begun_ends_at_once_by_sigterm() -> None:
     program = (
         "import signal; from contracap.training.shutdown import exit_on_signal as at_once\n"

@@ -1,6 +1,8 @@
 import json
 import logging
 import pickle
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -308,6 +310,20 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(WeightsError, match=r"must end in \.safetensors"):
         contracap.save(tmp_path / "mine.bin", model, processor)
+
+
+def test_weights_that_do_not_fit_the_disk_are_an_error_with_the_files_name(tmp_path: Path) -> None:
+    program = (
+        "import contracap, resource; model, processor = contracap.load('tiny', weights='random')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: contracap.save('out.safetensors', model, processor)\n"
+        "except OSError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert (done.stdout, done.stderr) == ("File too large: out.safetensors\n", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_size_beside_the_name_of_a_size_is_refused() -> None:

@@ -33,6 +33,7 @@ except ImportError:
 
 # Images of more pixels are refused before they are decoded: 2^30 / 12, the number above which Pillow warns.
 PIXEL_LIMIT = 89_478_485
+MIN_SIDE = 8  # pixels of the shorter side; training skips smaller images, such as the 1 x 1 of a web page
 # One image takes at most so much memory while it is decoded. What the pixels of a format take at their peak, the
 # RGB that is returned included, lowers its limit of pixels; 9 bytes are those of a progressive JPEG.
 MAX_DECODING_BYTES = 9 * PIXEL_LIMIT
@@ -86,6 +87,12 @@ def decode(source: str | Path | bytes | Image.Image, name: str | None = None) ->
     if pixels is None:
         pixels = _pillow_pixels(data, name)
     return to_tensor(pixels)
+
+
+def require_trainable_size(height: int, width: int, name: str) -> None:
+    """Raises: ImageSizeError: if an image is too small to be trained on."""
+    if min(height, width) < MIN_SIDE:
+        raise ImageSizeError(f"{name}: {width} x {height} pixels; the shorter side must have at least {MIN_SIDE}")
 
 
 def to_tensor(pixels: np.ndarray) -> UInt8[Tensor, "3 height width"]:

@@ -57,6 +57,7 @@ def mixed(tmp_path: Path) -> Path:
             sample(b"no picture at all", "a broken one"),
             sample(encoded(50, 50, shade=2)),
             {"txt": b"no picture here"},
+            sample(encoded(7, 90), "it is too small"),
             sample(encoded(160, 90, kind="png"), EVIL, suffix="png"),
         ],
     )
@@ -69,9 +70,9 @@ def mixed(tmp_path: Path) -> Path:
 def test_everything_in_the_shards_is_counted(mixed: Path) -> None:
     found = survey(mixed)
     assert (found.shards, found.shards_read, found.complete) == (2, 2, True)
-    assert found.samples == 8
-    assert found.captions == 7
-    assert found.captions_per_image == {0: 1, 1: 5, 2: 1}
+    assert found.samples == 9
+    assert found.captions == 8
+    assert found.captions_per_image == {0: 1, 1: 6, 2: 1}
     assert found.formats == {"JPEG": 5, "PNG": 1}
     assert found.shorter_sides == {50: 1, 60: 1, 90: 1, 300: 3}
     assert found.aspect_ratios == {"1:2": 1, "3:4": 1, "1:1": 1, "4:3": 2, "16:9": 1}
@@ -86,6 +87,7 @@ def test_what_cannot_be_used_is_counted_by_kind_and_named(mixed: Path) -> None:
         "broken_shard": 1,
         "no_caption": 1,
         "no_picture": 1,
+        "picture_size": 1,
     }
     for kind, name in (("broken_picture", "k003"), ("no_caption", "k004"), ("no_picture", "k005")):
         assert f"sample {name} of {mixed / '0.tar'}" in skipped[kind].examples[0]
@@ -104,7 +106,7 @@ def test_caption_lengths_are_those_of_the_tokenizer_with_start_and_end(mixed: Pa
     assert counts.caption_lengths[4] == 3  # start, a, dog, end; and twice more
     assert counts.caption_lengths[102] == 1
     assert counts.caption_lengths[len(tokenizer.encode(EVIL)) + 2] == 1
-    assert counts.cut_share == 1 / 7
+    assert counts.cut_share == 1 / 8
 
 
 def test_a_image_is_measured_as_it_stands_upright(tmp_path: Path) -> None:

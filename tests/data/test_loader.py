@@ -226,7 +226,7 @@ def test_tiny_pictures_are_bad_samples(tmp_path: Path) -> None:
     assert set(next(iter(batches)).keys) == {"a"}
     (skip, *_) = batches.take_skips()
     assert skip.kind == "picture_size"
-    assert "1 x 1 pixels; the shorter side must have 8" in skip.reason
+    assert "1 x 1 pixels; the shorter side must have at least 8" in skip.reason
 
 
 def test_too_many_lost_samples_stop_the_run(tmp_path: Path) -> None:

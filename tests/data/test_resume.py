@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from contracap.data.captions import CaptionConfig
 from contracap.data.config import DataConfig
 from contracap.data.counts import samples_in
 from contracap.data.loader import TrainingBatches, join_states
@@ -204,3 +205,23 @@ def test_a_shard_that_was_damaged_since_loses_its_samples_and_the_order_stays(fo
     (shards / "2.tar").write_bytes((shards / "0.tar").read_bytes())  # not damaged: other data
     with pytest.raises(ValueError, match="cannot resume the data: samples was 200"):
         batches_of(shards, streams=1).load_state_dict(state)
+
+
+def test_shards_that_changed_since_the_checkpoint_are_named_when_training_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(padding: int) -> TrainingBatches:
+        write_shard(tmp_path / "0.tar", ((f"{n:03}", {**members(n), "txt": b"a" * padding}) for n in range(40)))
+        return batches_of(tmp_path)
+
+    state = json.loads(json.dumps(write(1).state_dict()))
+    write(1).load_state_dict(state)
+    assert caplog.text == ""
+    write(1000).load_state_dict(state)
+    assert "1 shard changed" in caplog.text and "0.tar" in caplog.text
+
+
+def test_a_caption_field_that_the_first_samples_lack_is_an_error_with_the_nearest_right_one(folder: Path) -> None:
+    batches_of(folder, captions=CaptionConfig(weights={"caption": 1.0}))
+    with pytest.raises(ValueError, match=r"data\.captions\.weights: .*'captoin'.* 'caption'"):
+        batches_of(folder, captions=CaptionConfig(weights={"caption": 0.1, "captoin": 0.9}))

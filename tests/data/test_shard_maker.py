@@ -18,13 +18,13 @@ from PIL import Image
 from contracap.cli import main
 from contracap.data.index import read_index
 from contracap.data.indexing import index_shard
-from contracap.data.samples import Sample
+from contracap.data.samples import MAX_TEXT_BYTES, Sample
 from contracap.data.shard_maker import MadeShards, MakingError, make_shards
 from contracap.data.shards import list_shards, read_samples, write_shard
 from contracap.image_files import decode
 
 
-def picture(number: int, *, format: str = "JPEG", size: tuple[int, int] = (9, 7), **options: Any) -> bytes:
+def picture(number: int, *, format: str = "JPEG", size: tuple[int, int] = (9, 8), **options: Any) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format, **options)
@@ -139,7 +139,7 @@ def test_members_are_named_by_the_true_format(tmp_path: Path) -> None:
     formats = {format: suffix for format, suffix in formats.items() if format in Image.SAVE}
     folder = make_folder(tmp_path / "source", len(formats))
     for number, format in enumerate(formats):
-        options: dict[str, Any] = {"MPO": {"save_all": True}, "ICO": {"sizes": [(7, 9)]}}.get(format, {})
+        options: dict[str, Any] = {"MPO": {"save_all": True}, "ICO": {"sizes": [(8, 9)]}}.get(format, {})
         (folder / f"{number:03}.jpg").write_bytes(picture(number, format=format, **options))
     make_shards(folder, tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
@@ -155,9 +155,11 @@ def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path: Path) -> Non
     good = picture(0)
     files = {"good.jpg": good, "cut.jpg": good[:200], "text.png": b"no picture", "empty.jpg": b"", "none.jpg": good}
     files["other.jpg"] = picture(1, format="PCX")
+    files |= {"small.jpg": picture(0, size=(7, 30)), "long.jpg": picture(2)}
     for name, content in files.items():
         (root / name).write_bytes(content)
-    captions = [(name, "a caption") for name in files if name != "none.jpg"]
+    long_text = {"long.jpg": "a" * MAX_TEXT_BYTES}
+    captions = [(name, long_text.get(name, "a caption")) for name in files if name != "none.jpg"]
     rows = [*captions, ("none.jpg", " "), ("gone.jpg", "gone"), ("../source/good.jpg", "up"), ("sub", "a folder")]
     (root / "sub").mkdir()
     lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
@@ -168,11 +170,13 @@ def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path: Path) -> Non
         "broken_picture": 4,
         "missing_file": 2,
         "no_caption": 1,
+        "picture_size": 1,
+        "too_large": 1,
         "unsafe_path": 1,
     }
     report = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     kinds = {line["source"]: line["kind"] for line in report}
-    assert len(report) == 8
+    assert len(report) == 10
     assert kinds["../source/good.jpg"] == "unsafe_path"
     assert kinds["gone.jpg"] == "missing_file"
     assert kinds["text.png"] == "broken_picture"

@@ -89,8 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with one_interruption() as interrupted:
                 try:
                     return _run(arguments)
-                except KeyboardInterrupt as interrupt:  # the verb's own message, if any
-                    return fail(str(interrupt) or "interrupted", status=interrupted())
+                except BaseException as error:  # a lock that the signal met half-way may raise an error of its own
+                    if (status := interrupted(error)) is None:
+                        raise
+                    words = str(error) if isinstance(error, KeyboardInterrupt) else ""  # the verb's own, if any
+                    return fail(words or "interrupted", status=status)
         finally:
             verbosity.take([])
             sys.stdout.flush()  # otherwise a closed pipe is found as the interpreter exits

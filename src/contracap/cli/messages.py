@@ -1,9 +1,12 @@
 """Messages of the verbs: errors, progress as `--quiet` and `--verbose` ask, and interruptions."""
 
 import logging
+import multiprocessing
+import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from contracap.wording import escaped
+
+SAME_REQUEST = 1.0  # seconds in which several signals are one request to end
 
 
 class EmptyPathError(Exception):
@@ -56,27 +61,51 @@ def interruption(words: str = "interrupted: nothing was written; the same comman
 
 
 @contextmanager
-def one_interruption() -> Iterator[Callable[[], int]]:
-    """A context in which the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and later ones are ignored.
+def one_interruption() -> Iterator[Callable[[BaseException], int | None]]:
+    """A context in which the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and a later one ends the process.
 
-    So nothing disturbs the clean-up after the first. Outside the main thread it changes nothing.
+    Those within a second are ignored: they are the same request, as `timeout` sends it to a process and to its group.
+    During an import the first ends the process: an exception in the initialisation of torch aborts it. Outside the main
+    thread the context changes nothing.
 
-    Yields: a function that returns the exit status, as shells derive it: 130 for Ctrl-C, 143 for SIGTERM.
+    Yields: a function that returns the exit status if an error is due to a signal, as shells derive it: 130 for Ctrl-C,
+        143 for SIGTERM.
     """
     received = list[int]()
+    ignored_until = 0.0
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal ignored_until
         received.append(number)
-        if len(received) == 1:
+        is_first = len(received) == 1
+        if _is_importing(frame) if is_first else time.monotonic() > ignored_until:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os.write(2, b"contracap: error: interrupted\n")
+            os._exit(128 + received[0])
+        if is_first:
+            ignored_until = time.monotonic() + SAME_REQUEST
             raise KeyboardInterrupt
+
+    def status(error: BaseException) -> int | None:
+        due = received or isinstance(error, KeyboardInterrupt)
+        return 128 + (received or [signal.SIGINT])[0] if due else None
 
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
     try:
-        yield lambda: 128 + (received or [signal.SIGINT])[0]
+        yield status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def fail(message: str, *, status: int = 1) -> int:

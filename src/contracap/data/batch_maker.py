@@ -13,11 +13,9 @@ from contracap.data.batch import Batch
 from contracap.data.config import DataConfig
 from contracap.data.order import Order, OrderError, SampleStream, SkippedSample
 from contracap.data.samples import Sample
-from contracap.image_files import ImageSizeError, decode
+from contracap.image_files import decode, require_trainable_size
 from contracap.images import ImageConfig, augment
 from contracap.tokenizer import Tokenizer, text_lengths
-
-SMALLEST_SIDE = 8  # pixels; what is smaller, such as a web page's 1 x 1, is a bad sample
 
 PreparedRow = tuple[UInt8[Tensor, "3 size size"], str, str]  # pixels, caption, key
 
@@ -60,9 +58,7 @@ class BatchMaker:
     def _prepare(self, sample: Sample, caption: str, generator: np.random.Generator) -> PreparedRow:
         name = f"{sample.key} of {sample.shard}"
         image = decode(sample.image, name=name)
-        height, width = image.shape[1:]
-        if min(height, width) < SMALLEST_SIDE:
-            raise ImageSizeError(f"{name}: {width} x {height} pixels; the shorter side must have {SMALLEST_SIDE}")
+        require_trainable_size(image.shape[1], image.shape[2], name)
         return augment(image, self._image, self._config.augmentation, generator), caption, sample.key
 
 

@@ -1,9 +1,12 @@
 """From shards to batches: for training, endless and resumable; for evaluation, every sample once."""
 
+import difflib
+import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,16 @@ from contracap.data.config import DataConfig
 from contracap.data.counts import is_damaged, samples_in
 from contracap.data.loader_workers import run_workers
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, ShardSet, SkippedSample
-from contracap.data.samples import Sample
-from contracap.data.shards import list_shards, read_samples
+from contracap.data.samples import SAMPLE_SUFFIXES, Sample, SampleError, parse_record, texts_in
+from contracap.data.shards import ShardError, list_shards, read_records, read_samples
 from contracap.data.workers import WorkerError
 from contracap.image_files import decode
 from contracap.images import ImageConfig, resize_and_crop
 from contracap.tokenizer import Tokenizer
+from contracap.wording import counted
+
+FIRST_SAMPLES = 1000  # of each source, in which caption fields are looked for
+logger = logging.getLogger(__name__)
 
 
 class TrainingBatches:
@@ -51,8 +58,8 @@ class TrainingBatches:
 
         Raises:
             FileNotFoundError: if `config.train` names no shards.
-            ValueError: if there are fewer samples than streams, the ranks do not divide the streams, or the seed is
-                not from 0 to 2**32 - 1.
+            ValueError: if there are fewer samples than streams, the ranks do not divide the streams, the seed is not
+                from 0 to 2**32 - 1, or the first samples lack a field of the caption weights.
         """
         streams = config.stream_count
         if not 0 <= seed < 2**32:
@@ -67,6 +74,8 @@ class TrainingBatches:
             tokenizer = Tokenizer(context=shorter, vocab_size=tokenizer.vocab_size)
         self._config, self._seed = config, seed
         self._order = _build_order(config, seed)
+        _require_caption_fields(self._order)
+        self._bytes = [[_local_bytes(shard) for shard in source.shards] for source in self._order.sources]
         self._maker = BatchMaker(config, self._order, image=image, tokenizer=tokenizer)
         share = streams // world_size
         self._streams = range(rank * share, (rank + 1) * share)
@@ -154,10 +163,17 @@ class TrainingBatches:
         """
         streams = {str(stream): state for stream, state in self._states.items()}
         counts = [list(source.counts) for source in self._order.sources]
-        return {"order": self._order.describe(), "counts": counts, "batches": self._batches, "streams": streams}
+        return {
+            "order": self._order.describe(),
+            "counts": counts,
+            "bytes": self._bytes,
+            "batches": self._batches,
+            "streams": streams,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, by any number of ranks and workers.
+        """Continue where `state` was taken, by any number of ranks and workers. If local shards have another size now,
+        one line is logged.
 
         Raises:
             ValueError: if the state is of another order, or lacks streams of this rank. Shards are compared by their
@@ -177,8 +193,22 @@ class TrainingBatches:
                 f"cannot resume the data: the position of stream {lacking[0]} is not in the saved state, which holds "
                 f"{len(state['streams'])} of {self._order.streams}: join the states of all ranks"
             )
+        self._report_changed_shards(state.get("bytes", self._bytes))
         self._batches = state["batches"]
         self._states = {stream: state["streams"][str(stream)] for stream in self._streams}
+
+    def _report_changed_shards(self, before: Sequence[Sequence[int | None]]) -> None:
+        changed = [
+            f"{shard} (had {then:,} bytes, has {now:,})"
+            for source, befores, sizes in zip(self._order.sources, before, self._bytes, strict=True)
+            for shard, then, now in zip(source.shards, befores, sizes, strict=True)
+            if then is not None and now is not None and then != now
+        ]
+        if changed:
+            logger.warning(
+                f"{counted(len(changed), 'shard(s)')} changed since the checkpoint, such as {changed[0]}: the run "
+                "continues at the same place of the data, in what is there now"
+            )
 
     def _count_damaged_as(self, counts: Sequence[Sequence[int]]) -> None:
         """Keep the former number of samples of shards that are damaged now, so that the order stays the same. Samples
@@ -222,6 +252,34 @@ def _build_order(config: DataConfig, seed: int, *, counts: Sequence[tuple[int, .
         captions=config.captions,
         max_bad_share=config.max_bad_share,
     )
+
+
+def _local_bytes(shard: str) -> int | None:
+    """Return the size of a shard; None if it is remote, or gone, which reading will report."""
+    return os.path.getsize(shard) if "://" not in shard and os.path.isfile(shard) else None
+
+
+def _require_caption_fields(order: Order) -> None:
+    """Check that the caption weights are of fields that samples have. A field that the first samples of every source
+    lack may be rare: a warning names it.
+
+    Raises: ValueError: if such a field is nearly spelled like one that they have.
+    """
+    wanted, found = set(order.captions.weights), set[str]()
+    for source in order.sources:
+        if wanted <= found:
+            return
+        with suppress(ShardError):  # which the order will report
+            for record in islice(read_records(source.shards[0], suffixes=SAMPLE_SUFFIXES), FIRST_SAMPLES):
+                with suppress(SampleError):
+                    found.update(name for name, value in parse_record(record).fields.items() if texts_in(value))
+                if wanted <= found:
+                    return
+    if found and (absent := min(wanted - found, default=None)):
+        lacking = f"data.captions.weights: the first samples have no field {absent!r}"
+        if near := difflib.get_close_matches(absent, found, n=1):
+            raise ValueError(f"{lacking}; did you mean {near[0]!r}?")
+        logger.warning(f"{lacking}; those with texts are {', '.join(sorted(found)[:20])}")
 
 
 def evaluation_samples(path: str | Path | Sequence[str | Path], *, lines: bool = True) -> Iterator[Sample]:

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from contracap.data.annotations import Entry, SkippedEntry
-from contracap.image_files import ImageError, decode
+from contracap.data.samples import MAX_TEXT_BYTES
+from contracap.image_files import ImageError, decode, require_trainable_size
 
 JPEG_QUALITY = 95  # of images that are made smaller
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of formats with another name
@@ -26,6 +27,7 @@ def sample_members(entry: Entry, image: bytes, shorter_side: int | None) -> dict
     """
     try:
         pixels = decode(image, name=entry.name)
+        require_trainable_size(pixels.shape[1], pixels.shape[2], entry.name)
     except ImageError as error:
         return SkippedEntry(source=entry.name, kind=error.kind, message=str(error))
     height, width = pixels.shape[1:]
@@ -41,7 +43,11 @@ def sample_members(entry: Entry, image: bytes, shorter_side: int | None) -> dict
         captions["other_captions"] = entry.fields["captions"]
     name = "source" if "source" not in entry.fields else "image_name"  # a table may have a column `source`
     fields = {**entry.fields, **captions, name: entry.name}
-    return {_suffix(image): image, "json": json.dumps(plain_json(fields), allow_nan=False).encode()}
+    written = json.dumps(plain_json(fields), allow_nan=False).encode()
+    if len(written) > MAX_TEXT_BYTES:
+        message = f"captions and fields have {len(written):,} bytes, more than the {MAX_TEXT_BYTES:,} that are read"
+        return SkippedEntry(source=entry.name, kind="too_large", message=message)
+    return {_suffix(image): image, "json": written}
 
 
 def plain_json(value: Any) -> Any:

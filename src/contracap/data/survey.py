@@ -22,7 +22,7 @@ from contracap.data.counts import indexed_samples
 from contracap.data.samples import Record, Sample, SampleError, parse_record
 from contracap.data.shards import ShardError, list_shards, read_records
 from contracap.formats import FORMATS
-from contracap.image_files import ImageError, ImageSizeError, decode
+from contracap.image_files import ImageError, ImageSizeError, decode, require_trainable_size
 from contracap.images import AugmentationConfig, ImageConfig, augment
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
@@ -222,6 +222,7 @@ class _Reader:
             sample = parse_record(record, lines=self._lines)
             self._add_captions(sample)
             width, height, kind = _measure(sample.image, sample.name)
+            require_trainable_size(height, width, sample.name)
         except (SampleError, ImageError) as error:
             found.skip(error.kind, str(error))
             return

@@ -79,7 +79,10 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
                 yield result
     finally:
         held.close()
+        end = time.monotonic() + 2 * PATIENCE  # after `PATIENCE` a worker ends itself, unless it is still starting
         for process in started:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
             process.join()
 
 
@@ -147,6 +150,8 @@ def _work(pipe: Connection, lifeline: Connection, function: Callable[[Any], Any]
                 raised.add_note(f"In a worker process:\n{traceback.format_exc()}")
                 error = raised
             pipe.send((result, error))
+    for number in END_SIGNALS:  # nothing disturbs the end of the interpreter
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

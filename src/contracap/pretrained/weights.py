@@ -1,12 +1,15 @@
 """Weights files in our layout and in open_clip's, with the configuration of their model."""
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,8 +92,14 @@ def save_open_clip(folder: Path, *, model: CoCaConfig, image: ImageConfig, state
 
 
 def _write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     with replace_file(path) as partial:
-        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, partial, metadata=metadata)
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:  # a full disk; the system's number is in the text alone
+            number = re.search(r"os error (\d+)", str(error))
+            reason = os.strerror(int(number[1])) if number else str(error)
+            raise OSError(f"{reason}: {path}") from None
 
 
 def _own_configuration(path: Path, text: str) -> tuple[CoCaConfig, ImageConfig]:

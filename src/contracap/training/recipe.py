@@ -112,7 +112,9 @@ class Recipe:
             raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
         if self.validate_every < 0:
             raise ValueError(f"validate_every is {self.validate_every}; it must be at least 1, or 0 for none")
-        if self.accumulation < 1 or self.data.batch_size % self.accumulation:
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation is {self.accumulation}; it must be at least 1")
+        if self.data.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation is {self.accumulation}; it must divide data.batch_size {self.data.batch_size}"
             )

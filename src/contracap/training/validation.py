@@ -11,6 +11,7 @@ from contracap.model.coca import evaluating
 from contracap.parallel import ParallelModel
 from contracap.pretrained import processor_for
 from contracap.training.step import StepConfig, TrainingState, compute_losses, count_labels
+from contracap.wording import counted
 
 
 def require_validation(data: DataConfig) -> None:
@@ -18,8 +19,9 @@ def require_validation(data: DataConfig) -> None:
     shards = list_shards(data.validation or (), key="data.validation")
     captioned = (sample for sample in evaluation_samples(shards) if sample.captions)
     if (found := sum(1 for _ in islice(captioned, data.batch_size))) < data.batch_size:
+        held = counted(found, "sample(s)")
         raise ValueError(
-            f"data.validation {data.validation} holds {found} samples with captions, fewer than one batch of "
+            f"data.validation {data.validation} holds {held} with captions, fewer than one batch of "
             f"{data.batch_size}: bring more, lower data.batch_size, or set validate_every = 0"
         )
 

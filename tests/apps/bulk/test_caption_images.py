@@ -399,7 +399,20 @@ def test_side_cars_of_other_settings_are_refused_however_the_images_are_named(
     assert run("caption", weights, *first, *call)[0] == 0
     status, _, err = run("caption", weights, *then, *call, "--prompt", "a")
     assert (status, err.count("\n")) == (1, 1) and "prompt: '' -> 'a'" in err
+    err = run("caption", weights, *then, "--format", "sidecar", *out)[2]
+    assert "strategy greedy, now beam" in err
     assert run("caption", weights, *then, *call)[0] == 0
+
+
+def test_all_spellings_of_a_path_have_one_row_with_the_first(run: Run, weights: Path, here: Path) -> None:
+    first, others = (
+        "pictures/0.jpg",
+        ["./pictures/0.jpg", str(here / "pictures" / "0.jpg"), "pictures/../pictures/0.jpg"],
+    )
+    call = ["--out", "c.csv", "--strategy", "greedy", "--batch-size", 2]
+    assert run("caption", weights, first, *others, *call)[0] == 0
+    assert [row["path"] for row in rows_of(here / "c.csv")] == [first]
+    assert run("caption", weights, *reversed(others), *call)[1].startswith("0 captions")
 
 
 @pytest.mark.parametrize("length", [239, 240, 255])

@@ -12,6 +12,7 @@ import torch
 from contracap import __version__
 from contracap.config import flatten, to_dict
 from contracap.files import write_text
+from contracap.generation.registry import STRATEGIES
 from contracap.generation.strategy import Strategy
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -41,13 +42,17 @@ def describe_run(weights: str, model: CoCa, processor: Processor) -> dict[str, A
 
 
 def describe_changes(before: OutputConfig, now: OutputConfig) -> str:
-    """Describe what differs, for a message; empty if nothing does."""
+    """Describe what differs, for a message; empty if nothing does. Of another strategy, all settings are others."""
     other = [name for name in now if before.get(name) != now[name]]
     old, new = (dict(flatten({name: side.get(name) for name in other})) for side in (before, now))
     keys = [key for key in old | new if old.get(key) != new.get(key)]
-    if "strategy.name" in keys:  # of another strategy, all settings are others
-        keys = [key for key in keys if key == "strategy.name" or not key.startswith("strategy.")]
-    return "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
+    told = list[str]()
+    if "strategy.name" in keys:
+        named = {cls.__name__: name for name, cls in STRATEGIES.items()}
+        former, current = (named.get(side.get("strategy.name", ""), "none") for side in (old, new))
+        told = [f"strategy {former}, now {current}"]
+        keys = [key for key in keys if not key.startswith("strategy.")]
+    return "; ".join([*told, *(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)])
 
 
 class ConfigFile:

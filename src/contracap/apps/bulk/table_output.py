@@ -99,7 +99,7 @@ class Table(Output):
         self._name(item)
 
     def has(self, item: Item) -> bool:
-        number = self._journal.number(self._name(item)) if self.existing == "skip" else 0
+        number = self._journal.number(self._stored_name(item)) if self.existing == "skip" else 0
         self.repeated += number > self._last_before
         return number > 0
 
@@ -108,7 +108,7 @@ class Table(Output):
             self._config_file.write()
             self._config_file = None
         self._grown = self._grown or bool(rows)  # first: whatever ends the next line may end it after a commit
-        there = self._journal.add(replace(row, path=self._name(item)) for item, row in rows)
+        there = self._journal.add(replace(row, path=self._stored_name(item)) for item, row in rows)
         self.added += len(rows) - len(there)
         self.repeated += sum(self._journal.number(row.path) > self._last_before for row in there)
         return []
@@ -128,6 +128,13 @@ class Table(Output):
         with suppress(OSError):  # of a full disk, say, which is known by now
             self._journal.commit()
         self._journal.close()
+
+    def _stored_name(self, item: Item) -> str:
+        """Return the name of an image as its row has it: a file may be named from the root or the working folder."""
+        names = [self._name(item)]
+        if isinstance(item.source, Path) and self.kind != "metadata":
+            names += [path_text(os.path.abspath(item.source)), path_text(os.path.relpath(item.source))]
+        return next(filter(self._journal.number, names), names[0])
 
     def _name(self, item: Item) -> str:
         if self.kind != "metadata":

@@ -52,8 +52,7 @@ def read_vqa(path: Path, document: Any, images: Iterable[str]) -> Iterator[Entry
         names = named.get(identity, [str(identity)])
         if len(names) > 1:
             raise SourceError(
-                f"image {identity} of {path.name} may be {names[0]} or {names[1]}: name one folder, with --pictures, "
-                "or after the file where there is no such option"
+                f"image {identity} of {path.name} may be {names[0]} or {names[1]}: name the folder of one of them"
             )
         yield Entry(name=names[0], fields={"image_id": identity, "qa": questions})
 
