@@ -236,8 +236,8 @@ def test_shards_without_anything_usable_give_a_page_too(tmp_path: Path) -> None:
 def test_lines_hold_counts_and_bars(mixed: Path) -> None:
     lines = survey_lines(survey(mixed))
     assert "shards    2" in lines
-    assert "samples   8" in lines
-    assert any(line.startswith("captions  7, 0 to 2 an image; 14.3 % are cut") for line in lines)
+    assert "samples   9" in lines
+    assert any(line.startswith("captions  8, 0 to 2 an image; 12.5 % are cut") for line in lines)
     assert any(line.split() == ["256-319", "#" * 40, "3"] for line in lines)
 
 
