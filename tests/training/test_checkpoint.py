@@ -393,7 +393,7 @@ def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the
 
 
 def test_a_run_that_has_not_begun_ends_at_once_and_leaves_nothing(recipe_values: dict, monkeypatch) -> None:
-    monkeypatch.setattr("contracap.training.trainer.starting_model", lambda *args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("contracap.training.trainer.initial_model", lambda *args: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="before a step was done: the same command begins again"):
         train(build(Recipe, recipe_values))
     assert not Path(recipe_values["out"]).exists()

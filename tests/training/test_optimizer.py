@@ -47,6 +47,15 @@ def test_only_matrices_that_multiply_a_signal_decay() -> None:
         assert decay[name] == 0.0, name
 
 
+def test_all_matrices_decay_as_in_open_clip_if_asked_for() -> None:
+    model, _ = random_model(SIZES["tiny"], seed=0)
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3, decayed="matrices"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decaying = {names[each] for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
+    assert {"vision.position", "text.token_embedding.weight", "pooler.pool.queries"} < decaying
+    assert not {"logit_scale", "text.class_token", "vision.norm_in.weight"} & decaying
+
+
 def test_frozen_parts_are_named_by_whole_words() -> None:
     model, _ = random_model(SIZES["tiny"], seed=0)
     freeze(model, ["vision", "text.blocks.0"])

@@ -17,10 +17,11 @@ from contracap.pretrained import load, random_model, read_weights, save, save_op
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.training.checkpoint import CheckpointError
+from contracap.training.initial_model import initial_model
 from contracap.training.loop import TrainingError
 from contracap.training.recipe import Recipe, load_recipe, with_steps
 from contracap.training.recorder import read_metrics
-from contracap.training.start import precision_on, starting_model
+from contracap.training.start import precision_on
 from contracap.training.trainer import train
 
 
@@ -326,7 +327,7 @@ def test_a_run_starts_from_other_weights_at_another_picture_size(recipe_values: 
         "frozen": ["vision", "text.token_embedding"],
         "model": {"vision": {"image_size": 48}},
     }
-    model, image = starting_model(build(Recipe, values))
+    model, image = initial_model(build(Recipe, values))
     assert (image.size, len(model.vision.position)) == (48, 37)
     assert model.config.text.cls_mask == "legacy"  # as the weights were trained
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -335,7 +336,7 @@ def test_a_run_starts_from_other_weights_at_another_picture_size(recipe_values: 
         frozen = name.startswith(("vision.", "text.token_embedding."))
         assert torch.equal(parameter, before[name]) == frozen, name
     asked = {"model": {"vision": {"image_size": 48}, "text": {"cls_mask": "correct"}}}
-    assert starting_model(build(Recipe, values | asked))[0].config.text.cls_mask == "correct"
+    assert initial_model(build(Recipe, values | asked))[0].config.text.cls_mask == "correct"
 
 
 def test_weights_of_another_size_are_refused(recipe_values: dict, tmp_path: Path) -> None:
@@ -393,7 +394,7 @@ def test_a_run_over_too_much_bad_data_stops_and_says_so(recipe_values: dict, tmp
 
 
 def test_what_a_run_lacks_is_found_before_anything_is_built(recipe_values: dict, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("contracap.training.trainer.starting_model", lambda *args: pytest.fail("builds"))
+    monkeypatch.setattr("contracap.training.trainer.initial_model", lambda *args: pytest.fail("builds"))
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     data, gone = recipe_values["data"], str(tmp_path / "gone")
     task = {"task": "retrieval", "data": gone}
@@ -485,7 +486,7 @@ def test_a_run_starts_from_bare_weights_of_its_own_model(recipe_values: dict, tm
         tmp_path / "a.pt",
     )
     values = recipe_values | {"model": changes, "initialise_from": str(tmp_path / "a.pt")}
-    model, _ = starting_model(build(Recipe, values))
+    model, _ = initial_model(build(Recipe, values))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
@@ -500,4 +501,4 @@ def test_weights_of_another_model_name_the_key_to_change(
     recipe_values: dict, weights: Path, change: dict, remedy: str
 ) -> None:
     with pytest.raises(WeightsError, match=remedy):
-        starting_model(build(Recipe, recipe_values | {"model": change, "initialise_from": str(weights)}))
+        initial_model(build(Recipe, recipe_values | {"model": change, "initialise_from": str(weights)}))

@@ -12,9 +12,9 @@ from contracap.pretrained import read_weights
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.pretrained.tensors import read_tensors
+from contracap.training.initial_model import initial_model
 from contracap.training.optimizer import OptimizerConfig
 from contracap.training.recipe import Recipe
-from contracap.training.start import starting_model
 
 
 def assert_same_weights(path: Path, plain: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_run_that_starts_from_it_interpolates_the_positions_to_its_own_image_s
         data=DataConfig(train="none", batch_size=2),
         optimizer=OptimizerConfig(warmup_steps=0),
     )
-    model, image = starting_model(recipe)
+    model, image = initial_model(recipe)
     assert model.vision.position.shape == (1 + 16, 48) and image.size == 32
 
 

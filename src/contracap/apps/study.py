@@ -143,8 +143,8 @@ def _check_inputs(recipe: Recipe, tasks: dict[str, TaskConfig]) -> None:
     """
     for key, paths in recipe.data.training_paths.items():
         list_shards(paths, key=key)
-    if recipe.initialise_from is not None:
-        find_weights(recipe.initialise_from)
+    for weights in recipe.weights:
+        find_weights(weights)
     if recipe.validate_every and recipe.data.validation is not None:
         list_shards(recipe.data.validation, key="data.validation")
     processor = processor_for(recipe.model_config, ImageConfig(size=recipe.model_config.vision.image_size))

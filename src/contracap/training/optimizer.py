@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,7 +23,10 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
-    """Decay of matrices; norms, biases, embeddings, positions and queries do not decay."""
+    """Decay of the weights that `decayed` selects."""
+    decayed: Literal["linear", "matrices"] = "linear"
+    """`linear`: only the weights of linear layers decay. `matrices`: all tensors with two or more dimensions do, also
+    embeddings, positions and queries, as in open_clip."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay of AdamW's averages of the gradient and of its square."""
     epsilon: float = 1e-6
@@ -59,10 +63,11 @@ def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) ->
     )
 
 
-def decays(module: nn.Module, parameter_name: str) -> bool:
-    """Return whether weight decay applies: only to the weights of linear layers, not to norms, biases, embeddings,
-    positions and queries. open_clip exempts only tensors with fewer than two dimensions."""
-    return parameter_name == "weight" and isinstance(module, nn.Linear)
+def decays(module: nn.Module, name: str, parameter: nn.Parameter, config: OptimizerConfig) -> bool:
+    """Return whether weight decay applies to the parameter `name` of `module`."""
+    if config.decayed == "matrices":
+        return parameter.ndim >= 2
+    return name == "weight" and isinstance(module, nn.Linear)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -74,7 +79,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                groups[decays(module, name)].append(parameter)
+                groups[decays(module, name, parameter, config)].append(parameter)
     if not any(groups.values()):
         raise ValueError("every parameter is frozen: nothing is left to train")
     return torch.optim.AdamW(

@@ -51,6 +51,9 @@ class Recipe:
     """Continue from the last checkpoint in the run folder, or start from scratch if there is none."""
     initialise_from: str | None = None
     """Weights to start from: anything `contracap.load` reads. Positions are interpolated to another image size."""
+    initialise_parts: dict[str, str] = field(default_factory=dict)
+    """Parts that start from weights of their own: `{ vision = "ViT-L-14/openai", text = "ViT-L-14/openai" }`. A part is
+    the start of parameter names, as in `frozen`. The rest comes from `initialise_from`, or is random."""
     frozen: tuple[str, ...] = ()
     """Parameters that are not trained, given by the start of their names: `["vision", "text.token_embedding"]`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -102,6 +105,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require_paths(self, "out", "initialise_from")
+        if empty := [part for part, name in self.initialise_parts.items() if not part.strip() or not name.strip()]:
+            raise ValueError(f"initialise_parts: give the weights of a part, not {empty[0]!r} = ''")
         if self.epochs is not None and (self.steps or self.epochs <= 0):
             raise ValueError(f"epochs is {self.epochs} and steps {self.steps}: give one of them, above 0")
         if self.steps < 1 and self.epochs is None:
@@ -142,6 +147,11 @@ class Recipe:
             )
         if self.loss.captioning and self.model_config.decoder is None:
             raise ValueError(f"{self.size} has no decoder: set loss.captioning = 0, or take a coca size")
+
+    @property
+    def weights(self) -> list[str]:
+        """Files or names of weights that the run starts from."""
+        return [*([self.initialise_from] if self.initialise_from else []), *self.initialise_parts.values()]
 
     @property
     def commands(self) -> list[str]:
@@ -194,12 +204,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     validation = None if data.validation is None else absolute(data.validation)
     tasks = {name: replace(task, data=absolute(task.data)) for name, task in evaluation.tasks.items()}
     captions = evaluation.captions and replace(evaluation.captions, data=absolute(evaluation.captions.data))
-    weights = recipe.initialise_from
-    if weights is not None and os.path.exists(weights):  # else a name of released weights
-        weights = os.path.abspath(weights)
+
+    def absolute_weights(name: str) -> str:
+        return os.path.abspath(name) if os.path.exists(name) else name  # else a name of released weights
+
     return replace(
         recipe,
-        initialise_from=weights,
+        initialise_from=recipe.initialise_from and absolute_weights(recipe.initialise_from),
+        initialise_parts={part: absolute_weights(name) for part, name in recipe.initialise_parts.items()},
         data=replace(data, train=train, validation=validation),
         evaluation=replace(evaluation, tasks=tasks, captions=captions),
     )

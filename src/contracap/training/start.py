@@ -1,8 +1,6 @@
-"""The start of a run: checks of its inputs, its first weights, its device and precision."""
+"""The start of a run: checks of its inputs, its device and precision."""
 
-import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,20 +9,12 @@ import torch
 from contracap.config import flatten, to_dict
 from contracap.data.patterns import commands_in
 from contracap.data.shards import list_shards
-from contracap.images import ImageConfig
-from contracap.model.coca import CoCa
 from contracap.model.compiling import require_compiler
-from contracap.model.onednn import use_onednn
 from contracap.parallel import ParallelError
-from contracap.pretrained import find_weights, random_model, read_weights
-from contracap.pretrained.errors import WeightsError
+from contracap.pretrained import find_weights
 from contracap.pretrained.find import is_of_hub
-from contracap.pretrained.positions import interpolate_positions
-from contracap.pretrained.shapes import meta_state, require_same_keys, shapes_of
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe, with_absolute_paths
-
-logger = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed. They change its updates by rounding only, with three exceptions: `steps`
 # stretches the cosine; with another `device` or `accumulation` (or number of ranks), other patches are dropped. Of
@@ -74,8 +64,9 @@ def check_inputs(recipe: Recipe, world_size: int) -> None:
         for path in [task.data] if isinstance(task.data, str) else task.data:
             if not any(sign in path for sign in ("://", "pipe:", "{")) and not os.path.exists(path):
                 raise FileNotFoundError(f"task {name}: no such file or folder: {path}")
-    if recipe.initialise_from is not None and not is_of_hub(recipe.initialise_from):
-        find_weights(recipe.initialise_from)
+    for weights in recipe.weights:
+        if not is_of_hub(weights):
+            find_weights(weights)
     if recipe.parallel.compile:
         require_compiler()
     pixels = 3 * recipe.model_config.vision.image_size**2 * recipe.data.batch_size // world_size
@@ -107,51 +98,6 @@ def require_same_run(folder: Path, recipe: Recipe) -> Recipe | None:
             f"{folder} was run with another recipe: {'; '.join(changed)}. Resume with its own {stored}"
         )
     return earlier
-
-
-def starting_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
-    """Return the model before its first step: random, or the recipe's weights, with positions interpolated to its
-    image size.
-
-    Raises: WeightsError: if the weights are not of the model that the recipe describes.
-    """
-    if recipe.initialise_from is None:
-        model, processor = random_model(recipe.model_config, seed=recipe.seed)
-        return model, processor.image_config
-    wanted = recipe.model_config
-    weights = read_weights(recipe.initialise_from, fallback=wanted)
-    trained = weights.model
-    # Keep the mask that the weights were trained with, unless the recipe names one.
-    if "cls_mask" not in recipe.model.get("text", {}):
-        wanted = replace(wanted, text=replace(wanted.text, cls_mask=trained.text.cls_mask))
-    elif wanted.text.cls_mask != trained.text.cls_mask:
-        logger.warning(
-            "the weights were trained with text.cls_mask %r, the recipe says %r",
-            *(trained.text.cls_mask, wanted.text.cls_mask),
-        )
-    for part in ("vision", "text"):
-        activation, other = getattr(trained, part).activation, getattr(wanted, part).activation
-        if activation != other:
-            raise WeightsError(
-                f"{weights.path} was trained with {activation}, the recipe says {other}: "
-                f'set model.{part}.activation = "{activation}"'
-            )
-    fitted = interpolate_positions(weights.state, patches=wanted.vision.patches)
-    try:
-        require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
-    except WeightsError as error:
-        same_context = replace(wanted, text=replace(wanted.text, context=trained.text.context))
-        if shapes_of(fitted) == shapes_of(meta_state(same_context)):
-            raise WeightsError(
-                f"{weights.path} reads texts of {trained.text.context} tokens, the recipe says {wanted.text.context}: "
-                f"set model.text.context = {trained.text.context}"
-            ) from None
-        raise WeightsError(f"{weights.path} is not of size {recipe.size}: {error}") from None
-    with torch.device("meta"):
-        model = CoCa(wanted)
-    model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
-    use_onednn(model)
-    return model.requires_grad_(True), replace(weights.image, size=wanted.vision.image_size)
 
 
 def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:

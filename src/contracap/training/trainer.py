@@ -29,6 +29,7 @@ from contracap.training.checkpoint import (
     moving_average,
     restore_checkpoint,
 )
+from contracap.training.initial_model import initial_model
 from contracap.training.loggers import open_loggers, require_wandb
 from contracap.training.monitor import Monitor
 from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
@@ -38,7 +39,7 @@ from contracap.training.recorder import Recorder
 from contracap.training.run import Run, how_to_continue, make_write_error
 from contracap.training.run_folder import lock_folder
 from contracap.training.shutdown import Interrupted, ShutdownRequested, ShutdownSignal, shutdown_signal
-from contracap.training.start import check_inputs, device_of, precision_on, require_same_run, starting_model
+from contracap.training.start import check_inputs, device_of, precision_on, require_same_run
 from contracap.training.step import StepConfig, TrainingState
 from contracap.training.utilisation import ModelUtilisation, find_peak
 from contracap.training.validation import require_validation, validation_losses
@@ -90,7 +91,7 @@ def _train(recipe: Recipe, process_group: ProcessGroup, shutdown: ShutdownSignal
     check_inputs(recipe, process_group.world_size)
     recipe = with_steps(recipe)
     recipe = replace(recipe, precision=precision_on(process_group.device, recipe.precision))
-    model, image = _resumed_model(recipe, checkpoint) if checkpoint else starting_model(recipe)
+    model, image = _resumed_model(recipe, checkpoint) if checkpoint else initial_model(recipe)
     config = StepConfig(
         loss=recipe.loss,
         optimizer=recipe.optimizer,

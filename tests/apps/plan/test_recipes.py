@@ -7,6 +7,7 @@ import pytest
 
 from contracap.apps.plan.planner import plan_run
 from contracap.cli import main
+from contracap.config import flatten, to_dict
 from contracap.training.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parents[3] / "recipes"
@@ -18,7 +19,7 @@ def head(path: Path) -> str:
 
 
 def test_there_are_recipes_to_plan() -> None:
-    assert len(PLANNED) == 8
+    assert len(PLANNED) == 10
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -35,7 +36,7 @@ def test_long_runs_see_thirteen_billion_samples_and_twins_differ_in_the_captioni
     long = {
         name: load_recipe(PLANNED[name]) for name in PLANNED if re.fullmatch("pretrain-laion2b-(coca|clip).*", name)
     }
-    assert len(long) == 3
+    assert len(long) == 5
     for recipe in long.values():
         assert recipe.steps * recipe.data.batch_size == pytest.approx(13e9, rel=1e-3)
         assert (recipe.optimizer.learning_rate, recipe.optimizer.min_learning_rate) == (1e-3, 0.0)
@@ -43,6 +44,14 @@ def test_long_runs_see_thirteen_billion_samples_and_twins_differ_in_the_captioni
     assert (coca.data, coca.optimizer, coca.steps) == (clip.data, clip.optimizer, clip.steps)
     assert coca.model_config.vision == clip.model_config.vision
     assert (coca.loss.contrastive, coca.loss.captioning, clip.loss.captioning) == (clip.loss.contrastive, 2.0, 0.0)
+
+
+@pytest.mark.parametrize("size", ["b-32", "l-14"])
+def test_a_revised_recipe_differs_from_the_release_in_three_settings(size: str) -> None:
+    name = f"pretrain-laion2b-coca-vit-{size}"
+    released, revised = (dict(flatten(to_dict(load_recipe(PLANNED[each])))) for each in (name, f"{name}-revised"))
+    different = {key for key in released | revised if released.get(key) != revised.get(key)}
+    assert different == {"out", "model.text.cls_mask", "optimizer.decayed", "optimizer.clip_norm"}
 
 
 def test_the_short_run_goes_on_where_its_first_part_ends_at_a_tenth_of_the_cost() -> None:

@@ -178,7 +178,8 @@ def _fact_rows(recipe: Recipe, sources: str) -> Iterator[tuple[str, str]]:
     yield "size", recipe.size + (f", with {json.dumps(recipe.model)}" if recipe.model else "")
     yield "data", f"{sources}; {recipe.steps * recipe.data.batch_size:,} samples in all"
     yield "loss", f"contrastive {loss.contrastive:g}, captioning {loss.captioning:g}"
-    yield "starts from", recipe.initialise_from or "random weights"
+    parts = [f"{part} from {name}" for part, name in recipe.initialise_parts.items()]
+    yield "starts from", "; ".join([recipe.initialise_from or "random weights", *parts])
     yield (
         "optimizer",
         f"peak rate {optimizer.learning_rate:g}, {optimizer.warmup_steps:,} warm-up steps, weight decay "
