@@ -40,6 +40,7 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
     ("change", "message"),
     [
         ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
+        ({"model": {"vison": {}}}, "in 'model': unknown key 'vison'; did you mean 'vision'"),
         (
             {"optimizer": {"learning_rte": 1e-3}},
             "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'",

@@ -164,7 +164,10 @@ class Recipe:
     @property
     def model_config(self) -> CoCaConfig:
         """The size, with the recipe's changes."""
-        return build(CoCaConfig, merge(to_dict(find_size(self.size)), self.model))
+        try:
+            return build(CoCaConfig, merge(to_dict(find_size(self.size)), self.model))
+        except ConfigError as error:
+            raise ConfigError(*(f"in 'model': {problem}" for problem in error.problems)) from None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
