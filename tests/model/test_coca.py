@@ -95,8 +95,8 @@ def test_positions_and_patch_dropout_exclude_each_other() -> None:
         replace(config, vision=replace(config.vision, patch_dropout=0.5))
 
 
-def test_a_pooler_without_caption_tokens_refuses_positions() -> None:
-    with pytest.raises(ValueError, match=r"class_token pooler has no caption tokens"):
+def test_a_pooler_without_queries_refuses_positions() -> None:
+    with pytest.raises(ValueError, match=r"class_token pooler has no queries"):
         with_pooler("class_token", positions=True)
 
 

@@ -16,7 +16,7 @@ def inspect(
     from contracap.model.sizes import SIZES, find_size
     from contracap.pretrained import find_weights
     from contracap.pretrained.errors import printable
-    from contracap.pretrained.fit import at_own_lengths, differences, match_sizes
+    from contracap.pretrained.fit import at_own_lengths, differences, family_of, match_sizes
     from contracap.pretrained.shapes import shapes_of
     from contracap.pretrained.tensors import METADATA_KEY, read_tensors
     from contracap.pretrained.weights import OUR_NAME
@@ -42,6 +42,7 @@ def inspect(
         parts[name.split(".")[0]] += tensor.numel()
     print(f"file           {path}")
     print(f"layout         {'contracap' if ours else 'open_clip'}")
+    print(f"family         {family_of(shapes)}")
     print(f"tensors        {len(tensors)}, {', '.join(sorted({str(tensor.dtype) for tensor in tensors.values()}))}")
     print(f"parameters     {parts.total() / 1e6:.2f} million")
     for part, count in parts.most_common():

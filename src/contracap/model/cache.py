@@ -61,7 +61,7 @@ class DecodingStep:
 
     Attributes:
         positions: the positions of the new tokens.
-        text: one cache per layer of the text encoder.
+        text: one cache per layer of the text encoder; none if the decoder runs those layers.
         decoder: one cache per self-attention layer of the text decoder.
         mask: true for the slots that each column sees. None: all of them or, with `causal`, those up to its own.
         causal: the columns are consecutive tokens of one text, as in prefill.
@@ -100,7 +100,7 @@ class DecodingCache:
         """
         self.projected, self._text, self._decoder = projected, text, decoder
         self._fixed_shapes = fixed_shapes
-        keys = text[0][0]
+        keys = decoder[0][0]
         self.length = 0
         self._used = 0
         self._visible = torch.zeros(len(keys), 1, keys.shape[2], dtype=torch.bool, device=keys.device)

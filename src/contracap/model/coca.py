@@ -13,8 +13,9 @@ from torch.nn.functional import normalize
 
 from contracap.config import require_positive
 from contracap.model.cache import DecodingCache, DecodingStep, Projected
+from contracap.model.mammut import build_text
 from contracap.model.pooler import PoolerConfig, build_pooler
-from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder, TokenStates
+from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TokenStates
 from contracap.model.vision import VisionConfig, VisionEncoder
 from contracap.tokenizer import Lengths
 
@@ -23,7 +24,7 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 @dataclass(frozen=True, kw_only=True)
 class CoCaConfig:
-    """Sizes of a contrastive captioner; without a decoder it is a CLIP."""
+    """Sizes of a contrastive captioner: a CoCa; without a decoder, a CLIP; with one that shares blocks, a MaMMUT."""
 
     embed_dim: int
     """Width of the contrastive embedding and of the caption tokens."""
@@ -34,13 +35,14 @@ class CoCaConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "embed_dim")
-        if self.pooler.kind != "class_token" and self.embed_dim % self.pooler.heads:
+        if self.pooler.has_queries and self.embed_dim % self.pooler.heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of the pooler's {self.pooler.heads} heads")
         if self.pooler.adds_positions and self.vision.patch_dropout:
             raise ValueError(
                 f"vision.patch_dropout is {self.vision.patch_dropout}, but pooler.adds_positions needs every patch: "
                 "set vision.patch_dropout to 0"
             )
+        require_family(self)
         if self.decoder is None:
             return
         if self.pooler.kind == "class_token":
@@ -53,6 +55,25 @@ class CoCaConfig:
             raise ValueError(
                 "the decoder reads caption tokens of its own width: "
                 f"embed_dim {self.embed_dim} must equal text.width {self.text.width}"
+            )
+
+
+def require_family(config: CoCaConfig) -> None:
+    """Raises: ValueError: if only some parts are those of a MaMMUT."""
+    shares = config.decoder is not None and config.decoder.shares_blocks
+    if {config.text.pool.startswith("mean"), config.pooler.kind.startswith("mean"), shares} == {True, False}:
+        raise ValueError(
+            "a MaMMUT has a mean for pooler.kind and for text.pool, and decoder.shares_blocks; other models have none "
+            f"of them: these are {config.pooler.kind!r}, {config.text.pool!r} and {shares}"
+        )
+    text, decoder = config.text, config.decoder
+    if decoder is None or not shares:
+        return
+    for name in ("layers", "heads", "mlp_ratio"):
+        if getattr(text, name) != getattr(decoder, name):
+            raise ValueError(
+                f"a decoder that shares_blocks has those of the text encoder: decoder.{name} {getattr(decoder, name)} "
+                f"must equal text.{name} {getattr(text, name)}"
             )
 
 
@@ -100,8 +121,7 @@ class CoCa(nn.Module):
             vision_width=config.vision.width,
             image_tokens=config.vision.tokens,
         )
-        self.text = TextEncoder(config.text, embed_dim=config.embed_dim)
-        self.decoder = TextDecoder(config.decoder, config.text) if config.decoder else None
+        self.text, self.decoder = build_text(config.text, config.decoder, embed_dim=config.embed_dim)
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     def initialise(self) -> None:
@@ -216,7 +236,7 @@ class CoCa(nn.Module):
 
         return DecodingCache(
             projected,
-            empty(text.layers, text.heads),
+            empty(self.text.cached_layers, text.heads),
             empty(decoder.config.layers, decoder.config.heads),
             fixed_shapes=fixed_shapes,
         )
@@ -241,14 +261,13 @@ class CoCa(nn.Module):
 
     def only_for_contrastive(self) -> list[str]:
         """Return name prefixes of the parameters that the captioning loss does not reach."""
-        pool = "pooler.contrastive_pool" if self.config.pooler.kind in ("cascade", "parallel") else "pooler.projection"
-        names = ["logit_scale", "text.norm_out", "text.projection", pool]
-        return names + (["text.class_token"] if self.config.text.pool == "class_token" else [])
+        parts = {"text": self.text.only_for_contrastive, "pooler": self.pooler.only_for_contrastive}
+        return ["logit_scale", *(f"{part}.{name}" for part, names in parts.items() for name in names)]
 
     def only_for_captioning(self) -> list[str]:
         """Return name prefixes of the parameters that the contrastive loss does not reach."""
-        pools = ["pooler.caption_pool"] if self.config.pooler.kind == "parallel" else []
-        return pools + (["decoder"] if self.decoder is not None else [])
+        names = [f"pooler.{name}" for name in self.pooler.only_for_captioning]
+        return names + (["decoder"] if self.decoder is not None else [])
 
     def require_decoder(self) -> TextDecoder:
         """Return the text decoder.

@@ -19,10 +19,12 @@ from contracap.model.cache import Unprojected
 class PoolerConfig:
     """Pooling of image tokens to one contrastive embedding and a sequence of caption tokens."""
 
-    kind: Literal["shared", "cascade", "parallel", "class_token"] = "shared"
+    kind: Literal["shared", "cascade", "parallel", "class_token", "mean", "mean_of_patches"] = "shared"
     """`shared`: one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the
     released layout). `cascade`: a contrastive query on top of all caption tokens (the paper's). `parallel`: a
-    contrastive query next to them (the paper's). `class_token`: no queries, CLIP's vector, and no caption tokens."""
+    contrastive query next to them (the paper's). `class_token`: no queries, CLIP's vector, and no caption tokens.
+    `mean`: no queries, the mean of all image tokens, which are the caption tokens too (MaMMUT); `mean_of_patches`
+    leaves out the class token."""
     queries: int = 256
     """Learned queries; in a `shared` pooler the contrastive one is among them."""
     heads: int = 8
@@ -34,13 +36,18 @@ class PoolerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "heads")
-        least = {"shared": 2, "cascade": 1, "parallel": 1, "class_token": 0}[self.kind]
+        least = {"shared": 2, "cascade": 1, "parallel": 1}.get(self.kind, 0)
         if self.queries < least:
             raise ValueError(f"pooler.queries is {self.queries}: a {self.kind} pooler needs at least {least}")
-        if self.adds_positions and self.kind == "class_token":
+        if self.adds_positions and not self.has_queries:
             raise ValueError(
-                "pooler.adds_positions is true, but a class_token pooler has no caption tokens: set it to false"
+                f"pooler.adds_positions is true, but a {self.kind} pooler has no queries to read them: set it to false"
             )
+
+    @property
+    def has_queries(self) -> bool:
+        """True if learned queries attend to the image tokens."""
+        return self.kind in ("shared", "cascade", "parallel")
 
 
 class AttentionalPool(nn.Module):
@@ -94,7 +101,14 @@ class AttentionalPool(nn.Module):
 
 
 class Pooler(nn.Module, ABC):
-    """The interface of all poolers."""
+    """The interface of all poolers.
+
+    Attributes:
+        only_for_contrastive, only_for_captioning: names of the parts that only one of the losses reaches.
+    """
+
+    only_for_contrastive: tuple[str, ...] = ("projection",)
+    only_for_captioning: tuple[str, ...] = ()
 
     @abstractmethod
     def initialise(self) -> None:
@@ -161,6 +175,8 @@ class TwoPoolers(Pooler):
     def __init__(self, config: PoolerConfig, *, embed_dim: int, vision_width: int, positions: int | None):
         super().__init__()
         self.cascade = config.kind == "cascade"
+        self.only_for_contrastive = ("contrastive_pool",)
+        self.only_for_captioning = () if self.cascade else ("caption_pool",)
         self.norm_in = nn.LayerNorm(vision_width)
         self.caption_pool = AttentionalPool(
             embed_dim,
@@ -218,10 +234,49 @@ class ClassTokenPooler(Pooler):
         return self.contrastive(tokens), self.caption_tokens(tokens)
 
 
+class MeanPooler(Pooler):
+    """The pooler of MaMMUT: the mean of the image tokens, normalised and projected. The caption tokens are the image
+    tokens, projected.
+
+    Args:
+        first: the first image token that counts: 0 for all of them, 1 for the patches alone.
+
+    Source: MaMMUT (arXiv 2303.16839), section 3, laid out as openMaMMUT.
+    """
+
+    only_for_contrastive = ("norm_out", "projection")
+    only_for_captioning = ("caption_projection",)
+
+    def __init__(self, *, embed_dim: int, vision_width: int, first: int):
+        super().__init__()
+        self.first = first
+        self.norm_out = nn.LayerNorm(vision_width)
+        self.projection = nn.Linear(vision_width, embed_dim, bias=False)
+        self.caption_projection = nn.Linear(vision_width, embed_dim, bias=False)
+
+    def initialise(self) -> None:
+        self.norm_out.reset_parameters()
+        for linear in (self.projection, self.caption_projection):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
+        return self.projection(self.norm_out(tokens[:, self.first :].mean(dim=1)))
+
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+        return self.caption_projection(tokens[:, self.first :])
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"]
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+        return self.contrastive(tokens), self.caption_tokens(tokens)
+
+
 def build_pooler(config: PoolerConfig, *, embed_dim: int, vision_width: int, image_tokens: int) -> Pooler:
     """Return a pooler of `config.kind` for images of `image_tokens` tokens."""
     if config.kind == "class_token":
         return ClassTokenPooler(embed_dim=embed_dim, vision_width=vision_width)
+    if config.kind in ("mean", "mean_of_patches"):
+        return MeanPooler(embed_dim=embed_dim, vision_width=vision_width, first=int(config.kind == "mean_of_patches"))
     pooler = SharedPooler if config.kind == "shared" else TwoPoolers
     positions = image_tokens if config.adds_positions else None
     return pooler(config, embed_dim=embed_dim, vision_width=vision_width, positions=positions)

@@ -48,6 +48,31 @@ def _clip(vision: VisionConfig, width: int, layers: int = 12, *, activation: Act
     )
 
 
+def _mammut(letter: str, patch_size: int) -> CoCaConfig:
+    """A MaMMUT of LAION's scaling study: S, M and most of B have fewer feed-forwards."""
+    width, layers, text_width = {
+        "S": (384, 12, 384),
+        "M": (512, 12, 512),
+        "B": (768, 12, 768 if patch_size == 16 else 512),
+        "L": (1024, 24, 768),
+        "H": (1280, 32, 1024),
+    }[letter]
+    text_layers, heads = 24 if letter == "H" else 12, text_width // 64
+    return CoCaConfig(
+        embed_dim=text_width,
+        vision=_vision(width, layers, patch_size, head_width=80 if letter == "H" else 64),
+        pooler=PoolerConfig(kind="mean", queries=0),
+        text=TextConfig(context=77, width=text_width, layers=text_layers, heads=heads, pool="mean_with_padding"),
+        decoder=DecoderConfig(
+            layers=text_layers,
+            heads=heads,
+            shares_blocks=True,
+            cross_every=2,
+            feed_forward_before_cross=text_width >= 768,
+        ),
+    )
+
+
 SIZES: dict[str, CoCaConfig] = {
     "coca_ViT-B-32": _coca(_VISION_B_32, 512),
     "coca_ViT-L-14": _coca(_VISION_L_14, 768),
@@ -56,6 +81,11 @@ SIZES: dict[str, CoCaConfig] = {
     "coca_ViT-M-32": _coca(_vision(512, 12, 32), 512),
     "coca_ViT-B-16": _coca(_VISION_B_16, 768),
     "coca_ViT-H-14": _coca(_VISION_H_14, 1024, 24),
+    **{
+        f"mammut_ViT-{letter}-{patch_size}": _mammut(letter, patch_size)
+        for letter in "SMBLH"
+        for patch_size in (32, 16, 14)
+    },
     "ViT-B-32": _clip(_VISION_B_32, 512),
     "ViT-B-16": _clip(_VISION_B_16, 512),
     "ViT-L-14": _clip(_VISION_L_14, 768),
@@ -100,6 +130,12 @@ PURPOSES = {
     "coca_ViT-M-32": "medium CoCa of LAION's scaling study",
     "coca_ViT-B-16": "base CoCa of LAION's scaling study",
     "coca_ViT-H-14": "huge CoCa of LAION's scaling study",
+    **{
+        f"mammut_ViT-{letter}-{patch_size}": f"{word} MaMMUT of LAION's scaling study"
+        for letter, word in zip("SMBLH", ("small", "medium", "base", "large", "huge"), strict=True)
+        for patch_size in (32, 16, 14)
+    },
+    "mammut_ViT-L-14": "the released openMaMMUT",
     "ViT-B-32": "CLIP without captions",
     "ViT-B-16": "CLIP with smaller patches",
     "ViT-L-14": "large CLIP",

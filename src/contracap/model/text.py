@@ -1,6 +1,6 @@
 """Text encoder and text decoder: a unimodal encoder, and a multimodal decoder on top of its token states."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch.nn.functional import embedding, layer_norm, pad
 from contracap.config import require_positive
 from contracap.model.cache import DecodingStep, Memory, Projected, Unprojected
 from contracap.model.packing import GRID, Grid, Packed, pack, pack_sharing
-from contracap.model.transformer import Activation, CrossBlock, SelfBlock, Stack
+from contracap.model.transformer import Activation, AttentionBlock, CrossBlock, SelfBlock, Stack
 from contracap.tokenizer import Lengths, text_lengths
 
 IGNORED = -100  # a label that the captioning loss ignores, like all negative ones
@@ -38,8 +38,10 @@ class TextConfig:
     """Hidden width of the feed-forward layers, relative to `width`."""
     activation: Activation = "gelu"
     """Of the text encoder and the decoder; `quick_gelu` for OpenAI's CLIP and the models trained after it."""
-    pool: Literal["class_token", "end_token"] = "class_token"
-    """Where the contrastive embedding is read: at a class token after the text (CoCa), or at the end token (CLIP)."""
+    pool: Literal["class_token", "end_token", "mean", "mean_with_padding"] = "class_token"
+    """Where the contrastive embedding is read: at a class token after the text (CoCa), at the end token (CLIP), or as
+    the mean of all tokens (MaMMUT), which see each other. With `mean_with_padding`, of openMaMMUT, every text is padded
+    to the context, and the padding counts as tokens."""
     cls_mask: ClsMask = "correct"
     """What the class token attends to. `correct`: the text and itself. `legacy`, with which the released weights were
     trained: the text, the first padding token after it, and itself only if the text fills the context."""
@@ -57,17 +59,35 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of the text decoder: `layers` self-attention blocks, each followed by a cross-attention block."""
+    """Sizes of the text decoder: self-attention blocks with cross-attention blocks between them."""
 
     layers: int
-    """Self-attention blocks, each followed by a cross-attention block."""
+    """Self-attention blocks."""
     heads: int
     """Attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, relative to the text width."""
+    shares_blocks: bool = False
+    """The self-attention blocks are those of the text encoder, which run a second time (MaMMUT)."""
+    cross_every: int = 1
+    """A cross-attention block follows every n-th self-attention block, beginning with the first."""
+    feed_forward_before_cross: bool = True
+    """False: self-attention blocks before a cross-attention block have no feed-forward of their own, in both of their
+    passes (small MaMMUTs)."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "layers", "heads", "mlp_ratio")
+        require_positive(self, "layers", "heads", "mlp_ratio", "cross_every")
+        if self.layers % self.cross_every:
+            raise ValueError(
+                f"decoder.layers {self.layers} is not a multiple of decoder.cross_every {self.cross_every}"
+            )
+        if not self.shares_blocks and (self.cross_every > 1 or not self.feed_forward_before_cross):
+            raise ValueError("cross_every and feed_forward_before_cross are for a decoder that shares_blocks")
+
+    @property
+    def cross_layers(self) -> int:
+        """Cross-attention blocks."""
+        return self.layers // self.cross_every
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,16 @@ class TextEncoder(nn.Module):
         self.blocks.initialise()
         self.norm_out.reset_parameters()
         nn.init.normal_(self.projection.weight, std=self.config.width**-0.5)
+
+    @property
+    def only_for_contrastive(self) -> list[str]:
+        """Name prefixes of the parameters that the captioning loss does not reach."""
+        return ["norm_out", "projection", *(["class_token"] if self.class_token is not None else [])]
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers whose keys and values are cached in decoding."""
+        return len(self.blocks)
 
     def forward(
         self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None
@@ -235,7 +265,7 @@ class TextDecoder(nn.Module):
         self.config, self.context, width = config, text.context, text.width
         block = width, config.heads, config.mlp_ratio, text.activation
         self.self_blocks = Stack(SelfBlock(*block) for _ in range(config.layers))
-        self.cross_blocks = Stack(CrossBlock(*block) for _ in range(config.layers))
+        self.cross_blocks = Stack(CrossBlock(*block) for _ in range(config.cross_layers))
         self.norm_out = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, text.vocab_size, bias=False)
 
@@ -253,21 +283,27 @@ class TextDecoder(nn.Module):
         layout = token_states.layout
         states = token_states.states
         prepared = self.prepare(caption_tokens, columns=layout.columns)
-        for self_block, cross_block, layer_tokens in zip(self.self_blocks, self.cross_blocks, prepared, strict=True):
+        for self_block, crosses in self.layers(prepared):
             states = self_block(states, layout=layout, causal=True)
-            states = cross_block(states, layer_tokens, layout=layout)
+            for cross_block, layer_tokens in crosses:
+                states = cross_block(states, layer_tokens, layout=layout)
         return replace(token_states, states=self.norm_out(states))
 
     def next_states(
         self, states: Float[Tensor, "images column width"], projected: Sequence[Projected], step: DecodingStep
     ) -> Float[Tensor, "images column width"]:
         """Return the states of tokens that follow those in the caches of `step`."""
-        for self_block, cross_block, layer_tokens, cache in zip(
-            self.self_blocks, self.cross_blocks, projected, step.decoder, strict=True
-        ):
+        for (self_block, crosses), cache in zip(self.layers(projected), step.decoder, strict=True):
             states = self_block(states, causal=step.causal, mask=step.mask, cache=cache)
-            states = cross_block(states, layer_tokens)
+            for cross_block, layer_tokens in crosses:
+                states = cross_block(states, layer_tokens)
         return self.norm_out(states)
+
+    def layers(self, memories: Sequence[Memory]) -> Iterator[tuple[AttentionBlock, list[tuple[CrossBlock, Memory]]]]:
+        """Yield each self-attention block with the cross-attention block after it, if any, and what that one reads."""
+        crosses = zip(self.cross_blocks, memories, strict=True)
+        for number, block in enumerate(self.self_blocks):
+            yield block, [] if number % self.config.cross_every else [next(crosses)]
 
     def logits(self, captions: TokenStates) -> Float[Tensor, "batch positions vocabulary"]:
         """Return logits for all positions of the context except the last; row i scores token i + 1."""

@@ -12,7 +12,7 @@ from contracap.model.cache import LayerCache, Memory, Projected
 from contracap.model.packing import GRID, Grid
 
 Activation = Literal["gelu", "quick_gelu"]
-Block = TypeVar("Block", "SelfBlock", "CrossBlock")
+Block = TypeVar("Block", "AttentionBlock", "SelfBlock", "CrossBlock")
 
 
 class QuickGELU(nn.Module):
@@ -44,20 +44,45 @@ class FeedForward(nn.Module):
         return self.contract(self.activation(self.expand(tokens)))
 
 
-class SelfBlock(nn.Module):
-    """Self-attention, then feed-forward, each with a norm before it and a residual connection."""
+class AttentionBlock(nn.Module):
+    """Self-attention with a norm before it and a residual connection."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu"):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
-        self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, mlp_ratio, activation)
 
     def initialise(self, *, depth: int) -> None:
         """Initialise the parameters of the block; `depth` is the number of blocks in its stack."""
         self.attention_norm.reset_parameters()
         self.attention.initialise(depth=depth)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "*rows width"],
+        *,
+        layout: Grid = GRID,
+        causal: bool = False,
+        mask: Bool[Tensor, "batch 1 query key"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "*rows width"]:
+        """Attend within each sequence; arguments as in `SelfAttention`."""
+        return tokens + self.attention(
+            self.attention_norm(tokens), layout=layout, causal=causal, mask=mask, cache=cache
+        )
+
+
+class SelfBlock(AttentionBlock):
+    """Self-attention, then feed-forward, each with a norm before it and a residual connection."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu"):
+        super().__init__(width, heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, mlp_ratio, activation)
+
+    def initialise(self, *, depth: int) -> None:
+        """Initialise the parameters of the block; `depth` is the number of blocks in its stack."""
+        super().initialise(depth=depth)
         self.feed_forward_norm.reset_parameters()
         self.feed_forward.initialise(depth=depth)
 
@@ -70,10 +95,8 @@ class SelfBlock(nn.Module):
         mask: Bool[Tensor, "batch 1 query key"] | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "*rows width"]:
-        """Attend within each sequence; arguments as in `SelfAttention`."""
-        tokens = tokens + self.attention(
-            self.attention_norm(tokens), layout=layout, causal=causal, mask=mask, cache=cache
-        )
+        """Attend within each sequence, then transform each token; arguments as in `SelfAttention`."""
+        tokens = super().forward(tokens, layout=layout, causal=causal, mask=mask, cache=cache)
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from contracap.losses import Gather
 from contracap.model.coca import CoCa, CoCaOutput
 from contracap.model.text import TokenStates
-from contracap.model.transformer import CrossBlock, SelfBlock
+from contracap.model.transformer import AttentionBlock, CrossBlock
 from contracap.parallel.blocks import change_blocks
 from contracap.parallel.gather import gather_rows
 from contracap.parallel.process_group import ParallelError, ProcessGroup
@@ -114,7 +114,7 @@ def sharded_modules(model: CoCa) -> list[nn.Module]:
     return [
         module.feed_forward if isinstance(module, CrossBlock) else module
         for module in model.modules()
-        if isinstance(module, SelfBlock | CrossBlock)
+        if isinstance(module, AttentionBlock | CrossBlock)
     ]
 
 

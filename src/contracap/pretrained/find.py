@@ -33,6 +33,7 @@ RELEASED = {
     "coca_ViT-B-32/mscoco": "laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k",
     "coca_ViT-L-14/laion2b": "laion/CoCa-ViT-L-14-laion2B-s13B-b90k",
     "coca_ViT-L-14/mscoco": "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
+    "mammut_ViT-L-14/datacomp": "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K",
     "ViT-B-32/openai": "timm/vit_base_patch32_clip_224.openai",
     "ViT-B-16/openai": "timm/vit_base_patch16_clip_224.openai",
     "ViT-L-14/openai": "timm/vit_large_patch14_clip_224.openai",

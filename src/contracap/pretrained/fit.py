@@ -54,11 +54,20 @@ def match_sizes(found: Shapes, *, ours: bool = False) -> list[str]:
     """
     width = tuple(found.get("vision.class_token" if ours else "visual.class_embedding", ()))
     same_width = {name: config for name, config in SIZES.items() if width == (config.vision.width,)}
-    return [
-        name
-        for name, config in same_width.items()
-        if not differences(at_own_lengths(config, found, ours=ours), found, ours=ours)
-    ]
+    fitted = {name: at_own_lengths(config, found, ours=ours) for name, config in same_width.items()}
+    fitting = [name for name, config in fitted.items() if not differences(config, found, ours=ours)]
+    same_patches = [name for name in fitting if fitted[name].vision.patch_size == SIZES[name].vision.patch_size]
+    return same_patches or fitting
+
+
+def family_of(found: Shapes) -> str:
+    """Return the family of a model with tensors of these names, in our layout or in open_clip's."""
+    parts = {name.split(".")[0] for name in found}
+    if "map_viz2txt_kv" in parts or "pooler.caption_projection.weight" in found:
+        return "MaMMUT"
+    if parts & {"text_decoder", "decoder"}:
+        return "CoCa"
+    return "CLIP" if "logit_scale" in parts and parts & {"visual", "vision"} else "unknown"
 
 
 def at_own_lengths(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> CoCaConfig:

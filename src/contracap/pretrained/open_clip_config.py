@@ -85,6 +85,27 @@ TEXT = BLOCK | {
     "hf_pooler_type": ANY,
 }
 DECODER = TEXT | {"dim_head": ANY, "n_queries": ANY, "attn_pooler_heads": ANY}
+MAMMUT_VISION = VISION | {
+    "attentional_pool": (False,),
+    "pool_type": ("avg_all", "avg"),
+    "final_ln_after_pool": (True,),
+}
+MAMMUT_TEXT = DECODER | {
+    "embed_cls": (False,),
+    "correct_cls_mask": (None, False),
+    "cross_attn_ratio": ANY,
+    "has_mlp": (True, False),
+    "does_full_decoding": (True,),
+    "is_multimodal_decoder": ANY,
+    "token_average_pool": ANY,
+}
+# open_clip 4.2 has the text side in another section, with other values. A linear projection is not read.
+MAMMUT_TEXT_4_2 = MAMMUT_TEXT | {
+    "pool_type": ("avg", "avg_all"),
+    "use_pad_mask": (True, False),
+    "proj_type": ("none",),
+    "bos_id": ANY,
+}
 
 
 def config_from_open_clip(model: Mapping) -> CoCaConfig:
@@ -95,37 +116,25 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
     Raises: WeightsError: if it describes a model of another kind, or holds a value that is not understood.
     """
     try:
+        if "cross_attn_ratio" in model.get("text_cfg", model.get("multimodal_cfg", {})):
+            return build(CoCaConfig, _mammut_values(model))
         vision, text, decoder = model["vision_cfg"], model["text_cfg"], model.get("multimodal_cfg")
         for section, known in ((model, MODEL), (vision, VISION), (text, TEXT), (decoder or {}, DECODER)):
             _require_understood(section, known)
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
         kinds = {True: "shared", False: "class_token", "cascade": "cascade", "parallel": "parallel"}
-        has_class_token, width = bool(text.get("embed_cls", False)), vision["width"]
+        has_class_token = bool(text.get("embed_cls", False))
         values = {
             "embed_dim": model["embed_dim"],
-            "vision": {
-                "image_size": _side(vision["image_size"]),
-                "patch_size": vision["patch_size"],
-                "width": width,
-                "layers": vision["layers"],
-                "heads": width // vision.get("head_width", 64),
-                "mlp_ratio": vision.get("mlp_ratio", 4.0),
-                "activation": activation,
-            },
+            "vision": _vision_values(vision, activation),
             "pooler": {
                 "kind": kinds[vision.get("attentional_pool", False)],
                 "queries": vision.get("attn_pooler_queries", 256) if vision.get("attentional_pool") else 0,
                 "heads": vision.get("attn_pooler_heads", 8),
                 "adds_positions": vision.get("attn_pooler_positions", False),
             },
-            "text": {
-                "context": text["context_length"],
-                "vocab_size": text["vocab_size"],
-                "width": text["width"],
-                "layers": text["layers"],
-                "heads": text["heads"],
-                "mlp_ratio": text.get("mlp_ratio", 4.0),
-                "activation": activation,
+            "text": _text_values(text, activation)
+            | {
                 "pool": "class_token" if has_class_token else "end_token",
                 "cls_mask": "correct" if text.get("correct_cls_mask") or not has_class_token else "legacy",
             },
@@ -138,16 +147,77 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
             }
         return build(CoCaConfig, values)
     except KeyError as missing:
-        raise WeightsError(f"its configuration lacks or misnames {missing}: not a CoCa or CLIP of open_clip") from None
+        raise WeightsError(
+            f"its configuration lacks or misnames {missing}: not a CoCa, CLIP or MaMMUT of open_clip"
+        ) from None
     except (TypeError, AttributeError, ArithmeticError, ConfigError) as error:
-        raise WeightsError(f"its configuration is of another kind of model than a CoCa or CLIP: {error}") from None
+        raise WeightsError(
+            f"its configuration is of another kind of model than a CoCa, CLIP or MaMMUT: {error}"
+        ) from None
+
+
+def _vision_values(vision: Mapping, activation: str) -> dict:
+    return {
+        "image_size": _side(vision["image_size"]),
+        "patch_size": vision["patch_size"],
+        "width": vision["width"],
+        "layers": vision["layers"],
+        "heads": vision["width"] // vision.get("head_width", 64),
+        "mlp_ratio": vision.get("mlp_ratio", 4.0),
+        "activation": activation,
+    }
+
+
+def _text_values(text: Mapping, activation: str) -> dict:
+    sizes = {name: text[name] for name in ("vocab_size", "width", "layers", "heads")}
+    return sizes | {
+        "context": text["context_length"],
+        "mlp_ratio": text.get("mlp_ratio", 4.0),
+        "activation": activation,
+    }
+
+
+def _mammut_values(model: Mapping) -> dict:
+    """Return our values for the configuration of a MaMMUT, of LAION's fork (`text_cfg`) or of open_clip 4.2
+    (`multimodal_cfg`)."""
+    of_fork = "text_cfg" in model
+    vision, text = model["vision_cfg"], model["text_cfg" if of_fork else "multimodal_cfg"]
+    for section, known in (
+        (model, MODEL | {"multimodal_cfg": (None,)} if of_fork else MODEL),
+        (vision, MAMMUT_VISION),
+        (text, MAMMUT_TEXT if of_fork else MAMMUT_TEXT_4_2),
+    ):
+        _require_understood(section, known)
+    required = {name: vision[name] for name in ("pool_type", "final_ln_after_pool")}
+    with_padding = of_fork or text.get("pool_type", "avg") == "avg_all"
+    if not of_fork and text.get("use_pad_mask", True) == with_padding:
+        raise WeightsError(
+            f"pool_type = {text.get('pool_type', 'avg')!r} with use_pad_mask = {with_padding} in its configuration: "
+            "padding must count in the mean and in attention, or in neither"
+        )
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    values = _text_values(text, activation)
+    return {
+        "embed_dim": model["embed_dim"],
+        "vision": _vision_values(vision, activation),
+        "pooler": {"kind": "mean" if required["pool_type"] == "avg_all" else "mean_of_patches", "queries": 0},
+        "text": values | {"pool": "mean_with_padding" if with_padding else "mean"},
+        "decoder": {name: values[name] for name in ("layers", "heads", "mlp_ratio")}
+        | {
+            "shares_blocks": True,
+            "cross_every": text["cross_attn_ratio"],
+            "feed_forward_before_cross": text.get("has_mlp", True),
+        },
+    }
 
 
 def _require_understood(section: Mapping, known: Mapping) -> None:
     """Raises: WeightsError: naming the first key or value that could change a result in a way unknown here."""
     for name, value in section.items():
         if name not in known or (known[name] is not ANY and value not in known[name]):
-            raise WeightsError(f"{name} = {value!r} in its configuration: only plain CoCa and CLIP models can be read")
+            raise WeightsError(
+                f"{name} = {value!r} in its configuration: only plain CoCa, CLIP and MaMMUT models can be read"
+            )
 
 
 def _side(size: int | Sequence[int]) -> int:
@@ -162,6 +232,9 @@ def _side(size: int | Sequence[int]) -> int:
 
 def not_for_open_clip(config: CoCaConfig) -> list[str]:
     """Return the differences between a model of this configuration and what open_clip 3.3.0 can build."""
+    if config.decoder is not None and config.decoder.shares_blocks:
+        program = "open_clip 4.2" if config.text.pool == "mean" else "LAION's fork open_clip_mammut"
+        return [f"it has no MaMMUT; {program} does"]
     problems = {
         "it refuses the key correct_cls_mask of its configuration, and without the key its class token attends to "
         "other tokens (train with model.text.cls_mask = 'legacy' to avoid it)": config.text.pool == "class_token"
@@ -175,7 +248,8 @@ def not_for_open_clip(config: CoCaConfig) -> list[str]:
 
 
 def config_to_open_clip(config: CoCaConfig) -> dict:
-    """Return the `model_cfg` of open_clip for a configuration."""
+    """Return the `model_cfg` of open_clip for a configuration. A MaMMUT's is LAION's, or that of open_clip 4.2 if its
+    mean leaves out the padding."""
     vision, text, pooler = asdict(config.vision), asdict(config.text), config.pooler
     if config.vision.width % config.vision.heads or config.text.width % config.text.heads:
         raise WeightsError("open_clip needs widths that its heads divide")
@@ -187,7 +261,9 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
         "text_cfg": {"context_length": config.text.context}
         | {name: text[name] for name in ("vocab_size", "width", "heads", "layers", "mlp_ratio")},
     }
-    if pooler.kind != "class_token":
+    if config.decoder and config.decoder.shares_blocks:
+        return _with_mammut_keys(model, config)
+    if pooler.has_queries:
         model["vision_cfg"] |= {
             "attentional_pool": True if pooler.kind == "shared" else pooler.kind,
             "attn_pooler_queries": pooler.queries,
@@ -212,3 +288,20 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
             "attn_pooler_heads": pooler.heads,
         }
     return model
+
+
+def _with_mammut_keys(model: dict, config: CoCaConfig) -> dict:
+    """Return a configuration of a MaMMUT, given the keys that all models have."""
+    decoder, of_fork = config.decoder, config.text.pool == "mean_with_padding"
+    assert decoder is not None
+    model["vision_cfg"] |= {
+        "pool_type": "avg_all" if config.pooler.kind == "mean" else "avg",
+        "final_ln_after_pool": True,
+        "output_tokens": True,
+    }
+    text = model.pop("text_cfg") | {"cross_attn_ratio": decoder.cross_every}
+    if not decoder.feed_forward_before_cross:
+        text["has_mlp"] = False
+    if of_fork:
+        return model | {"text_cfg": text | {"output_tokens": True, "does_full_decoding": True}, "custom_text": True}
+    return model | {"multimodal_cfg": text}

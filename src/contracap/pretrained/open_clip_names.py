@@ -1,6 +1,6 @@
-"""Names of tensors in open_clip's files of CoCa and CLIP: to ours and back."""
+"""Names of tensors in open_clip's files of CoCa, CLIP and MaMMUT: to ours and back."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from contracap.model.coca import CoCaConfig
 from contracap.pretrained.shapes import meta_state
 
 OPEN_CLIP_POSITIONS = "visual.positional_embedding"
+LM_HEAD = "text.lm_head"  # of MaMMUT in open_clip 4.2
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,15 @@ class TensorNames:
 
 
 def name_table(config: CoCaConfig) -> list[TensorNames]:
-    """Return the names of a model's tensors in open_clip 3.3.0; those of cascade and parallel poolers are of its 4.2.
+    """Return the names of a model's tensors in open_clip 3.3.0; those of cascade and parallel poolers are of its 4.2,
+    and those of MaMMUT are LAION's, or of 4.2 for a mean without padding.
 
     Positions of a pooler, which open_clip does not know, have a name of our own.
 
     Source: open_clip's state dicts; tests compare with the package.
     """
-    text = "text." if config.text.pool == "class_token" else ""
+    text = "" if config.text.pool == "end_token" else "text."
+    is_mammut = config.decoder is not None and config.decoder.shares_blocks
     rows = [
         _same("logit_scale", "logit_scale"),
         _same("visual.class_embedding", "vision.class_token"),
@@ -49,26 +52,43 @@ def name_table(config: CoCaConfig) -> list[TensorNames]:
         *_pooler_rows(config),
         _same(f"{text}positional_embedding", "text.position"),
         _same(f"{text}token_embedding.weight", "text.token_embedding.weight"),
-        *_self_blocks(f"{text}transformer.resblocks", "text.blocks", config.text.layers),
         *_norm(f"{text}ln_final", "text.norm_out"),
+    ]
+    if is_mammut:
+        return rows + _mammut_rows(config)
+    rows += [
+        *_self_blocks(f"{text}transformer.resblocks", "text.blocks", config.text.layers),
         TensorNames((f"{text}text_projection",), ("text.projection.weight",), transposed=True),
     ]
     if config.text.pool == "class_token":
         rows.append(_same("text.cls_emb", "text.class_token"))
     if config.decoder is not None:
-        layers = config.decoder.layers
-        rows += _self_blocks("text_decoder.resblocks", "decoder.self_blocks", layers)
-        for index in range(layers):
-            theirs, ours = f"text_decoder.cross_attn.{index}", f"decoder.cross_blocks.{index}"
-            rows += [
-                *_norm(f"{theirs}.ln_1", f"{ours}.attention_norm"),
-                *_norm(f"{theirs}.ln_1_kv", f"{ours}.memory_norm"),
-                *_packed_cross_attention(f"{theirs}.attn", f"{ours}.attention"),
-                *_feed_forward(theirs, ours),
-            ]
-        rows += _norm("text_decoder.ln_final", "decoder.norm_out")
-        rows.append(TensorNames(("text_decoder.text_projection",), ("decoder.vocabulary.weight",), transposed=True))
+        rows += [
+            *_self_blocks("text_decoder.resblocks", "decoder.self_blocks", config.decoder.layers),
+            *_cross_blocks("text_decoder.cross_attn", config.decoder.cross_layers),
+            *_norm("text_decoder.ln_final", "decoder.norm_out"),
+            TensorNames(("text_decoder.text_projection",), ("decoder.vocabulary.weight",), transposed=True),
+        ]
     return rows
+
+
+def _mammut_rows(config: CoCaConfig) -> list[TensorNames]:
+    """Return the names of a MaMMUT's blocks and matrices."""
+    decoder = config.decoder
+    assert decoder is not None
+    without = set() if decoder.feed_forward_before_cross else set(range(0, decoder.layers, decoder.cross_every))
+    return [
+        *_self_blocks("text.resblocks", "text.blocks", decoder.layers, without_feed_forward=without),
+        *_cross_blocks("text.cross_attn", decoder.cross_layers),
+        TensorNames((vocabulary_name(config),), ("decoder.vocabulary.weight",), transposed=True),
+        TensorNames(("map_viz2txt_kv",), ("pooler.caption_projection.weight",), transposed=True),
+    ]
+
+
+def vocabulary_name(config: CoCaConfig) -> str:
+    """Return the name of a MaMMUT's vocabulary matrix. open_clip 4.2 renamed it when it took the padding out of the
+    mean, so that each name goes with the defaults of its own program."""
+    return LM_HEAD if config.text.pool == "mean" else "text.text_projection"
 
 
 def from_open_clip(tensors: Mapping[str, Tensor], config: CoCaConfig) -> dict[str, Tensor]:
@@ -126,7 +146,9 @@ def _feed_forward(theirs: str, ours: str) -> list[TensorNames]:
     ]
 
 
-def _self_blocks(theirs: str, ours: str, layers: int) -> list[TensorNames]:
+def _self_blocks(
+    theirs: str, ours: str, layers: int, *, without_feed_forward: Collection[int] = ()
+) -> list[TensorNames]:
     rows = []
     for index in range(layers):
         their, our = f"{theirs}.{index}", f"{ours}.{index}"
@@ -135,6 +157,19 @@ def _self_blocks(theirs: str, ours: str, layers: int) -> list[TensorNames]:
             _same(f"{their}.attn.in_proj_weight", f"{our}.attention.query_key_value.weight"),
             _same(f"{their}.attn.in_proj_bias", f"{our}.attention.query_key_value.bias"),
             *_norm(f"{their}.attn.out_proj", f"{our}.attention.out"),
+            *([] if index in without_feed_forward else _feed_forward(their, our)),
+        ]
+    return rows
+
+
+def _cross_blocks(theirs: str, layers: int) -> list[TensorNames]:
+    rows = []
+    for index in range(layers):
+        their, our = f"{theirs}.{index}", f"decoder.cross_blocks.{index}"
+        rows += [
+            *_norm(f"{their}.ln_1", f"{our}.attention_norm"),
+            *_norm(f"{their}.ln_1_kv", f"{our}.memory_norm"),
+            *_packed_cross_attention(f"{their}.attn", f"{our}.attention"),
             *_feed_forward(their, our),
         ]
     return rows
@@ -170,7 +205,7 @@ def _attentional_pool(theirs: str, ours: str, *, packed: bool, positions: bool) 
 def _pooler_rows(config: CoCaConfig) -> list[TensorNames]:
     same_width, positions = config.vision.width == config.embed_dim, config.pooler.adds_positions
     projection = TensorNames(("visual.proj",), ("pooler.projection.weight",), transposed=True)
-    if config.pooler.kind == "class_token":
+    if not config.pooler.has_queries:
         return [*_norm("visual.ln_post", "pooler.norm_out"), projection]
     if config.pooler.kind == "shared":
         pool = _attentional_pool("visual.attn_pool", "pooler.pool", packed=same_width, positions=positions)

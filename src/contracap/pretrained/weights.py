@@ -23,7 +23,7 @@ from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.find import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, find_weights
 from contracap.pretrained.fit import at_own_grid, at_own_lengths, differences, match_sizes, require_fit
 from contracap.pretrained.open_clip_config import config_from_open_clip, config_to_open_clip
-from contracap.pretrained.open_clip_names import from_open_clip, to_open_clip
+from contracap.pretrained.open_clip_names import LM_HEAD, from_open_clip, to_open_clip, vocabulary_name
 from contracap.pretrained.shapes import Shapes, shapes_of
 from contracap.pretrained.tensors import METADATA_KEY, read_tensors
 
@@ -66,6 +66,8 @@ def read_weights(name: str | Path, *, size: str | None = None, fallback: CoCaCon
     else:
         model, image = _open_clip_configuration(path, tensors, size, fallback)
     ours = METADATA_KEY in metadata or OUR_NAME in tensors
+    if not ours and LM_HEAD in tensors and "text.text_projection" not in tensors:
+        tensors[vocabulary_name(model)] = tensors.pop(LM_HEAD)
     with name_errors(path):
         require_fit(tensors, model, ours=ours)
         state = tensors if ours else from_open_clip(tensors, model)
@@ -149,6 +151,11 @@ def _configuration_of_size(
 ) -> tuple[CoCaConfig, ImageConfig]:
     """Return the configuration of a file that has none: a size of the table, at the file's own image size, patch size
     and context."""
+    if LM_HEAD in shapes:
+        raise WeightsError(
+            f"{path} is a MaMMUT of open_clip 4.2 without a configuration, and its tensors do not tell whether padding "
+            f"counts in its mean: put its {OPEN_CLIP_CONFIG} next to it"
+        )
     if fallback is not None and not size:
         fitted = at_own_lengths(fallback, shapes, ours=ours)
         if not differences(fitted, shapes, ours=ours):

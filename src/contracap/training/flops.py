@@ -18,7 +18,7 @@ from contracap.losses import LossConfig
 from contracap.model.attention import CrossAttention
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.packing import ROWS
-from contracap.model.transformer import CrossBlock, SelfBlock
+from contracap.model.transformer import AttentionBlock, CrossBlock
 
 SAMPLES = 64 * ROWS  # counted together, so that packed rows need no padding
 TOWERS = {
@@ -177,9 +177,9 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
 
     blocks = dict.fromkeys(("image encoder", "text encoder", "decoder self-attention", "decoder cross-attention"), 0.0)
     for name, module in model.named_modules():
-        if isinstance(module, SelfBlock | CrossBlock):
+        if isinstance(module, AttentionBlock | CrossBlock):
             part = {"vision": "image encoder", "text": "text encoder"}.get(name.partition(".")[0])
-            of_decoder = "decoder self-attention" if isinstance(module, SelfBlock) else "decoder cross-attention"
+            of_decoder = "decoder self-attention" if isinstance(module, AttentionBlock) else "decoder cross-attention"
             blocks[part or of_decoder] += counted.get(f"CoCa.{name}", 0.0)
     parts = {"image encoder": of("vision"), "pooler": 0.0, "text encoder": of("text")}
     if loss.captioning:
