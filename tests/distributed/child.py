@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contracap.losses import captioning_loss, contrastive_loss
-from contracap.model.coca import CoCa
+from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.parallel import (
     Agreement,
@@ -30,6 +30,7 @@ from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import TrainingState
 from contracap.training.writer import Snapshot
 from tests.distributed.forks import run_ranks
+from tests.model.tiny_models import tiny_mammut
 
 PAIRS = 8
 SCALES = (1.0, 14.3, 100.0)
@@ -37,6 +38,7 @@ CHUNKS = (1, 3, 4096)
 DTYPES = (torch.float32, torch.float64)
 CASES = list(itertools.product(DTYPES, (False, True), SCALES, CHUNKS))  # the second: whether all ranks' rows are equal
 KINDS = ("ddp", "fsdp", "hsdp")
+MAMMUT = tiny_mammut(feed_forward_before_cross=False)
 WIDE = dict(rows=64, width=4, chunk=8)  # each rank's pairs where memory and traffic are counted
 
 
@@ -57,9 +59,9 @@ def loss_and_gradients(
     return loss.detach(), *torch.autograd.grad(loss, (images, texts, logit_scale))
 
 
-def tiny(dtype: torch.dtype) -> CoCa:
+def tiny(dtype: torch.dtype, config: CoCaConfig = SIZES["tiny"]) -> CoCa:
     torch.manual_seed(0)
-    model = CoCa(SIZES["tiny"])
+    model = CoCa(config)
     model.initialise()
     return model.to(dtype)
 
@@ -94,11 +96,12 @@ def backward(
     parts: int = 1,
     order: Tensor | slice = slice(None),
     bf16: bool = False,
+    config: CoCaConfig = SIZES["tiny"],
 ) -> tuple[CoCa, dict[str, Any]]:
     """A tiny model after the backward pass on the global batch in this order, which it takes in parts: each is made
     of a part of every rank's rows. Its mean loss and, from rank 0, its gradients."""
     process_group = process_group or ProcessGroup()
-    model = tiny(dtype)
+    model = tiny(dtype, config)
     parallel = parallelize(model, ParallelConfig(kind=kind), process_group, bf16=bf16)
     pixels, ids = (
         tensor[order].chunk(process_group.world_size)[process_group.rank].chunk(parts) for tensor in samples(dtype)
@@ -222,6 +225,7 @@ def main(out: Path) -> None:
             with Traffic() as traffic:
                 backward(kind, torch.float32, process_group=process_group)
             found[kind, "traffic"] = traffic.bytes
+            found[kind, "mammut"] = backward(kind, torch.float64, process_group=process_group, config=MAMMUT)[1]
             found[kind, "parts"] = backward(kind, torch.float64, process_group=process_group, parts=2)[1]
         found["snapshot"] = snapshot(process_group)
         found["fsdp", "float32"] = backward("fsdp", torch.float32, process_group=process_group)[1]

@@ -26,6 +26,7 @@ from .child import (
     CASES,
     DTYPES,
     KINDS,
+    MAMMUT,
     PAIRS,
     SCALES,
     WIDE,
@@ -120,6 +121,13 @@ def test_loss_and_gradients_of_a_model_spread_over_ranks_equal_one_process(found
     expected, ours = backward("ddp", dtype)[1], found[0][kind, case]
     close(ours["loss"], expected["loss"], LOSS[dtype])
     same(ours["gradients"], expected["gradients"], GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_both_passes_over_one_stack_are_those_of_one_process(found: Found, kind: str) -> None:
+    expected, ours = backward("ddp", torch.float64, config=MAMMUT)[1], found[0][kind, "mammut"]
+    close(ours["loss"], expected["loss"], 1e-10)
+    same(ours["gradients"], expected["gradients"], 1e-10)
 
 
 def test_parameters_shared_in_bf16_get_gradients_averaged_in_float32(found: Found) -> None:

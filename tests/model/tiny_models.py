@@ -26,6 +26,16 @@ def tiny_clip() -> CoCaConfig:
     )
 
 
+def tiny_mammut(*, pool: str = "mean_with_padding", feed_forward_before_cross: bool = True) -> CoCaConfig:
+    decoder = replace(TINY.decoder, shares_blocks=True, cross_every=2)
+    return replace(
+        TINY,
+        pooler=PoolerConfig(kind="mean" if pool == "mean_with_padding" else "mean_of_patches", queries=0),
+        text=replace(TINY.text, pool=pool),
+        decoder=replace(decoder, feed_forward_before_cross=feed_forward_before_cross),
+    )
+
+
 def perturbed(config: CoCaConfig) -> CoCa:
     """A model in float64 whose gains and biases tell one layer from another."""
     torch.manual_seed(0)

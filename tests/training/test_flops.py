@@ -10,7 +10,7 @@ from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 from contracap.training.flops import TextLengths, count_flops, tokens_of
-from tests.model.tiny_models import POOLERS, TINY, tiny_clip, with_pooler
+from tests.model.tiny_models import POOLERS, TINY, tiny_clip, tiny_mammut, with_pooler
 
 FULL = TextLengths(mean=76.0, longest=76)
 
@@ -73,7 +73,7 @@ def test_what_is_computed_again_is_all_but_the_ends_of_the_parts() -> None:
     assert left["decoder cross-attention"] == pytest.approx(0, abs=1)  # the caption tokens are not projected
 
 
-MODELS = {f"coca {kind}": with_pooler(kind) for kind in POOLERS} | {"clip": tiny_clip()}
+MODELS = {f"coca {kind}": with_pooler(kind) for kind in POOLERS} | {"clip": tiny_clip(), "mammut": tiny_mammut()}
 LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))
 DROPPING = replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5))
 MANY_QUERIES = replace(TINY, pooler=replace(TINY.pooler, queries=32))  # so many that their memory is projected

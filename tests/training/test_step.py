@@ -7,13 +7,14 @@ import torch
 from contracap.data.batch import Batch
 from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig, contrastive_loss
-from contracap.model.coca import CoCa
+from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
 from contracap.tokenizer import text_lengths
 from contracap.training import step
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
 from contracap.training.step import NonFiniteError, StepConfig, TrainingState, compute_losses, count_labels, train_step
+from tests.model.tiny_models import POOLERS, tiny_mammut, with_pooler
 
 TINY = SIZES["tiny"]
 CONFIG = StepConfig(
@@ -54,8 +55,9 @@ def parameters(model: CoCa) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_both_losses_fall_when_a_batch_repeats() -> None:
-    state, numbers = new_state(), []
+@pytest.mark.parametrize("config", [TINY, tiny_mammut(feed_forward_before_cross=False)], ids=["coca", "mammut"])
+def test_both_losses_fall_when_a_batch_repeats(config: CoCaConfig) -> None:
+    state, numbers = new_state(config), []
     for _ in range(30):
         numbers.append(numbers_of_step(state, CONFIG))
         state.step += 1
@@ -90,12 +92,12 @@ def test_a_loss_of_weight_0_leaves_its_branch_alone(loss: LossConfig, untouched:
     assert any(name.startswith("vision.") for name in changed)
 
 
-@pytest.mark.parametrize("kind", ["shared", "cascade", "parallel"])
+@pytest.mark.parametrize("config", [*map(with_pooler, POOLERS), tiny_mammut(), tiny_mammut(pool="mean")])
 @pytest.mark.parametrize(("contrastive", "captioning"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
-    kind: str, contrastive: float, captioning: float
+    config: CoCaConfig, contrastive: float, captioning: float
 ) -> None:
-    state = new_state(replace(TINY, pooler=replace(TINY.pooler, kind=kind)))
+    state = new_state(config)
     model = state.model
     config = replace(CONFIG, loss=LossConfig(contrastive=contrastive, captioning=captioning))
     sum(compute_losses(model, batch(), config, tokens=count_labels(batch())).values()).backward()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracap.config import ConfigError, build, to_toml
+from contracap.config import ConfigError, build, to_dict, to_toml
 from contracap.data.indexing import index_folder
 from contracap.data.order import OrderError
 from contracap.data.shards import read_records, write_shard
@@ -23,6 +23,7 @@ from contracap.training.recipe import Recipe, load_recipe, with_steps
 from contracap.training.recorder import read_metrics
 from contracap.training.start import precision_on
 from contracap.training.trainer import train
+from tests.model.tiny_models import tiny_mammut
 
 
 def losses(folder: Path) -> list[tuple[int, float | None, float | None]]:
@@ -90,6 +91,7 @@ KINDS = {
     "both losses": PATCH_DROPOUT | {"ema_decay": 0.9, "accumulation": 2},
     "captioning only": {"loss": {"contrastive": 0.0, "captioning": 1.0}, "frozen": ["vision"]},
     "contrastive only": {"loss": {"contrastive": 1.0, "captioning": 0.0}},
+    "MaMMUT": {"model": to_dict(tiny_mammut(feed_forward_before_cross=False))},
 }
 
 
@@ -477,8 +479,8 @@ def test_epochs_of_all_captions_are_counted_by_an_index_or_refused(
     assert with_steps(recipe).steps == 2 * 48 * 3 / 8
 
 
-def test_a_run_starts_from_bare_weights_of_its_own_model(recipe_values: dict, tmp_path: Path) -> None:
-    changes = {"vision": {"layers": 1}}
+@pytest.mark.parametrize("changes", [{"vision": {"layers": 1}}, to_dict(tiny_mammut())], ids=["coca", "mammut"])
+def test_a_run_starts_from_bare_weights_of_its_own_model(recipe_values: dict, tmp_path: Path, changes: dict) -> None:
     config = build(Recipe, recipe_values | {"model": changes}).model_config
     state = random_model(config, seed=1)[0].state_dict()
     torch.save(
@@ -495,6 +497,7 @@ def test_a_run_starts_from_bare_weights_of_its_own_model(recipe_values: dict, tm
     [
         ({"vision": {"activation": "quick_gelu"}}, 'set model.vision.activation = "gelu"'),
         ({"text": {"context": 12}}, "set model.text.context = 16"),
+        (to_dict(tiny_mammut()), 'set model.text.pool = "class_token"'),
     ],
 )
 def test_weights_of_another_model_name_the_key_to_change(

@@ -81,17 +81,22 @@ def tokens_of(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Token
     """Return the rows of a sample with a caption of mean length. Source: `TextEncoder.layout`."""
     vision, text = config.vision, config.text
     captioning, contrastive = loss.captioning > 0, loss.contrastive > 0
+    shares_blocks = config.decoder is not None and config.decoder.shares_blocks
     image = 1.0 + max(1, round(vision.patches * (1.0 - vision.patch_dropout)))
     decoder, decoder_columns = (texts.mean - 1, texts.longest - 1.0) if captioning else (0.0, 0.0)
 
     def encoder_rows(tokens: float) -> float:
         if not contrastive:
-            return tokens - 1
-        if text.pool == "end_token":
+            return 0.0 if shares_blocks else tokens - 1
+        if text.pool == "mean_with_padding":
+            return float(text.context)
+        if text.pool != "class_token":
             return tokens
         return 1 + (min(tokens + 1, float(text.context)) if text.cls_mask == "legacy" else tokens)
 
-    memory = float(config.pooler.queries - (config.pooler.kind == "shared")) if captioning else 0.0
+    queries = config.pooler.queries - (config.pooler.kind == "shared")
+    caption_tokens = {"mean": image, "mean_of_patches": image - 1}.get(config.pooler.kind, float(queries))
+    memory = caption_tokens if captioning else 0.0
     absorbed = False
     if config.decoder is not None and captioning:
         absorbed = _absorbs(config.decoder.heads, decoder_columns, text.width, memory, text.width)
@@ -120,7 +125,7 @@ def _pools(config: CoCaConfig, image: float, *, captioning: bool, contrastive: b
         absorbed = _absorbs(config.pooler.heads, queries, embed, memory, memory_width)
         return Pool(queries, memory, memory_width, absorbed and not adds_positions)
 
-    if kind == "class_token":
+    if not config.pooler.has_queries:
         return []
     placed = config.pooler.adds_positions
     if kind == "shared":
@@ -173,7 +178,8 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
         """Return the FLOPs of the module, or of those of its submodules that were called directly."""
         name = f"CoCa.{module}"
         within = [each for each in counted if each == name or each.startswith(f"{name}.")]
-        return sum(counted[each] for each in within if not any(each.startswith(f"{other}.") for other in within))
+        outermost = (each for each in within if not any(each.startswith(f"{other}.") for other in within))
+        return sum((counted[each] for each in outermost), 0.0)
 
     blocks = dict.fromkeys(("image encoder", "text encoder", "decoder self-attention", "decoder cross-attention"), 0.0)
     for name, module in model.named_modules():
@@ -181,10 +187,16 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
             part = {"vision": "image encoder", "text": "text encoder"}.get(name.partition(".")[0])
             of_decoder = "decoder self-attention" if isinstance(module, AttentionBlock) else "decoder cross-attention"
             blocks[part or of_decoder] += counted.get(f"CoCa.{name}", 0.0)
-    parts = {"image encoder": of("vision"), "pooler": 0.0, "text encoder": of("text")}
+    text, self_attention = of("text"), of("decoder.self_blocks")
+    if config.decoder is not None and config.decoder.shares_blocks:
+        text = text if loss.contrastive else 0.0
+        self_attention = of("text.blocks") - text  # the second pass
+        blocks["text encoder"] -= self_attention
+        blocks["decoder self-attention"] += self_attention
+    parts = {"image encoder": of("vision"), "pooler": 0.0, "text encoder": text}
     if loss.captioning:
-        parts["decoder self-attention"] = of("decoder.self_blocks")
-        parts["decoder cross-attention"] = of("decoder") - of("decoder.self_blocks")
+        parts["decoder self-attention"] = self_attention
+        parts["decoder cross-attention"] = of("decoder") - self_attention
         parts["vocabulary"] = of("decoder.vocabulary")
     parts["pooler"] = counted["Global"] - sum(parts.values())
     return Flops(parts=parts, blocks={part: flops for part, flops in blocks.items() if part in parts})

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contracap.apps.plan.parameters import planned_model
-from contracap.config import build
+from contracap.config import build, to_dict
 from contracap.data.batch import Batch
 from contracap.images import ImageConfig
 from contracap.parallel import ProcessGroup, parallelize, start_process_group
@@ -28,6 +28,7 @@ from contracap.training.optimizer import build_optimizer
 from contracap.training.recipe import Recipe
 from contracap.training.step import StepConfig, TrainingState, train_step
 from tests.distributed.forks import run_ranks
+from tests.model.tiny_models import tiny_mammut
 
 ROWS, MAX_REAL, FAKE = 4, 8, 384
 
@@ -39,6 +40,7 @@ def recipe_of(count: int, **changes: Any) -> Recipe:
 
 
 BF16 = {"precision": "bf16"}
+MAMMUT = to_dict(tiny_mammut())
 CASES: dict[str, dict[str, Any]] = {
     **{kind: {"parallel": {"kind": kind}} for kind in ("ddp", "fsdp", "hsdp")},
     "ddp bf16": BF16,
@@ -55,6 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp in parts": {"parallel": {"kind": "fsdp"}, "accumulation": 2},
     "hsdp contrastive in parts": {"parallel": {"kind": "hsdp"}, "loss": {"captioning": 0.0}, "accumulation": 4},
     "ddp captioning in parts": {"loss": {"contrastive": 0.0}, "accumulation": 2},
+    "fsdp mammut": {"parallel": {"kind": "fsdp"}, "model": MAMMUT},
+    "fsdp mammut in parts": {"parallel": {"kind": "fsdp"}, "model": MAMMUT, "accumulation": 2},
+    "fsdp mammut captioning": {"parallel": {"kind": "fsdp"}, "model": MAMMUT, "loss": {"contrastive": 0.0}},
+    "hsdp mammut contrastive": {"parallel": {"kind": "hsdp"}, "model": MAMMUT, "loss": {"captioning": 0.0}},
 }
 
 PAYLOADS: dict[str, tuple[str, Callable[..., int]]] = {

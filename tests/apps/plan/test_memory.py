@@ -29,7 +29,7 @@ from contracap.training.optimizer import OptimizerConfig, build_optimizer, freez
 from contracap.training.recipe import Recipe
 from contracap.training.step import StepConfig, TrainingState, compute_losses, train_step
 from contracap.training.writer import CheckpointWriter
-from tests.model.tiny_models import TINY, tiny_clip, with_pooler
+from tests.model.tiny_models import TINY, tiny_clip, tiny_mammut, with_pooler
 
 LENGTHS = (4, 8, 12, 16)
 # So many that their own memory is projected, and what they make is not: the other way round than in TINY.
@@ -106,6 +106,9 @@ def fused(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, **
         (TINY, LossConfig(captioning=0.0), True),
         (TINY, LossConfig(contrastive=0.0), False),
         (tiny_clip(), LossConfig(captioning=0.0), True),
+        (tiny_mammut(), LossConfig(), False),
+        (tiny_mammut(), LossConfig(contrastive=0.0), True),
+        (tiny_mammut(feed_forward_before_cross=False), LossConfig(), True),
     ],
     ids=[
         "fp32",
@@ -119,6 +122,9 @@ def fused(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, **
         "contrastive",
         "captioning",
         "clip",
+        "mammut",
+        "mammut, captioning, bf16",
+        "small mammut, bf16",
     ],
 )
 def test_the_planned_activations_are_what_torch_saves(

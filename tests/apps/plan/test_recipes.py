@@ -19,7 +19,7 @@ def head(path: Path) -> str:
 
 
 def test_there_are_recipes_to_plan() -> None:
-    assert len(PLANNED) == 10
+    assert len(PLANNED) == 11
 
 
 @pytest.mark.parametrize("name", PLANNED)

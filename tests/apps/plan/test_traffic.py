@@ -25,7 +25,7 @@ SHARED = [name for name in CASES if not name.startswith("ddp")]
 @pytest.mark.parametrize(
     ("count", "names"),
     [
-        (2, ["ddp", "fsdp", "fsdp in parts"]),
+        (2, ["ddp", "fsdp", "fsdp in parts", "fsdp mammut", "fsdp mammut in parts", "fsdp mammut captioning"]),
         pytest.param(4, list(CASES), marks=pytest.mark.slow),
         pytest.param(FAKE, SHARED, marks=pytest.mark.slow),
     ],

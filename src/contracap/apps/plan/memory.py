@@ -69,14 +69,22 @@ def _image_stack(config: CoCaConfig, tokens: Tokens, product: int) -> _Stack:
 
 def _text_stack(config: CoCaConfig, tokens: Tokens, product: int) -> _Stack:
     text, rows = config.text, tokens.encoder
-    mask = tokens.encoder_columns**2 * product * (text.pool == "class_token" and text.cls_mask == "legacy")
+    masked = text.pool == "mean" or (text.pool == "class_token" and text.cls_mask == "legacy")
+    collected = text.pool != "mean_with_padding"  # attention's output, from the grid into rows
     block = (
         _attention(rows, tokens.encoder_columns, text.width, text.heads, product)
-        + rows * text.width * product  # attention's output, collected from the grid into rows
-        + _feed_forward(rows, text.width, text.mlp_ratio, product)
-        + mask
+        + rows * text.width * product * collected
+        + _feed_forward(rows, text.width, text.mlp_ratio, product) * _feed_forward_share(config)
+        + tokens.encoder_columns**2 * product * masked
     )
     return _Stack(text.layers, rows, text.width, block)
+
+
+def _feed_forward_share(config: CoCaConfig) -> float:
+    """Return the share of the text encoder's blocks that have a feed-forward; it is below 1 for small MaMMUTs."""
+    if config.decoder is None or config.decoder.feed_forward_before_cross:
+        return 1.0
+    return 1 - config.decoder.cross_layers / config.decoder.layers
 
 
 def _decoder(config: CoCaConfig, tokens: Tokens, product: int) -> tuple[list[_Stack], list[float]]:
@@ -102,9 +110,10 @@ def _decoder(config: CoCaConfig, tokens: Tokens, product: int) -> tuple[list[_St
         cross_attention += columns * 2 * width * product
     gradient = rows * width * product  # of its states, which the captioning loss keeps
     stacks = [
-        _Stack(decoder.layers, rows, width, attention + feed_forward) for attention in (self_attention, cross_attention)
+        _Stack(decoder.layers, rows, width, self_attention + feed_forward * _feed_forward_share(config)),
+        _Stack(decoder.cross_layers, rows, width, cross_attention + feed_forward),
     ]
-    return stacks, [decoder.layers * each, once, _norm(rows, width), gradient]
+    return stacks, [decoder.cross_layers * each, once, _norm(rows, width), gradient]
 
 
 def _norm(rows: float, width: int) -> float:
@@ -122,6 +131,8 @@ def _feed_forward(rows: float, width: int, ratio: float, product: int) -> float:
 
 def _pooler(config: CoCaConfig, tokens: Tokens, product: int) -> float:
     embed, kind, width = config.embed_dim, config.pooler.kind, config.vision.width
+    if kind in ("mean", "mean_of_patches"):
+        return _norm(1.0, width) + (1 + tokens.memory) * width * product
     total = 0.0 if kind == "shared" else _norm(tokens.image, width)  # a norm of their own, before whatever pools
     for pool in tokens.pools:
         total += _norm(pool.memory, pool.memory_width) + pool.memory * pool.memory_width * product

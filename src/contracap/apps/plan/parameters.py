@@ -56,6 +56,7 @@ class Unit:
         tensors: how many of them have a gradient.
         decoder: whether it is part of the decoder, which the contrastive branch does without.
         backward: whether it is fetched for the backward pass, too.
+        twice: whether each loss has a pass of its own over it, as over the text encoder's blocks of a MaMMUT.
     """
 
     whole: int
@@ -63,6 +64,7 @@ class Unit:
     tensors: int
     decoder: bool = False
     backward: bool = True
+    twice: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +144,16 @@ def _blocks(model: CoCa, modules: list[nn.Module], shards: int) -> Iterator[Unit
         for module in encoder.modules()
     }
     decoder = set(model.decoder.modules()) if model.decoder is not None else set[nn.Module]()
+    shares_blocks = model.config.decoder is not None and model.config.decoder.shares_blocks
+    twice = set(model.text.modules()) if shares_blocks else set[nn.Module]()
     for module, following in zip(modules, [*modules[1:], model], strict=True):
         unit = _unit(module.parameters(), shards)
-        yield replace(unit, decoder=module in decoder, backward=not (module in frozen and following in frozen))
+        yield replace(
+            unit,
+            decoder=module in decoder,
+            backward=not (module in frozen and following in frozen),
+            twice=module in twice,
+        )
 
 
 def _unit(parameters: Iterable[nn.Parameter], shards: int) -> Unit:

@@ -60,10 +60,12 @@ def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int)
             found.append(Collective(kind=kind, purpose=purpose, payload=float(payload), ranks=ranks, local=local))
 
     run = [unit for unit in shares.blocks if captioning or not unit.decoder]
-    forward = shares.root.whole + sum(unit.whole for unit in run)
+    again = [unit for unit in run if unit.twice and contrastive and captioning]
+    forward = shares.root.whole + sum(unit.whole for unit in run + again)
     before = parts * sum(unit.whole for unit in run if not unit.decoder) + shares.root.whole
-    backward = sum(unit.whole for unit in run if unit.backward)
-    reduced = sum(unit.trained for unit in shares.shared)
+    backward = sum(unit.whole for unit in run + again if unit.backward)
+    # Gradients of two passes are reduced together, but what earlier parts left goes ahead with the first of them.
+    reduced = sum(unit.trained for unit in (*shares.shared, *again * (parts > 1)))
     add("all_gather", "parameters, forward", (parts * forward + first * before) * product, shards, within)
     add("all_gather", "parameters, backward", parts * backward * product, shards, within)
     add("reduce_scatter", "gradients", reduced * EXACT, shards, within)
