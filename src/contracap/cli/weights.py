@@ -92,7 +92,8 @@ def convert(
 
     open_clip 3.3.0 computes the same as contracap with models that were trained with text.cls_mask = "legacy", the
     full vocabulary of 49,408 tokens, and a shared pooler without positions, such as coca_ViT-B-32 and coca_ViT-L-14.
-    The weights of other models are written too, and how far open_clip's results differ is printed.
+    The weights of other models are written too, and how far open_clip's results differ is printed. A MaMMUT is written
+    as LAION's fork of open_clip, open_clip_mammut, reads it.
     """
     from contracap.pretrained import read_weights, save_open_clip, write_weights
     from contracap.pretrained.fidelity import changes_in_open_clip

@@ -57,17 +57,22 @@ class CoCaConfig:
                 f"embed_dim {self.embed_dim} must equal text.width {self.text.width}"
             )
 
+    @property
+    def is_mammut(self) -> bool:
+        """True if one text stack serves as encoder and decoder."""
+        return self.decoder is not None and self.decoder.shares_blocks
+
 
 def require_family(config: CoCaConfig) -> None:
     """Raises: ValueError: if only some parts are those of a MaMMUT."""
-    shares = config.decoder is not None and config.decoder.shares_blocks
-    if {config.text.pool.startswith("mean"), config.pooler.kind.startswith("mean"), shares} == {True, False}:
+    parts = (config.text.pool.startswith("mean"), config.pooler.kind.startswith("mean"), config.is_mammut)
+    if any(parts) and not all(parts):
         raise ValueError(
             "a MaMMUT has a mean for pooler.kind and for text.pool, and decoder.shares_blocks; other models have none "
-            f"of them: these are {config.pooler.kind!r}, {config.text.pool!r} and {shares}"
+            f"of them: these are {config.pooler.kind!r}, {config.text.pool!r} and {config.is_mammut}"
         )
     text, decoder = config.text, config.decoder
-    if decoder is None or not shares:
+    if decoder is None or not decoder.shares_blocks:
         return
     for name in ("layers", "heads", "mlp_ratio"):
         if getattr(text, name) != getattr(decoder, name):

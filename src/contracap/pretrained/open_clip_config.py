@@ -232,7 +232,7 @@ def _side(size: int | Sequence[int]) -> int:
 
 def not_for_open_clip(config: CoCaConfig) -> list[str]:
     """Return the differences between a model of this configuration and what open_clip 3.3.0 can build."""
-    if config.decoder is not None and config.decoder.shares_blocks:
+    if config.is_mammut:
         program = "open_clip 4.2" if config.text.pool == "mean" else "LAION's fork open_clip_mammut"
         return [f"it has no MaMMUT; {program} does"]
     problems = {
@@ -261,7 +261,7 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
         "text_cfg": {"context_length": config.text.context}
         | {name: text[name] for name in ("vocab_size", "width", "heads", "layers", "mlp_ratio")},
     }
-    if config.decoder and config.decoder.shares_blocks:
+    if config.is_mammut:
         return _with_mammut_keys(model, config)
     if pooler.has_queries:
         model["vision_cfg"] |= {

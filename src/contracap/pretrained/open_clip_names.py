@@ -37,7 +37,6 @@ def name_table(config: CoCaConfig) -> list[TensorNames]:
     Source: open_clip's state dicts; tests compare with the package.
     """
     text = "" if config.text.pool == "end_token" else "text."
-    is_mammut = config.decoder is not None and config.decoder.shares_blocks
     rows = [
         _same("logit_scale", "logit_scale"),
         _same("visual.class_embedding", "vision.class_token"),
@@ -54,7 +53,7 @@ def name_table(config: CoCaConfig) -> list[TensorNames]:
         _same(f"{text}token_embedding.weight", "text.token_embedding.weight"),
         *_norm(f"{text}ln_final", "text.norm_out"),
     ]
-    if is_mammut:
+    if config.is_mammut:
         return rows + _mammut_rows(config)
     rows += [
         *_self_blocks(f"{text}transformer.resblocks", "text.blocks", config.text.layers),

@@ -81,13 +81,12 @@ def tokens_of(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Token
     """Return the rows of a sample with a caption of mean length. Source: `TextEncoder.layout`."""
     vision, text = config.vision, config.text
     captioning, contrastive = loss.captioning > 0, loss.contrastive > 0
-    shares_blocks = config.decoder is not None and config.decoder.shares_blocks
     image = 1.0 + max(1, round(vision.patches * (1.0 - vision.patch_dropout)))
     decoder, decoder_columns = (texts.mean - 1, texts.longest - 1.0) if captioning else (0.0, 0.0)
 
     def encoder_rows(tokens: float) -> float:
         if not contrastive:
-            return 0.0 if shares_blocks else tokens - 1
+            return 0.0 if config.is_mammut else tokens - 1
         if text.pool == "mean_with_padding":
             return float(text.context)
         if text.pool != "class_token":
@@ -188,7 +187,7 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
             of_decoder = "decoder self-attention" if isinstance(module, AttentionBlock) else "decoder cross-attention"
             blocks[part or of_decoder] += counted.get(f"CoCa.{name}", 0.0)
     text, self_attention = of("text"), of("decoder.self_blocks")
-    if config.decoder is not None and config.decoder.shares_blocks:
+    if config.is_mammut:
         text = text if loss.contrastive else 0.0
         self_attention = of("text.blocks") - text  # the second pass
         blocks["text encoder"] -= self_attention

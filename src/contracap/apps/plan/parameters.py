@@ -144,8 +144,7 @@ def _blocks(model: CoCa, modules: list[nn.Module], shards: int) -> Iterator[Unit
         for module in encoder.modules()
     }
     decoder = set(model.decoder.modules()) if model.decoder is not None else set[nn.Module]()
-    shares_blocks = model.config.decoder is not None and model.config.decoder.shares_blocks
-    twice = set(model.text.modules()) if shares_blocks else set[nn.Module]()
+    twice = set(model.text.modules()) if model.config.is_mammut else set[nn.Module]()
     for module, following in zip(modules, [*modules[1:], model], strict=True):
         unit = _unit(module.parameters(), shards)
         yield replace(
