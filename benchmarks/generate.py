@@ -1,5 +1,6 @@
 """Speed of captioning, next to open_clip with the same weights, images and number of tokens."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,6 +28,7 @@ from contracap.apps.bulk.side_cars import SideCars
 from contracap.generation import BeamSearch, Caption, Captioner, Greedy, LegacyBeamSearch
 from contracap.generation.strategy import Strategy
 from contracap.pretrained import load
+from contracap.pretrained.devices import Precision, place
 
 B_32, L_14, SMALL = "coca_ViT-B-32", "coca_ViT-L-14", "flickr8k"
 # All with an end token only in the last place, so that both sides take the same number of steps.
@@ -37,8 +39,10 @@ IMAGES, IMAGE_SIZE, QUALITY = 500, (500, 375), 90  # of the folder
 BATCH, WORKERS = 16, 8  # images at a time, and threads that decode
 
 
-def caption_row(run: Run, *, size: str, images: int, name: str, ours: Strategy, peer: Way = "groups") -> Row:
-    """Captions of some images at a time, next to open_clip's."""
+def caption_row(
+    run: Run, *, size: str, images: int, name: str, ours: Strategy, peer: Way = "groups", precision: Precision = "fp32"
+) -> Row:
+    """Captions of some images at a time, next to open_clip's in fp32. In fp32 both sides write the same captions."""
     captioner, pixels = random_captioner(size, run, images=images)
     with ExitStack() as stack:
 
@@ -49,12 +53,14 @@ def caption_row(run: Run, *, size: str, images: int, name: str, ours: Strategy, 
             if (lengths := {len(ids) for best in work() for ids in best}) != {ours.max_tokens}:
                 raise UnequalError(f"open_clip's captions have {sorted(lengths)} ids, not {ours.max_tokens} each")
             versions = ", ".join(f"{package} {version}" for package, version in theirs.versions.items())
-            return work, f"{note}; both write {ours.max_tokens - 1} tokens a caption; {versions}"
+            tokens = f"both write {ours.max_tokens - 1} tokens a caption"
+            return work, f"{note}{'' if precision == 'fp32' else ' in fp32'}; {tokens}; {versions}"
 
+        copied = place(copy.deepcopy(captioner.model), device=run.device, precision=precision)
         return compare(
             f"{size}, {name}, {images} image{'s' if images > 1 else ''}",
             run=run,
-            ours=partial(captioner.generate, pixels, ours),
+            ours=partial(Captioner(copied, captioner.processor).generate, pixels, ours),
             checked_peer=checked_peer,
             items=images,
             unit="captions/s",
@@ -64,8 +70,7 @@ def caption_row(run: Run, *, size: str, images: int, name: str, ours: Strategy, 
 def folder_row(run: Run) -> Row:
     """A folder of JPEG files captioned into side-cars, next to the same images captioned as tensors in memory. The
     ratio is the share of the speed that reading, decoding and writing leave."""
-    captioner = Captioner(*load(SMALL, weights="random", seed=run.seed))
-    captioner.model.to(run.device)
+    captioner = Captioner(*load(SMALL, weights="random", seed=run.seed, device=str(run.device), precision="fp32"))
     with TemporaryDirectory() as name:
         folder = Path(name)
         tensors = captioner.processor.images(write_images(folder, seed=run.seed))
@@ -129,6 +134,9 @@ BENCHMARK = Benchmark(
         "beam-8": partial(caption_row, size=B_32, images=8, name=f"beam {BEAMS}", ours=BEAM),
         "legacy-1": partial(caption_row, size=B_32, images=1, name="legacy", ours=LEGACY),
         "top-k-1": partial(caption_row, size=B_32, images=1, name="top-k", ours=GREEDY, peer="top_k"),
+        "top-k-1-bf16": partial(
+            caption_row, size=B_32, images=1, name="top-k, bf16", ours=GREEDY, peer="top_k", precision="bf16"
+        ),
         "top-k-8": partial(caption_row, size=B_32, images=8, name="top-k", ours=GREEDY, peer="top_k"),
         "l-14-beam-1": partial(caption_row, size=L_14, images=1, name=f"beam {BEAMS}", ours=BEAM),
         "folder": folder_row,

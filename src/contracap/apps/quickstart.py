@@ -152,7 +152,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     else:
         draw_scenes(scenes, recipe)
     logger.info("training for %d steps of %d scenes", recipe.steps, recipe.data.batch_size)
-    model, processor = load(train(recipe))
+    model, processor = load(train(recipe), device="cpu")
     logger.info("measuring on held-out pairs")
     measured = measure(model, processor, scenes)
     figures, reasons = dict(measured.figures), dict[str, str]()

@@ -16,7 +16,7 @@ from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.suite import build_evaluators, build_suite, measure_tasks
 from contracap.images import ImageConfig
-from contracap.pretrained import find_weights, load_on_device, processor_for
+from contracap.pretrained import find_weights, load, processor_for
 from contracap.training.checkpoint import CHECKPOINTS, checkpoint_name
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe, merge, with_steps
 from contracap.training.start import device_of, precision_on, require_same_run
@@ -165,7 +165,7 @@ def complete_run(recipe: Recipe, tasks: dict[str, TaskConfig], *, command: str, 
     trained = (folder / CHECKPOINTS).exists()  # else nobody has looked at which recipe it was that was measured
     if trained and (found := _found(folder / RESULTS_FILE)) and found.details.get("study") == done:
         return found
-    model, processor = load_on_device(train(recipe, allow_commands=allow_commands))
+    model, processor = load(train(recipe, allow_commands=allow_commands), precision="fp32")
     result = measure_tasks(tasks, model, processor, command=command, seed=recipe.seed)
     if failed := [name for name in tasks if name in result.reasons]:
         raise ValueError(f"{folder}: task {failed[0]}: {result.reasons[failed[0]]}")

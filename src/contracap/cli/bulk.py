@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from contracap.apps.bulk.cluster_config import ClusterConfig
 from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import fail, say
-from contracap.cli.options import Settings, Size, StrategyName, WeightsName
+from contracap.cli.options import Settings, StrategyName, WeightsName
 from contracap.wording import counted
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ Out = Annotated[
 ]
 Cluster = Annotated[ClusterConfig, Flags]
 BatchSize = Annotated[int, arg(help="Images in a batch.")]
-Precision = Literal["float32", "float16"]
+DType = Literal["float32", "float16"]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    arg(help="Number format that the models compute in; auto is bf16 or fp16 on GPUs, fp32 on CPUs."),
+]
+Size = Annotated[str | None, arg(metavar="NAME", help="The model's size, if the weights do not tell.")]
 
 
 def caption(
@@ -34,9 +39,10 @@ def caption(
     settings: Settings = (),
     prompt: Annotated[str, arg(metavar="TEXT", help="The beginning of each caption.")] = "",
     embed: Annotated[bool, arg(help="Write the embeddings of the images too.")] = False,
-    precision: Annotated[Precision | None, arg(help="Number format of the embeddings; float32 by default.")] = None,
+    dtype: Annotated[DType | None, arg(help="Number format of the embeddings; float32 by default.")] = None,
     cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
+    precision: Precision = "auto",
     size: Size = None,
 ) -> int:
     """Write captions of tar shards on one machine or many. The same command continues where it was interrupted."""
@@ -44,12 +50,13 @@ def caption(
     from contracap.apps.bulk.parts import BulkConfig
     from contracap.generation.registry import build_strategy
 
-    if precision is not None and not embed:
-        raise ValueError("--precision is of embeddings: give --embed too")
+    if dtype is not None and not embed:
+        raise ValueError("--dtype is the number format of embeddings: give --embed too")
     config = BulkConfig(
         strategy=build_strategy(strategy, settings),
         prompt=prompt,
-        embedding=precision or "float32" if embed else None,
+        embedding=dtype or "float32" if embed else None,
+        precision=precision,
         batch_size=batch_size,
     )
     return _run(weights, shards, out, config, cluster, size)
@@ -61,16 +68,18 @@ def embed(
     /,
     *,
     out: Out,
-    precision: Annotated[Precision, arg(help="Number format of the embeddings.")] = "float32",
+    dtype: Annotated[DType, arg(help="Number format of the embeddings.")] = "float32",
     cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
+    precision: Precision = "auto",
     size: Size = None,
 ) -> int:
     """Write embeddings of tar shards on one machine or many. The same command continues where it was interrupted."""
     _require_extras()
     from contracap.apps.bulk.parts import BulkConfig
 
-    return _run(weights, shards, out, BulkConfig(embedding=precision, batch_size=batch_size), cluster, size)
+    config = BulkConfig(embedding=dtype, precision=precision, batch_size=batch_size)
+    return _run(weights, shards, out, config, cluster, size)
 
 
 def _require_extras() -> None:
@@ -89,7 +98,7 @@ def _run(
     from contracap.pretrained import load
 
     listed = list_shards(shards)
-    model, processor = load(weights, size=size)
+    model, processor = load(weights, size=size, device="cpu", precision="fp32")
     done = run_on_cluster(listed, out, config, model, processor, weights=weights, cluster=cluster)
     rows, unreadable = (sum(getattr(outcome, name) for outcome in done.outcomes) for name in ("rows", "unreadable"))
     before = f"; {counted(done.before, 'shard(s)')} had a file before" if done.before else ""

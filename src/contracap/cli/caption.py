@@ -14,14 +14,13 @@ from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import fail, message, say
 from contracap.cli.options import (
     MAX_WORKERS,
-    Device,
+    Model,
+    ModelFlags,
     ResultFile,
-    Size,
     WeightsName,
     check_batch_size,
     check_outputs,
     command_line,
-    load_model,
 )
 from contracap.config import require_count
 
@@ -85,8 +84,7 @@ def caption(
     *,
     output_flags: Annotated[CaptionOutput, Flags] = CaptionOutput(),
     flags: Annotated[CaptionFlags, Flags] = CaptionFlags(),
-    device: Device = None,
-    size: Size = None,
+    model_flags: Model = ModelFlags(),
     json: ResultFile = None,
 ) -> int:
     """Write a caption for each image. The same command continues where it was stopped. Unreadable images are listed
@@ -110,7 +108,7 @@ def caption(
     check_outputs([weights, *paths], out=table, json=json)
     for item in first_items(paths, recursive=flags.recursive):
         output.check(item)
-    captioner = Captioner(*load_model(weights, size, device=device), compiled=flags.compiled)
+    captioner = Captioner(*model_flags.load(weights), compiled=flags.compiled)
     captioner.check(strategy, flags.prompt)
 
     if isinstance(output, SideCars | Table):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from contracap.cli.flags import arg
-from contracap.cli.options import Device, Size, WeightsName, keep_few_kernels, load_model
+from contracap.cli.options import Model, ModelFlags, WeightsName, keep_few_kernels
 
 
 def demo(
@@ -18,8 +18,7 @@ def demo(
     pictures: Annotated[
         Path | None, arg(metavar="FOLDER", help="Folder of images that visitors can search, with its subfolders.")
     ] = None,
-    device: Device = None,
-    size: Size = None,
+    model_flags: Model = ModelFlags(),
 ) -> None:
     """Serve a web page that captions, classifies and searches."""
     keep_few_kernels()
@@ -34,5 +33,5 @@ def demo(
 
     found = images_under(pictures) if pictures is not None else None
     with bind(host, port) as address:
-        model, processor = load_model(weights, size, device=device)
+        model, processor = model_flags.load(weights)
         serve(model, processor, address=address, images=found, folder=pictures)

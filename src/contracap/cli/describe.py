@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 from contracap.cli.flags import PathText, arg
 from contracap.cli.messages import fail, interruption, message, say
 from contracap.cli.options import (
-    Device,
+    Model,
+    ModelFlags,
     ResultFile,
-    Size,
     WeightsName,
     check_batch_size,
     check_outputs,
     command_line,
-    load_model,
 )
 from contracap.wording import counted
 
@@ -47,8 +46,7 @@ def classify(
         arg(metavar="TEXT", help="Prompts, with {} where the label goes; their embeddings are averaged."),
     ] = ("a photo of a {}.",),
     batch_size: BatchSize = 64,
-    device: Device = None,
-    size: Size = None,
+    model_flags: Model = ModelFlags(),
     json: ResultFile = None,
 ) -> int:
     """Choose a label for each image, without training, and print a line for each: path, label, probability."""
@@ -63,7 +61,7 @@ def classify(
     if not labels or not all(label.strip() for label in labels) or len(set(labels)) < len(labels):
         raise ValueError("--labels wants one or more labels, each once and none empty: --labels LABEL [LABEL ...]")
     check_templates(templates)
-    model, processor = load_model(weights, size, device=device)
+    model, processor = model_flags.load(weights)
     scale = model.logit_scale.detach().exp()
     weight = build_classifier(model, processor, labels, templates)
     found, broken = [], list[Exception]()
@@ -97,8 +95,7 @@ def embed(
         ),
     ],
     batch_size: BatchSize = 64,
-    device: Device = None,
-    size: Size = None,
+    model_flags: Model = ModelFlags(),
 ) -> int:
     """Write the contrastive embedding of each image to one file. Embeddings have unit length."""
     from contracap.apps.bulk.embedding import write_embeddings
@@ -115,7 +112,7 @@ def embed(
     broken = list[Exception]()
 
     def batches() -> "Iterator[EmbeddingBatch]":
-        for batch in _batches(*load_model(weights, size, device=device), paths, batch_size, output=out):
+        for batch in _batches(*model_flags.load(weights), paths, batch_size, output=out):
             broken.extend(batch.broken)
             yield batch
 

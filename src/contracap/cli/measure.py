@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from contracap.cli.flags import Flags, GivenFlags, arg
 from contracap.cli.messages import interruption, try_write
-from contracap.cli.options import AllowCommands, ResultFile, Size, WeightsName, check_outputs, command_line, load_model
+from contracap.cli.options import AllowCommands, Model, ModelFlags, ResultFile, WeightsName, check_outputs, command_line
 from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.metrics.scores import ONE_IMAGE
 
@@ -40,7 +40,7 @@ def evaluate(
         arg(metavar="OUT.json", help="For one task, captioning or vqa: file for the texts that the model writes."),
     ] = None,
     allow_commands: AllowCommands = False,
-    size: Size = None,
+    model_flags: Model = ModelFlags(),
     json: ResultFile = None,
 ) -> int:
     """Measure a model: zero-shot classification, retrieval, captioning, questions about images."""
@@ -56,7 +56,7 @@ def evaluate(
     read = [name for config in wanted.values() for name in config.reads]
     check_outputs([weights, tasks, *read], json=json, predictions=predictions)
     _check_data(given.get("data", ()))
-    model, processor = load_model(weights, size)
+    model, processor = model_flags.load(weights)
     if model.config.decoder is None and (writing := [name for name, config in wanted.items() if config.writes]):
         raise ValueError(f"{weights} has no decoder and writes nothing: leave out {', '.join(writing)}")
     kept = list[bool]()

@@ -4,12 +4,13 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from contracap.cli.flags import PathText, arg
+from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import message
 from contracap.config import require_count
 from contracap.files import try_place
@@ -31,7 +32,6 @@ WeightsName = Annotated[
 AllowCommands = Annotated[
     FlagCreatePairsOff[bool], arg(help="Run the commands of sources that begin with pipe:, with all your permissions.")
 ]
-Size = Annotated[str | None, arg(metavar="NAME", help="The model's size, if the weights do not tell.")]
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="File for the result.")]
 StrategyName = Annotated[
     str, arg(metavar="NAME", help="Decoding strategy for captions: greedy, beam, sample, legacy or rerank.")
@@ -43,9 +43,6 @@ Settings = Annotated[
         metavar="[KEY=VALUE ...]",
         help="Settings of the strategy, such as width=3 length_penalty=0; `WEIGHTS --set help` lists them.",
     ),
-]
-Device = Annotated[
-    str | None, arg(metavar="NAME", help="Such as cpu or cuda:1; the default is the GPU if there is one.")
 ]
 Workers = Annotated[int | None, arg(metavar="N", help="Processes; the default is one for each core.")]
 
@@ -100,12 +97,25 @@ def command_line() -> str:
     return shlex.join(["contracap", *sys.argv[1:]])
 
 
-def load_model(weights: str, size: str | None, *, device: str | None = None) -> "tuple[CoCa, Processor]":
-    """Load weights on a device, by default the GPU if there is one.
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """How a verb loads its model."""
 
-    Raises: ValueError: if there is no such device.
-    """
-    from contracap.pretrained import check_device, load_on_device
+    device: Annotated[str, "NAME"] = "auto"
+    """Where the model computes: cpu, cuda or cuda:1; auto is the GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format that the model computes in; auto is bf16 or fp16 on a GPU, fp32 on a CPU."""
+    size: Annotated[str | None, "NAME"] = None
+    """The model's size, if the weights do not tell."""
 
-    check_device(device)
-    return load_on_device(weights, size=size, device=device)
+    def load(self, weights: str) -> "tuple[CoCa, Processor]":
+        """Load a model.
+
+        Raises: WeightsError, ValueError: as `contracap.load` does.
+        """
+        from contracap.pretrained import load
+
+        return load(weights, size=self.size, device=self.device, precision=self.precision)
+
+
+Model = Annotated[ModelFlags, Flags]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import say, try_write
-from contracap.cli.options import ResultFile, Size, check_outputs, command_line, load_model
+from contracap.cli.options import Model, ModelFlags, ResultFile, check_outputs, command_line
 from contracap.evaluation.metrics.scores import ONE_IMAGE
 from contracap.evaluation.metrics.spice import MEMORY
 from contracap.evaluation.metrics.tokens import TokenizerName
@@ -49,15 +49,17 @@ def score(
     /,
     *,
     config: Annotated[ScoreConfig, Flags] = ScoreConfig(),
-    size: Size = None,
+    model_flags: Model = ModelFlags(),
     json: ResultFile = None,
 ) -> int:
     """Score captions against those that people wrote: BLEU, ROUGE_L, CIDEr, METEOR and SPICE."""
     from contracap.evaluation.metrics.scores import CaptionScorer
     from contracap.evaluation.result import Result
 
-    if config.clipscore is None and (config.images is not None or size is not None):
-        raise ValueError("--images and --size belong to the model of --clipscore: name it, or leave them out")
+    if config.clipscore is None and (config.images is not None or model_flags != ModelFlags()):
+        raise ValueError(
+            "--images, --size, --device and --precision belong to the model of --clipscore: name it, or leave them out"
+        )
     check_outputs([file, config.references, config.clipscore], json=json)
     scorer = CaptionScorer(
         metrics=config.metrics,
@@ -67,7 +69,7 @@ def score(
     )
     entries = _read_entries(file, config.references)
     captions, predictions = [entry.captions for entry in entries], [entry.prediction for entry in entries]
-    clipscores = _clipscores(entries, config, size)  # first: an image may be damaged
+    clipscores = _clipscores(entries, config, model_flags)  # first: an image may be damaged
     scores = scorer.score(captions, predictions, domains=[entry.domain for entry in entries])
     if clipscores is not None:
         scores.add_clipscore(*clipscores, model=str(config.clipscore))
@@ -98,7 +100,7 @@ def _read_entries(file: Path, references: Path | None) -> "list[Prediction]":
 
 
 def _clipscores(
-    entries: "Sequence[Prediction]", config: ScoreConfig, size: str | None
+    entries: "Sequence[Prediction]", config: ScoreConfig, model_flags: ModelFlags
 ) -> tuple[list[float], list[float]] | None:
     """Return CLIPScore and RefCLIPScore of each entry; None if nobody asked for them."""
     if config.clipscore is None:
@@ -106,7 +108,7 @@ def _clipscores(
     from contracap.evaluation.metrics.clipscore import ClipScorer
 
     images = _image_paths(entries, config.images)
-    judge = ClipScorer(*load_model(config.clipscore, size), name=config.clipscore)
+    judge = ClipScorer(*model_flags.load(config.clipscore), name=config.clipscore)
     return judge.score(images, [entry.prediction for entry in entries], [entry.captions for entry in entries])
 
 

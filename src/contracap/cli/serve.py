@@ -11,7 +11,7 @@ from typing import Annotated
 from contracap.apps.serve.batching import BatchingConfig
 from contracap.apps.serve.config import AccessConfig, LimitsConfig
 from contracap.cli.flags import Flags, arg
-from contracap.cli.options import Device, Settings, Size, StrategyName, WeightsName, keep_few_kernels, load_model
+from contracap.cli.options import Model, ModelFlags, Settings, StrategyName, WeightsName, keep_few_kernels
 
 API_KEY = "CONTRACAP_API_KEY"
 logger = logging.getLogger(__name__)
@@ -29,8 +29,7 @@ def serve(
     batching: Annotated[BatchingConfig, Flags] = BatchingConfig(),
     limits: Annotated[LimitsConfig, Flags] = LimitsConfig(),
     access: Annotated[AccessConfig, Flags] = AccessConfig(),
-    device: Device = None,
-    size: Size = None,
+    model_flags: Model = ModelFlags(),
 ) -> None:
     """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
     keep_few_kernels()
@@ -49,7 +48,7 @@ def serve(
     with bind(host, port) as listener:
         if access.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             logger.warning(f"whoever reaches {format_url(listener)} can use it: give --api-key KEY or set {API_KEY}")
-        model = load_model(weights, size, device=device)
+        model = model_flags.load(weights)
         app = build_app(*model, default=default, batching=batching, limits=limits, access=access)
         longest = 2 * limits.timeout_s + HEAD_SECONDS
         greeting = f"serving {weights} at {format_url(listener)} (docs at {format_url(listener)}/docs); Ctrl-C ends it"

@@ -129,7 +129,7 @@ class AnswerChooser:
         by_length = torch.tensor(sorted(range(len(tokens)), key=lambda number: len(tokens[number])))
         found = torch.empty(len(questions), len(tokens))
         with evaluating(model):
-            _, caption_tokens = model.encode_caption_tokens(pixels.to(model.device, model.dtype))
+            _, caption_tokens = model.encode_caption_tokens(pixels.to(model.device))
             projected = decoder.project(caption_tokens)
             for group in _group_by_length(questions, most=max(1, ROWS // len(tokens))):
                 images = torch.tensor([questions[index].image for index in group], device=model.device)

@@ -137,7 +137,7 @@ def image_pixels(samples: Sequence[Sample], processor: Processor) -> Float32[Ten
 
 def embed_images(model: CoCa, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch embed"]:
     """Return the embeddings of one batch of images: unit rows on the model's device."""
-    return require_finite(model.encode_image(pixels.to(model.device, model.dtype)), "images")
+    return require_finite(model.encode_image(pixels.to(model.device)), "images")
 
 
 def embed_texts(

@@ -111,7 +111,7 @@ def embed_pairs(
 
     def encode(pixels: Tensor) -> Tensor:
         bar.update(len(pixels))
-        return model.encode_image(pixels.to(model.device, model.dtype))
+        return model.encode_image(pixels.to(model.device))
 
     with evaluating(model), progress(samples) as bar:
         images = encode_in_shares(process_group, batches(), lambda batch: image_pixels(batch, processor), encode)

@@ -28,7 +28,7 @@ from contracap.generation.reranking import split_reranking
 from contracap.generation.sampling import Sampling
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
-from contracap.pretrained import load_on_device
+from contracap.pretrained import load
 from contracap.processor import Processor
 
 
@@ -108,7 +108,7 @@ def _bind_task(
 
 
 def _load_judge(weights: str | None) -> ClipScorer | None:
-    return None if weights is None else ClipScorer(*load_on_device(weights), name=weights)
+    return None if weights is None else ClipScorer(*load(weights, precision="fp32"), name=weights)
 
 
 def evaluate(

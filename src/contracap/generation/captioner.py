@@ -143,7 +143,7 @@ class Captioner:
     def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
         """Return the embeddings and caption tokens of normalised images."""
         with evaluating(self.model):
-            return EncodedImages(*self.model.encode_caption_tokens(pixels.to(self.model.device, self.model.dtype)))
+            return EncodedImages(*self.model.encode_caption_tokens(pixels.to(self.model.device)))
 
     @torch.inference_mode()
     def write(

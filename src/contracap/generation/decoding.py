@@ -130,5 +130,5 @@ def _layers_of_a_step(model: CoCa) -> Iterator[OneDNNLinear]:
     """Yield the linear layers that a step reads: those of the text side, except the projections of caption tokens."""
     for part in (model.text.blocks, model.require_decoder()):
         for name, layer in part.named_modules():
-            if isinstance(layer, OneDNNLinear) and name.rpartition(".")[2] != "key_value":
+            if type(layer) is OneDNNLinear and name.rpartition(".")[2] != "key_value":
                 yield layer

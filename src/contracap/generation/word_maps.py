@@ -39,7 +39,7 @@ def attention_map(
     ids = torch.tensor([[model.config.text.end - 1, *token_ids]], device=model.device)
     blocks = list(decoder.cross_blocks)
     with evaluating(model), record_outputs(model.vision, *(block.attention.query for block in blocks)) as outputs:
-        model.caption_states(pixels.to(model.device, model.dtype), ids)
+        model.caption_states(pixels.to(model.device), ids)
         image_tokens, *queries = outputs
         caption_tokens = model.pooler.caption_tokens(image_tokens)
     layers = [

@@ -114,7 +114,13 @@ class CoCaOutput:
 
 class CoCa(nn.Module):
     """A contrastive captioner on one device. Source: CoCa (arXiv 2205.01917), laid out as the released open_clip
-    models."""
+    models.
+
+    Attributes:
+        precision: in which it computes, as in `pretrained.devices`.
+    """
+
+    precision = "fp32"
 
     def __init__(self, config: CoCaConfig):
         super().__init__()
@@ -142,11 +148,6 @@ class CoCa(nn.Module):
     def device(self) -> torch.device:
         """The device of the parameters."""
         return self.logit_scale.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of the parameters."""
-        return self.logit_scale.dtype
 
     def forward(
         self,

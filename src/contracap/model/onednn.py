@@ -42,6 +42,31 @@ class OneDNNLinear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def use_bf16(layers: Iterable[nn.Module]) -> None:
+    """Let the linear layers that `use_onednn` changed multiply in bf16, without gradients.
+
+    They keep a packed copy of their weights as these are now, half as large. All other numbers stay float32.
+    """
+    for layer in layers:
+        if type(layer) is OneDNNLinear:
+            layer.__class__ = BFloat16Linear
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16(), ROWS)
+
+
+class BFloat16Linear(OneDNNLinear):
+    """`torch.nn.Linear` that multiplies in bf16 and adds up in float32.
+
+    Attributes:
+        packed: a copy of the weight in bf16, in the layout that oneDNN reads fastest.
+    """
+
+    def forward(self, input: Float[Tensor, "*rows in_features"]) -> Float[Tensor, "*rows out_features"]:
+        if self.packed is None or not _computes_plainly():
+            return linear(input, self.weight, self.bias)
+        output = _product(input.bfloat16(), self.packed, None, "none", [], "").float()
+        return output if self.bias is None else output.add_(self.bias)
+
+
 class PackedWeights:
     """Packed copies of the weights of linear layers, for many passes over few rows, whose time is that of reading
     weights."""

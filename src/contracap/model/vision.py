@@ -96,7 +96,7 @@ class VisionEncoder(nn.Module):
                 "resize them, as its processor does"
             )
         patches = rearrange(
-            images,
+            images.to(self.class_token.dtype),
             "batch channel (row height) (column width) -> batch (row column) (channel height width)",
             height=self.config.patch_size,
             width=self.config.patch_size,

@@ -8,6 +8,7 @@ from contracap.images import ImageConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.onednn import use_onednn
 from contracap.model.sizes import SIZES, find_size
+from contracap.pretrained.devices import Precision, find_device, place
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.weights import name_errors, read_weights, write_weights
 from contracap.processor import Processor
@@ -15,9 +16,15 @@ from contracap.tokenizer import Tokenizer
 
 
 def load(
-    name: str | Path, *, weights: str | Path | None = None, seed: int | None = None, size: str | None = None
+    name: str | Path,
+    *,
+    weights: str | Path | None = None,
+    seed: int | None = None,
+    size: str | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
 ) -> tuple[CoCa, Processor]:
-    """Return a model in evaluation mode, float32 on the CPU, and its processor.
+    """Return a model in evaluation mode and its processor.
 
     Args:
         name: a size of the table, which then needs `weights`; or what holds weights: a file (safetensors, or a
@@ -26,10 +33,14 @@ def load(
         weights: for a size: the same choice, or "random".
         seed: for random weights; 0 when left out.
         size: for a file that does not say its size and fits none of the table's.
+        device: a device of torch, such as `cpu` or `cuda:1`; `auto` is the GPU if there is one.
+        precision: `fp32`, `bf16` or `fp16`; `auto` is bf16 or fp16 on a GPU, and fp32 on a CPU. To train, take `fp32`.
 
     Raises:
         WeightsError: nothing there, another kind of file, or keys that are missing, extra or misshapen, by name.
+        ValueError: if there is no such device, or it does not compute in this precision.
     """
+    chosen = find_device(device)
     if str(name) in SIZES:
         if size is not None:
             raise WeightsError(f"size= is for weights that do not tell their size, and {name} is a size: remove size=")
@@ -39,7 +50,8 @@ def load(
                 "or weights='random' for a model that knows nothing"
             )
         if weights == "random":
-            return random_model(find_size(str(name)), seed=seed or 0)
+            model, processor = random_model(find_size(str(name)), seed=seed or 0)
+            return place(model, device=chosen, precision=precision), processor
         name, size = weights, str(name)
     elif weights is not None:
         raise WeightsError(f"weights= goes with a size, and {str(name)!r} is none; the sizes are {', '.join(SIZES)}")
@@ -53,23 +65,7 @@ def load(
     model.load_state_dict(found.state, assign=True)
     model.float()
     use_onednn(model)
-    return model.eval().requires_grad_(True), processor
-
-
-def load_on_device(name: str | Path, *, size: str | None = None, device: str | None = None) -> tuple[CoCa, Processor]:
-    """Load as `load` does, and put the model on a device, by default the GPU if there is one."""
-    model, processor = load(name, size=size)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
-
-
-def check_device(name: str | None) -> None:
-    """Raises: ValueError: if there is no such device here."""
-    if name is not None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError):
-            devices = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-            raise ValueError(f"there is no device {name!r} here: use {' or '.join(devices)}") from None
+    return place(model.eval().requires_grad_(True), device=chosen, precision=precision), processor
 
 
 def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:

@@ -12,6 +12,7 @@ from contracap.data.shards import list_shards
 from contracap.model.compiling import require_compiler
 from contracap.parallel import ParallelError
 from contracap.pretrained import find_weights
+from contracap.pretrained.devices import multiplies_bf16
 from contracap.pretrained.find import is_of_hub
 from contracap.training.checkpoint import CheckpointError
 from contracap.training.recipe import RECIPE_FILE, Precision, Recipe, load_recipe, with_absolute_paths
@@ -105,11 +106,7 @@ def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf
     does not takes 20 to 400 times as long (docs/performance.md)."""
     if wanted != "auto":
         return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch: fp32
-    multiplies = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is ARM's
-    return "bf16" if multiplies and torch.backends.mkldnn.is_available() else "fp32"
+    return "bf16" if multiplies_bf16(device) else "fp32"
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -222,7 +222,7 @@ def _resumed_model(recipe: Recipe, checkpoint: Path) -> tuple[CoCa, ImageConfig]
     if before is not None and before.steps != recipe.steps:
         logger.info("steps was %s and is now %s: the schedule is stretched", before.steps, recipe.steps)
     try:
-        model, processor = load(checkpoint)
+        model, processor = load(checkpoint, device="cpu", precision="fp32")
     except WeightsError as error:
         raise CheckpointError(f"{error}{_older_checkpoints(checkpoint)}") from None
     return model, processor.image_config

@@ -18,6 +18,7 @@ from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
 from contracap.model.coca import CoCa
+from contracap.pretrained.devices import find_device, place
 from contracap.processor import Processor
 from contracap.progress import logging_on, progress_bar
 
@@ -150,7 +151,8 @@ class Worker:
 
         torch.set_num_threads(self._placing.cores)
         model, processor = ray.get(self._job.contents)
-        model = model.to("cuda" if self._placing.gpus else "cpu")
+        device = find_device("cuda" if self._placing.gpus else "cpu")
+        model = place(model, device=device, precision=self._job.config.precision)
         return PartWriter(self._job.config, model, processor, metadata=self._job.metadata, threads=self._placing.cores)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

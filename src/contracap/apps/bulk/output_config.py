@@ -28,7 +28,12 @@ class OutputConfigError(ValueError):
 def caption_config(strategy: Strategy | None, prompt: str, model: CoCa, processor: Processor) -> dict[str, Any]:
     """Return all that the text of a caption depends on."""
     named = strategy and {"name": type(strategy).__name__, **to_dict(strategy)}
-    return {"weights_sha256": _digest(model, processor), "strategy": named, "prompt": prompt}
+    return {
+        "weights_sha256": _digest(model, processor),
+        "precision": model.precision,
+        "strategy": named,
+        "prompt": prompt,
+    }
 
 
 def describe_run(weights: str, model: CoCa, processor: Processor) -> dict[str, Any]:

@@ -31,9 +31,10 @@ from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.images import normalise
 from contracap.model.coca import CoCa
+from contracap.pretrained.devices import Precision
 from contracap.processor import Processor
 
-Precision = Literal["float32", "float16"]
+DType = Literal["float32", "float16"]
 
 NAMED = 3  # images that cannot be read, for each shard
 METADATA_KEY = "contracap"  # of the parquet schema, as of our weights files
@@ -47,12 +48,14 @@ class BulkConfig:
         strategy: how captions are written; None: there are none.
         prompt: how each caption begins.
         embedding: how embeddings are stored; None: there are none.
+        precision: in which the models compute, as in `contracap.load`.
         batch_size: images at a time; it decides speed and memory.
     """
 
     strategy: Strategy | None = None
     prompt: str = ""
-    embedding: Precision | None = None
+    embedding: DType | None = None
+    precision: Precision = "auto"
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ def part_name(shard: str) -> str:
 def part_config(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
     """Return all that the content of a part depends on besides its shard, ready for JSON."""
     chosen = caption_config(config.strategy, config.prompt, model, processor)
-    return {**chosen, "embedding": config.embedding}
+    return {**chosen, "precision": config.precision, "embedding": config.embedding}
 
 
 class PartWriter:

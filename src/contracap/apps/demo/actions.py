@@ -108,7 +108,7 @@ class Actions:
     def embed(self, pixels: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image embed"]:
         """Contrastive embeddings, unit rows, where the model is."""
         with self._one_at_a_time, evaluating(self.model):
-            return require_finite(self.model.encode_image(pixels.to(self.model.logit_scale)), "images")
+            return require_finite(self.model.encode_image(pixels.to(self.model.device)), "images")
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> Float[Tensor, "embed"]:

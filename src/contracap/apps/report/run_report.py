@@ -23,7 +23,7 @@ from contracap.evaluation.result import RESULTS_FILE, Evaluator, unexpected
 from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.task import build_evaluator
 from contracap.files import read_regular, write_text
-from contracap.pretrained import load_on_device
+from contracap.pretrained import load
 from contracap.processor import Processor
 from contracap.training.checkpoint import CHECKPOINTS, last_checkpoint
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -69,7 +69,7 @@ def write_report(run: Path) -> Path:
 def measure_checkpoint(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
     """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
     validation shards. What fails costs its own figures only."""
-    model, processor = load_on_device(checkpoint)
+    model, processor = load(checkpoint, precision="fp32")
     try:
         evaluators, what = _evaluators(run, recipe, processor)
     except (ValueError, OSError) as error:
