@@ -25,8 +25,8 @@ quickstart: $(INSTALLED) ## train a small model on drawn scenes, and write quick
 test: $(READY) ## run the tests, without the slow ones, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(READY) ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+test-slow: $(READY) ## run the slow tests, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 bench: $(READY) ## speed and memory next to open_clip, clip_benchmark and pycocoevalcap, some hours
 	for name in data train generate zeroshot retrieval score; do $(BIN)/python -m benchmarks $$name --json runs/benchmarks/$$name.json || exit; done

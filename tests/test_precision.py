@@ -12,7 +12,7 @@ from contracap.data.shards import write_shard
 from contracap.generation import BeamSearch, Captioner, Greedy
 from contracap.model.coca import CoCa
 from contracap.model.onednn import HAS_ONEDNN
-from contracap.pretrained.devices import place
+from contracap.pretrained.devices import convert, place
 from contracap.processor import Processor
 
 CPU = torch.device("cpu")
@@ -24,11 +24,9 @@ def in_precision(name: str) -> tuple[CoCa, Processor]:
 
 
 def half() -> CoCa:
-    """A model whose every parameter is bf16, as on a GPU."""
+    """A model whose parameters are bf16, as on a GPU."""
     model, _ = in_precision("fp32")
-    scale = model.logit_scale.detach()
-    model.bfloat16()
-    model.logit_scale.data = scale
+    convert(model, torch.bfloat16)
     return model
 
 

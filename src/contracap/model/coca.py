@@ -263,7 +263,8 @@ class CoCa(nn.Module):
         """Do the work of `prefill` and `decode` on tensors alone, so that it can be compiled."""
         decoder = self.require_decoder()
         states = decoder.next_states(self.text.next_states(ids, step), projected, step)
-        return decoder.vocabulary(states[:, -1:] if step.causal else states).float()
+        states = states[:, -1:] if step.causal else states
+        return decoder.vocabulary(states.to(decoder.vocabulary.weight.dtype)).float()
 
     def only_for_contrastive(self) -> list[str]:
         """Return name prefixes of the parameters that the captioning loss does not reach."""

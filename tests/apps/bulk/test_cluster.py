@@ -100,7 +100,7 @@ def test_a_run_writes_what_captioner_and_model_say_and_lists_what_is_broken(star
     assert done.returncode == 1
     assert out == f"31 of 32 images of 4 shards: {tmp_path / 'out'}\n"
     broken = tmp_path / "more" / "broken.tar"
-    assert complaints.splitlines() == [
+    assert without_progress(complaints) == [
         f"contracap: error: cannot read shard {broken}: invalid header at byte 0",
         f"contracap: error: 1 of 5 shards cannot be read and have no file in {tmp_path / 'out'}",
         f"contracap: error: 1 image of {tmp_path / 'more' / '000.tar'} cannot be read: b",
@@ -318,6 +318,11 @@ def test_workers_share_the_cores_of_the_machines_they_fit(machines, workers, gpu
     assert cores_each(machines, workers, gpus) == cores
 
 
+def without_progress(err: str) -> list[str]:
+    """Lines of an error output, without those that a slow machine prints in the meantime."""
+    return [line for line in err.splitlines() if "images/s" not in line]
+
+
 @pytest.mark.slow
 def test_a_run_that_sigterm_ends_says_what_is_done(start, tmp_path: Path) -> None:
     write_weights(tmp_path / "tiny.safetensors")
@@ -329,6 +334,7 @@ def test_a_run_that_sigterm_ends_says_what_is_done(start, tmp_path: Path) -> Non
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=60)
-    assert (run.returncode, out, err.count("\n")) == (143, "", 1), err
-    assert "of 40 shards are done; the same command continues" in err
+    (line,) = without_progress(err)
+    assert (run.returncode, out) == (143, ""), err
+    assert "of 40 shards are done; the same command continues" in line
     await_end(lambda: session_of(run.pid))
