@@ -81,7 +81,7 @@ def folder_row(run: Run) -> Row:
             return partial(caption_tensors, captioner, tensors), "the peer is ours, too; the same captions"
 
         return compare(
-            f"{SMALL}, folder of {IMAGES} images of {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} beside tensors in memory",
+            f"{SMALL}, folder of {IMAGES} images of {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} compared with tensors in memory",
             run=run,
             ours=partial(caption_folder, captioner, folder),
             checked_peer=checked_peer,

@@ -73,7 +73,7 @@ class Benchmark:
 
     Attributes:
         rows: functions that measure a row, by its name on the command line.
-        samples: number of samples behind the figures.
+        samples: number of samples that were measured.
         cuda: it can run on a GPU.
         cuda_rows: rows that need a GPU.
         machine: further facts of the machine for the result file.

@@ -80,7 +80,7 @@ def time_row(run: Run, *, images: int, peer: Side, share: float = 1.0) -> Row:
         )
 
     return compare(
-        f"recall of {images:,} images x {images * CAPTIONS:,} texts, beside {peer}",
+        f"recall of {images:,} images x {images * CAPTIONS:,} texts, next to {peer}",
         run=run,
         ours=ours,
         checked_peer=checked_peer,
@@ -93,7 +93,7 @@ def time_row(run: Run, *, images: int, peer: Side, share: float = 1.0) -> Row:
 def memory_row(run: Run, *, images: int, peer: Side) -> Row:
     """Memory beyond the embeddings."""
     return compare_memory(
-        f"memory of recall of {images:,} images x {images * CAPTIONS:,} texts, beside {peer}",
+        f"memory of recall of {images:,} images x {images * CAPTIONS:,} texts, next to {peer}",
         ours=partial(in_fresh_process, recall_memory, "ours", images, run.seed),
         peer=partial(in_fresh_process, recall_memory, peer, images, run.seed),
         tolerance=TOLERANCE,

@@ -141,7 +141,7 @@ def accumulation_time_row(run: Run) -> Row:
     ours = Ours(B_32, run)
     accumulated, plain = ours.step(batch, parts=PARTS), partial(plain_step, ours, batch)
     row = compare(
-        f"{B_32} step of {PARTS} parts of {micro}, time beside {PARTS} plain micro-batches of ours",
+        f"{B_32} step of {PARTS} parts of {micro}, time next to {PARTS} plain micro-batches of ours",
         run=run,
         ours=accumulated,
         checked_peer=lambda: (plain, require_equal(accumulated(), plain(), tolerance=tolerance(run))),

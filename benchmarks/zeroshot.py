@@ -93,7 +93,7 @@ def sharing_row(run: Run) -> Row:
         return ours.build_without_sharing, require_equal_weights(ours.build(), ours.build_without_sharing())
 
     return compare(
-        f"{SIZE}, the same beside ours without shared beginnings",
+        f"{SIZE}, the same, next to ours without shared beginnings",
         run=run,
         ours=ours.build,
         checked_peer=checked_peer,

@@ -1,4 +1,4 @@
-"""Image files to RGB pixels, whatever the format; a damaged or hostile file is an `ImageError`."""
+"""Image files of all formats to RGB pixels. A damaged or hostile file is an `ImageError`."""
 
 import math
 import re
@@ -134,7 +134,7 @@ def _jpeg_pixels(data: bytes, name: str) -> np.ndarray | None:
 
 def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
     """Return upright RGB of any image that Pillow reads."""
-    # Damaged files make Pillow raise almost anything; whatever it is, the file cannot be used.
+    # Damaged files make Pillow raise almost any error; the file cannot be used in any case.
     with _silent_pillow():
         try:
             image = source if isinstance(source, Image.Image) else open_image(source)

@@ -87,7 +87,7 @@ def heat_table(corner: str, names: Sequence[str], counts: Sequence[Sequence[int]
 
     Args:
         corner: what the rows are.
-        names: of the rows, and of the columns likewise.
+        names: of the rows, which are also those of the columns.
         counts: row by row.
     """
 

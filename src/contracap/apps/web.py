@@ -117,7 +117,7 @@ class _Connection(H11Protocol):
             min(idle, key=lambda other: other.since).abort()
 
     def abort(self) -> None:
-        """Close it at once, whatever is still to be sent."""
+        """Close it at once, without sending the rest."""
         self.aborted = True
         self.transport.abort()
 

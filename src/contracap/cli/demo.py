@@ -12,7 +12,7 @@ def demo(
     /,
     *,
     host: Annotated[
-        str, arg(help="Address to listen at; 0.0.0.0 is all of them, open to other machines.")
+        str, arg(help="Address to listen at; 0.0.0.0 makes the page reachable from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, arg(help="Port; 0 takes any that is free.")] = 7860,
     pictures: Annotated[

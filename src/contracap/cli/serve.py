@@ -22,7 +22,9 @@ def serve(
     weights: WeightsName,
     /,
     *,
-    host: Annotated[str, arg(help="Address to listen at; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    host: Annotated[
+        str, arg(help="Address to listen at; 0.0.0.0 makes the server reachable from other machines.")
+    ] = "127.0.0.1",
     port: Annotated[int, arg(help="Port; 0 takes any that is free.")] = 8000,
     strategy: StrategyName = "beam",
     settings: Settings = (),

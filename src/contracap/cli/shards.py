@@ -16,7 +16,7 @@ def make(
     out: Annotated[Path, arg(metavar="DIR", help="Folder for the shards, index.json and skipped.jsonl.")],
     kind: Annotated[
         Literal["auto", "folder", "table", "coco", "karpathy", "flickr", "vqa", "imagefolder", "bulk"],
-        arg(help="Kind of the source; auto finds out."),
+        arg(help="Kind of the source; auto detects it."),
     ] = "auto",
     pictures: Annotated[
         Path | None, arg(metavar="DIR", help="Folder of the images, if it is not that of the source.")
@@ -35,7 +35,7 @@ def make(
         arg(metavar="NAME [NAME ...]", help="Columns of captions in a table, if they do not have a usual name."),
     ] = (),
     caption_lines: Annotated[
-        bool, arg(help="Whether each line of a .txt is a caption; otherwise the whole file is one.")
+        bool, arg(help="Read each line of a .txt as a caption, instead of the whole file as one.")
     ] = True,
     shorter_side: Annotated[
         int | None,

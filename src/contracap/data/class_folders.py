@@ -38,7 +38,7 @@ class ClassFolders:
         self.labels = list(range(len(self.names)))
         self.strays = [entry.name for entry in entries if not entry.is_dir()]
         if images := [name for name in self.strays if is_image(path / name)]:
-            raise ValueError(f"{path / images[0]} lies beside the folders of the classes; move it into that of its own")
+            raise ValueError(f"{path / images[0]} is not in the folder of a class; move it into one")
         for name in self.names:
             if not has_image(path / name):
                 raise ValueError(f"{path / name} holds no image; fill or remove the folder of this class")

@@ -20,7 +20,7 @@ class SourceConfig:
     shards: str | tuple[str, ...]
     """Tar shards, or folders of tar shards."""
     weight: float = 1.0
-    """How often the source is drawn from, relative to the others, whatever their sizes."""
+    """How often the source is drawn from, relative to the others; their sizes do not matter."""
     replacement: bool = False
     """Draw whole shards at random, again and again, instead of epochs that contain each sample once."""
 

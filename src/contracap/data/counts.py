@@ -24,7 +24,7 @@ def samples_in(shards: Sequence[str]) -> list[int]:
         IndexFileError: if an index cannot be read, lists a shard that is gone, or gives it another size.
         ShardError: if a remote shard cannot be counted, or none of the shards has a whole sample.
     """
-    files = [shard for shard in shards if not shard.startswith("pipe:")]  # nothing lies next to a command's output
+    files = [shard for shard in shards if not shard.startswith("pipe:")]  # a command's output has no neighbours
     indexes = _read_indexes(files)
     _require_listed_shards(indexes)
     numbers = dict.fromkeys(shards) | {shard: _noted_samples(shard, indexes) for shard in files}

@@ -68,7 +68,7 @@ def find_images(folder: Path, skipped: SkippedFiles | None = None) -> Iterator[P
 
 
 def has_image(folder: Path) -> bool:
-    """Return whether an image lies below a folder.
+    """Return whether an image is below a folder.
 
     Raises: OSError: if the folder cannot be read.
     """

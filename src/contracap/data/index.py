@@ -49,7 +49,7 @@ def read_index(folder: str | Path) -> dict[str, ShardEntry]:
         raise IndexFileError(
             f"{path} is not an index of shards ({reason}); delete it and index the folder again"
         ) from None
-    except Exception as error:  # broken JSON, and whatever fsspec's file systems raise
+    except Exception as error:  # broken JSON, and the errors of all fsspec file systems
         raise IndexFileError(f"cannot read the index {path}: {error or type(error).__name__}") from error
     return {entry.name: entry for entry in entries}
 

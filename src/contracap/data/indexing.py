@@ -73,7 +73,7 @@ def index_folder(folder: str | Path, workers: int = 0, *, out: str | Path | None
     """
     if "://" in str(folder) and out is None:
         raise IndexFileError(
-            f"{folder} is remote: give a local folder for {INDEX_FILE}, and put it beside the shards then"
+            f"{folder} is remote: give a local folder for {INDEX_FILE}, and then copy it to the shards"
         )
     out = Path(out or folder)
     shards, known = list_shards(folder), read_index(out)

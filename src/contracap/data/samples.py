@@ -114,7 +114,7 @@ def _check_key(record: Record) -> None:
         raise SampleError(f"{record.name}: its name points out of the folder", kind="unsafe_path")
     if record.scattered:
         members = ", ".join(sorted(record.members))
-        reason = f"some of its members ({members}) do not lie beside the others: {SORT}"
+        reason = f"some of its members ({members}) are not next to the others: {SORT}"
         raise SampleError(f"{record.name}: {reason}", kind="unsorted")
     if record.repeated:
         raise SampleError(f"{record.name}: an earlier sample of the shard has this key", kind="duplicate_key")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Task = Literal["retrieval", "captioning", "zeroshot", "vqa"]
 Shards = str | tuple[str, ...]
 
-# The fields that each task takes, besides `task` and `data`
+# The fields that each task takes, in addition to `task` and `data`
 TASK_FIELDS: dict[Task, tuple[str, ...]] = {
     "retrieval": ("caption_lines",),
     "captioning": (
@@ -151,7 +151,7 @@ class SampleCaptionsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Evaluation during training, besides the losses; by default none."""
+    """Evaluation during training, in addition to the losses; none by default."""
 
     every: int = 1000
     """Steps between evaluations; there is always one at the end."""

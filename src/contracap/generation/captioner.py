@@ -133,7 +133,7 @@ class Captioner:
         return self.write(self.encode(pixels), strategy, prompt_ids, numbers, before_step) if len(pixels) else []
 
     def check(self, strategy: Strategy, prompt: str = "") -> None:
-        """Raises: ValueError: if this model cannot use the strategy and the prompt, whatever the image."""
+        """Raises: ValueError: if this model cannot use the strategy and the prompt."""
         tokenizer = self.processor.tokenizer
         prompts = _pad_prompts(self._encode_prompts(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
         search_strategy, _ = self._limit(strategy)

@@ -193,7 +193,7 @@ class ForcedPhrases:
         scores[end] = -math.inf
         total = self._total(missing)
         if room - 1 > total:
-            return False  # whatever comes, there will be room
+            return False  # there will always be room
         pieces = self.vocabulary.pieces
         allowed = [token for token in self.next_tokens(text) if self.tokens_needed(text + pieces[token]) <= room - 1]
         allowed_scores = scores[allowed]

@@ -1,4 +1,4 @@
-"""Inputs of attention besides the new tokens: caption tokens, and the keys and values of earlier tokens."""
+"""Inputs of attention other than the new tokens: caption tokens, and the keys and values of earlier tokens."""
 
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """Inputs of the text encoder and decoder in one decoding step, besides the new tokens and the caption tokens.
+    """Inputs of the text encoder and decoder in one decoding step, other than the new tokens and the caption tokens.
 
     Attributes:
         positions: the positions of the new tokens.

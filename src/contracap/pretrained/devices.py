@@ -10,7 +10,7 @@ from contracap.model.onednn import HAS_ONEDNN, use_bf16
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# These stay in fp32. Scores of tokens in bf16 would make many equal: on Flickr8k 17 % of captions change, instead of 4 %.
+# These stay in fp32. In bf16 many scores of tokens would be equal: on Flickr8k, 17 % of captions would change, not 4 %.
 VOCABULARY = "decoder.vocabulary"
 EXACT = ("logit_scale", f"{VOCABULARY}.weight")
 

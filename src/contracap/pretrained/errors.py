@@ -4,7 +4,7 @@ MAX_MESSAGE = 2_000  # characters; names in a file may be of any length
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used. The message is one printable line, whatever text of the file is in it."""
+    """Weights that cannot be used. The message is one printable line, even if it quotes the file."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))

@@ -1,4 +1,4 @@
-"""Named tensors out of a weights file, whatever program wrote it; no code of the file runs."""
+"""Named tensors from the weights files of any program. No code in the file runs."""
 
 import io
 import pickletools
@@ -73,7 +73,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size, found = path.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if found > MAX_UNPACKED * size:
         raise WeightsError(f"{path} has {size} bytes, but its tensors would take {found}: it is not a weights file")
-    # Tensors of a file are views of it, at whatever address they have there; kernels round differently on those.
+    # Tensors of a file are views of it, at any address; kernels round differently on those.
     return {name: tensors.pop(name).detach().clone(memory_format=torch.contiguous_format) for name in list(tensors)}, (
         metadata
     )

@@ -199,7 +199,7 @@ def describe_error(error: BaseException) -> str:
     """Describe an error in one line; if several ranks have one, that of the first."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return describe_error(next(iter(error.failures.values()))[0])
-    if isinstance(error.__context__, OSError):  # torch hides it behind a RuntimeError about positions in a file
+    if isinstance(error.__context__, OSError):  # torch hides it in a RuntimeError about positions in a file
         return describe_error(error.__context__)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

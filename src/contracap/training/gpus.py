@@ -12,7 +12,7 @@ class Gpu:
         bf16, fp32: dense multiplications and additions a second, on tensor cores and without them.
         bandwidth: of its memory, in bytes a second.
         link: bytes a second that it sends to another machine's GPU: an assumption, since clusters differ.
-        local_link: likewise to a GPU of its own machine.
+        local_link: the same, to a GPU of its own machine.
     """
 
     memory: float

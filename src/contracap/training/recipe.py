@@ -185,7 +185,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not in_run or "out" in changed:
         return recipe
     if Path(recipe.out).absolute() != folder:
-        logger.info("%s lies in the folder of a run: out is that folder, not %s", path, recipe.out)
+        logger.info("%s is in the folder of a run: out is that folder, not %s", path, recipe.out)
     return replace(recipe, out=str(folder))
 
 

@@ -25,7 +25,7 @@ class RankCounts:
     """Counts of one rank since its last record.
 
     Attributes:
-        seconds: time since the last record, including whatever happened between the steps.
+        seconds: time since the last record, including all that happened between the steps.
         waited: seconds of these in which the loop waited for its next batch.
         tokens: tokens of the texts, start and end included, without padding.
         memory: bytes.

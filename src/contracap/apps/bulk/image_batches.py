@@ -82,7 +82,7 @@ def image_batches(
                 rows.append(future.result())
             except (OSError, ValueError) as error:
                 broken[len(found)] = error
-            except Exception as error:  # of whatever library decodes it: one image must not end the run
+            except Exception as error:  # of any library that decodes: one image must not end the run
                 broken[len(found)] = ValueError(f"{item.name} cannot be read: {type(error).__name__}: {error}")
             found.append(item)
             if batch_size in (len(rows), len(broken)):

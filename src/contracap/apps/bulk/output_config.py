@@ -1,4 +1,4 @@
-"""The configuration that captions depend on besides their images. It is stored with them, so that no other run adds
+"""The configuration that captions depend on, apart from their images. It is stored with them, so that no other run adds
 to them."""
 
 import hashlib

@@ -76,7 +76,7 @@ class Folder:
 
         Args:
             config: what decides the content of the files, ready for JSON.
-            described: what is written beside it for those who read the manifest.
+            described: information for readers, which does not have to match.
 
         Raises: FolderError: as `check`.
         """

@@ -76,7 +76,7 @@ class Output(ABC):
 
 
 def one_line(text: str) -> str:
-    """The text without tabs and whatever else ends a line: a model may write any character."""
+    """Return the text without tabs and line ends: a model may write any character."""
     return " ".join(text.split())
 
 

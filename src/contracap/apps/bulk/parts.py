@@ -108,7 +108,7 @@ def part_name(shard: str) -> str:
 
 
 def part_config(config: BulkConfig, model: CoCa, processor: Processor) -> dict[str, Any]:
-    """Return all that the content of a part depends on besides its shard, ready for JSON."""
+    """Return all that the content of a part depends on, apart from its shard, ready for JSON."""
     chosen = caption_config(config.strategy, config.prompt, model, processor)
     return {**chosen, "precision": config.precision, "embedding": config.embedding}
 
@@ -122,7 +122,7 @@ class PartWriter:
     def __init__(
         self, config: BulkConfig, model: CoCa, processor: Processor, *, metadata: dict[str, Any], threads: int
     ) -> None:
-        """`metadata`: for the schema, ready for JSON. `threads`: those that decode images beside the model's."""
+        """`metadata`: for the schema, ready for JSON. `threads`: number that decode images."""
         self._config, self._model, self._processor, self._threads = config, model, processor, threads
         self._captioner = Captioner(model, processor) if config.strategy is not None else None
         if self._captioner is not None and config.strategy is not None:

@@ -123,7 +123,7 @@ def _no_dashboard() -> Generator[None, None, None]:
 
 @contextmanager
 def _no_stderr() -> Generator[None, None, None]:
-    """Silence stderr, whatever library writes to it."""
+    """Silence stderr, for every library that writes to it."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -27,7 +27,7 @@ class SideCars(Output):
     Args:
         suffix: of the text file, such as ".txt".
         roots: the folders that images are taken from.
-        folder: where the side-cars lie, if not beside the images; below it as the images below their root.
+        folder: folder of the side-cars, if not that of the images; it has the subfolders of the images.
         config: what decides the captions, kept in a hidden file of each folder with side-cars; None: those of any
             may lie together.
     """
@@ -86,7 +86,7 @@ class SideCars(Output):
                 broken.append(error)
                 continue
             if (config_file := self._config_files.get(place.parent)) is not None:
-                config_file.write()  # what lies there is of these settings from now on
+                config_file.write()  # the files there have these settings from now on
                 self._config_files[place.parent] = None
         return broken
 

@@ -1,7 +1,7 @@
 """Files with a row for each caption: written from rows, and read back when a run adds to them.
 
 The columns are `path`, `caption`, `score`, which `contracap shards make` reads too; `metadata.jsonl` has Hugging Face's
-`file_name` and `text`. Embeddings are a column of lists; beside a CSV file `NAME.csv` they are `NAME.csv.npy`, a NumPy
+`file_name` and `text`. Embeddings are a column of lists; next to a CSV file `NAME.csv` they are `NAME.csv.npy`, a NumPy
 file of float32 with a row for each of its rows.
 """
 
@@ -86,7 +86,7 @@ def _values(row: Row) -> dict[str, Any]:
 
 
 def _with_vectors_beside(path: Path, rows: Iterable[Row], count: int, dimensions: int) -> Iterator[Row]:
-    """The rows; when they have gone by, their embeddings are in the file beside `path`."""
+    """Yield the rows; after the last, their embeddings are in the file next to `path`."""
     with replace_file(vectors_beside(path)) as partial, partial.open("wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<f4", "fortran_order": False, "shape": (count, dimensions)}

@@ -32,7 +32,7 @@ class Table(Output):
     blank has none. What is not a regular file, such as /dev/stdout, is never read.
 
     Args:
-        config: what decides the captions, kept in a hidden file beside; None: rows of any may lie together.
+        config: settings that decide the captions, kept in a hidden file next to it; None: rows of any settings may mix.
 
     Raises:
         OSError: if the file cannot be written.
@@ -54,7 +54,7 @@ class Table(Output):
         if not self._is_stream:
             require_writable(path.parent)
         elif kind == "csv" and embed:
-            raise ValueError(f"{path} has no file beside it for embeddings, as csv needs: take jsonl, or a file")
+            raise ValueError(f"{path} has no file next to it for embeddings, as csv needs: take jsonl, or a file")
         if self._is_stream:
             self.resumption = "the same command starts again"
         elif existing == "overwrite":
@@ -107,7 +107,7 @@ class Table(Output):
         if self._config_file is not None and rows:  # the captions are of these settings from now on
             self._config_file.write()
             self._config_file = None
-        self._grown = self._grown or bool(rows)  # first: whatever ends the next line may end it after a commit
+        self._grown = self._grown or bool(rows)  # first: what interrupts the next line may do so after a commit
         there = self._journal.add(replace(row, path=self._stored_name(item)) for item, row in rows)
         self.added += len(rows) - len(there)
         self.repeated += sum(self._journal.number(row.path) > self._last_before for row in there)

@@ -27,8 +27,8 @@ class ComparisonRow:
         a, b, gap: the first system's, the second's, and their difference; None if it is missing in any run.
         gaps: of each pair of runs.
         low, high: of the gap's interval; None for a figure that is not a mean over samples.
-        p, p_holm: of the paired test, alone and corrected for all figures that were tested; None likewise, and where
-            there are several runs: the test knows nothing of how far runs differ.
+        p, p_holm: of the paired test, alone and corrected for all figures that were tested. None in the same case, and
+            for several runs, because the test does not know how far runs differ.
         reason: why there is no gap, or no interval.
     """
 

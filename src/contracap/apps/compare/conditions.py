@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from contracap.evaluation.class_names import main_name
 from contracap.evaluation.result import Result
 
-MEASURED_BY = {"tokenizer": "the tokenizer", "clipscore_model": "the model behind CLIPScore"}
+MEASURED_BY = {"tokenizer": "the tokenizer", "clipscore_model": "the model of CLIPScore"}
 ASKED_BY = {  # keys of a task that change its figures
     "data": "the data",
     "classes": "the set of classes",

@@ -20,7 +20,7 @@ from contracap.apps.demo.strategy_settings import Amount
 from contracap.apps.demo.uploads import Uploads
 
 IMAGE_HEIGHT, FILES_HEIGHT = 320, 160  # pixels
-# What the browser may send for an input beside None and uploads; nothing for an input that is not here.
+# Values that the browser may send for an input, other than None and uploads. An input that is not listed takes none.
 PLAIN: Mapping[str, type | tuple[type, ...]] = {
     "textbox": str,
     "dropdown": str,

@@ -88,7 +88,7 @@ def _feed_forward_share(config: CoCaConfig) -> float:
 
 
 def _decoder(config: CoCaConfig, tokens: Tokens, product: int) -> tuple[list[_Stack], list[float]]:
-    """Return the decoder's blocks, and the bytes of whatever else it keeps; nothing where it does not run."""
+    """Return the decoder's blocks, and the bytes of all else that it keeps; nothing if it does not run."""
     if config.decoder is None or not tokens.decoder:
         return [], []
     rows, columns, width, decoder = tokens.decoder, tokens.decoder_columns, config.text.width, config.decoder
@@ -133,7 +133,7 @@ def _pooler(config: CoCaConfig, tokens: Tokens, product: int) -> float:
     embed, kind, width = config.embed_dim, config.pooler.kind, config.vision.width
     if kind in ("mean", "mean_of_patches"):
         return _norm(1.0, width) + (1 + tokens.memory) * width * product
-    total = 0.0 if kind == "shared" else _norm(tokens.image, width)  # a norm of their own, before whatever pools
+    total = 0.0 if kind == "shared" else _norm(tokens.image, width)  # a norm of their own, before the pooling
     for pool in tokens.pools:
         total += _norm(pool.memory, pool.memory_width) + pool.memory * pool.memory_width * product
         total += pool.queries * (3 * embed * product + config.pooler.heads * EXACT)

@@ -13,7 +13,7 @@ from contracap.training.recipe import Recipe
 
 EXACT = 4  # bytes of a float32 number: weights, gradients, moments, the residual stream, what norms read
 MOMENTS = 2  # that AdamW keeps of each parameter
-WEIGHTS_ENTRY, OPTIMIZER_ENTRY = 110, 5850  # bytes beside each parameter's numbers in a checkpoint's files, measured
+WEIGHTS_ENTRY, OPTIMIZER_ENTRY = 110, 5850  # bytes in addition to each parameter's numbers in a checkpoint, measured
 
 
 def planned_model(recipe: Recipe) -> CoCa:

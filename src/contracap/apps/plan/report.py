@@ -21,8 +21,8 @@ class Plan:
         samples: of the whole run.
         parameters: by part.
         flops: operations of a sample's forward pass by part, at the mean length of the texts.
-        training_flops: likewise of forward and backward pass.
-        padded_flops, padded_training_flops: likewise with texts that fill the context.
+        training_flops: the same, of forward and backward pass.
+        padded_flops, padded_training_flops: the same with texts that fill the context.
         memory: bytes on each GPU by part.
         seconds: of a step by what they go to.
         collectives: of a step.
@@ -77,7 +77,7 @@ class Plan:
         return "\n".join(lines)
 
     def result(self, command: str) -> Result:
-        """The file of the plan: its figures, and beside them all that they were made of."""
+        """Return the content of the plan's file: its figures, and what they were computed from."""
         parts = asdict(self)
         for part, each in zip(parts["collectives"], self.collectives, strict=True):
             part["sent"] = each.sent

@@ -12,7 +12,7 @@ from contracap.training.flops import TextLengths
 def caption_texts(data: DataConfig, context: int) -> TextLengths | None:
     """Return the lengths in the indexes next to local shards, cut to the context; None if there is no index.
 
-    They are counted in tokens of CLIP's tokenizer, and all captions alike, whatever the weights of a mixture.
+    They are counted in tokens of CLIP's tokenizer, and all captions count the same, also in a weighted mixture.
 
     Raises: IndexFileError: if an index cannot be read.
     """

@@ -23,9 +23,9 @@ class BatchingConfig:
     """Size of the batches, and how long a request waits for others."""
 
     max_batch: int = 16
-    """Images or texts that go through the model together, at most."""
+    """Largest number of images or texts in a batch."""
     max_wait_ms: float = 5.0
-    """Milliseconds that a request waits for others while the model is idle."""
+    """Longest time in milliseconds that a request waits for others while the model is idle."""
 
     def __post_init__(self) -> None:
         require_count("max_batch", self.max_batch, 1, "images that go through the model together", most=4096)

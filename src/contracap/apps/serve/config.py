@@ -10,11 +10,11 @@ class LimitsConfig:
     """Limits of a request."""
 
     max_body_mib: float = 20.0
-    """MiB of a request's body."""
+    """Largest request body, in MiB."""
     timeout_s: float = 60.0
-    """Seconds that reading a body may take, and then answering it."""
+    """Longest time in seconds to read a body, and again to answer it."""
     max_requests: int = 128
-    """Requests under way at once, uploads included; others are told to come again."""
+    """Requests in progress at once, uploads included. Others are answered with status 503."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_body_mib <= 4096:
