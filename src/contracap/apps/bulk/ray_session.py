@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -56,14 +56,17 @@ def ray_session(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         options["_temp_dir"] = ending.enter_context(session_folder())
     ends = signal.getsignal(signal.SIGTERM)
     try:
-        with _no_stderr(), _no_dashboard():  # stderr: its C++ part says there how much it will say
+        with _no_stderr(), _parts_left_out():  # stderr: its C++ part says there how much it will say
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        ending.close()
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         where = f"join the cluster at {cluster.address}" if cluster.address else "start Ray"
         ending.close()
         raise BulkError(f"cannot {where}: {error}") from None
-    if callable(ends):  # what SIGTERM does here, as Ctrl-C, instead of Ray's own way out, which says nothing
-        signal.signal(signal.SIGTERM, ends)
+    signal.signal(signal.SIGTERM, ends)  # Ray's C++ part has taken it, too
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
     said = io.StringIO()  # that workers died; not worth a word where the run ends with an error of its own
     with ending, redirect_stdout(said):
@@ -108,17 +111,31 @@ def session_folder() -> Generator[str, None, None]:
 
 
 @contextmanager
-def _no_dashboard() -> Generator[None, None, None]:
-    """Start Ray without the process of its dashboard. Without any dashboard it would still ask the metadata servers of
-    AWS, Azure and Google where it runs, though its usage statistics are off."""
-    from ray._private import services
+def _parts_left_out() -> Generator[None, None, None]:
+    """Start Ray without the process of its dashboard, and without its handler of SIGTERM.
 
-    start = services.start_api_server
-    services.start_api_server = lambda *arguments, **named: ("", None)  # pyrefly: ignore[bad-assignment]
+    Without any dashboard it would still ask the metadata servers of AWS, Azure and Google where it runs, though its
+    usage statistics are off. Its handler ends the process without a word, but where it is set, Ray's C++ part has set
+    one of its own.
+    """
+    from ray._private import services, utils
+
+    ends = signal.getsignal(signal.SIGTERM)
+    with (
+        _replaced(services, "start_api_server", lambda *arguments, **named: ("", None)),
+        _replaced(utils, "set_sigterm_handler", lambda handler: signal.signal(signal.SIGTERM, ends)),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Generator[None, None, None]:
+    before = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        services.start_api_server = start
+        setattr(module, name, before)
 
 
 @contextmanager
