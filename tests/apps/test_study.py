@@ -30,7 +30,7 @@ def values_of(shards: Path, out: Path) -> dict:
         "arms": {"coca": BOTH, "clip": CLIP},
         "tasks": {
             "pairs": {"task": "retrieval", "data": str(shards)},
-            "captions": {"task": "captioning", "data": str(shards), "strategy": "greedy"},
+            "captions": {"task": "captioning", "data": str(shards), "strategy": "greedy", "metrics": ["cider"]},
         },
     }
 

@@ -17,6 +17,8 @@ from contracap.training.recipe import Recipe
 from contracap.training.recorder import read_metrics
 from contracap.training.trainer import train
 
+pytestmark = pytest.mark.slow  # minutes of runs on two and four ranks
+
 ROOT = Path(__file__).parents[2]
 KINDS = ("ddp", "fsdp", "hsdp")
 RESUMED = {"one to fsdp": ("one", "fsdp"), "fsdp to hsdp": ("fsdp", "hsdp"), "hsdp to ddp": ("hsdp", "ddp")}
@@ -147,7 +149,6 @@ def test_a_run_goes_on_in_another_way_to_share_the_model(of_two: Runs, one: Path
     assert_done_as_in_one_process(of_two, name, one)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hsdp", "of two"])
 def test_a_run_on_four_ranks_has_the_losses_of_one_process_also_where_it_goes_on_from_two(
     of_four: Runs, one: Path, name: str
@@ -188,13 +189,11 @@ def test_every_rank_says_what_could_not_be_written_and_which_checkpoint_is_good(
     assert not list((of_two.folder / trouble / "checkpoints").glob("*"))
 
 
-@pytest.mark.slow
 def test_every_rank_stops_at_a_loss_that_is_not_finite(of_four: Runs) -> None:
     for end in of_four.ends("wild"):
         assert end.startswith("TrainingError: step ") and "nan" in end
 
 
-@pytest.mark.slow
 def test_frozen_parts_stay_and_bf16_is_near_when_the_model_is_shared_out(of_four: Runs, one: Path) -> None:
     assert of_four.ends("captions") == of_four.ends("bf16") == ["done"] * 4
     first, trained = (
