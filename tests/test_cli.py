@@ -432,7 +432,7 @@ def test_everything_named_by_the_package_is_there() -> None:
     [
         ("caption W x --format sidecar --ext .foo", ("'.txt'", "'.caption'")),
         ("caption W x --format xml", ("'sidecar'", "'jsonl'", "'csv'", "'parquet'", "'metadata'")),
-        ("bulk caption W x --out o --embed --precision int8", ("'float32'", "'float16'")),
+        ("bulk caption W x --out o --embed --dtype int8", ("'float32'", "'float16'")),
         ("score x --tokenizer y", ("'java'", "'python'")),
         ("evaluate W --task None", ("'retrieval'", "'captioning'", "'zeroshot'", "'vqa'")),
     ],

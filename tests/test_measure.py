@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from contracap.cli import main
-from contracap.cli.options import check_outputs, load_model
+from contracap.cli.options import ModelFlags, check_outputs
 from contracap.data.shards import write_shard
 from tests.evaluation.programs import refusing, stand_in
 from tests.evaluation.worlds import COLOURS, record
@@ -38,11 +38,13 @@ def test_captions_are_kept_as_score_reads_them_with_the_same_figures(weights, sh
 def folder_later(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Once the weights are read, a folder stands where a file was to be written."""
 
-    def load(*given, **more):
-        path.mkdir()
-        return load_model(*given, **more)
+    load = ModelFlags.load
 
-    monkeypatch.setattr("contracap.cli.measure.load_model", load)
+    def load_later(flags: ModelFlags, weights: str):
+        path.mkdir()
+        return load(flags, weights)
+
+    monkeypatch.setattr(ModelFlags, "load", load_later)
 
 
 def test_captions_are_kept_where_a_metric_fails(weights, shards, tmp_path: Path, monkeypatch, capsys) -> None:

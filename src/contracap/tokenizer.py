@@ -63,7 +63,7 @@ _WORD = regex.compile(
 )
 _ASCII_WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")
 MAX_CHARACTERS = 2**16  # of a text that `encode` looks at
-MAX_ROW_CHARACTERS = 4096  # that are looked at to fill a row, or with a long context so many for each of its tokens:
+MAX_ROW_CHARACTERS = 4096  # read to fill a row. With a long context it is this many characters for each token:
 MAX_TOKEN_CHARACTERS = 64
 MAX_WORDS, LONGEST_WORD = 2**16, 64  # whose ids are remembered: some tens of megabytes at most
 

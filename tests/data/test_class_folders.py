@@ -62,7 +62,7 @@ def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch) -> None:
 
 def test_a_picture_beside_the_folders_is_refused(tmp_path) -> None:
     make(tmp_path, "cat/1.jpg", "2.jpg")
-    with pytest.raises(ValueError, match=r"2\.jpg lies beside the folders of the classes"):
+    with pytest.raises(ValueError, match=r"2\.jpg is not in the folder of a class"):
         class_folders(tmp_path)
 
 

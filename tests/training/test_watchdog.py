@@ -98,7 +98,7 @@ def stall(step: int = 5, phase: str = STEP, *, waits: bool = True, place: str = 
         ({0: stall(), 1: stall()}, "wait for rank 2, from which there is no word"),
         (
             {0: stall(), 1: stall(place="step.py:3 in backward"), 2: stall()},
-            r"none is behind: rank 1 in the step of step 5, at step\.py:3 in backward; ranks 0, 2 in the step",
+            r"in the same step: rank 1 in the step of step 5, at step\.py:3 in backward; ranks 0, 2 in the step",
         ),
     ],
     ids=["at something of its own", "a step behind", "rank 0 writes", "gone", "inside the step"],

@@ -193,7 +193,7 @@ class BodyTooLargeError(Exception):
 
 
 def limit_body(scope: Scope, receive: Receive, most: int | float) -> Receive:
-    """`receive`, which raises BodyTooLargeError once the body has more than so many bytes, or at once if it says so.
+    """Return a `receive` that raises BodyTooLargeError after `most` bytes, or at once if the body's header says so.
 
     They are counted as they come, so a length that is missing or wrong changes nothing.
     """

@@ -20,7 +20,7 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True)
 class Event:
-    """An action every so many steps, and after the last one."""
+    """An action every few steps, and after the last one."""
 
     every: int
     action: Callable[[], None]

@@ -210,7 +210,7 @@ def describe_stalls(stalls: Mapping[int, Stall], count: int) -> str:
     where = "; ".join(
         f"{_listed(ranks)} {place}" for place, ranks in sorted(places.items(), key=lambda item: len(item[1]))
     )
-    return f"all ranks stand still, and none is behind: {where}"
+    return f"all ranks are stuck in the same step: {where}"
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -111,7 +111,7 @@ def test_what_was_measured_by_other_means_is_said(task: str) -> None:
     assert remark.startswith(f"coco: {said}" if task else said)
     assert said in to_markdown(comparison)
     comparison = compare([measured("java", "B")], [measured("java", "L")])
-    assert ["the model behind CLIPScore (B for A" in remark for remark in comparison.remarks] == [True]
+    assert ["the model of CLIPScore (B for A" in remark for remark in comparison.remarks] == [True]
     assert compare([measured("java", "B")], [measured("java", "B")]).remarks == ()
 
 

@@ -233,8 +233,8 @@ def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> Placing:
 
 
 def cores_each(machines: Sequence[tuple[int, float]], workers: int, gpus: float) -> int:
-    """The most cores that so many workers can have each, on machines with so many cores and GPUs; 1 if there is no room
-    for all of them yet."""
+    """Return the largest number of cores for each worker, given the cores and GPUs of each machine; 1 if the workers
+    do not fit yet."""
 
     def room(cores: int) -> int:
         return sum(min(have // cores, int(count / gpus) if gpus else have) for have, count in machines)

@@ -55,9 +55,9 @@ def image_batches(
 ) -> Generator[ImageBatch, None, None]:
     """Batches of `batch_size` usable images, the last perhaps smaller, in the order of the items.
 
-    `workers` threads read ahead by two batches, and so many broken images end a batch, too: memory does not depend on
-    how many items there are. Each second in which an image is waited for, `waiting` is told how many are done and its
-    name, with the time that a URL has; and the name "" when it has come.
+    `workers` threads read two batches ahead. Two batches of broken images end a batch, too, so that memory does not
+    depend on the number of items. Each second in which an image is waited for, `waiting` gets the number that
+    are done and its name, with the time that a URL has; and the name "" when it has come.
     """
     found, rows, broken = list[Item](), list[Tensor](), dict[int, Exception]()
     done = 0

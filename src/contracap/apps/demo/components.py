@@ -4,8 +4,8 @@ Gradio's own open every image before the page's code sees it, so that a broken o
 number out of its bounds. Here `image_files.decode` opens images, which knows their limits. The inputs are changed one
 by one, not by subclasses, for which gradio writes files into the package's folder.
 
-Whatever looks like a file in a value, gradio copies to where the page hands it out, be it an address, any file of the
-server, or one inside a text's value. So `guard` looks at every value first.
+gradio copies everything in a value that looks like a file, or a URL, to where the page hands it out: any file of the
+server. So `guard` checks every value first.
 """
 
 import math

@@ -52,14 +52,14 @@ LENGTHS = (
 )
 RULES = (
     Amount("rules.repetition_penalty", "Repetition penalty (1: none)", 1, 3, 0.05, 1, off=1),
-    Amount("rules.no_repeat_ngram", "No repeated run of so many tokens (0: allowed)", 0, 6, 1, 0, off=0),
+    Amount("rules.no_repeat_ngram", "Tokens of a run that must not repeat (0: none)", 0, 6, 1, 0, off=0),
     Phrases("rules.banned", "Words it must not use"),
     Phrases("rules.forced", "Words it must use"),
 )
 SAMPLING = (
     Amount("temperature", "Temperature", 0.1, 2, 0.05, 1),
-    Amount("top_k", "Top-k: only the likeliest so many tokens (0: all)", 0, 200, 1, 0, off=0),
-    Amount("top_p", "Top-p: only the likeliest tokens of this total (1: all)", 0.05, 1, 0.01, 1, off=1),
+    Amount("top_k", "Top-k: number of likeliest tokens to draw from (0: all)", 0, 200, 1, 0, off=0),
+    Amount("top_p", "Top-p: total probability of the tokens to draw from (1: all)", 0.05, 1, 0.01, 1, off=1),
     Amount("min_p", "Min-p: only tokens of this share of the likeliest (0: all)", 0, 0.9, 0.01, 0, off=0),
     Amount("seed", "Seed", 0, 9999, 1, 0),
 )

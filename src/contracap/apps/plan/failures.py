@@ -27,8 +27,9 @@ class Failures:
 
     @property
     def best_interval(self) -> float:
-        """Seconds between checkpoints that lose the least. Source: J. W. Young, Comm. ACM 17 (1974), for what lies
-        above the time that writing takes."""
+        """Return the seconds between checkpoints that lose the least time; at least the time that writing takes.
+
+        Source: J. W. Young, Comm. ACM 17 (1974)."""
         return max(self.writing, math.sqrt(2 * self.stall * self.between))
 
     def lost_share(self, interval: float) -> float:

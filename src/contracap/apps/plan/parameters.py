@@ -73,7 +73,7 @@ class Shares:
 
     Attributes:
         gpus: all of them.
-        shards: how many hold one copy of what is shared out; each has one of so many equal shares.
+        shards: number of GPUs that hold one copy of the sharded parameters, in equal shares.
         per_machine: GPUs of a machine.
         copied: what every GPU holds whole: all of a model that is not shared out, else what is too small for it.
         root: what stays fetched from the forward pass to the backward pass; nothing where nothing is shared out.

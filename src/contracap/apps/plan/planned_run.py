@@ -82,7 +82,7 @@ class PlannedRun:
         return USABLE * self.gpu.memory
 
     def memory(self, rows: float) -> Mapping[str, float]:
-        """Return the bytes on each GPU by part, with so many samples in a forward pass."""
+        """Return the bytes on each GPU by part, for a number of samples in a forward pass."""
         return memory_parts(self.recipe, self.model, self.shares, self.tokens, rows=rows, product=self.product)
 
     @property

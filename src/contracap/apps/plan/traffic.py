@@ -70,7 +70,7 @@ def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int)
     add("all_gather", "parameters, backward", parts * backward * product, shards, within)
     add("reduce_scatter", "gradients", reduced * EXACT, shards, within)
     add("all_reduce", "gradients", reduced // shards * EXACT, copies, together)
-    # Beside what is shared out, the logit scale's gradient is averaged after each part.
+    # The logit scale is not sharded: its gradient is averaged after each part.
     copied = shares.copied.trained * (parts if shares.blocks else 1)
     add("all_reduce", "gradients", copied * EXACT, gpus, together)
     pairs, width = rows * contrastive * EXACT, 2 * recipe.model_config.embed_dim
