@@ -1,5 +1,6 @@
 """Names of weights to files: a file, a folder, a run, a repository of the hub, or a release."""
 
+import difflib
 import logging
 import re
 from collections.abc import Iterator
@@ -82,9 +83,10 @@ def find_weights(name: str | Path) -> Path:
         return _in_folder(path)
     if repository := RELEASED.get(TAGS.get(str(name), str(name))):
         return _from_hub(repository)
+    near = difflib.get_close_matches(str(name), [*RELEASED, *SIZES], n=1)
     raise WeightsError(
-        f"no weights at {str(name)!r}: neither a file, a folder, '{HUB}organisation/name', a release "
-        f"({', '.join(RELEASED)}) nor a size ({', '.join(SIZES)})"
+        f"no weights at {str(name)!r}: neither a file, a folder, '{HUB}organisation/name', a release nor a size; "
+        + (f"did you mean {near[0]!r}?" if near else "`contracap weights list` shows releases and sizes")
     )
 
 

@@ -81,9 +81,10 @@ def _load_part(model: CoCa, part: str, weights: Weights) -> set[str]:
     ours = {name: tensor for name, tensor in model.state_dict().items() if f"{name}.".startswith(f"{part}.")}
     state = interpolate_positions(weights.state, patches=model.config.vision.patches)
     theirs = {name: state[name] for name in ours if name in state}
-    for names, owner in ((ours, "the model"), (theirs, weights.path)):
+    for names, owner, all_names in ((ours, "the model", model.state_dict()), (theirs, weights.path, state)):
         if not names:
-            raise WeightsError(f"initialise_parts: no weights of {owner} have names that start with {part!r}")
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in all_names))
+            raise WeightsError(f"initialise_parts: {owner} has no weights of {part!r}; its parts are {parts}")
     kind = part.split(".")[0]
     is_clip_text = kind == "text" and weights.model.text.pool == "end_token"  # its end token may become a class token
     _require_same_settings(weights, model.config, SETTINGS.get(kind, ())[: 1 if is_clip_text else None])
