@@ -26,7 +26,8 @@ test: $(READY) ## run the tests, without the slow ones, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(READY) ## run the slow tests, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	$(BIN)/python -m pytest -m slow tests/apps/test_quickstart.py # its targets are for both cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore tests/apps/test_quickstart.py
 
 bench: $(READY) ## speed and memory next to open_clip, clip_benchmark and pycocoevalcap, some hours
 	for name in data train generate zeroshot retrieval score; do $(BIN)/python -m benchmarks $$name --json runs/benchmarks/$$name.json || exit; done
