@@ -1,5 +1,7 @@
 """The device and precision in which a model is used."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from contracap.generation import BeamSearch, Captioner, Greedy
 from contracap.model.coca import CoCa
 from contracap.model.onednn import HAS_ONEDNN
 from contracap.pretrained.devices import convert, place
+from contracap.pretrained.errors import WeightsError
 from contracap.processor import Processor
 
 CPU = torch.device("cpu")
@@ -87,6 +90,24 @@ def test_scores_of_bf16_captions_are_those_of_their_tokens(make, strategy, pixel
 
 
 @needs_onednn
+@torch.no_grad()
+def test_a_model_in_bf16_can_be_copied_and_follows_its_weights(pixels: Tensor) -> None:
+    model, _ = in_precision("bf16")
+    before = model.encode_image(pixels)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(copied.encode_image(pixels), before)
+    other, _ = contracap.load("tiny", weights="random", seed=4, device="cpu", precision="bf16")
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.encode_image(pixels), other.encode_image(pixels))
+
+
+def test_rounded_weights_are_not_saved(tmp_path: Path) -> None:
+    _, processor = in_precision("fp32")
+    with pytest.raises(WeightsError, match="load with precision='fp32'"):
+        contracap.save(tmp_path / "m.safetensors", half(), processor)
+
+
+@needs_onednn
 def test_a_model_in_bf16_is_saved_as_it_was_loaded(tmp_path: Path) -> None:
     model, processor = in_precision("bf16")
     contracap.save(tmp_path / "m.safetensors", model, processor)
@@ -97,7 +118,11 @@ def test_a_model_in_bf16_is_saved_as_it_was_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [({"device": "cuda:77"}, "no device 'cuda:77' here"), ({"precision": "fp16"}, "'fp16' does not work on this CPU")],
+    [
+        ({"device": "cuda:77"}, "no device 'cuda:77' here"),
+        ({"device": "meta"}, "no device 'meta' here"),
+        ({"precision": "fp16"}, "'fp16' does not work on this CPU"),
+    ],
 )
 def test_what_the_machine_cannot_do_is_one_line(asked: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

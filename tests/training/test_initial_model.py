@@ -58,6 +58,8 @@ def test_parts_replace_those_of_the_whole(recipe_values: dict, weights: Path, tm
         ("visoin", {}, "the model has no weights of 'visoin'; its parts are logit_scale, vision"),
         ("decoder", {}, ".*clip.* has no weights of 'decoder'; its parts are"),
         ("vision", {"vision": {"activation": "quick_gelu"}}, 'set model.vision.activation = "gelu"'),
+        ("vision", {"vision": {"layers": 1}}, "has .* weights that the model of the recipe lacks"),
+        ("vision", {"vision": {"heads": 4}}, "set model.vision.heads = 2"),
         ("text", {"text": {"context": 12}}, r"text\..* of .*clip.* is \["),
     ],
 )

@@ -263,7 +263,7 @@ def _require_caption_fields(order: Order) -> None:
     """Check that the caption weights are of fields that samples have. A field that the first samples of every source
     lack may be rare: a warning names it.
 
-    Raises: ValueError: if such a field is nearly spelled like one that they have.
+    Raises: ValueError: if such a field is nearly spelled like one that they have, and that has no weight.
     """
     wanted, found = set(order.captions.weights), set[str]()
     for source in order.sources:
@@ -277,7 +277,7 @@ def _require_caption_fields(order: Order) -> None:
                     return
     if found and (absent := min(wanted - found, default=None)):
         lacking = f"data.captions.weights: the first samples have no field {absent!r}"
-        if near := difflib.get_close_matches(absent, found, n=1):
+        if near := difflib.get_close_matches(absent, found - wanted, n=1):
             raise ValueError(f"{lacking}; did you mean {near[0]!r}?")
         logger.warning(f"{lacking}; those with texts are {', '.join(sorted(found)[:20])}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,26 +46,36 @@ class OneDNNLinear(nn.Linear):
 def use_bf16(layers: Iterable[nn.Module]) -> None:
     """Let the linear layers that `use_onednn` changed multiply in bf16, without gradients.
 
-    They keep a packed copy of their weights as these are now, half as large. All other numbers stay float32.
+    They keep a packed copy of their weights, half as large. All other numbers stay float32.
     """
     for layer in layers:
         if type(layer) is OneDNNLinear:
             layer.__class__ = BFloat16Linear
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16(), ROWS)
 
 
 class BFloat16Linear(OneDNNLinear):
     """`torch.nn.Linear` that multiplies in bf16 and adds up in float32.
 
     Attributes:
-        packed: a copy of the weight in bf16, in the layout that oneDNN reads fastest.
+        packed: a copy of the weight in bf16, in the layout that oneDNN reads fastest. It is made when it is first
+            needed, and again if the weight has changed.
     """
 
+    packed_of: tuple[int, int] | None = None
+
     def forward(self, input: Float[Tensor, "*rows in_features"]) -> Float[Tensor, "*rows out_features"]:
-        if self.packed is None or not _computes_plainly():
+        if not _computes_plainly():
             return linear(input, self.weight, self.bias)
+        state = self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+        if self.packed is None or state != self.packed_of:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().bfloat16(), ROWS)
+            self.packed_of = state
         output = _product(input.bfloat16(), self.packed, None, "none", [], "").float()
         return output if self.bias is None else output.add_(self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes to copy or pickle; torch can do neither with a packed weight."""
+        return {name: value for name, value in vars(self).items() if name not in ("packed", "packed_of")}
 
 
 class PackedWeights:

@@ -25,8 +25,8 @@ def find_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
+        torch.empty(0, device=name).tolist()  # a meta device holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError):
         devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise ValueError(f"there is no device {name!r} here: use {' or '.join(devices)}") from None
     return torch.device(name)

@@ -89,8 +89,12 @@ def save(path: str | Path, model: CoCa, processor: Processor) -> None:
     """Write a model to a `.safetensors` file that `load` reads back, with its configuration. A whole file is
     written, or none.
 
-    Raises: WeightsError: if the name ends otherwise. OSError: if the file cannot be written.
+    Raises:
+        WeightsError: if the name ends otherwise, or the model was loaded in bf16 or fp16 on a GPU.
+        OSError: if the file cannot be written.
     """
     if Path(path).suffix != ".safetensors":
         raise WeightsError(f"{path} must end in .safetensors")
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
+        raise WeightsError(f"the weights are rounded to {model.precision}: to save them, load with precision='fp32'")
     write_weights(Path(path), model=model.config, image=processor.image_config, state=model.state_dict())

@@ -1,5 +1,6 @@
 """The model before its first step: random, from a file of weights, or with parts from other files."""
 
+import json
 import logging
 import re
 from collections.abc import Collection, Iterable
@@ -19,7 +20,12 @@ from contracap.pretrained.weights import Weights
 from contracap.training.recipe import Recipe
 
 # Settings that change what the weights of a part compute, but not their shapes.
-SETTINGS = {"vision": ("vision.activation",), "text": ("text.activation", "text.pool"), "pooler": ("pooler.kind",)}
+SETTINGS = {
+    "vision": ("vision.activation", "vision.heads"),
+    "text": ("text.activation", "text.heads", "text.pool"),
+    "pooler": ("pooler.kind", "pooler.heads"),
+    "decoder": ("text.activation", "decoder.heads"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +59,8 @@ def _load_whole(recipe: Recipe, name: str) -> tuple[CoCa, ImageConfig]:
     trained = weights.model
     if "cls_mask" not in recipe.model.get("text", {}):  # keep the one that the weights were trained with
         wanted = replace(wanted, text=replace(wanted.text, cls_mask=trained.text.cls_mask))
-    _require_same_settings(weights, wanted, [key for keys in SETTINGS.values() for key in keys])
+    keys = [key for keys in SETTINGS.values() for key in keys]
+    _require_same_settings(weights, wanted, [key for key in keys if not key.endswith(".heads")])
     fitted = interpolate_positions(weights.state, patches=wanted.vision.patches)
     try:
         require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
@@ -65,6 +72,7 @@ def _load_whole(recipe: Recipe, name: str) -> tuple[CoCa, ImageConfig]:
                 f"set model.text.context = {trained.text.context}"
             ) from None
         raise WeightsError(f"{weights.path} is not of size {recipe.size}: {error}") from None
+    _require_same_settings(weights, wanted, [key for key in keys if key.endswith(".heads")])
     with torch.device("meta"):
         model = CoCa(wanted)
     model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
@@ -87,7 +95,12 @@ def _load_part(model: CoCa, part: str, weights: Weights) -> set[str]:
             raise WeightsError(f"initialise_parts: {owner} has no weights of {part!r}; its parts are {parts}")
     kind = part.split(".")[0]
     is_clip_text = kind == "text" and weights.model.text.pool == "end_token"  # its end token may become a class token
-    _require_same_settings(weights, model.config, SETTINGS.get(kind, ())[: 1 if is_clip_text else None])
+    _require_same_settings(weights, model.config, SETTINGS.get(kind, ())[: -1 if is_clip_text else None])
+    if lost := [name for name in state if f"{name}.".startswith(f"{part}.") and name not in ours]:
+        raise WeightsError(
+            f"initialise_parts: {part!r} of {weights.path} has {len(lost)} weights that the model of the recipe lacks, "
+            f"such as {lost[0]}"
+        )
     for name, tensor in theirs.items():
         if tensor.shape != ours[name].shape:
             raise WeightsError(
@@ -102,10 +115,13 @@ def _load_part(model: CoCa, part: str, weights: Weights) -> set[str]:
 def _require_same_settings(weights: Weights, wanted: CoCaConfig, keys: Iterable[str]) -> None:
     trained = weights.model
     for key in keys:
+        if trained.decoder is None and key.startswith("decoder."):
+            continue
         before, other = (attrgetter(key)(config) for config in (trained, wanted))
         if before != other:
+            value = json.dumps(before)
             raise WeightsError(
-                f'{weights.path} was trained with {before}, the recipe says {other}: set model.{key} = "{before}"'
+                f"{weights.path} was trained with {key} {before}, the recipe says {other}: set model.{key} = {value}"
             )
     if "text.pool" in keys and trained.text.cls_mask != wanted.text.cls_mask:
         logger.warning(
