@@ -119,14 +119,20 @@ def test_a_model_in_bf16_is_saved_as_it_was_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"device": "cuda:77"}, "no device 'cuda:77' here"),
-        ({"device": "meta"}, "no device 'meta' here"),
+        ({"device": "cuda:77"}, "this machine has no device 'cuda:77'"),
+        ({"device": "meta"}, "this machine has no device 'meta'"),
         ({"precision": "fp16"}, "'fp16' does not work on this CPU"),
     ],
 )
 def test_what_the_machine_cannot_do_is_one_line(asked: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         contracap.load("tiny", weights="random", **{"device": "cpu"} | asked)
+
+
+@needs_onednn
+def test_a_compiled_captioner_is_not_in_bf16_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match="compiled steps compute in fp32"):
+        Captioner(*in_precision("bf16"), compiled=True)
 
 
 def test_auto_on_a_cpu_is_fp32() -> None:

@@ -225,3 +225,10 @@ def test_a_caption_field_that_the_first_samples_lack_is_an_error_with_the_neares
     batches_of(folder, captions=CaptionConfig(weights={"caption": 1.0}))
     with pytest.raises(ValueError, match=r"data\.captions\.weights: .*'captoin'.* 'caption'"):
         batches_of(folder, captions=CaptionConfig(weights={"caption": 0.1, "captoin": 0.9}))
+
+
+def test_a_caption_field_of_some_shards_may_be_named_like_another(tmp_path: Path) -> None:
+    for number, fields in enumerate(({"caption_1": "a"}, {"caption_1": "a", "caption_2": "b"})):
+        records = ((f"{n:03}", {**members(n), "json": json.dumps(fields).encode()}) for n in range(200))
+        write_shard(tmp_path / f"{number}.tar", records)
+    batches_of(tmp_path, captions=CaptionConfig(weights={"caption_1": 1.0, "caption_2": 1.0}))

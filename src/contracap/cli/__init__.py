@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     if (status := interrupted(error)) is None:
                         raise
                     words = str(error) if isinstance(error, KeyboardInterrupt) else ""  # the verb's own, if any
+                    if isinstance(error, OSError):  # such as a full disk, while it cleaned up
+                        words = f"interrupted: {message(error)}"
                     return fail(words or "interrupted", status=status)
         finally:
             verbosity.take([])

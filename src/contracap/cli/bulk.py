@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from contracap.apps.bulk.cluster_config import ClusterConfig
 from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import fail, say
-from contracap.cli.options import Settings, StrategyName, WeightsName
+from contracap.cli.options import Precision, Settings, Size, StrategyName, WeightsName
 from contracap.wording import counted
 
 if TYPE_CHECKING:
@@ -22,11 +22,9 @@ Out = Annotated[
 Cluster = Annotated[ClusterConfig, Flags]
 BatchSize = Annotated[int, arg(help="Images in a batch.")]
 DType = Literal["float32", "float16"]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"],
-    arg(help="Number format that the models compute in; auto is bf16 or fp16 on GPUs, fp32 on CPUs."),
+BulkPrecision = Annotated[
+    Precision, arg(help="Number format that the models compute in; auto is bf16 or fp16 on GPUs, fp32 on CPUs.")
 ]
-Size = Annotated[str | None, arg(metavar="NAME", help="The model's size, if the weights do not tell.")]
 
 
 def caption(
@@ -42,7 +40,7 @@ def caption(
     dtype: Annotated[DType | None, arg(help="Number format of the embeddings; float32 by default.")] = None,
     cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
-    precision: Precision = "auto",
+    precision: BulkPrecision = "auto",
     size: Size = None,
 ) -> int:
     """Write captions of tar shards on one machine or many. The same command continues where it was interrupted."""
@@ -71,7 +69,7 @@ def embed(
     dtype: Annotated[DType, arg(help="Number format of the embeddings.")] = "float32",
     cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
-    precision: Precision = "auto",
+    precision: BulkPrecision = "auto",
     size: Size = None,
 ) -> int:
     """Write embeddings of tar shards on one machine or many. The same command continues where it was interrupted."""

@@ -37,25 +37,26 @@ registry = ConstructorRegistry()
 """The rules by which all verbs turn words of the command line into values."""
 
 
-METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
-KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text"}
+PLAIN: dict[Any, tuple[str, str]] = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "a text")}
+"""Types of values, with their names in the help and in messages."""
 
 
 @registry.primitive_rule
 def _plain_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Read numbers and texts as tyro does, with shorter names in the help."""
-    if wanted.type not in METAVARS:
+    if wanted.type not in PLAIN:
         return None
+    metavar, kind = PLAIN[wanted.type]
 
     def from_words(words: Sequence[str]) -> Any:
         try:
             return wanted.type(words[0])
         except ValueError:
-            raise ValueError(f"{words[0]!r} is not {KINDS[wanted.type]}") from None
+            raise ValueError(f"{words[0]!r} is not {kind}") from None
 
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=METAVARS[wanted.type],
+        metavar=metavar,
         instance_from_str=from_words,
         is_instance=lambda value: isinstance(value, wanted.type | int if wanted.type is float else wanted.type),
         str_from_instance=lambda value: [str(value)],

@@ -32,6 +32,8 @@ WeightsName = Annotated[
 AllowCommands = Annotated[
     FlagCreatePairsOff[bool], arg(help="Run the commands of sources that begin with pipe:, with all your permissions.")
 ]
+Size = Annotated[str | None, arg(metavar="NAME", help="The model's size, if the weights do not tell.")]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # that of `pretrained.devices`, which imports torch
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="File for the result.")]
 StrategyName = Annotated[
     str, arg(metavar="NAME", help="Decoding strategy for captions: greedy, beam, sample, legacy or rerank.")
@@ -103,7 +105,7 @@ class ModelFlags:
 
     device: Annotated[str, "NAME"] = "auto"
     """Where the model computes: cpu, cuda or cuda:1; auto is the GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Number format that the model computes in; auto is bf16 or fp16 on a GPU, fp32 on a CPU."""
     size: Annotated[str | None, "NAME"] = None
     """The model's size, if the weights do not tell."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from contracap.cli.flags import arg
 from contracap.cli.messages import say
-from contracap.cli.options import WeightsName
+from contracap.cli.options import Size, WeightsName
 
 
 def inspect(
@@ -86,7 +86,7 @@ def convert(
         Literal["open_clip", "contracap"] | None,
         arg(help="Layout to write; the default is the one that the file does not have."),
     ] = None,
-    size: Annotated[str | None, arg(metavar="NAME", help="The model's size, if the weights do not tell.")] = None,
+    size: Size = None,
 ) -> None:
     """Write weights in the other layout, bit-equal.
 

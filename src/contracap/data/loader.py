@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from contracap.data.config import DataConfig
 from contracap.data.counts import is_damaged, samples_in
 from contracap.data.loader_workers import run_workers
 from contracap.data.order import WINDOW, Order, OrderError, SampleStream, ShardSet, SkippedSample
-from contracap.data.samples import SAMPLE_SUFFIXES, Sample, SampleError, parse_record, texts_in
+from contracap.data.samples import SAMPLE_SUFFIXES, Record, Sample, SampleError, parse_record, texts_in
 from contracap.data.shards import ShardError, list_shards, read_records, read_samples
 from contracap.data.workers import WorkerError
 from contracap.image_files import decode
@@ -26,7 +26,8 @@ from contracap.images import ImageConfig, resize_and_crop
 from contracap.tokenizer import Tokenizer
 from contracap.wording import counted
 
-FIRST_SAMPLES = 1000  # of each source, in which caption fields are looked for
+LOOKED_AT = 10  # shards of each source, in which caption fields are looked for
+LOOKED_AT_SAMPLES = 100  # of each of these shards
 logger = logging.getLogger(__name__)
 
 
@@ -260,26 +261,29 @@ def _local_bytes(shard: str) -> int | None:
 
 
 def _require_caption_fields(order: Order) -> None:
-    """Check that the caption weights are of fields that samples have. A field that the first samples of every source
-    lack may be rare: a warning names it.
+    """Check that the caption weights are of fields that samples have. A field that is not found may be rare: a warning
+    names it.
 
-    Raises: ValueError: if such a field is nearly spelled like one that they have, and that has no weight.
+    Raises: ValueError: if such a field is nearly spelled like one that is found.
     """
     wanted, found = set(order.captions.weights), set[str]()
-    for source in order.sources:
+    for record in chain.from_iterable(_first_records(source.shards) for source in order.sources):
         if wanted <= found:
             return
+        with suppress(SampleError):
+            found.update(name for name, value in parse_record(record).fields.items() if texts_in(value))
+    for absent in sorted(wanted - found) if found else ():
+        lacking = f"data.captions.weights: none of the first samples has a field {absent!r}"
+        if near := difflib.get_close_matches(absent, found, n=1):
+            raise ValueError(f"{lacking}; did you mean {near[0]!r}? Leave out a field that is rarer")
+        logger.warning("%s; those with texts are %s", lacking, ", ".join(sorted(found)[:20]))
+
+
+def _first_records(shards: Sequence[str]) -> Iterator[Record]:
+    """Yield the first records of up to `LOOKED_AT` shards, spread over all."""
+    for shard in shards[:: -(-len(shards) // LOOKED_AT)]:
         with suppress(ShardError):  # which the order will report
-            for record in islice(read_records(source.shards[0], suffixes=SAMPLE_SUFFIXES), FIRST_SAMPLES):
-                with suppress(SampleError):
-                    found.update(name for name, value in parse_record(record).fields.items() if texts_in(value))
-                if wanted <= found:
-                    return
-    if found and (absent := min(wanted - found, default=None)):
-        lacking = f"data.captions.weights: the first samples have no field {absent!r}"
-        if near := difflib.get_close_matches(absent, found - wanted, n=1):
-            raise ValueError(f"{lacking}; did you mean {near[0]!r}?")
-        logger.warning(f"{lacking}; those with texts are {', '.join(sorted(found)[:20])}")
+            yield from islice(read_records(shard, suffixes=SAMPLE_SUFFIXES), LOOKED_AT_SAMPLES)
 
 
 def evaluation_samples(path: str | Path | Sequence[str | Path], *, lines: bool = True) -> Iterator[Sample]:

@@ -59,7 +59,9 @@ class Captioner:
     Args:
         compiled: as in `DecodingLoop`: faster steps after a slow first batch.
 
-    Raises: ValueError: if the model has no text decoder (a CLIP), or the processor's vocabulary is not the model's.
+    Raises:
+        ValueError: if the model has no text decoder (a CLIP), the processor's vocabulary is not the model's, or a
+            compiled model is in bf16 on a CPU.
     """
 
     def __init__(self, model: CoCa, processor: Processor, *, compiled: bool = False):
@@ -70,6 +72,8 @@ class Captioner:
                 f"the processor's vocabulary has {tokens} tokens, the model's {known}: "
                 "use a model and a processor from the same call of contracap.load"
             )
+        if compiled and model.precision == "bf16" and model.device.type == "cpu":
+            raise ValueError("compiled steps compute in fp32 on a CPU: leave out --precision bf16, or --compiled")
         self.model, self.processor = model, processor
         self.decoding = DecodingLoop(model, compiled=compiled)
 

@@ -21,7 +21,7 @@ from contracap.tokenizer import Lengths
 
 class MammutTextEncoder(TextEncoder):
     """Token embeddings, the stack, and its contrastive pass. The captioning pass, `MammutTextDecoder`, starts from the
-    token embeddings. There is no projection: embeddings are as wide as the stack."""
+    token embeddings. It has no projection: embeddings are as wide as the stack."""
 
     def __init__(self, config: TextConfig, decoder: DecoderConfig):
         super().__init__(config, embed_dim=config.width)

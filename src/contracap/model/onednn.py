@@ -58,7 +58,7 @@ class BFloat16Linear(OneDNNLinear):
 
     Attributes:
         packed: a copy of the weight in bf16, in the layout that oneDNN reads fastest. It is made when it is first
-            needed, and again if the weight has changed.
+            needed, and again if the weight has changed, unless through `weight.data`.
     """
 
     packed_of: tuple[int, int] | None = None

@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 def find_device(name: str = "auto") -> torch.device:
     """Return a device; `auto` is the GPU if there is one, else the CPU.
 
-    Raises: ValueError: if there is no such device here.
+    Raises: ValueError: if this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name).tolist()  # a meta device holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise ValueError(f"there is no device {name!r} here: use {' or '.join(devices)}") from None
+        raise ValueError(f"this machine has no device {name!r}: use {' or '.join(devices)}") from None
     return torch.device(name)
 
 
@@ -41,6 +41,21 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and found and torch.backends.mkldnn.is_available()
 
 
+def find_precision(device: torch.device, wanted: Precision = "auto") -> Precision:
+    """Return the precision that a model computes in; `auto` is resolved as `place` says.
+
+    Raises: ValueError: if the device does not compute in this precision.
+    """
+    if wanted == "auto":
+        return ("bf16" if multiplies_bf16(device) else "fp16") if device.type == "cuda" else "fp32"
+    if wanted != "fp32" and device.type == "cpu":
+        if wanted == "fp16" or not HAS_ONEDNN:
+            raise ValueError(f"precision {wanted!r} does not work on this CPU: use fp32{' or bf16' * HAS_ONEDNN}")
+        if not multiplies_bf16(device):
+            logger.warning("this CPU has no bf16 instructions: fp32 is much faster")
+    return wanted
+
+
 def place(model: CoCa, *, device: torch.device, precision: Precision) -> CoCa:
     """Move a model to a device, in the precision that it will compute in, and return it.
 
@@ -50,13 +65,8 @@ def place(model: CoCa, *, device: torch.device, precision: Precision) -> CoCa:
 
     Raises: ValueError: if the device does not compute in this precision.
     """
-    if precision == "auto":
-        precision = ("bf16" if multiplies_bf16(device) else "fp16") if device.type == "cuda" else "fp32"
-    if precision != "fp32" and device.type == "cpu":
-        if precision == "fp16" or not HAS_ONEDNN:
-            raise ValueError(f"precision {precision!r} does not work on this CPU: use fp32{' or bf16' * HAS_ONEDNN}")
-        if not multiplies_bf16(device):
-            logger.warning("this CPU has no bf16 instructions: fp32 is much faster")
+    precision = find_precision(device, precision)
+    if precision == "bf16" and device.type == "cpu":
         use_bf16(layer for name, layer in model.named_modules() if name != VOCABULARY)
     else:
         convert(model.to(device), DTYPES[precision])

@@ -38,7 +38,7 @@ def load(
 
     Raises:
         WeightsError: nothing there, another kind of file, or keys that are missing, extra or misshapen, by name.
-        ValueError: if there is no such device, or it does not compute in this precision.
+        ValueError: if this machine does not have the device, or the device does not compute in this precision.
     """
     chosen = find_device(device)
     if str(name) in SIZES:

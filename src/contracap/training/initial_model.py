@@ -2,12 +2,13 @@
 
 import json
 import logging
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from operator import attrgetter
 
 import torch
+from torch import Tensor
 
 from contracap.images import ImageConfig
 from contracap.model.coca import CoCa, CoCaConfig
@@ -22,7 +23,7 @@ from contracap.training.recipe import Recipe
 # Settings that change what the weights of a part compute, but not their shapes.
 SETTINGS = {
     "vision": ("vision.activation", "vision.heads"),
-    "text": ("text.activation", "text.heads", "text.pool"),
+    "text": ("text.activation", "text.heads"),
     "pooler": ("pooler.kind", "pooler.heads"),
     "decoder": ("text.activation", "decoder.heads"),
 }
@@ -44,8 +45,9 @@ def initial_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
         model, processor = random_model(recipe.model_config, seed=recipe.seed)
         image, read = processor.image_config, set[str]()
     for part, name in recipe.initialise_parts.items():
+        ours = _select(model.state_dict(), part, owner="the model")  # before weights are downloaded
         weights = read_weights(name, fallback=recipe.model_config)
-        read |= _load_part(model, part, weights)
+        read |= _load_part(ours, part, weights, model.config)
         if part == "vision":
             image = replace(weights.image, size=image.size)
     if recipe.weights:
@@ -59,8 +61,7 @@ def _load_whole(recipe: Recipe, name: str) -> tuple[CoCa, ImageConfig]:
     trained = weights.model
     if "cls_mask" not in recipe.model.get("text", {}):  # keep the one that the weights were trained with
         wanted = replace(wanted, text=replace(wanted.text, cls_mask=trained.text.cls_mask))
-    keys = [key for keys in SETTINGS.values() for key in keys]
-    _require_same_settings(weights, wanted, [key for key in keys if not key.endswith(".heads")])
+    _require_equal(weights, wanted, ["text.pool", "pooler.kind"])  # first, because they decide which weights there are
     fitted = interpolate_positions(weights.state, patches=wanted.vision.patches)
     try:
         require_same_keys(shapes_of(fitted), shapes_of(meta_state(wanted)))
@@ -72,7 +73,7 @@ def _load_whole(recipe: Recipe, name: str) -> tuple[CoCa, ImageConfig]:
                 f"set model.text.context = {trained.text.context}"
             ) from None
         raise WeightsError(f"{weights.path} is not of size {recipe.size}: {error}") from None
-    _require_same_settings(weights, wanted, [key for key in keys if key.endswith(".heads")])
+    _require_same_settings(weights, wanted, SETTINGS)
     with torch.device("meta"):
         model = CoCa(wanted)
     model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
@@ -81,22 +82,27 @@ def _load_whole(recipe: Recipe, name: str) -> tuple[CoCa, ImageConfig]:
     return model, replace(weights.image, size=wanted.vision.image_size)
 
 
-def _load_part(model: CoCa, part: str, weights: Weights) -> set[str]:
-    """Copy the weights whose names start with `part` into the model, and return their names.
+def _select(state: Mapping[str, Tensor], part: str, *, owner: str) -> dict[str, Tensor]:
+    """Return the weights whose names start with `part`.
+
+    Raises: WeightsError: if there are none; names the parts.
+    """
+    found = {name: tensor for name, tensor in state.items() if f"{name}.".startswith(f"{part}.")}
+    if not found:
+        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in state))
+        raise WeightsError(f"initialise_parts: {owner} has no weights of {part!r}; its parts are {parts}")
+    return found
+
+
+def _load_part(ours: Mapping[str, Tensor], part: str, weights: Weights, wanted: CoCaConfig) -> set[str]:
+    """Copy a part of the weights into the tensors of the model, and return their names.
 
     Weights that only the model has stay as they are: the class token of a text encoder that starts from a CLIP.
     """
-    ours = {name: tensor for name, tensor in model.state_dict().items() if f"{name}.".startswith(f"{part}.")}
-    state = interpolate_positions(weights.state, patches=model.config.vision.patches)
-    theirs = {name: state[name] for name in ours if name in state}
-    for names, owner, all_names in ((ours, "the model", model.state_dict()), (theirs, weights.path, state)):
-        if not names:
-            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in all_names))
-            raise WeightsError(f"initialise_parts: {owner} has no weights of {part!r}; its parts are {parts}")
-    kind = part.split(".")[0]
-    is_clip_text = kind == "text" and weights.model.text.pool == "end_token"  # its end token may become a class token
-    _require_same_settings(weights, model.config, SETTINGS.get(kind, ())[: -1 if is_clip_text else None])
-    if lost := [name for name in state if f"{name}.".startswith(f"{part}.") and name not in ours]:
+    state = interpolate_positions(weights.state, patches=wanted.vision.patches)
+    theirs = _select(state, part, owner=str(weights.path))
+    _require_same_settings(weights, wanted, [part.split(".")[0]])
+    if lost := [name for name in theirs if name not in ours]:
         raise WeightsError(
             f"initialise_parts: {part!r} of {weights.path} has {len(lost)} weights that the model of the recipe lacks, "
             f"such as {lost[0]}"
@@ -112,28 +118,36 @@ def _load_part(model: CoCa, part: str, weights: Weights) -> set[str]:
     return set(theirs)
 
 
-def _require_same_settings(weights: Weights, wanted: CoCaConfig, keys: Iterable[str]) -> None:
-    trained = weights.model
+def _require_same_settings(weights: Weights, wanted: CoCaConfig, parts: Collection[str]) -> None:
+    """Check the settings of parts. Another mask of the class token is a warning.
+
+    Raises: WeightsError: naming the key to change.
+    """
+    unused = {"decoder.heads"} if wanted.decoder is None else set[str]()
+    unused |= set() if wanted.pooler.has_queries else {"pooler.heads"}
+    _require_equal(weights, wanted, (key for part in parts for key in SETTINGS.get(part, ()) if key not in unused))
+    masks = [config.text.cls_mask for config in (weights.model, wanted) if config.text.pool == "class_token"]
+    if "text" in parts and len(set(masks)) == 2:
+        logger.warning("the weights were trained with text.cls_mask %r, the recipe says %r", *masks)
+
+
+def _require_equal(weights: Weights, wanted: CoCaConfig, keys: Iterable[str]) -> None:
     for key in keys:
-        if trained.decoder is None and key.startswith("decoder."):
-            continue
-        before, other = (attrgetter(key)(config) for config in (trained, wanted))
+        before, other = (attrgetter(key)(config) for config in (weights.model, wanted))
         if before != other:
             value = json.dumps(before)
             raise WeightsError(
                 f"{weights.path} was trained with {key} {before}, the recipe says {other}: set model.{key} = {value}"
             )
-    if "text.pool" in keys and trained.text.cls_mask != wanted.text.cls_mask:
-        logger.warning(
-            "the weights were trained with text.cls_mask %r, the recipe says %r",
-            *(trained.text.cls_mask, wanted.text.cls_mask),
-        )
 
 
 def _list_others(model: CoCa, read: Collection[str]) -> str:
     """Return the names of the weights that are not in `read`; of whole parts and layers, one name."""
-    names = list(model.state_dict())
-    others = [name for name in names if name not in read]
-    kept = {name[: end.start()] for name in read for end in re.finditer(r"\.|$", name)}  # every prefix of those read
-    prefixes = ([name[: end.start()] for end in re.finditer(r"\.|$", name)] for name in others)
-    return ", ".join(dict.fromkeys(next(prefix for prefix in each if prefix not in kept) for each in prefixes))
+    of_read = {prefix for name in read for prefix in _prefixes(name)}
+    others = [name for name in model.state_dict() if name not in read]
+    return ", ".join(dict.fromkeys(next(p for p in _prefixes(name) if p not in of_read) for name in others))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield `a`, `a.b` and `a.b.c` of `a.b.c`."""
+    return accumulate(name.split("."), "{}.{}".format)

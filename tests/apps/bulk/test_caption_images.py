@@ -7,10 +7,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -257,20 +255,6 @@ def test_images_come_from_urls_lists_shards_and_patterns_at_once(
     names = [f"{address}/pictures/0.jpg", "pictures/1.jpg", "2.tar/a", f"{address}/pictures/3.jpg", "pictures/4.jpg"]
     said = [" ".join(text.split()) for text in texts[:5]]
     assert status == 0 and out == "".join(f"{at}\t{text}\n" for at, text in zip(names, said, strict=True))
-
-
-@pytest.fixture
-def address(here: Path) -> Iterator[str]:
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    thread = Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.mark.parametrize("is_shown", [False, True])

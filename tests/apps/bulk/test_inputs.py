@@ -1,11 +1,7 @@
 import io
 import os
 import tarfile
-from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 
@@ -175,20 +171,6 @@ def test_paths_that_stand_for_nothing_are_told_before_anything_is_read(here: Pat
                 list(first_items(paths))
             assert message in str(caught.value)
     assert [item.name for item in first_items(["a", "shards/*.tar"])] == ["a/1.jpg", "shards/0.tar/x"]
-
-
-@pytest.fixture
-def address(here: Path) -> Iterator[str]:
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    thread = Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def test_images_and_shards_come_over_http(here: Path, address: str) -> None:

@@ -18,7 +18,7 @@ from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
 from contracap.model.coca import CoCa
-from contracap.pretrained.devices import find_device, place
+from contracap.pretrained.devices import find_device, find_precision, place
 from contracap.processor import Processor
 from contracap.progress import logging_on, progress_bar
 
@@ -75,9 +75,11 @@ def run_on_cluster(
         return Summary(before=before, outcomes=[])
     try:
         with ray_session(cluster) as ray:
+            placing = _place(ray, cluster, len(todo))
+            if not placing.gpus:
+                find_precision(find_device("cpu"), config.precision)
             folder.claim(decided, described=described)
             folder.remove_partial()
-            placing = _place(ray, cluster, len(todo))
             job = Job(
                 config=config,
                 folder=folder.name,

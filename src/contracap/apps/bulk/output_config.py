@@ -47,7 +47,8 @@ def describe_run(weights: str, model: CoCa, processor: Processor) -> dict[str, A
 
 
 def describe_changes(before: OutputConfig, now: OutputConfig) -> str:
-    """Describe what differs, for a message; empty if nothing does. Of another strategy, all settings are others."""
+    """Describe what differs, for a message; empty if nothing does. For another strategy, its name stands for
+    all of its settings."""
     other = [name for name in now if before.get(name) != now[name]]
     old, new = (dict(flatten({name: side.get(name) for name in other})) for side in (before, now))
     keys = [key for key in old | new if old.get(key) != new.get(key)]

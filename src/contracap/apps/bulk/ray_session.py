@@ -8,12 +8,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 from contracap.apps.bulk.cluster_config import ClusterConfig
@@ -54,9 +55,9 @@ def ray_session(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         cores = max(cluster.workers or 1, os.cpu_count() or 1)
         options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
         options["_temp_dir"] = ending.enter_context(session_folder())
-    ends = signal.getsignal(signal.SIGTERM)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        with _no_stderr(), _parts_left_out():  # stderr: its C++ part says there how much it will say
+        with _no_stderr(), _parts_left_out(on_sigterm):  # stderr: its C++ part says there how much it will say
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except KeyboardInterrupt:
         ray.shutdown()
@@ -66,7 +67,8 @@ def ray_session(cluster: ClusterConfig) -> Generator[ModuleType, None, None]:
         where = f"join the cluster at {cluster.address}" if cluster.address else "start Ray"
         ending.close()
         raise BulkError(f"cannot {where}: {error}") from None
-    signal.signal(signal.SIGTERM, ends)  # Ray's C++ part has taken it, too
+    if callable(on_sigterm):
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's C++ part may have replaced it since
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said once, by us
     said = io.StringIO()  # that workers died; not worth a word where the run ends with an error of its own
     with ending, redirect_stdout(said):
@@ -111,31 +113,23 @@ def session_folder() -> Generator[str, None, None]:
 
 
 @contextmanager
-def _parts_left_out() -> Generator[None, None, None]:
-    """Start Ray without the process of its dashboard, and without its handler of SIGTERM.
+def _parts_left_out(on_sigterm: Any) -> Generator[None, None, None]:
+    """Start Ray without the process of its dashboard, and with a handler of SIGTERM that is not its own.
 
     Without any dashboard it would still ask the metadata servers of AWS, Azure and Google where it runs, though its
-    usage statistics are off. Its handler ends the process without a word, but where it is set, Ray's C++ part has set
-    one of its own.
+    usage statistics are off. Its handler ends the process without a word.
     """
     from ray._private import services, utils
 
-    ends = signal.getsignal(signal.SIGTERM)
+    # A handler must be set: where Ray sets its own, its C++ part has set another, which aborts.
+    def set_handler(handler: Any) -> None:
+        signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else handler)
+
     with (
-        _replaced(services, "start_api_server", lambda *arguments, **named: ("", None)),
-        _replaced(utils, "set_sigterm_handler", lambda handler: signal.signal(signal.SIGTERM, ends)),
+        patch.object(services, "start_api_server", lambda *arguments, **named: ("", None)),
+        patch.object(utils, "set_sigterm_handler", set_handler),
     ):
         yield
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Generator[None, None, None]:
-    before = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 @contextmanager

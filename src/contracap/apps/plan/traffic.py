@@ -64,7 +64,7 @@ def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int)
     forward = shares.root.whole + sum(unit.whole for unit in run + again)
     before = parts * sum(unit.whole for unit in run if not unit.decoder) + shares.root.whole
     backward = sum(unit.whole for unit in run + again if unit.backward)
-    # Gradients of two passes are reduced together, but what earlier parts left goes ahead with the first of them.
+    # Gradients of two passes are reduced together; those that earlier parts left are reduced with the first of the two.
     reduced = sum(unit.trained for unit in (*shares.shared, *again * (parts > 1)))
     add("all_gather", "parameters, forward", (parts * forward + first * before) * product, shards, within)
     add("all_gather", "parameters, backward", parts * backward * product, shards, within)
