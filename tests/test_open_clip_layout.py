@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from contracap.pretrained import random_model, read_weights
+from contracap.images import ImageConfig
+from contracap.pretrained import random_model, read_weights, save_open_clip, with_cls_mask
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.fit import match_sizes, require_fit
 from contracap.pretrained.open_clip_config import config_from_open_clip, config_to_open_clip, not_for_open_clip
@@ -118,3 +119,15 @@ def test_interpolated_positions_keep_the_class_token_and_the_grid(name: str) -> 
     assert torch.equal(larger[0], position[0])
     flat = torch.cat([position[:1], torch.ones(16, 8)])
     torch.testing.assert_close(interpolated(flat, 36)[1:], torch.ones(36, 8))
+
+
+@pytest.mark.parametrize("kind", ["cascade", "parallel"])
+def test_two_poolers_as_in_open_clip_3_3_0_are_told_from_those_of_4_2(tmp_path: Path, kind: str) -> None:
+    config = with_cls_mask(with_pooler(kind), "legacy")
+    state = random_model(config, seed=0)[0].state_dict()
+    save_open_clip(tmp_path, model=config, image=ImageConfig(size=32), state=state)
+    assert read_weights(tmp_path).model == config
+    tensors = to_open_clip(state, config) | {"visual.proj": torch.zeros(32, 32)}
+    save_file(tensors, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(WeightsError, match=r"as in open_clip 3\.3\.0, .*only those of open_clip 4\.2"):
+        read_weights(tmp_path)

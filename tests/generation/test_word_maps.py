@@ -11,7 +11,7 @@ from contracap.model.attention import CrossAttention
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.pretrained import random_model
 from contracap.tokenizer import Tokenizer
-from tests.model.tiny_models import POOLERS, TINY, tiny_clip, with_pooler
+from tests.model.tiny_models import POOLERS, POOLERS_WITH_QUERIES, TINY, tiny_clip, with_pooler
 
 CAPTION = (5, 700, 13, 400)
 
@@ -46,11 +46,13 @@ def written_out(model: CoCa, pixels: Tensor, token_ids: tuple[int, ...]) -> Tens
     """The maps token by token, from a pass over the decoder's blocks, one after another."""
     tokens = model.vision(pixels)
     kind = model.config.pooler.kind
-    pool = model.pooler.pool if kind == "shared" else model.pooler.caption_pool
-    image_tokens = tokens[0] if kind == "shared" else model.pooler.norm_in(tokens[0])
-    memory = pool.memory_norm(image_tokens) + (0 if pool.position is None else pool.position)
-    queries = pool.query_norm(pool.queries)[1 if kind == "shared" else 0 :]
-    pooled = torch.stack([read_by_one(pool.attention, query, memory) for query in queries])
+    pooled = torch.eye(len(tokens[0]))[1:]  # each caption token is a patch
+    if kind in POOLERS_WITH_QUERIES:
+        pool = model.pooler.pool if kind == "shared" else model.pooler.caption_pool
+        image_tokens = tokens[0] if kind == "shared" else model.pooler.norm_in(tokens[0])
+        memory = pool.memory_norm(image_tokens) + (0 if pool.position is None else pool.position)
+        queries = pool.query_norm(pool.queries)[1 if kind == "shared" else 0 :]
+        pooled = torch.stack([read_by_one(pool.attention, query, memory) for query in queries])
     caption_tokens = model.pooler.caption_tokens(tokens)
     end = model.config.text.end
     states = model.text.token_states(torch.tensor([[end - 1, *token_ids[:-1], end]])).states[None, : len(token_ids)]

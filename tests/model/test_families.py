@@ -49,6 +49,9 @@ FAMILIES = {
     "CLIP bigG: heads of width 104": variant(CLIP, vision={"width": 208, "head_width": 104, "mlp_ratio": 4.9231}),
     "CLIP with a text module": variant(CLIP, custom_text=True),
     "CoCa": COCA,
+    "CoCa without attentional pooling: coca_base": variant(
+        COCA, embed_dim=48, vision={"attentional_pool": False, "width": 64, "head_width": 32}
+    ),
     "CoCa with QuickGELU": variant(COCA, quick_gelu=True),
     "CoCa S and M: packed pooler": variant(COCA, vision={"width": 64, "head_width": 32}),
     "CoCa H: heads of width 80": variant(COCA, vision={"width": 160, "head_width": 80}),

@@ -10,11 +10,15 @@ from contracap.model.pooler import PoolerConfig
 from contracap.model.sizes import SIZES
 
 TINY = SIZES["tiny"]
-POOLERS = ("shared", "cascade", "parallel")
+POOLERS_WITH_QUERIES = ("shared", "cascade", "parallel")
+POOLERS = (*POOLERS_WITH_QUERIES, "class_token")
 
 
 def with_pooler(kind: str, *, positions: bool = False) -> CoCaConfig:
-    return replace(TINY, pooler=replace(TINY.pooler, kind=kind, adds_positions=positions))
+    if kind in POOLERS_WITH_QUERIES:
+        return replace(TINY, pooler=replace(TINY.pooler, kind=kind, adds_positions=positions))
+    vision = replace(TINY.vision, width=TINY.text.width)
+    return replace(TINY, embed_dim=24, vision=vision, pooler=PoolerConfig(kind=kind, queries=0))
 
 
 def tiny_clip() -> CoCaConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from contracap.model.attention import CrossAttention
 from contracap.model.coca import CoCa, evaluating
-from contracap.model.pooler import AttentionalPool, MeanPooler, SharedPooler, TwoPoolers
+from contracap.model.pooler import AttentionalPool, ClassTokenPooler, MeanPooler, SharedPooler, TwoPoolers
 from contracap.tokenizer import Tokenizer
 
 
@@ -60,9 +60,9 @@ def pooler_weights(
     """Return the weight of each image token in each caption token, averaged over the pooler's heads."""
     if isinstance(pooler, SharedPooler):
         return _pool_weights(pooler.pool, image_tokens, slice(1, None))
-    if isinstance(pooler, MeanPooler):  # each caption token is an image token
+    if isinstance(pooler, MeanPooler | ClassTokenPooler):  # each caption token is an image token
         return torch.eye(image_tokens.shape[1], device=image_tokens.device, dtype=image_tokens.dtype)[pooler.first :]
-    assert isinstance(pooler, TwoPoolers)  # the pooler of a CLIP makes no caption tokens
+    assert isinstance(pooler, TwoPoolers)
     return _pool_weights(pooler.caption_pool, pooler.norm_in(image_tokens), slice(None))
 
 

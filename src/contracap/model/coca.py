@@ -27,7 +27,7 @@ class CoCaConfig:
     """Sizes of a contrastive captioner: a CoCa; without a decoder, a CLIP; with one that shares blocks, a MaMMUT."""
 
     embed_dim: int
-    """Width of the contrastive embedding and of the caption tokens."""
+    """Width of the contrastive embedding, and of the caption tokens unless they are the patches."""
     vision: VisionConfig
     pooler: PoolerConfig = field(default_factory=PoolerConfig)
     text: TextConfig
@@ -45,16 +45,16 @@ class CoCaConfig:
         require_family(self)
         if self.decoder is None:
             return
-        if self.pooler.kind == "class_token":
-            raise ValueError("a decoder needs caption tokens; pooler.kind 'class_token' makes none: use 'shared'")
         if self.text.width % self.decoder.heads:
             raise ValueError(
                 f"text width {self.text.width} is not a multiple of the decoder's {self.decoder.heads} heads"
             )
-        if self.embed_dim != self.text.width:
+        name = "vision.width" if self.pooler.kind == "class_token" else "embed_dim"
+        width = self.vision.width if self.pooler.kind == "class_token" else self.embed_dim
+        if width != self.text.width:
             raise ValueError(
-                "the decoder reads caption tokens of its own width: "
-                f"embed_dim {self.embed_dim} must equal text.width {self.text.width}"
+                "the decoder reads caption tokens of its own width: with pooler.kind "
+                f"{self.pooler.kind!r}, {name} {width} must equal text.width {self.text.width}"
             )
 
     @property

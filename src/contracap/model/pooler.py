@@ -22,9 +22,9 @@ class PoolerConfig:
     kind: Literal["shared", "cascade", "parallel", "class_token", "mean", "mean_of_patches"] = "shared"
     """`shared`: one pooler whose query 0 is contrastive and whose other queries are the caption tokens (the
     released layout). `cascade`: a contrastive query on top of all caption tokens (the paper's). `parallel`: a
-    contrastive query next to them (the paper's). `class_token`: no queries, CLIP's vector, and no caption tokens.
-    `mean`: no queries, the mean of all image tokens, which are the caption tokens too (MaMMUT); `mean_of_patches`
-    leaves out the class token."""
+    contrastive query next to them (the paper's). `class_token`: no queries, CLIP's vector, and the patches are the
+    caption tokens (open_clip's `coca_base`). `mean`: no queries, the mean of all image tokens, which are the caption
+    tokens too (MaMMUT); `mean_of_patches` leaves out the class token."""
     queries: int = 256
     """Learned queries; in a `shared` pooler the contrastive one is among them."""
     heads: int = 8
@@ -119,8 +119,8 @@ class Pooler(nn.Module, ABC):
         """Return the contrastive embedding alone, not of unit length."""
 
     @abstractmethod
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
-        """Return the caption tokens alone."""
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token width"]:
+        """Return the caption tokens alone, as wide as the decoder."""
 
     @abstractmethod
     def forward(
@@ -211,7 +211,12 @@ class TwoPoolers(Pooler):
 
 
 class ClassTokenPooler(Pooler):
-    """The pooler of CLIP: the class token, normalised and projected. There are no caption tokens."""
+    """The pooler of CLIP: the class token, normalised and projected. The caption tokens are the normalised patches.
+
+    Source: CLIP (arXiv 2103.00020), laid out as open_clip, whose `coca_base` has a decoder that reads the patches.
+    """
+
+    first = 1  # the first image token among the caption tokens
 
     def __init__(self, *, embed_dim: int, vision_width: int):
         super().__init__()
@@ -225,12 +230,12 @@ class ClassTokenPooler(Pooler):
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
         return self.projection(self.norm_out(tokens[:, 0]))
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch 0 embed"]:
-        return tokens.new_empty(len(tokens), 0, self.projection.out_features)
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch patch dim"]:
+        return self.norm_out(tokens[:, 1:])
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch 0 embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch patch dim"]]:
         return self.contrastive(tokens), self.caption_tokens(tokens)
 
 

@@ -122,17 +122,11 @@ def config_from_open_clip(model: Mapping) -> CoCaConfig:
         for section, known in ((model, MODEL), (vision, VISION), (text, TEXT), (decoder or {}, DECODER)):
             _require_understood(section, known)
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-        kinds = {True: "shared", False: "class_token", "cascade": "cascade", "parallel": "parallel"}
         has_class_token = bool(text.get("embed_cls", False))
         values = {
             "embed_dim": model["embed_dim"],
             "vision": _vision_values(vision, activation),
-            "pooler": {
-                "kind": kinds[vision.get("attentional_pool", False)],
-                "queries": vision.get("attn_pooler_queries", 256) if vision.get("attentional_pool") else 0,
-                "heads": vision.get("attn_pooler_heads", 8),
-                "adds_positions": vision.get("attn_pooler_positions", False),
-            },
+            "pooler": _pooler_values(vision),
             "text": _text_values(text, activation)
             | {
                 "pool": "class_token" if has_class_token else "end_token",
@@ -165,6 +159,18 @@ def _vision_values(vision: Mapping, activation: str) -> dict:
         "heads": vision["width"] // vision.get("head_width", 64),
         "mlp_ratio": vision.get("mlp_ratio", 4.0),
         "activation": activation,
+    }
+
+
+def _pooler_values(vision: Mapping) -> dict:
+    kind = vision.get("attentional_pool", False)
+    if not kind:
+        return {"kind": "class_token", "queries": 0}
+    return {
+        "kind": "shared" if kind is True else kind,
+        "queries": vision.get("attn_pooler_queries", 256),
+        "heads": vision.get("attn_pooler_heads", 8),
+        "adds_positions": vision.get("attn_pooler_positions", False),
     }
 
 
@@ -268,7 +274,6 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
             "attentional_pool": True if pooler.kind == "shared" else pooler.kind,
             "attn_pooler_queries": pooler.queries,
             "attn_pooler_heads": pooler.heads,
-            "output_tokens": True,
         }
         if pooler.adds_positions:
             model["vision_cfg"]["attn_pooler_positions"] = True
@@ -278,6 +283,7 @@ def config_to_open_clip(config: CoCaConfig) -> dict:
             model["text_cfg"]["correct_cls_mask"] = True
         model["custom_text"] = True
     if config.decoder:
+        model["vision_cfg"]["output_tokens"] = True
         model["multimodal_cfg"] = {
             "context_length": config.text.context,
             "vocab_size": config.text.vocab_size,

@@ -11,6 +11,8 @@ from contracap.pretrained.shapes import meta_state
 
 OPEN_CLIP_POSITIONS = "visual.positional_embedding"
 LM_HEAD = "text.lm_head"  # of MaMMUT in open_clip 4.2
+OF_TWO_POOLERS = "visual.attn_pool_contrastive.query"
+PROJECTION = "visual.proj"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,14 @@ from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.find import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, find_weights
 from contracap.pretrained.fit import at_own_grid, at_own_lengths, differences, match_sizes, require_fit
 from contracap.pretrained.open_clip_config import config_from_open_clip, config_to_open_clip
-from contracap.pretrained.open_clip_names import LM_HEAD, from_open_clip, to_open_clip, vocabulary_name
+from contracap.pretrained.open_clip_names import (
+    LM_HEAD,
+    OF_TWO_POOLERS,
+    PROJECTION,
+    from_open_clip,
+    to_open_clip,
+    vocabulary_name,
+)
 from contracap.pretrained.shapes import Shapes, shapes_of
 from contracap.pretrained.tensors import METADATA_KEY, read_tensors
 
@@ -117,6 +124,11 @@ def _open_clip_configuration(
     path: Path, tensors: Mapping, size: str | None, fallback: CoCaConfig | None
 ) -> tuple[CoCaConfig, ImageConfig]:
     """Return the model and image configuration of a file in open_clip's layout."""
+    if OF_TWO_POOLERS in tensors and PROJECTION in tensors:
+        raise WeightsError(
+            f"{path} has cascade or parallel poolers as in open_clip 3.3.0, which are unfinished there and have a "
+            f"projection, {PROJECTION}; only those of open_clip 4.2 can be read, which have none"
+        )
     beside = path.parent / OPEN_CLIP_CONFIG
     if not beside.is_file():
         return _configuration_of_size(path, shapes_of(tensors), size, fallback)

@@ -94,7 +94,8 @@ def tokens_of(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Token
         return 1 + (min(tokens + 1, float(text.context)) if text.cls_mask == "legacy" else tokens)
 
     queries = config.pooler.queries - (config.pooler.kind == "shared")
-    caption_tokens = {"mean": image, "mean_of_patches": image - 1}.get(config.pooler.kind, float(queries))
+    without_queries = {"mean": image, "mean_of_patches": image - 1, "class_token": image - 1}
+    caption_tokens = without_queries.get(config.pooler.kind, float(queries))
     memory = caption_tokens if captioning else 0.0
     absorbed = False
     if config.decoder is not None and captioning:

@@ -92,7 +92,7 @@ def _decoder(config: CoCaConfig, tokens: Tokens, product: int) -> tuple[list[_St
     if config.decoder is None or not tokens.decoder:
         return [], []
     rows, columns, width, decoder = tokens.decoder, tokens.decoder_columns, config.text.width, config.decoder
-    memory = tokens.memory * config.embed_dim
+    memory = tokens.memory * width
     feed_forward = _feed_forward(rows, width, decoder.mlp_ratio, product)
     self_attention = _attention(rows, columns, width, decoder.heads, product) + rows * width * product
     cross_attention = (
