@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import contracap
-from contracap.apps.bulk.inputs import count_items
 from contracap.cli import main
 from contracap.data.shards import write_shard
 from contracap.model.sizes import SIZES
@@ -439,13 +438,6 @@ def test_a_call_may_take_the_first_images_and_no_subfolders_quietly(run: Run, we
     for wrong in ("cuda:7", "warp"):
         status, _, err = run("caption", "none", "pictures", "--device", wrong)
         assert (status, err.count("\n")) == (1, 1) and f"no device '{wrong}'" in err
-
-
-def test_the_number_of_images_is_known_unless_there_are_shards(here: Path) -> None:
-    (here / "list.txt").write_text("pictures/0.jpg\nhttp://127.0.0.1/a.jpg\n")
-    assert count_items(["pictures", "list.txt", "**/6.jpg"]) == 10
-    assert count_items(["pictures"], recursive=False) == 5 and count_items(["pictures"], limit=3) == 3
-    assert count_items(["pictures", "0.tar"]) is None
 
 
 @pytest.mark.parametrize(("device", "minor"), [("null", 3), ("full", 7), ("stdout", 0)])

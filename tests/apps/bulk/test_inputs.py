@@ -113,11 +113,14 @@ def test_a_pattern_follows_links_as_a_folder_does(here: Path) -> None:
     assert names("a") == names("a/**") == names("a/**/*.jpg") == ["a/1.jpg", "a/linked/2.jpg"]
 
 
-def test_counting_opens_no_shard(here: Path) -> None:
+def test_the_number_of_images_is_known_unless_there_are_shards_which_are_not_opened(here: Path) -> None:
     (here / "shards").mkdir()
     os.mkfifo(here / "shards" / "0.tar")
-    fill(here, ["shards/1.jpg"])
-    assert count_items(["shards/*"]) is None and count_items(["shards"]) == 1
+    fill(here, ["shards/1.jpg", "shards/sub/2.jpg"])
+    (here / "list.txt").write_text("shards/1.jpg\nhttp://127.0.0.1/a.jpg\n")
+    assert count_items(["shards/*"]) is None
+    assert count_items(["shards", "list.txt", "**/2.jpg"]) == 5
+    assert count_items(["shards"], recursive=False) == count_items(["shards"], limit=1) == 1
 
 
 def test_a_file_too_large_for_a_photograph_is_not_read(here: Path) -> None:
@@ -126,13 +129,6 @@ def test_a_file_too_large_for_a_photograph_is_not_read(here: Path) -> None:
     (item,) = find_items(["a.jpg"])
     with pytest.raises(OSError, match=r"larger than .*a\.jpg"):
         item.content()
-
-
-def test_a_name_that_is_no_unicode_can_be_written(here: Path) -> None:
-    name = os.fsdecode(b"caf\xe9.jpg")
-    fill(here, [name])
-    (item,) = find_items(["."])
-    assert item.name == "caf\\xe9.jpg" and item.content() == picture(0)
 
 
 def test_names_that_differ_in_bytes_that_are_no_unicode_stay_distinct(here: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_rows_to_the_next_run(
 ) -> None:
     out = tmp_path / "a.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("contracap.apps.bulk.table_files._write_json_lines", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(OSError) as caught:
             write(Table(out, "jsonl", "skip", embed=False), rows(tmp_path, "x"))
     assert caught.value.filename == str(out) and os.listdir(tmp_path) == ["a.jsonl.partial"]
