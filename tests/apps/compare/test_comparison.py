@@ -53,12 +53,6 @@ def test_of_several_runs_the_interval_alone_speaks() -> None:
     assert "It speaks alone" in below and "Holm" not in below
 
 
-def test_a_rounded_zero_has_no_sign() -> None:
-    comparison = compare([result({}, {"Bleu_4": 0.3, "x": -1e-9})], [result({}, {"Bleu_4": 0.300001, "x": -1e-9})])
-    assert "| Bleu_4 | 30.00 | 30.00 | 0.00 |" in to_markdown(comparison)
-    assert "| x | 0.00 | 0.00 | 0.00 |" in to_markdown(comparison)
-
-
 def test_many_figures_make_each_p_value_larger() -> None:
     names = [f"task{number}/acc1" for number in range(5)]
     comparison = compare([result(dict.fromkeys(names, HITS))], [result(dict.fromkeys(names, FEWER))])

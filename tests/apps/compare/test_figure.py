@@ -53,17 +53,6 @@ def test_names_are_drawn_as_they_are_written_and_without_a_warning() -> None:
     assert [text.get_text() for text in made.axes[0].get_yticklabels()] == [r"a$\frac$, acc@1"]
 
 
-def test_the_largest_score_stands_inside_the_panel() -> None:
-    scores, _ = figure().axes
-    assert scores.get_xlim() == pytest.approx((0, 1.05 * 75))
-
-
-def test_an_interval_is_named_where_one_is_drawn_only() -> None:
-    assert figure().axes[1].get_xlabel() == "gap x 100; 95 % interval"
-    alone = compare([result({}, {"Bleu_4": 0.3})], [result({}, {"Bleu_4": 0.2})])
-    assert make_figure(alone).axes[1].get_xlabel() == "gap x 100"
-
-
 def test_bars_are_coloured_by_the_corrected_test_as_the_table_is() -> None:
     values = {f"task{number}/acc1": [1.0] * 8 + [0.0] * 12 for number in range(20)}
     fewer = dict.fromkeys(values, [1.0] * 2 + [0.0] * 18)

@@ -52,13 +52,6 @@ def test_what_both_systems_share_does_not_widen_the_interval() -> None:
     assert high == pytest.approx(0.25)
 
 
-def test_the_interval_does_not_depend_on_the_size_of_the_blocks(monkeypatch) -> None:
-    differences = np.random.default_rng(3).normal(size=(2, 40))
-    whole = bootstrap_interval(differences, resamples=500)
-    monkeypatch.setattr("contracap.apps.compare.statistics.BLOCK", 1000)
-    assert bootstrap_interval(differences, resamples=500) == whole
-
-
 def test_equal_seeds_give_equal_intervals_and_others_others() -> None:
     differences = outcomes(np.random.default_rng(4), 100)
     assert bootstrap_interval(differences, seed=1) == bootstrap_interval(differences, seed=1)

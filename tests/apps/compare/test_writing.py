@@ -82,24 +82,6 @@ def test_where_nothing_can_be_drawn_the_tables_and_the_page_are_written(tmp_path
     assert "no figure: no score has a value in both" in capsys.readouterr().out
 
 
-def test_the_page_says_that_intervals_are_not_corrected(tmp_path: Path) -> None:
-    write_comparison(compare([result({"acc1": HITS})], [result({"acc1": FEWER})]), tmp_path, command="made here")
-    html = (tmp_path / "compare.html").read_text(encoding="utf-8")
-    assert "Each interval is for its figure alone, not corrected for how many there are." in html
-
-
-def test_the_figure_grows_with_the_tasks(tmp_path: Path) -> None:
-    from PIL import Image
-
-    heights = []
-    for tasks in (2, 20):
-        values = {f"task{number}/acc1": HITS for number in range(tasks)}
-        write_comparison(compare([result(values)], [result(values)]), tmp_path, command="made here")
-        with Image.open(tmp_path / "compare.png") as picture:
-            heights.append(picture.height)
-    assert heights[1] > 2 * heights[0]
-
-
 @pytest.mark.parametrize(
     ("other", "words"),
     [("{", "is not JSON"), ('{"samples": 1, "figures": {"CIDEr": 1}}', "nothing in common"), (None, "No such file")],
