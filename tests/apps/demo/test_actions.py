@@ -1,7 +1,5 @@
 """What the page's buttons do, with the tiny model and without gradio."""
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -239,19 +237,3 @@ def test_every_default_lies_within_its_bounds() -> None:
     amounts = [setting for settings in SETTINGS_OF.values() for setting in settings if isinstance(setting, Amount)]
     assert len(amounts) > 10
     assert all(setting.low <= setting.default <= setting.high for setting in amounts)
-
-
-def test_only_what_visitors_do_has_a_published_name() -> None:
-    program = """
-from contracap.apps.demo.actions import Actions
-from contracap.apps.demo.collection import Collection
-from contracap.apps.demo.examples import Examples
-from contracap.apps.demo.page import build_page
-from contracap.pretrained import load
-actions = Actions(*load("tiny", weights="random", seed=0))
-examples = Examples(images=[], labels=["a"], templates=["{}"])
-events = build_page(actions, Collection(actions, []), examples).fns.values()
-print(*sorted(event.api_name for event in events if event.api_visibility == "public"))
-"""  # in a process of its own, because gradio leaves event loops open
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["caption", "classify", "search_picture", "search_text"]

@@ -80,3 +80,8 @@ def test_no_other_server_is_asked(server, monkeypatch, path, method) -> None:
 def test_a_name_that_the_page_does_not_publish_is_refused(server) -> None:
     answer = asked(server, "POST", "call/v2/nothing", json={})
     assert answer.status_code == 403 and "\n" not in answer.text
+
+
+def test_only_what_visitors_do_has_a_published_name(server) -> None:
+    published = asked(server, "GET", "info").json()["named_endpoints"]
+    assert sorted(published) == ["/caption", "/classify", "/search_picture", "/search_text"]
