@@ -97,11 +97,6 @@ def test_the_page_asks_the_network_for_nothing(whole_page: str) -> None:
     assert "@import" not in whole_page
 
 
-def test_the_page_fits_a_phone_and_the_dark(whole_page: str) -> None:
-    assert 'name="viewport"' in whole_page
-    assert "color-scheme: light dark" in whole_page
-
-
 def test_what_is_html_already_is_not_escaped_twice() -> None:
     assert text(text("a & b")) == "a &amp; b"
     assert "<b>" in table(("x",), [(Html("<b>y</b>"),)])
@@ -150,29 +145,11 @@ def test_bars_are_as_long_as_their_counts_and_tell_them() -> None:
     assert all(f">{words}</text>" in drawn for words in ("small", "none", "large", "500", "0", "1,000"))
 
 
-def test_a_heat_table_colours_a_cell_by_its_share_of_the_row() -> None:
-    drawn = heat_table("class", ["cat", "dog"], [[3, 1], [0, 0]])
-    read(drawn)
-    cells = [part.split("</td>")[0] for part in drawn.split("<td ")[1:]]
-    assert cells == [
-        'class="good-heat" style="--share:0.750">3',
-        'class="bad-heat" style="--share:0.250">1',
-        'class="bad-heat" style="--share:0.000">',
-        'class="good-heat" style="--share:0.000">',
-    ]
-
-
 def test_a_drawing_keeps_its_bytes_and_lies_on_paper() -> None:
     shown = drawing(b"<svg/>", alt=EVIL)
     read(shown)
     assert 'class="paper"' in shown
     assert "data:image/svg+xml;base64,PHN2Zy8+" in shown
-
-
-def test_a_curve_without_a_name_has_no_key() -> None:
-    points = [(0.0, 1.0), (1.0, 0.5)]
-    assert "<circle" not in chart("loss", {"": points}, across="step")
-    assert "<circle" in chart("loss", {"training": points}, across="step")
 
 
 def test_a_chart_refuses_no_points_and_too_many_curves() -> None:

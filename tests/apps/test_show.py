@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from contracap.apps.show import _binned, length_bins, survey_lines, write_page
+from contracap.apps.show import survey_lines, write_page
 from contracap.cli import main
 from contracap.data.indexing import index_folder
 from contracap.data.shards import write_shard
@@ -131,22 +129,6 @@ def test_a_shown_image_that_is_damaged_behind_its_header_is_skipped(tmp_path: Pa
     assert found.skipped["broken_picture"].count == 1
 
 
-@given(lengths=st.lists(st.integers(1, 300), max_size=50))
-def test_bins_lose_no_count_and_hold_what_they_say(lengths: list[int]) -> None:
-    counts = {length: lengths.count(length) for length in lengths}
-    bins = _binned(counts, length_bins(76))
-    assert sum(bins.values()) == len(lengths)
-    for name, count in bins.items():
-        low, _, high = name.rstrip("+").partition("-")
-        assert count == sum(int(low) <= length <= int(high or 10**6) for length in lengths)
-    if bins:
-        assert 0 not in (next(iter(bins.values())), list(bins.values())[-1])
-
-
-def test_the_last_bin_of_captions_holds_those_that_are_cut() -> None:
-    assert _binned({76: 2, 77: 3}, length_bins(76)) == {"73-76": 2, "77+": 3}
-
-
 def test_a_limit_reads_the_first_samples_only(tmp_path: Path) -> None:
     for name in "012":
         numbered(tmp_path / f"{name}.tar", 4)
@@ -231,14 +213,6 @@ def test_shards_without_anything_usable_give_a_page_too(tmp_path: Path) -> None:
     assert found.samples == 0
     assert found.skipped["broken_shard"].count == 1
     assert "broken_shard 1" in "\n".join(survey_lines(found))
-
-
-def test_lines_hold_counts_and_bars(mixed: Path) -> None:
-    lines = survey_lines(survey(mixed))
-    assert "shards    2" in lines
-    assert "samples   9" in lines
-    assert any(line.startswith("captions  8, 0 to 2 an image; 12.5 % are cut") for line in lines)
-    assert any(line.split() == ["256-319", "#" * 40, "3"] for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -258,9 +258,3 @@ def test_the_file_holds_the_figures_and_what_they_were_made_of(tmp_path: Path) -
     assert (written["samples"], written["seed"], written["reasons"]) == (200 * 64, None, {})
     assert sum(written["plan"]["memory"].values()) / 2**30 == pytest.approx(written["figures"]["memory_gib_per_gpu"])
     assert written["plan"]["warnings"] == []
-
-
-def test_the_columns_of_the_table_are_aligned() -> None:
-    lines = plan_run(recipe(), gpus=4, gpu="rtx-4090").table().splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("GFLOP of a sample"))
-    assert len({len(line) for line in lines[start : start + 8]}) == 1
