@@ -55,7 +55,7 @@ def test_parts_replace_those_of_the_whole(recipe_values: dict, weights: Path, tm
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("visoin", {}, "the model has no weights of 'visoin'; its parts are logit_scale, vision"),
+        ("visoin", {}, "the model has no weights of 'visoin'; its parts are logit_scale, image, pooler, text, decoder"),
         ("decoder", {}, ".*clip.* has no weights of 'decoder'; its parts are"),
         ("vision", {"vision": {"activation": "quick_gelu"}}, 'set model.vision.activation = "gelu"'),
         ("vision", {"vision": {"layers": 1}}, "has .* weights that the model of the recipe lacks"),

@@ -4,7 +4,8 @@ import pytest
 
 from contracap.model.sizes import SIZES
 from contracap.pretrained import random_model
-from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze, learning_rate_at
+from contracap.training.optimizer import OptimizerConfig, build_optimizer, learning_rate_at
+from contracap.training.parts import freeze
 
 
 def test_rate_climbs_in_a_line_and_falls_along_a_cosine() -> None:
@@ -63,7 +64,7 @@ def test_frozen_parts_are_named_by_whole_words() -> None:
     assert {name.split(".")[0] for name in frozen} == {"vision", "text"}
     assert all(name.startswith(("vision.", "text.blocks.0.")) for name in frozen)
     with pytest.raises(
-        ValueError, match="begins with 'visio'; the parts are decoder, logit_scale, pooler, text, vision"
+        ValueError, match="begins with 'visio'; the parts are decoder, logit_scale, pooler, text, image"
     ):
         freeze(model, ["visio"])
     freeze(model, ["vision", "pooler", "text", "decoder", "logit_scale"])

@@ -18,11 +18,12 @@ from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.positions import interpolate_positions
 from contracap.pretrained.shapes import meta_state, require_same_keys, shapes_of
 from contracap.pretrained.weights import Weights
+from contracap.training.parts import is_in_part, part_of
 from contracap.training.recipe import Recipe
 
 # Settings that change what the weights of a part compute, but not their shapes.
 SETTINGS = {
-    "vision": ("vision.activation", "vision.heads"),
+    "image": ("vision.activation", "vision.heads"),
     "text": ("text.activation", "text.heads"),
     "pooler": ("pooler.kind", "pooler.heads"),
     "decoder": ("text.activation", "decoder.heads"),
@@ -48,7 +49,7 @@ def initial_model(recipe: Recipe) -> tuple[CoCa, ImageConfig]:
         ours = _select(model.state_dict(), part, owner="the model")  # before weights are downloaded
         weights = read_weights(name, fallback=recipe.model_config)
         read |= _load_part(ours, part, weights, model.config)
-        if part == "vision":
+        if part in ("image", "vision"):
             image = replace(weights.image, size=image.size)
     if recipe.weights:
         logger.info("random weights: %s", _list_others(model, read) or "none")
@@ -78,7 +79,7 @@ def _load_whole(recipe: Recipe, name: str) -> tuple[CoCa, ImageConfig]:
         model = CoCa(wanted)
     model.load_state_dict({name: tensor.float().clone() for name, tensor in fitted.items()}, assign=True)
     use_onednn(model)
-    logger.info("weights from %s", weights.path)
+    logger.info("weights from %s: %s tensors, %s parameters", weights.path, len(fitted), _count(fitted.values()))
     return model, replace(weights.image, size=wanted.vision.image_size)
 
 
@@ -87,9 +88,9 @@ def _select(state: Mapping[str, Tensor], part: str, *, owner: str) -> dict[str, 
 
     Raises: WeightsError: if there are none; names the parts.
     """
-    found = {name: tensor for name, tensor in state.items() if f"{name}.".startswith(f"{part}.")}
+    found = {name: tensor for name, tensor in state.items() if is_in_part(name, part)}
     if not found:
-        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in state))
+        parts = ", ".join(dict.fromkeys(map(part_of, state)))
         raise WeightsError(f"initialise_parts: {owner} has no weights of {part!r}; its parts are {parts}")
     return found
 
@@ -101,7 +102,7 @@ def _load_part(ours: Mapping[str, Tensor], part: str, weights: Weights, wanted: 
     """
     state = interpolate_positions(weights.state, patches=wanted.vision.patches)
     theirs = _select(state, part, owner=str(weights.path))
-    _require_same_settings(weights, wanted, [part.split(".")[0]])
+    _require_same_settings(weights, wanted, [part_of(part)])
     if lost := [name for name in theirs if name not in ours]:
         raise WeightsError(
             f"initialise_parts: {part!r} of {weights.path} has {len(lost)} weights that the model of the recipe lacks, "
@@ -114,8 +115,12 @@ def _load_part(ours: Mapping[str, Tensor], part: str, weights: Weights, wanted: 
                 "the model of the recipe"
             )
         ours[name].copy_(tensor)  # a state dict shares its memory with the model
-    logger.info("%s from %s: %s parameters", part, weights.path, f"{sum(map(torch.numel, theirs.values())):,}")
+    logger.info("%s from %s: %s tensors, %s parameters", part, weights.path, len(theirs), _count(theirs.values()))
     return set(theirs)
+
+
+def _count(tensors: Iterable[Tensor]) -> str:
+    return f"{sum(map(torch.numel, tensors)):,}"
 
 
 def _require_same_settings(weights: Weights, wanted: CoCaConfig, parts: Collection[str]) -> None:

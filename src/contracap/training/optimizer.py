@@ -1,15 +1,13 @@
-"""AdamW: which parameters decay, and the learning rate at each step."""
+"""AdamW: which parameters decay, and the learning rate of each at each step."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
-from contracap.losses import LossConfig
-from contracap.model.coca import CoCa
+from contracap.training.parts import is_in_part, require_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +18,9 @@ class OptimizerConfig:
     """Highest learning rate, reached after `warmup_steps`."""
     min_learning_rate: float = 0.0
     """Learning rate at the end of the cosine."""
+    learning_rate_factors: dict[str, float] = field(default_factory=dict)
+    """Factors of the learning rate of parts, named as in `frozen`: `{ pooler = 25.0 }`, as the paper fine-tunes. The
+    first that names a parameter counts; all others have a factor of 1."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
@@ -43,6 +44,9 @@ class OptimizerConfig:
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for part, factor in self.learning_rate_factors.items():
+            if not 0 < factor < math.inf:
+                raise ValueError(f"learning_rate_factors.{part} is {factor}; it must be above 0; to fix it, use frozen")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {list(self.betas)}; each must be at least 0 and below 1")
         if self.epsilon <= 0:
@@ -71,21 +75,24 @@ def decays(module: nn.Module, name: str, parameter: nn.Parameter, config: Optimi
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that require gradients, in two groups: with and without weight decay.
+    """Return AdamW over the parameters that require gradients, in groups that have the same weight decay and the same
+    factor of the learning rate.
 
-    Raises: ValueError: if nothing is left to train.
+    Raises: ValueError: if nothing is left to train, or a factor is given for a part that the model does not have.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for module in model.modules():
+    require_parts(model, config.learning_rate_factors, key="optimizer.learning_rate_factors")
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                groups[decays(module, name, parameter, config)].append(parameter)
+                factor = _factor(f"{prefix}.{name}".removeprefix("."), config)
+                groups.setdefault((decays(module, name, parameter, config), factor), []).append(parameter)
     if not any(groups.values()):
         raise ValueError("every parameter is frozen: nothing is left to train")
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decaying else 0.0}
-            for decaying, parameters in groups.items()
+            for (decaying, _), parameters in groups.items()
             if parameters
         ],
         lr=config.learning_rate,
@@ -95,22 +102,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
-def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
-    """Freeze every parameter whose name starts with one of `prefixes`, which end at a dot of the name.
-
-    Raises: ValueError: if no parameter starts with a prefix.
-    """
-    names = dict(model.named_parameters())
-    for prefix in prefixes:
-        chosen = [parameter for name, parameter in names.items() if f"{name}.".startswith(f"{prefix}.")]
-        if not chosen:
-            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
-            raise ValueError(f"frozen: no parameter's name begins with {prefix!r}; the parts are {parts}")
-        for parameter in chosen:
-            parameter.requires_grad_(False)
+def group_factors(model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> list[float]:
+    """Return the factor of the learning rate of each group of `build_optimizer`. The groups themselves do not hold it,
+    because what they hold is part of the format of checkpoints."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [_factor(names[group["params"][0]], config) for group in optimizer.param_groups]
 
 
-def freeze_unused(model: CoCa, loss: LossConfig) -> None:
-    """Freeze the parameters that only a loss of weight 0 would train."""
-    freeze(model, [] if loss.contrastive else model.only_for_contrastive())
-    freeze(model, [] if loss.captioning else model.only_for_captioning())
+def _factor(name: str, config: OptimizerConfig) -> float:
+    factors = (factor for part, factor in config.learning_rate_factors.items() if is_in_part(name, part))
+    return next(factors, 1.0)

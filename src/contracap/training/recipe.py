@@ -52,10 +52,11 @@ class Recipe:
     initialise_from: str | None = None
     """Weights to start from: anything `contracap.load` reads. Positions are interpolated to another image size."""
     initialise_parts: dict[str, str] = field(default_factory=dict)
-    """Parts that start from weights of their own: `{ vision = "ViT-L-14/openai", text = "ViT-L-14/openai" }`. A part is
-    the start of parameter names, as in `frozen`. The rest comes from `initialise_from`, or is random."""
+    """Parts that start from weights of their own: `{ image = "ViT-L-14/openai", text = "ViT-L-14/openai" }`. Parts are
+    named as in `frozen`. The rest comes from `initialise_from`, or is random."""
     frozen: tuple[str, ...] = ()
-    """Parameters that are not trained, given by the start of their names: `["vision", "text.token_embedding"]`."""
+    """Parts that are not trained: `image`, `pooler`, `text`, `decoder` or `logit_scale`, or parameters by the start of
+    their names, such as `text.token_embedding`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA if there is a GPU, else the CPU."""
     precision: Precision = "auto"

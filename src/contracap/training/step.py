@@ -36,6 +36,7 @@ class TrainingState:
         average: moving average of the weights by name; None if the run keeps none.
         process_group: the ranks that take this step together, each on its rows of the batch.
         parallel: the model spread over the ranks; None if there is only one.
+        learning_rate_factors: of the optimizer's groups; all 1 if there are none.
     """
 
     model: CoCa
@@ -44,6 +45,7 @@ class TrainingState:
     step: int = 0
     process_group: ProcessGroup = ProcessGroup()
     parallel: ParallelModel | None = None
+    learning_rate_factors: Sequence[float] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +195,9 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> StepMe
     """
     model, process_group = state.model, state.process_group
     learning_rate = learning_rate_at(state.step, config.optimizer, total_steps=config.total_steps)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+    groups = state.optimizer.param_groups
+    for group, factor in zip(groups, state.learning_rate_factors or [1.0] * len(groups), strict=True):
+        group["lr"] = learning_rate * factor
     model.train()
     weights = {"captioning_loss": config.loss.captioning, "contrastive_loss": config.loss.contrastive}
     weights = {name: weight for name, weight in weights.items() if weight}

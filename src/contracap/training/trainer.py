@@ -32,7 +32,8 @@ from contracap.training.checkpoint import (
 from contracap.training.initial_model import initial_model
 from contracap.training.loggers import open_loggers, require_wandb
 from contracap.training.monitor import Monitor
-from contracap.training.optimizer import build_optimizer, freeze, freeze_unused
+from contracap.training.optimizer import build_optimizer, group_factors
+from contracap.training.parts import changes_retrieval, describe_parts, freeze, freeze_unused
 from contracap.training.profiling import Profile
 from contracap.training.recipe import RECIPE_FILE, Recipe, with_absolute_paths, with_steps
 from contracap.training.recorder import Recorder
@@ -252,9 +253,11 @@ def _build_state(recipe: Recipe, model: CoCa, process_group: ProcessGroup, *, bf
     freeze_unused(model, recipe.loss)
     model.to(process_group.device)
     parallel = parallelize(model, recipe.parallel, process_group, bf16=bf16)
+    optimizer = build_optimizer(model, recipe.optimizer)
     return TrainingState(
         model=model,
-        optimizer=build_optimizer(model, recipe.optimizer),
+        optimizer=optimizer,
+        learning_rate_factors=group_factors(model, optimizer, recipe.optimizer),
         average=moving_average(model) if recipe.ema_decay else None,
         process_group=process_group,
         parallel=parallel,
@@ -262,13 +265,10 @@ def _build_state(recipe: Recipe, model: CoCa, process_group: ProcessGroup, *, bf
 
 
 def _describe(recipe: Recipe, model: CoCa, samples: int, process_group: ProcessGroup) -> str:
-    """Describe the model, its data and its device, a line each."""
-    parameters = list(model.parameters())
-    total, trained = (
-        sum(each.numel() for each in parameters if each.requires_grad or frozen) / 1e6 for frozen in (True, False)
-    )
+    """Describe the model, what of it trains, its data and its device, a line each."""
+    total = sum(parameter.numel() for parameter in model.parameters())
     ranks = f", {process_group.world_size} ranks" if process_group.world_size > 1 else ""
-    batch, total, trained = recipe.data.batch_size, f"{total:,.1f}", f"{trained:,.1f}"
+    batch = recipe.data.batch_size
     data = f"{samples:,} samples, batch {batch:,}"
     if recipe.data.captions.use == "all":  # how many captions an epoch has is known after it
         data, epochs = f"{data}, each with all of its captions", ""
@@ -277,11 +277,14 @@ def _describe(recipe: Recipe, model: CoCa, samples: int, process_group: ProcessG
             f"{data}, {samples / batch:,.1f} steps an epoch",
             f", {recipe.steps * batch / samples:,.1f} epochs",
         )
-    return (
-        f"{recipe.size}: {total} million parameters{f' ({trained} trained)' if trained != total else ''}\n"
-        f"data: {data}\n"
-        f"run: {recipe.steps:,} steps{epochs}, in {recipe.out}\n"
-        f"device: {process_group.device}{ranks}, precision {recipe.precision}"
+    return "\n".join(
+        [
+            f"{recipe.size}: {total / 1e6:,.1f} million parameters",
+            *describe_parts(model, recipe.optimizer.learning_rate_factors),
+            f"data: {data}",
+            f"run: {recipe.steps:,} steps{epochs}, in {recipe.out}",
+            f"device: {process_group.device}{ranks}, precision {recipe.precision}",
+        ]
     )
 
 
@@ -297,8 +300,11 @@ def _warn(recipe: Recipe, model: CoCa, samples: int) -> None:
         )
     if model.decoder is not None and not recipe.loss.captioning:
         logger.warning("loss.captioning is 0: the decoder is not trained, so the model cannot caption afterwards")
-    if not recipe.loss.contrastive:
-        logger.info("loss.contrastive is 0: embeddings are not trained, only captions")
+    if not recipe.loss.contrastive and recipe.initialise_from is not None and changes_retrieval(model):
+        logger.warning(
+            "loss.contrastive is 0 and the encoders train: the model will retrieve and classify worse afterwards. "
+            "frozen = ['image', 'pooler', 'text'] or loss.contrastive = 1 prevents that"
+        )
 
 
 def _open_recorder(recipe: Recipe, state: TrainingState) -> Recorder:

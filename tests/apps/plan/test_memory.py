@@ -25,7 +25,8 @@ from contracap.pretrained import random_model
 from contracap.tokenizer import text_lengths
 from contracap.training.checkpoint import CheckpointConfig, last_checkpoint, moving_average
 from contracap.training.flops import TextLengths, tokens_of
-from contracap.training.optimizer import OptimizerConfig, build_optimizer, freeze
+from contracap.training.optimizer import OptimizerConfig, build_optimizer
+from contracap.training.parts import freeze
 from contracap.training.recipe import Recipe
 from contracap.training.step import StepConfig, TrainingState, compute_losses, train_step
 from contracap.training.writer import CheckpointWriter

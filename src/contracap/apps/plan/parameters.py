@@ -8,7 +8,7 @@ from torch import nn
 
 from contracap.model.coca import CoCa
 from contracap.parallel import Kind, sharded_modules
-from contracap.training.optimizer import freeze, freeze_unused
+from contracap.training.parts import freeze, freeze_unused
 from contracap.training.recipe import Recipe
 
 EXACT = 4  # bytes of a float32 number: weights, gradients, moments, the residual stream, what norms read
