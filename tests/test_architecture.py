@@ -63,7 +63,7 @@ FOREIGN = {  # and where they are at home, if anywhere
     "gradio": "apps.demo cli.demo",
     "fastapi": "apps.demo apps.serve",
     "prometheus_client": "apps.serve",
-    "matplotlib": "apps.compare.figure",
+    "matplotlib": "apps.figures apps.compare.figure",
 }
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from contracap.apps.compare.comparison import Comparison, compare
-from contracap.apps.compare.figure import require_matplotlib
 from contracap.apps.compare.results import load_result
 from contracap.apps.compare.writing import write_comparison
+from contracap.apps.figures import require_matplotlib
 from contracap.config import ConfigError, build, require_paths, to_dict
 from contracap.data.patterns import require_consent
 from contracap.data.shards import list_shards

@@ -29,7 +29,7 @@ from contracap.cli.runs import plan, quickstart, study, train
 from contracap.cli.score import score
 from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show
-from contracap.cli.weights import convert, inspect, show_sizes
+from contracap.cli.weights import convert, inspect, mix, show_sizes, sweep
 from contracap.config import ConfigError, SettingsHelp
 
 BROKEN_PIPE = 141  # a shell's status for a program that SIGPIPE ended
@@ -68,8 +68,8 @@ VERBS: Verbs = {
         "Make tar shards from any source, index them, and look at them.", {"make": make, "index": index, "show": show}
     ),
     "weights": Group(
-        "Look into weights files, and convert them to and from open_clip's layout.",
-        {"list": show_sizes, "inspect": inspect, "convert": convert},
+        "Look into weights files, convert them to and from open_clip's layout, and mix them.",
+        {"list": show_sizes, "inspect": inspect, "convert": convert, "mix": mix, "sweep": sweep},
     ),
 }
 

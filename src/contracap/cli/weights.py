@@ -6,7 +6,10 @@ from typing import Annotated, Literal
 
 from contracap.cli.flags import arg
 from contracap.cli.messages import say
-from contracap.cli.options import Size, WeightsName
+from contracap.cli.options import AllowCommands, Size, WeightsName, check_outputs, command_line
+
+Start = Annotated[str, arg(metavar="START", help="Weights before fine-tuning, as WEIGHTS of other commands.")]
+FineTuned = Annotated[str, arg(metavar="FINETUNED", help="Weights after it, of the same model.")]
 
 
 def inspect(
@@ -116,3 +119,74 @@ def convert(
             moved = f"{what} moves by {change.mean:.4f} on average, {change.largest:.4f} at most"
             say(f"contracap: warning: read without that key, on sample inputs, the {moved}", to_stderr=True)
     say(f"{found.path} ({found.layout}) -> {out} ({to})")
+
+
+def mix(
+    start: Start,
+    finetuned: FineTuned,
+    /,
+    *,
+    alpha: Annotated[float, arg(metavar="X", help="Share of FINETUNED, from 0 to 1.")] = 0.5,
+    out: Annotated[Path, arg(metavar="FILE.safetensors", help="File for the mixture.")],
+) -> None:
+    """Average the weights before and after fine-tuning, for a model that has much of both skills (WiSE-FT).
+
+    `contracap weights sweep` shows which alpha is best.
+    """
+    from contracap.pretrained import find_weights, read_weights, write_weights
+    from contracap.pretrained.mixing import mix_weights
+
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
+    check_outputs([find_weights(start), find_weights(finetuned)], out=out)
+    mixed = mix_weights(read_weights(start), read_weights(finetuned), alpha=alpha)
+    write_weights(out, model=mixed.model, image=mixed.image, state=mixed.state)
+    say(f"{1 - alpha:g} of {start} and {alpha:g} of {finetuned} -> {out}")
+
+
+def sweep(
+    start: Start,
+    finetuned: FineTuned,
+    /,
+    *,
+    tasks: Annotated[Path, arg(metavar="TASKS.toml", help="Both skills: a file with a table [tasks.NAME] for each.")],
+    alphas: Annotated[tuple[float, ...], arg(metavar="X", help="Shares of FINETUNED, rising from 0 to 1.")] = tuple(
+        tenths / 10 for tenths in range(11)
+    ),
+    new: Annotated[
+        str | None, arg(metavar="TASK/FIGURE", help="The skill that was trained; the default is the first CIDEr.")
+    ] = None,
+    kept: Annotated[
+        str | None,
+        arg(metavar="TASK/FIGURE", help="The skill to keep; the default is the first text_to_image_recall@5 or acc1."),
+    ] = None,
+    out: Annotated[Path, arg(metavar="DIR", help="Folder for sweep.json, sweep.svg and sweep.png.")] = Path("sweep"),
+    device: Annotated[str, arg(metavar="NAME", help="cpu, cuda or cuda:1; auto is the GPU if there is one.")] = "auto",
+    allow_commands: AllowCommands = False,
+) -> None:
+    """Measure the mixtures of the weights before and after fine-tuning, and draw one skill against the other."""
+    import logging
+
+    from contracap.apps.figures import require_matplotlib
+    from contracap.apps.sweep import sweep as measure
+    from contracap.apps.sweep import write_sweep
+    from contracap.config import load_toml
+    from contracap.data.patterns import require_consent
+    from contracap.evaluation.config import TasksConfig
+    from contracap.files import require_folder
+    from contracap.pretrained import read_weights
+    from contracap.pretrained.devices import find_device
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    require_matplotlib()
+    require_folder(out)
+    wanted = load_toml(tasks, TasksConfig).tasks
+    for config in wanted.values():
+        require_consent(config.data, allow_commands)
+    ends = read_weights(start), read_weights(finetuned)
+    found = measure(*ends, wanted, alphas, device=find_device(device), new=new, kept=kept)
+    write_sweep(found, out, command=command_line())
+    print(f"{'alpha':>6}  {found.new:>28}  {found.kept:>28}")
+    for alpha, gained, left in zip(alphas, found.values(found.new), found.values(found.kept), strict=True):
+        print(f"{alpha:6g}  {gained:28.4f}  {left:28.4f}{'  <- knee' if alpha == found.knee else ''}")
+    say(f"the curve: {out / 'sweep.svg'}")

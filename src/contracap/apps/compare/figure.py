@@ -1,11 +1,10 @@
 """The release's figure: (a) the scores of two systems per task, (b) the gap per task with its interval."""
 
-import io
-from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from typing import Any
 
 from contracap.apps.compare.comparison import Comparison, ComparisonRow
+from contracap.apps.figures import FIRST, NEITHER, SECOND, SETTINGS, Drawing, draw, new_figure
 
 SHORT = {
     "acc1": "acc@1",
@@ -13,23 +12,7 @@ SHORT = {
     "text_to_image_recall@5": "text → image R@5",
     "image_to_text_recall@5": "image → text R@5",
 }
-FIRST, SECOND, NEITHER = "#2f6fde", "#d9730d", "#8a8f98"
 LONGEST = 30  # letters of a name
-SETTINGS = {"svg.hashsalt": "contracap", "svg.fonttype": "path", "font.size": 9, "font.family": "DejaVu Sans"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """The figure as two files."""
-
-    svg: bytes
-    png: bytes
-
-
-def require_matplotlib() -> None:
-    """Raises: ImportError: if it is not installed."""
-    if find_spec("matplotlib") is None:
-        raise ImportError("the figure needs the package matplotlib: pip install 'contracap[figures]'")
 
 
 def draw_panel(comparison: Comparison) -> Drawing:
@@ -39,15 +22,7 @@ def draw_panel(comparison: Comparison) -> Drawing:
         ImportError: if matplotlib is not installed.
         ValueError: if there are no headlines.
     """
-    require_matplotlib()
-    from matplotlib import rc_context
-
-    with rc_context(SETTINGS):
-        figure = make_figure(comparison)
-        svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    return Drawing(svg=svg.getvalue(), png=png.getvalue())
+    return draw(partial(make_figure, comparison))
 
 
 def make_figure(comparison: Comparison) -> Any:
@@ -56,14 +31,10 @@ def make_figure(comparison: Comparison) -> Any:
     Raises:
         ValueError: if there are no headlines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = comparison.headlines
     if not rows:
         raise ValueError("nothing to draw: no score has a gap")
-    figure = Figure(figsize=(10.5, 1.7 + 0.3 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10.5, 1.7 + 0.3 * len(rows))
     scores, gaps = figure.subplots(1, 2, sharey=True)
     _draw_scores(scores, rows)
     _draw_gaps(gaps, comparison, rows)

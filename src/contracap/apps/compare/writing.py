@@ -12,10 +12,11 @@ from contracap.apps.compare.comparison_tables import (
     to_latex,
     to_markdown,
 )
-from contracap.apps.compare.figure import Drawing, draw_panel
+from contracap.apps.compare.figure import draw_panel
+from contracap.apps.figures import Drawing
 from contracap.apps.html_page import drawing, page, paragraph, table
 from contracap.evaluation.result import RESULTS_FILE
-from contracap.files import replace_file, write_text
+from contracap.files import write_text
 
 
 def write_comparison(comparison: Comparison, folder: Path, *, command: str) -> None:
@@ -33,12 +34,10 @@ def write_comparison(comparison: Comparison, folder: Path, *, command: str) -> N
         "csv": to_csv(comparison),
         "tex": to_latex(comparison),
     }
-    for ending in ("svg", "png"):
-        if drawn is None:
-            (folder / f"compare.{ending}").unlink(missing_ok=True)
-            continue
-        with replace_file(folder / f"compare.{ending}") as partial:
-            partial.write_bytes(getattr(drawn, ending))
+    if drawn is not None:
+        drawn.write(folder, "compare")
+    for ending in ("svg", "png") if drawn is None else ():
+        (folder / f"compare.{ending}").unlink(missing_ok=True)
     for ending, text in texts.items():
         write_text(folder / f"compare.{ending}", text)
     comparison.result(command=command).write(folder / RESULTS_FILE)
