@@ -18,6 +18,7 @@ except ModuleNotFoundError:
 
 from contracap import __version__
 from contracap.cli import bulk
+from contracap.cli.ask import ask
 from contracap.cli.caption import caption
 from contracap.cli.compare import compare, report
 from contracap.cli.demo import demo
@@ -55,6 +56,7 @@ VERBS: Verbs = {
     "compare": compare,
     "report": report,
     "caption": caption,
+    "ask": ask,
     "classify": classify,
     "embed": embed,
     "demo": demo,

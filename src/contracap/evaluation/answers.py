@@ -1,5 +1,6 @@
 """Answers to questions about images: written after the question, or chosen from a list."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,12 +37,23 @@ class PromptedQuestion:
     sample: str
 
 
-Answerer = Callable[[CoCa, Processor, Tensor, Sequence[PromptedQuestion]], list[str]]
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """An answer, and its probability by the model."""
+
+    text: str
+    probability: float
+
+
+Answerer = Callable[[CoCa, Processor, Tensor, Sequence[PromptedQuestion]], list[ScoredAnswer]]
 """Answers questions about the images of a batch."""
 
 
 class AnswerWriter:
-    """Writes answers after the prompt with a decoding strategy."""
+    """Writes answers after the prompt with a decoding strategy.
+
+    The probability of an answer is that of its tokens and the end token, before any rules of the strategy.
+    """
 
     def __init__(self, strategy: Strategy):
         """Raises: ValueError: for a strategy that ranks texts by how well they describe an image."""
@@ -55,12 +67,12 @@ class AnswerWriter:
         processor: Processor,
         pixels: Float[Tensor, "image 3 height width"],
         questions: Sequence[PromptedQuestion],
-    ) -> list[str]:
+    ) -> list[ScoredAnswer]:
         """Return an answer to each question.
 
         Raises: ValueError: if the model cannot write, a question leaves no room, or numbers are not finite.
         """
-        captioner, answers = Captioner(model, processor), [""] * len(questions)
+        captioner, answers = Captioner(model, processor), dict[int, ScoredAnswer]()
         max_tokens = min(self.strategy.max_tokens, model.config.text.context)
         _check_room(questions, processor, max_tokens=max_tokens, answer_tokens=1)
         images = captioner.encode(pixels)
@@ -75,15 +87,16 @@ class AnswerWriter:
                 [question.number for question in group],
             )
             for index, question, caption in zip(indices, group, captions, strict=True):
-                answers[index] = processor.tokenizer.decode(caption.token_ids[len(question.prompt) :])
-        return answers
+                text = processor.tokenizer.decode(caption.token_ids[len(question.prompt) :])
+                answers[index] = ScoredAnswer(text, math.exp(caption.log_probability))
+        return [answers[index] for index in range(len(questions))]
 
 
 class AnswerChooser:
     """Chooses the likeliest answer of a list; the first among equals.
 
     The log-probability of an answer is the sum over its tokens and the end token: how likely the model is to give this
-    answer and no other.
+    answer and no other. The probability of the chosen one is its share among the answers of the list.
     """
 
     def __init__(self, answers: Sequence[str]):
@@ -100,7 +113,7 @@ class AnswerChooser:
         processor: Processor,
         pixels: Float[Tensor, "image 3 height width"],
         questions: Sequence[PromptedQuestion],
-    ) -> list[str]:
+    ) -> list[ScoredAnswer]:
         """Return an answer to each question.
 
         Raises: ValueError: if the model cannot write, an answer has no text, a question leaves no room, or numbers are
@@ -109,7 +122,9 @@ class AnswerChooser:
         scores = self.log_probabilities(model, processor, pixels, questions)
         if not scores.isfinite().all():
             raise ValueError("the model's logits are not finite (NaN or infinite): its weights are broken")
-        return [self.answers[best] for best in scores.argmax(dim=1).tolist()]
+        probabilities, best = scores.double().softmax(dim=1).max(dim=1)
+        chosen = zip(best.tolist(), probabilities.tolist(), strict=True)
+        return [ScoredAnswer(self.answers[number], probability) for number, probability in chosen]
 
     @torch.inference_mode()
     def log_probabilities(

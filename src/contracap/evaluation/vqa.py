@@ -9,7 +9,7 @@ from typing import Any
 from contracap.data.annotations import read_list
 from contracap.data.questions import Question, parse_questions
 from contracap.data.samples import Sample
-from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion
+from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion, ScoredAnswer
 from contracap.evaluation.features import Source, pixel_batches
 from contracap.evaluation.metrics.overlap import mean
 from contracap.evaluation.metrics.vqa_accuracy import accuracy
@@ -17,7 +17,7 @@ from contracap.evaluation.predictions import write_list
 from contracap.evaluation.result import Result
 from contracap.generation.sampling import Greedy
 from contracap.model.coca import CoCa
-from contracap.processor import Processor
+from contracap.processor import ImageSource, Processor
 from contracap.tokenizer import Tokenizer
 
 PROMPT = "question: {} answer:"
@@ -32,12 +32,14 @@ class Answer:
 
     Attributes:
         key: the key of the image.
+        probability: of the answer, by the model.
         accuracy: from 0 to 1; None if there are no answers to compare with.
     """
 
     key: str
     question: Question
     prediction: str
+    probability: float
     accuracy: float | None
 
 
@@ -52,7 +54,8 @@ def evaluate_vqa(
     batch_size: int = 16,
     on_predictions: Callable[[Sequence[Answer]], object] = lambda _: None,
 ) -> Result[list[Answer]]:
-    """Return the accuracy of answers to questions about images, from 0 to 1, by the rule of the VQA challenge.
+    """Return the accuracy of answers to questions about images, from 0 to 1, by the rule of the VQA challenge, and the
+    `calibration_error` of their probabilities.
 
     The questions are the field `qa` of the samples. The predictions are in the order of the questions. The value of
     an image is the part of the accuracy that its questions contribute.
@@ -82,9 +85,9 @@ def evaluate_vqa(
                 )
                 for number, (image, question) in enumerate(flat, start=len(predictions))
             ]
-            texts = iter(answerer(model, processor, pixels, prompted))
+            given = iter(answerer(model, processor, pixels, prompted))
             for sample, own in zip(batch, by_image, strict=True):
-                answers = [_compare(sample, question, next(texts), strict) for question in own]
+                answers = [_compare(sample, question, next(given), strict) for question in own]
                 keys.append(sample.key)
                 sums.append(sum(each.accuracy or 0.0 for each in answers))
                 predictions += answers
@@ -100,11 +103,43 @@ def evaluate_vqa(
             details[f"accuracy_by_{kind}"] = found
     return Result.of_samples(
         keys,
-        {"accuracy": mean(known)},
+        {
+            "accuracy": mean(known),
+            "calibration_error": calibration_error([each.probability for each in predictions], known),
+        },
         per_sample={"accuracy": [total * len(keys) / len(predictions) for total in sums]},
         predictions=predictions,
         details=details,
     )
+
+
+def ask_about(
+    model: CoCa,
+    processor: Processor,
+    image: ImageSource,
+    questions: Sequence[str],
+    *,
+    answerer: Answerer = ANSWER_WRITER,
+    prompt: str = PROMPT,
+) -> list[ScoredAnswer]:
+    """Return the answers to questions about one image, with their probabilities.
+
+    Raises:
+        FileNotFoundError, ImageError, DownloadError: if the image cannot be used.
+        ValueError: as `evaluate_vqa` does.
+    """
+    check_prompt(prompt)
+    pixels = processor.images([image])
+    prompted = [
+        PromptedQuestion(
+            image=0,
+            number=number,
+            prompt=_encode_prompt(processor.tokenizer, prompt, Question(text=question, answers=())),
+            sample="the image",
+        )
+        for number, question in enumerate(questions)
+    ]
+    return answerer(model, processor, pixels, prompted)
 
 
 def check_prompt(prompt: str) -> str:
@@ -121,9 +156,25 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: str, question: Question) -> tup
     return tokens
 
 
-def _compare(sample: Sample, question: Question, prediction: str, strict: bool) -> Answer:
-    value = accuracy(prediction, question.answers, strict=strict) if question.answers else None
-    return Answer(key=sample.key, question=question, prediction=prediction, accuracy=value)
+def _compare(sample: Sample, question: Question, given: ScoredAnswer, strict: bool) -> Answer:
+    value = accuracy(given.text, question.answers, strict=strict) if question.answers else None
+    return Answer(
+        key=sample.key, question=question, prediction=given.text, probability=given.probability, accuracy=value
+    )
+
+
+def calibration_error(probabilities: Sequence[float], accuracies: Sequence[float], *, bins: int = 15) -> float:
+    """Return the expected calibration error: how far probabilities are from accuracies, on average over the answers.
+
+    Answers are put into equal bins of their probability. The gap of a bin is between its mean probability and its mean
+    accuracy.
+
+    Source: Guo et al. (arXiv 1706.04599), equation 3.
+    """
+    gaps = defaultdict[int, float](float)
+    for probability, value in zip(probabilities, accuracies, strict=True):
+        gaps[min(bins - 1, int(probability * bins))] += probability - value
+    return sum(map(abs, gaps.values())) / len(probabilities)
 
 
 def _by_type(predictions: Sequence[Answer], kind: str) -> dict[str, float]:
