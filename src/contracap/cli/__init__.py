@@ -26,7 +26,7 @@ from contracap.cli.describe import classify, embed
 from contracap.cli.flags import registry
 from contracap.cli.measure import evaluate
 from contracap.cli.messages import fail, is_for_the_user, message, one_interruption, verbosity
-from contracap.cli.runs import plan, quickstart, study, train
+from contracap.cli.runs import finetune, plan, quickstart, study, train
 from contracap.cli.score import score
 from contracap.cli.serve import serve
 from contracap.cli.shards import index, make, show
@@ -50,6 +50,7 @@ class Group:
 VERBS: Verbs = {
     "quickstart": quickstart,
     "train": train,
+    "finetune": finetune,
     "study": study,
     "evaluate": evaluate,
     "score": score,

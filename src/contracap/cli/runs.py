@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff
 
 from contracap.cli.flags import arg
-from contracap.cli.options import AllowCommands, ResultFile, check_outputs, command_line
+from contracap.cli.options import AllowCommands, ResultFile, WeightsName, check_outputs, command_line
 
 
 def quickstart(
@@ -59,6 +59,30 @@ def train(
         checkpoint = run(load_recipe(recipe, overrides), allow_commands=allow_commands)
         if os.environ.get("RANK", "0") == "0":  # of the ranks of torchrun, one
             print(checkpoint)
+
+
+def finetune(
+    weights: WeightsName,
+    data: Annotated[
+        Path, arg(metavar="DATA", help="A folder of images with texts, a table, COCO's JSON, ...; or tar shards.")
+    ],
+    overrides: Annotated[
+        tuple[str, ...], arg(metavar="[KEY.PATH=VALUE ...]", help="Changes to the recipe that is chosen.")
+    ] = (),
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="DIR", help="Folder for recipe.toml, data, run, report.html and results.json.")],
+) -> None:
+    """Fine-tune a captioner on your own images, with settings that suit their number, and show captions before and
+    after. If interrupted, run the same command again to continue."""
+    from contracap.apps.finetune import figures_as_text
+    from contracap.apps.finetune import finetune as run
+    from contracap.training.shutdown import exit_on_signal
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with exit_on_signal("the same command continues"):
+        print(figures_as_text(run(weights, data, out, overrides, command=command_line())))
+        print(f"the page: {out / 'report.html'}")
 
 
 def study(
