@@ -21,6 +21,7 @@ IMAGES = 30
 FAST = (
     "steps=60",
     "validate_every=20",
+    "evaluation.every=20",
     "checkpoint.every=20",
     "optimizer.warmup_steps=1",
     "optimizer.learning_rate=0.01",
@@ -97,7 +98,7 @@ def test_shards_are_used_as_they_are_and_the_last_is_held_out(colours: Path, tmp
 def test_a_recipe_describes_any_model(config, tmp_path: Path, colours: Path) -> None:
     recipe = choose_recipe(config, "weights", hold_out(colours, tmp_path, seed=0), tmp_path)
     assert recipe.model_config == config
-    assert recipe.optimizer.learning_rate == (1e-5 if config.text.width > 100 else 5e-5)
+    assert recipe.optimizer.learning_rate == (1e-5 if config.text.width > 100 else 1e-4)
     assert bool(recipe.loss.contrastive) == config.is_mammut == (not recipe.frozen)
 
 

@@ -38,7 +38,8 @@ from contracap.training.trainer import train
 HELD_OUT = 0.2  # of the images, at most MAX_HELD_OUT
 MAX_HELD_OUT = 200
 CARDS = 48  # images on the page
-VALIDATIONS = 5  # of a run
+EVALUATIONS = 5  # during a run
+CIDER = "captions/CIDEr"  # in metrics.jsonl
 LARGE = 50_000_000  # parameters; smaller models learn at a higher rate, and more of their checkpoints are kept
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def choose_recipe(start: CoCaConfig, weights: str, split: Split, out: Path) -> R
         epochs for images, epochs in ((1_000, 10), (10_000, 5), (100_000, 2), (math.inf, 1)) if split.images < images
     )
     steps = max(100, math.ceil(epochs * split.images / batch))
-    every = math.ceil(steps / VALIDATIONS)
+    every = math.ceil(steps / EVALUATIONS)
     values: dict[str, Any] = {
         "size": size,
         "model": changes,
@@ -197,11 +198,22 @@ def choose_recipe(start: CoCaConfig, weights: str, split: Split, out: Path) -> R
         },
         "loss": {"contrastive": 1.0 if start.is_mammut else 0.0, "captioning": 1.0},
         "optimizer": {
-            "learning_rate": 1e-5 if parameters >= LARGE else 5e-5,
+            "learning_rate": 1e-5 if parameters >= LARGE else 1e-4,
             "warmup_steps": steps // 10,
             "weight_decay": 0.1,
         },
-        "checkpoint": {"every": every, "keep": 1 if parameters >= LARGE else VALIDATIONS},
+        "evaluation": {
+            "every": every,
+            "tasks": {
+                "captions": {
+                    "task": "captioning",
+                    "data": split.validation,
+                    "metrics": ["cider"],
+                    "tokenizer": "python",
+                }
+            },
+        },
+        "checkpoint": {"every": every, "keep": 1 if parameters >= LARGE else EVALUATIONS},
     }
     return build(Recipe, values)
 
@@ -239,16 +251,14 @@ def measure(model: CoCa, processor: Processor, shards: Sequence[str]) -> Result[
 
 
 def best_checkpoint(run: Path) -> Path:
-    """Return the checkpoint that is left with the lowest captioning loss on the held-out images."""
-    losses = {
-        record["step"]: record["validation_captioning_loss"]
-        for record in read_metrics(run)
-        if record.get("validation_captioning_loss") is not None
-    }
+    """Return the checkpoint that is left with the highest CIDEr on the held-out images."""
+    scores = {record["step"]: record[CIDER] for record in read_metrics(run) if record.get(CIDER) is not None}
     steps = checkpoint_steps(run / CHECKPOINTS)
-    best = min(steps, key=lambda step: losses.get(step, math.inf))
+    best = max(steps, key=lambda step: scores.get(step, 0.0))
     if best != steps[-1]:
-        logger.info("the held-out loss is lowest at step %d of %d, whose checkpoint is taken", best, steps[-1])
+        logger.info(
+            "CIDEr on the held-out images is highest at step %d of %d: that checkpoint is taken", best, steps[-1]
+        )
     return run / CHECKPOINTS / checkpoint_name(best)
 
 
@@ -268,7 +278,10 @@ def build_report(
                 f"{recipe.size}, fine-tuned on {split.images:,} images and measured on {split.held_out:,} others."
             ),
             table(("", "before", "after"), rows, numbers=(1, 2)),
-            paragraph(f"The model: {best}"),
+            paragraph(
+                f"The model is {best}. Of the checkpoints that the run left, it has the best captions of these images, so "
+                "new images may gain a little less."
+            ),
         ],
         "Captions of held-out images": [gallery(cards)],
         "The run": [draw_curves(read_metrics(Path(recipe.out)))],
