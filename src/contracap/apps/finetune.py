@@ -279,8 +279,8 @@ def build_report(
             ),
             table(("", "before", "after"), rows, numbers=(1, 2)),
             paragraph(
-                f"The model is {best}. Of the checkpoints that the run left, it has the best captions of these images, so "
-                "new images may gain a little less."
+                f"The model is {best}. It is the checkpoint with the best captions of these images, so the gain on new "
+                "images may be a little smaller."
             ),
         ],
         "Captions of held-out images": [gallery(cards)],
