@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[str, int]] = {
     "parity": ("benchmarks parity", 45),
     "train-b-32": ("benchmarks train --rows b-32", 100),
     "train-l-14": ("benchmarks train --rows l-14", 140),
-    "largest-batch": ("benchmarks train --rows largest-batch-b-32", 45),
+    "largest-batch": ("benchmarks train --rows largest-batch-b-32", 50),
     "captions-beam": ("benchmarks generate --rows l-14-beam-256-bf16 l-14-beam-256-compiled", 45),
     "captions-greedy": ("benchmarks generate --rows l-14-top-k-1-bf16 l-14-top-k-1-compiled", 45),
     "zeroshot": ("benchmarks zeroshot --rows classifier", 25),

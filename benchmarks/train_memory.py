@@ -34,7 +34,7 @@ PARTS = 8
 MICRO_BATCHES = {"cpu": 16, "cuda": 128}
 FIRST = 16  # samples of the first batch that is tried
 CLOSE = 0.06  # how far above the largest batch that fits the smallest that does not may lie, as a share
-SECONDS = 20.0  # for each side; a GPU takes about 10
+SECONDS = 15.0  # for each side; a GPU takes about 10
 
 
 def captioning_loss_row(run: Run, *, size: str) -> Row:
