@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,7 @@ MAX_TOKENS = 21  # of a sequence: the start token and 20 more
 MIN_TOKENS = 5  # of captions that are compared, which may end before
 
 
+@lru_cache(1)  # neighbouring rows share it
 def random_captioner(size: str, run: Run, *, images: int) -> tuple[Captioner, Float32[Tensor, "images 3 side side"]]:
     """Our captioner with random weights, and images of random pixels.
 

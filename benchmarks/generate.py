@@ -1,14 +1,13 @@
 """Speed of captioning, next to open_clip with the same weights, images and number of tokens."""
 
 import copy
+import operator
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from benchmarks.captioners import (
@@ -20,6 +19,8 @@ from benchmarks.captioners import (
 )
 from benchmarks.harness import Benchmark, Row, Run, UnequalError, Work, compare
 from benchmarks.open_clip_captions import BEAMS, Way
+from benchmarks.peers import MissingPeerError
+from benchmarks.stand_in import IMAGE_SIZE, draw_images
 from contracap.apps.bulk.caption_images import caption_images
 from contracap.apps.bulk.inputs import find_items
 from contracap.apps.bulk.outputs import one_line
@@ -35,18 +36,30 @@ B_32, L_14, SMALL = "coca_ViT-B-32", "coca_ViT-L-14", "flickr8k"
 BEAM = BeamSearch(width=BEAMS, max_tokens=MAX_TOKENS, min_tokens=MAX_TOKENS - 1)
 LEGACY = LegacyBeamSearch(year=2024, max_tokens=MAX_TOKENS, min_tokens=MAX_TOKENS - 1)
 GREEDY = Greedy(max_tokens=MAX_TOKENS, min_tokens=MAX_TOKENS - 1)
-IMAGES, IMAGE_SIZE, QUALITY = 500, (500, 375), 90  # of the folder
+IMAGES = 500  # of the folder
+SMALL_IMAGES = 4  # in a run that is small
 BATCH, WORKERS = 16, 8  # images at a time, and threads that decode
 
 
 def caption_row(
-    run: Run, *, size: str, images: int, name: str, ours: Strategy, peer: Way = "groups", precision: Precision = "fp32"
+    run: Run,
+    *,
+    size: str,
+    images: int,
+    name: str,
+    ours: Strategy,
+    peer: Way | None = "groups",
+    precision: Precision = "fp32",
 ) -> Row:
-    """Captions of some images at a time, next to open_clip's in fp32. In fp32 both sides write the same captions."""
+    """Captions of some images at a time, next to open_clip's in fp32. In fp32 both sides write the same captions.
+    `peer`: None if only ours is timed."""
+    size, images = run.size(size), run.count(images, small=min(images, SMALL_IMAGES))
     captioner, pixels = random_captioner(size, run, images=images)
     with ExitStack() as stack:
 
         def checked_peer() -> tuple[Work, str]:
+            if peer is None:
+                raise MissingPeerError("only ours is timed")
             theirs = open_clip_captions(captioner, pixels, stack)
             note = (require_equal_greedy if peer == "top_k" else require_equal_beams)(captioner, pixels, theirs)
             work = partial(theirs, peer, ours.max_tokens, ours.max_tokens - 1)
@@ -65,6 +78,35 @@ def caption_row(
             items=images,
             unit="captions/s",
         )
+
+
+def compiled_row(run: Run, *, size: str, images: int, name: str, ours: Strategy) -> Row:
+    """Captions by compiled steps, on a GPU as CUDA graphs, next to ours by eager ones; on a GPU both in bf16.
+
+    Raises:
+        UnequalError: if less than half of the captions are equal. In bf16 some differ, because roundings do.
+    """
+    size, images = run.size(size), run.count(images, small=min(images, SMALL_IMAGES))
+    captioner, pixels = random_captioner(size, run, images=images)
+    precision: Precision = "bf16" if run.device.type == "cuda" else "fp32"
+    model = place(copy.deepcopy(captioner.model), device=run.device, precision=precision)
+    eager, compiled = (Captioner(model, captioner.processor, compiled=compiled) for compiled in (False, True))
+
+    def checked_peer() -> tuple[Work, str]:
+        both = [[caption.token_ids for caption in each.generate(pixels, ours)] for each in (eager, compiled)]
+        equal = sum(map(operator.eq, *both))
+        if equal < images / 2:
+            raise UnequalError(f"only {equal} of {images} captions by compiled steps are those by eager ones")
+        return partial(eager.generate, pixels, ours), f"the peer is ours, eager; {equal} of {images} captions are equal"
+
+    return compare(
+        f"{size}, {name}, {precision}, compiled, {images} image{'s' if images > 1 else ''}",
+        run=run,
+        ours=partial(compiled.generate, pixels, ours),
+        checked_peer=checked_peer,
+        items=images,
+        unit="captions/s",
+    )
 
 
 def folder_row(run: Run) -> Row:
@@ -91,14 +133,10 @@ def folder_row(run: Run) -> Row:
 
 
 def write_images(folder: Path, *, seed: int) -> list[Path]:
-    """JPEG files of smooth random colours with some grain, in order."""
-    generator, paths = np.random.default_rng(seed), []
-    for number in range(IMAGES):
-        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize(IMAGE_SIZE, Image.Resampling.BICUBIC), dtype=np.int16)
-        grain = generator.integers(-8, 9, smooth.shape, dtype=np.int16)
-        paths.append(folder / f"{number:04}.jpg")
-        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(paths[-1], quality=QUALITY)
+    """JPEG files of `draw_images`, in order."""
+    paths = [folder / f"{number:04}.jpg" for number in range(IMAGES)]
+    for path, jpeg in zip(paths, draw_images(IMAGES, seed=seed), strict=True):
+        path.write_bytes(jpeg)
     return paths
 
 
@@ -142,5 +180,15 @@ BENCHMARK = Benchmark(
         "folder": folder_row,
     },
     cuda=True,
+    cuda_rows={
+        "l-14-beam-256-bf16": partial(
+            caption_row, size=L_14, images=256, name=f"beam {BEAMS}, bf16", ours=BEAM, peer=None, precision="bf16"
+        ),
+        "l-14-beam-256-compiled": partial(compiled_row, size=L_14, images=256, name=f"beam {BEAMS}", ours=BEAM),
+        "l-14-top-k-1-bf16": partial(
+            caption_row, size=L_14, images=1, name="top-k, bf16", ours=GREEDY, peer="top_k", precision="bf16"
+        ),
+        "l-14-top-k-1-compiled": partial(compiled_row, size=L_14, images=1, name="top-k", ours=GREEDY),
+    },
     samples=lambda: IMAGES,
 )

@@ -29,11 +29,25 @@ class UnequalError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Settings of the command line; `rounds` is the number of timed runs of each side."""
+    """Settings of the command line.
+
+    Attributes:
+        rounds: timed runs of each side.
+        small: use a small model and few samples, to try out on any machine what is meant for a GPU.
+    """
 
     device: torch.device = torch.device("cpu")
     rounds: int = MIN_ROUNDS
     seed: int = 0
+    small: bool = False
+
+    def size(self, name: str) -> str:
+        """Return the size of the model that stands for a released one."""
+        return "flickr8k" if self.small else name
+
+    def count(self, number: int, *, small: int) -> int:
+        """Return a number of samples or the like."""
+        return small if self.small else number
 
     def clock(self) -> float:
         """Seconds, read after the device has finished its work."""

@@ -3,6 +3,7 @@ than ours, so a folder of packages comes first there. Nothing that is imported h
 
 import importlib
 import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.peers import MissingPeerError, peer_module
 
-PACKAGES = Path(sys.prefix, "peers", "transformers-4.49")
+PACKAGES = Path(os.environ.get("CONTRACAP_PEERS") or Path(sys.prefix, "peers", "transformers-4.49"))
 VERSIONED = ("open_clip", "transformers", "tokenizers")
 BEAMS, GROUPS = 6, 3  # open_clip's defaults
 

@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.peers import peer_module
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import find_size
+from contracap.pretrained.open_clip_config import config_to_open_clip
 from contracap.pretrained.open_clip_names import to_open_clip
 
 
@@ -21,6 +22,12 @@ def open_clip_model(size: str, ours: CoCa, **options: object) -> Any:
     Raises:
         MissingPeerError: if open_clip is not installed.
     """
-    model = peer_module("open_clip").create_model(size, load_weights=False, **options)
+    open_clip = peer_module("open_clip")
+    if size in open_clip.list_models():
+        with ours.device:  # drawing the weights takes seconds on a CPU
+            model = open_clip.create_model(size, load_weights=False, device=ours.device, **options)
+    else:  # a small one of ours
+        config = config_to_open_clip(ours.config)
+        model = open_clip.CoCa(**{name: value for name, value in config.items() if name != "custom_text"})
     model.load_state_dict(to_open_clip(ours.state_dict(), ours.config))
     return model

@@ -18,12 +18,14 @@ from benchmarks.train_memory import (
     captioning_loss_row,
     largest_batch_row,
 )
+from benchmarks.train_run import feeding_row, fsdp_row
 from benchmarks.train_steps import (
     DTYPES,
     LOSS,
     OPTIMIZER,
     OpenClip,
     Ours,
+    Side,
     Step,
     describe_texts,
     flickr8k_captions,
@@ -41,14 +43,16 @@ BATCHES = {"cpu": {B_32: 16, L_14: 4}, "cuda": {B_32: 1024, L_14: 256}}
 
 def step_row(run: Run, *, size: str, full: bool = False) -> Row:
     """Our step on a batch next to open_clip's; `full`: with texts that fill the context, on a CPU on half the batch."""
+    samples = BATCHES[run.device.type][size] // (2 if full and run.device.type == "cpu" else 1)
+    size = run.size(size)
 
     def row(samples: int) -> Row:
         batch = make_batch(size, run, samples=samples, full=full)
-        texts = f"texts of {batch.ids.shape[1]} tokens" if full else "Flickr8k captions"
+        texts = f"texts of {batch.ids.shape[1]} tokens" if full else "captions"
         ours = Ours(size, run)
         return time_steps(f"{size} step, batch {samples}, {texts}", ours, batch, partial(checked_step, ours, batch))
 
-    return fitting(row, BATCHES[run.device.type][size] // (2 if full and run.device.type == "cpu" else 1), run)
+    return fitting(row, run.count(samples, small=4), run)
 
 
 def clip_row(run: Run) -> Row:
@@ -83,7 +87,7 @@ def fitting(row: Callable[[int], Row], samples: int, run: Run) -> Row:
 
 def time_steps(work: str, ours: Ours, batch: Batch, checked_peer: Callable[[], tuple[Step, str]]) -> Row:
     """Our step on the batch next to a peer's."""
-    step, speeds = fastest(ways(ours, batch, ours.run), ours.run, len(batch))
+    step, speeds = fastest("ours", ways(ours, batch, ours.run), ours.run, len(batch))
     row = compare(work, run=ours.run, ours=step, checked_peer=checked_peer, items=len(batch), unit="samples/s")
     notes = [row.note, speeds, describe_utilisation(ours, batch, row.ours), describe_texts(batch)]
     return replace(row, note="; ".join(filter(None, notes)))
@@ -96,20 +100,23 @@ def checked_step(ours: Ours, batch: Batch) -> tuple[Step, str]:
         MissingPeerError: if open_clip is not installed.
         UnequalError: if losses or gradient norm differ.
     """
-    step, speeds = fastest(ways(OpenClip(ours.size, ours.model, ours.run), batch, ours.run), ours.run, len(batch))
+    peer = OpenClip(ours.size, ours.model, ours.run)
+    step, speeds = fastest("open_clip's", ways(peer, batch, ours.run), ours.run, len(batch))
     note = require_equal(ours.step(batch)(), step(), tolerance=tolerance(ours.run))
     note = f"{ours.size} in {precision(ours.run)}: {note}"
-    return step, f"{note}; open_clip's {speeds}" if speeds else note
+    return step, f"{note}; {speeds}" if speeds else note
 
 
 def ways(side: Ours | OpenClip, batch: Batch, run: Run) -> Mapping[str, Step]:
     """A step of one side: eager, and on a GPU also compiled."""
     steps = {"eager": side.step(batch)}
-    return steps | ({"compiled": side.compiled_step(batch)} if run.device.type == "cuda" else {})
+    return steps | ({"compiled": side.compiled_step(batch)} if run.device.type == "cuda" or run.small else {})
 
 
-def fastest(steps: Mapping[str, Step], run: Run, samples: int) -> tuple[Step, str]:
+def fastest(side: Side, steps: Mapping[str, Step], run: Run, samples: int) -> tuple[Step, str]:
     """The fastest of several ways to take the same step, and what was measured, if there are several.
+
+    Each speed is printed at once, because open_clip's steps take a minute or more to compile.
 
     Raises:
         UnequalError: if they have other numbers than the first.
@@ -117,12 +124,14 @@ def fastest(steps: Mapping[str, Step], run: Run, samples: int) -> tuple[Step, st
     first, *others = steps.values()
     if not others:
         return first, ""
-    for other in others:
-        require_equal(other(), first(), tolerance=tolerance(run))
-    seconds = alternate(*steps.values(), rounds=MIN_ROUNDS, clock=run.clock)
-    medians = dict(zip(steps, map(statistics.median, seconds), strict=True))
-    speeds = ", ".join(f"{name} {samples / median:,.1f} samples/s" for name, median in medians.items())
-    return steps[min(medians, key=medians.__getitem__)], speeds
+    medians, speeds = dict[str, float](), list[str]()
+    for name, step in steps.items():
+        require_equal(step(), first(), tolerance=tolerance(run))
+        (seconds,) = alternate(step, rounds=MIN_ROUNDS, clock=run.clock)
+        medians[name] = statistics.median(seconds)
+        speeds.append(f"{side} {name} {samples / medians[name]:,.1f} samples/s")
+        print(speeds[-1], flush=True)
+    return steps[min(medians, key=medians.__getitem__)], ", ".join(speeds)
 
 
 def describe_utilisation(ours: Ours, batch: Batch, samples_per_second: float) -> str:
@@ -194,6 +203,8 @@ BENCHMARK = Benchmark(
     cuda_rows={
         "largest-batch-b-32": partial(largest_batch_row, size=B_32),
         "largest-batch-l-14": partial(largest_batch_row, size=L_14),
+        "feeding": partial(feeding_row, size=B_32, samples=BATCHES["cuda"][B_32]),
+        "fsdp": partial(fsdp_row, size=B_32, samples=BATCHES["cuda"][B_32]),
     },
     samples=lambda: len(flickr8k_captions()),
     machine=machine,

@@ -24,10 +24,11 @@ class Classifier:
     """Our classifier of ImageNet's first classes in its 80 templates, by a model with random weights, in fp32."""
 
     def __init__(self, run: Run):
-        self.model, self.processor = random_model(legacy_config(SIZE), seed=run.seed)
-        self.device = run.device
+        self.size, self.device = run.size(SIZE), run.device
+        self.model, self.processor = random_model(legacy_config(self.size), seed=run.seed)
         self.model.to(run.device).eval()
-        self.names, self.templates = published_set(IMAGENET).classes[:CLASSES], published_set(IMAGENET).templates
+        classes, self.templates = published_set(IMAGENET).classes, published_set(IMAGENET).templates
+        self.names = classes[: run.count(CLASSES, small=PEER_CLASSES)]
 
     def build(self) -> Float[Tensor, "class embed"]:
         """The classifier as every user gets it."""
@@ -53,8 +54,8 @@ def open_clip_builder(ours: Classifier) -> Callable[[Sequence[str]], Float[Tenso
     open_clip = peer_module("open_clip")
     build = partial(
         open_clip.build_zero_shot_classifier,
-        open_clip_model(SIZE, ours.model).to(ours.device).eval(),
-        tokenizer=open_clip.get_tokenizer(SIZE),
+        open_clip_model(ours.size, ours.model).to(ours.device).eval(),
+        tokenizer=open_clip.get_tokenizer(SIZE) if ours.size == SIZE else ours.processor.texts,
         templates=ours.templates,
         num_classes_per_batch=PEER_CLASSES,
         device=ours.device,
@@ -75,13 +76,13 @@ def classifier_row(run: Run) -> Row:
         return partial(build, part), note
 
     return compare(
-        f"{SIZE}, classifier of {CLASSES} classes x {len(ours.templates)} prompts",
+        f"{ours.size}, classifier of {len(ours.names)} classes x {len(ours.templates)} prompts",
         run=run,
         ours=ours.build,
         checked_peer=checked_peer,
-        items=CLASSES * len(ours.templates),
+        items=len(ours.names) * len(ours.templates),
         unit="prompts/s",
-        share=len(part) / CLASSES,
+        share=len(part) / len(ours.names),
     )
 
 
@@ -93,11 +94,11 @@ def sharing_row(run: Run) -> Row:
         return ours.build_without_sharing, require_equal_weights(ours.build(), ours.build_without_sharing())
 
     return compare(
-        f"{SIZE}, the same, next to ours without shared beginnings",
+        f"{ours.size}, the same, next to ours without shared beginnings",
         run=run,
         ours=ours.build,
         checked_peer=checked_peer,
-        items=CLASSES * len(ours.templates),
+        items=len(ours.names) * len(ours.templates),
         unit="prompts/s",
     )
 

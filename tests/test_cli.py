@@ -243,9 +243,16 @@ def test_signals_end_a_verb_in_one_line_wherever_they_arrive(tmp_path: Path, ver
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "contracap: error: interrupted\n")
 
 
-@pytest.mark.parametrize(("flag", "kind"), [("--port", "a whole number"), ("--timeout-s", "a number")])
-def test_a_number_that_is_none_is_named_with_its_flag(run: Run, flag: str, kind: str) -> None:
-    status, _, err = run("serve", "WEIGHTS", flag, "many")
+@pytest.mark.parametrize(
+    ("verb", "flag", "kind"),
+    [
+        ("serve", "--port", "a whole number"),
+        ("serve", "--timeout-s", "a number"),
+        ("caption", "--limit", "a whole number"),
+    ],
+)
+def test_a_number_that_is_none_is_named_with_its_flag(run: Run, verb: str, flag: str, kind: str) -> None:
+    status, _, err = run(verb, "WEIGHTS", flag, "many")
     assert status == 2 and flag in err and f"'many' is not {kind}" in err
 
 

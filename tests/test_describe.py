@@ -1,6 +1,8 @@
 """classify and embed: what is in an image, without a text."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 import contracap
 from contracap.cli import main
+from contracap.data.shards import write_shard
 
 
 @pytest.fixture
@@ -102,14 +105,22 @@ def test_a_wrong_call_is_one_line_and_writes_nothing(
         ["caption", "W", "list.txt", "--format", "jsonl", "--overwrite", "--out", "images/b.png"],
         ["caption", "W", "images", "--json", "images/b.png"],
         ["classify", "W", "images", "--labels", "a", "b", "--json", "images/inside/c.png"],
+        ["caption", "W", "data/*.tar", "--format", "jsonl", "--overwrite", "--out", "data/0.tar"],
+        ["evaluate", "W", "--task", "retrieval", "--data", "data", "--json", "data/0.tar"],
+        ["shards", "show", "data", "--out", "data/0.tar"],
+        ["caption", "data", "images", "--json", "data/model.safetensors"],
+        ["weights", "convert", "data", "data/model.safetensors", "--to", "contracap"],
     ],
 )
-def test_no_output_takes_the_place_of_an_image_that_is_read(
+def test_no_output_takes_the_place_of_images_shards_or_weights_that_are_read(
     arguments: list[str], weights: Path, images: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.txt").write_text("images/a.png\nimages/b.png\n")
-    before = {path: path.read_bytes() for path in images.rglob("*.png")}
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data" / "0.tar", [("0", {"png": (images / "a.png").read_bytes(), "txt": b"a"})])
+    shutil.copy(weights, tmp_path / "data" / "model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert main([str(weights) if argument == "W" else argument for argument in arguments]) == 1
-    assert "one of the images to read" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in images.rglob("*.png")} == before
+    assert re.search("would take the place of another|is the file to convert", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before

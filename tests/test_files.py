@@ -56,8 +56,9 @@ def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
     try_place(tmp_path / "new" / "b.txt")
     assert (tmp_path / "a.txt").read_text() == "good"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "new"]
-    with pytest.raises(FileExistsError):
-        try_place(tmp_path / "a.txt" / "b.txt")
+    for below in ("b.txt", "c/b.txt"):
+        with pytest.raises(NotADirectoryError, match=r"a\.txt is a file, not a folder"):
+            try_place(tmp_path / "a.txt" / below)
 
 
 @pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ü" * 125 + ".text"])

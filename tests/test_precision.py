@@ -121,6 +121,8 @@ def test_a_model_in_bf16_is_saved_as_it_was_loaded(tmp_path: Path) -> None:
     [
         ({"device": "cuda:77"}, "this machine has no device 'cuda:77'"),
         ({"device": "meta"}, "this machine has no device 'meta'"),
+        ({"device": "hpu"}, "this machine has no device 'hpu'"),
+        ({"device": "mkldnn"}, "this machine has no device 'mkldnn'"),
         ({"precision": "fp16"}, "'fp16' does not work on this CPU"),
     ],
 )

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import pickle
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
 from contracap.pretrained import load, random_model, read_weights, save_open_clip, write_weights
 from contracap.pretrained.errors import WeightsError
-from contracap.pretrained.find import WEIGHT_FILES
+from contracap.pretrained.find import WEIGHT_FILES, find_weights
 from contracap.pretrained.open_clip_names import to_open_clip
 from contracap.pretrained.shapes import meta_state, shapes_of
+from contracap.pretrained.tensors import METADATA_KEY
 
 TINY = SIZES["tiny"]
 LEGACY = replace(TINY, text=replace(TINY.text, cls_mask="legacy"))
@@ -256,11 +258,16 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path, state) 
     del state["logit_scale"]
     write_weights(tmp_path / "lacking.safetensors", model=TINY, image=IMAGE, state=state)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "null.safetensors", metadata={METADATA_KEY: "null"})
+    state["logit_scale"] = torch.tensor(math.nan)
+    write_weights(tmp_path / "nan.safetensors", model=TINY, image=IMAGE, state=state)
     (tmp_path / "text.txt").write_text("weights")
     (tmp_path / "empty").mkdir()
     for name, message in {
         "cut.safetensors": "not a readable safetensors file",
         "lacking.safetensors": "1 missing: logit_scale",
+        "null.safetensors": "its configuration cannot be used: not a JSON object",
+        "nan.safetensors": "logit_scale holds NaN or infinity",
         "other.safetensors": "fits no known size: name one with --size: coca_ViT-B-32",
         "text.txt": "neither safetensors nor a file of torch",
         "empty": "holds no weights; looked for open_clip_model.safetensors",
@@ -269,6 +276,19 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path, state) 
         with pytest.raises(WeightsError, match=message) as caught:
             load(tmp_path / name)
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("coca_ViT-B-32", "a size, not weights: give coca_ViT-B-32/laion2b, coca_ViT-B-32/mscoco, a file"),
+        ("coca_ViT-B32", "did you mean 'coca_ViT-B-32/"),
+        ("hf-hub:a/b/c", "write hf-hub:organisation/name"),
+    ],
+)
+def test_a_name_without_weights_is_answered_with_one_that_has_them(name: str, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        find_weights(name)
 
 
 def test_a_size_and_weights_that_contradict_each_other_are_refused(tmp_path: Path, state) -> None:

@@ -19,6 +19,7 @@ import pydantic
 import tomli_w
 
 from contracap.files import read_regular
+from contracap.wording import text_problem
 
 T = TypeVar("T")
 MAX_FILE = 2**24  # bytes of a TOML file
@@ -79,7 +80,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also for numbers with thousands of digits
-        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+        raise ConfigError(f"{path} is not a TOML file: {text_problem(error)}") from None
     changed = copy.deepcopy(values)
     for override in overrides:
         assign(changed, override)

@@ -70,12 +70,14 @@ def try_place(path: str | Path) -> None:
 
 
 def require_folder(path: str | Path) -> None:
-    """Refuse a file where a folder belongs.
+    """Refuse a file where a folder, or one of the folders above it, belongs.
 
     Raises: NotADirectoryError: that says what to do.
     """
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise NotADirectoryError(f"{path} is a file, not a folder: give another name for the folder")
+    path = Path(path)
+    place = next(filter(os.path.exists, (path, *path.parents)), None)
+    if place is not None and not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file, not a folder: give another name for the folder")
 
 
 def _own_stream(path: Path) -> int | None:
@@ -106,6 +108,7 @@ def _beside(path: Path) -> Path:
 
     Its name is short, since that of `path` may have the greatest length.
     """
+    require_folder(path.parent)
     with _errors_name(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):

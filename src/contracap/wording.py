@@ -11,3 +11,12 @@ def escaped(text: str) -> str:
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
     )
+
+
+def text_problem(error: Exception) -> str:
+    """Return why bytes are not text, or a text is not JSON or TOML; Python's reason where that is clear."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not {error.encoding.upper()} text (byte 0x{error.object[error.start]:02x}): save it as UTF-8"
+    return str(error)

@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracap.data import shards, tar
+from contracap.data.annotations import read_json
 from contracap.data.captions import require_captions
+from contracap.data.indexing import index_shard
 from contracap.data.samples import SAMPLE_SUFFIXES, Record, SampleError, parse_record
 from contracap.data.shards import ShardError, count_samples, list_shards, read_records, read_samples, write_shard
 
@@ -130,6 +134,15 @@ def test_file_that_is_no_tar_is_a_shard_error(tmp_path: Path, content: bytes) ->
     (tmp_path / "s.tar").write_bytes(content)
     with pytest.raises(ShardError, match=r"s\.tar: [^0]*"):
         our_records(str(tmp_path / "s.tar"))
+
+
+@pytest.mark.parametrize("read", [count_samples, index_shard, lambda path: read_json(Path(path))])
+def test_what_may_never_end_is_not_read(tmp_path: Path, read: Callable[[str], object]) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "device.tar").symlink_to("/dev/zero")
+    for name, kind in (("pipe.tar", "named pipe"), ("device.tar", "device")):
+        with pytest.raises((ShardError, OSError), match=f"a {kind}, not a regular file"):
+            read(str(tmp_path / name))
 
 
 def test_missing_shard_is_a_shard_error() -> None:

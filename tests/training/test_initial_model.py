@@ -55,12 +55,13 @@ def test_parts_replace_those_of_the_whole(recipe_values: dict, weights: Path, tm
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("visoin", {}, "the model has no weights of 'visoin'; its parts are logit_scale, image, pooler, text, decoder"),
+        ("visoin", {}, "the model has no weights of 'visoin'; did you mean 'vision'"),
         ("decoder", {}, ".*clip.* has no weights of 'decoder'; its parts are"),
         ("vision", {"vision": {"activation": "quick_gelu"}}, 'set model.vision.activation = "gelu"'),
-        ("vision", {"vision": {"layers": 1}}, "has .* weights that the model of the recipe lacks"),
+        ("vision", {"vision": {"layers": 1}}, "set model.vision.layers = 2"),
+        ("text", {"text": {"layers": 3}}, "set model.text.layers = 2"),
         ("vision", {"vision": {"heads": 4}}, "set model.vision.heads = 2"),
-        ("text", {"text": {"context": 12}}, r"text\..* of .*clip.* is \["),
+        ("text", {"text": {"context": 12}}, r"text\..* of .*clip.* is \[.*set model.text.context = 16"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(
@@ -72,5 +73,6 @@ def test_parts_that_do_not_fit_are_refused(
 
 
 def test_a_part_needs_the_name_of_its_weights(recipe_values: dict) -> None:
-    with pytest.raises((ValueError, ConfigError), match="initialise_parts"):
-        build(Recipe, recipe_values | {"initialise_parts": {"vision": " "}})
+    for part, name in (("vision", " "), ("", "weights")):
+        with pytest.raises(ConfigError, match=f"initialise_parts: .* not {part!r} = {name!r}"):
+            build(Recipe, recipe_values | {"initialise_parts": {part: name}})

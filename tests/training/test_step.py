@@ -3,12 +3,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from contracap.data.batch import Batch
 from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig, contrastive_loss
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
+from contracap.parallel import ParallelModel, gather_rows
+from contracap.parallel.sharding import Replica
 from contracap.pretrained import random_model
 from contracap.tokenizer import text_lengths
 from contracap.training import step
@@ -218,3 +221,20 @@ def test_a_step_on_a_gpu_gives_the_losses_of_one_on_the_cpu(bf16: bool) -> None:
     found = numbers_of_step(state, replace(CONFIG, bf16=bf16))
     for name in ("contrastive_loss", "captioning_loss"):
         assert found[name] == pytest.approx(expected[name], rel=2e-2 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_by_ddp_on_one_rank_is_the_plain_step(device: str) -> None:
+    plain, replicated = new_state(), new_state()
+    for state in (plain, replicated):
+        state.model.to(device)
+        state.optimizer = build_optimizer(state.model, CONFIG.optimizer)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        replicated.parallel = ParallelModel(Replica(replicated.model), gather_rows)
+        for _ in range(2):  # the second with the weights of the first
+            expected = numbers_of_step(plain, CONFIG)
+            assert numbers_of_step(replicated, CONFIG) == pytest.approx(expected, rel=1e-4)
+    finally:
+        dist.destroy_process_group()

@@ -128,7 +128,7 @@ def caption(
     )
     with output:
         outcome = caption_images(
-            take_first(find_items(paths, recursive=flags.recursive, outputs=[table, json]), flags.limit),
+            take_first(find_items(paths, recursive=flags.recursive), flags.limit),
             write,
             output,
             image=captioner.processor.image_config,

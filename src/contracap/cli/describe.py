@@ -65,7 +65,7 @@ def classify(
     scale = model.logit_scale.detach().exp()
     weight = build_classifier(model, processor, labels, templates)
     found, broken = [], list[Exception]()
-    for batch in _batches(model, processor, paths, batch_size, output=json, progress=not sys.stdout.isatty()):
+    for batch in _batches(model, processor, paths, batch_size, progress=not sys.stdout.isatty()):
         broken += batch.broken
         _, probabilities = compare_with_labels(batch.embeddings, weight, scale)
         for name, row in zip(batch.names, probabilities.tolist(), strict=True):
@@ -112,7 +112,7 @@ def embed(
     broken = list[Exception]()
 
     def batches() -> "Iterator[EmbeddingBatch]":
-        for batch in _batches(*model_flags.load(weights), paths, batch_size, output=out):
+        for batch in _batches(*model_flags.load(weights), paths, batch_size):
             broken.extend(batch.broken)
             yield batch
 
@@ -135,7 +135,6 @@ def _batches(
     paths: tuple[str, ...],
     batch_size: int,
     *,
-    output: Path | None,
     progress: bool = True,
 ) -> "Iterator[EmbeddingBatch]":
     from contracap.apps.bulk.embedding import embed_items
@@ -143,7 +142,7 @@ def _batches(
     from contracap.progress import progress_bar, show_waiting
 
     workers = 4 * (os.cpu_count() or 1)
-    found = find_items(paths, outputs=[output])
+    found = find_items(paths)
     with progress_bar(total=lambda: count_items(paths), unit=" images", disable=not progress) as bar:
         made = embed_items(model, processor, found, batch_size=batch_size, workers=workers, waiting=show_waiting(bar))
         for batch in made:

@@ -43,14 +43,15 @@ PLAIN: dict[Any, tuple[str, str]] = {int: ("N", "a whole number"), float: ("X", 
 
 @registry.primitive_rule
 def _plain_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Read numbers and texts as tyro does, with shorter names in the help."""
-    if wanted.type not in PLAIN:
+    """Read numbers and texts as tyro does, with shorter names in the help and shorter messages."""
+    plain = _without_none(wanted.type)
+    if plain not in PLAIN:
         return None
-    metavar, kind = PLAIN[wanted.type]
+    metavar, kind = PLAIN[plain]
 
     def from_words(words: Sequence[str]) -> Any:
         try:
-            return wanted.type(words[0])
+            return plain(words[0])
         except ValueError:
             raise ValueError(f"{words[0]!r} is not {kind}") from None
 
@@ -58,9 +59,15 @@ def _plain_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | No
         nargs=1,
         metavar=metavar,
         instance_from_str=from_words,
-        is_instance=lambda value: isinstance(value, wanted.type | int if wanted.type is float else wanted.type),
+        is_instance=lambda value: isinstance(value, wanted.type | int if plain is float else wanted.type),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _without_none(type_: Any) -> Any:
+    """Return the type T for `T | None`, and any other type as it is."""
+    options = [option for option in get_args(type_) if option is not NoneType]
+    return options[0] if NoneType in get_args(type_) and len(options) == 1 else type_
 
 
 @registry.primitive_rule
@@ -86,10 +93,10 @@ def _path_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | Path
 @registry.primitive_rule
 def _optional_choice_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str | None] | None:
     """Read one of several words. tyro's own rule also offers None, and its order of the choices changes."""
-    options = [option for option in get_args(wanted.type) if option is not NoneType]
-    if len(options) != 1 or len(get_args(wanted.type)) != 2 or get_origin(options[0]) is not Literal:
+    choice = _without_none(wanted.type)
+    if choice is wanted.type or get_origin(choice) is not Literal:
         return None
-    choices = get_args(options[0])
+    choices = get_args(choice)
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(choices) + "}",

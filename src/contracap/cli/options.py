@@ -68,22 +68,37 @@ def check_batch_size(wanted: int) -> None:
 def check_outputs(inputs: Iterable[str | Path | None], **outputs: Path | None) -> None:
     """Check the paths of output files, which may be written hours later; their keywords are the names of the options.
 
+    Neither may an output replace an image, a shard or weights: an input may be their folder, or a pattern.
+
     Args:
         inputs: paths, or names such as those of weights.
 
-    Raises: ValueError: naming the option, if its file would replace an input or another output, or cannot be written.
+    Raises: ValueError: naming the option, if its file would replace one of these, an input or another output, or cannot
+        be written.
     """
     taken = {os.path.realpath(path) for path in inputs if path is not None}
     for option, path in outputs.items():
         if path is None:
             continue
-        if os.path.realpath(path) in taken:
-            raise ValueError(f"--{option} {path} would take the place of another file: name one of its own")
-        taken.add(os.path.realpath(path))
         try:
+            if os.path.realpath(path) in taken or _holds_data(path):
+                raise ValueError(f"--{option} {path} would take the place of another file: name one of its own")
             try_place(path)
         except OSError as error:
             raise ValueError(f"--{option} {path} cannot be written: {message(error)}") from None
+        taken.add(os.path.realpath(path))
+
+
+def _holds_data(path: Path) -> bool:
+    """Return True if there is an image, a tar shard or weights at `path`, by its name or its first bytes."""
+    from contracap.data.image_finder import is_image
+    from contracap.data.tar import SHARD_SUFFIXES, is_tar
+    from contracap.pretrained.find import ENDINGS, OPEN_CLIP_CONFIG
+
+    if not path.is_file():
+        return False
+    name = os.path.basename(os.path.realpath(path))
+    return name.endswith((*SHARD_SUFFIXES, *ENDINGS, OPEN_CLIP_CONFIG)) or is_image(path) or is_tar(str(path))
 
 
 def keep_few_kernels() -> None:

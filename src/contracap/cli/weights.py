@@ -19,7 +19,7 @@ def inspect(
     from contracap.model.sizes import SIZES, find_size
     from contracap.pretrained import find_weights
     from contracap.pretrained.errors import printable
-    from contracap.pretrained.fit import at_own_lengths, differences, family_of, match_sizes
+    from contracap.pretrained.fit import at_own_lengths, differences, family_of, find_nonfinite, match_sizes
     from contracap.pretrained.shapes import shapes_of
     from contracap.pretrained.tensors import METADATA_KEY, read_tensors
     from contracap.pretrained.weights import OUR_NAME
@@ -47,6 +47,8 @@ def inspect(
     print(f"layout         {'contracap' if ours else 'open_clip'}")
     print(f"family         {family_of(shapes)}")
     print(f"tensors        {len(tensors)}, {', '.join(sorted({str(tensor.dtype) for tensor in tensors.values()}))}")
+    if broken := find_nonfinite(tensors):
+        print(f"not finite     {printable(broken)}: these weights cannot be used")
     print(f"parameters     {parts.total() / 1e6:.2f} million")
     for part, count in parts.most_common():
         print(f"  {printable(part):12} {count / 1e6:.2f}")
@@ -61,23 +63,17 @@ def show_sizes() -> None:
 
     from contracap.model.coca import CoCa
     from contracap.model.sizes import PURPOSES, SIZES
-    from contracap.pretrained.find import RELEASED
+    from contracap.pretrained.find import RELEASED, size_of_release
 
     print(f"{'size':19} {'million':>7} {'pixels':>6} {'patch':>5} {'tokens':>6}  {'what it is':36} released weights")
     for name, config in SIZES.items():
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in CoCa(config).parameters()) / 1e6
-        vision, released = config.vision, [each for each in RELEASED if _size_of(each) == name]
+        vision, released = config.vision, [each for each in RELEASED if size_of_release(each) == name]
         print(
             f"{name:19} {parameters:7.1f} {vision.image_size:6} {vision.patch_size:5} {config.text.context:6}  "
             f"{PURPOSES[name]:36} {', '.join(released)}".rstrip()
         )
-
-
-def _size_of(release: str) -> str:
-    """Return the size of released weights: OpenAI's have another activation, and their grid may differ."""
-    size, _, source = release.partition("/")
-    return f"{size.removesuffix('-336')}-quickgelu" if source == "openai" else size
 
 
 def convert(
@@ -100,11 +96,14 @@ def convert(
     """
     from contracap.pretrained import read_weights, save_open_clip, write_weights
     from contracap.pretrained.fidelity import changes_in_open_clip
-    from contracap.pretrained.find import ENDINGS
+    from contracap.pretrained.find import ENDINGS, OPEN_CLIP_WEIGHTS
     from contracap.pretrained.open_clip_config import not_for_open_clip
 
     found = read_weights(file, size=size)
     to = to or ("open_clip" if found.layout == "contracap" else "contracap")
+    written = out if to == "contracap" else out / OPEN_CLIP_WEIGHTS
+    if written.exists() and written.samefile(found.path):
+        raise ValueError(f"{written} is the file to convert: give another name for the result")
     if to == "contracap":
         if out.suffix != ".safetensors":
             raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from contracap.files import check_regular
+from contracap.wording import text_problem
+
 Result = TypeVar("Result")
 
 
@@ -66,7 +69,11 @@ def number_or_text(identity: Any) -> Any:
 
 
 def encoding_of(path: Path) -> str:
-    """Return UTF-8, or UTF-16 if the byte order mark says so."""
+    """Return UTF-8, or UTF-16 if the byte order mark says so.
+
+    Raises: OSError: if the file cannot be read, or is a pipe or a device, which may never end.
+    """
+    check_regular(path)
     with path.open("rb") as file:
         mark = file.read(2)
     return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
@@ -81,7 +88,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding=encoding_of(path))
     except UnicodeError as error:
-        raise SourceError(f"{path} is not UTF-8 text: {error}") from None
+        problem = text_problem(error) if isinstance(error, UnicodeDecodeError) else f"not UTF-8 text: {error}"
+        raise SourceError(f"{path} is {problem}") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str | SkippedEntry]]:
@@ -118,7 +126,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not JSON: {error}") from None
+        raise SourceError(f"{path} is not JSON: {text_problem(error)}") from None
 
 
 def read_list(path: Path, name: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from contracap.data.index import INDEX_FILE, IndexFileError, ShardEntry, read_index
 from contracap.data.shards import ShardError, count_samples
 from contracap.progress import progress_bar
+from contracap.wording import counted
 
 logger = logging.getLogger(__name__)
 Indexes = Mapping[str, Mapping[str, ShardEntry]]  # entries by folder and name
@@ -114,6 +115,6 @@ def _count(shard: str, failures: list[ShardError]) -> int:
     except ShardError as error:
         if not os.path.isfile(shard):  # a network's failure would give another order another day
             raise
-        logger.warning("%s", error)
+        logger.warning("%s; it counts as %s", error, counted(error.whole + 1, "sample(s)"))
         failures.append(error)
         return error.whole + 1

@@ -17,6 +17,8 @@ from typing import IO, Any, TypeVar, cast
 import fsspec
 from fsspec import AbstractFileSystem
 
+from contracap.files import check_regular
+
 BUFFER_BYTES = 4 * 2**20  # without a buffer, every header of a remote shard costs a round trip
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between one attempt and the next
 CONNECT_SECONDS = 15.0
@@ -84,7 +86,7 @@ def open_file(name: str) -> Generator[IO[bytes], None, None]:
             consent (`require_consent`), never from data. The exit status is that of a pipeline's last command.
 
     Raises:
-        OSError: if a local file cannot be read.
+        OSError: if a local file cannot be read, or is a pipe or a device, which may never end.
         FileNotFoundError: if there is no such file.
         RemoteError: if reading fails after all attempts, or a command fails or is silent for `COMMAND_SECONDS`.
     """
@@ -96,6 +98,7 @@ def open_file(name: str) -> Generator[IO[bytes], None, None]:
         with io.BufferedReader(_RemoteFile(name), BUFFER_BYTES) as stream:
             yield stream
     else:
+        check_regular(name)
         with open(name, "rb") as stream:
             yield stream
 

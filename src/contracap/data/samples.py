@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from contracap.wording import text_problem
+
 IMAGE_SUFFIXES = (  # a sample with several has the first of them
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm"),
     *("jfif", "jpe", "jp2", "j2k", "heic", "heif", "ico", "pgm", "pbm", "pnm"),
@@ -159,7 +161,7 @@ def _read_texts(record: Record) -> tuple[dict[str, Any], list[str]]:
             try:
                 values[suffix] = read(record.members[suffix])
             except (ValueError, RecursionError) as error:
-                problems.append(f".{suffix}: {error}")
+                problems.append(f".{suffix}: {text_problem(error)}")
     return values, problems
 
 

@@ -204,7 +204,8 @@ def _records(shard: str, unread: int, suffixes: Container[str] | None) -> Iterat
     except Exception as error:  # damaged bytes make tarfile and the decompressors raise nearly anything
         whole = max(0, begun - 1)  # the last record begun may lack members
         beyond = f" beyond its first {counted(whole, 'sample(s)')}" if whole else ""
-        reason = " ".join(str(error).split()) or type(error).__name__
+        told = error.strerror if isinstance(error, OSError) and error.filename else str(error)
+        reason = " ".join(str(told).split()) or type(error).__name__
         raise ShardError(f"cannot read shard {shard}{beyond}: {reason}", whole=whole) from error
     if record is not None:
         yield compare(record)

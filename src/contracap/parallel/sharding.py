@@ -104,7 +104,7 @@ def parallelize(
     if config.kind == "ddp":
         replica = Replica(model)
         return ParallelModel(replica, gather_rows, replica.copies.no_sync)
-    return _shard(model, config, process_group, bf16=bf16)
+    return shard(model, config, process_group, bf16=bf16)
 
 
 def sharded_modules(model: CoCa) -> list[nn.Module]:
@@ -118,7 +118,9 @@ def sharded_modules(model: CoCa) -> list[nn.Module]:
     ]
 
 
-def _shard(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool) -> ParallelModel:
+def shard(model: CoCa, config: ParallelConfig, process_group: ProcessGroup, *, bf16: bool) -> ParallelModel:
+    """Shard the parameters of `model` over the ranks, as `parallelize` does for `fsdp` and `hsdp`; one rank may be
+    alone."""
     # Imported here, because it takes a second that a run of one process need not wait for.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -1,6 +1,7 @@
 """The device and the number format of a model that is used, not trained."""
 
 import logging
+import warnings
 from typing import Literal
 
 import torch
@@ -25,8 +26,10 @@ def find_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name).tolist()  # a meta device holds no numbers
-    except (RuntimeError, AssertionError):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is no longer used as device type")
+            torch.empty(0, device=name).tolist()  # a meta device holds no numbers
+    except (RuntimeError, AssertionError, ImportError):
         devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise ValueError(f"this machine has no device {name!r}: use {' or '.join(devices)}") from None
     return torch.device(name)

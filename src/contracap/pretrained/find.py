@@ -86,11 +86,26 @@ def find_weights(name: str | Path) -> Path:
         return _in_folder(path)
     if repository := RELEASED.get(TAGS.get(str(name), str(name))):
         return _from_hub(repository)
-    near = difflib.get_close_matches(str(name), [*RELEASED, *SIZES], n=1)
+    if str(name) in SIZES:
+        raise WeightsError(size_is_not_weights(str(name)))
+    near = difflib.get_close_matches(str(name), RELEASED, n=1)
     raise WeightsError(
-        f"no weights at {str(name)!r}: neither a file, a folder, '{HUB}organisation/name', a release nor a size; "
-        + (f"did you mean {near[0]!r}?" if near else "`contracap weights list` shows releases and sizes")
+        f"no weights at {str(name)!r}: neither a file, a folder, '{HUB}organisation/name' nor a release; "
+        + (f"did you mean {near[0]!r}?" if near else "`contracap weights list` shows the releases")
     )
+
+
+def size_of_release(release: str) -> str:
+    """Return the size of released weights: OpenAI's have another activation, and their grid may differ."""
+    size, _, source = release.partition("/")
+    return f"{size.removesuffix('-336')}-quickgelu" if source == "openai" else size
+
+
+def size_is_not_weights(size: str) -> str:
+    """Return the message for a size in the place of weights, with the releases of that size."""
+    releases = [release for release in RELEASED if size_of_release(release) == size]
+    choices = [*releases, "a file", "a folder", f"'{HUB}organisation/name'"]
+    return f"{size} is a size, not weights: give {', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def is_of_hub(name: str) -> bool:
@@ -166,6 +181,8 @@ def _from_hub(repository: str) -> Path:
                 online = False
             except errors.EntryNotFoundError:
                 return None
+            except errors.HFValidationError:
+                raise WeightsError(f"{name} is not the name of a repository: write {HUB}organisation/name") from None
             except errors.GatedRepoError:
                 raise WeightsError(f"{name} is gated: ask for access on its page, then run `hf auth login`") from None
             except errors.RepositoryNotFoundError:

@@ -19,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require_fit(tensors: Mapping[str, Tensor], config: CoCaConfig, *, ours: bool) -> None:
-    """Check the names, shapes and types of the tensors of a file, in our layout or in open_clip's.
+    """Check the names, shapes, types and numbers of the tensors of a file, in our layout or in open_clip's.
 
     Raises: WeightsError: naming what does not fit.
     """
@@ -28,6 +28,16 @@ def require_fit(tensors: Mapping[str, Tensor], config: CoCaConfig, *, ours: bool
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise WeightsError(f"{name} is {tensor.dtype}: weights are float16, bfloat16, float32 or float64")
+    if broken := find_nonfinite(tensors):
+        raise WeightsError(f"{broken} holds NaN or infinity, as after a diverged run: take an earlier checkpoint")
+
+
+def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None if all numbers are finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in DTYPES and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            return name  # the sum is faster, but may overflow
+    return None
 
 
 def differences(config: CoCaConfig, found: Shapes, *, ours: bool = False) -> list[str]:

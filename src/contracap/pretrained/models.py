@@ -10,6 +10,7 @@ from contracap.model.onednn import use_onednn
 from contracap.model.sizes import SIZES, find_size
 from contracap.pretrained.devices import Precision, find_device, place
 from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.find import size_is_not_weights
 from contracap.pretrained.weights import name_errors, read_weights, write_weights
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
@@ -45,10 +46,7 @@ def load(
         if size is not None:
             raise WeightsError(f"size= is for weights that do not tell their size, and {name} is a size: remove size=")
         if weights is None:
-            raise WeightsError(
-                f"{name} is a size, not weights: add weights=FILE, FOLDER or 'hf-hub:organisation/name' to load some, "
-                "or weights='random' for a model that knows nothing"
-            )
+            raise WeightsError(f"{size_is_not_weights(str(name))} (in Python also: weights=FILE or weights='random')")
         if weights == "random":
             model, processor = random_model(find_size(str(name)), seed=seed or 0)
             return place(model, device=chosen, precision=precision), processor

@@ -33,6 +33,7 @@ from contracap.pretrained.open_clip_names import (
 )
 from contracap.pretrained.shapes import Shapes, shapes_of
 from contracap.pretrained.tensors import METADATA_KEY, read_tensors
+from contracap.wording import text_problem
 
 MAX_CONFIGURATION = 100_000  # bytes of JSON
 PREPROCESS_KEYS = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}  # the last pads nothing
@@ -189,11 +190,14 @@ def _configuration_of_size(
     return model, ImageConfig(size=model.vision.image_size)
 
 
-def _parse(text: str) -> Any:
-    """Read the JSON of a configuration."""
+def _parse(text: str) -> dict[str, Any]:
+    """Read the JSON object of a configuration."""
     if len(text) > MAX_CONFIGURATION:
         raise WeightsError(f"longer than {MAX_CONFIGURATION} characters")
-    return json.loads(text)
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise WeightsError(f"not a JSON object, but {text[:20]!r}")
+    return values
 
 
 @contextmanager
@@ -204,4 +208,4 @@ def name_errors(path: Path, what: str = "") -> Iterator[None]:
     except KeyError as error:
         raise WeightsError(f"{path}: {what}{error} is missing") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise WeightsError(f"{path}: {what}{error}") from None
+        raise WeightsError(f"{path}: {what}{text_problem(error)}") from None

@@ -1,5 +1,6 @@
 """The model before its first step: random, from a file of weights, or with parts from other files."""
 
+import difflib
 import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.positions import interpolate_positions
 from contracap.pretrained.shapes import meta_state, require_same_keys, shapes_of
 from contracap.pretrained.weights import Weights
-from contracap.training.parts import is_in_part, part_of
+from contracap.training.parts import MODULES, is_in_part, part_of
 from contracap.training.recipe import Recipe
 
 # Settings that change what the weights of a part compute, but not their shapes.
@@ -91,7 +92,9 @@ def _select(state: Mapping[str, Tensor], part: str, *, owner: str) -> dict[str, 
     found = {name: tensor for name, tensor in state.items() if is_in_part(name, part)}
     if not found:
         parts = ", ".join(dict.fromkeys(map(part_of, state)))
-        raise WeightsError(f"initialise_parts: {owner} has no weights of {part!r}; its parts are {parts}")
+        near = difflib.get_close_matches(part, {prefix: None for name in state for prefix in _prefixes(name)}, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"its parts are {parts}"
+        raise WeightsError(f"initialise_parts: {owner} has no weights of {part!r}; {remedy}")
     return found
 
 
@@ -103,6 +106,8 @@ def _load_part(ours: Mapping[str, Tensor], part: str, weights: Weights, wanted: 
     state = interpolate_positions(weights.state, patches=wanted.vision.patches)
     theirs = _select(state, part, owner=str(weights.path))
     _require_same_settings(weights, wanted, [part_of(part)])
+    module = MODULES.get(part, part)
+    _require_equal(weights, wanted, [f"{module}.layers"] if module in ("vision", "text", "decoder") else [])
     if lost := [name for name in theirs if name not in ours]:
         raise WeightsError(
             f"initialise_parts: {part!r} of {weights.path} has {len(lost)} weights that the model of the recipe lacks, "
@@ -110,9 +115,10 @@ def _load_part(ours: Mapping[str, Tensor], part: str, weights: Weights, wanted: 
         )
     for name, tensor in theirs.items():
         if tensor.shape != ours[name].shape:
+            context = wanted.text.context + len(tensor) - len(ours[name]) if name == "text.position" else None
             raise WeightsError(
                 f"initialise_parts: {name} of {weights.path} is {list(tensor.shape)}, and {list(ours[name].shape)} in "
-                "the model of the recipe"
+                "the model of the recipe" + (f": set model.text.context = {context}" if context else "")
             )
         ours[name].copy_(tensor)  # a state dict shares its memory with the model
     logger.info("%s from %s: %s tensors, %s parameters", part, weights.path, len(theirs), _count(theirs.values()))

@@ -106,8 +106,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require_paths(self, "out", "initialise_from")
-        if empty := [part for part, name in self.initialise_parts.items() if not part.strip() or not name.strip()]:
-            raise ValueError(f"initialise_parts: give the weights of a part, not {empty[0]!r} = ''")
+        for part, name in self.initialise_parts.items():
+            if not part.strip() or not name.strip():
+                raise ValueError(f"initialise_parts: give the name of a part and its weights, not {part!r} = {name!r}")
         if self.epochs is not None and (self.steps or self.epochs <= 0):
             raise ValueError(f"epochs is {self.epochs} and steps {self.steps}: give one of them, above 0")
         if self.steps < 1 and self.epochs is None:

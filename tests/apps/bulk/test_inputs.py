@@ -180,14 +180,6 @@ def test_images_and_shards_come_over_http(here: Path, address: str) -> None:
         found[3].content()
 
 
-def test_an_image_that_is_an_output_too_is_refused(here: Path) -> None:
-    fill(here, ["a/1.jpg", "a/2.jpg"])
-    (here / "link").symlink_to("a/2.jpg")
-    for outputs in ([Path("a/2.jpg")], [None, here / "a" / "2.jpg"], [Path("link")]):
-        with pytest.raises(ValueError, match=r"a/2\.jpg is one of the images to read"):
-            list(find_items(["a"], outputs=outputs))
-
-
 def test_a_shard_without_an_image_is_told_and_the_rest_is_read(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(here, ["a/1.jpg"])
     write_shard(here / "empty.tar", [])

@@ -68,9 +68,7 @@ class Item:
                     raise type(error)(f"{self.listed}: {reason}: {self.name}{remark}") from None
 
 
-def find_items(
-    paths: Sequence[str], *, recursive: bool = True, outputs: Sequence[Path | None] = ()
-) -> Generator[Item, None, None]:
+def find_items(paths: Sequence[str], *, recursive: bool = True) -> Generator[Item, None, None]:
     """Yield the images that paths stand for, in order, read from folders, lists and shards only as they are asked for.
 
     A path is an image file, or its http(s) URL; a folder, whose images come by name and then those of its
@@ -78,24 +76,13 @@ def find_items(
     `data/remote` reads, with braces as ranges and lists; or a `.txt` file with a path or URL of an image on each line.
     What cannot be read becomes an item that says why, and the rest follows; what is not an image is counted, and told
     in one line at the end.
-
-    Raises: ValueError: at an image that is also one of the `outputs`, which would be lost.
     """
     passed = SkippedFiles()
-    written = {os.path.realpath(output) for output in outputs if output is not None}
     for path in paths:
-        found = _items_of(path, recursive, passed)
-        while True:
-            try:
-                item = next(found)
-            except StopIteration:
-                break
-            except (OSError, ValueError) as error:
-                yield Item(name=path_text(path), source=error)
-                break
-            if written and isinstance(item.source, Path) and os.path.realpath(item.source) in written:
-                raise ValueError(f"{item.name} is one of the images to read, and an output too: name another file")
-            yield item
+        try:
+            yield from _items_of(path, recursive, passed)
+        except (OSError, ValueError) as error:
+            yield Item(name=path_text(path), source=error)
     passed.report(", ".join(paths))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from contracap.apps.compare.conditions import COUNTED
 from contracap.evaluation.result import OWN_KEYS, PerSample, Result
 from contracap.files import read_regular
+from contracap.wording import text_problem
 
 LARGEST = 1e100  # no figure; sums and images of larger numbers overflow
 
@@ -22,7 +23,7 @@ def load_result(path: str | Path) -> Result:
     try:
         content = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON that can be read: {error}") from None
+        raise ValueError(f"{path} is not JSON that can be read: {text_problem(error)}") from None
     try:
         return _result(content)
     except ValueError as error:

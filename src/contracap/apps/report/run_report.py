@@ -28,7 +28,7 @@ from contracap.processor import Processor
 from contracap.training.checkpoint import CHECKPOINTS, last_checkpoint
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe
 from contracap.training.recorder import CAPTIONS_FILE, METRICS_FILE, read_metrics
-from contracap.wording import counted
+from contracap.wording import counted, text_problem
 
 PAGE = "report.html"
 MAX_VALIDATION = 1000  # samples that are measured where the recipe has no tasks
@@ -195,6 +195,6 @@ def _errors_in(path: Path) -> Iterator[None]:
     try:
         yield
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} holds a line that is not JSON: {error}") from None
+        raise ValueError(f"{path} holds a line that is not JSON: {text_problem(error)}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} holds a line that is not a record of a run: {error!r}") from None
