@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from contracap.data import loader_workers as module
 from contracap.data.loader_workers import run_workers
 from contracap.data.workers import WorkerError
 
@@ -63,19 +62,6 @@ def tensors(worker: int, workers: int) -> Iterator[torch.Tensor]:
     yield torch.zeros(3)
     yield torch.ones(3)
     raise ValueError("no third")
-
-
-def test_a_worker_is_two_items_ahead(tmp_path: Path) -> None:
-    def noting(worker: int, workers: int) -> Iterator[int]:
-        for count in itertools.count():
-            (tmp_path / str(count)).touch()
-            yield count
-
-    with closing(run_workers(noting, 1)) as made:
-        for taken in (1, 2):
-            next(made)
-            time.sleep(0.3)
-            assert len(list(tmp_path.iterdir())) == taken + module.AHEAD
 
 
 def test_closing_ends_the_workers_and_leaves_nothing_open() -> None:
