@@ -67,8 +67,9 @@ def written_out(model: CoCa, pixels: Tensor, token_ids: tuple[int, ...]) -> Tens
     return maps[:, 1:] / maps[:, 1:].sum(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize("absorbed", [False, True])
-@pytest.mark.parametrize(("kind", "positions"), [*((kind, False) for kind in POOLERS), ("shared", True)])
+@pytest.mark.parametrize(
+    ("kind", "positions", "absorbed"), [*((kind, False, False) for kind in POOLERS), ("shared", True, True)]
+)
 def test_maps_equal_attention_written_out_and_sum_to_one(kind, positions, absorbed, monkeypatch):
     monkeypatch.setattr(CrossAttention, "absorbs", lambda *_, **__: absorbed)
     model = sharp_model(with_pooler(kind, positions=positions))
