@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from contracap.generation import BeamSearch, Greedy, Sampling
 from tests.generation.logit_tables import empty_prompts
 
-from .logit_tables import END, START, VOCAB, Table, Words, begin, every_text, run, step
+from .logit_tables import END, START, Table, Words, every_text, run, step
 
 
 def plain_greedy(table, image, strategy):
@@ -31,34 +31,6 @@ def test_greedy_takes_the_likeliest_allowed_token_and_equals_a_beam_of_one(seed,
     for image in range(3):
         assert found[image][0].token_ids == plain_greedy(table, image, Greedy(*lengths))
         assert found[image] == beams[image]
-
-
-def test_end_token_is_forbidden_exactly_while_the_sequence_is_shorter_than_min_tokens():
-    logits = torch.full((1, VOCAB), -5.0)
-    logits[0, END] = 5.0
-    for strategy in (Greedy(8, 4), BeamSearch(3, 8, 4)):
-        search = begin(strategy, 1)
-        while not search.finished.all():
-            search.advance(logits.expand(*search.last.shape, -1))
-        shortest = min(search.list_texts()[0], key=lambda text: len(text.token_ids))
-        assert len(shortest.token_ids) == 3  # with the start token: 4
-
-
-def test_start_token_is_never_produced_and_id_zero_is_a_word():
-    logits = torch.full((1, VOCAB), -5.0)
-    logits[0, START], logits[0, 0] = 9.0, 5.0
-    for strategy in (Greedy(6, 0), BeamSearch(2, 6, 0)):
-        search = begin(strategy, 1)
-        while not search.finished.all():
-            search.advance(logits.expand(*search.last.shape, -1))
-        assert search.list_texts()[0][0].token_ids == (0, 0, 0, 0, 0)
-
-
-def test_among_equal_tokens_the_lowest_id_wins():
-    search = begin(Greedy(4, 4), 2)
-    while not search.finished.all():
-        search.advance(torch.zeros(2, 1, VOCAB))
-    assert [texts[0].token_ids for texts in search.list_texts()] == [(0, 0, 0), (0, 0, 0)]
 
 
 @pytest.mark.parametrize(
