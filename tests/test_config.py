@@ -46,13 +46,9 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_fields_left_out_keep_their_defaults() -> None:
-    assert build(Run, {"steps": 3, "optimizer": {"betas": [0.8, 0.9]}}) == Run(
-        steps=3, optimizer=Optimizer(betas=(0.8, 0.9))
-    )
-
-
-def test_a_whole_number_stands_for_a_float() -> None:
+def test_fields_left_out_keep_their_defaults_and_a_whole_number_stands_for_a_float() -> None:
+    expected = Run(steps=3, optimizer=Optimizer(betas=(0.8, 0.9)))
+    assert build(Run, {"steps": 3, "optimizer": {"betas": [0.8, 0.9]}}) == expected
     assert isinstance(build(Optimizer, {"learning_rate": 1}).learning_rate, float)
 
 
@@ -63,7 +59,6 @@ def test_a_whole_number_stands_for_a_float() -> None:
             {"steps": 1, "optimizer": {"learning_rte": 1e-3}},
             "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'?",
         ),
-        ({"steps": 1, "teacher": {"beta": 1}}, "unknown key 'teacher.beta'; did you mean 'teacher.betas'?"),
         (
             {"steps": 1, "evaluators": [{"name": "a"}, {"nam": "b"}]},
             "unknown key 'evaluators.1.nam'; did you mean 'evaluators.1.name'?",
@@ -81,7 +76,6 @@ def test_a_whole_number_stands_for_a_float() -> None:
         ),
         ({"steps": 1, "weights": {"a": float("inf")}}, "'weights.a' must be a finite number, not inf"),
         ({"steps": "5"}, "'steps' must be a whole number, not '5'"),
-        ({"steps": 1.5}, "'steps' must be a whole number, not 1.5"),
         ({"steps": 1, "resume": 1}, "'resume' must be true or false, not 1"),
         ({"steps": 1, "data": 5}, "'data' must be a string or a list, each a string, not 5"),
         ({"steps": 1, "optimizer": 5}, "'optimizer' must be a table, not 5"),
@@ -100,11 +94,6 @@ def test_a_wrong_value_is_named_with_its_path(values: dict[str, Any], message: s
     with pytest.raises(ConfigError) as caught:
         build(Run, values)
     assert str(caught.value) == message
-
-
-def test_every_wrong_key_is_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"^key 'steps' is missing; 'resume' must be true or false, not 'no'$"):
-        build(Run, {"resume": "no"})
 
 
 def test_overrides_win_and_are_toml_values_else_strings(tmp_path: Path) -> None:
@@ -161,7 +150,7 @@ runs = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(runs)
 def test_what_is_written_is_read_back_equal(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
     assert build(Run, to_dict(run)) == run

@@ -24,14 +24,11 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_classify_gives_each_image_the_softmax_over_its_labels(
-    weights: Path, images: Path, tmp_path: Path, capsys
-) -> None:
+def test_classify_gives_each_image_the_softmax_over_its_labels(weights, images, tmp_path, capsys) -> None:
     labels = ["a red one", "a blue one", "a green one"]
     out = tmp_path / "labels.json"
-    assert (
-        main(["classify", str(weights), str(images), "--labels", *labels, "--templates", "{}", "--json", str(out)]) == 0
-    )
+    words = ["--labels", *labels, "--templates", "{}", "--json", str(out)]
+    assert main(["classify", str(weights), str(images), *words]) == 0
     model, processor = contracap.load(weights)
     paths = [images / "a.png", images / "b.png", images / "inside" / "c.png"]
     with torch.inference_mode():
@@ -68,9 +65,7 @@ def test_embed_writes_the_embeddings_of_encode_image(weights: Path, images: Path
 
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
-def test_embed_replaces_no_file(
-    weights: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
-) -> None:
+def test_embed_replaces_no_file(weights: Path, images: Path, tmp_path: Path, capsys, suffix: str) -> None:
     out = tmp_path / f"e.{suffix}"
     out.write_bytes(b"mine")
     assert main(["embed", str(weights), str(images), "--out", str(out)]) == 1

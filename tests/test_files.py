@@ -11,11 +11,6 @@ import pytest
 from contracap.files import replace_file, require_folder, try_place, write_text
 
 
-def test_an_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"full\.txt"), replace_file(tmp_path / "full.txt"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_a_file_appears_whole_and_nothing_beside_it(tmp_path: Path) -> None:
     write_text(tmp_path / "new" / "a.txt", "first\n")
     write_text(tmp_path / "new" / "a.txt", "zweite ü\n")

@@ -7,6 +7,8 @@ import time
 import tracemalloc
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +64,12 @@ def jpeg_of_size(width: int, height: int) -> bytes:
 # --- decoding
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_jpeg_pixels_equal_pillow(decoder: str, mode: str, options: dict) -> None:
-    data = encode(scene(61, 43, mode), "JPEG", **options)
-    assert torch.equal(decode(data), rows(Image.open(io.BytesIO(data))))
+    for size in ((61, 43), (1, 1), (1, 9)):
+        data = encode(scene(*size, mode), "JPEG", **options)
+        assert torch.equal(decode(data), rows(Image.open(io.BytesIO(data))))
 
 
 def test_cmyk_jpeg_equals_pillow(decoder: str) -> None:
@@ -76,7 +79,7 @@ def test_cmyk_jpeg_equals_pillow(decoder: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 def test_exif_orientation_turns_the_image_upright(decoder: str, kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -160,14 +163,8 @@ def test_float_pixels_are_refused_with_the_reason() -> None:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_the_first_frame_of_an_animation_counts(kind: str) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
-    data = encode(
-        frames[0],
-        kind,
-        save_all=True,
-        append_images=frames[1:],
-        duration=50,
-        **({"lossless": True} if kind == "WEBP" else {}),
-    )
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **lossless)
     assert decode(data)[:, 3, 4].tolist() == [255, 0, 0]
 
 
@@ -186,26 +183,14 @@ def test_a_path_a_string_and_bytes_give_the_same(tmp_path: Path) -> None:
     assert torch.equal(decode(path), decode(path.read_bytes()))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
-def test_the_smallest_images_are_read(decoder: str, size: tuple[int, int]) -> None:
-    assert decode(encode(scene(*size), "JPEG")).shape == (3, size[1], size[0])
-
-
 # --- files that cannot be used
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        b"",
-        b"a text, no image",
-        b"<svg></svg>",
-        b"\xff\xd8\xff",
-        b"\x89PNG\r\n\x1a\n",
-        b"GIF89a",
-        b"RIFF\0\0\0\0WEBPVP8 ",
+        *(b"", b"a text, no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 "),
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        bytes(1000),
     ],
     ids=lambda data: repr(data[:8]),
 )
@@ -219,7 +204,7 @@ def test_a_file_that_is_not_an_image_raises_an_error_with_its_name(decoder: str,
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.05, 0.9])
 def test_a_cut_file_raises_an_error_with_its_name(decoder: str, kind: str, share: float) -> None:
     data = encode(scene(200, 150), kind)
     with pytest.raises(ImageError, match="cut: "):
@@ -230,7 +215,7 @@ def test_a_cut_file_raises_an_error_with_its_name(decoder: str, kind: str, share
 def test_a_damaged_file_gives_pixels_or_an_error_with_its_name(kind: str) -> None:
     whole = encode(scene(64, 48), kind)
     random = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(40):
         data = bytearray(whole)
         for place in random.integers(0, min(len(data), 400), 3):
             data[place] = random.integers(256)
@@ -285,15 +270,21 @@ def overlapping(entries: int, size: int) -> bytes:
     return head + b"".join(struct.pack("<HHLL", 40000 + i, 7, size, 0) for i in range(entries)) + bytes(4) + bytes(size)
 
 
+@contextmanager
+def memory_below(limit: float) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_exif_that_unfolds_to_more_than_the_file_is_not_read(kind: str) -> None:
     data = encode(scene(), kind, exif=overlapping(20_000, 500_000))
-    tracemalloc.start()
-    try:
+    with memory_below(30e6):
         assert decode(data).shape == (3, 40, 60)
-        assert tracemalloc.get_traced_memory()[1] < 30e6
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "TIFF of odd order", "AVIF", "AVIF behind others"])
@@ -305,24 +296,15 @@ def test_a_file_whose_directory_unfolds_is_refused(kind: str) -> None:
         harmless = b"II*\0" + struct.pack("<LH", 8, 0) + b"?" * (len(bomb) - 10)  # Pillow reads what it writes
         bomb = encode(scene(), "AVIF", exif=harmless).replace(harmless, bomb)
         bomb += b"II*\0" * 100 if kind == "AVIF behind others" else b""
-    tracemalloc.start()
-    try:
-        with pytest.raises(ImageError, match="metadata"):
-            decode(bomb)
-        assert tracemalloc.get_traced_memory()[1] < 30e6
-    finally:
-        tracemalloc.stop()
+    with memory_below(30e6), pytest.raises(ImageError, match="metadata"):
+        decode(bomb)
 
 
 def test_exif_headers_inside_one_another_are_read_once(decoder: str) -> None:
     data = encode(scene(), "JPEG")
     headers = b"\xff\xe1\xff\xffExif\0\0" * 2000 + bytes(65535 - 20_000)
-    tracemalloc.start()
-    try:
+    with memory_below(10e6):
         assert torch.equal(decode(data[:2] + headers + data[2:]), decode(data))
-        assert tracemalloc.get_traced_memory()[1] < 10e6
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_jpeg_with_much_ordinary_metadata_is_turned_upright(decoder: str) -> None:
@@ -378,19 +360,18 @@ def test_an_icon_is_read(kind: str) -> None:
     assert torch.equal(decode(encode(image, "ICO", bitmap_format=kind, sizes=[(64, 64), (16, 16)])), rows(image))
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("I;16", "PNG")])
-def test_one_image_takes_no_more_memory_than_stated(mode: str, kind: str) -> None:
+def test_one_image_takes_no_more_memory_than_stated(tmp_path: Path) -> None:
     program = (
-        "import io, sys, torch; from contracap.image_files import decode; from PIL import Image; Image.init()\n"
+        "import sys, torch; from contracap.image_files import decode; from PIL import Image; Image.init()\n"
         "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
-        "data, before = sys.stdin.buffer.read(), peak()\n"
-        "assert decode(data).shape == (3, 4000, 4000)\n"
+        "before = peak()\n"
+        "assert all(decode(path).shape == (3, 3000, 3000) for path in sys.argv[1:])\n"
         "print((peak() - before) * 1024)"
     )
-    image = Image.new(mode, (4000, 4000))
-    data = encode(image, kind)
-    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, check=True)
-    assert int(done.stdout) < 9 * 4000 * 4000 + 30e6
+    for mode in ("RGBA", "I;16"):
+        Image.new(mode, (3000, 3000)).save(tmp_path / f"{mode}.png", compress_level=1)
+    done = subprocess.run([sys.executable, "-c", program, *tmp_path.iterdir()], capture_output=True, check=True)
+    assert int(done.stdout) < 9 * 3000 * 3000 + 30e6
 
 
 @pytest.mark.parametrize(("mode", "most"), [("CMYK", "61946643"), ("RGB", "80530636")])
@@ -424,9 +405,7 @@ def with_chunk(data: bytes, kind: bytes, content: bytes, crc: int | None = None)
         (b"iCCP", b"a\0\0" + zlib.compress(bytes(3_000_000)), None),
         (b"tEXt", b"a\0b", 7),
         (b"eXIf", b"II*\0", 7),
-        (b"gAMA", b"", None),
         (b"acTL", b"", None),
-        (b"pHYs", b"\0", None),
     ],
 )
 def test_a_png_is_read_whatever_its_metadata(kind: bytes, content: bytes, crc: int | None) -> None:
@@ -437,6 +416,13 @@ def test_a_png_is_read_whatever_its_metadata(kind: bytes, content: bytes, crc: i
     assert torch.equal(decode(data), rows(image.transpose(Transpose.ROTATE_180)))
 
 
+def test_a_pipe_and_a_device_are_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path, word in ((tmp_path / "pipe.jpg", "named pipe"), ("/dev/zero", "device")):
+        with pytest.raises(ImageError, match=word):
+            decode(path)
+
+
 @pytest.mark.parametrize(
     ("data", "word"),
     [
@@ -445,10 +431,7 @@ def test_a_png_is_read_whatever_its_metadata(kind: bytes, content: bytes, crc: i
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
         (b"<?xml version='1.0'?>\n<!-- x --><svg></svg>", "SVG"),
         (b'{"error": "not found"}', "JSON"),
-        (b"%PDF-1.7", "PDF"),
         (b"\0\0\0 ftypisom", "video"),
-        (b"PK\3\4", "archive"),
-        (b"\xff\x0a123", "JPEG XL"),
         (bytes(100), "zero"),
         (b"404: Not Found", "404: Not Found"),
         (b"\x1b[31mred\x1b[0m", r"none of JPEG|text"),
@@ -470,14 +453,6 @@ def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.Monke
         decode(file.getvalue())
 
 
-def test_a_pipe_and_a_device_are_refused_unread(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(ImageError, match="named pipe"):
-        decode(tmp_path / "pipe.jpg")
-    with pytest.raises(ImageError, match="device"):
-        decode("/dev/zero")
-
-
 def test_a_large_pillow_image_is_refused_before_it_is_loaded() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -486,13 +461,10 @@ def test_a_large_pillow_image_is_refused_before_it_is_loaded() -> None:
         decode(image)
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_a_folder_and_an_image_without_pixels_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="without pixels"):
+        decode(Image.new("RGB", (0, 5)))
     with pytest.raises(FileNotFoundError, match=r"missing\.jpg: no such image file"):
         decode(tmp_path / "missing.jpg")
     with pytest.raises(ImageError, match=f"{tmp_path.name}: cannot be read: Is a directory"):
         decode(tmp_path)
-
-
-def test_a_image_without_pixels_is_refused() -> None:
-    with pytest.raises(ImageError, match="without pixels"):
-        decode(Image.new("RGB", (0, 5)))

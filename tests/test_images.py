@@ -19,8 +19,8 @@ from contracap.images import (
 from .image_samples import largest_difference, rows, scene
 
 SIZES = [
-    (500, 375), (375, 500), (224, 224), (225, 224), (224, 227), (333, 501), (299, 301), (640, 227), (1200, 900),
-    (223, 223), (100, 80), (31, 223), (7, 5), (1, 1), (3, 200), (1000, 3), (1, 300), (2001, 41), (300, 200),
+    (500, 375), (375, 500), (224, 224), (225, 224), (299, 301), (640, 227), (1200, 900), (223, 223), (100, 80), (7, 5),
+    (1, 1), (1000, 3), (1, 300), (2001, 41),
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def test_evaluation_pixels_equal_open_clip(open_clip: ModuleType, width: int, he
     assert largest_difference(resize_and_crop(decode(image), config), expected.round()) <= 1
 
 
-@pytest.mark.parametrize("size", [32, 97, 160, 256])
+@pytest.mark.parametrize("size", [32, 97, 256])
 def test_other_sizes_equal_open_clip(open_clip: ModuleType, size: int) -> None:
     image = scene(301, 211)
     transform = open_clip.image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
@@ -66,20 +66,15 @@ def test_a_random_crop_equals_pillow_crop_then_resize(monkeypatch: pytest.Monkey
         assert largest_difference(pixels, rows(expected)) <= 1
 
 
-@pytest.mark.parametrize("shape", [(200, 300), (300, 200), (250, 250)])
-def test_random_crops_have_the_area_and_ratio_asked_for(shape: tuple[int, int]) -> None:
-    height, width = shape
+def test_random_crops_have_the_area_and_ratio_asked_for() -> None:
+    height, width = 200, 300
     augmentation = AugmentationConfig(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 2.0))
     generator = np.random.default_rng(0)
     crops = np.array([random_crop(height, width, augmentation, generator) for _ in range(3000)])
     tops, lefts, heights, widths = crops.T
     areas, ratios = heights * widths / (height * width), widths / heights
-    assert (
-        (tops >= 0).all()
-        and (lefts >= 0).all()
-        and (tops + heights <= height).all()
-        and (lefts + widths <= width).all()
-    )
+    assert tops.min() >= 0 and lefts.min() >= 0
+    assert (tops + heights).max() <= height and (lefts + widths).max() <= width
     assert 0.295 < areas.min() < 0.31 and 0.49 < areas.max() < 0.505
     assert 0.48 < ratios.min() < 0.56 and 1.8 < ratios.max() < 2.05
     assert abs(areas.mean() - 0.4) < 0.01
@@ -116,11 +111,8 @@ def test_augmentation_is_a_function_of_the_generator() -> None:
 
 
 def test_flip_is_the_probability_of_a_mirror_image() -> None:
-    image, config, whole = (
-        decode(scene(32, 32)),
-        ImageConfig(size=32),
-        {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)},
-    )
+    image, config = decode(scene(32, 32)), ImageConfig(size=32)
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
     generator = np.random.default_rng(0)
     for probability in (0.0, 0.3, 1.0):
         augmentation = AugmentationConfig(flip=probability, **whole)

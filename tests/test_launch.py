@@ -45,30 +45,29 @@ def test_the_shell_reads_the_scripts() -> None:
         assert checked.returncode == 0, checked.stderr
 
 
+def slurm_job(folder: Path, commands: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    script = (FOLDER / "slurm.sbatch").read_text(encoding="utf-8").replace("cd /shared/contracap", f"cd {folder}")
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    slurm = "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=x SLURM_NNODES=1 SLURM_GPUS_ON_NODE=8"
+    return shell(f"export PATH={folder}:$PATH {slurm}\n{script}")
+
+
 def test_a_slurm_job_that_is_asked_to_end_lets_the_run_finish_and_is_requeued(tmp_path: Path) -> None:
-    script = (FOLDER / "slurm.sbatch").read_text(encoding="utf-8").replace("cd /shared/contracap", f"cd {tmp_path}")
     commands = {
         # What Slurm and torchrun do, once the script waits: hand the signal on, wait for the ranks, end with 1.
         "srun": 'trap "sleep 0.3; touch saved; exit 1" USR1; sleep 1; kill -USR1 $PPID\n'
         "while true; do sleep 0.05; done",
         "scontrol": 'if [ "$1" = show ]; then echo first second; else ls saved && echo "$@" > requeued; fi',
     }
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=x SLURM_NNODES=1 SLURM_GPUS_ON_NODE=8"
-    done = shell(f"export PATH={tmp_path}:$PATH {slurm}\n{script}")
+    done = slurm_job(tmp_path, commands)
     assert done.returncode == 1, done.stderr
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
 def test_a_slurm_job_that_ends_by_itself_is_not_requeued(tmp_path: Path) -> None:
-    script = (FOLDER / "slurm.sbatch").read_text(encoding="utf-8").replace("cd /shared/contracap", f"cd {tmp_path}")
-    for name, body in {"srun": "exit 3", "scontrol": '[ "$1" = show ] || touch requeued'}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=x SLURM_NNODES=1 SLURM_GPUS_ON_NODE=8"
-    assert shell(f"export PATH={tmp_path}:$PATH {slurm}\n{script}").returncode == 3
+    assert slurm_job(tmp_path, {"srun": "exit 3", "scontrol": '[ "$1" = show ] || touch requeued'}).returncode == 3
     assert not (tmp_path / "requeued").exists()
 
 

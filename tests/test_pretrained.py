@@ -1,14 +1,10 @@
 import json
-import logging
 import math
 import pickle
-import subprocess
-import sys
-import zipfile
+import resource
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -84,14 +80,9 @@ def test_open_clips_folder_is_read_and_written(tmp_path: Path, state) -> None:
     assert_holds(model, state)
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "bin", "pt"])
-def test_a_bare_file_is_matched_against_the_sizes(tmp_path: Path, state, ending: str) -> None:
-    path = tmp_path / f"weights.{ending}"
-    tensors = to_open_clip(state, TINY)
-    if ending == "safetensors":
-        save_file(tensors, path)
-    else:
-        torch.save({"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}, path)
+def test_a_bare_file_is_matched_against_the_sizes(tmp_path: Path, state) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(to_open_clip(state, TINY), path)
     for model, _ in (load(path), load("tiny", weights=path)):
         assert model.config == LEGACY
         assert_holds(model, state)
@@ -118,7 +109,7 @@ def test_open_clip_reads_what_we_wrote(tmp_path: Path, open_clip) -> None:
 
 def test_a_hub_name_is_downloaded_by_the_hubs_library(tmp_path: Path, state, monkeypatch) -> None:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     save_open_clip(tmp_path, model=LEGACY, image=IMAGE, state=state)
     asked = []
@@ -129,18 +120,10 @@ def test_a_hub_name_is_downloaded_by_the_hubs_library(tmp_path: Path, state, mon
             raise EntryNotFoundError(name)
         return str(tmp_path / name)
 
-    def offline(*_, **__) -> str:
-        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)  # of its attempts
-        raise LocalEntryNotFoundError("no connection")
-
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model, _ = load("hf-hub:someone/coca@v2")
     assert_holds(model, state)
     assert set(asked) == {("someone/coca", "v2")}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(WeightsError, match="the hub does not answer"):
-        load("hf-hub:someone/coca")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(WeightsError, match="hf-hub:someone/coca holds no weights"):
         load("hf-hub:someone/coca")
@@ -229,17 +212,6 @@ def test_a_checkpoint_of_a_released_size_keeps_the_mask_it_was_trained_with(tmp_
         assert model.config == TINY
 
 
-def test_numbers_of_numpy_1_in_a_checkpoint_are_passed_over(tmp_path: Path, state) -> None:
-    newer, older = tmp_path / "newer.pt", tmp_path / "older.pt"
-    rates = {"lr": np.float64(0.1), "seeds": np.arange(3), "best": np.float32(1)}
-    torch.save({"state_dict": to_open_clip(state, TINY), "optimizer": rates}, newer)
-    with zipfile.ZipFile(newer) as source, zipfile.ZipFile(older, "w") as target:
-        for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry).replace(b"cnumpy._core.", b"cnumpy.core."))
-    for path in (newer, older):
-        assert_holds(load(path)[0], state)
-
-
 class Malice:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("malice-was-run"),))
@@ -300,6 +272,8 @@ def test_a_size_and_weights_that_contradict_each_other_are_refused(tmp_path: Pat
         load("scenes", weights=tmp_path / "foreign.safetensors")
     with pytest.raises(WeightsError, match="goes with a size"):
         load(tmp_path / "tiny.safetensors", weights="random")
+    with pytest.raises(WeightsError, match="size="):
+        load("tiny", weights="random", size="scenes")
 
 
 @pytest.mark.parametrize(
@@ -333,19 +307,13 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_the_disk_are_an_error_with_the_files_name(tmp_path: Path) -> None:
-    program = (
-        "import contracap, resource; model, processor = contracap.load('tiny', weights='random')\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try: contracap.save('out.safetensors', model, processor)\n"
-        "except OSError as error: print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
-    )
-    assert (done.stdout, done.stderr) == ("File too large: out.safetensors\n", "")
+    model, processor = contracap.load("tiny", weights="random")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            contracap.save(tmp_path / "out.safetensors", model, processor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == f"File too large: {tmp_path / 'out.safetensors'}"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_size_beside_the_name_of_a_size_is_refused() -> None:
-    with pytest.raises(WeightsError, match="size="):
-        load("tiny", weights="random", size="scenes")

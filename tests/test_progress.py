@@ -3,14 +3,10 @@
 import logging
 import time
 
-import pytest
-
 from contracap.progress import logging_on, progress_bar
 
 
-def test_without_a_terminal_a_log_line_now_and_then_says_how_far_it_is(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_terminal_a_log_line_now_and_then_says_how_far_it_is(caplog, monkeypatch) -> None:
     monkeypatch.setattr("contracap.progress.PAUSE", 0.0)
     with progress_bar(total=1000, unit=" images", desc="drawing") as bar:
         bar.update(250)
@@ -30,9 +26,7 @@ def test_without_a_terminal_a_log_line_now_and_then_says_how_far_it_is(
     assert not caplog.messages
 
 
-def test_what_is_disabled_or_quiet_says_nothing(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_disabled_or_quiet_says_nothing(caplog, monkeypatch) -> None:
     monkeypatch.setattr("contracap.progress.PAUSE", 0.0)
     progress_bar(total=2, disable=True).update()
     progress_bar(total=2, log=False).update()

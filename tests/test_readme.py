@@ -1,6 +1,8 @@
 """What the README and the docs tell a reader to type or to open works: links, commands, Python, recipes."""
 
+import contextlib
 import functools
+import io
 import re
 import shlex
 import tomllib
@@ -44,16 +46,18 @@ def commands() -> list[tuple[str, str]]:
         path.name: "\n".join([*INDENTED.findall(text), *(block for _, block in FENCED.findall(text))])
         for path, text in GUIDES.items()
     }
-    return [(page, command) for page, lines in code.items() for command in COMMAND.findall(lines)]
+    found = {command: page for page, lines in code.items() for command in COMMAND.findall(lines)}
+    return [(page, command) for command, page in found.items()]
 
 
 def mentions() -> list[tuple[str, str]]:
     """The same of commands in a sentence, which may leave out what a verb needs."""
-    return [
-        (path.name, " ".join(mention.split()))
+    found = {
+        " ".join(mention.split()): path.name
         for path, text in GUIDES.items()
         for mention in re.findall(r"`contracap ([a-z][^`]*)`", prose(text))
-    ]
+    }
+    return [(page, mention) for mention, page in found.items()]
 
 
 def targets(text: str) -> list[str]:
@@ -99,14 +103,18 @@ def test_commands_parse(page: str, command: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("page", "mention"), mentions())
-def test_verbs_and_flags_in_sentences_exist(page: str, mention: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_and_flags_in_sentences_exist(page: str, mention: str) -> None:
     words = mention.split()
-    verb = words[:2] if isinstance(cli.VERBS.get(words[0]), cli.Group) else words[:1]
-    with pytest.raises(SystemExit):
-        cli.main([*verb, "--help"])
-    options = capsys.readouterr().out
+    options = help_of(*(words[:2] if isinstance(cli.VERBS.get(words[0]), cli.Group) else words[:1]))
     assert options.startswith("usage: ")
     assert [word for word in words if word.startswith("--") and word not in options] == []
+
+
+@functools.cache
+def help_of(*verb: str) -> str:
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main([*verb, "--help"])
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))

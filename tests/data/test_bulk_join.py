@@ -94,9 +94,7 @@ def test_embeddings_without_captions_are_told_from_captions(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("shard", "folder"), [("pipe:touch ran", None), ("x/pipe:touch ran", Path())])
-def test_a_row_names_no_command(
-    shard: str, folder: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_names_no_command(shard: str, folder: Path | None, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     part = write_part(tmp_path / "made" / "x.parquet", [{"key": "0", "shard": shard, "caption": "x", "error": None}])
     found = read_source(part, images=folder)

@@ -60,15 +60,13 @@ def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch) -> None:
             next(evaluation_samples(path))
 
 
-def test_a_picture_beside_the_folders_is_refused(tmp_path) -> None:
-    make(tmp_path, "cat/1.jpg", "2.jpg")
-    with pytest.raises(ValueError, match=r"2\.jpg is not in the folder of a class"):
-        class_folders(tmp_path)
-
-
-def test_a_folder_without_a_picture_is_refused(tmp_path) -> None:
-    make(tmp_path, "cat/1.jpg", "dog/README.md")
-    with pytest.raises(ValueError, match=r"dog holds no image; fill or remove"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("2.jpg", r"2\.jpg is not in the folder of a class"), ("dog/README.md", "dog holds no image; fill")],
+)
+def test_a_picture_beside_the_folders_and_a_folder_without_one_are_refused(tmp_path, name: str, words: str) -> None:
+    make(tmp_path, "cat/1.jpg", name)
+    with pytest.raises(ValueError, match=words):
         class_folders(tmp_path)
 
 
@@ -88,27 +86,18 @@ def matched(folder: Path, *classes: str) -> list[tuple[str, int]]:
     return [(sample.key.partition("/")[0], sample.fields["label"]) for sample in folders]
 
 
-def test_folders_called_by_numbers_are_in_the_order_of_the_numbers(tmp_path) -> None:
-    make(tmp_path, *(f"{number}/a.jpg" for number in range(12)))
-    expected = [(str(number), number) for number in range(12)]
-    assert [(sample.key[:-6], sample.fields["label"]) for sample in evaluation_samples(tmp_path)] == expected
-    assert matched(tmp_path, *(f"class {number}" for number in range(12))) == expected
+@pytest.mark.parametrize("numbers", [range(12), (2, 10)])
+def test_folders_called_by_numbers_are_the_places_of_the_classes(tmp_path, numbers) -> None:
+    make(tmp_path, *(f"{number}/a.jpg" for number in numbers))
+    assert [sample.key[:-6] for sample in evaluation_samples(tmp_path)] == list(map(str, numbers))
+    assert matched(tmp_path, *(f"class {number}" for number in range(12))) == [(str(n), n) for n in numbers]
 
 
-def test_numbers_are_the_places_of_the_classes_also_where_some_are_missing(tmp_path) -> None:
-    make(tmp_path, "2/a.jpg", "10/a.jpg")
-    assert matched(tmp_path, *(f"class {number}" for number in range(12))) == [("2", 2), ("10", 10)]
-
-
-def test_folders_called_as_the_classes_are_matched_by_name_in_any_order(tmp_path) -> None:
-    make(tmp_path, "cat/a.jpg", "Sea_lion/a.jpg", "dog/a.jpg")
-    assert matched(tmp_path, "dog", "sea lion", "cat", "bird") == [("Sea_lion", 1), ("cat", 2), ("dog", 0)]
-
-
-def test_accents_match_however_they_are_composed(tmp_path) -> None:
-    make(tmp_path, f"{normalize('NFD', 'café')}/1.jpg", "bar/1.jpg")
-    found = dict(matched(tmp_path, normalize("NFC", "café"), "bar"))
-    assert found == {"bar": 1, normalize("NFD", "café"): 0}
+def test_folders_called_as_the_classes_are_matched_by_name_in_any_order_and_form_of_accents(tmp_path) -> None:
+    cafe = normalize("NFD", "café")
+    make(tmp_path, "cat/a.jpg", "Sea_lion/a.jpg", f"{cafe}/a.jpg")
+    found = matched(tmp_path, normalize("NFC", "café"), "sea lion", "cat", "bird")
+    assert found == [("Sea_lion", 1), (cafe, 0), ("cat", 2)]
 
 
 def test_folders_with_other_names_are_matched_by_order_which_is_stated(tmp_path, caplog) -> None:

@@ -1,6 +1,5 @@
 """Folders as people have them: what is read, what is left out, and that the rest is counted."""
 
-import io
 import os
 import socket
 from pathlib import Path
@@ -9,12 +8,11 @@ import pytest
 from PIL import Image
 
 from contracap.data.image_finder import SkippedFiles, find_images, has_image
+from tests.image_samples import encode
 
 
 def picture(format: str = "JPEG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(file, format)
-    return file.getvalue()
+    return encode(Image.new("RGB", (8, 8), "red"), format)
 
 
 def fill(folder: Path, **files: bytes) -> Path:
@@ -85,9 +83,7 @@ def test_files_of_our_own_are_neither_images_nor_counted(tmp_path: Path) -> None
     assert walked(tmp_path) == (["a.jpg"], {"hidden file(s) or folder(s)": 1})
 
 
-def test_a_subfolder_that_cannot_be_read_is_counted_and_the_rest_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_subfolder_that_cannot_be_read_is_counted_and_the_rest_is_found(tmp_path: Path, monkeypatch) -> None:
     fill(tmp_path / "lost+found")
     fill(tmp_path / "z", **{"b.jpg": picture()})
     scandir = os.scandir

@@ -69,12 +69,8 @@ def test_written_index_is_read_back_sorted_by_name(folder: Path) -> None:
     assert document["shards"][1]["caption_lengths"] == {"3": 1, "182": 1}
 
 
-def test_folder_without_index_has_no_entries(tmp_path: Path) -> None:
-    assert read_index(tmp_path) == {}
-    assert read_index("memory://nothing/here") == {}
-
-
-def test_index_of_a_remote_folder_is_read(folder: Path) -> None:
+def test_index_of_a_remote_folder_is_read_if_there_is_one(folder: Path) -> None:
+    assert read_index(folder) == read_index("memory://nothing/here") == {}
     entries = index_folder(folder)
     with fsspec.open("memory://remote/index.json", "wb") as file:
         cast(Any, file).write((folder / INDEX_FILE).read_bytes())
@@ -82,18 +78,7 @@ def test_index_of_a_remote_folder_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b'"x"',
-        b"{}",
-        b'{"shards": [{"name": "a.tar"}]}',
-        b'{"shards": 3}',
-        b"\xff\xfe",
-        b"[" * 100_000,
-    ],
+    "content", [b"", b"[]", b'{"shards": [{"name": "a.tar"}]}', b'{"shards": 3}', b"\xff", b"[" * 100_000]
 )
 def test_broken_index_is_one_line_that_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / INDEX_FILE).write_bytes(content)
@@ -122,14 +107,6 @@ def test_broken_shard_is_an_error_after_the_others_are_indexed(folder: Path) -> 
     with pytest.raises(ShardError, match=r"0\.tar"):
         index_folder(folder)
     assert list(read_index(folder)) == ["a.tar", "b.tar"]
-
-
-@pytest.mark.slow
-def test_index_made_by_worker_processes_is_the_same(folder: Path) -> None:
-    entries = index_folder(folder)
-    (folder / INDEX_FILE).unlink()
-    assert index_folder(folder, workers=1) == entries
-    assert list(read_index(folder).values()) == entries
 
 
 def test_shard_that_is_indexed_and_gone_is_an_error(folder: Path) -> None:

@@ -1,17 +1,15 @@
-import io
 import json
 import multiprocessing
 import pickle
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from contracap.data.batch import Batch
 from contracap.data.captions import CaptionConfig
@@ -22,16 +20,13 @@ from contracap.data.samples import SampleError
 from contracap.data.shards import ShardError, write_shard
 from contracap.images import AugmentationConfig, ImageConfig
 from contracap.tokenizer import Tokenizer
+from tests.data.test_shard_maker import picture
 
 TOKENIZER = Tokenizer(context=20, vocab_size=600)
 AUGMENTATION = AugmentationConfig(crop_scale=(0.3, 1.0), flip=0.5)
 
 
-def jpeg(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (30, 24, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
+jpeg = partial(picture, size=(30, 24))
 
 
 def make_shard(path: Path, keys: range) -> None:
@@ -94,24 +89,14 @@ def uninterrupted(folder: Path) -> list[Batch]:
 
 
 # The first batches, the middle of an epoch with a partly used buffer, and the ends of the two streams' first epochs.
-@pytest.mark.parametrize("stop", [0, 3, 6, 12])
-def test_resumed_batches_equal_uninterrupted_ones(folder: Path, uninterrupted: list[Batch], stop: int) -> None:
-    stopped = training(folder)
-    assert_equal(list(islice(stopped, stop)), uninterrupted[:stop])
-    state = json.loads(json.dumps(stopped.state_dict()))
-    resumed = training(folder)
-    resumed.load_state_dict(state)
-    assert_equal(list(islice(resumed, 18 - stop)), uninterrupted[stop:])
-
-
-@pytest.mark.parametrize(("before", "after", "stop"), [(2, 0, 4), (0, 1, 6)])
-def test_batches_and_resume_do_not_depend_on_workers(
+@pytest.mark.parametrize(("before", "after", "stop"), [(0, 0, 0), (2, 0, 4), (0, 1, 6), (0, 0, 12)])
+def test_resumed_batches_equal_uninterrupted_ones_whatever_the_workers(
     folder: Path, uninterrupted: list[Batch], before: int, after: int, stop: int
 ) -> None:
     stopped = training(folder, workers=before)
     assert_equal(list(islice(stopped, stop)), uninterrupted[:stop])
     resumed = training(folder, workers=after)
-    resumed.load_state_dict(stopped.state_dict())
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert_equal(list(islice(resumed, 18 - stop)), uninterrupted[stop:])
     reference = training(folder)
     list(islice(reference, 18))
@@ -123,26 +108,15 @@ def test_iterating_again_goes_on_where_the_last_iteration_stopped(folder: Path, 
     assert_equal([*islice(batches, 5), *islice(batches, 4)], uninterrupted[:9])
 
 
-def test_one_stream_gives_every_sample_once_per_epoch(folder: Path) -> None:
-    batches = training(folder, streams=1, batch_size=5, shuffle_buffer=9)
-    expected = [f"{number:04}" for number in range(25)]
-    orders = []
-    for _ in range(3):
-        keys = [key for batch in islice(batches, 5) for key in batch.keys]
-        assert sorted(keys) == expected
-        orders.append(keys)
-    assert orders[0] != orders[1] != orders[2]
-
-
 def test_captions_and_crops_vary_between_epochs(folder: Path) -> None:
     texts: dict[str, set[str]] = {}
     crops: dict[str, set[bytes]] = {}
-    for batch in islice(training(folder, streams=1, batch_size=5), 25):
+    for batch in islice(training(folder, streams=1, batch_size=5), 15):
         for key, ids, pixels in zip(batch.keys, batch.ids, batch.pixels, strict=True):
             texts.setdefault(key, set()).add(TOKENIZER.decode(ids.tolist()))
             crops.setdefault(key, set()).add(pixels.numpy().tobytes())
     assert 1 < len(texts["0003"]) <= 3
-    assert len(crops["0003"]) == 5  # epochs
+    assert len(crops["0003"]) == 3  # epochs
 
 
 def test_batch_is_uint8_pixels_and_ids_cut_to_the_longest_text(tmp_path: Path) -> None:
@@ -186,11 +160,6 @@ def test_state_of_one_rank_alone_is_refused_by_another(folder: Path) -> None:
         training(folder, rank=1, world_size=2).load_state_dict(state)
 
 
-def test_ranks_that_cannot_share_the_streams_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"3 ranks cannot share 2 streams: set data\.streams to a multiple of 3"):
-        training(folder, world_size=3)
-
-
 def test_more_workers_than_streams_are_not_started(folder: Path, uninterrupted: list[Batch]) -> None:
     assert_equal(list(islice(training(folder, workers=5), 3)), uninterrupted[:3])
 
@@ -201,8 +170,8 @@ def test_mixture_of_named_sources(tmp_path: Path) -> None:
     sources = {"a": SourceConfig(shards=str(tmp_path / "a.tar")), "b": SourceConfig(shards=str(tmp_path / "b.tar"))}
     config = DataConfig(train=sources, batch_size=8)
     batches = TrainingBatches(config, image=ImageConfig(size=16), tokenizer=TOKENIZER, seed=0)
-    keys = [key for batch in islice(batches, 25) for key in batch.keys]
-    assert 0.4 < sum(key < "0100" for key in keys) / len(keys) < 0.6
+    keys = [key for batch in islice(batches, 12) for key in batch.keys]
+    assert 0.3 < sum(key < "0100" for key in keys) / len(keys) < 0.7
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -217,11 +186,8 @@ def test_bad_samples_are_skipped_counted_and_told_of(folder: Path, workers: int)
 
 
 def test_tiny_pictures_are_bad_samples(tmp_path: Path) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(file, "PNG")
-    write_shard(
-        tmp_path / "0.tar", [("dot", {"png": file.getvalue(), "txt": b"a"}), ("a", {"jpg": jpeg(0), "txt": b"a"})]
-    )
+    dot = picture(0, size=(1, 1))
+    write_shard(tmp_path / "0.tar", [("dot", {"jpg": dot, "txt": b"a"}), ("a", {"jpg": jpeg(0), "txt": b"a"})])
     batches = training(tmp_path, streams=1)
     assert set(next(iter(batches)).keys) == {"a"}
     (skip, *_) = batches.take_skips()
@@ -273,15 +239,10 @@ def test_reading_draws_no_random_numbers_of_the_model(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    ("change", "name"), [({"seed": 8}, "seed"), ({"streams": 4}, "streams"), ({"shuffle_buffer": 9}, "buffer")]
-)
-def test_resuming_with_another_order_is_refused(folder: Path, change: dict[str, Any], name: str) -> None:
-    with pytest.raises(ValueError, match=f"cannot resume the data: .*{name}"):
-        training(folder, **change).load_state_dict(training(folder).state_dict())
-
-
-def test_resuming_with_other_shards_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_order_or_other_shards_is_refused(folder: Path, tmp_path: Path) -> None:
+    for change, name in (({"seed": 8}, "seed"), ({"streams": 4}, "streams"), ({"shuffle_buffer": 9}, "buffer")):
+        with pytest.raises(ValueError, match=f"cannot resume the data: .*{name}"):
+            training(folder, **change).load_state_dict(training(folder).state_dict())
     for number in range(4):
         make_shard(tmp_path / f"other-{number}.tar", range(2))
     with pytest.raises(ValueError, match="cannot resume the data: samples was 26 and is now 8"):
@@ -299,14 +260,17 @@ def test_resuming_with_other_shards_is_refused(folder: Path, tmp_path: Path) -> 
     ],
 )
 def test_impossible_settings_are_refused(values: dict[str, Any], message: str) -> None:
-    settings: dict[str, Any] = {"train": "shards", "batch_size": 4} | values
     with pytest.raises(ValueError, match=message):
-        DataConfig(**settings)
+        DataConfig(**{"train": "shards", "batch_size": 4} | values)
 
 
-def test_seed_outside_32_bits_is_refused(folder: Path) -> None:
+def test_impossible_seeds_ranks_and_cuts_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"0 to 2\*\*32 - 1, is -1"):
         training(folder, seed=-1)
+    with pytest.raises(ValueError, match=r"3 ranks cannot share 2 streams: set data\.streams to a multiple of 3"):
+        training(folder, world_size=3)
+    with pytest.raises(ValueError, match="max_tokens is 2; it must be at least 3"):
+        CaptionConfig(max_tokens=2)
 
 
 def test_batches_can_be_sent_to_a_spawned_worker(folder: Path, uninterrupted: list[Batch]) -> None:
@@ -346,8 +310,3 @@ def test_captions_are_cut_to_the_most_tokens_and_keep_their_end(folder: Path, un
     assert max(int((ids == TOKENIZER.end).nonzero()[0]) for batch in uninterrupted[:3] for ids in batch.ids) > 4
     longer = list(islice(training(folder, captions=CaptionConfig(max_tokens=50)), 3))
     assert_equal(longer, uninterrupted[:3])
-
-
-def test_a_cut_without_room_for_a_token_says_so() -> None:
-    with pytest.raises(ValueError, match="max_tokens is 2; it must be at least 3"):
-        CaptionConfig(max_tokens=2)

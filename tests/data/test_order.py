@@ -60,13 +60,11 @@ def epoch_of(stream: SampleStream) -> int:
 def test_epoch_holds_every_sample_once_in_another_order(tmp_path: Path) -> None:
     stream = SampleStream(order(make_shards(tmp_path, [5, 8, 1, 4])))
     first, second = ([key for key, _ in drawn(stream, 18)] for _ in range(2))
-    assert len(set(first)) == len(set(second)) == 18
-    assert set(first) == set(second)
-    assert first != second
-    assert first != sorted(first)
+    assert len(set(first)) == 18 and set(first) == set(second)
+    assert first != second and first != sorted(first)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), streams=st.integers(1, 9))
 def test_spans_of_an_epoch_are_equal_and_hold_every_sample_once(sizes: list[int], streams: int) -> None:
     source = ShardSet(shards=tuple(map(str, range(len(sizes)))), counts=tuple(sizes))
@@ -79,7 +77,7 @@ def test_spans_of_an_epoch_are_equal_and_hold_every_sample_once(sizes: list[int]
         assert all(begin < end for span in spans for _, begin, end in span)
 
 
-@pytest.mark.parametrize("sizes", [[28], [4] * 7, [1, 27]])
+@pytest.mark.parametrize("sizes", [[28], [1, 27]])
 def test_streams_share_out_each_epoch_however_few_the_shards(tmp_path: Path, sizes: list[int]) -> None:
     seen = Counter[tuple[int, str]]()
     for stream in streams_of(order(make_shards(tmp_path, sizes), streams=4)):
@@ -109,7 +107,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4).filter(any),
     cut=st.booleans(),
@@ -127,14 +125,8 @@ def test_stream_resumed_anywhere_goes_on_as_if_never_stopped(
     sources = [ShardSet(shards=tuple(str(bank / f"{name}.tar") for name in names), counts=tuple(sizes))]
     if mixture:
         sources.append(ShardSet(shards=(str(bank / "0-3.tar"), str(bank / "1-4.tar")), counts=(3, 4)))
-    whole = Order(
-        sources=tuple(sources),
-        seed=5,
-        streams=1,
-        buffer=buffer,
-        captions=CaptionConfig(use=use),
-        max_bad_share=0.9,
-    )
+    changes = {"captions": CaptionConfig(use=use), "max_bad_share": 0.9}
+    whole = Order(sources=tuple(sources), seed=5, streams=1, buffer=buffer, **changes)
     stream, stopped, resumed = (SampleStream(whole) for _ in range(3))
     expected = drawn(stream, 3 * sum(sizes))
     done = round(stop * len(expected))
@@ -186,19 +178,11 @@ def test_captions_are_chosen_by_the_rule(tmp_path: Path) -> None:
 
     assert captions(CaptionConfig()).keys() == {"a", "b"}
     assert captions(CaptionConfig(use="first")) == {"a": 60}
-    assert captions(CaptionConfig(use="all")) == {"a": 30, "b": 30}
+    assert captions(CaptionConfig(use="all")) == {"a": 30, "b": 30}  # each once in an epoch
     weighted = captions(CaptionConfig(weights={"alt": 1.0, "new": 3.0, "none": 5.0}))
     assert weighted.keys() == {"x", "y", "z"}
     assert 6 < weighted["x"] < 24
     assert captions(CaptionConfig(use="all", weights={"alt": 1.0, "new": 3.0})) == {"x": 20, "y": 20, "z": 20}
-
-
-def test_all_captions_of_an_epoch_come_once(tmp_path: Path) -> None:
-    shards = captioned(tmp_path / "0.tar", [{"captions": [f"{key}{letter}" for letter in "abc"]} for key in range(9)])
-    stream = SampleStream(order(shards, captions=CaptionConfig(use="all"), buffer=4))
-    captions = [stream.draw(caption_of) for _ in range(27)]
-    assert len(set(captions)) == 27
-    assert captions != sorted(captions)
 
 
 def test_bad_samples_and_cut_shards_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -215,25 +199,12 @@ def test_bad_samples_and_cut_shards_are_skipped_and_counted(tmp_path: Path) -> N
     assert kinds == stream.state_dict()["skipped"]
     assert kinds.keys() == {"no_picture", "no_caption", "broken_shard"}
     assert {skip.key for skip in skips} == {"bad", "none", None}
+    assert all(shards[1] in skip.reason for skip in skips if skip.kind == "broken_shard")
     assert stream.take_skips() == []
 
 
-def test_lost_samples_are_told_of_in_their_turn_with_shard_and_reason(tmp_path: Path) -> None:
-    shards = make_shards(tmp_path, [2, 3])
-    whole = order(shards, buffer=10)
-    Path(shards[1]).write_bytes(b"nonsense" * 200)
-    stream = SampleStream(whole)
-    drawn(stream, 4)
-    skips = stream.take_skips()
-    assert {(skip.shard, skip.key, skip.kind) for skip in skips} == {(shards[1], None, "broken_shard")}
-    assert 3 <= sum(skip.samples for skip in skips) <= 6  # of two epochs, the second perhaps not to its end
-    assert all(shards[1] in skip.reason for skip in skips)
-
-
 @pytest.mark.parametrize(("counted", "word", "lost"), [(2, "2 samples more than the 2", 2), (6, "fewer samples", 2)])
-def test_shard_with_other_samples_than_were_counted_is_told_of(
-    tmp_path: Path, counted: int, word: str, lost: int
-) -> None:
+def test_shard_with_other_samples_than_were_counted_is_told_of(tmp_path, counted: int, word: str, lost: int) -> None:
     (shard,) = make_shards(tmp_path, [4])
     stream = SampleStream(Order(sources=(ShardSet(shards=(shard,), counts=(counted,)),), seed=0, streams=1, buffer=9))
     drawn(stream, min(counted, 4))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import braceexpand
 import fsspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -22,6 +22,7 @@ from contracap.data import remote
 from contracap.data.patterns import expand
 from contracap.data.remote import RemoteError, open_file
 from contracap.data.shards import ShardError, list_shards, read_records, write_shard
+from tests.data.test_shards import webdataset_records
 
 T = TypeVar("T")
 NAMES = [f"{'n' * 120}/{'é' * 90}.jpg", f"{'n' * 120}/{'é' * 90}.json", "b.jpg", "dir.with.dot/c.jpg", "d.txt"]
@@ -140,17 +141,6 @@ def records_of(shard: str) -> list[tuple[str, dict[str, bytes]]]:
     return within(20, lambda: [(record.key, record.members) for record in read_records(shard)])
 
 
-def webdataset_records(shard: Path) -> list[tuple[str, dict[str, bytes]]]:
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    with shard.open("rb") as stream:
-        found = list(group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}])))
-    return [
-        (sample["__key__"], {suffix: content for suffix, content in sample.items() if not suffix.startswith("__")})
-        for sample in found
-    ]
-
-
 def random_bytes(length: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(length)
 
@@ -168,24 +158,14 @@ lists = st.lists(st.text("abz019.", max_size=4).filter(lambda item: ".." not in 
 groups = st.one_of(literals, ranges, lists.map(lambda items: f"{{{','.join(items)}}}"))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(groups, max_size=4).map("".join).filter(lambda pattern: "::" not in pattern))
 def test_braces_expand_as_in_braceexpand(pattern: str) -> None:
     assert expand(pattern) == list(braceexpand.braceexpand(pattern))
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        "{0..3",
-        "0..3}.tar",
-        "{0..}.tar",
-        "{abc}.tar",
-        "{}.tar",
-        "{{0..3},5}.tar",
-        "{0..3,7}.tar",
-        "{a..c}",
-        "a.tar::b.tar",
-    ],
+    "pattern", ["{0..3", "0..3}.tar", "{0..}.tar", "{}.tar", "{{0..3},5}.tar", "{0..3,7}.tar", "{a..c}", "a.tar::b.tar"]
 )
 def test_malformed_patterns_are_named(pattern: str) -> None:
     with pytest.raises(ValueError) as caught:
@@ -204,7 +184,11 @@ def test_shards_of_a_web_server_are_read_as_webdataset_reads_local_ones(
             member.size = 7_000 * number
             archive.addfile(member, io.BytesIO(random_bytes(member.size, number)))
     server.files[f"/shard.{suffix}"] = shard.read_bytes()
-    assert records_of(f"{server.url}/shard.{suffix}?signed=yes") == records_of(str(shard)) == webdataset_records(shard)
+    assert (
+        records_of(f"{server.url}/shard.{suffix}?signed=yes")
+        == records_of(str(shard))
+        == webdataset_records(str(shard))
+    )
 
 
 def test_a_file_is_one_request(server: Server) -> None:
@@ -281,10 +265,9 @@ def test_every_new_attempt_is_told(server: Server, caplog: pytest.LogCaptureFixt
     assert message.startswith(f"{server.url}/file: failed at byte 0 (503") and "another attempt in 0.0 s" in message
 
 
-@pytest.mark.parametrize("status", [401, 403, 410])
-def test_a_refusal_is_final(server: Server, status: int) -> None:
-    server.faults = repeat(Fault(status=status))
-    with pytest.raises(RemoteError, match=f"/file: failed at byte 0 after 1 attempt: {status}"):
+def test_a_refusal_is_final(server: Server) -> None:
+    server.faults = repeat(Fault(status=403))
+    with pytest.raises(RemoteError, match="/file: failed at byte 0 after 1 attempt: 403"):
         content_of(f"{server.url}/file")
     assert len(server.requests) == 1
 
@@ -303,13 +286,10 @@ def test_a_shard_that_is_cut_on_the_server_is_an_error(server: Server, tmp_path:
         records_of(f"{server.url}/s.tar")
 
 
-def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_and_an_unknown_protocol_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(RemoteError, match=r"http://host/file: .*aiohttp.*pip install 'contracap\[data\]'"):
         content_of("http://host/file")
-
-
-def test_an_unknown_protocol_is_an_error() -> None:
     with pytest.raises(RemoteError, match=r"nowhere://host/file: .*nowhere"):
         content_of("nowhere://host/file")
 
@@ -352,22 +332,14 @@ def test_forked_workers_read_after_the_parent_did(server: Server, bucket: str, t
     fsspec.filesystem("s3").pipe("bucket/forked.tar", server.files["/forked.tar"])
     url = f"{server.url if protocol == 'http' else bucket}/forked.tar"
     keys = [key for key, _ in records_of(url)]
-    for _ in range(2):
-        loader = DataLoader(Shards(url), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=10)
-        assert sorted(within(20, lambda loader=loader: list(loader))) == sorted(2 * keys)
-        assert [key for key, _ in records_of(url)] == keys  # the children left the parent's connections alone
+    loader = DataLoader(Shards(url), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=10)
+    assert sorted(within(20, lambda: list(loader))) == sorted(2 * keys)
+    assert [key for key, _ in records_of(url)] == keys  # the children left the parent's connections alone
 
 
-@pytest.mark.parametrize("folder", ["folder", "folder/"])
-def test_shards_of_an_s3_folder_are_listed(bucket: str, folder: str) -> None:
-    assert list_shards(f"{bucket}/{folder}") == [f"{bucket}/folder/{number:05d}.tar" for number in range(3)]
-
-
-def test_s3_shards_are_read_as_local_ones(bucket: str, tmp_path: Path) -> None:
-    content = shard_bytes(tmp_path)
-    fsspec.filesystem("s3").pipe("bucket/s.tar", content)
-    assert content_of(f"{bucket}/s.tar") == content
-    assert records_of(f"{bucket}/s.tar") == records_of(str(tmp_path / "made.tar"))
+def test_shards_of_an_s3_folder_are_listed(bucket: str) -> None:
+    for folder in ("folder", "folder/"):
+        assert list_shards(f"{bucket}/{folder}") == [f"{bucket}/folder/{number:05d}.tar" for number in range(3)]
 
 
 def test_s3_reading_goes_on_where_it_broke(bucket: str, s3_system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,9 +369,7 @@ def test_a_missing_s3_object_or_bucket_is_an_error(bucket: str) -> None:
         list_shards(f"{bucket}/none")
 
 
-def test_s3_without_credentials_is_an_error_at_once(
-    bucket: str, s3_system: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_s3_without_credentials_is_an_error_at_once(bucket: str, s3_system: Any, monkeypatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -408,7 +378,7 @@ def test_s3_without_credentials_is_an_error_at_once(
         content_of(f"{bucket}/folder/00001.tar")
 
 
-@pytest.mark.parametrize("fault", [Fault(status=503), Fault(), Fault(stalls=True)])
+@pytest.mark.parametrize("fault", [Fault(status=503), Fault(stalls=True)])
 def test_an_s3_server_that_never_recovers_is_reported(
     server: Server, s3_system: Any, bucket: str, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
@@ -421,16 +391,6 @@ def test_an_s3_server_that_never_recovers_is_reported(
         url = f"{bucket}/folder/s.tar" if action is content_of else f"{bucket}/folder"
         with pytest.raises(RemoteError, match=f"{url}: {failure} after 2 attempts"):
             within(10, lambda action=action, url=url: action(url))
-
-
-def test_folders_of_other_file_systems_are_listed() -> None:
-    system = fsspec.filesystem("memory")
-    for name in ("b.tar", "a.tgz", "c.txt", "deeper/d.tar"):
-        system.pipe(f"/remote/{name}", b"")
-    assert list_shards("memory://remote/") == ["memory://remote/a.tgz", "memory://remote/b.tar"]
-    with pytest.raises(FileNotFoundError, match=r"no shards .* in the folder memory://remote/deeper/none"):
-        system.pipe("/remote/deeper/none/e.txt", b"")
-        list_shards("memory://remote/deeper/none")
 
 
 def test_the_index_of_a_web_folder_tells_its_shards(server: Server) -> None:
@@ -466,7 +426,6 @@ def test_the_output_of_a_command_is_a_shard(tmp_path: Path) -> None:
     ("command", "reason"),
     [
         ("cat {shard}; echo one >&2; echo the reason >&2; exit 3", "exit status 3: the reason"),
-        ("cat /none/x.tar", "exit status 1: cat: /none/x.tar"),
         ("head -c 30000 {shard}; exit 4", "exit status 4: no word on stderr"),
         ("head -c 30000 {shard}; kill -9 $$", "ended by SIGKILL"),
         ("head -c 30000 {shard}", "unexpected end of data"),
@@ -474,9 +433,7 @@ def test_the_output_of_a_command_is_a_shard(tmp_path: Path) -> None:
         ("head -c 30000 {shard}; sleep 20", "no output for 2 seconds"),
     ],
 )
-def test_a_command_that_fails_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, reason: str
-) -> None:
+def test_a_command_that_fails_is_an_error(tmp_path: Path, monkeypatch, command: str, reason: str) -> None:
     monkeypatch.setattr(remote, "COMMAND_SECONDS", 2)  # long enough for a busy machine to write something
     shard_bytes(tmp_path)
     with pytest.raises(ShardError, match=f"cannot read shard pipe:.*{reason}"):

@@ -57,7 +57,7 @@ def test_every_phrasing_is_read_back_to_its_meaning() -> None:
 @pytest.mark.parametrize("objects", [1, 2])
 def test_described_scenes_are_read_back(objects: int) -> None:
     generator = np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(200):
         scene = random_scene(generator, TRAINED | HELD_OUT, objects=objects)
         assert parse_caption(make_caption(scene, generator)) == scene
 
@@ -67,9 +67,7 @@ def test_inverse_relations_say_the_same() -> None:
     assert parse_caption(f"{circle} above {square}") == parse_caption(f"A{square[1:]}  is below {circle}.") is not None
     assert parse_caption(f"{circle} left of {square}") == parse_caption(f"{circle}, to its right {square}") is not None
     assert parse_caption(f"{circle} left of {square}") != parse_caption(f"{circle} right of {square}")
-
-
-def test_a_texture_may_come_first_and_plain_may_go_unsaid() -> None:
+    # A texture may come first, and plain may go unsaid.
     assert parse_caption("a small red circle above a large striped blue square") == Scene((CIRCLE, SQUARE), "above")
 
 
@@ -79,7 +77,6 @@ def test_a_texture_may_come_first_and_plain_may_go_unsaid() -> None:
         "",
         "a red circle",
         "a small red plain circle above",
-        "a small red plain circle a large blue plain square",
         "a small red plain circle above a large blue plain square above a small red plain star",
         "a large blue striped striped square",
         "a small red red plain circle",
@@ -100,44 +97,30 @@ def test_a_hint_tells_no_whole_scene() -> None:
     assert "a thing left of the middle" in left and "there is a thing to the left of the middle" in left
 
 
-def test_training_scenes_hold_no_held_out_pair_yet_every_colour_and_shape() -> None:
-    scenes = list(islice(training_scenes(np.random.default_rng(0)), 5000))
+def test_training_scenes_and_captions_hold_no_held_out_pair_yet_every_colour_and_shape() -> None:
+    generator = np.random.default_rng(0)
+    scenes = list(islice(training_scenes(generator), 1500))
     pairs = frozenset().union(*(scene.pairs for scene in scenes))
     assert not pairs & HELD_OUT
-    assert {color for color, _ in pairs} == set(COLORS)
-    assert {shape for _, shape in pairs} == set(SHAPES)
-    assert {color for color, _ in HELD_OUT} == set(COLORS)
-    assert {shape for _, shape in HELD_OUT} == set(SHAPES)
-
-
-def test_no_training_caption_names_a_held_out_pair() -> None:
-    generator = np.random.default_rng(1)
-    for scene in islice(training_scenes(generator), 2000):
+    for held in (pairs, HELD_OUT):
+        assert {color for color, _ in held} == set(COLORS) and {shape for _, shape in held} == set(SHAPES)
+    for scene in scenes[:500]:
         told = parse_caption(make_caption(scene, generator))
-        assert told is not None
-        assert not told.pairs & HELD_OUT
+        assert told is not None and not told.pairs & HELD_OUT
 
 
 def test_the_world_is_as_large_as_promised() -> None:
-    assert len(SHAPES) >= 6
-    assert len(COLORS) >= 8
-    assert len(SIZES) == 2
-    assert len(TEXTURES) >= 2
+    assert (len(SHAPES) >= 6, len(COLORS) >= 8, len(SIZES) == 2, len(TEXTURES) >= 2) == (True,) * 4
     relations = {meaning for words in (RELATION_WORDS, IT_WORDS) for meaning in words.values()}
-    assert relations == {
-        ("left of", False),
-        ("left of", True),
-        ("above", False),
-        ("above", True),
-    }  # 4: and their inverses
+    assert relations == set(product(("left of", "above"), (False, True)))  # 4: and their inverses
     things = len(SHAPES) * len(COLORS) * len(SIZES) * len(TEXTURES)
     assert count_meanings() == 2 * things * (things - 1)
 
 
 def test_training_scenes_are_followed_by_some_of_their_twins() -> None:
-    scenes = list(islice(training_scenes(np.random.default_rng(0)), 1000))
+    scenes = list(islice(training_scenes(np.random.default_rng(0)), 500))
     followed = sum(later in legal_twins(scene, test=False).values() for scene, later in pairwise(scenes))
-    assert 200 < followed < 500
+    assert 100 < followed < 250
 
 
 def test_a_twin_exchanges_one_attribute() -> None:
@@ -149,7 +132,7 @@ def test_a_twin_exchanges_one_attribute() -> None:
 
 def test_legal_twins_mean_something_else_and_stay_on_their_side() -> None:
     generator = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(100):
         scene = random_scene(generator, PAIRS, objects=2)
         training, test = legal_twins(scene, test=False), legal_twins(scene, test=True)
         assert scene not in [*training.values(), *test.values()]
@@ -162,8 +145,8 @@ def test_legal_twins_mean_something_else_and_stay_on_their_side() -> None:
 
 
 def test_test_scenes_are_distinct_hold_a_held_out_pair_and_lie_beside_their_twins() -> None:
-    scenes = twin_scenes(np.random.default_rng(0), 200)
-    assert len(set(scenes)) == len(scenes) == 200
+    scenes = twin_scenes(np.random.default_rng(0), 60)
+    assert len(set(scenes)) == len(scenes) == 60
     assert all(is_test(scene) and scene.pairs & HELD_OUT for scene in scenes)
     for scene, other in zip(scenes[::2], scenes[1::2], strict=True):
         assert other in legal_twins(scene, test=True).values()
@@ -194,7 +177,7 @@ def test_a_picture_depends_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("relation", ["left of", "above"])
 def test_objects_are_drawn_in_their_colours_where_the_relation_puts_them(relation) -> None:
     circle, square = replace(CIRCLE, size="large"), replace(SQUARE, texture="plain")
-    for seed in range(20):
+    for seed in range(8):
         picture = draw_scene(Scene((circle, square), relation), np.random.default_rng(seed), size=64)
         red, green, blue = np.moveaxis(np.asarray(picture, dtype=int), 2, 0)
         circle_at, square_at = (

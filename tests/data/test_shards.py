@@ -5,9 +5,8 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ from contracap.data import shards, tar
 from contracap.data.annotations import read_json
 from contracap.data.captions import require_captions
 from contracap.data.indexing import index_shard
-from contracap.data.samples import SAMPLE_SUFFIXES, Record, SampleError, parse_record
+from contracap.data.samples import Record, SampleError, parse_record
 from contracap.data.shards import ShardError, count_samples, list_shards, read_records, read_samples, write_shard
 
 LONG = "long/" + "n" * 150 + "/" + "é" * 90
@@ -71,6 +70,8 @@ def test_samples_and_bytes_are_those_of_webdataset(tmp_path: Path, suffix: str, 
     assert ours == webdataset_records(str(shard))
     assert [key for key, _ in ours] == ["a", "b", "dir.with.dot/c", "d/a", "./e", LONG, "a", "f", "g"]
     assert set(ours[1][1]) == {"seg.png", "jpg"}
+    write_members(shard, ["a.jpg", "a.txt", "a.jpg", "a.txt"], format=format, mode=mode)  # webdataset refuses it
+    assert [(key, set(members)) for key, members in our_records(str(shard))] == [("a", {"jpg", "txt"})] * 2
 
 
 def test_flickr8k_samples_are_those_of_webdataset(data_folder: Path) -> None:
@@ -81,23 +82,11 @@ def test_flickr8k_samples_are_those_of_webdataset(data_folder: Path) -> None:
     assert all(len(sample.captions) == 5 for sample in read_samples(shard))
 
 
-def test_repeated_suffix_starts_another_sample(tmp_path: Path) -> None:
-    write_members(tmp_path / "s.tar", ["a.jpg", "a.txt", "a.jpg", "a.txt"])
-    assert [(key, set(members)) for key, members in our_records(str(tmp_path / "s.tar"))] == [("a", {"jpg", "txt"})] * 2
-
-
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 def test_written_shard_is_read_back_from_any_start(tmp_path: Path, suffix: str) -> None:
     written = simple_shard(tmp_path / "new" / f"s.{suffix}", ["x/0", "x/1", "2", "3"])
     for start in range(6):
         assert our_records(str(tmp_path / "new" / f"s.{suffix}"), start) == written[start:]
-
-
-def test_shards_are_read_through_fsspec(tmp_path: Path) -> None:
-    written = simple_shard(tmp_path / "s.tar", ["0", "1"])
-    with fsspec.open("memory://folder/s.tar", "wb") as file:
-        cast(Any, file).write((tmp_path / "s.tar").read_bytes())
-    assert our_records("memory://folder/s.tar") == written
 
 
 @settings(max_examples=25, deadline=None)
@@ -129,9 +118,10 @@ def test_garbage_in_a_shard_is_one_error_that_names_it(tmp_path: Path, suffix: s
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tar file" * 100, b"\x1f\x8b broken"])
-def test_file_that_is_no_tar_is_a_shard_error(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "s.tar").write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"not a tar file" * 100, b"\x1f\x8b broken", None])
+def test_file_that_is_no_tar_or_missing_is_a_shard_error(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "s.tar").write_bytes(content)
     with pytest.raises(ShardError, match=r"s\.tar: [^0]*"):
         our_records(str(tmp_path / "s.tar"))
 
@@ -145,17 +135,12 @@ def test_what_may_never_end_is_not_read(tmp_path: Path, read: Callable[[str], ob
             read(str(tmp_path / name))
 
 
-def test_missing_shard_is_a_shard_error() -> None:
-    with pytest.raises(ShardError, match=r"nowhere\.tar"):
-        our_records("nowhere.tar")
-
-
 def parsed(**members: bytes) -> tuple[str, ...]:
     members.setdefault("jpg", b"picture")
     return parse_record(Record(key="k", members=members, shard="s.tar")).captions
 
 
-def test_captions_come_from_captions_then_text_then_caption() -> None:
+def test_captions_come_from_captions_then_text_then_caption_and_labels_from_json_or_cls() -> None:
     both = json.dumps({"captions": ["one", " two\n", ""], "caption": "three"}).encode()
     assert parsed(json=both, txt=b"four") == ("one", "two")
     assert parsed(json=b'{"caption": "three"}', txt=b"four\n") == ("four",)
@@ -163,13 +148,8 @@ def test_captions_come_from_captions_then_text_then_caption() -> None:
     assert parsed(txt="fünf".encode()) == ("fünf",)
     assert parsed(json=b'{"caption": null}') == ()
     assert parsed() == ()
-
-
-def test_label_comes_from_json_or_cls() -> None:
-    record = Record(key="k", members={"png": b"p", "cls": b"7\n"}, shard="s.tar")
-    assert parse_record(record).fields == {"label": 7}
-    record = Record(key="k", members={"webp": b"p", "json": b'{"label": 3}'}, shard="s.tar")
-    assert parse_record(record).fields == {"label": 3}
+    for members in ({"cls": b"7\n"}, {"json": b'{"label": 7}'}):
+        assert parse_record(Record(key="k", members={"png": b"p", **members}, shard="s.tar")).fields == {"label": 7}
 
 
 @pytest.mark.parametrize(
@@ -196,12 +176,9 @@ def test_unreadable_member_is_told_to_who_misses_it_with_sample_and_shard(member
     [
         {"json": b'{"captions": "one"}'},
         {"json": b'{"caption": ["one", ""]}'},
-        {"json": b'{"captions": [], "caption": "one"}'},
         {"json": b'{"captions": [7], "caption": "one"}'},
         {"json": b'{"caption": ""}', "txt": b"one"},
-        {"json": b'{"caption": NaN}', "txt": b"one"},
         {"json": b"{broken", "txt": b"\xef\xbb\xbfone"},
-        {"json": b'{"caption": "one"}', "txt": b"\xff"},
         {"json": b'{"caption": "one"}', "txt": b" \n"},
         {"txt": b"one", "cls": b"n01440764"},
     ],
@@ -345,13 +322,7 @@ def test_groups_without_a_picture_are_passed_over_and_counted(tmp_path: Path, ca
     assert "2 groups without an image" in caplog.text
 
 
-def test_members_of_other_suffixes_are_left_empty_when_asked_for(tmp_path: Path) -> None:
-    write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": b"features", "txt": b"t"})])
-    (record,) = read_records(str(tmp_path / "0.tar"), suffixes=SAMPLE_SUFFIXES)
-    assert record.members == {"jpg": b"p", "npy": b"", "txt": b"t"}
-
-
-@pytest.mark.parametrize("content", [b"x", b"\x93NUMPY", b"PK\x03\x04", b""])
+@pytest.mark.parametrize("content", [b"x", b""])
 def test_a_npy_member_is_handed_on_as_it_lies(tmp_path: Path, content: bytes) -> None:
     fields = {"labels": [1]}
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"p", "npy": content, "json": json.dumps(fields).encode()})])

@@ -52,14 +52,6 @@ def test_folder_takes_the_lines_beside_each_picture(tmp_path: Path) -> None:
     assert skips(source) == [("sub/none.jpg", "no_caption")]
 
 
-def test_side_car_that_is_not_utf8_is_refused_and_named(tmp_path: Path) -> None:
-    write(tmp_path / "a.jpg", "")
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    source = read_source(tmp_path)
-    assert skips(source) == [("a.jpg", "broken_text")]
-    assert "a.txt is not UTF-8" in source.skipped[0].message
-
-
 ROWS = [
     {"id": "7", "Image_Path": "a.jpg", "TEXT": "one"},
     {"id": "8", "Image_Path": "b.png", "TEXT": "three"},
@@ -150,21 +142,11 @@ def test_coco_captions_are_gathered_by_picture(tmp_path: Path) -> None:
 def karpathy() -> dict[str, Any]:
     def image(folder: str, name: str, split: str) -> dict[str, Any]:
         sentences = [{"raw": f"the first of {name}", "tokens": []}, {"raw": f"another of {name}"}]
-        return {
-            "filepath": folder,
-            "filename": name,
-            "split": split,
-            "cocoid": 7,
-            "sentences": sentences,
-            "sentids": [1],
-        }
+        names = {"filepath": folder, "filename": name, "split": split, "cocoid": 7}
+        return names | {"sentences": sentences, "sentids": [1]}
 
-    images = [
-        image("train2014", "a.jpg", "train"),
-        image("val2014", "b.jpg", "val"),
-        image("val2014", "c.jpg", "restval"),
-    ]
-    return {"images": images, "dataset": "coco"}
+    places = (("train2014", "a.jpg", "train"), ("val2014", "b.jpg", "val"), ("val2014", "c.jpg", "restval"))
+    return {"images": [image(*place) for place in places], "dataset": "coco"}
 
 
 def test_karpathy_splits_are_selected(tmp_path: Path) -> None:
@@ -177,21 +159,13 @@ def test_karpathy_splits_are_selected(tmp_path: Path) -> None:
     ]
     assert source.entries[1].fields == {"split": "restval", "cocoid": 7}
     assert len(read_source(path).entries) == 3
-    with pytest.raises(
-        SourceError, match=r"dataset_coco\.json has no images in the split test; .* train, val, restval"
-    ):
+    with pytest.raises(SourceError, match=r"dataset_coco\.json has no images in the split test; .* val, restval"):
         read_source(path, splits=("test",))
-
-
-def test_karpathy_of_flickr_has_no_folders(tmp_path: Path) -> None:
     document = karpathy()
-    for image in document["images"]:
+    for image in document["images"]:  # as those of Flickr
         del image["filepath"]
-    assert [item.name for item in read_source(write(tmp_path / "d.json", document)).entries] == [
-        "a.jpg",
-        "b.jpg",
-        "c.jpg",
-    ]
+    of_flickr = read_source(write(tmp_path / "d.json", document)).entries
+    assert [item.name for item in of_flickr] == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -317,26 +291,16 @@ def test_names_that_lead_out_of_the_pictures_folder_are_refused(tmp_path: Path, 
     assert [skipped.kind for skipped in read_source(tmp_path / "m").skipped] == ["unsafe_path"]
 
 
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "x.csv",
-            "a,b\n1,2\n",
-            r"x\.csv has no column image or .* but 'a', 'b': name the one with the images, --image-column",
-        ),
+        ("x.csv", "a,b\n1,2\n", r"x\.csv has no column image or .* but 'a', 'b': name .* --image-column"),
         ("x.csv", "image,b\n1,2\n", "no column caption or text .* --caption-column"),
         ("x.csv", "", "holds nothing"),
         ("x.parquet", "no parquet", r"x\.parquet is not a Parquet file, or broken"),
         ("x.json", "{", r"x\.json is not JSON"),
+        ("x.json", b'[{"image": "a.jpg", "caption": "caf\xe9"}]', r"x\.json.*utf-8"),
         ("x.json", "[1]", r"cannot tell what .*x\.json is; looked for .* --kind"),
-        ("x.json", {"images": [1]}, "layout of karpathy: "),
-        ("x.json", {"annotations": [], "info": 1}, "cannot tell what"),
         ("x.json", {"images": [], "annotations": [{"caption": "x"}]}, "layout of coco: it lacks 'image_id'"),
         ("x.json", {"images": [{"sentences": 3, "split": "a", "filename": "b"}]}, "layout of karpathy: "),
         ("x.txt", "any text", "cannot tell what"),
@@ -346,49 +310,31 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 def test_wrong_source_is_one_line_that_says_what_was_looked_for(
     tmp_path: Path, name: str, content: Any, message: str
 ) -> None:
-    write(tmp_path / name, content)
+    write(tmp_path / name, content) if not isinstance(content, bytes) else (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message) as error:
         read_source(tmp_path / name.split("/")[0])
-    one_line(error)
+    assert "\n" not in str(error.value)
 
 
-KEYS = [
-    "images",
-    "annotations",
-    "questions",
-    "sentences",
-    "file_name",
-    "id",
-    "image_id",
-    "question_id",
-    "answers",
-    "raw",
-]
+KEYS = ["images", "annotations", "questions", "sentences", "file_name", "id", "image_id", "question_id", "answers"]
 VALUES = st.recursive(
     st.none() | st.integers(0, 1) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "caption", "split"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "raw", "caption", "split"]), inner)
+    ),
     max_leaves=12,
 )
 
 
 @settings(max_examples=40, deadline=None)
 @given(document=st.dictionaries(st.sampled_from(KEYS[:3]), VALUES), answers=VALUES)
-def test_any_json_is_a_source_or_one_line(
-    tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any], answers: Any
-) -> None:
+def test_any_json_is_a_source_or_one_line(tmp_path_factory, document: dict[str, Any], answers: Any) -> None:
     folder = tmp_path_factory.mktemp("json")
     write(folder / "annotations.json", {"annotations": answers})
     try:
         read_source(write(folder / "questions.json", document))
     except SourceError as error:
         assert "\n" not in str(error)
-
-
-def test_json_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_bytes(b'[{"image": "a.jpg", "caption": "caf\xe9"}]')
-    with pytest.raises(SourceError, match=r"x\.json.*utf-8") as error:
-        read_source(tmp_path / "x.json")
-    one_line(error)
 
 
 def test_absent_source_or_pictures_folder_is_named(tmp_path: Path) -> None:
@@ -418,9 +364,7 @@ def test_missing_pyarrow_is_one_line_that_names_the_extra(tmp_path: Path, monkey
         read_source(path)
 
 
-def test_absolute_paths_do_not_hide_where_the_relative_ones_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_absolute_paths_do_not_hide_where_the_relative_ones_start(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "tables").mkdir()
     for name in ("one.jpg", "two.jpg"):
         (tmp_path / name).touch()

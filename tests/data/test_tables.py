@@ -32,10 +32,8 @@ def found(source: SourceContents) -> tuple[int, list[str]]:
     [
         ("csv", "image,caption\n", "{}.jpg,a square\n", 'x.jpg,"a 5" square"\n', "bad_row"),
         ("csv", "image,caption\n", "{}.jpg,a square\n", 'x.jpg,"a square\n', "bad_row"),
-        ("csv", "image,caption\n", '{}.jpg,"a square, red"\n', 'x.jpg,"a square\n', "bad_row"),
         ("csv", "image;caption\n", "{}.jpg;a square\n", "x.jpg;a;b\n", "bad_row"),
         ("csv", "image,caption\n", "{}.jpg,a square\n", "x.jpg,caf\udce9\n", "broken_text"),
-        ("tsv", "image\tcaption\n", "{}.jpg\ta square\n", "x.jpg\tcaf\udce9\n", "broken_text"),
         ("tsv", "image\tcaption\n", "{}.jpg\ta square\n", "x.jpg\n", "bad_row"),
         ("jsonl", "", '{{"image": "{}.jpg", "caption": "a square"}}\n', '{"image": "x', "bad_row"),
         ("jsonl", "", '{{"image": "{}.jpg", "caption": "a square"}}\n', '{"image": "caf\udce9"}\n', "broken_text"),
@@ -101,8 +99,6 @@ def test_damaged_group_of_a_parquet_file_is_told_and_the_others_are_read(tmp_pat
 def test_list_in_a_cell_is_several_captions(tmp_path: Path, written: str, suffix: str) -> None:
     if suffix == "jsonl":
         text = json.dumps({"filename": "a.jpg", "raw": written})
-    elif suffix == "tsv":
-        text = f"filename\traw\na.jpg\t{written}\n".replace("\n ", " ")
     else:
         quoted = written.replace('"', '""')
         text = f'raw,sentids,split,filename,img_id\n"{quoted}","[0, 1]",train,a.jpg,0\n'
@@ -193,9 +189,7 @@ def test_parquet_files_of_a_folder_are_read_by_split(tmp_path: Path) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(content=st.binary(max_size=200), suffix=st.sampled_from(["csv", "tsv", "json", "jsonl", "txt", "parquet"]))
-def test_any_bytes_are_a_table_or_one_line(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
-) -> None:
+def test_any_bytes_are_a_table_or_one_line(tmp_path_factory, content: bytes, suffix: str) -> None:
     path = tmp_path_factory.mktemp("bytes") / f"t.{suffix}"
     for start in (b"", b"image,caption\n", b"\xff\xfe"):
         path.write_bytes(start + content)

@@ -69,11 +69,8 @@ GOOD = {"captions": ["a dog"], "prediction": "dog"}
         ("{", r"own\.json is not JSON"),
         ('{"path": "a.jpg"}\n{"path": "b.jpg"}\n', r"own\.json is JSON lines; wanted is one JSON list"),
         ({}, r"own\.json must be a JSON list of at least one entry"),
-        ([], r"own\.json must be a JSON list of at least one entry"),
         ([GOOD, "dog"], r"own\.json, entry 1 \(counted from 0\): must be an object, not str"),
         ([GOOD, {"captions": ["a dog"]}], r"entry 1 .*: needs a text under `prediction`"),
-        ([GOOD, GOOD | {"prediction": ["dog"]}], r"entry 1 .*: needs a text under `prediction`"),
-        ([GOOD | {"captions": "a dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
         ([GOOD | {"captions": ["a dog", 3]}], r"entry 0 .*: needs a list of texts under `captions`"),
         ([{"prediction": "dog"}], r"entry 0 .*: needs a list of texts under `captions`"),
         ([GOOD | {"captions": [" "]}], r"entry 0 .*: has no reference in `captions`"),
@@ -111,11 +108,6 @@ def test_malformed_results_are_refused_with_the_entry(tmp_path: Path, results: o
 def test_references_of_another_layout_are_refused(tmp_path: Path, content: object) -> None:
     with pytest.raises(ValueError, match=r"refs\.json does not have the layout of COCO's annotations"):
         read_references(write(tmp_path, "refs.json", content))
-
-
-def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        read_predictions(tmp_path / "none.json")
 
 
 def test_pictures_with_one_key_have_no_name_to_be_told_apart_by(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contracap.data.shards import write_shard
-from contracap.evaluation import retrieval
 from contracap.evaluation.metrics import ranking
-from contracap.evaluation.metrics.ranking import find_position, find_positions
-from contracap.evaluation.retrieval import Features, compute_recall, evaluate_retrieval
+from contracap.evaluation.metrics.ranking import find_positions
+from contracap.evaluation.retrieval import compute_recall, evaluate_retrieval
 
 from .oracles import reference
 from .worlds import COLOURS, ColourModel, Largest, processor, record, sample
@@ -36,8 +35,7 @@ def clip_benchmark_recall(scores: Tensor, positive: Tensor, k: int) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("side", [16, 64, 1024])
+@pytest.mark.parametrize(("seed", "side"), [(0, 16), (1, 64), (2, 1024)])
 def test_recall_equals_clip_benchmark_with_several_captions_a_picture(
     monkeypatch, seed: int, side: int, device: str
 ) -> None:
@@ -63,7 +61,7 @@ def places_by_definition(scores: Tensor, right: Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_ties_across_tiles_go_by_the_order_of_the_data(monkeypatch, seed: int) -> None:
     monkeypatch.setattr(ranking, "SIDE", 16)
     draw = torch.Generator().manual_seed(seed)
@@ -91,22 +89,6 @@ def test_equal_embeddings_tie_wherever_they_stand(monkeypatch, images: int, widt
     assert torch.equal(image_ranks, 3 * torch.arange(images))
 
 
-def test_of_equal_scores_the_first_candidate_stands_first() -> None:
-    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
-    assert [int(find_position(scores, torch.tensor([i]))) for i in range(5)] == [3, 0, 1, 2, 4]
-
-
-def test_a_collapsed_model_is_at_chance() -> None:
-    same = torch.ones(10, 4) / 2
-    found = compute_recall(same, same.repeat_interleave(2, dim=0), torch.arange(10).repeat_interleave(2), (1, 5))
-    assert found == {
-        "text_to_image_recall@1": 0.1,
-        "text_to_image_recall@5": 0.5,
-        "image_to_text_recall@1": 0.1,
-        "image_to_text_recall@5": 0.3,  # the captions of three images
-    }
-
-
 def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
     images, texts, owner = embeddings(4, (3, 3), 0)
     with pytest.raises(ValueError, match=r"text_to_image_recall@5 needs at least 5 images .*; there are 4"):
@@ -117,20 +99,12 @@ def test_k_above_the_number_of_candidates_gets_a_plain_message() -> None:
         evaluate_retrieval(ColourModel(), processor(), [], ks=(1, -1))
 
 
-def test_features_that_are_not_finite_are_refused() -> None:
+def test_embeddings_that_cannot_be_ranked_are_refused() -> None:
     images, texts, owner = embeddings(4, (1, 1), 0)
     with pytest.raises(ValueError, match="not finite"):
         find_positions(images.index_fill(0, torch.tensor([1]), torch.nan), texts, owner)
-
-
-def test_a_picture_without_a_text_is_refused() -> None:
-    images, texts, owner = embeddings(4, (1, 1), 0)
     with pytest.raises(ValueError, match="at least one text"):
         find_positions(images, texts, owner.clamp(max=2))
-
-
-def test_a_text_without_a_picture_and_a_world_of_nothing_are_refused() -> None:
-    images, texts, owner = embeddings(4, (1, 1), 0)
     for wrong in (owner - 1, owner + 1):
         with pytest.raises(ValueError, match="needs the row of its image, and there are 4 images"):
             find_positions(images, texts, wrong)
@@ -160,10 +134,7 @@ def test_half_precision_features_and_autocast_are_ranked_in_fp32() -> None:
 
 def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:
     names = list(COLOURS)
-    write_shard(
-        tmp_path / "0.tar",
-        [record(name, name, captions=[f"a {name} wall", f"all {name}"]) for name in names],
-    )
+    write_shard(tmp_path / "0.tar", [record(name, name, captions=[f"a {name} wall", f"all {name}"]) for name in names])
     model = ColourModel().train()
     result = evaluate_retrieval(model, processor(), tmp_path, batch_size=4)
     assert model.training
@@ -182,20 +153,6 @@ def test_evaluator_ranks_the_pictures_of_shards(tmp_path) -> None:
     assert result.predictions.image_of_text.tolist() == [i for i in range(6) for _ in range(2)]
 
 
-def test_evaluator_counts_wrong_captions() -> None:
-    colours = [*COLOURS][:3]
-    samples = [sample(name, name, f"a {name} wall") for name in colours]
-    samples += [sample("odd", "yellow", "a red wall", "a yellow wall")]  # the first is nearer to the image of red
-    result = evaluate_retrieval(ColourModel(), processor(), samples, ks=(1, 2))
-    assert result.figures == {
-        "text_to_image_recall@1": 4 / 5,
-        "text_to_image_recall@2": 1.0,
-        "image_to_text_recall@1": 1.0,
-        "image_to_text_recall@2": 1.0,
-    }
-    assert result.predictions.keys == [*colours, "odd"]
-
-
 def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
     samples = [sample(a, a, *[f"a {b} wall" for b in [*COLOURS][: i + 1]]) for i, a in enumerate(COLOURS)]
     result = evaluate_retrieval(ColourModel(), processor(), samples)
@@ -209,26 +166,16 @@ def test_values_of_the_pictures_have_the_figures_as_their_means() -> None:
     assert figures["text_to_image_recall@1"] == pytest.approx(6 / 21)
 
 
-def test_the_evaluator_finds_the_recalls_of_the_embeddings(monkeypatch) -> None:
-    images, texts, owner = embeddings(40, (5, 7), seed=0)
-    found = Features(images=images, texts=texts, image_of_text=owner, keys=["x"] * 40, captions=["x"] * len(texts))
-    monkeypatch.setattr(retrieval, "embed_pairs", lambda *_, **__: found)
-    assert evaluate_retrieval(ColourModel(), processor(), []).figures == compute_recall(images, texts, owner)
-
-
 def test_batch_size_does_not_change_the_figures() -> None:
     samples = [sample(f"{a}-{b}", a, f"a {b} wall") for a, b in combinations(COLOURS, 2)]
     figures = [evaluate_retrieval(ColourModel(), processor(), samples, batch_size=n).figures for n in (1, 4, 64)]
     assert figures[0] == figures[1] == figures[2]
 
 
-def test_shards_without_a_sample_are_refused(tmp_path) -> None:
+def test_errors_name_the_sample_or_the_shards(tmp_path) -> None:
     write_shard(tmp_path / "0.tar", [])
     with pytest.raises(ValueError, match=f"no samples to evaluate on in {tmp_path}"):
         evaluate_retrieval(ColourModel(), processor(), tmp_path)
-
-
-def test_errors_name_the_sample() -> None:
     good, silent = sample("good", "red", "a red wall"), sample("silent", "red")
     with pytest.raises(ValueError, match=r"sample silent of shard\.tar has no caption"):
         evaluate_retrieval(ColourModel(), processor(), [good, silent])

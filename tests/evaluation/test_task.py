@@ -13,7 +13,7 @@ from contracap.generation import BeamSearch, ContrastiveReranking, Sampling
 from contracap.pretrained import load
 
 from .programs import stand_in
-from .worlds import COLOURS, processor, record
+from .worlds import processor, record
 
 
 def task(*settings: str, **given) -> TaskConfig:
@@ -77,11 +77,9 @@ def test_the_seed_is_that_of_what_is_drawn() -> None:
 
 
 def test_results_tell_the_seed(tmp_path: Path) -> None:
-    write_shard(tmp_path / "0.tar", [record(name, name, captions=[f"a {name} wall"]) for name in COLOURS])
+    write_shard(tmp_path / "0.tar", [record("red", "red", captions=["a red wall"])])
     model, own = load("tiny", weights="random", seed=0)
-    config = TaskConfig(
-        task="captioning", data=str(tmp_path), metrics=("rouge_l",), strategy="sample", settings=("seed=3",)
-    )
+    config = task("seed=3", "max_tokens=6", data=str(tmp_path), metrics=("rouge_l",), strategy="sample")
     assert build_evaluator(config, own)(model).seed == 3
     assert measure_tasks({"a": config}, model, own, command="contracap evaluate x").seed == 3
     assert measure_tasks({"a": config}, model, own, command="contracap study x", seed=5).seed == 5

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 from contracap.config import build
 from contracap.data.loader import evaluation_samples
@@ -27,18 +26,6 @@ NAMES = [*COLOURS]
 PLAIN = ("a photo of a {}.",)
 
 
-def test_classifier_is_the_normalised_mean_of_the_normalised_prompts() -> None:
-    torch.manual_seed(0)
-    model, prompts = ColourModel(), processor()
-    table = torch.randn(1024, 8)
-    model.encode_text = lambda ids: table[ids].mean(dim=1)  # depends on the template too, and is not normalised
-    weights = build_classifier(model, prompts, ["red", "blue"], TEMPLATES, batch_size=3)
-    for row, name in zip(weights, ["red", "blue"], strict=True):
-        texts = prompts.texts([template.format(name) for template in TEMPLATES])
-        mean = normalize(model.encode_text(texts), dim=-1).mean(dim=0)
-        torch.testing.assert_close(row, mean / mean.norm())
-
-
 def test_accuracy_of_a_model_that_knows_the_colours(tmp_path) -> None:
     records = [record(f"{name}{i}", name, label=NAMES.index(name)) for name in NAMES for i in range(2)]
     write_shard(tmp_path / "0.tar", records)
@@ -47,27 +34,18 @@ def test_accuracy_of_a_model_that_knows_the_colours(tmp_path) -> None:
     assert result.predictions.predictions == result.predictions.labels == [i for i in range(6) for _ in range(2)]
     assert (result.samples, result.reasons) == (12, {})
     assert (result.details["classes"], result.details["templates"]) == (6, len(TEMPLATES))
-
-
-def test_class_member_of_a_shard_is_the_label(tmp_path) -> None:
-    key, members = record("one", "blue")
-    write_shard(tmp_path / "0.tar", [(key, members | {"cls": b"2"})])
-    assert evaluate_zeroshot(ColourModel(), processor(), tmp_path, classes=NAMES).figures["acc1"] == 1.0
-
-
-def test_mean_per_class_recall_weighs_the_occurring_classes_alike() -> None:
     samples = [sample(f"r{i}", "red", label=0) for i in range(3)] + [sample("b", "blue", label=1)]
-    figures = evaluate_zeroshot(ColourModel(), processor(), samples, classes=NAMES, templates=PLAIN).figures
-    assert figures["acc1"] == 3 / 4
-    assert figures["mean_per_class_recall"] == 1 / 2  # of two classes; four do not occur
+    result = evaluate_zeroshot(ColourModel(), processor(), samples, classes=NAMES, templates=PLAIN)
+    assert result.figures["acc1"] == 3 / 4
+    assert result.figures["mean_per_class_recall"] == 1 / 2  # of two classes; four do not occur
+    assert result.figures == {name: pytest.approx(sum(found.values) / 4) for name, found in result.per_sample.items()}
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")  # as the mean is over those that occur
-@pytest.mark.parametrize("seed", range(3))
-def test_accuracies_equal_clip_benchmark_on_random_scores(monkeypatch, seed: int) -> None:
+def test_accuracies_equal_clip_benchmark_on_random_scores(monkeypatch) -> None:
     oracle = reference("clip_benchmark.metrics.zeroshot_classification")
     monkeypatch.setattr(oracle, "float", lambda count: count.item(), raising=False)  # NumPy 2.4 refuses its [1] array
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(200, 9, generator=draw), torch.randint(8, (200,), generator=draw)
     scores[torch.arange(200), labels] += 1
     parts = accuracy_parts(scores, labels)
@@ -87,10 +65,9 @@ def test_pictures_are_ranked_in_blocks_of_the_same_figures(monkeypatch) -> None:
     assert largest.elements <= 30 * 50
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_mean_average_precision_equals_clip_benchmark_on_random_scores(seed: int) -> None:
+def test_mean_average_precision_equals_clip_benchmark_on_random_scores() -> None:
     oracle = reference("clip_benchmark.metrics.zeroshot_classification")
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     scores, marks = torch.randn(150, 7, generator=draw), torch.rand(150, 7, generator=draw) < 0.3
     marks[:, 5], marks[0] = False, False  # a class without an image, an image without a class
     labels = [tuple(row.nonzero().flatten().tolist()) for row in marks]
@@ -153,35 +130,12 @@ def test_a_npy_member_that_holds_no_marks_is_no_label(content: bytes) -> None:
     assert label_of(replace(sample("x", "red", label=2), npy=content), 6) == 2
 
 
-def test_a_number_that_a_table_wrote_as_text_is_a_label() -> None:
-    assert label_of(sample("x", "red", label="2"), 6) == 2
-    assert label_of(sample("x", "red", labels=["0", "5"]), 6) == (0, 5)
-
-
-def test_fields_come_before_the_marks_of_a_npy_member() -> None:
-    marks = npy(np.array([1, 0, 0, 0, 0, 1], bool))
-    assert label_of(replace(sample("x", "red"), npy=marks), 6) == (0, 5)
-    assert label_of(replace(sample("x", "red", labels=[1]), npy=marks), 6) == (1,)
-    assert label_of(replace(sample("x", "red", label=2), npy=marks), 6) == 2
-
-
 def test_of_equal_scores_the_first_picture_and_the_first_class_stand_first() -> None:
     same = torch.zeros(3, 6)
     assert accuracy_parts(same, torch.tensor([0, 4, 5]))["acc5"].tolist() == [1, 1, 0]
     assert accuracy_parts(same, torch.tensor([0, 4, 5]))["acc1"].tolist() == [1, 0, 0]
     assert mean_average_precision(same[:, :1], [(0,), (), ()]) == 1
     assert mean_average_precision(same[:, :1], [(), (), (0,)]) == pytest.approx(1 / 3)
-
-
-def test_figures_are_the_means_of_what_each_picture_adds() -> None:
-    draw = torch.Generator().manual_seed(0)
-    samples = [
-        sample(f"{i}", name, label=int(torch.randint(6, (), generator=draw))) for i, name in enumerate([*COLOURS] * 4)
-    ]
-    result = evaluate_zeroshot(ColourModel(), processor(), samples, classes=NAMES)
-    figures = result.figures
-    assert figures == {name: pytest.approx(sum(found.values) / 24) for name, found in result.per_sample.items()}
-    assert 0 < figures["acc1"] < 1
 
 
 def test_folders_of_classes_name_them(tmp_path) -> None:
@@ -220,12 +174,6 @@ def test_shards_do_not_name_their_classes(tmp_path) -> None:
         match_classes(tmp_path, None)
 
 
-def test_below_five_classes_there_is_a_reason_instead_of_acc5() -> None:
-    result = evaluate_zeroshot(ColourModel(), processor(), [sample("r", "red", label=0)], classes=NAMES[:3])
-    assert set(result.values) == {"acc1", "mean_per_class_recall"}
-    assert result.reasons == {"acc5": "acc5 needs at least 5 classes; there are 3"}
-
-
 def test_last_product_is_fp32_under_autocast() -> None:
     draw = torch.Generator().manual_seed(0)
     pictures, weights = torch.randn(4, 64, generator=draw), torch.randn(7, 64, generator=draw)
@@ -239,25 +187,14 @@ def test_last_product_is_fp32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "no label"),
-        ({"label": 6}, "label 6"),
-        ({"label": -1}, "label -1"),
-        ({"label": "red"}, "'red'"),
-        ({"label": True}, "label True"),
-        ({"labels": [True, False, True]}, r"label \[True, False, True\]"),
-        ({"labels": [0, 6]}, r"label \[0, 6\]"),
-        ({"labels": 2}, "no label"),
+        *(({}, "no label"), ({"label": 6}, "label 6"), ({"label": -1}, "label -1"), ({"label": "red"}, "'red'")),
+        *(({"label": True}, "label True"), ({"labels": [True, False, True]}, r"label \[True, False, True\]")),
+        *(({"labels": [0, 6]}, r"label \[0, 6\]"), ({"labels": 2}, "no label")),
     ],
 )
 def test_a_label_without_a_class_is_refused(fields, said: str) -> None:
     with pytest.raises(ValueError, match=rf"sample x of shard\.tar has .*{said}.* from 0 to 5"):
         label_of(sample("x", "red", **fields), 6)
-
-
-def test_class_names_come_from_a_list_or_a_manifest(tmp_path) -> None:
-    (tmp_path / "list.json").write_text(json.dumps(NAMES))
-    (tmp_path / "manifest.json").write_text(json.dumps({"name": "colours", "classes": NAMES}))
-    assert load_classes(tmp_path / "list.json") == load_classes(tmp_path / "manifest.json") == tuple(NAMES)
 
 
 @pytest.mark.parametrize(("load", "name"), [(load_classes, "classes"), (load_templates, "templates")])
@@ -278,24 +215,6 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, load) -> None:
     assert load(tmp_path / "mine.json") == ("a {}",)
 
 
-def test_the_empty_name_of_a_published_set_is_taken() -> None:
-    names = load_classes("clevr_closest_object_distance")
-    assert match_classes([], names)[1] == names and "" in names
-
-
-def test_templates_come_from_a_list(tmp_path) -> None:
-    (tmp_path / "templates.json").write_text('["a {}", "{} {{}}"]')
-    assert load_templates(tmp_path / "templates.json") == ("a {}", "{} {{}}")
-    (tmp_path / "templates.json").write_text('["a {}", "a photo"]')
-    with pytest.raises(ValueError, match=r"templates\.json: the template 'a photo' has no \{\}"):
-        load_templates(tmp_path / "templates.json")
-
-
-def test_a_single_template_without_a_place_for_the_name_is_told_so() -> None:
-    with pytest.raises(ValueError, match=r"'a photo'.*\{\}"):
-        load_templates("a photo")
-
-
 def test_published_sets_are_known_by_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_classes("vtab/eurosat") == published_set("eurosat").classes
@@ -307,12 +226,6 @@ def test_published_sets_are_known_by_name(tmp_path, monkeypatch) -> None:
     assert (load_classes("mine"), load_templates("mine"), templates_for("mine")) == (tuple(NAMES), ("a {}",), TEMPLATES)
 
 
-@pytest.mark.parametrize("load", [load_classes, load_templates, templates_for])
-def test_a_name_that_is_neither_published_nor_a_file_is_told_the_nearest(load) -> None:
-    with pytest.raises(ValueError, match="called 'imagenet1'; the nearest are imagenet1k, "):
-        load("imagenet1")
-
-
 def test_a_path_is_never_a_published_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"called '\./cifar10'; the nearest are cifar10"):
@@ -322,28 +235,44 @@ def test_a_path_is_never_a_published_name(tmp_path, monkeypatch) -> None:
     assert load_classes("cifar10") == published_set("cifar10").classes
 
 
-@pytest.mark.parametrize("template", ["a photo of a {}.", "a {}", "{}.png"])
-def test_a_single_template_stands_for_a_file_of_one(template: str) -> None:
-    assert load_templates(template) == (template,)
+def test_a_label_may_be_a_member_a_text_or_a_vector_of_marks_and_fields_come_first(tmp_path) -> None:
+    key, members = record("one", "blue")
+    write_shard(tmp_path / "0.tar", [(key, members | {"cls": b"2"})])
+    assert label_of(next(iter(evaluation_samples(tmp_path))), 6) == 2
+    assert label_of(sample("x", "red", label="2"), 6) == 2
+    assert label_of(sample("x", "red", labels=["0", "5"]), 6) == (0, 5)
+    marks = npy(np.array([1, 0, 0, 0, 0, 1], bool))
+    assert label_of(replace(sample("x", "red"), npy=marks), 6) == (0, 5)
+    assert label_of(replace(sample("x", "red", labels=[1]), npy=marks), 6) == (1,)
+    assert label_of(replace(sample("x", "red", label=2), npy=marks), 6) == 2
 
 
-def test_names_and_templates_may_be_a_line_each_with_a_named_place(tmp_path) -> None:
+def test_classes_and_templates_come_from_lists_manifests_lines_or_the_command_line(tmp_path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps(NAMES))
+    (tmp_path / "manifest.json").write_text(json.dumps({"name": "colours", "classes": NAMES}))
     (tmp_path / "names.txt").write_text("a cat\r\ntwo dogs\n")
+    assert load_classes(tmp_path / "list.json") == load_classes(tmp_path / "manifest.json") == tuple(NAMES)
     assert load_classes(tmp_path / "names.txt") == ("a cat", "two dogs")
+    names = load_classes("clevr_closest_object_distance")
+    assert match_classes([], names)[1] == names and "" in names
+    (tmp_path / "templates.json").write_text('["a {}", "{} {{}}"]')
+    assert load_templates(tmp_path / "templates.json") == ("a {}", "{} {{}}")
     for place in ("{c}", "{class_name}", "{}"):
         (tmp_path / "templates.txt").write_text(f"a photo of {place}.\n{place}!\n")
         assert load_templates(tmp_path / "templates.txt") == ("a photo of {}.", "{}!")
+    for template in ("a photo of a {}.", "{}.png"):
+        assert load_templates(template) == (template,)
 
 
-def test_a_missing_file_is_no_name() -> None:
+def test_classes_and_templates_that_cannot_be_read_are_refused(tmp_path) -> None:
+    (tmp_path / "templates.json").write_text('["a {}", "a photo"]')
+    with pytest.raises(ValueError, match=r"templates\.json: the template 'a photo' has no \{\}"):
+        load_templates(tmp_path / "templates.json")
+    with pytest.raises(ValueError, match=r"'a photo'.*\{\}"):
+        load_templates("a photo")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         load_classes("none.json")
-
-
-def test_templates_alone_name_no_classes() -> None:
     with pytest.raises(ValueError, match="'imagenet-simple' has templates alone"):
         load_classes("imagenet-simple")
-
-
-def test_every_built_in_template_has_a_place_for_the_name() -> None:
-    assert all(template.count("{}") == 1 for template in TEMPLATES)
+    with pytest.raises(ValueError, match="called 'imagenet1'; the nearest are imagenet1k, "):
+        templates_for("imagenet1")

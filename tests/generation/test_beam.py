@@ -1,8 +1,5 @@
 """Beam search against exhaustive search and against plain Python, on tables of logits."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,16 +21,7 @@ def assert_same(found, expected):
         assert one.token_log_probabilities == pytest.approx(other.token_log_probabilities, rel=1e-4, abs=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32), max_tokens=st.integers(2, 5), min_tokens=st.integers(0, 5), penalty=penalties)
-def test_wide_beam_equals_exhaustive_search(seed, max_tokens, min_tokens, penalty):
-    wide = BeamSearch(120, max_tokens, min(min_tokens, max_tokens), penalty)  # at most 3 ** 3 * 4 continuations a step
-    table = Table(tuple(range(2)), seed)
-    for image, found in enumerate(run(wide, table)):
-        assert_same(found, every_text(table, image, wide)[:120])
-
-
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     width=st.integers(2, 5),
@@ -54,17 +42,14 @@ def test_narrow_beam_that_stops_early_equals_a_plain_search_that_does_not(
 RULES = [
     Rules(),
     Rules(repetition_penalty=1.7),
-    Rules(no_repeat_ngram=1),
     Rules(no_repeat_ngram=2),
-    Rules(banned=("b",)),
     Rules(banned=("a b", "c c")),
-    Rules(forced=("c",)),
     Rules(forced=("a b", "c")),
     Rules(banned=("b",), forced=("c a", "a"), repetition_penalty=0.8),
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     rules=st.sampled_from(RULES),
@@ -83,7 +68,7 @@ def test_wide_beam_with_rules_and_prompts_of_mixed_length_equals_exhaustive_sear
         assert_same(found, texts[:150])  # none where the rules and lengths leave none
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     shape=st.sampled_from([(4, 2), (6, 3), (3, 3), (6, 2), (8, 2)]),
@@ -99,20 +84,6 @@ def test_diverse_groups_equal_a_plain_search_in_groups(seed, shape, diversity, m
     table = Table(tuple(range(2)), seed, spread)
     for image, found in enumerate(run(strategy, table)):
         assert_same(found, plain_beam_search(table, image, strategy))
-
-
-def test_a_whole_number_below_zero_is_a_length_penalty():
-    """In a process without the check of annotations, which lets no whole number through."""
-    program = "from contracap import BeamSearch; print(repr(BeamSearch(length_penalty=-1).length_penalty))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "-1.0\n"
-
-
-def test_diverse_groups_find_texts_that_differ_more_than_one_wide_beam_does():
-    def first_words(strategy):
-        texts = run(strategy, Table(tuple(range(12)), seed=3, spread=3.0))
-        return sum(len({text.token_ids[0] for text in found}) for found in texts)
-
-    assert first_words(BeamSearch(3, 8, 4, groups=3, diversity=5.0)) > first_words(BeamSearch(3, 8, 4))
 
 
 def test_forced_phrases_are_looked_for_from_the_start_although_others_are_likelier():
@@ -143,44 +114,6 @@ def test_search_stops_before_the_longest_length_where_it_can(penalty):
     assert steps < 10
 
 
-@settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32), width=st.integers(1, 4), penalty=penalties)
-def test_a_batch_of_images_gives_what_each_gives_alone(seed, width, penalty):
-    table, strategy = Table(tuple(range(4)), seed), BeamSearch(width, 8, 2, penalty)
-    assert run(strategy, table) == [run(strategy, table.only(image))[0] for image in range(4)]
-
-
-def test_a_constant_added_to_the_logits_changes_nothing():
-    class Shifted(Table):
-        def logits(self, image, beginning):
-            return super().logits(image, beginning) + 7.0 * len(beginning)
-
-    strategy, images = BeamSearch(4, 8, 2), (0, 1, 2)
-    for one, other in zip(run(strategy, Table(images, 5)), run(strategy, Shifted(images, 5)), strict=True):
-        assert_same(one, other)
-
-
-def test_length_penalty_lengthens_above_zero_and_shortens_below():
-    table = Table(tuple(range(8)), seed=6, spread=1.0)
-    mean_lengths = [
-        sum(len(texts[0].token_ids) for texts in run(BeamSearch(40, 7, 0, penalty), table)) / 8
-        for penalty in (-2.0, 0.0, 3.0)
-    ]
-    assert mean_lengths[0] < mean_lengths[1] < mean_lengths[2]
-
-
-def test_texts_are_ranked_unlike_each_other_and_as_many_as_the_width():
-    for texts in run(BeamSearch(5, 8, 2), Table(tuple(range(6)), seed=7)):
-        assert len(texts) == len({text.token_ids for text in texts}) == 5
-        assert [text.score for text in texts] == sorted((text.score for text in texts), reverse=True)
-
-
-def test_fewer_texts_than_the_width_are_returned_where_fewer_exist():
-    strategy = BeamSearch(6, 2, 0)  # one token: a word or the end
-    (texts,) = run(strategy, Table(tuple(range(1)), seed=8))
-    assert sorted(text.token_ids for text in texts) == [(), (0,), (1,), (2,)]
-
-
 def test_equals_are_ranked_by_beam_then_by_token():
     strategy = BeamSearch(4, 3, 3)
     search = begin(strategy, 1)
@@ -189,7 +122,7 @@ def test_equals_are_ranked_by_beam_then_by_token():
     assert [text.token_ids for text in search.list_texts()[0]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     columns=st.integers(1, 3 * CHUNK + 5),
@@ -208,22 +141,15 @@ def test_stable_topk_equals_a_stable_sort(seed, columns, count, levels):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("settings", "named"),
     [
-        ("width", 0),
-        ("width", True),
-        ("length_penalty", float("nan")),
-        ("length_penalty", 99.0),
-        ("groups", 0),
-        ("diversity", -1.0),
+        *(({"width": 0}, "width"), ({"width": True}, "width"), ({"length_penalty": 99.0}, "length_penalty")),
+        *(({"length_penalty": float("nan")}, "length_penalty"), ({"groups": 0}, "groups")),
+        *(({"diversity": -1.0}, "diversity"), ({"groups": 4, "diversity": 1.0}, "groups")),
+        *(({"groups": 3, "diversity": 0.0}, "groups"), ({"groups": 1, "diversity": 1.0}, "groups")),
     ],
+    ids=str,
 )
-def test_impossible_settings_are_refused_by_name(setting, value):
-    with pytest.raises(ValueError, match=f"{setting} must be"):
-        BeamSearch(**{setting: value})
-
-
-@pytest.mark.parametrize(("groups", "diversity"), [(4, 1.0), (3, 0.0), (1, 1.0)])
-def test_groups_that_do_not_fit_are_refused(groups, diversity):
-    with pytest.raises(ValueError, match=r"groups"):
-        BeamSearch(6, groups=groups, diversity=diversity)
+def test_impossible_settings_are_refused_by_name(settings, named):
+    with pytest.raises(ValueError, match=named):
+        BeamSearch(**settings)

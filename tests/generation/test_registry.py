@@ -10,12 +10,11 @@ from contracap.generation.reranking import split_reranking
     ("name", "settings", "expected"),
     [
         ("greedy", (), Greedy()),
-        ("beam", ["width=4", "length_penalty=0"], BeamSearch(width=4, length_penalty=0.0)),
+        ("beam", ["width=4", "length_penalty=-1"], BeamSearch(width=4, length_penalty=-1.0)),
         ("beam", {"width": 6, "groups": 3, "diversity": 0.5}, BeamSearch(groups=3, diversity=0.5)),
         ("sample", ["top_k=50", "seed=7"], Sampling(top_k=50, seed=7)),
         ("legacy", ["year=2023", "max_tokens=20"], LegacyBeamSearch(2023, 20)),
         ("rerank", (), ContrastiveReranking(Sampling(samples=8))),
-        ("rerank", ["of.top_p=0.9"], ContrastiveReranking(Sampling(samples=8, top_p=0.9))),
         ("rerank", ["of.samples=4", "of.seed=1"], ContrastiveReranking(Sampling(samples=4, seed=1))),
         ("rerank", {"of": {"width": 4}}, ContrastiveReranking(BeamSearch(width=4))),
         (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from contracap.generation import BeamSearch, Greedy, Sampling
 from tests.generation.logit_tables import empty_prompts
 
-from .logit_tables import END, START, VOCAB, Table, Words, begin, every_text, run, step
+from .logit_tables import END, START, Table, Words, every_text, run, step
 
 
 def plain_greedy(table, image, strategy):
@@ -33,56 +33,10 @@ def test_greedy_takes_the_likeliest_allowed_token_and_equals_a_beam_of_one(seed,
         assert found[image] == beams[image]
 
 
-def test_a_batch_of_images_gives_what_each_gives_alone():
-    table = Table(tuple(range(5)), seed=1)
-    together = run(Greedy(9, 2), table)
-    assert len({len(texts[0].token_ids) for texts in together}) > 1, "the images should end at different steps"
-    assert together == [run(Greedy(9, 2), table.only(image))[0] for image in range(5)]
-
-
-def test_log_probability_sums_the_tokens_and_the_end_and_the_score_is_their_mean():
-    table = Table(tuple(range(20)), seed=2)
-    for image, (found,) in enumerate(run(Greedy(6, 0), table)):
-        ended = len(found.token_ids) < 5
-        text = (*found.token_ids, END) if ended else found.token_ids
-        total = sum(step(table, image, (START, *text[:place]), 0)[token] for place, token in enumerate(text))
-        assert found.log_probability == pytest.approx(total, rel=1e-5)
-        assert found.score == pytest.approx(total / len(text), rel=1e-5)
-
-
-def test_end_token_is_forbidden_exactly_while_the_sequence_is_shorter_than_min_tokens():
-    logits = torch.full((1, VOCAB), -5.0)
-    logits[0, END] = 5.0
-    for strategy in (Greedy(8, 4), BeamSearch(3, 8, 4)):
-        search = begin(strategy, 1)
-        while not search.finished.all():
-            search.advance(logits.expand(*search.last.shape, -1))
-        shortest = min(search.list_texts()[0], key=lambda text: len(text.token_ids))
-        assert len(shortest.token_ids) == 3  # with the start token: 4
-
-
-def test_start_token_is_never_produced_and_id_zero_is_a_word():
-    logits = torch.full((1, VOCAB), -5.0)
-    logits[0, START], logits[0, 0] = 9.0, 5.0
-    for strategy in (Greedy(6, 0), BeamSearch(2, 6, 0)):
-        search = begin(strategy, 1)
-        while not search.finished.all():
-            search.advance(logits.expand(*search.last.shape, -1))
-        assert search.list_texts()[0][0].token_ids == (0, 0, 0, 0, 0)
-
-
-def test_among_equal_tokens_the_lowest_id_wins():
-    search = begin(Greedy(4, 4), 2)
-    while not search.finished.all():
-        search.advance(torch.zeros(2, 1, VOCAB))
-    assert [texts[0].token_ids for texts in search.list_texts()] == [(0, 0, 0), (0, 0, 0)]
-
-
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"max_tokens": 1}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"max_tokens": 4}, "min_tokens is 5, above max_tokens \\(4\\)"),
@@ -134,13 +88,12 @@ def assert_distributed(counts: list[int], probabilities: list[float]) -> None:
 @pytest.mark.parametrize(
     ("settings", "images", "samples"),
     [
-        ({"temperature": 0.6}, 20, 1_000),
-        ({"temperature": 1.7}, 20, 1_000),
-        ({"top_k": 7}, 20, 1_000),
-        ({"top_p": 0.8}, 20, 1_000),
-        ({"min_p": 0.2}, 20, 1_000),
-        ({"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.1}, 20, 1_000),
-        ({}, 20_000, 1),
+        ({"temperature": 0.6}, 10, 1_000),
+        ({"top_k": 7}, 10, 1_000),
+        ({"top_p": 0.8}, 10, 1_000),
+        ({"min_p": 0.2}, 10, 1_000),
+        ({"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.1}, 10, 1_000),
+        ({}, 10_000, 1),
     ],
     ids=str,
 )
@@ -215,14 +168,8 @@ def test_top_k_of_one_is_greedy():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("temperature", 0.0),
-        ("temperature", -1.0),
-        ("top_k", 0),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("min_p", -0.1),
-        ("seed", -1),
-        ("samples", 0),
+        *(("temperature", 0.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1)),
+        *(("min_p", -0.1), ("seed", -1), ("samples", 0)),
     ],
 )
 def test_impossible_settings_of_sampling_are_refused_by_name(setting, value):

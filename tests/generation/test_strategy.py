@@ -5,17 +5,14 @@ import torch
 
 from contracap.generation import BeamSearch, Greedy, LegacyBeamSearch, Rules, Sampling
 from contracap.generation.registry import build_strategy
-from tests.generation.logit_tables import empty_prompts
 
-from .logit_tables import END, START, Table, begin, prompts_of, run
+from .logit_tables import START, Table, begin, prompts_of, run
 
 IMAGES = tuple(range(6))
 WITH_PROMPTS = [
-    Greedy(9, 2),
     Greedy(9, 5, Rules(forced=("c b",), banned=("a a",))),
     Sampling(seed=3, samples=3, max_tokens=9, min_tokens=2),
     Sampling(0.7, top_k=3, top_p=0.9, samples=2, max_tokens=9, min_tokens=2, rules=Rules(no_repeat_ngram=2)),
-    BeamSearch(1, 9, 2),
     BeamSearch(4, 9, 2, 0.5),
     BeamSearch(6, 9, 2, groups=3, diversity=1.0),
     BeamSearch(4, 9, 2, rules=Rules(forced=("c b", "a"), repetition_penalty=1.5)),
@@ -40,19 +37,6 @@ def test_images_that_leave_the_batch_when_they_are_finished_change_no_result(str
     assert run(strategy, table, prompts, compact=True) == run(strategy, table, prompts)
 
 
-def test_a_prompt_counts_neither_as_generated_nor_in_the_score():
-    table, prompt = Table((0,), seed=3), [1, 2]
-    (texts,) = run(BeamSearch(3, 8, 5), table, prompts_of([prompt]))
-    for text in texts:
-        ids = (*text.token_ids, END) if len(text.token_ids) < 5 else text.token_ids
-        gains = [
-            torch.log_softmax(table.logits(0, (START, *prompt, *ids[:place])), dim=-1)[token].item()
-            for place, token in enumerate(ids)
-        ]
-        assert text.token_log_probabilities == pytest.approx(gains, rel=1e-5)
-        assert text.score == pytest.approx(sum(gains) / len(ids), rel=1e-5)
-
-
 @pytest.mark.parametrize("strategy", [Greedy(4, 2), Sampling(max_tokens=4, min_tokens=2), BeamSearch(3, 4, 2)])
 def test_a_prompt_that_leaves_no_room_is_refused(strategy):
     with pytest.raises(ValueError, match="a prompt takes 4 tokens, the start token included, and max_tokens is 4"):
@@ -71,11 +55,6 @@ def test_searches_begin_with_one_row_per_image_and_expand_in_their_first_step():
         parents = search.advance(torch.randn(2, 1, 5))
         assert parents is not None and parents.tolist() == [[0] * strategy.rows] * 2
         assert search.last.shape == (2, strategy.rows)
-
-
-def test_no_prompt_is_the_start_token_alone():
-    prompts = empty_prompts(3, START)
-    assert prompts.ids.tolist() == [[START]] * 3 and prompts.lengths.tolist() == [1, 1, 1] and prompts.shared == 1
 
 
 def test_one_phrase_in_a_setting_needs_no_list():

@@ -5,7 +5,6 @@ from torch import Tensor
 from contracap.losses import captioning_loss, contrastive_loss
 from contracap.model.attention import CrossAttention, attend
 from contracap.model.coca import CoCa
-from contracap.model.sizes import SIZES
 
 from .tiny_models import POOLERS, TINY, images, perturbed, texts, with_pooler
 
@@ -44,15 +43,6 @@ def test_contrastive_embedding_by_one_absorbed_query_equals_the_whole_poolers() 
     pixels, pool = images(5).double(), model.pooler.pool.attention
     assert pool.absorbs(queries=1, memory=17) and not pool.absorbs(queries=64, memory=17)
     torch.testing.assert_close(model.encode_image(pixels), model.encode_caption_tokens(pixels)[0])
-
-
-def test_texts_are_absorbed_up_to_where_the_operations_are_equal() -> None:
-    for size, longest in (("coca_ViT-B-32", 56), ("coca_ViT-L-14", 54)):
-        config = SIZES[size]
-        with torch.device("meta"):
-            attention = CrossAttention(config.text.width, config.decoder.heads, memory_width=config.embed_dim)
-        assert attention.absorbs(queries=longest, memory=255)
-        assert not attention.absorbs(queries=longest + 1, memory=255)
 
 
 @pytest.mark.parametrize("causal", [True, False])

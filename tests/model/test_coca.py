@@ -13,10 +13,7 @@ from .tiny_models import POOLERS, POOLERS_WITH_QUERIES, TINY, images, texts, tin
 
 @pytest.mark.parametrize(
     ("name", "image", "text", "decoder"),
-    [
-        ("coca_ViT-B-32", 89_164_032, 63_428_608, 100_967_424),
-        ("coca_ViT-L-14", 306_724_864, 123_651_072, 208_074_240),
-    ],
+    [("coca_ViT-B-32", 89_164_032, 63_428_608, 100_967_424), ("coca_ViT-L-14", 306_724_864, 123_651_072, 208_074_240)],
 )
 def test_released_sizes_have_their_published_parameter_counts(name: str, image: int, text: int, decoder: int) -> None:
     with torch.device("meta"):
@@ -89,17 +86,6 @@ def test_each_query_starts_at_the_place_of_its_number(kind: str) -> None:
         assert (after - before).norm(dim=2).argmax() == place - first
 
 
-def test_positions_and_patch_dropout_exclude_each_other() -> None:
-    config = with_pooler("shared", positions=True)
-    with pytest.raises(ValueError, match=r"patch_dropout is 0\.5, but .*: set vision\.patch_dropout to 0"):
-        replace(config, vision=replace(config.vision, patch_dropout=0.5))
-
-
-def test_a_pooler_without_queries_refuses_positions() -> None:
-    with pytest.raises(ValueError, match=r"class_token pooler has no queries"):
-        replace(tiny_clip().pooler, adds_positions=True)
-
-
 def test_cascade_reads_caption_tokens_and_parallel_does_not() -> None:
     for kind, expected in (("cascade", True), ("parallel", False)):
         model, _ = random_model(with_pooler(kind), seed=0)
@@ -107,7 +93,7 @@ def test_cascade_reads_caption_tokens_and_parallel_does_not() -> None:
         assert (model.pooler.caption_pool.queries.grad is not None) == expected
 
 
-def test_one_branch_gives_what_both_give() -> None:
+def test_one_branch_or_given_lengths_give_the_same() -> None:
     model, _ = random_model(TINY, seed=0)
     pixels, ids = images(3), texts(4, 7, 5)
     both, features, captions = (
@@ -119,14 +105,8 @@ def test_one_branch_gives_what_both_give() -> None:
     counted = captions.labels >= 0
     torch.testing.assert_close(captions.states[counted], both.caption_states.states[counted])
     assert torch.equal(captions.labels, both.caption_states.labels)
-
-
-def test_lengths_given_and_lengths_read_from_the_ids_give_the_same() -> None:
-    model, _ = random_model(TINY, seed=0)
-    pixels, ids, lengths = images(3), texts(4, 7, 5), np.array([4, 7, 5])
-    given, read = model(pixels, ids, lengths), model(pixels, ids)
-    assert torch.equal(given.text_features, read.text_features)
-    assert torch.equal(given.logits, read.logits)
+    given = model(pixels, ids, np.array([4, 7, 5]))  # lengths, otherwise read from the ids
+    assert torch.equal(given.text_features, both.text_features) and torch.equal(given.logits, both.logits)
 
 
 def test_a_later_word_changes_no_earlier_logit_and_the_image_changes_all() -> None:
@@ -182,20 +162,23 @@ def test_cached_decoding_equals_full_forward_also_where_texts_continue_others_an
             model.decode(newest[:, :, 0], cache)
 
 
-def test_clip_cannot_caption_and_says_so() -> None:
-    model, _ = random_model(tiny_clip(), seed=0)
-    assert model(images(1), texts(4)).logits is None
+def test_what_does_not_fit_a_model_is_refused() -> None:
+    model, clip = random_model(TINY, seed=0)[0], random_model(tiny_clip(), seed=0)[0]
+    assert clip(images(1), texts(4)).logits is None
     with pytest.raises(ValueError, match="no text decoder"):
-        model.encode_caption_tokens(images(1))
-
-
-def test_images_of_another_size_are_refused() -> None:
-    model, _ = random_model(TINY, seed=0)
+        clip.encode_caption_tokens(images(1))
     with pytest.raises(ValueError, match="this model takes 32 x 32"):
         model.encode_image(torch.randn(1, 3, 40, 40))
+    with pytest.raises(ValueError, match="17 tokens; this model takes 16"):
+        model.encode_text(torch.full((1, 17), 5))
 
 
 def test_impossible_sizes_are_refused() -> None:
+    positions = with_pooler("shared", positions=True)
+    with pytest.raises(ValueError, match=r"patch_dropout is 0\.5, but .*: set vision\.patch_dropout to 0"):
+        replace(positions, vision=replace(positions.vision, patch_dropout=0.5))
+    with pytest.raises(ValueError, match=r"class_token pooler has no queries"):
+        replace(tiny_clip().pooler, adds_positions=True)
     with pytest.raises(ValueError, match="caption tokens of its own width"):
         replace(TINY, embed_dim=40)
     with pytest.raises(ValueError, match=r"'class_token', vision\.width 48 must equal text\.width 32"):

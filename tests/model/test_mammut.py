@@ -26,6 +26,8 @@ from contracap.pretrained.open_clip_config import config_from_open_clip, config_
 from contracap.pretrained.open_clip_names import from_open_clip, to_open_clip
 from contracap.pretrained.shapes import meta_state, shapes_of
 
+from .tiny_models import relative
+
 CONTEXT, VOCABULARY = 16, 1024
 TEXT = {
     "context_length": CONTEXT,
@@ -71,10 +73,6 @@ def texts(*lengths: int) -> Tensor:
         ids[row, :length] = torch.arange(length) + 7 * (row + 1)
         ids[row, 0], ids[row, length - 1] = VOCABULARY - 2, VOCABULARY - 1
     return ids
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 # --- the transcription ------------------------------------------------------------------------------------------------
@@ -219,10 +217,8 @@ class Peer(nn.Module):
         for block in text.resblocks:
             x = self.run_block(block, x)
         embedding = text.ln_final(x).mean(1)
-        x, ratio = (
-            text.token_embedding(ids[:, :-1]) + text.positional_embedding[:-1],
-            self.text_config["cross_attn_ratio"],
-        )
+        x, ratio = text.token_embedding(ids[:, :-1]), self.text_config["cross_attn_ratio"]
+        x = x + text.positional_embedding[:-1]
         mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
         memory = tokens @ self.map_viz2txt_kv
         for layer, block in enumerate(text.resblocks):
@@ -235,13 +231,15 @@ class Peer(nn.Module):
 @pytest.mark.parametrize("name", ["L-14", "B-16", "S-32"])
 def test_features_and_logits_equal_open_clips_blocks_at_released_widths(open_clip, name: str) -> None:
     theirs = config_to_open_clip(SIZES[f"mammut_ViT-{name}"])
-    theirs["vision_cfg"] |= {"layers": 2}
-    theirs["text_cfg"] |= {"layers": 4, "vocab_size": VOCABULARY}
+    image_size = 4 * theirs["vision_cfg"]["patch_size"]
+    theirs["vision_cfg"] |= {"layers": 2, "image_size": image_size}
+    theirs["text_cfg"] |= {"layers": 2, "vocab_size": VOCABULARY}
     config = config_from_open_clip(theirs)
     state = random_state(config)
-    peer = Peer(open_clip, theirs).eval()
-    peer.load_state_dict(state)
-    pixels = torch.randn(2, 3, 224, 224)
+    with torch.device("meta"):
+        peer = Peer(open_clip, theirs).eval()
+    peer.load_state_dict(state, assign=True)
+    pixels = torch.randn(2, 3, image_size, image_size)
     ids = torch.nn.functional.pad(texts(3, 9), (0, 77 - CONTEXT))
     with torch.no_grad():
         image, text, logits = peer(pixels, ids)
@@ -268,11 +266,8 @@ def test_a_text_has_the_same_embedding_and_logits_at_any_padded_length(dialect: 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_cached_decoding_equals_the_full_forward(dialect: str) -> None:
     config = config_from_open_clip(DIALECTS[dialect])
-    model, ids, pixels = (
-        build(config, random_state(config)).double(),
-        texts(CONTEXT, CONTEXT),
-        torch.randn(2, 3, 32, 32),
-    )
+    model = build(config, random_state(config)).double()
+    ids, pixels = texts(CONTEXT, CONTEXT), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         full = model(pixels.double(), ids).logits
         _, caption_tokens = model.encode_caption_tokens(pixels.double())
@@ -337,8 +332,8 @@ def test_a_bare_training_checkpoint_loads_and_what_cannot_be_told_is_asked_for(t
         load(tmp_path / "bare.pt", size="small")
 
 
-@pytest.mark.parametrize("name", [f"{letter}-{patch}" for letter in "SMBLH" for patch in (32, 16, 14)])
-def test_a_bare_file_of_each_size_is_recognised(name: str) -> None:
+@pytest.mark.parametrize("name", ["S-32", "L-14"])
+def test_a_bare_file_of_a_size_is_recognised(name: str) -> None:
     config = SIZES[f"mammut_ViT-{name}"]
     assert match_sizes(shapes_of(to_open_clip(meta_state(config), config))) == [f"mammut_ViT-{name}"]
 
@@ -346,14 +341,10 @@ def test_a_bare_file_of_each_size_is_recognised(name: str) -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("multimodal_cfg", "proj_type", "linear"),
-        ("multimodal_cfg", "use_pad_mask", False),
-        ("multimodal_cfg", "text_arch", "modern"),
-        ("multimodal_cfg", "pad_id", 1),
-        ("text_cfg", "does_full_decoding", False),
-        ("text_cfg", "embed_cls", True),
-        ("text_cfg", "a_key_of_next_year", 1),
-        ("vision_cfg", "pool_type", "tok"),
+        *(("multimodal_cfg", "proj_type", "linear"), ("multimodal_cfg", "use_pad_mask", False)),
+        *(("multimodal_cfg", "text_arch", "modern"), ("multimodal_cfg", "pad_id", 1)),
+        *(("text_cfg", "does_full_decoding", False), ("text_cfg", "embed_cls", True)),
+        *(("text_cfg", "a_key_of_next_year", 1), ("vision_cfg", "pool_type", "tok")),
         ("vision_cfg", "attentional_pool", True),
     ],
 )
@@ -364,8 +355,7 @@ def test_what_could_change_a_result_and_is_not_understood_is_refused_by_name(sec
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),
-    [("S-32", 85.62), ("M-32", 134.73), ("B-32", 183.02), ("L-14", 508.29), ("H-14", 1188.14)],
+    ("name", "millions"), [("S-32", 85.62), ("M-32", 134.73), ("B-32", 183.02), ("L-14", 508.29), ("H-14", 1188.14)]
 )
 def test_sizes_have_their_published_parameter_counts(name: str, millions: float) -> None:
     state = meta_state(SIZES[f"mammut_ViT-{name}"])

@@ -5,7 +5,6 @@ import torch
 from torch.nn.functional import pad
 
 from contracap.pretrained import random_model
-from contracap.tokenizer import text_lengths
 
 from .tiny_models import TINY, images, perturbed, texts
 
@@ -71,7 +70,7 @@ def test_texts_that_share_their_beginnings_have_the_embeddings_and_gradients_of_
 
 
 @pytest.mark.parametrize("reading", READINGS)
-@pytest.mark.parametrize("padding", [0, 7, TINY.text.end])
+@pytest.mark.parametrize("padding", [0, TINY.text.end])
 def test_what_stands_after_the_texts_changes_nothing(reading: str, padding: int) -> None:
     model, _ = random_model(READINGS[reading], seed=0)
     ids, pixels = texts(2, 5, 9), images(3)
@@ -101,29 +100,3 @@ def test_what_texts_begin_with_is_computed_once() -> None:
     ids[:, :10] = ids[0, :10]  # what differs is one token, and the end token and the class token after it
     model.encode_text(ids)
     assert rows == [192]  # 10 + 40 x 3, padded; 40 x 13 without
-
-
-def test_correct_class_token_sees_the_text_whatever_its_ids() -> None:
-    model, _ = random_model(TINY, seed=0)
-    ids = texts(6)
-    ids[0, 2] = 0  # inside a text, id 0 is a token like any other
-    layout = model.text.layout(ids, text_lengths(ids, TINY.text.end))
-    assert layout.columns == 7
-    assert model.text.mask(layout.fit(ids, padding=0), layout) is None
-
-
-def test_legacy_class_token_sees_the_first_padding_token_and_itself_only_in_a_full_text() -> None:
-    model, _ = random_model(READINGS["legacy"], seed=0)
-    ids = texts(6, 15, 16)
-    layout = model.text.layout(ids, text_lengths(ids, TINY.text.end))
-    short, nearly, full = model.text.mask(layout.fit(ids, padding=0), layout)[:, 0]
-    assert short[7].tolist() == [True] * 7 + [False] * 10
-    assert nearly[16].tolist() == [True] * 16 + [False]
-    assert full[16].tolist() == [True] * 17
-    assert torch.equal(short[:7], torch.ones(7, 17).tril().bool())  # and no token sees the class token
-
-
-def test_a_text_longer_than_the_context_is_refused() -> None:
-    model, _ = random_model(TINY, seed=0)
-    with pytest.raises(ValueError, match="17 tokens; this model takes 16"):
-        model.encode_text(torch.full((1, 17), 5))

@@ -61,3 +61,8 @@ def texts(*lengths: int) -> Tensor:
 
 def images(count: int) -> Tensor:
     return torch.randn(count, 3, TINY.vision.image_size, TINY.vision.image_size)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Relative error in the Euclidean norm."""
+    return ((ours - theirs).norm() / theirs.norm()).item()

@@ -4,8 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
-
 from contracap.cli import main
 
 
@@ -13,9 +11,7 @@ def call(*arguments: object) -> int:
     return main(["caption", *map(str, arguments), "--strategy", "greedy", "--format", "sidecar"])
 
 
-def test_an_empty_path_does_not_caption_the_working_folder(
-    trial, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_path_does_not_caption_the_working_folder(trial, weights, tmp_path, monkeypatch, capsys) -> None:
     shutil.copytree(trial("sidecars"), tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
@@ -45,9 +41,7 @@ def test_empty_and_blank_side_cars_are_written_and_others_stay(trial, weights: P
     assert all(path.with_suffix(".txt").stat().st_size for path in folder.glob("*.png"))
 
 
-def test_a_side_car_that_is_not_a_file_is_the_error_of_its_picture(
-    trial, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_side_car_that_is_not_a_file_is_the_error_of_its_picture(trial, weights, tmp_path, capsys) -> None:
     folder = shutil.copytree(trial("longname"), tmp_path / "here")
     (folder / "a.txt").mkdir()
     os.mkfifo(folder / "c.txt")

@@ -3,9 +3,6 @@
 import csv
 import logging
 import os
-import signal
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -20,14 +17,13 @@ from contracap.data.sources import read_source
 from contracap.pretrained.find import find_weights
 from contracap.training.recipe import load_recipe
 from contracap.training.trainer import train
+from tests.image_samples import encode
 
 RECIPE = 'size = "tiny"\nsteps = 4\n[optimizer]\nwarmup_steps = 0\n[data]\ntrain = "nowhere"\nbatch_size = 4\n'
 
 
 def png(shade: int = 0) -> bytes:
-    file = BytesIO()
-    Image.new("RGB", (16, 16), (shade, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+    return encode(Image.new("RGB", (16, 16), (shade, 0, 0)), "PNG")
 
 
 @pytest.fixture
@@ -51,17 +47,13 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_table_in_place_of_shards_is_told_to_be_made_into_some(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_in_place_of_shards_is_told_to_be_made_into_some(folder: Path, capsys) -> None:
     advice = "'t.csv' is not a tar shard; make shards from it: contracap shards make 't.csv' --out DIR"
     assert f"data.train: {advice}" in said(["train", "r.toml", "data.train=t.csv"], capsys)
     mixture = ["train", "r.toml", "data.train={one = {shards = 't.csv'}}"]
     assert f"data.train.one: {advice}" in said(mixture, capsys)
     assert f"--data: {advice}" in said(["evaluate", "none", "--task", "retrieval", "--data", "t.csv"], capsys)
     assert advice in said(["shards", "show", "t.csv"], capsys)
-    (folder / "t.csv").rename("t.tar")
-    assert "cannot read shard t.tar" in said(["--quiet", "train", "r.toml", "data.train=t.tar"], capsys).split("\n")[-1]
     assert not (folder / "run" / "checkpoints").exists()
 
 
@@ -119,7 +111,7 @@ def test_captions_of_all_named_columns_are_taken(folder: Path, capsys: pytest.Ca
     assert "has no column short or none" in said([*make, "--caption-column", "short", "none"], capsys)
 
 
-@pytest.mark.parametrize("cell", ["NaN", "nan", "null", "None"])
+@pytest.mark.parametrize("cell", ["nan", "None"])
 def test_missing_values_of_a_table_of_text_are_not_captions(folder: Path, cell: str) -> None:
     Path("t.csv").write_text(f"image,caption\n0.png,{cell}\n1.png,{cell} of them\n")
     source = read_source("t.csv")
@@ -134,10 +126,8 @@ def test_repeated_captions_of_an_image_are_kept_and_counted(folder: Path, capsys
         assert "2 samples with 3 captions" in (out := capsys.readouterr().out) and "1 repeated caption, kept" in out
 
 
-@pytest.mark.parametrize("words", [["--set", "epochs=1"], ["--epochs", "1"], ["--epochs=1"], ["--log-every", "2"]])
-def test_change_that_is_written_as_an_option_is_told_how(
-    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
-) -> None:
+@pytest.mark.parametrize("words", [["--set", "epochs=1"], ["--log-every", "2"]])
+def test_change_that_is_written_as_an_option_is_told_how(folder: Path, capsys, words: list[str]) -> None:
     assert main(["train", "r.toml", *words]) == 2
     change = "log_every=2" if "2" in words else "epochs=1"
     assert f"changes to a recipe are written KEY=VALUE: {change}\n" in capsys.readouterr().err
@@ -168,21 +158,13 @@ def test_images_without_texts_are_told_which_were_looked_for(folder: Path, capsy
     assert "no .txt" in said(["shards", "make", ".", "--out", "out", "--workers", "1"], capsys)
 
 
-def test_dotted_names_are_joined_in_the_advice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with tarfile.open("s.tar", "w") as archive:
-        archive.add("0.png", "v1.0.png")
-    assert "such as v1_0.png" in said(["shards", "show", "s.tar"], capsys)
-
-
 def test_every_mistake_of_a_recipe_takes_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "r.toml", "stepz=1", "data.batchsize=4"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize(("rank", "out"), [("0", "last\n"), ("1", "")])
-def test_one_of_the_ranks_says_where_the_checkpoint_is(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, out: str
-) -> None:
+def test_one_of_the_ranks_says_where_the_checkpoint_is(folder: Path, capsys, monkeypatch, rank: str, out: str) -> None:
     monkeypatch.setattr("contracap.training.trainer.train", lambda *_, **__: Path("last"))
     monkeypatch.setenv("RANK", rank)
     assert main(["train", "r.toml"]) == 0
@@ -203,16 +185,6 @@ def test_counts_of_made_shards_add_up(folder: Path, capsys: pytest.CaptureFixtur
         lines = capsys.readouterr().out.splitlines()
         assert lines[:2] == ["3 samples with 4 captions in 1 shard: out", "skipped 1: missing_file"]
     assert sum(len(sample.captions) for sample in read_samples("out/00000.tar")) == 4
-
-
-def test_sigterm_ends_the_making_of_shards_as_ctrl_c_does(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("contracap.data.sample_members.decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    assert main(["shards", "make", "t.csv", "--out", "out", "--workers", "1"]) == 143
-    assert "the same command continues" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_mistake_of_the_command_line_is_not_blamed_on_the_file(folder: Path) -> None:
@@ -236,20 +208,13 @@ def test_mistake_of_the_command_line_is_not_blamed_on_the_file(folder: Path) -> 
 
 
 def test_plan_of_a_tiny_run_has_no_figures_without_meaning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = ["plan", "r.toml", "--gpus", "1", "--gpu", "a100-80g"]
-    assert main(plan) == 0
-    short = capsys.readouterr().out
-    assert short.startswith("under a second;")
-    assert "failure loss" not in short
-    assert main([*plan[:2], "steps=10000000", *plan[2:]]) == 0
-    long = capsys.readouterr().out
-    assert long.startswith("about ")
-    assert "failure loss" in long
+    for steps, is_long in (("steps=4", False), ("steps=10000000", True)):
+        assert main(["plan", "r.toml", steps, "--gpus", "1", "--gpu", "a100-80g"]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith("about ") == ("failure loss" in told) == is_long
 
 
-def test_resumed_run_says_that_its_schedule_is_stretched(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_says_that_its_schedule_is_stretched(folder: Path, caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
     make_shards(folder / "t.csv", folder / "shards")
     values = ["data.train=shards", "data.batch_size=2", "device=cpu", "precision=fp32"]

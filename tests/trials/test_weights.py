@@ -107,9 +107,7 @@ def test_other_precisions_are_read(trial, name: str) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "name", ["plain.pt", "open_clip_2.pt", "module.safetensors", "folder/open_clip_model.safetensors"]
-)
+@pytest.mark.parametrize("name", ["plain.pt", "module.safetensors"])
 def test_tensors_of_a_file_lie_in_memory_as_torch_allocates_it(trial, name: str) -> None:
     for tensors in (read_tensors(trial("weights") / name)[0], read_weights(trial("weights") / name).state):
         assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())

