@@ -73,6 +73,16 @@ def test_runs_alternate_after_an_untimed_run_of_each() -> None:
     assert seconds == [[1.0] * 7, [1.0] * 7]
 
 
+def test_nothing_is_timed_if_the_outputs_differ() -> None:
+    def checked_peer() -> tuple[Work, str]:
+        raise UnequalError("row 3 differs")
+
+    calls = []
+    with pytest.raises(UnequalError):
+        compare("x", run=Run(), ours=lambda: calls.append(1), checked_peer=checked_peer, items=1, unit="items/s")
+    assert not calls
+
+
 def test_without_a_peer_only_ours_is_measured() -> None:
     row = compare(
         "counting",
