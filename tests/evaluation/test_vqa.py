@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from contracap.data.samples import Sample
 from contracap.data.shards import write_shard
 from contracap.evaluation import answers as module
-from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion
+from contracap.evaluation.answers import AnswerChooser, Answerer, AnswerWriter, PromptedQuestion, ScoredAnswer
 from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.result import compute_digest
 from contracap.evaluation.task import build_evaluator
@@ -86,7 +87,11 @@ def test_answers_are_scored_as_by_a_full_pass_over_each(pair, monkeypatch) -> No
     expected = [by_full_pass(model, processor, pixels[i], question) for i, question in flat]
     assert torch.allclose(found, torch.tensor(expected), atol=2e-4)
     assert len(found.argmax(dim=1).unique()) > 1
-    assert AnswerChooser(ANSWERS)(model, processor, pixels, asked) == [ANSWERS[best] for best in found.argmax(dim=1)]
+    chosen = AnswerChooser(ANSWERS)(model, processor, pixels, asked)
+    assert [answer.text for answer in chosen] == [ANSWERS[best] for best in found.argmax(dim=1)]
+    assert [answer.probability for answer in chosen] == pytest.approx(
+        found.softmax(dim=1).amax(dim=1).tolist(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("strategy", [BeamSearch(width=2, max_tokens=24), Sampling(max_tokens=24, seed=1)])
@@ -101,6 +106,8 @@ def test_written_answers_are_what_the_captioner_writes_behind_the_question(pair,
     begun = [len(processor.tokenizer.encode(prompt)) for prompt in prompts]
     texts = [processor.tokenizer.decode(caption.token_ids[n:]) for caption, n in zip(captions, begun, strict=True)]
     assert [answer.prediction for answer in result.predictions] == texts
+    probabilities = [math.exp(caption.log_probability) for caption in captions]
+    assert [answer.probability for answer in result.predictions] == pytest.approx(probabilities, rel=1e-4)
     assert len(set(texts)) > 1
 
 
@@ -113,7 +120,7 @@ def test_batches_do_not_change_the_answers_and_encode_each_picture_once(pair, mo
     )
     for size in (2, 16):
         result = evaluate_vqa(model, processor, pictures(*WORLD), answerer=answerer(answers), batch_size=size)
-        found.append((result.figures, [answer.prediction for answer in result.predictions]))
+        found.append([answer.prediction for answer in result.predictions])
     assert found[0] == found[1]
     assert seen == [2, 1, 3]
 
@@ -130,7 +137,8 @@ def test_questions_of_like_length_are_answered_together(pair, monkeypatch) -> No
 
     def answered(some: list[PromptedQuestion]) -> tuple[list[str], int]:
         before = len(steps)
-        return AnswerWriter(strategy)(model, processor, pixels, some), len(steps) - before
+        texts = [answer.text for answer in AnswerWriter(strategy)(model, processor, pixels, some)]
+        return texts, len(steps) - before
 
     found, together = answered(asked)
     (first, mixed), (second, mixed_again) = answered(asked[:2]), answered(asked[2:])
@@ -140,13 +148,13 @@ def test_questions_of_like_length_are_answered_together(pair, monkeypatch) -> No
 
 
 class Told:
-    """Answers in turn as it is told."""
+    """Answers in turn as it is told, without doubt."""
 
     def __init__(self, *answers: str):
         self.answers = iter(answers)
 
-    def __call__(self, model, processor, pixels, asked) -> list[str]:
-        return [next(self.answers) for _ in asked]
+    def __call__(self, model, processor, pixels, asked) -> list[ScoredAnswer]:
+        return [ScoredAnswer(next(self.answers), 1.0) for _ in asked]
 
 
 def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
@@ -162,7 +170,7 @@ def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
     ]
     told = ("yes", "the two", "No!")
     result = evaluate_vqa(model, processor, samples, answerer=Told(*told))
-    assert result.figures == {"accuracy": pytest.approx((0 + 0.6 + 1) / 3)}
+    assert result.values["accuracy"] == pytest.approx((0 + 0.6 + 1) / 3)
     assert result.samples == 2
     assert result.per_sample["accuracy"].values == pytest.approx([0.6 * 2 / 3, 1 * 2 / 3])
     assert result.details == {
@@ -174,7 +182,8 @@ def test_accuracy_is_over_questions_and_by_their_types(pair) -> None:
     assert [(answer.key, answer.prediction) for answer in result.predictions] == list(zip("aab", told, strict=True))
 
     lenient = evaluate_vqa(model, processor, samples, answerer=Told(*told), strict=False)
-    assert lenient.figures == {"accuracy": pytest.approx((1 + 0.6 + 1) / 3)}
+    assert lenient.values["accuracy"] == pytest.approx((1 + 0.6 + 1) / 3)
+    assert lenient.values["calibration_error"] == pytest.approx(1 - lenient.values["accuracy"])
 
 
 def test_shards_of_questions_are_answered_from_a_list(pair, tmp_path: Path) -> None:
@@ -208,7 +217,7 @@ def test_a_file_of_questions_is_a_source(pair, tmp_path: Path, beside: bool) -> 
     task = TaskConfig(task="vqa", data=str(file) if beside else (str(file), str(pictures)), strategy="greedy")
     built = build_evaluator(task, processor)
     file.unlink()  # it has been read: a run need not do it again
-    assert built(model).figures.keys() == {"accuracy"}
+    assert built(model).figures.keys() == {"accuracy", "calibration_error"}
     file.write_text(json.dumps(put))
     with pytest.raises(ValueError, match=r"after the questions .*\.json comes one folder, of images, not 2"):
         evaluate_vqa(model, processor, [file, tmp_path, tmp_path])
