@@ -116,7 +116,7 @@ class _ContrastiveLoss(torch.autograd.Function):
 
 def captioning_loss(
     states: Float[Tensor, "rows width"],
-    vocabulary: Float[Tensor, "vocabulary width"],
+    vocabulary: Float[Tensor, "vocab width"],
     *,
     labels: Int64[Tensor, "rows"],
     tokens: int | Tensor,
@@ -152,7 +152,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         states: Float[Tensor, "rows width"],
-        vocabulary: Float[Tensor, "vocabulary width"],
+        vocabulary: Float[Tensor, "vocab width"],
         labels: Int64[Tensor, "rows"],
         chunk: int,
         wanted: tuple[bool, bool],

@@ -104,7 +104,7 @@ def run(
         parents = search.advance(torch.stack(logits))
         if parents is not None:
             held = [[rows[row] for row in chosen] for rows, chosen in zip(held, parents.tolist(), strict=True)]
-        assert search.last.shape == (len(images), len(held[0])) and len(held[0]) <= strategy.rows
+        assert search.last.shape == (len(images), len(held[0])) and len(held[0]) <= strategy.num_texts
     return [results[image] for image in range(len(table.images))]
 
 

@@ -187,7 +187,7 @@ def test_steps_of_fixed_shapes_read_the_very_tensors_that_stay_in_place(pair, im
     with torch.no_grad():
         _, caption_tokens = model.encode_caption_tokens(processor.images(images[:2]))
         projected = model.decoder.project(caption_tokens)
-    cache = model.new_cache(projected, prompt=1, rows=2, max_tokens=6, fixed_shapes=True)
+    cache = model.new_cache(projected, prompt=1, num_texts=2, max_tokens=6, fixed_shapes=True)
     cache.mark_static()
     cache.add_prompt(1)
     cache.reorder(torch.zeros(2, 2, dtype=torch.int64))

@@ -59,4 +59,4 @@ def test_only_reranking_ranks_again_what_another_strategy_writes():
         strategy = build_strategy(name, {"year": 2024} if name == "legacy" else {})
         writer, is_reranked = split_reranking(strategy)
         assert is_reranked == (name == "rerank") == (writer != strategy)
-        assert (writer.max_tokens, writer.rows) == (strategy.max_tokens, strategy.rows)
+        assert (writer.max_tokens, writer.num_texts) == (strategy.max_tokens, strategy.num_texts)

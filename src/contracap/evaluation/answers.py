@@ -175,7 +175,7 @@ def _score_texts(
     for number, text in enumerate(texts):
         ids[: len(text), number] = torch.tensor(text, device=ids.device)
     lengths = torch.tensor([len(text) + 1 for text in texts], device=ids.device)
-    cache = model.new_cache(projected, prompt=columns, rows=len(texts), max_tokens=columns + steps - 1)
+    cache = model.new_cache(projected, prompt=columns, num_texts=len(texts), max_tokens=columns + steps - 1)
     log_probs = model.prefill(prompt, cache).log_softmax(dim=-1)
     scores = log_probs[:, 0, ids[0]]
     cache.reorder(prompt.new_zeros(questions, len(texts)))  # each text continues the prompt

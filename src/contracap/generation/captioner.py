@@ -45,8 +45,8 @@ class Caption(FinishedText):
 class EncodedImages:
     """Contrastive embeddings and caption tokens of images."""
 
-    embeddings: Float[Tensor, "image embed"]
-    caption_tokens: Float[Tensor, "image caption_token embed"]
+    embeddings: Float[Tensor, "batch embed"]
+    caption_tokens: Float[Tensor, "batch caption_token width"]
 
     def select(self, images: Sequence[int]) -> "EncodedImages":
         """Return these images; an image may be repeated."""
@@ -144,7 +144,7 @@ class Captioner:
         search_strategy.begin(prompts, tokenizer)
 
     @torch.inference_mode()
-    def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
+    def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> EncodedImages:
         """Return the embeddings and caption tokens of normalised images."""
         with evaluating(self.model):
             return EncodedImages(*self.model.encode_caption_tokens(pixels.to(self.model.device)))

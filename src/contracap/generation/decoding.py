@@ -29,7 +29,7 @@ class DecodingLoop:
     Args:
         compiled: run steps through `torch.compile`, on a GPU as CUDA graphs. All steps then have the same shapes:
             attention reads all slots of the cache from the first step on, and no image leaves the batch. Each new
-            batch size, number of rows and maximum length is compiled at its first use, which can take minutes.
+            batch size, number of texts and maximum length is compiled at its first use, which can take minutes.
     """
 
     def __init__(self, model: CoCa, *, compiled: bool = False):
@@ -47,7 +47,7 @@ class DecodingLoop:
     @torch.inference_mode()
     def run(
         self,
-        caption_tokens: Float[Tensor, "images caption_token embed"],
+        caption_tokens: Float[Tensor, "batch caption_token width"],
         strategy: SearchStrategy,
         prompts: Prompts,
         tokenizer: Tokenizer,
@@ -70,7 +70,7 @@ class DecodingLoop:
         self,
         search: Search,
         cache: DecodingCache,
-        logits: Float[Tensor, "images rows vocab"],
+        logits: Float[Tensor, "batch text vocab"],
         max_tokens: int,
         before_step: Callable[[], object],
     ) -> list[list[FinishedText]]:
@@ -98,16 +98,16 @@ class DecodingLoop:
                 cache.reorder(parents)
             logits = self._decode(search.last, cache)
 
-    def _decode(self, ids: Int64[Tensor, "images rows"], cache: DecodingCache) -> Float[Tensor, "images rows vocab"]:
+    def _decode(self, ids: Int64[Tensor, "batch text"], cache: DecodingCache) -> Float[Tensor, "batch text vocab"]:
         """Do what `CoCa.decode` does, compiled where that is asked for."""
         return self._next_logits(ids, cache.projected, cache.add_tokens(ids.shape[1]))
 
     def _new_cache(
-        self, caption_tokens: Float[Tensor, "images caption_token embed"], strategy: SearchStrategy, prompts: Prompts
+        self, caption_tokens: Float[Tensor, "batch caption_token width"], strategy: SearchStrategy, prompts: Prompts
     ) -> DecodingCache:
         """Return an empty cache; compiled steps get the same one again if its shapes fit."""
         projected = self.model.require_decoder().project(caption_tokens)
-        shape = (len(caption_tokens), prompts.shared, strategy.rows, strategy.max_tokens)
+        shape = (len(caption_tokens), prompts.shared, strategy.num_texts, strategy.max_tokens)
         key = (*shape, projected[0].key.dtype, projected[0].key.device)
         if self._reused is not None and self._reused[0] == key:
             self._reused[1].restart(projected)
@@ -115,7 +115,7 @@ class DecodingLoop:
         cache = self.model.new_cache(
             projected,
             prompt=prompts.shared,
-            rows=strategy.rows,
+            num_texts=strategy.num_texts,
             max_tokens=strategy.max_tokens,
             fixed_shapes=self.compiled,
         )

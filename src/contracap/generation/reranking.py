@@ -24,9 +24,9 @@ class ContrastiveReranking:
         return self.of.max_tokens
 
     @property
-    def rows(self) -> int:
-        """Maximum number of rows per image."""
-        return self.of.rows
+    def num_texts(self) -> int:
+        """Maximum number of texts per image."""
+        return self.of.num_texts
 
 
 def split_reranking(strategy: Strategy) -> tuple[SearchStrategy, bool]:

@@ -14,7 +14,7 @@ from contracap.config import require_count
 from contracap.tokenizer import Tokenizer
 
 MAX_TOKENS = 10_000
-MAX_ROWS = 1000  # texts of one image that are searched together
+MAX_TEXTS = 1000  # texts of one image that are searched together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class Prompts:
             the batch. None: the positions in this batch.
     """
 
-    ids: Int64[Tensor, "images longest"]
-    lengths: Int64[Tensor, "images"]
-    numbers: Int64[Tensor, "images"] | None = None
+    ids: Int64[Tensor, "batch longest"]
+    lengths: Int64[Tensor, "batch"]
+    numbers: Int64[Tensor, "batch"] | None = None
 
     @property
     def shared(self) -> int:
@@ -74,24 +74,24 @@ class Search(Protocol):
     """The state of decoding one batch.
 
     All texts have the same length. It starts at `Prompts.shared` and grows by one in each step. Where a prompt is
-    longer, its next token is the only possible one. Every image in the search has the same number of rows.
+    longer, its next token is the only possible one. Every image in the search has the same number of texts.
     """
 
     @property
-    def last(self) -> Int64[Tensor, "images rows"]:
-        """The newest token of each row, which the model has not read yet."""
+    def last(self) -> Int64[Tensor, "batch text"]:
+        """The newest token of each text, which the model has not read yet."""
         ...
 
     @property
-    def finished(self) -> Bool[Tensor, "images"]:
+    def finished(self) -> Bool[Tensor, "batch"]:
         """True for images whose result is final; for all of them once the length is `max_tokens`."""
         ...
 
-    def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"] | None:
-        """Append one token to every row, given the logits after `last`.
+    def advance(self, logits: Float[Tensor, "batch text vocab"]) -> Int64[Tensor, "batch new_text"] | None:
+        """Append one token to every text, given the logits after `last`.
 
-        Returns: the row of its image that each new row continues; None if each row continues itself. The number of
-            rows may change: a search may begin with one row per image and expand in its first step.
+        Returns: the text of its image that each new text continues; None if each continues itself. The number of texts
+            may change: a search may begin with one text per image and expand in its first step.
         """
         ...
 
@@ -116,8 +116,8 @@ class Strategy(Protocol):
         ...
 
     @property
-    def rows(self) -> int:
-        """Maximum number of rows per image."""
+    def num_texts(self) -> int:
+        """Maximum number of texts per image."""
         ...
 
 

@@ -89,11 +89,11 @@ class CrossAttention(nn.Module):
         absorbed = queries * width * memory_width + queries * self.heads * memory * memory_width
         return absorbed < projected
 
-    def project(self, memory: Float[Tensor, "images memory memory_width"]) -> Projected:
+    def project(self, memory: Float[Tensor, "batch memory memory_width"]) -> Projected:
         """Project a memory to keys and values, once for all queries."""
         key, value = rearrange(
             self.key_value(memory),
-            "images memory (part head dim) -> part images head memory dim",
+            "batch memory (part head dim) -> part batch head memory dim",
             part=2,
             head=self.heads,
         )
@@ -106,10 +106,10 @@ class CrossAttention(nn.Module):
         if isinstance(memory, Unprojected):
             return self.out(self._absorbed(self.query(queries), memory, layout))
         query = rearrange(
-            layout.pad(self.query(queries)), "images column (head dim) -> images head column dim", head=self.heads
+            layout.pad(self.query(queries)), "batch column (head dim) -> batch head column dim", head=self.heads
         )
         attended = attend(query, memory.key, memory.value)
-        return self.out(layout.unpad(rearrange(attended, "images head column dim -> images column (head dim)")))
+        return self.out(layout.unpad(rearrange(attended, "batch head column dim -> batch column (head dim)")))
 
     def _absorbed(
         self, query: Float[Tensor, "*rows width"], memory: Unprojected, layout: Grid
@@ -132,7 +132,7 @@ class CrossAttention(nn.Module):
         attended = plain_attention(  # no fused kernel supports heads as wide as the memory
             rearrange(
                 grid,
-                "images column (head memory_width) -> images 1 (column head) memory_width",
+                "batch column (head memory_width) -> batch 1 (column head) memory_width",
                 head=self.heads,
             ),
             tokens[:, None],

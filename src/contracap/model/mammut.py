@@ -49,13 +49,13 @@ class MammutTextEncoder(TextEncoder):
         return 0
 
     def forward(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None
     ) -> tuple[Float[Tensor, "batch embed"], TokenStates]:
         lengths = self.checked_lengths(ids, lengths)
         return self.contrastive(ids, lengths), self.token_states(ids, lengths)
 
     def contrastive(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None, *, sharing: bool = False
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None, *, sharing: bool = False
     ) -> Float[Tensor, "batch embed"]:
         """Return the contrastive embedding alone. `sharing` is ignored: each token depends on all others."""
         lengths = self.checked_lengths(ids, lengths)
@@ -67,7 +67,7 @@ class MammutTextEncoder(TextEncoder):
             states = block(states)
         return self.norm_out(states).mean(dim=1)
 
-    def mean_of_tokens(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths) -> Float[Tensor, "batch embed"]:
+    def mean_of_tokens(self, ids: Int64[Tensor, "batch position"], lengths: Lengths) -> Float[Tensor, "batch embed"]:
         """Return the mean of the text's own tokens, which see no padding."""
         layout = pack(lengths, lengths, device=ids.device)
         is_token = torch.arange(layout.columns, device=ids.device) < layout.lengths[:, None]
@@ -78,15 +78,15 @@ class MammutTextEncoder(TextEncoder):
         states = layout.pad(self.norm_out(states)) * rearrange(is_token, "batch column -> batch column 1")
         return states.sum(dim=1) / layout.lengths[:, None]
 
-    def token_states(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None) -> TokenStates:
+    def token_states(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None) -> TokenStates:
         """Return the token embeddings, from which the captioning pass starts."""
         captions = self.caption_layout(ids, self.checked_lengths(ids, lengths))
         states = self.embed(captions.fit(ids, padding=0), captions)
         return TokenStates(states, next_tokens(ids, captions), captions)
 
     def next_states(
-        self, ids: Int64[Tensor, "images column"], step: DecodingStep
-    ) -> Float[Tensor, "images column width"]:
+        self, ids: Int64[Tensor, "batch position"], step: DecodingStep
+    ) -> Float[Tensor, "batch position width"]:
         """Return the token embeddings of the next tokens."""
         return self.embed(ids, GRID, step.positions)
 

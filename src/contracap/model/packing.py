@@ -65,7 +65,7 @@ class Packed(Grid):
         """Copy the rows back from the grid."""
         return grid.flatten(0, 1).index_select(0, self.cells)
 
-    def fit(self, ids: Int64[Tensor, "batch tokens"], *, padding: int) -> Int64[Tensor, "batch column"]:
+    def fit(self, ids: Int64[Tensor, "batch position"], *, padding: int) -> Int64[Tensor, "batch column"]:
         """Cut or extend ids to the columns of the grid; set everything after a text's tokens to `padding`."""
         fitted = pad(ids, (0, max(0, self.columns - ids.shape[1])), value=padding)[:, : self.columns]
         is_padding = torch.arange(self.columns, device=ids.device) >= self.tokens[:, None]
@@ -86,7 +86,7 @@ def pack(tokens: Int64[np.ndarray, "batch"], lengths: Int64[np.ndarray, "batch"]
 
 
 def pack_sharing(
-    ids: Int64[np.ndarray, "batch tokens"],
+    ids: Int64[np.ndarray, "batch position"],
     tokens: Int64[np.ndarray, "batch"],
     lengths: Int64[np.ndarray, "batch"],
     *,

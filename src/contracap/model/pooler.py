@@ -125,7 +125,7 @@ class Pooler(nn.Module, ABC):
     @abstractmethod
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         """Return the contrastive embedding and the caption tokens."""
 
 
@@ -153,12 +153,12 @@ class SharedPooler(Pooler):
         """Return the contrastive embedding, using one query only."""
         return self.projection(self.norm_out(self.pool(tokens, slice(0, 1)))[:, 0])
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token width"]:
         return self.norm_out(self.pool(tokens, slice(1, None)))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         pooled = self.norm_out(self.pool(tokens))
         return self.projection(pooled[:, 0]), pooled[:, 1:]
 
@@ -199,12 +199,12 @@ class TwoPoolers(Pooler):
         tokens = self.norm_in(tokens)
         return self.contrastive_pool(self.caption_pool(tokens) if self.cascade else tokens)[:, 0]
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token width"]:
         return self.caption_pool(self.norm_in(tokens))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         tokens = self.norm_in(tokens)
         caption_tokens = self.caption_pool(tokens)
         return self.contrastive_pool(caption_tokens if self.cascade else tokens)[:, 0], caption_tokens
@@ -267,12 +267,12 @@ class MeanPooler(Pooler):
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
         return self.projection(self.norm_out(tokens[:, self.first :].mean(dim=1)))
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token width"]:
         return self.caption_projection(tokens[:, self.first :])
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         return self.contrastive(tokens), self.caption_tokens(tokens)
 
 

@@ -149,7 +149,7 @@ class TextEncoder(nn.Module):
         return len(self.blocks)
 
     def forward(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None
     ) -> tuple[Float[Tensor, "batch embed"], TokenStates]:
         """Return the contrastive embedding, not of unit length, and the token states that the decoder reads.
 
@@ -162,13 +162,13 @@ class TextEncoder(nn.Module):
         return self.project(states, layout), TokenStates(token_states, next_tokens(ids, captions), captions)
 
     def contrastive(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None, *, sharing: bool = False
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None, *, sharing: bool = False
     ) -> Float[Tensor, "batch embed"]:
         """Return the contrastive embedding alone. `sharing`: compute common beginnings of texts once."""
         layout = self.layout(ids, self.checked_lengths(ids, lengths), sharing=sharing)
         return self.project(self.states(ids, layout), layout)
 
-    def token_states(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None) -> TokenStates:
+    def token_states(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None) -> TokenStates:
         """Return the token states alone, which need no class token."""
         captions = self.caption_layout(ids, self.checked_lengths(ids, lengths))
         states = self.embed(captions.fit(ids, padding=0), captions)
@@ -177,15 +177,15 @@ class TextEncoder(nn.Module):
         return TokenStates(states, next_tokens(ids, captions), captions)
 
     def next_states(
-        self, ids: Int64[Tensor, "images column"], step: DecodingStep
-    ) -> Float[Tensor, "images column width"]:
+        self, ids: Int64[Tensor, "batch position"], step: DecodingStep
+    ) -> Float[Tensor, "batch position width"]:
         """Return the states of tokens that follow those in the caches of `step`."""
         states = self.embed(ids, GRID, step.positions)
         for block, cache in zip(self.blocks, step.text, strict=True):
             states = block(states, causal=step.causal, mask=step.mask, cache=cache)
         return states
 
-    def checked_lengths(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None) -> Lengths:
+    def checked_lengths(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None) -> Lengths:
         """Return the lengths, read from the ids if they are None.
 
         Raises: ValueError: if a text is longer than the context.
@@ -198,7 +198,7 @@ class TextEncoder(nn.Module):
             )
         return lengths
 
-    def layout(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths, *, sharing: bool = False) -> Packed:
+    def layout(self, ids: Int64[Tensor, "batch position"], lengths: Lengths, *, sharing: bool = False) -> Packed:
         """Return the layout of each text's rows: its tokens, one padding token with `legacy`, then the class token."""
         rows = lengths
         if self.class_token is not None:
@@ -208,7 +208,7 @@ class TextEncoder(nn.Module):
             return pack_sharing(ids.cpu().numpy(), lengths, rows, device=ids.device)
         return pack(lengths, rows, device=ids.device)
 
-    def caption_layout(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths) -> Packed:
+    def caption_layout(self, ids: Int64[Tensor, "batch position"], lengths: Lengths) -> Packed:
         """Return the layout of the rows that predict a next token: all tokens of each text except the last."""
         return pack(lengths - 1, lengths - 1, device=ids.device)
 
@@ -221,7 +221,7 @@ class TextEncoder(nn.Module):
         positions = layout.unpad(positions.expand_as(ids))
         return self.token_embedding(layout.unpad(ids)) + embedding(positions, self.position)
 
-    def states(self, ids: Int64[Tensor, "batch tokens"], layout: Packed) -> Float[Tensor, "rows width"]:
+    def states(self, ids: Int64[Tensor, "batch position"], layout: Packed) -> Float[Tensor, "rows width"]:
         """Return the states of all rows of `layout`, including the class token's."""
         ids = layout.fit(ids, padding=0)
         states, mask = self.embed(ids, layout), self.mask(ids, layout)
@@ -249,7 +249,7 @@ class TextEncoder(nn.Module):
         return seen[:, None]
 
 
-def next_tokens(ids: Int64[Tensor, "batch tokens"], captions: Packed) -> Int64[Tensor, "rows"]:
+def next_tokens(ids: Int64[Tensor, "batch position"], captions: Packed) -> Int64[Tensor, "rows"]:
     """Return the token after each row's, `IGNORED` for padding."""
     return captions.unpad(captions.fit(ids[:, 1:], padding=IGNORED))
 
@@ -277,7 +277,7 @@ class TextDecoder(nn.Module):
         nn.init.normal_(self.vocabulary.weight, std=self.vocabulary.in_features**-0.5)
 
     def forward(
-        self, token_states: TokenStates, caption_tokens: Float[Tensor, "images caption_token width"]
+        self, token_states: TokenStates, caption_tokens: Float[Tensor, "batch caption_token width"]
     ) -> TokenStates:
         """Return normalised states of the same rows, from which `vocabulary` computes logits."""
         layout = token_states.layout
@@ -290,8 +290,8 @@ class TextDecoder(nn.Module):
         return replace(token_states, states=self.norm_out(states))
 
     def next_states(
-        self, states: Float[Tensor, "images column width"], projected: Sequence[Projected], step: DecodingStep
-    ) -> Float[Tensor, "images column width"]:
+        self, states: Float[Tensor, "batch position width"], projected: Sequence[Projected], step: DecodingStep
+    ) -> Float[Tensor, "batch position width"]:
         """Return the states of tokens that follow those in the caches of `step`."""
         for (self_block, crosses), cache in zip(self.layers(projected), step.decoder, strict=True):
             states = self_block(states, causal=step.causal, mask=step.mask, cache=cache)
@@ -305,16 +305,16 @@ class TextDecoder(nn.Module):
         for number, block in enumerate(self.self_blocks):
             yield block, [] if number % self.config.cross_every else [next(crosses)]
 
-    def logits(self, captions: TokenStates) -> Float[Tensor, "batch positions vocabulary"]:
+    def logits(self, captions: TokenStates) -> Float[Tensor, "batch position vocab"]:
         """Return logits for all positions of the context except the last; row i scores token i + 1."""
         scores = captions.layout.pad(self.vocabulary(captions.states.to(self.vocabulary.weight.dtype)))
         return pad(scores, (0, 0, 0, self.context - 1 - scores.shape[1]))
 
-    def project(self, caption_tokens: Float[Tensor, "images caption_token width"]) -> list[Projected]:
+    def project(self, caption_tokens: Float[Tensor, "batch caption_token width"]) -> list[Projected]:
         """Return the keys and values of the caption tokens in each cross-attention layer, for many decoding steps."""
         return [block.project(caption_tokens) for block in self.cross_blocks]
 
-    def prepare(self, caption_tokens: Float[Tensor, "images caption_token width"], *, columns: int) -> list[Memory]:
+    def prepare(self, caption_tokens: Float[Tensor, "batch caption_token width"], *, columns: int) -> list[Memory]:
         """Return what each cross-attention layer reads in one pass over texts of this many columns.
 
         It is keys and values, or the caption tokens themselves: see `CrossAttention`.

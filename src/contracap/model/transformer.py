@@ -118,7 +118,7 @@ class CrossBlock(nn.Module):
         self.attention.initialise(depth=depth)
         self.feed_forward.initialise(depth=depth)
 
-    def project(self, caption_tokens: Float[Tensor, "images caption_token width"]) -> Projected:
+    def project(self, caption_tokens: Float[Tensor, "batch caption_token width"]) -> Projected:
         """Return this layer's keys and values of the caption tokens."""
         return self.attention.project(self.memory_norm(caption_tokens))
 
