@@ -14,7 +14,7 @@ def losses_and_gradients(model: CoCa, pixels: Tensor, ids: Tensor) -> dict[str, 
     model.zero_grad()
     output = model(pixels, ids)
     states, labels = output.caption_states.states, output.caption_states.labels
-    captioning = captioning_loss(states, model.require_decoder().vocabulary.weight, labels=labels, tokens=10)
+    captioning = captioning_loss(states, model.require_decoder().vocabulary.weight, labels=labels, num_labels=10)
     contrastive = contrastive_loss(output.image_features, output.text_features, logit_scale=output.logit_scale)
     (captioning + contrastive).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

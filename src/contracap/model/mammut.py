@@ -80,9 +80,9 @@ class MammutTextEncoder(TextEncoder):
 
     def token_states(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None) -> TokenStates:
         """Return the token embeddings, from which the captioning pass starts."""
-        captions = self.caption_layout(ids, self.checked_lengths(ids, lengths))
-        states = self.embed(captions.fit(ids, padding=0), captions)
-        return TokenStates(states, next_tokens(ids, captions), captions)
+        caption_layout = self.caption_layout(ids, self.checked_lengths(ids, lengths))
+        states = self.embed(caption_layout.fit(ids, padding=0), caption_layout)
+        return TokenStates(states, next_tokens(ids, caption_layout), caption_layout)
 
     def next_states(
         self, ids: Int64[Tensor, "batch position"], step: DecodingStep

@@ -156,10 +156,10 @@ class TextEncoder(nn.Module):
         Raises: ValueError: if a text is longer than the context.
         """
         lengths = self.checked_lengths(ids, lengths)
-        layout, captions = self.layout(ids, lengths), self.caption_layout(ids, lengths)
+        layout, caption_layout = self.layout(ids, lengths), self.caption_layout(ids, lengths)
         states = self.states(ids, layout)
-        token_states = captions.unpad(layout.pad(states)[:, : captions.columns])
-        return self.project(states, layout), TokenStates(token_states, next_tokens(ids, captions), captions)
+        token_states = caption_layout.unpad(layout.pad(states)[:, : caption_layout.columns])
+        return self.project(states, layout), TokenStates(token_states, next_tokens(ids, caption_layout), caption_layout)
 
     def contrastive(
         self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None, *, sharing: bool = False
@@ -170,11 +170,11 @@ class TextEncoder(nn.Module):
 
     def token_states(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None) -> TokenStates:
         """Return the token states alone, which need no class token."""
-        captions = self.caption_layout(ids, self.checked_lengths(ids, lengths))
-        states = self.embed(captions.fit(ids, padding=0), captions)
+        caption_layout = self.caption_layout(ids, self.checked_lengths(ids, lengths))
+        states = self.embed(caption_layout.fit(ids, padding=0), caption_layout)
         for block in self.blocks:
-            states = block(states, layout=captions, causal=True)
-        return TokenStates(states, next_tokens(ids, captions), captions)
+            states = block(states, layout=caption_layout, causal=True)
+        return TokenStates(states, next_tokens(ids, caption_layout), caption_layout)
 
     def next_states(
         self, ids: Int64[Tensor, "batch position"], step: DecodingStep
@@ -249,9 +249,9 @@ class TextEncoder(nn.Module):
         return seen[:, None]
 
 
-def next_tokens(ids: Int64[Tensor, "batch position"], captions: Packed) -> Int64[Tensor, "rows"]:
+def next_tokens(ids: Int64[Tensor, "batch position"], caption_layout: Packed) -> Int64[Tensor, "rows"]:
     """Return the token after each row's, `IGNORED` for padding."""
-    return captions.unpad(captions.fit(ids[:, 1:], padding=IGNORED))
+    return caption_layout.unpad(caption_layout.fit(ids[:, 1:], padding=IGNORED))
 
 
 class TextDecoder(nn.Module):
@@ -305,9 +305,9 @@ class TextDecoder(nn.Module):
         for number, block in enumerate(self.self_blocks):
             yield block, [] if number % self.config.cross_every else [next(crosses)]
 
-    def logits(self, captions: TokenStates) -> Float[Tensor, "batch position vocab"]:
+    def logits(self, caption_states: TokenStates) -> Float[Tensor, "batch position vocab"]:
         """Return logits for all positions of the context except the last; row i scores token i + 1."""
-        scores = captions.layout.pad(self.vocabulary(captions.states.to(self.vocabulary.weight.dtype)))
+        scores = caption_states.layout.pad(self.vocabulary(caption_states.states.to(self.vocabulary.weight.dtype)))
         return pad(scores, (0, 0, 0, self.context - 1 - scores.shape[1]))
 
     def project(self, caption_tokens: Float[Tensor, "batch caption_token width"]) -> list[Projected]:
