@@ -31,7 +31,7 @@ def test_absorbed_cross_attention_gives_the_losses_and_gradients_of_projected(
     model = perturbed(with_pooler(pooler))
     pixels, ids, found = images(5).double(), texts(2, 3, 9, 15, 16), {}
     for absorbed in (False, True):
-        monkeypatch.setattr(CrossAttention, "absorbs", lambda *_, absorbed=absorbed, **__: absorbed)
+        monkeypatch.setattr(CrossAttention, "is_absorbed_cheaper", lambda *_, absorbed=absorbed, **__: absorbed)
         found[absorbed] = losses_and_gradients(model, pixels, ids)
     for name, value in found[False].items():
         torch.testing.assert_close(
@@ -42,7 +42,7 @@ def test_absorbed_cross_attention_gives_the_losses_and_gradients_of_projected(
 def test_contrastive_embedding_by_one_absorbed_query_equals_the_whole_poolers() -> None:
     model = perturbed(TINY)
     pixels, pool = images(5).double(), model.pooler.pool.attention
-    assert pool.absorbs(queries=1, memory=17) and not pool.absorbs(queries=64, memory=17)
+    assert pool.is_absorbed_cheaper(queries=1, memory=17) and not pool.is_absorbed_cheaper(queries=64, memory=17)
     torch.testing.assert_close(model.encode_image(pixels), model.encode_caption_tokens(pixels)[0])
 
 
@@ -51,8 +51,8 @@ def test_texts_are_absorbed_up_to_where_the_operations_are_equal() -> None:
         config = SIZES[size]
         with torch.device("meta"):
             attention = CrossAttention(config.text.width, config.decoder.heads, memory_width=config.embed_dim)
-        assert attention.absorbs(queries=longest, memory=255)
-        assert not attention.absorbs(queries=longest + 1, memory=255)
+        assert attention.is_absorbed_cheaper(queries=longest, memory=255)
+        assert not attention.is_absorbed_cheaper(queries=longest + 1, memory=255)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from contracap.model.packing import GRID, ROWS, Packed, pack, pack_sharing
+from contracap.model.packing import GRID, ROWS, Packed, pack, pack_shared_prefixes
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_ids_are_cut_or_padded_to_the_grid() -> None:
 def test_common_beginnings_have_their_rows_once() -> None:
     ids = np.array([[1, 2, 3, 9, 0], [1, 2, 9, 0, 0], [4, 2, 3, 9, 0], [1, 2, 3, 9, 7], [1, 2, 3, 5, 9]])
     tokens = np.array([4, 3, 4, 4, 5])
-    layout = pack_sharing(ids, tokens, tokens + 1, device=CPU)
+    layout = pack_shared_prefixes(ids, tokens, tokens + 1, device=CPU)
     assert layout.columns == 6
     rows = layout.unpad(torch.arange(5.0 * 6).view(5, 6, 1))
     assert torch.equal(rows, layout.unpad(layout.pad(rows)))
@@ -68,6 +68,6 @@ def test_common_beginnings_have_their_rows_once() -> None:
 
 def test_shared_rows_come_in_multiples() -> None:
     ids = np.arange(40)[:, None] // np.array([40, 10, 1])
-    layout = pack_sharing(ids, np.full(40, 3), np.full(40, 3), device=CPU)
+    layout = pack_shared_prefixes(ids, np.full(40, 3), np.full(40, 3), device=CPU)
     assert len(set(layout.sources.tolist())) == 1 + 4 + 40
     assert len(layout.cells) == ROWS

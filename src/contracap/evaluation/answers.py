@@ -11,7 +11,7 @@ from torch import Tensor
 from contracap.generation.captioner import Captioner
 from contracap.generation.reranking import split_reranking
 from contracap.generation.strategy import Strategy
-from contracap.model.cache import Projected
+from contracap.model.cache import KeysValues
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -163,7 +163,7 @@ def _check_room(
 
 def _score_texts(
     model: CoCa,
-    projected: list[Projected],
+    projected: list[KeysValues],
     prompt: Int64[Tensor, "question column"],
     texts: list[list[int]],
     *,

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Projected:
-    """Keys and values of a memory in one cross-attention layer."""
+class KeysValues:
+    """Keys and values of what one cross-attention layer reads: caption tokens, or image tokens in the pooler."""
 
     key: Float[Tensor, "batch head memory dim"]
     value: Float[Tensor, "batch head memory dim"]
 
-    def select(self, images: Int64[Tensor, "selected"]) -> "Projected":
+    def select(self, images: Int64[Tensor, "selected"]) -> "KeysValues":
         """Return the keys and values of these images."""
-        return Projected(self.key[images], self.value[images])
+        return KeysValues(self.key[images], self.value[images])
 
 
 @dataclass(frozen=True)
-class Unprojected:
-    """A memory without keys and values.
+class NormalisedTokens:
+    """Tokens that a cross-attention layer reads without making keys and values of them.
 
     Attributes:
         tokens: normalised to mean 0 and variance 1, the same for all layers.
@@ -32,7 +32,7 @@ class Unprojected:
     norm: nn.LayerNorm
 
 
-Memory = Projected | Unprojected
+Memory = KeysValues | NormalisedTokens  # what a cross-attention layer reads, as in `torch.nn.TransformerDecoder`
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class DecodingCache:
 
     def __init__(
         self,
-        projected: list[Projected],
+        projected: list[KeysValues],
         text: list[tuple[Tensor, Tensor]],
         decoder: list[tuple[Tensor, Tensor]],
         *,
@@ -162,7 +162,7 @@ class DecodingCache:
         )
         self._visible = self._visible[images]
 
-    def restart(self, projected: list[Projected]) -> None:
+    def restart(self, projected: list[KeysValues]) -> None:
         """Forget all texts, and copy the caption tokens of equally many other images over the present ones."""
         for present, new in zip(self.projected, projected, strict=True):
             present.key.copy_(new.key)

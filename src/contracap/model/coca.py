@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.cache import DecodingCache, DecodingStep, Projected
+from contracap.model.cache import DecodingCache, DecodingStep, KeysValues
 from contracap.model.mammut import build_text
 from contracap.model.pooler import PoolerConfig, build_pooler
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TokenStates
@@ -198,11 +198,11 @@ class CoCa(nn.Module):
     def encode_text(self, ids: Int64[Tensor, "batch position"]) -> Float[Tensor, "batch embed"]:
         """Return the contrastive embeddings of texts, unit rows; a text ends at its first end token.
 
-        A common beginning of several texts is computed once, so encode prompts of the same template together.
+        A common prefix of several texts is computed once, so encode prompts of the same template together.
 
         Raises: ValueError: if a text is longer than the context.
         """
-        return unit(self.text.contrastive(ids, sharing=True))
+        return unit(self.text.contrastive(ids, share_prefixes=True))
 
     def encode_caption_tokens(
         self, pixels: Float[Tensor, "batch 3 height width"]
@@ -214,7 +214,7 @@ class CoCa(nn.Module):
 
     def new_cache(
         self,
-        projected: list[Projected],
+        projected: list[KeysValues],
         *,
         prompt: int,
         num_texts: int,
@@ -256,7 +256,7 @@ class CoCa(nn.Module):
         return self.next_logits(ids, cache.projected, cache.add_tokens(ids.shape[1]))
 
     def next_logits(
-        self, ids: Int64[Tensor, "batch position"], projected: list[Projected], step: DecodingStep
+        self, ids: Int64[Tensor, "batch position"], projected: list[KeysValues], step: DecodingStep
     ) -> Float[Tensor, "batch text vocab"]:
         """Do the work of `prefill` and `decode` on tensors alone, so that it can be compiled."""
         decoder = self.require_decoder()

@@ -10,12 +10,12 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn import functional
 
 from contracap.model.cache import DecodingStep
 from contracap.model.packing import GRID, pack
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder, TokenStates, next_tokens
-from contracap.model.transformer import AttentionBlock, CrossBlock, SelfBlock, Stack
+from contracap.model.transformer import CrossAttentionBlock, SelfAttentionBlock, Stack, TransformerBlock
 from contracap.tokenizer import Lengths
 
 
@@ -27,10 +27,10 @@ class MammutTextEncoder(TextEncoder):
         super().__init__(config, embed_dim=config.width)
         del self.projection
         block = config.width, config.heads, config.mlp_ratio, config.activation
-        self.blocks = Stack[AttentionBlock](
-            SelfBlock(*block)
+        self.blocks = Stack[SelfAttentionBlock](
+            TransformerBlock(*block)
             if decoder.feed_forward_before_cross or layer % decoder.cross_every
-            else AttentionBlock(config.width, config.heads)
+            else SelfAttentionBlock(config.width, config.heads)
             for layer in range(config.layers)
         )
 
@@ -55,14 +55,14 @@ class MammutTextEncoder(TextEncoder):
         return self.contrastive(ids, lengths), self.token_states(ids, lengths)
 
     def contrastive(
-        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None, *, sharing: bool = False
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None, *, share_prefixes: bool = False
     ) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive embedding alone. `sharing` is ignored: each token depends on all others."""
+        """Return the contrastive embedding alone. `share_prefixes` is ignored: each token depends on all others."""
         lengths = self.checked_lengths(ids, lengths)
         if self.config.pool == "mean":
             return self.mean_of_tokens(ids, lengths)
         ids = pack(lengths, lengths, device=ids.device).fit(ids, padding=0)
-        states = self.embed(pad(ids, (0, self.config.context - ids.shape[1])), GRID)
+        states = self.embed(functional.pad(ids, (0, self.config.context - ids.shape[1])), GRID)
         for block in self.blocks:
             states = block(states)
         return self.norm_out(states).mean(dim=1)
@@ -101,7 +101,7 @@ class MammutTextDecoder(TextDecoder):
         # As plain attributes, so that their parameters are registered once: with the encoder.
         vars(self).update(self_blocks=encoder.blocks, norm_out=encoder.norm_out)
         block = text.width, config.heads, config.mlp_ratio, text.activation
-        self.cross_blocks = Stack(CrossBlock(*block) for _ in range(config.cross_layers))
+        self.cross_blocks = Stack(CrossAttentionBlock(*block) for _ in range(config.cross_layers))
         self.vocabulary = nn.Linear(text.width, text.vocab_size, bias=False)
 
     def initialise(self) -> None:

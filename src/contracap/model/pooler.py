@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm
 
 from contracap.config import require_positive
 from contracap.model.attention import CrossAttention
-from contracap.model.cache import Unprojected
+from contracap.model.cache import NormalisedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,11 @@ class AttentionalPool(nn.Module):
     ) -> Float[Tensor, "batch query width"]:
         """Return the outputs of the selected queries, each of which is independent of the others."""
         queries = repeat(self.query_norm(self.queries[selected]), "query width -> batch query width", batch=len(memory))
-        if self.position is None and self.attention.absorbs(queries=queries.shape[1], memory=memory.shape[1]):
+        if self.position is None and self.attention.is_absorbed_cheaper(
+            queries=queries.shape[1], memory=memory.shape[1]
+        ):
             tokens = layer_norm(memory, memory.shape[-1:], eps=self.memory_norm.eps)
-            return self.attention(queries, Unprojected(tokens, self.memory_norm))
+            return self.attention(queries, NormalisedTokens(tokens, self.memory_norm))
         memory = self.memory_norm(memory)
         return self.attention(
             queries, self.attention.project(memory if self.position is None else memory + self.position)

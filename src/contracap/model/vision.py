@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.transformer import Activation, SelfBlock, Stack
+from contracap.model.transformer import Activation, Stack, TransformerBlock
 
 # Scales of the patch embedding's initial rows. On photographs, each output is then about as large as its position.
 PATCH_GAIN = 1.65
@@ -73,7 +73,8 @@ class VisionEncoder(nn.Module):
         self.position = nn.Parameter(torch.empty(config.tokens, config.width))
         self.norm_in = nn.LayerNorm(config.width)
         self.blocks = Stack(
-            SelfBlock(config.width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
+            TransformerBlock(config.width, config.heads, config.mlp_ratio, config.activation)
+            for _ in range(config.layers)
         )
 
     def initialise(self) -> None:

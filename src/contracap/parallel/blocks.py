@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from contracap.model.transformer import AttentionBlock, CrossBlock
+from contracap.model.transformer import CrossAttentionBlock, SelfAttentionBlock
 
 MAX_COMPILED = 64  # versions of one function
 
@@ -23,7 +23,7 @@ def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
     if compiled:
         _allow_recompilations()
     for block in model.modules():
-        if isinstance(block, AttentionBlock | CrossBlock):
+        if isinstance(block, SelfAttentionBlock | CrossAttentionBlock):
             # Set on the instance, so that it runs after the hooks in which FSDP gathers parameters before each call.
             forward: Callable[..., Any] = block.forward
             if recompute:
