@@ -75,7 +75,7 @@ def test_searches_begin_with_one_row_per_image_and_expand_in_their_first_step():
 
 def test_no_prompt_is_the_start_token_alone():
     prompts = empty_prompts(3, START)
-    assert prompts.ids.tolist() == [[START]] * 3 and prompts.lengths.tolist() == [1, 1, 1] and prompts.shared == 1
+    assert prompts.ids.tolist() == [[START]] * 3 and prompts.lengths.tolist() == [1, 1, 1] and prompts.shortest == 1
 
 
 def test_one_phrase_in_a_setting_needs_no_list():

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from contracap.generation.captioner import Captioner
-from contracap.generation.reranking import split_reranking
+from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.strategy import Strategy
 from contracap.model.cache import KeysValues
 from contracap.model.coca import CoCa, evaluating
@@ -45,7 +45,7 @@ class AnswerWriter:
 
     def __init__(self, strategy: Strategy):
         """Raises: ValueError: for a strategy that ranks texts by how well they describe an image."""
-        if split_reranking(strategy)[1]:
+        if isinstance(strategy, ContrastiveReranking):
             raise ValueError("an answer does not describe its image: use another strategy than rerank")
         self.strategy = strategy
 

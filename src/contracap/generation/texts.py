@@ -38,8 +38,8 @@ class PartialTexts:
         """
         prompts.check(max_tokens)
         ids = prompts.ids.new_zeros((len(prompts.ids), 1, max_tokens))
-        ids[:, 0, : prompts.shared] = prompts.ids[:, : prompts.shared]
-        return cls(ids, torch.zeros_like(ids, dtype=torch.float32), prompts.shared, prompts.lengths)
+        ids[:, 0, : prompts.shortest] = prompts.ids[:, : prompts.shortest]
+        return cls(ids, torch.zeros_like(ids, dtype=torch.float32), prompts.shortest, prompts.lengths)
 
     @classmethod
     def concatenate(cls, parts: Sequence["PartialTexts"]) -> "PartialTexts":

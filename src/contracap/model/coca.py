@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 
 from contracap.config import require_positive
 from contracap.model.cache import DecodingCache, DecodingStep, KeysValues
-from contracap.model.mammut import build_text
+from contracap.model.mammut import MammutTextDecoder, MammutTextEncoder
 from contracap.model.pooler import PoolerConfig, build_pooler
-from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TokenStates
+from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder, TokenStates
 from contracap.model.vision import VisionConfig, VisionEncoder
 from contracap.tokenizer import Lengths
 
@@ -284,6 +284,16 @@ class CoCa(nn.Module):
                 "this model has no text decoder (it is a CLIP), so it cannot caption: load or train a coca size"
             )
         return self.decoder
+
+
+def build_text(
+    text: TextConfig, decoder: DecoderConfig | None, *, embed_dim: int
+) -> tuple[TextEncoder, TextDecoder | None]:
+    """Return a text encoder, and a decoder if there is one; both of a MaMMUT if they share blocks."""
+    if decoder is not None and decoder.shares_blocks:
+        encoder = MammutTextEncoder(text, decoder)
+        return encoder, MammutTextDecoder(decoder, encoder)
+    return TextEncoder(text, embed_dim=embed_dim), TextDecoder(decoder, text) if decoder is not None else None
 
 
 def unit(embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:

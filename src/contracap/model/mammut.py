@@ -107,13 +107,3 @@ class MammutTextDecoder(TextDecoder):
     def initialise(self) -> None:
         self.cross_blocks.initialise()
         nn.init.normal_(self.vocabulary.weight, std=self.vocabulary.in_features**-0.5)
-
-
-def build_text(
-    text: TextConfig, decoder: DecoderConfig | None, *, embed_dim: int
-) -> tuple[TextEncoder, TextDecoder | None]:
-    """Return a text encoder, and a decoder if there is one."""
-    if decoder is not None and decoder.shares_blocks:
-        encoder = MammutTextEncoder(text, decoder)
-        return encoder, MammutTextDecoder(decoder, encoder)
-    return TextEncoder(text, embed_dim=embed_dim), TextDecoder(decoder, text) if decoder is not None else None
