@@ -167,10 +167,10 @@ def accumulation_time_row(run: Run) -> Row:
 def plain_step(ours: Ours, batch: Batch) -> Numbers:
     """An update by the gradients of plain micro-batches. Their captioning loss is that of the whole batch."""
     model, optimizer = ours.model, ours.state.optimizer
-    tokens = count_labels(batch)
+    num_labels = count_labels(batch)
     captioning = torch.zeros((), device=model.device)
     for part in batch.split(PARTS):
-        values = compute_losses(model, part, ours.config, tokens=tokens)
+        values = compute_losses(model, part, ours.config, num_labels=num_labels, parallel=ours.state.parallel)
         captioning += values["captioning_loss"].detach()
         (LOSS.captioning * values["captioning_loss"] + LOSS.contrastive * values["contrastive_loss"]).backward()
     nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)

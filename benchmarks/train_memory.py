@@ -84,7 +84,7 @@ def chunked_loss(
     states: Float[Tensor, "rows width"], vocabulary: Float[Tensor, "vocabulary width"], labels: Int64[Tensor, "rows"]
 ) -> Float[Tensor, ""]:
     """Our captioning loss."""
-    return captioning_loss(states, vocabulary, labels=labels, tokens=len(labels))
+    return captioning_loss(states, vocabulary, labels=labels, num_labels=len(labels))
 
 
 def plain_loss(

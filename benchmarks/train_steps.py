@@ -19,7 +19,7 @@ from contracap.images import ImageConfig, normalise
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa
 from contracap.model.sizes import find_size
-from contracap.parallel import ParallelConfig, ProcessGroup, parallelize
+from contracap.parallel import ParallelConfig, ParallelModel, ProcessGroup, parallelize
 from contracap.pretrained import random_model
 from contracap.tokenizer import Tokenizer, text_lengths
 from contracap.training.optimizer import OptimizerConfig, build_optimizer
@@ -54,7 +54,12 @@ class Ours:
         self.size, self.run = size, run
         self.model, processor = random_model(legacy_config(size), seed=run.seed)
         self.model.to(run.device)
-        self.state = TrainingState(model=self.model, optimizer=build_optimizer(self.model, OPTIMIZER), average=None)
+        self.state = TrainingState(
+            model=self.model,
+            optimizer=build_optimizer(self.model, OPTIMIZER),
+            average=None,
+            parallel=ParallelModel(self.model),
+        )
         self.config = StepConfig(
             loss=LOSS if self.model.config.decoder else replace(LOSS, captioning=0.0),
             optimizer=OPTIMIZER,

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "generation.sampling": "generation.strategy generation.texts generation.constraints tokenizer",
     "generation.beam": "generation.strategy generation.texts generation.phrases generation.constraints tokenizer",
     "generation.legacy": "generation.strategy generation.texts tokenizer",
-    "generation.reranking": "generation.strategy generation.sampling generation.beam",
+    "generation.reranking": "generation.strategy generation.sampling generation.beam tokenizer",
     "generation.registry": "generation.strategy generation.sampling generation.beam generation.legacy "
     "generation.reranking",
     "generation": "generation model tokenizer image_files images processor",

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-CAPTION_CHUNK = CONTRASTIVE_CHUNK = 4096  # rows and columns that are scored at a time on a GPU
+CONTRASTIVE_CHUNK = 4096  # columns that are scored at a time
+CAPTION_CHUNK = 4096  # rows that are scored at a time, except on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ def contrastive_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
         if gather is not None or len(image_features) > chunk:
-            learning = torch.is_grad_enabled() and (image_features.requires_grad or text_features.requires_grad)
-            return _ContrastiveLoss.apply(scale * image_features, text_features, gather, chunk, learning)
+            needs_grad = torch.is_grad_enabled() and (image_features.requires_grad or text_features.requires_grad)
+            return _ContrastiveLoss.apply(scale * image_features, text_features, gather, chunk, needs_grad)
         logits = scale * image_features @ text_features.T
         targets = torch.arange(len(logits), device=logits.device)
         return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
@@ -68,9 +69,9 @@ def contrastive_loss(
 class _ContrastiveLoss(torch.autograd.Function):
     """Contrastive loss of scaled images and texts, of whose scores no more than `chunk` columns are ever held.
 
-    Two passes over the columns: the first sums up what each row's scores are normalised by, the second forms the
-    gradients. A row is also a column of the other side's rows, on all ranks; what those are normalised by is gathered
-    as well, two numbers a pair, so that no gradient needs to travel. The backward pass only scales.
+    Two passes over the columns: the first computes the log-normaliser of each row's scores, the second the gradients.
+    A row is also a column of the other side's rows, on all ranks. Their log-normalisers are gathered as well, two
+    numbers a pair, so that no gradient needs to travel. The backward pass only scales.
     Source: Inf-CL (arXiv 2410.17243), for the online sum in tiles; DisCo-CLIP (arXiv 2304.08480), for gradients of
     other ranks' terms formed where the features are.
     """
@@ -82,62 +83,60 @@ class _ContrastiveLoss(torch.autograd.Function):
         texts: Float[Tensor, "batch embed"],
         gather: Gather | None,
         chunk: int,
-        learning: bool,
+        needs_grad: bool,
     ) -> Float[Tensor, ""]:
         def gathered(rows: Tensor) -> Tensor:
             return gather(rows) if gather else rows
 
         rows = torch.stack([images, texts])
         # Columns are the other side of each row.
-        parts = gathered(torch.stack([texts, images], dim=1)).split(chunk)
+        column_chunks = [each.transpose(0, 1) for each in gathered(torch.stack([texts, images], dim=1)).split(chunk)]
 
-        normaliser = rows.new_full(rows.shape[:2], -torch.inf)
-        for part in parts:
-            columns = part.transpose(0, 1)
-            normaliser = torch.logaddexp(normaliser, (rows @ columns.mT).logsumexp(dim=2))
-        if learning:
+        log_normalisers = rows.new_full(rows.shape[:2], -torch.inf)
+        for columns in column_chunks:
+            log_normalisers = torch.logaddexp(log_normalisers, (rows @ columns.mT).logsumexp(dim=2))
+        if needs_grad:
             gradient = torch.zeros_like(rows)
-            their_normalisers = gathered(normaliser.flip(0).T.contiguous()).split(chunk)
-            for part, theirs in zip(parts, their_normalisers, strict=True):
-                columns = part.transpose(0, 1)
+            column_log_normalisers = gathered(log_normalisers.flip(0).T.contiguous()).split(chunk)
+            for columns, other_log_normalisers in zip(column_chunks, column_log_normalisers, strict=True):
                 scores = rows @ columns.mT
-                shares = (scores - normaliser[:, :, None]).exp_()
-                shares += scores.sub_(theirs.T[:, None]).exp_()
-                gradient.baddbmm_(shares, columns)
+                probabilities = (scores - log_normalisers[:, :, None]).exp_()
+                probabilities += scores.sub_(other_log_normalisers.T[:, None]).exp_()
+                gradient.baddbmm_(probabilities, columns)
             ctx.save_for_backward((gradient / 2 - rows.flip(0)) / len(images))
-        return (normaliser.mean(0) - (images * texts).sum(1)).mean()
+        return (log_normalisers.mean(0) - (images * texts).sum(1)).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]  # the decorator drops its names
-        to_images, to_texts = ctx.saved_tensors[0] * grad_outputs[0]
-        return to_images, to_texts, None, None, None
+        grad_images, grad_texts = ctx.saved_tensors[0] * grad_outputs[0]
+        return grad_images, grad_texts, None, None, None
 
 
 def captioning_loss(
     states: Float[Tensor, "rows width"],
-    vocabulary: Float[Tensor, "vocabulary width"],
+    vocabulary: Float[Tensor, "vocab width"],
     *,
     labels: Int64[Tensor, "rows"],
-    tokens: int | Tensor,
+    num_labels: int | Tensor,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the next token, summed over the rows and divided by `tokens`.
+    """Cross-entropy of the next token, summed over the rows and divided by `num_labels`.
 
     Args:
         states: the decoder's normalised states.
         vocabulary: the matrix that scores each token.
         labels: the token that follows each row; a row whose label is negative counts for nothing, and is not read.
-        tokens: labels of the whole batch, which may be larger than what is given here; above 0.
+        num_labels: labels of the whole batch, which may be larger than what is given here; above 0.
         chunk: rows that are scored at a time; by default 512 on a CPU, 4096 elsewhere.
 
     Source: CoCa (arXiv 2205.01917), equation 3.
     """
     if chunk is None:
         chunk = 512 if states.device.type == "cpu" else CAPTION_CHUNK
-    learning = torch.is_grad_enabled()
-    wanted = (learning and states.requires_grad, learning and vocabulary.requires_grad)
-    return _SummedCrossEntropy.apply(states, vocabulary, labels, chunk, wanted) / tokens
+    is_enabled = torch.is_grad_enabled()
+    needs_grad = (is_enabled and states.requires_grad, is_enabled and vocabulary.requires_grad)
+    return _SummedCrossEntropy.apply(states, vocabulary, labels, chunk, needs_grad) / num_labels
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -152,51 +151,48 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         states: Float[Tensor, "rows width"],
-        vocabulary: Float[Tensor, "vocabulary width"],
+        vocabulary: Float[Tensor, "vocab width"],
         labels: Int64[Tensor, "rows"],
         chunk: int,
-        wanted: tuple[bool, bool],
+        needs_grad: tuple[bool, bool],
     ) -> Float[Tensor, ""]:
         device = states.device.type
-        narrow = torch.is_autocast_enabled(device)  # then the products are of that type; all else is at least float32
-        product = torch.get_autocast_dtype(device) if narrow else torch.promote_types(states.dtype, vocabulary.dtype)
-        exact = torch.promote_types(product, torch.float32)
+        compute_dtype = torch.promote_types(states.dtype, vocabulary.dtype)
+        if torch.is_autocast_enabled(device):  # then the products are of that type; all else is at least float32
+            compute_dtype = torch.get_autocast_dtype(device)
+        accumulate_dtype = torch.promote_types(compute_dtype, torch.float32)
         with torch.autocast(device, enabled=False):
             ignored = labels[:, None] < 0
             labels = labels.clamp(min=0)[:, None]
-            hidden, matrix = states.to(product).masked_fill(ignored, 0), vocabulary.to(product)
-            to_states = torch.empty_like(hidden) if wanted[0] else None
-            to_vocabulary = torch.zeros_like(matrix, dtype=exact) if wanted[1] else None
+            hidden, matrix = states.to(compute_dtype).masked_fill(ignored, 0), vocabulary.to(compute_dtype)
+            grad_states = torch.empty_like(hidden) if needs_grad[0] else None
+            grad_vocabulary = torch.zeros_like(matrix, dtype=accumulate_dtype) if needs_grad[1] else None
             # All chunks share these buffers, so that their memory is touched for the first time once.
-            scores = hidden.new_empty(min(chunk, len(hidden)), len(matrix))
+            all_scores = hidden.new_empty(min(chunk, len(hidden)), len(matrix))
             # Probabilities, in the place of the scores where the type allows it.
-            probabilities = scores if product == exact else torch.empty_like(scores, dtype=exact)
-            total = torch.zeros((), dtype=exact, device=states.device)
+            in_place = compute_dtype == accumulate_dtype
+            all_probabilities = all_scores if in_place else torch.empty_like(all_scores, dtype=accumulate_dtype)
+            total = torch.zeros((), dtype=accumulate_dtype, device=states.device)
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
-                part, target = hidden[rows], labels[rows]
-                score = scores[: len(part)]
-                # The same buffer if the types are equal.
-                probability = score if probabilities is scores else probabilities[: len(part)]
-                probability.copy_(torch.mm(part, matrix.T, out=score))
-                target_score, highest = probability.gather(1, target), probability.amax(1, keepdim=True)
-                torch.softmax(probability, dim=1, out=probability)
-                # The normaliser follows from the highest score and its probability, without another exponential.
-                normaliser = highest - probability.amax(1, keepdim=True).log()
-                total += (normaliser - target_score).masked_fill(ignored[rows], 0).sum()
-                if not any(wanted):
+                chunk_states, targets = hidden[rows], labels[rows]
+                scores = all_scores[: len(chunk_states)]
+                probabilities = scores if in_place else all_probabilities[: len(chunk_states)]
+                torch.mm(chunk_states, matrix.T, out=scores)
+                total += _softmax_cross_entropy(scores, probabilities, targets).masked_fill(ignored[rows], 0).sum()
+                if not any(needs_grad):
                     continue
-                probability.scatter_add_(1, target, probability.new_full(target.shape, -1.0))
-                gradient = score.copy_(probability)
-                if to_states is not None:
-                    torch.mm(gradient, matrix, out=to_states[rows])
-                if to_vocabulary is not None and product == exact:
-                    to_vocabulary.addmm_(gradient.T, part)
-                elif to_vocabulary is not None:
-                    to_vocabulary += gradient.T @ part
-            if to_states is not None:
-                to_states.masked_fill_(ignored, 0)
-        ctx.save_for_backward(to_states, to_vocabulary)
+                probabilities.scatter_add_(1, targets, probabilities.new_full(targets.shape, -1.0))
+                grad_scores = scores.copy_(probabilities)
+                if grad_states is not None:
+                    torch.mm(grad_scores, matrix, out=grad_states[rows])
+                if grad_vocabulary is not None and in_place:
+                    grad_vocabulary.addmm_(grad_scores.T, chunk_states)
+                elif grad_vocabulary is not None:
+                    grad_vocabulary += grad_scores.T @ chunk_states
+            if grad_states is not None:
+                grad_states.masked_fill_(ignored, 0)
+        ctx.save_for_backward(grad_states, grad_vocabulary)
         ctx.types = states.dtype, vocabulary.dtype
         return total
 
@@ -208,3 +204,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
         ]
         return *scaled, None, None, None
+
+
+def _softmax_cross_entropy(
+    scores: Float[Tensor, "rows vocab"], probabilities: Float[Tensor, "rows vocab"], targets: Int64[Tensor, "rows 1"]
+) -> Float[Tensor, "rows 1"]:
+    """Return the cross-entropy of each row, and write the softmax to `probabilities`, which may be `scores` itself."""
+    probabilities.copy_(scores)
+    target_scores, highest = probabilities.gather(1, targets), probabilities.amax(1, keepdim=True)
+    torch.softmax(probabilities, dim=1, out=probabilities)
+    # The log-normaliser follows from the highest score and its probability, without another exponential.
+    log_normalisers = highest - probabilities.amax(1, keepdim=True).log()
+    return log_normalisers - target_scores

@@ -82,7 +82,7 @@ def both_losses(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         output = parallel.model(pixels, ids)
         vocabulary, captions = model.require_decoder().vocabulary.weight, output.caption_states
-        captioning = captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens)
+        captioning = captioning_loss(captions.states, vocabulary, labels=captions.labels, num_labels=tokens)
     return captioning, contrastive_loss(
         output.image_features, output.text_features, logit_scale=output.logit_scale, gather=parallel.gather
     )
@@ -137,6 +137,7 @@ def snapshot(process_group: ProcessGroup) -> dict[str, Any]:
         model=model,
         optimizer=build_optimizer(model, OptimizerConfig()),
         average=moving_average(model),
+        parallel=ParallelModel(model),
         process_group=process_group,
     )
     state.optimizer.step()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contracap.losses import contrastive_loss
 from contracap.model.sizes import SIZES
-from contracap.model.transformer import CrossBlock, SelfBlock
+from contracap.model.transformer import CrossAttentionBlock, TransformerBlock
 from contracap.parallel import (
     Agreement,
     ParallelConfig,
@@ -96,8 +96,8 @@ def test_bytes_between_ranks_that_share_a_model_are_those_the_docstring_says(fou
         return sum(4 * -(-len(each) // shares) * shares * each[0].numel() for each in parameters if each.ndim)
 
     model = tiny(torch.float32)
-    blocks = [block for block in model.modules() if isinstance(block, SelfBlock)]
-    blocks += [block.feed_forward for block in model.modules() if isinstance(block, CrossBlock)]
+    blocks = [block for block in model.modules() if isinstance(block, TransformerBlock)]
+    blocks += [block.feed_forward for block in model.modules() if isinstance(block, CrossAttentionBlock)]
     parameters, again = total(model.parameters()), sum(total(block.parameters()) for block in blocks)
     features = 4 * (count - 1) * PAIRS // count * (2 * SIZES["tiny"].embed_dim + 2)
     labels, loss, scale = 8, 4, 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contracap.generation import BeamSearch, Rules
-from contracap.generation.strategy import FinishedText, Prompts, Search, SearchStrategy
+from contracap.generation.strategy import DecodingState, FinishedText, Prompts, Strategy
 from contracap.tokenizer import Tokenizer
 
 WORDS = 3  # ids 0 to 2; then the start and the end token
@@ -65,13 +65,13 @@ def empty_prompts(images: int, start: int) -> Prompts:
     return Prompts(start * lengths[:, None], lengths)
 
 
-def begin(strategy: SearchStrategy, images: int, prompts: Prompts | None = None) -> Search:
+def begin(strategy: Strategy, images: int, prompts: Prompts | None = None) -> DecodingState:
     """The state before the first step, without a prompt if none is given."""
     return strategy.begin(empty_prompts(images, START) if prompts is None else prompts, Words())
 
 
 def run(
-    strategy: SearchStrategy, table: Table, prompts: Prompts | None = None, *, compact: bool = False
+    strategy: Strategy, table: Table, prompts: Prompts | None = None, *, compact: bool = False
 ) -> list[list[FinishedText]]:
     """Decode as the captioner does; `held` stands for the key/value cache and shows each row's beginning.
 
@@ -80,7 +80,7 @@ def run(
     images = list(range(len(table.images)))
     prompts = empty_prompts(len(images), START) if prompts is None else prompts
     search = begin(strategy, len(images), prompts)
-    shared = prompts.ids[:, : prompts.shared - 1]
+    shared = prompts.ids[:, : prompts.shortest - 1]
     held = [[tuple(ids)] for ids in shared.tolist()]
     results: dict[int, list[FinishedText]] = {}
     while images:
@@ -104,7 +104,7 @@ def run(
         parents = search.advance(torch.stack(logits))
         if parents is not None:
             held = [[rows[row] for row in chosen] for rows, chosen in zip(held, parents.tolist(), strict=True)]
-        assert search.last.shape == (len(images), len(held[0])) and len(held[0]) <= strategy.rows
+        assert search.last.shape == (len(images), len(held[0])) and len(held[0]) <= strategy.num_texts
     return [results[image] for image in range(len(table.images))]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import contracap
 from contracap.generation import BeamSearch, Captioner, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
-from contracap.generation.strategy import Prompts, SearchStrategy
+from contracap.generation.strategy import Prompts, Strategy
 from contracap.image_files import ImageError
 from contracap.model.coca import CoCa
 from contracap.processor import Processor
@@ -53,9 +53,9 @@ def next_logits(model: CoCa, pixels: Tensor, held: Tensor, end: int) -> Tensor:
 
 
 @torch.no_grad()
-def uncached(model: CoCa, pixels: Tensor, strategy: SearchStrategy, tokenizer: Tokenizer, prompts: Prompts):
+def uncached(model: CoCa, pixels: Tensor, strategy: Strategy, tokenizer: Tokenizer, prompts: Prompts):
     search = strategy.begin(prompts, tokenizer)
-    held = prompts.ids[:, None, : prompts.shared - 1]
+    held = prompts.ids[:, None, : prompts.shortest - 1]
     while not search.finished.all():
         held = torch.cat([held, search.last[:, :, None]], dim=2)
         repeated = pixels.repeat_interleave(held.shape[1], dim=0)

@@ -3,7 +3,6 @@ import pytest
 from contracap.config import ConfigError
 from contracap.generation import BeamSearch, ContrastiveReranking, Greedy, LegacyBeamSearch, Rules, Sampling
 from contracap.generation.registry import STRATEGIES, build_strategy
-from contracap.generation.reranking import split_reranking
 
 
 @pytest.mark.parametrize(
@@ -56,6 +55,6 @@ def test_a_wrong_setting_is_told_in_one_line(name, settings, fact):
 def test_only_reranking_ranks_again_what_another_strategy_writes():
     for name in STRATEGIES:
         strategy = build_strategy(name, {"year": 2024} if name == "legacy" else {})
-        writer, is_reranked = split_reranking(strategy)
-        assert is_reranked == (name == "rerank") == (writer != strategy)
-        assert (writer.max_tokens, writer.rows) == (strategy.max_tokens, strategy.rows)
+        assert isinstance(strategy, ContrastiveReranking) == (name == "rerank")
+        writer = strategy.of if isinstance(strategy, ContrastiveReranking) else strategy
+        assert (writer.max_tokens, writer.num_texts) == (strategy.max_tokens, strategy.num_texts)

@@ -53,8 +53,8 @@ def test_searches_begin_with_one_row_per_image_and_expand_in_their_first_step():
         search = begin(strategy, 2)
         assert search.last.tolist() == [[START], [START]]
         parents = search.advance(torch.randn(2, 1, 5))
-        assert parents is not None and parents.tolist() == [[0] * strategy.rows] * 2
-        assert search.last.shape == (2, strategy.rows)
+        assert parents is not None and parents.tolist() == [[0] * strategy.num_texts] * 2
+        assert search.last.shape == (2, strategy.num_texts)
 
 
 def test_one_phrase_in_a_setting_needs_no_list():

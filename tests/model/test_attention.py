@@ -13,7 +13,7 @@ def losses_and_gradients(model: CoCa, pixels: Tensor, ids: Tensor) -> dict[str, 
     model.zero_grad()
     output = model(pixels, ids)
     states, labels = output.caption_states.states, output.caption_states.labels
-    captioning = captioning_loss(states, model.require_decoder().vocabulary.weight, labels=labels, tokens=10)
+    captioning = captioning_loss(states, model.require_decoder().vocabulary.weight, labels=labels, num_labels=10)
     contrastive = contrastive_loss(output.image_features, output.text_features, logit_scale=output.logit_scale)
     (captioning + contrastive).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -30,7 +30,7 @@ def test_absorbed_cross_attention_gives_the_losses_and_gradients_of_projected(
     model = perturbed(with_pooler(pooler))
     pixels, ids, found = images(5).double(), texts(2, 3, 9, 15, 16), {}
     for absorbed in (False, True):
-        monkeypatch.setattr(CrossAttention, "absorbs", lambda *_, absorbed=absorbed, **__: absorbed)
+        monkeypatch.setattr(CrossAttention, "is_absorbed_cheaper", lambda *_, absorbed=absorbed, **__: absorbed)
         found[absorbed] = losses_and_gradients(model, pixels, ids)
     for name, value in found[False].items():
         torch.testing.assert_close(
@@ -41,7 +41,7 @@ def test_absorbed_cross_attention_gives_the_losses_and_gradients_of_projected(
 def test_contrastive_embedding_by_one_absorbed_query_equals_the_whole_poolers() -> None:
     model = perturbed(TINY)
     pixels, pool = images(5).double(), model.pooler.pool.attention
-    assert pool.absorbs(queries=1, memory=17) and not pool.absorbs(queries=64, memory=17)
+    assert pool.is_absorbed_cheaper(queries=1, memory=17) and not pool.is_absorbed_cheaper(queries=64, memory=17)
     torch.testing.assert_close(model.encode_image(pixels), model.encode_caption_tokens(pixels)[0])
 
 

@@ -135,7 +135,7 @@ def test_cached_decoding_equals_full_forward_also_where_texts_continue_others_an
     model, _ = random_model(TINY, seed=0)
     model.double()
     _, caption_tokens = model.encode_caption_tokens(images(3).double())
-    cache = model.new_cache(model.decoder.project(caption_tokens), prompt=3, rows=4, max_tokens=10)
+    cache = model.new_cache(model.decoder.project(caption_tokens), prompt=3, num_texts=4, max_tokens=10)
     texts_so_far = torch.randint(1, 1000, (3, 1, 3))  # a prompt of three tokens, another for each image
     logits = model.prefill(texts_so_far[:, 0], cache)
     for length, rows in enumerate(

@@ -272,7 +272,7 @@ def test_cached_decoding_equals_the_full_forward(dialect: str) -> None:
         full = model(pixels.double(), ids).logits
         _, caption_tokens = model.encode_caption_tokens(pixels.double())
         projected = model.require_decoder().project(caption_tokens)
-        cache = model.new_cache(projected, prompt=3, rows=1, max_tokens=CONTEXT)
+        cache = model.new_cache(projected, prompt=3, num_texts=1, max_tokens=CONTEXT)
         logits = [model.prefill(ids[:, :3], cache)]
         logits += [model.decode(ids[:, column, None], cache) for column in range(3, CONTEXT - 1)]
     assert relative(torch.cat(logits, dim=1).double(), full[:, 2:]) < 1e-6

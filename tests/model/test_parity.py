@@ -119,7 +119,7 @@ def test_losses_and_gradients_equal_open_clip(open_clip) -> None:
         ours.caption_states.states,
         model.decoder.vocabulary.weight,
         labels=ours.caption_states.labels,
-        tokens=sum(length - 1 for length in TEXT_LENGTHS),
+        num_labels=sum(length - 1 for length in TEXT_LENGTHS),
     )
     (contrastive + 2 * captioning).backward()
     assert abs(contrastive.item() / theirs["contrastive_loss"].item() - 1) < 1e-6

@@ -28,7 +28,7 @@ def main() -> None:
             ids[:, 0], ids[:, -1] = 1022, 1023
             output = shared.model(torch.randn(4, 3, 32, 32), ids)
             vocabulary, captions = model.require_decoder().vocabulary.weight, output.caption_states
-            captioning = captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=10)
+            captioning = captioning_loss(captions.states, vocabulary, labels=captions.labels, num_labels=10)
             contrastive = contrastive_loss(output.image_features, output.text_features, logit_scale=output.logit_scale)
             model.zero_grad()
             (captioning + contrastive).backward()

@@ -19,7 +19,7 @@ from contracap.config import build, to_toml
 from contracap.data import batch_maker
 from contracap.images import ImageConfig
 from contracap.model.sizes import SIZES
-from contracap.parallel import ProcessGroup
+from contracap.parallel import ParallelModel, ProcessGroup
 from contracap.pretrained import load, random_model, read_weights
 from contracap.training import loop, writer
 from contracap.training.checkpoint import (
@@ -44,7 +44,12 @@ from .test_step import CONFIG, batch
 
 def new_state(seed: int = 0) -> TrainingState:
     model, _ = random_model(SIZES["tiny"], seed=seed)
-    return TrainingState(model=model, optimizer=build_optimizer(model, CONFIG.optimizer), average=moving_average(model))
+    return TrainingState(
+        model=model,
+        optimizer=build_optimizer(model, CONFIG.optimizer),
+        average=moving_average(model),
+        parallel=ParallelModel(model),
+    )
 
 
 def advance(state: TrainingState) -> None:

@@ -101,7 +101,7 @@ def test_the_parts_are_all_that_a_pass_of_real_tensors_takes(config: CoCaConfig,
         else:
             captions = model(pixels, ids).caption_states if loss.contrastive else model.caption_states(pixels, ids)
             matrix = model.require_decoder().vocabulary.weight
-            captioning_loss(captions.states, matrix, labels=captions.labels, tokens=1)
+            captioning_loss(captions.states, matrix, labels=captions.labels, num_labels=1)
     counted = count_flops(config, loss, TextLengths(mean=float(length), longest=length)).parts
     assert counter.get_total_flops() == pytest.approx(rows * sum(counted.values()), rel=1e-9)
 
@@ -114,7 +114,7 @@ def test_forward_and_backward_take_three_times_the_forward_pass() -> None:
     with counter, sdpa_kernel(SDPBackend.MATH):
         output = model(torch.zeros(64, 3, 32, 32), ids)
         matrix = model.require_decoder().vocabulary.weight
-        loss = captioning_loss(output.caption_states.states, matrix, labels=output.caption_states.labels, tokens=1)
+        loss = captioning_loss(output.caption_states.states, matrix, labels=output.caption_states.labels, num_labels=1)
         (loss + output.image_features.sum() + output.text_features.sum()).backward()
     planned = count_flops(TINY, LossConfig(), TextLengths(mean=7.0, longest=7)).parts
     to_pixels = 2 * 16 * 3 * 8**2 * 48  # nobody asks for a gradient of the images

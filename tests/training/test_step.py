@@ -35,7 +35,9 @@ CONFIG = StepConfig(
 def new_state(config=TINY, *, averaged: bool = False) -> TrainingState:
     model, _ = random_model(config, seed=0)
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if averaged else None
-    return TrainingState(model=model, optimizer=build_optimizer(model, CONFIG.optimizer), average=average)
+    return TrainingState(
+        model=model, optimizer=build_optimizer(model, CONFIG.optimizer), average=average, parallel=ParallelModel(model)
+    )
 
 
 def batch() -> Batch:
@@ -103,7 +105,9 @@ def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
     state = new_state(config)
     model = state.model
     config = replace(CONFIG, loss=LossConfig(contrastive=contrastive, captioning=captioning))
-    sum(compute_losses(model, batch(), config, tokens=count_labels(batch())).values()).backward()
+    sum(
+        compute_losses(model, batch(), config, num_labels=count_labels(batch()), parallel=ParallelModel(model)).values()
+    ).backward()
     unreached = () if contrastive else tuple(model.only_for_contrastive())
     unreached += () if captioning else tuple(model.only_for_captioning())
     for name, parameter in model.named_parameters():

@@ -15,8 +15,9 @@ from contracap.tokenizer import Lengths
 class Batch:
     """Images and their captions, row by row.
 
-    Pixels are uint8; they are normalised on the device, which takes a quarter of the traffic. The ids have
-    room for one token more than the longest text, rounded up to a multiple of 8; a row may have no padding.
+    Pixels are uint8; they are normalised on the device, which takes a quarter of the traffic. The ids are cut to the
+    longest text plus one (the padding token that `cls_mask = "legacy"` attends to), rounded up to a multiple of 8, at
+    most the context.
 
     Attributes:
         lengths: tokens of each text, start and end included; they stay on the CPU.

@@ -1,5 +1,6 @@
 """Make batches: draw samples, decode and crop their images, and tokenize their captions."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ PreparedRow = tuple[UInt8[Tensor, "3 size size"], str, str]  # pixels, caption, 
 
 
 @dataclass(frozen=True)
-class BatchPart:
-    """A worker's part of a batch, or the error that ends it, and the positions of its streams after it."""
+class WorkerBatch:
+    """A worker's rows of a batch, or the error that ends it, and the positions of its streams after it."""
 
     batch: Batch | OrderError
     states: dict[int, dict[str, Any]]
@@ -30,7 +31,7 @@ class BatchPart:
 
 
 class BatchMaker:
-    """A maker of parts of batches. A worker owns an equal share of the streams and makes their rows of every batch."""
+    """A worker owns an equal share of the streams, and makes their rows of every batch."""
 
     def __init__(self, config: DataConfig, order: Order, *, image: ImageConfig, tokenizer: Tokenizer) -> None:
         self._config, self.order, self._image, self._tokenizer = config, order, image, tokenizer
@@ -40,8 +41,8 @@ class BatchMaker:
         """Set the positions from which the next iteration continues."""
         self._states = dict(states)
 
-    def make(self, worker: int, workers: int) -> Iterator[BatchPart]:
-        """Yield the parts of a worker."""
+    def make(self, worker: int, workers: int) -> Iterator[WorkerBatch]:
+        """Yield the rows of a worker, batch by batch."""
         numbers = np.array_split(list(self._states), workers)[worker]
         streams = {int(number): SampleStream(self.order, int(number)) for number in numbers}
         rows = self._config.batch_size // self.order.streams
@@ -51,9 +52,9 @@ class BatchMaker:
             while True:
                 prepared = [stream.draw(self._prepare) for stream in streams.values() for _ in range(rows)]
                 states = {number: stream.state_dict() for number, stream in streams.items()}
-                yield BatchPart(collate(prepared, self._tokenizer), states, _take_skips(streams.values()))
+                yield WorkerBatch(collate(prepared, self._tokenizer), states, _take_skips(streams.values()))
         except OrderError as error:  # returned, because a raised one would carry the worker's traceback
-            yield BatchPart(error, {}, _take_skips(streams.values()))
+            yield WorkerBatch(error, {}, _take_skips(streams.values()))
 
     def _prepare(self, sample: Sample, caption: str, generator: np.random.Generator) -> PreparedRow:
         name = f"{sample.key} of {sample.shard}"
@@ -71,5 +72,5 @@ def collate(rows: Sequence[PreparedRow], tokenizer: Tokenizer) -> Batch:
     pixels, captions, keys = zip(*rows, strict=True)
     ids = tokenizer(captions)
     lengths = text_lengths(ids, tokenizer.end)
-    tokens = min(tokenizer.context, -(-(int(lengths.max()) + 1) // 8) * 8)
+    tokens = min(tokenizer.context, math.ceil((int(lengths.max()) + 1) / 8) * 8)
     return Batch(pixels=torch.stack(pixels), ids=ids[:, :tokens].contiguous(), lengths=lengths, keys=list(keys))

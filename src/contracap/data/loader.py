@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from contracap.data.batch import Batch
-from contracap.data.batch_maker import BatchMaker, BatchPart, PreparedRow, collate
+from contracap.data.batch_maker import BatchMaker, PreparedRow, WorkerBatch, collate
 from contracap.data.class_folders import class_folders
 from contracap.data.config import DataConfig
 from contracap.data.counts import is_damaged, samples_in
@@ -116,7 +116,7 @@ class TrainingBatches:
                     ) from None
                 yield self._join(parts)
 
-    def _join(self, parts: Sequence[BatchPart]) -> Batch:
+    def _join(self, parts: Sequence[WorkerBatch]) -> Batch:
         """Return the batch of the workers' parts, and move the position after it."""
         batches = []
         for part in parts:

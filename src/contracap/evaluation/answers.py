@@ -10,9 +10,9 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from contracap.generation.captioner import Captioner
-from contracap.generation.reranking import split_reranking
+from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.strategy import Strategy
-from contracap.model.cache import Projected
+from contracap.model.cache import KeysValues
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 
@@ -57,7 +57,7 @@ class AnswerWriter:
 
     def __init__(self, strategy: Strategy):
         """Raises: ValueError: for a strategy that ranks texts by how well they describe an image."""
-        if split_reranking(strategy)[1]:
+        if isinstance(strategy, ContrastiveReranking):
             raise ValueError("an answer does not describe its image: use another strategy than rerank")
         self.strategy = strategy
 
@@ -178,7 +178,7 @@ def _check_room(
 
 def _score_texts(
     model: CoCa,
-    projected: list[Projected],
+    projected: list[KeysValues],
     prompt: Int64[Tensor, "question column"],
     texts: list[list[int]],
     *,
@@ -190,7 +190,7 @@ def _score_texts(
     for number, text in enumerate(texts):
         ids[: len(text), number] = torch.tensor(text, device=ids.device)
     lengths = torch.tensor([len(text) + 1 for text in texts], device=ids.device)
-    cache = model.new_cache(projected, prompt=columns, rows=len(texts), max_tokens=columns + steps - 1)
+    cache = model.new_cache(projected, prompt=columns, num_texts=len(texts), max_tokens=columns + steps - 1)
     log_probs = model.prefill(prompt, cache).log_softmax(dim=-1)
     scores = log_probs[:, 0, ids[0]]
     cache.reorder(prompt.new_zeros(questions, len(texts)))  # each text continues the prompt

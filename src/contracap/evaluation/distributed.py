@@ -87,9 +87,9 @@ def encode_in_shares(
 
     with prepare_ahead(lambda item: prepare(item[0]), own_batches()) as own:
         while (found := run_on_every_rank(process_group, lambda: next(own, None))) is not None:
-            (_, counts), inputs = found
+            (_, is_own), inputs = found
             encoded = run_on_every_rank(process_group, partial(_encode, encode, inputs))
-            if counts:
+            if is_own:
                 rows.append(encoded)
     shares = process_group.all_gather(rows)
     return torch.cat([rows for group in zip_longest(*shares) for rows in group if rows is not None])

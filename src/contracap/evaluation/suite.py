@@ -65,7 +65,7 @@ def measure_tasks(
         results[name] = result = _try_measure(name, partial(evaluator, model))
         if isinstance(result, Result):
             logger.info("%s: %s", name, ", ".join(f"{figure} {value}" for figure, value in result.figures.items()))
-    return replace(join(results), command=command, seed=seed_of(*tasks.values()) if seed is None else seed)
+    return replace(join_results(results), command=command, seed=seed_of(*tasks.values()) if seed is None else seed)
 
 
 def _try_measure(name: str, measure: Callable[[], Value], *, log: bool = True) -> Value | str:
@@ -79,7 +79,7 @@ def _try_measure(name: str, measure: Callable[[], Value], *, log: bool = True) -
         return reason
 
 
-def join(results: Mapping[str, Result | str]) -> Result:
+def join_results(results: Mapping[str, Result | str]) -> Result:
     """Join the results of tasks, or the reasons why they have none, in one result.
 
     Figures are called `NAME/figure`; the details of each task, such as `asked`, are under `tasks`.
@@ -132,7 +132,7 @@ def build_suite(
         written: list[SampleCaption] | str = []
         if captions is not None:
             written = measure("evaluation.captions", partial(generate_sample_captions, model, processor, captions))
-        return replace(join(results), predictions=[] if isinstance(written, str) else written)
+        return replace(join_results(results), predictions=[] if isinstance(written, str) else written)
 
     return suite
 

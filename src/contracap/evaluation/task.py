@@ -24,7 +24,7 @@ from contracap.evaluation.result import Evaluator, Result
 from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.vqa import PROMPT, Answer, check_prompt, evaluate_vqa, load_answers
 from contracap.evaluation.zeroshot import evaluate_zeroshot, label_of, match_classes
-from contracap.generation.reranking import split_reranking
+from contracap.generation.reranking import ContrastiveReranking
 from contracap.generation.sampling import Sampling
 from contracap.model.coca import CoCa
 from contracap.parallel.process_group import ProcessGroup
@@ -34,7 +34,8 @@ from contracap.processor import Processor
 
 def seed_of(*tasks: TaskConfig) -> int | None:
     """Return the seed with which these tasks sample texts; None if none samples, or if the seeds differ."""
-    strategies = [split_reranking(task.build_strategy())[0] for task in tasks if task.writes]
+    strategies = [task.build_strategy() for task in tasks if task.writes]
+    strategies = [each.of if isinstance(each, ContrastiveReranking) else each for each in strategies]
     seeds = {strategy.seed for strategy in strategies if isinstance(strategy, Sampling)}
     return seeds.pop() if len(seeds) == 1 else None
 

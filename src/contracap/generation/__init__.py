@@ -4,7 +4,7 @@ A caption goes through the files in this order:
 
 1. `captioner` encodes the images and the prompts.
 2. `decoding` prefills a cache with the prompts, then decodes one token of every text at each step.
-3. A search chooses the tokens. `strategy` says what a search is; `sampling`, `beam` and `legacy` are the searches.
+3. A strategy chooses the tokens: `sampling`, `beam` or `legacy`. `strategy` is the interface to them.
    `constraints` forbids tokens (lengths, prompts, repetition) and `phrases` those of banned and forced phrases.
    `texts` holds the texts while they grow, and the best of those that are finished.
 4. `captioner` turns the token ids into captions, and ranks them again for `reranking`.

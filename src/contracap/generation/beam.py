@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from contracap.config import require_count
 from contracap.generation.constraints import Constraints, NextTokenScores, Rules
 from contracap.generation.phrases import ForcedPhrases
-from contracap.generation.strategy import MAX_ROWS, FinishedText, Prompts, check_lengths, check_number
+from contracap.generation.strategy import MAX_TEXTS, FinishedText, Prompts, check_lengths, check_number
 from contracap.generation.texts import BestTexts, PartialTexts, stable_topk
 from contracap.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ class BeamSearch:
     """Words that a text must and must not contain, and its repetitions."""
 
     def __post_init__(self) -> None:
-        require_count("width", self.width, 1, "beams of an image", most=MAX_ROWS)
+        require_count("width", self.width, 1, "beams of an image", most=MAX_TEXTS)
         check_lengths(self.max_tokens, self.min_tokens)
         check_number("length_penalty", self.length_penalty, -10.0, 10.0, "1 is usual")
         # A tensor of whole numbers cannot be raised to a negative whole number.
@@ -79,8 +79,8 @@ class BeamSearch:
             raise ValueError(f"diversity is {self.diversity:g}, but there is only one group: set groups above 1")
 
     @property
-    def rows(self) -> int:
-        """Maximum number of rows per image."""
+    def num_texts(self) -> int:
+        """Maximum number of texts per image."""
         return self.width
 
     def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "BeamState":
@@ -106,25 +106,25 @@ class BeamState:
         ]
 
     @property
-    def last(self) -> Int64[Tensor, "images rows"]:
-        """The newest token of each row."""
+    def last(self) -> Int64[Tensor, "batch text"]:
+        """The newest token of each text."""
         return self.texts.last
 
     @property
-    def finished(self) -> Bool[Tensor, "images"]:
+    def finished(self) -> Bool[Tensor, "batch"]:
         """True for images that cannot find a better text."""
         return torch.stack([group.finished for group in self.groups]).all(dim=0) | self.texts.is_full
 
-    def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"]:
-        """Extend every beam by one token and keep the best; return the row that each new row continues."""
+    def advance(self, logits: Float[Tensor, "batch text vocab"]) -> Int64[Tensor, "batch new_text"]:
+        """Extend every beam by one token and keep the best; return the beam that each new beam continues."""
         all_scores = self.constraints(logits, self.texts)
         first, token_counts, parents = 0, None, []
         for group in self.groups:
-            num_rows = group.texts.ids.shape[1]
-            scores = NextTokenScores(*(values[:, first : first + num_rows] for values in all_scores))
+            num_beams = group.texts.ids.shape[1]
+            scores = NextTokenScores(*(values[:, first : first + num_beams] for values in all_scores))
             penalty = None if token_counts is None else self.strategy.diversity * token_counts[:, None]
             parents.append(first + group.advance(scores, penalty))
-            first += num_rows if logits.shape[1] > 1 else 0  # in the first step all groups share one row
+            first += num_beams if logits.shape[1] > 1 else 0  # in the first step all groups share one text
             if len(self.groups) > 1:
                 token_counts = group.token_counts(logits.shape[-1]) + (0 if token_counts is None else token_counts)
         self.texts = PartialTexts.concatenate([group.texts for group in self.groups])
@@ -158,17 +158,17 @@ class BeamGroup:
         self.finished = torch.zeros(len(texts.ids), dtype=torch.bool, device=texts.ids.device)
 
     def advance(
-        self, next_token: NextTokenScores, penalty: Float[Tensor, "images 1 vocab"] | None
-    ) -> Int64[Tensor, "images width"]:
-        """Extend every beam by one token and keep the best; return the row that each new row continues.
+        self, next_token: NextTokenScores, penalty: Float[Tensor, "batch 1 vocab"] | None
+    ) -> Int64[Tensor, "batch beam"]:
+        """Extend every beam by one token and keep the best; return the beam that each new beam continues.
 
         Args:
             penalty: subtracted from each token's score in the choice, but not in the scores of the beams.
         """
-        width, (_, rows, vocab) = self.width, next_token.scores.shape
+        width, (_, num_beams, vocab) = self.width, next_token.scores.shape
         all_scores = (self.scores[:, :, None] + next_token.scores).flatten(1)
         all_priorities = (
-            all_scores if penalty is None else (all_scores.unflatten(1, (rows, vocab)) - penalty).flatten(1)
+            all_scores if penalty is None else (all_scores.unflatten(1, (num_beams, vocab)) - penalty).flatten(1)
         )
         if all_priorities.shape[1] < 2 * width:  # fewer continuations than a step takes
             all_priorities = functional.pad(all_priorities, (0, 2 * width - all_priorities.shape[1]), value=-math.inf)
@@ -196,7 +196,7 @@ class BeamGroup:
         self._update_finished()
         return parents.gather(1, beams)
 
-    def token_counts(self, vocab: int) -> Float[Tensor, "images vocab"]:
+    def token_counts(self, vocab: int) -> Float[Tensor, "batch vocab"]:
         """Return how many beams have just taken each token."""
         counts = self.scores.new_zeros((len(self.scores), vocab))
         return counts.scatter_add_(1, self.texts.last, (self.scores > -math.inf).float())
@@ -210,24 +210,24 @@ class BeamGroup:
     def _add_forced(
         self,
         forced: ForcedPhrases,
-        all_priorities: Float[Tensor, "images continuations"],
-        priorities: Float[Tensor, "images best"],
-        indices: Int64[Tensor, "images best"],
-    ) -> tuple[Float[Tensor, "images candidates"], Int64[Tensor, "images candidates"]]:
+        all_priorities: Float[Tensor, "batch continuations"],
+        priorities: Float[Tensor, "batch best"],
+        indices: Int64[Tensor, "batch best"],
+    ) -> tuple[Float[Tensor, "batch candidates"], Int64[Tensor, "batch candidates"]]:
         """Add the next tokens of forced phrases and the best continuation of each beam, and order all candidates.
 
         Candidates that hold equally many tokens of the phrases form a bank. The banks take turns, that of the best
         candidate first; in each turn a bank gives its best remaining candidate.
         """
-        rows = self.texts.ids.shape[1]
-        vocab = all_priorities.shape[1] // rows
+        num_beams = self.texts.ids.shape[1]
+        vocab = all_priorities.shape[1] // num_beams
         written = forced.vocabulary.texts(self.texts.ids[:, :, : self.texts.length])
-        likeliest = all_priorities.unflatten(1, (rows, vocab)).argmax(dim=-1).tolist()
+        likeliest = all_priorities.unflatten(1, (num_beams, vocab)).argmax(dim=-1).tolist()
         added = []
         for texts, tokens, known in zip(written, likeliest, indices.tolist(), strict=True):
             wanted = {
-                row * vocab + token
-                for row, (text, likeliest_token) in enumerate(zip(texts, tokens, strict=True))
+                beam * vocab + token
+                for beam, (text, likeliest_token) in enumerate(zip(texts, tokens, strict=True))
                 for token in (likeliest_token, *forced.next_tokens(text))
             }
             added.append(torch.tensor(sorted(wanted - set(known)), dtype=torch.int64))
@@ -242,8 +242,8 @@ class BeamGroup:
         for texts, image_priorities, image_indices in zip(written, priorities.tolist(), indices.tolist(), strict=True):
             banks: dict[float, list[int]] = {}
             for candidate in sorted(range(len(image_priorities)), key=lambda candidate: -image_priorities[candidate]):
-                row, token = divmod(image_indices[candidate], vocab)
-                met = forced.tokens_met(texts[row] + forced.vocabulary.pieces[token])
+                beam, token = divmod(image_indices[candidate], vocab)
+                met = forced.tokens_met(texts[beam] + forced.vocabulary.pieces[token])
                 banks.setdefault(met if image_priorities[candidate] > -math.inf else math.inf, []).append(candidate)
             impossible = banks.pop(math.inf, [])
             turns = itertools.chain.from_iterable(itertools.zip_longest(*banks.values()))

@@ -13,8 +13,8 @@ from torch import Tensor
 from contracap.config import require_count
 from contracap.generation.beam import BeamSearch
 from contracap.generation.decoding import DecodingLoop
-from contracap.generation.reranking import split_reranking
-from contracap.generation.strategy import FinishedText, Prompts, SearchStrategy, Strategy
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.strategy import FinishedText, Prompts, Strategy
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor
 from contracap.tokenizer import join_marks
@@ -45,8 +45,8 @@ class Caption(FinishedText):
 class EncodedImages:
     """Contrastive embeddings and caption tokens of images."""
 
-    embeddings: Float[Tensor, "image embed"]
-    caption_tokens: Float[Tensor, "image caption_token embed"]
+    embeddings: Float[Tensor, "batch embed"]
+    caption_tokens: Float[Tensor, "batch caption_token width"]
 
     def select(self, images: Sequence[int]) -> "EncodedImages":
         """Return these images; an image may be repeated."""
@@ -137,14 +137,16 @@ class Captioner:
         return self.write(self.encode(pixels), strategy, prompt_ids, numbers, before_step) if len(pixels) else []
 
     def check(self, strategy: Strategy, prompt: str = "") -> None:
-        """Raises: ValueError: if this model cannot use the strategy and the prompt."""
+        """Check that this model can use the strategy and the prompt.
+
+        Raises: ValueError: if it cannot.
+        """
         tokenizer = self.processor.tokenizer
         prompts = _pad_prompts(self._encode_prompts(prompt, 1), [0], start=tokenizer.start, device=self.model.device)
-        search_strategy, _ = self._limit(strategy)
-        search_strategy.begin(prompts, tokenizer)
+        self._limit(strategy).begin(prompts, tokenizer)
 
     @torch.inference_mode()
-    def encode(self, pixels: Float[Tensor, "image 3 height width"]) -> EncodedImages:
+    def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> EncodedImages:
         """Return the embeddings and caption tokens of normalised images."""
         with evaluating(self.model):
             return EncodedImages(*self.model.encode_caption_tokens(pixels.to(self.model.device)))
@@ -166,27 +168,28 @@ class Captioner:
 
         Raises: ValueError: as `__call__` does.
         """
-        search_strategy, is_reranked = self._limit(strategy)
+        strategy = self._limit(strategy)
         model, tokenizer = self.model, self.processor.tokenizer
         prompts = _pad_prompts(prompt_ids, numbers, start=tokenizer.start, device=model.device)
         with evaluating(model):
-            found = self.decoding.run(images.caption_tokens, search_strategy, prompts, tokenizer, before_step)
+            found = self.decoding.run(images.caption_tokens, strategy, prompts, tokenizer, before_step)
             embeddings = images.embeddings.float().cpu()
             captions = [
                 self._make_captions(texts, prompt, embedding)
                 for texts, prompt, embedding in zip(found, prompt_ids, embeddings, strict=True)
             ]
-            if is_reranked:
+            if isinstance(strategy, ContrastiveReranking):
                 captions = self._rerank(captions)
         return [replace(alternatives[0], alternatives=tuple(alternatives)) for alternatives in captions]
 
-    def _limit(self, strategy: Strategy) -> tuple[SearchStrategy, bool]:
-        """Return the strategy that writes, limited to this model's context, and whether its texts are reranked."""
+    def _limit(self, strategy: Strategy) -> Strategy:
+        """Return the strategy, limited to this model's context."""
         if isinstance(strategy, type) or not isinstance(strategy, Strategy):
             raise ValueError(f"the strategy must be an object such as BeamSearch(width=6), not {strategy!r}")
-        search_strategy, is_reranked = split_reranking(strategy)
-        context = self.model.config.text.context
-        return replace(search_strategy, max_tokens=min(search_strategy.max_tokens, context)), is_reranked
+        max_tokens = min(strategy.max_tokens, self.model.config.text.context)
+        if isinstance(strategy, ContrastiveReranking):
+            return replace(strategy, of=replace(strategy.of, max_tokens=max_tokens))
+        return replace(strategy, max_tokens=max_tokens)
 
     def _encode_prompts(self, prompts: str | Sequence[str], images: int) -> list[list[int]]:
         """Return the tokens of each image's prompt, without the start token."""

@@ -69,12 +69,12 @@ class NextTokenScores(NamedTuple):
         scores: the same after the repetition penalty; -inf for forbidden tokens. The others are not scaled up.
     """
 
-    log_probs: Float[Tensor, "images rows vocab"]
-    scores: Float[Tensor, "images rows vocab"]
+    log_probs: Float[Tensor, "batch text vocab"]
+    scores: Float[Tensor, "batch text vocab"]
 
 
 class Constraints:
-    """Scores the next token of each row of a batch. Id 0 is a word like any other, not padding.
+    """Scores the next token of each text of a batch. Id 0 is a word like any other, not padding.
 
     A second start token is forbidden, and so is the end token while the sequence is shorter than `min_tokens`. The
     rules may forbid more. Inside a prompt, its next token has log-probability 0 and all others are forbidden.
@@ -96,7 +96,7 @@ class Constraints:
                 for ids, length in zip(prompts.ids.tolist(), prompts.lengths.tolist(), strict=True):
                     self.forced.check_room(self.vocabulary.text(ids[:length]), max_tokens - length)
 
-    def __call__(self, logits: Float[Tensor, "images rows vocab"], texts: PartialTexts) -> NextTokenScores:
+    def __call__(self, logits: Float[Tensor, "batch text vocab"], texts: PartialTexts) -> NextTokenScores:
         """Return the scores of the token after each text."""
         length, rules = texts.length, self.rules
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -122,8 +122,8 @@ class Constraints:
         self.prompts = Prompts(self.prompts.ids[images], self.prompts.lengths[images])
 
     def _penalise(
-        self, logits: Float[Tensor, "images rows vocab"], texts: PartialTexts
-    ) -> Float[Tensor, "images rows vocab"]:
+        self, logits: Float[Tensor, "batch text vocab"], texts: PartialTexts
+    ) -> Float[Tensor, "batch text vocab"]:
         ids = texts.ids[:, :, : texts.length]
         is_generated = torch.arange(texts.length, device=ids.device) >= texts.prompt_lengths[:, None, None]
         penalty = self.rules.repetition_penalty
@@ -131,7 +131,7 @@ class Constraints:
         return torch.where(occurring_tokens(ids, is_generated.expand_as(ids), logits.shape[-1]), penalised, logits)
 
     def _apply_phrases(
-        self, scores: Float[Tensor, "images rows vocab"], texts: PartialTexts, repeats: Tensor | None
+        self, scores: Float[Tensor, "batch text vocab"], texts: PartialTexts, repeats: Tensor | None
     ) -> None:
         """Forbid what the phrases forbid, and repeated sequences where no forced phrase is urgent."""
         room = self.max_tokens - texts.length
@@ -149,8 +149,8 @@ class Constraints:
                     row_scores.masked_fill_(repeats[image, row], -math.inf)
 
     def _follow_prompts(
-        self, scores: Float[Tensor, "images rows vocab"], length: int
-    ) -> Float[Tensor, "images rows vocab"]:
+        self, scores: Float[Tensor, "batch text vocab"], length: int
+    ) -> Float[Tensor, "batch text vocab"]:
         """Allow the next token of each prompt that goes on, and no other."""
         in_prompt = self.prompts.lengths > length
         token = self.prompts.ids[:, length].masked_fill(~in_prompt, 0)
@@ -160,9 +160,9 @@ class Constraints:
 
 
 def repeating_tokens(
-    ids: Int64[Tensor, "images rows length"], count: int, vocab: int
-) -> Bool[Tensor, "images rows vocab"]:
-    """Mark the tokens that would complete a sequence of `count` tokens that the row already holds."""
+    ids: Int64[Tensor, "batch text length"], count: int, vocab: int
+) -> Bool[Tensor, "batch text vocab"]:
+    """Mark the tokens that would complete a sequence of `count` tokens that the text already holds."""
     if ids.shape[2] < count:
         return torch.zeros(*ids.shape[:2], vocab, dtype=torch.bool, device=ids.device)
     windows = ids.unfold(2, count, 1)
@@ -172,8 +172,8 @@ def repeating_tokens(
 
 
 def occurring_tokens(
-    ids: Int64[Tensor, "images rows count"], mask: Bool[Tensor, "images rows count"], vocab: int
-) -> Bool[Tensor, "images rows vocab"]:
+    ids: Int64[Tensor, "batch text count"], mask: Bool[Tensor, "batch text count"], vocab: int
+) -> Bool[Tensor, "batch text vocab"]:
     """Mark the tokens that occur where `mask` is true."""
     counts = torch.zeros(*ids.shape[:2], vocab, device=ids.device)
     return counts.scatter_add_(-1, ids, mask.float()) > 0

@@ -45,8 +45,8 @@ class LegacyBeamSearch:
         check_lengths(self.max_tokens, self.min_tokens)
 
     @property
-    def rows(self) -> int:
-        """Maximum number of rows per image."""
+    def num_texts(self) -> int:
+        """Maximum number of texts per image."""
         return WIDTH
 
     def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "LegacyState":
@@ -70,17 +70,17 @@ class LegacyState:
         self.stopped = torch.zeros(len(prompts.ids), dtype=torch.bool, device=prompts.ids.device)
 
     @property
-    def last(self) -> Int64[Tensor, "images rows"]:
-        """The newest token of each row."""
+    def last(self) -> Int64[Tensor, "batch text"]:
+        """The newest token of each text."""
         return self.texts.last
 
     @property
-    def finished(self) -> Bool[Tensor, "images"]:
+    def finished(self) -> Bool[Tensor, "batch"]:
         """True for images that have stopped."""
         return self.stopped | self.texts.is_full
 
-    def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images width"]:
-        """Extend both beams by one token and keep the best; return the row that each new row continues."""
+    def advance(self, logits: Float[Tensor, "batch text vocab"]) -> Int64[Tensor, "batch beam"]:
+        """Extend both beams by one token and keep the best; return the beam that each new beam continues."""
         vocab, length = logits.shape[-1], self.texts.length
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         logits = logits.float()
@@ -98,12 +98,12 @@ class LegacyState:
         worse = self.best_texts.scores[:, -1]
         self.stopped = self.stopped | ((worse > -math.inf) & (worse >= scores[:, 0] / divisor))
 
-        self.scores, rows = stable_topk(scores.masked_fill(has_ended, -math.inf), WIDTH)
-        self.texts = texts.reorder(rows)
+        self.scores, beams = stable_topk(scores.masked_fill(has_ended, -math.inf), WIDTH)
+        self.texts = texts.reorder(beams)
         if self.texts.is_full:
             unfinished_scores = self.scores.masked_fill(self.stopped[:, None], -math.inf)
             self.best_texts.add(self.texts, unfinished_scores / self.strategy.max_tokens)
-        return parents.gather(1, rows)
+        return parents.gather(1, beams)
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
         """Keep these images only."""

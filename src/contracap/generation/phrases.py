@@ -37,7 +37,7 @@ class Vocabulary:
         """Return the text that these tokens write."""
         return b" " + b"".join([self.pieces[token] for token in ids])
 
-    def texts(self, ids: Int64[Tensor, "images rows length"]) -> list[list[bytes]]:
+    def texts(self, ids: Int64[Tensor, "batch text length"]) -> list[list[bytes]]:
         """Return the text of each row."""
         return [[self.text(row) for row in rows] for rows in ids.tolist()]
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from contracap.generation.beam import BeamSearch
 from contracap.generation.sampling import Sampling
-from contracap.generation.strategy import SearchStrategy, Strategy
+from contracap.generation.strategy import DecodingState, Prompts
+from contracap.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,10 @@ class ContrastiveReranking:
         return self.of.max_tokens
 
     @property
-    def rows(self) -> int:
-        """Maximum number of rows per image."""
-        return self.of.rows
+    def num_texts(self) -> int:
+        """Maximum number of texts per image."""
+        return self.of.num_texts
 
-
-def split_reranking(strategy: Strategy) -> tuple[SearchStrategy, bool]:
-    """Return the strategy that writes the texts, and whether they are reranked afterwards."""
-    if isinstance(strategy, ContrastiveReranking):
-        return strategy.of, True
-    assert isinstance(strategy, SearchStrategy)  # there is no other kind
-    return strategy, False
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> DecodingState:
+        """Return the state before the first step of the strategy that writes the texts."""
+        return self.of.begin(prompts, tokenizer)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contracap.config import require_count
 from contracap.generation.constraints import Constraints, Rules
-from contracap.generation.strategy import MAX_ROWS, FinishedText, Prompts, check_lengths, check_number
+from contracap.generation.strategy import MAX_TEXTS, FinishedText, Prompts, check_lengths, check_number
 from contracap.generation.texts import PartialTexts, build_finished_text, stable_topk
 from contracap.tokenizer import Tokenizer
 
@@ -35,8 +35,8 @@ class Greedy:
         check_lengths(self.max_tokens, self.min_tokens)
 
     @property
-    def rows(self) -> int:
-        """Number of rows per image."""
+    def num_texts(self) -> int:
+        """Number of texts per image."""
         return 1
 
     def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "GreedyState":
@@ -89,12 +89,12 @@ class Sampling:
         if self.min_p is not None:
             check_number("min_p", self.min_p, 0.0, 1.0, "probability relative to the likeliest token's")
         require_count("seed", self.seed, 0, "the same seed gives the same texts", most=2**63 - 1)
-        require_count("samples", self.samples, 1, "texts per image", most=MAX_ROWS)
+        require_count("samples", self.samples, 1, "texts per image", most=MAX_TEXTS)
         check_lengths(self.max_tokens, self.min_tokens)
 
     @property
-    def rows(self) -> int:
-        """Number of rows per image."""
+    def num_texts(self) -> int:
+        """Number of texts per image."""
         return self.samples
 
     def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> "SamplingState":
@@ -106,7 +106,7 @@ class GreedyState:
     """The state of decoding texts that do not compete: each continues with the token that `choose` returns."""
 
     def __init__(self, strategy: Greedy | Sampling, prompts: Prompts, tokenizer: Tokenizer):
-        self.end, self.rows = tokenizer.end, strategy.rows
+        self.end, self.num_texts = tokenizer.end, strategy.num_texts
         self.texts = PartialTexts.from_prompts(prompts, strategy.max_tokens)
         self.constraints = Constraints(
             prompts,
@@ -121,24 +121,24 @@ class GreedyState:
         self.log_probs = torch.zeros((images, 1), device=device)
 
     @property
-    def last(self) -> Int64[Tensor, "images rows"]:
-        """The newest token of each row."""
+    def last(self) -> Int64[Tensor, "batch text"]:
+        """The newest token of each text."""
         return self.texts.last
 
     @property
-    def finished(self) -> Bool[Tensor, "images"]:
+    def finished(self) -> Bool[Tensor, "batch"]:
         """True for images whose texts have all ended or reached `max_tokens`."""
         return self.ended.all(dim=1) | self.texts.is_full
 
-    def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"] | None:
-        """Append a token to every text that has not ended; the first step expands one row to all samples."""
+    def advance(self, logits: Float[Tensor, "batch text vocab"]) -> Int64[Tensor, "batch new_text"] | None:
+        """Append a token to every text that has not ended; the first step expands one text to all samples."""
         log_probs, scores = self.constraints(logits, self.texts)
         parents = None
-        if logits.shape[1] < self.rows:
-            parents = torch.zeros((len(logits), self.rows), dtype=torch.int64, device=logits.device)
-            log_probs, scores = (values.expand(-1, self.rows, -1) for values in (log_probs, scores))
+        if logits.shape[1] < self.num_texts:
+            parents = torch.zeros((len(logits), self.num_texts), dtype=torch.int64, device=logits.device)
+            log_probs, scores = (values.expand(-1, self.num_texts, -1) for values in (log_probs, scores))
             self.ended, self.num_generated, self.log_probs = (
-                values.repeat(1, self.rows) for values in (self.ended, self.num_generated, self.log_probs)
+                values.repeat(1, self.num_texts) for values in (self.ended, self.num_generated, self.log_probs)
             )
         token = torch.where(self.ended, self.end, self.choose(scores))
         token_log_prob = log_probs.gather(-1, token[..., None]).squeeze(-1)
@@ -152,8 +152,8 @@ class GreedyState:
         self.texts = self.texts.append(token, token_log_prob, parents)
         return parents
 
-    def choose(self, scores: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
-        """Return the next token of each row."""
+    def choose(self, scores: Float[Tensor, "batch text vocab"]) -> Int64[Tensor, "batch text"]:
+        """Return the next token of each text."""
         return scores.max(dim=-1).indices  # the first among equals
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
@@ -188,8 +188,8 @@ class SamplingState(GreedyState):
         uniform = [uniform_numbers(strategy.seed, number, strategy.samples, strategy.max_tokens) for number in numbers]
         self.uniform = torch.stack(uniform).to(prompts.ids.device)
 
-    def choose(self, scores: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images rows"]:
-        """Draw the next token of each row."""
+    def choose(self, scores: Float[Tensor, "batch text vocab"]) -> Int64[Tensor, "batch text"]:
+        """Draw the next token of each text."""
         return draw_tokens(scores, self.uniform[:, :, self.texts.length], self.strategy)
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
@@ -212,8 +212,8 @@ def uniform_numbers(seed: int, number: int, samples: int, count: int) -> Float64
 
 
 def draw_tokens(
-    scores: Float[Tensor, "images rows vocab"], uniform: Float64[Tensor, "images rows"], strategy: Sampling
-) -> Int64[Tensor, "images rows"]:
+    scores: Float[Tensor, "batch text vocab"], uniform: Float64[Tensor, "batch text"], strategy: Sampling
+) -> Int64[Tensor, "batch text"]:
     """Return the tokens at which the cumulative distributions pass the numbers in `uniform`."""
     logits = (scores / strategy.temperature).flatten(0, 1)
     tokens = None

@@ -1,6 +1,6 @@
 """The interface between a decoding strategy and the decoding loop.
 
-A `Strategy` is a frozen dataclass of settings. `SearchStrategy.begin` returns a `Search`: the state of decoding one
+A `Strategy` is a frozen dataclass of settings. `Strategy.begin` returns a `DecodingState`: the state of decoding one
 batch, which receives logits and never sees a model.
 """
 
@@ -14,7 +14,7 @@ from contracap.config import require_count
 from contracap.tokenizer import Tokenizer
 
 MAX_TOKENS = 10_000
-MAX_ROWS = 1000  # texts of one image that are searched together
+MAX_TEXTS = 1000  # texts of one image that are searched together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ class Prompts:
             the batch. None: the positions in this batch.
     """
 
-    ids: Int64[Tensor, "images longest"]
-    lengths: Int64[Tensor, "images"]
-    numbers: Int64[Tensor, "images"] | None = None
+    ids: Int64[Tensor, "batch longest"]
+    lengths: Int64[Tensor, "batch"]
+    numbers: Int64[Tensor, "batch"] | None = None
 
     @property
-    def shared(self) -> int:
+    def shortest(self) -> int:
         """Tokens of the shortest prompt: the length at which a search begins."""
         return int(self.lengths.min()) if len(self.lengths) else 1
 
@@ -61,7 +61,10 @@ class Prompts:
         return int(self.lengths.max()) if len(self.lengths) else 1
 
     def check(self, max_tokens: int) -> None:
-        """Raises: ValueError: if a prompt leaves no room for a token."""
+        """Check that each prompt leaves room for a token.
+
+        Raises: ValueError: if one does not.
+        """
         if self.longest >= max_tokens:
             raise ValueError(
                 f"a prompt takes {self.longest} tokens, the start token included, and max_tokens is {max_tokens}: "
@@ -70,37 +73,37 @@ class Prompts:
 
 
 @runtime_checkable
-class Search(Protocol):
+class DecodingState(Protocol):
     """The state of decoding one batch.
 
-    All texts have the same length. It starts at `Prompts.shared` and grows by one in each step. Where a prompt is
-    longer, its next token is the only possible one. Every image in the search has the same number of rows.
+    All texts have the same length. It starts at `Prompts.shortest` and grows by one in each step. Where a prompt is
+    longer, its next token is the only possible one. Every image in the batch has the same number of texts.
     """
 
     @property
-    def last(self) -> Int64[Tensor, "images rows"]:
-        """The newest token of each row, which the model has not read yet."""
+    def last(self) -> Int64[Tensor, "batch text"]:
+        """The newest token of each text, which the model has not read yet."""
         ...
 
     @property
-    def finished(self) -> Bool[Tensor, "images"]:
+    def finished(self) -> Bool[Tensor, "batch"]:
         """True for images whose result is final; for all of them once the length is `max_tokens`."""
         ...
 
-    def advance(self, logits: Float[Tensor, "images rows vocab"]) -> Int64[Tensor, "images new_rows"] | None:
-        """Append one token to every row, given the logits after `last`.
+    def advance(self, logits: Float[Tensor, "batch text vocab"]) -> Int64[Tensor, "batch new_text"] | None:
+        """Append one token to every text, given the logits after `last`.
 
-        Returns: the row of its image that each new row continues; None if each row continues itself. The number of
-            rows may change: a search may begin with one row per image and expand in its first step.
+        Returns: the text of its image that each new text continues; None if each continues itself. The number of texts
+            may change: a search may begin with one text per image and expand in its first step.
         """
         ...
 
     def select(self, images: Int64[Tensor, "selected"]) -> None:
-        """Keep these images only, given by their positions among those still in the search."""
+        """Keep these images only, given by their positions among those still in the batch."""
         ...
 
     def list_texts(self) -> list[list[FinishedText]]:
-        """Return the finished texts of each image that is still in the search, best first."""
+        """Return the finished texts of each image that is still in the batch, best first."""
         ...
 
 
@@ -116,16 +119,11 @@ class Strategy(Protocol):
         ...
 
     @property
-    def rows(self) -> int:
-        """Maximum number of rows per image."""
+    def num_texts(self) -> int:
+        """Maximum number of texts per image."""
         ...
 
-
-@runtime_checkable
-class SearchStrategy(Strategy, Protocol):
-    """A strategy that writes texts by a search of its own."""
-
-    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> Search:
+    def begin(self, prompts: Prompts, tokenizer: Tokenizer) -> DecodingState:
         """Return the state before the first step, on the device of the prompts.
 
         Raises: ValueError: if a prompt leaves no room, or the strategy does not support a prompt or rule.
@@ -134,7 +132,10 @@ class SearchStrategy(Strategy, Protocol):
 
 
 def check_lengths(max_tokens: int, min_tokens: int) -> None:
-    """Raises: ValueError: unless `max_tokens` leaves room for a token, and `min_tokens` is from 0 to `max_tokens`."""
+    """Check that `max_tokens` leaves room for a token, and that `min_tokens` is from 0 to `max_tokens`.
+
+    Raises: ValueError: if not.
+    """
     why = "it counts the whole sequence, start and end token included"
     require_count("max_tokens", max_tokens, 2, why, most=MAX_TOKENS)
     require_count("min_tokens", min_tokens, 0, "0 allows the end token from the first step")
@@ -145,6 +146,9 @@ def check_lengths(max_tokens: int, min_tokens: int) -> None:
 
 
 def check_number(name: str, value: Any, least: float, most: float, why: str) -> None:
-    """Raises: ValueError: unless `value` is a number from `least` to `most`."""
+    """Check that `value` is a number from `least` to `most`.
+
+    Raises: ValueError: if it is not; says `why`.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"{name} must be a number from {least:g} to {most:g} ({why}), not {value!r}")

@@ -25,10 +25,10 @@ class PartialTexts:
         prompt_lengths: tokens of each image's prompt, including the start token.
     """
 
-    ids: Int64[Tensor, "images rows max_tokens"]
-    token_log_probs: Float[Tensor, "images rows max_tokens"]
+    ids: Int64[Tensor, "batch text max_tokens"]
+    token_log_probs: Float[Tensor, "batch text max_tokens"]
     length: int
-    prompt_lengths: Int64[Tensor, "images"]
+    prompt_lengths: Int64[Tensor, "batch"]
 
     @classmethod
     def from_prompts(cls, prompts: Prompts, max_tokens: int) -> "PartialTexts":
@@ -38,19 +38,19 @@ class PartialTexts:
         """
         prompts.check(max_tokens)
         ids = prompts.ids.new_zeros((len(prompts.ids), 1, max_tokens))
-        ids[:, 0, : prompts.shared] = prompts.ids[:, : prompts.shared]
-        return cls(ids, torch.zeros_like(ids, dtype=torch.float32), prompts.shared, prompts.lengths)
+        ids[:, 0, : prompts.shortest] = prompts.ids[:, : prompts.shortest]
+        return cls(ids, torch.zeros_like(ids, dtype=torch.float32), prompts.shortest, prompts.lengths)
 
     @classmethod
     def concatenate(cls, parts: Sequence["PartialTexts"]) -> "PartialTexts":
-        """Join the rows of several searches of the same images."""
+        """Join the texts of several searches of the same images."""
         first = parts[0]
         ids = torch.cat([part.ids for part in parts], dim=1)
         token_log_probs = torch.cat([part.token_log_probs for part in parts], dim=1)
         return cls(ids, token_log_probs, first.length, first.prompt_lengths)
 
     @property
-    def last(self) -> Int64[Tensor, "images rows"]:
+    def last(self) -> Int64[Tensor, "batch text"]:
         """The newest token of each text."""
         return self.ids[:, :, self.length - 1]
 
@@ -60,20 +60,20 @@ class PartialTexts:
         return self.length == self.ids.shape[2]
 
     @property
-    def num_generated(self) -> Int64[Tensor, "images"]:
+    def num_generated(self) -> Int64[Tensor, "batch"]:
         """Tokens after the prompt."""
         return (self.length - self.prompt_lengths).clamp(min=0)
 
     def append(
         self,
-        token: Int64[Tensor, "images new_rows"],
-        token_log_prob: Float[Tensor, "images new_rows"],
-        parents: Int64[Tensor, "images new_rows"] | None = None,
+        token: Int64[Tensor, "batch new_text"],
+        token_log_prob: Float[Tensor, "batch new_text"],
+        parents: Int64[Tensor, "batch new_text"] | None = None,
     ) -> "PartialTexts":
         """Return texts that are one token longer.
 
         Args:
-            parents: the row that each new row continues; None if each row continues itself.
+            parents: the text that each new text continues; None if each continues itself.
         """
         if parents is None:
             ids, token_log_probs = self.ids.clone(), self.token_log_probs.clone()
@@ -83,9 +83,9 @@ class PartialTexts:
         token_log_probs[:, :, self.length] = token_log_prob
         return PartialTexts(ids, token_log_probs, self.length + 1, self.prompt_lengths)
 
-    def reorder(self, rows: Int64[Tensor, "images new_rows"]) -> "PartialTexts":
-        """Return these rows of each image."""
-        ids, token_log_probs = select_rows(self.ids, rows), select_rows(self.token_log_probs, rows)
+    def reorder(self, order: Int64[Tensor, "batch new_text"]) -> "PartialTexts":
+        """Return these texts of each image, in this order."""
+        ids, token_log_probs = select_rows(self.ids, order), select_rows(self.token_log_probs, order)
         return PartialTexts(ids, token_log_probs, self.length, self.prompt_lengths)
 
     def select(self, images: Int64[Tensor, "selected"]) -> "PartialTexts":
@@ -104,7 +104,7 @@ class BestTexts:
         self.lengths = torch.zeros_like(self.scores, dtype=torch.int64)
         self.prompt_lengths = texts.prompt_lengths
 
-    def add(self, texts: PartialTexts, scores: Float[Tensor, "images rows"]) -> None:
+    def add(self, texts: PartialTexts, scores: Float[Tensor, "batch text"]) -> None:
         """Add texts as they are; a score of -inf leaves a text out."""
         count = self.scores.shape[1]
         self.scores, rows = stable_topk(torch.cat([self.scores, scores], dim=1), count)
@@ -142,15 +142,15 @@ def build_finished_text(ids: list[int], token_log_probs: list[float], score: flo
 
 
 def select_rows(
-    table: Shaped[Tensor, "image row column"], rows: Int64[Tensor, "image new_row"]
-) -> Shaped[Tensor, "image new_row column"]:
+    table: Shaped[Tensor, "batch row column"], rows: Int64[Tensor, "batch new_row"]
+) -> Shaped[Tensor, "batch new_row column"]:
     """Return the rows with these numbers, image by image."""
     return table.gather(1, rows[:, :, None].expand(-1, -1, table.shape[-1]))
 
 
 def stable_topk(
-    scores: Float[Tensor, "image candidates"], count: int
-) -> tuple[Float[Tensor, "image count"], Int64[Tensor, "image count"]]:
+    scores: Float[Tensor, "batch candidates"], count: int
+) -> tuple[Float[Tensor, "batch count"], Int64[Tensor, "batch count"]]:
     """Return the `count` highest scores and their indices, best first; of two equal scores the lower index comes first.
 
     `torch.topk` does not specify the order of equal scores, and a stable sort of a whole vocabulary is slow. Only the

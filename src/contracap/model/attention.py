@@ -6,8 +6,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from contracap.model.cache import LayerCache, Memory, Projected, Unprojected
-from contracap.model.packing import GRID, Grid
+from contracap.model.cache import KeysValues, LayerCache, Memory, NormalisedTokens
+from contracap.model.packing import GRID, Layout
 
 
 class SelfAttention(nn.Module):
@@ -20,7 +20,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
-        """Initialise the weights for a residual stream of `depth` blocks. Source: model.text.TextEncoder."""
+        """Initialise the weights for a residual stream of `depth` blocks, as `initialize_parameters` of openai/CLIP."""
         width = self.out.in_features
         nn.init.normal_(self.query_key_value.weight, std=width**-0.5)
         nn.init.normal_(self.out.weight, std=(width * 2 * depth) ** -0.5)
@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
         self,
         tokens: Float[Tensor, "*rows width"],
         *,
-        layout: Grid = GRID,
+        layout: Layout = GRID,
         causal: bool = False,
         mask: Bool[Tensor, "batch 1 query key"] | None = None,
         cache: LayerCache | None = None,
@@ -61,8 +61,9 @@ class CrossAttention(nn.Module):
     """Multi-head attention of a sequence, or of learned queries, to a memory.
 
     The memory is what queries read, as in `torch.nn.TransformerDecoder`: image tokens in the pooler, caption tokens in
-    the decoder. There are two ways to compute it. `Projected`: each row of the memory is projected to keys and values.
-    `Unprojected`: the projections are multiplied into queries and outputs instead, which is less work for short texts.
+    the decoder. There are two ways to compute it. With `KeysValues`, each row of the memory is projected to keys and
+    values. With `NormalisedTokens`, the projections are multiplied into queries and outputs instead, which is less work
+    for short texts.
     """
 
     def __init__(self, width: int, heads: int, *, memory_width: int):
@@ -73,7 +74,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def initialise(self, *, depth: int) -> None:
-        """Initialise the weights for a residual stream of `depth` blocks. Source: model.text.TextEncoder."""
+        """Initialise the weights for a residual stream of `depth` blocks, as `initialize_parameters` of openai/CLIP."""
         width, memory_width = self.out.in_features, self.key_value.in_features
         nn.init.normal_(self.query.weight, std=width**-0.5)
         nn.init.normal_(self.key_value.weight, std=memory_width**-0.5)
@@ -81,38 +82,38 @@ class CrossAttention(nn.Module):
         for linear in (self.query, self.key_value, self.out):
             nn.init.zeros_(linear.bias)
 
-    def absorbs(self, *, queries: int, memory: int) -> bool:
-        """Return whether `Unprojected` takes fewer operations for these numbers of queries and rows of memory."""
+    def is_absorbed_cheaper(self, *, queries: int, memory: int) -> bool:
+        """Return whether `NormalisedTokens` takes fewer operations, for these numbers of queries and rows of memory."""
         width, memory_width = self.key_value.out_features // 2, self.key_value.in_features
         # Per image, half of the operations: keys and scores. Values and weighted sums take the same.
         projected = memory * memory_width * width + queries * memory * width
         absorbed = queries * width * memory_width + queries * self.heads * memory * memory_width
         return absorbed < projected
 
-    def project(self, memory: Float[Tensor, "images memory memory_width"]) -> Projected:
+    def project(self, memory: Float[Tensor, "batch memory memory_width"]) -> KeysValues:
         """Project a memory to keys and values, once for all queries."""
         key, value = rearrange(
             self.key_value(memory),
-            "images memory (part head dim) -> part images head memory dim",
+            "batch memory (part head dim) -> part batch head memory dim",
             part=2,
             head=self.heads,
         )
-        return Projected(key, value)
+        return KeysValues(key, value)
 
     def forward(
-        self, queries: Float[Tensor, "*rows width"], memory: Memory, *, layout: Grid = GRID
+        self, queries: Float[Tensor, "*rows width"], memory: Memory, *, layout: Layout = GRID
     ) -> Float[Tensor, "*rows width"]:
         """Attend to a memory. `layout` says how the sequences are stored in `queries`."""
-        if isinstance(memory, Unprojected):
+        if isinstance(memory, NormalisedTokens):
             return self.out(self._absorbed(self.query(queries), memory, layout))
         query = rearrange(
-            layout.pad(self.query(queries)), "images column (head dim) -> images head column dim", head=self.heads
+            layout.pad(self.query(queries)), "batch column (head dim) -> batch head column dim", head=self.heads
         )
         attended = attend(query, memory.key, memory.value)
-        return self.out(layout.unpad(rearrange(attended, "images head column dim -> images column (head dim)")))
+        return self.out(layout.unpad(rearrange(attended, "batch head column dim -> batch column (head dim)")))
 
     def _absorbed(
-        self, query: Float[Tensor, "*rows width"], memory: Unprojected, layout: Grid
+        self, query: Float[Tensor, "*rows width"], memory: NormalisedTokens, layout: Layout
     ) -> Float[Tensor, "*rows width"]:
         """Attend to the rows of the memory instead of keys and values, with queries of the same width.
 
@@ -132,7 +133,7 @@ class CrossAttention(nn.Module):
         attended = plain_attention(  # no fused kernel supports heads as wide as the memory
             rearrange(
                 grid,
-                "images column (head memory_width) -> images 1 (column head) memory_width",
+                "batch column (head memory_width) -> batch 1 (column head) memory_width",
                 head=self.heads,
             ),
             tokens[:, None],

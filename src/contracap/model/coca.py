@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.cache import DecodingCache, DecodingStep, Projected
-from contracap.model.mammut import build_text
+from contracap.model.cache import DecodingCache, DecodingStep, KeysValues
+from contracap.model.mammut import MammutTextDecoder, MammutTextEncoder
 from contracap.model.pooler import PoolerConfig, build_pooler
-from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TokenStates
+from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder, TokenStates
 from contracap.model.vision import VisionConfig, VisionEncoder
 from contracap.tokenizer import Lengths
 
@@ -101,7 +101,7 @@ class CoCaOutput:
     decoder: TextDecoder | None = field(repr=False)
 
     @cached_property
-    def logits(self) -> Float[Tensor, "batch positions vocabulary"] | None:
+    def logits(self) -> Float[Tensor, "batch position vocab"] | None:
         """[batch context-1 vocabulary], computed on first use; None without a decoder.
 
         Row i scores token i + 1. Rows after the text are unspecified.
@@ -152,7 +152,7 @@ class CoCa(nn.Module):
     def forward(
         self,
         pixels: Float[Tensor, "batch 3 height width"],
-        ids: Int64[Tensor, "batch tokens"],
+        ids: Int64[Tensor, "batch position"],
         lengths: Lengths | None = None,
     ) -> CoCaOutput:
         """Return both embeddings and the states of the captions, for matching images and texts.
@@ -175,7 +175,7 @@ class CoCa(nn.Module):
     def contrastive_features(
         self,
         pixels: Float[Tensor, "batch 3 height width"],
-        ids: Int64[Tensor, "batch tokens"],
+        ids: Int64[Tensor, "batch position"],
         lengths: Lengths | None = None,
     ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch embed"]]:
         """Return `image_features` and `text_features` of a forward pass, without computing the captions."""
@@ -184,7 +184,7 @@ class CoCa(nn.Module):
     def caption_states(
         self,
         pixels: Float[Tensor, "batch 3 height width"],
-        ids: Int64[Tensor, "batch tokens"],
+        ids: Int64[Tensor, "batch position"],
         lengths: Lengths | None = None,
     ) -> TokenStates:
         """Return `caption_states` of a forward pass, without computing the embeddings."""
@@ -195,18 +195,18 @@ class CoCa(nn.Module):
         """Return the contrastive embeddings of normalised images, unit rows."""
         return unit(self.pooler.contrastive(self.vision(pixels)))
 
-    def encode_text(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "batch embed"]:
+    def encode_text(self, ids: Int64[Tensor, "batch position"]) -> Float[Tensor, "batch embed"]:
         """Return the contrastive embeddings of texts, unit rows; a text ends at its first end token.
 
-        A common beginning of several texts is computed once, so encode prompts of the same template together.
+        A common prefix of several texts is computed once, so encode prompts of the same template together.
 
         Raises: ValueError: if a text is longer than the context.
         """
-        return unit(self.text.contrastive(ids, sharing=True))
+        return unit(self.text.contrastive(ids, share_prefixes=True))
 
     def encode_caption_tokens(
         self, pixels: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token dim"]]:
         """Return contrastive embeddings (unit rows) and caption tokens of images from one pass."""
         self.require_decoder()
         embedding, caption_tokens = self.pooler(self.vision(pixels))
@@ -214,14 +214,14 @@ class CoCa(nn.Module):
 
     def new_cache(
         self,
-        projected: list[Projected],
+        projected: list[KeysValues],
         *,
         prompt: int,
-        rows: int,
+        num_texts: int,
         max_tokens: int,
         fixed_shapes: bool = False,
     ) -> DecodingCache:
-        """Return an empty cache for decoding up to `rows` texts per image.
+        """Return an empty cache for decoding up to `num_texts` texts per image.
 
         Args:
             projected: the result of `TextDecoder.project`.
@@ -234,7 +234,7 @@ class CoCa(nn.Module):
         decoder, text = self.require_decoder(), self.config.text
         if max_tokens > text.context:
             raise ValueError(f"max_tokens is {max_tokens}; this model's context is {text.context} tokens")
-        slots, keys = prompt + rows * (max_tokens - prompt), projected[0].key
+        slots, keys = prompt + num_texts * (max_tokens - prompt), projected[0].key
 
         def empty(layers: int, heads: int) -> list[tuple[Tensor, Tensor]]:
             size = (len(keys), heads, slots, text.width // heads)
@@ -247,19 +247,17 @@ class CoCa(nn.Module):
             fixed_shapes=fixed_shapes,
         )
 
-    def prefill(
-        self, ids: Int64[Tensor, "images column"], cache: DecodingCache
-    ) -> Float[Tensor, "images 1 vocabulary"]:
+    def prefill(self, ids: Int64[Tensor, "batch position"], cache: DecodingCache) -> Float[Tensor, "batch 1 vocab"]:
         """Read the prompts into an empty cache; return float32 logits of the token that follows."""
         return self.next_logits(ids, cache.projected, cache.add_prompt(ids.shape[1]))
 
-    def decode(self, ids: Int64[Tensor, "images row"], cache: DecodingCache) -> Float[Tensor, "images row vocabulary"]:
+    def decode(self, ids: Int64[Tensor, "batch text"], cache: DecodingCache) -> Float[Tensor, "batch text vocab"]:
         """Read the newest token of each text into the cache; return float32 logits of the token that follows."""
         return self.next_logits(ids, cache.projected, cache.add_tokens(ids.shape[1]))
 
     def next_logits(
-        self, ids: Int64[Tensor, "images column"], projected: list[Projected], step: DecodingStep
-    ) -> Float[Tensor, "images row vocabulary"]:
+        self, ids: Int64[Tensor, "batch position"], projected: list[KeysValues], step: DecodingStep
+    ) -> Float[Tensor, "batch text vocab"]:
         """Do the work of `prefill` and `decode` on tensors alone, so that it can be compiled."""
         decoder = self.require_decoder()
         states = decoder.next_states(self.text.next_states(ids, step), projected, step)
@@ -286,6 +284,16 @@ class CoCa(nn.Module):
                 "this model has no text decoder (it is a CLIP), so it cannot caption: load or train a coca size"
             )
         return self.decoder
+
+
+def build_text(
+    text: TextConfig, decoder: DecoderConfig | None, *, embed_dim: int
+) -> tuple[TextEncoder, TextDecoder | None]:
+    """Return a text encoder, and a decoder if there is one; both of a MaMMUT if they share blocks."""
+    if decoder is not None and decoder.shares_blocks:
+        encoder = MammutTextEncoder(text, decoder)
+        return encoder, MammutTextDecoder(decoder, encoder)
+    return TextEncoder(text, embed_dim=embed_dim), TextDecoder(decoder, text) if decoder is not None else None
 
 
 def unit(embedding: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:

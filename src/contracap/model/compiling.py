@@ -24,3 +24,11 @@ def require_compiler() -> None:
             f"compiled code needs a C++ compiler, and there is no {compiler}: install one (Debian: apt install g++), "
             "name one in the environment variable CXX, or do not compile"
         )
+
+
+def allow_recompilations(count: int) -> None:
+    """Raise torch's limit of compiled versions of a function to `count`; beyond it, torch runs the function uncompiled
+    without a warning."""
+    import torch._dynamo  # takes seconds
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)

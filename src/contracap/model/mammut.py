@@ -10,12 +10,12 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn import functional
 
 from contracap.model.cache import DecodingStep
 from contracap.model.packing import GRID, pack
 from contracap.model.text import DecoderConfig, TextConfig, TextDecoder, TextEncoder, TokenStates, next_tokens
-from contracap.model.transformer import AttentionBlock, CrossBlock, SelfBlock, Stack
+from contracap.model.transformer import CrossAttentionBlock, SelfAttentionBlock, Stack, TransformerBlock
 from contracap.tokenizer import Lengths
 
 
@@ -27,10 +27,10 @@ class MammutTextEncoder(TextEncoder):
         super().__init__(config, embed_dim=config.width)
         del self.projection
         block = config.width, config.heads, config.mlp_ratio, config.activation
-        self.blocks = Stack[AttentionBlock](
-            SelfBlock(*block)
+        self.blocks = Stack[SelfAttentionBlock](
+            TransformerBlock(*block)
             if decoder.feed_forward_before_cross or layer % decoder.cross_every
-            else AttentionBlock(config.width, config.heads)
+            else SelfAttentionBlock(config.width, config.heads)
             for layer in range(config.layers)
         )
 
@@ -49,25 +49,25 @@ class MammutTextEncoder(TextEncoder):
         return 0
 
     def forward(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None
     ) -> tuple[Float[Tensor, "batch embed"], TokenStates]:
         lengths = self.checked_lengths(ids, lengths)
         return self.contrastive(ids, lengths), self.token_states(ids, lengths)
 
     def contrastive(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None, *, sharing: bool = False
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None, *, share_prefixes: bool = False
     ) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive embedding alone. `sharing` is ignored: each token depends on all others."""
+        """Return the contrastive embedding alone. `share_prefixes` is ignored: each token depends on all others."""
         lengths = self.checked_lengths(ids, lengths)
         if self.config.pool == "mean":
             return self.mean_of_tokens(ids, lengths)
         ids = pack(lengths, lengths, device=ids.device).fit(ids, padding=0)
-        states = self.embed(pad(ids, (0, self.config.context - ids.shape[1])), GRID)
+        states = self.embed(functional.pad(ids, (0, self.config.context - ids.shape[1])), GRID)
         for block in self.blocks:
             states = block(states)
         return self.norm_out(states).mean(dim=1)
 
-    def mean_of_tokens(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths) -> Float[Tensor, "batch embed"]:
+    def mean_of_tokens(self, ids: Int64[Tensor, "batch position"], lengths: Lengths) -> Float[Tensor, "batch embed"]:
         """Return the mean of the text's own tokens, which see no padding."""
         layout = pack(lengths, lengths, device=ids.device)
         is_token = torch.arange(layout.columns, device=ids.device) < layout.lengths[:, None]
@@ -78,15 +78,15 @@ class MammutTextEncoder(TextEncoder):
         states = layout.pad(self.norm_out(states)) * rearrange(is_token, "batch column -> batch column 1")
         return states.sum(dim=1) / layout.lengths[:, None]
 
-    def token_states(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None) -> TokenStates:
+    def token_states(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None) -> TokenStates:
         """Return the token embeddings, from which the captioning pass starts."""
-        captions = self.caption_layout(ids, self.checked_lengths(ids, lengths))
-        states = self.embed(captions.fit(ids, padding=0), captions)
-        return TokenStates(states, next_tokens(ids, captions), captions)
+        caption_layout = self.caption_layout(ids, self.checked_lengths(ids, lengths))
+        states = self.embed(caption_layout.fit(ids, padding=0), caption_layout)
+        return TokenStates(states, next_tokens(ids, caption_layout), caption_layout)
 
     def next_states(
-        self, ids: Int64[Tensor, "images column"], step: DecodingStep
-    ) -> Float[Tensor, "images column width"]:
+        self, ids: Int64[Tensor, "batch position"], step: DecodingStep
+    ) -> Float[Tensor, "batch position width"]:
         """Return the token embeddings of the next tokens."""
         return self.embed(ids, GRID, step.positions)
 
@@ -101,19 +101,9 @@ class MammutTextDecoder(TextDecoder):
         # As plain attributes, so that their parameters are registered once: with the encoder.
         vars(self).update(self_blocks=encoder.blocks, norm_out=encoder.norm_out)
         block = text.width, config.heads, config.mlp_ratio, text.activation
-        self.cross_blocks = Stack(CrossBlock(*block) for _ in range(config.cross_layers))
+        self.cross_blocks = Stack(CrossAttentionBlock(*block) for _ in range(config.cross_layers))
         self.vocabulary = nn.Linear(text.width, text.vocab_size, bias=False)
 
     def initialise(self) -> None:
         self.cross_blocks.initialise()
         nn.init.normal_(self.vocabulary.weight, std=self.vocabulary.in_features**-0.5)
-
-
-def build_text(
-    text: TextConfig, decoder: DecoderConfig | None, *, embed_dim: int
-) -> tuple[TextEncoder, TextDecoder | None]:
-    """Return a text encoder, and a decoder if there is one."""
-    if decoder is not None and decoder.shares_blocks:
-        encoder = MammutTextEncoder(text, decoder)
-        return encoder, MammutTextDecoder(decoder, encoder)
-    return TextEncoder(text, embed_dim=embed_dim), TextDecoder(decoder, text) if decoder is not None else None

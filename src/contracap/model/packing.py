@@ -1,5 +1,7 @@
 """Packing: texts of different lengths are stored without padding; only attention sees them padded to a grid."""
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,20 +9,30 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional
 
 ROWS = 64  # the number of packed rows is a multiple of it: oneDNN caches a kernel per number (docs/performance.md)
 
 
-class Grid:
+class Layout(ABC):
+    """How the tokens of a batch are stored: `Grid` or `Packed`."""
+
+    @abstractmethod
+    def pad(self, tokens: Float[Tensor, "*rows width"]) -> Float[Tensor, "batch column width"]:
+        """Return the tokens as attention reads them."""
+
+    @abstractmethod
+    def unpad(self, grid: Shaped[Tensor, "batch column *width"]) -> Shaped[Tensor, "..."]:
+        """Return the tokens as all other layers read them."""
+
+
+class Grid(Layout):
     """Layout of sequences of equal length, without padding: image tokens, learned queries, texts during decoding."""
 
     def pad(self, tokens: Float[Tensor, "batch column width"]) -> Float[Tensor, "batch column width"]:
-        """Return the tokens as attention reads them."""
         return tokens
 
     def unpad(self, grid: Shaped[Tensor, "batch column *width"]) -> Shaped[Tensor, "batch column *width"]:
-        """Return the tokens as all other layers read them."""
         return grid
 
 
@@ -28,7 +40,7 @@ GRID = Grid()
 
 
 @dataclass(frozen=True, eq=False)
-class Packed(Grid):
+class Packed(Layout):
     """Layout of packed texts: one row for each token, text after text.
 
     Padding rows after the texts fill up to a multiple of `ROWS`, but never to more rows than the grid has cells. Their
@@ -40,7 +52,7 @@ class Packed(Grid):
         columns: rows of the longest text.
         cells: the grid cell of each row.
         sources: the row that each cell copies; padding cells copy the last row of their text. Texts with a common
-            beginning may share rows: several cells then copy the same row.
+            prefix may share rows: several cells then copy the same row.
     """
 
     tokens: Int64[Tensor, "batch"]
@@ -65,9 +77,9 @@ class Packed(Grid):
         """Copy the rows back from the grid."""
         return grid.flatten(0, 1).index_select(0, self.cells)
 
-    def fit(self, ids: Int64[Tensor, "batch tokens"], *, padding: int) -> Int64[Tensor, "batch column"]:
+    def fit(self, ids: Int64[Tensor, "batch position"], *, padding: int) -> Int64[Tensor, "batch column"]:
         """Cut or extend ids to the columns of the grid; set everything after a text's tokens to `padding`."""
-        fitted = pad(ids, (0, max(0, self.columns - ids.shape[1])), value=padding)[:, : self.columns]
+        fitted = functional.pad(ids, (0, max(0, self.columns - ids.shape[1])), value=padding)[:, : self.columns]
         is_padding = torch.arange(self.columns, device=ids.device) >= self.tokens[:, None]
         return fitted.masked_fill(is_padding, padding)
 
@@ -77,7 +89,7 @@ def pack(tokens: Int64[np.ndarray, "batch"], lengths: Int64[np.ndarray, "batch"]
     columns = max(1, int(lengths.max()))
     column = np.arange(columns)
     taken = (column < lengths[:, None]).ravel()
-    rows = min(-(-max(1, int(lengths.sum())) // ROWS) * ROWS, taken.size)
+    rows = min(math.ceil(max(1, int(lengths.sum())) / ROWS) * ROWS, taken.size)
     cells = np.concatenate([np.flatnonzero(taken), np.flatnonzero(~taken)])[:rows]
     first = lengths.cumsum() - lengths
     sources = (first[:, None] + np.minimum(column, lengths[:, None] - 1)).clip(min=0).ravel()
@@ -85,16 +97,16 @@ def pack(tokens: Int64[np.ndarray, "batch"], lengths: Int64[np.ndarray, "batch"]
     return _packed(tokens, lengths, columns, cells, sources, device)
 
 
-def pack_sharing(
-    ids: Int64[np.ndarray, "batch tokens"],
+def pack_shared_prefixes(
+    ids: Int64[np.ndarray, "batch position"],
     tokens: Int64[np.ndarray, "batch"],
     lengths: Int64[np.ndarray, "batch"],
     *,
     device: torch.device,
 ) -> Packed:
-    """Return a layout in which texts share the rows of common beginnings. No row may depend on later ones.
+    """Return a layout in which texts share the rows of common prefixes. No row may depend on later ones.
 
-    In an order sorted by ids, each text has its longest common beginning with the text before it.
+    In an order sorted by ids, each text has its longest common prefix with the text before it.
     """
     columns = max(1, int(lengths.max()))
     column = np.arange(columns)
@@ -106,7 +118,7 @@ def pack_sharing(
     new = np.logical_or.accumulate(differs, axis=1) & (column < lengths[order, None])  # so is all after it
     text, place = new.nonzero()
     cells = order[text] * columns + place
-    rows = min(-(-len(cells) // ROWS) * ROWS, new.size)
+    rows = min(math.ceil(len(cells) / ROWS) * ROWS, new.size)
     newest = np.zeros(new.shape, dtype=np.int64)
     newest[new] = np.arange(len(cells))
     sources = np.empty_like(newest)

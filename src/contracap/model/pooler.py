@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm
 
 from contracap.config import require_positive
 from contracap.model.attention import CrossAttention
-from contracap.model.cache import Unprojected
+from contracap.model.cache import NormalisedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,11 @@ class AttentionalPool(nn.Module):
     ) -> Float[Tensor, "batch query width"]:
         """Return the outputs of the selected queries, each of which is independent of the others."""
         queries = repeat(self.query_norm(self.queries[selected]), "query width -> batch query width", batch=len(memory))
-        if self.position is None and self.attention.absorbs(queries=queries.shape[1], memory=memory.shape[1]):
+        if self.position is None and self.attention.is_absorbed_cheaper(
+            queries=queries.shape[1], memory=memory.shape[1]
+        ):
             tokens = layer_norm(memory, memory.shape[-1:], eps=self.memory_norm.eps)
-            return self.attention(queries, Unprojected(tokens, self.memory_norm))
+            return self.attention(queries, NormalisedTokens(tokens, self.memory_norm))
         memory = self.memory_norm(memory)
         return self.attention(
             queries, self.attention.project(memory if self.position is None else memory + self.position)
@@ -125,7 +127,7 @@ class Pooler(nn.Module, ABC):
     @abstractmethod
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         """Return the contrastive embedding and the caption tokens."""
 
 
@@ -153,12 +155,12 @@ class SharedPooler(Pooler):
         """Return the contrastive embedding, using one query only."""
         return self.projection(self.norm_out(self.pool(tokens, slice(0, 1)))[:, 0])
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token width"]:
         return self.norm_out(self.pool(tokens, slice(1, None)))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         pooled = self.norm_out(self.pool(tokens))
         return self.projection(pooled[:, 0]), pooled[:, 1:]
 
@@ -199,12 +201,12 @@ class TwoPoolers(Pooler):
         tokens = self.norm_in(tokens)
         return self.contrastive_pool(self.caption_pool(tokens) if self.cascade else tokens)[:, 0]
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token width"]:
         return self.caption_pool(self.norm_in(tokens))
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         tokens = self.norm_in(tokens)
         caption_tokens = self.caption_pool(tokens)
         return self.contrastive_pool(caption_tokens if self.cascade else tokens)[:, 0], caption_tokens
@@ -267,12 +269,12 @@ class MeanPooler(Pooler):
     def contrastive(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch embed"]:
         return self.projection(self.norm_out(tokens[:, self.first :].mean(dim=1)))
 
-    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token embed"]:
+    def caption_tokens(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch caption_token width"]:
         return self.caption_projection(tokens[:, self.first :])
 
     def forward(
         self, tokens: Float[Tensor, "batch token dim"]
-    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token embed"]]:
+    ) -> tuple[Float[Tensor, "batch embed"], Float[Tensor, "batch caption_token width"]]:
         return self.contrastive(tokens), self.caption_tokens(tokens)
 
 

@@ -1,6 +1,6 @@
 """Text encoder and text decoder: a unimodal encoder, and a multimodal decoder on top of its token states."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,12 +8,12 @@ import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import embedding, layer_norm, pad
+from torch.nn import functional
 
 from contracap.config import require_positive
-from contracap.model.cache import DecodingStep, Memory, Projected, Unprojected
-from contracap.model.packing import GRID, Grid, Packed, pack, pack_sharing
-from contracap.model.transformer import Activation, AttentionBlock, CrossBlock, SelfBlock, Stack
+from contracap.model.cache import DecodingStep, KeysValues, Memory, NormalisedTokens
+from contracap.model.packing import GRID, Layout, Packed, pack, pack_shared_prefixes
+from contracap.model.transformer import Activation, CrossAttentionBlock, Stack, TransformerBlock
 from contracap.tokenizer import Lengths, text_lengths
 
 IGNORED = -100  # a label that the captioning loss ignores, like all negative ones
@@ -123,7 +123,8 @@ class TextEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.empty(config.width)) if has_class_token else None
         self.position = nn.Parameter(torch.empty(config.context + has_class_token, config.width))
         self.blocks = Stack(
-            SelfBlock(config.width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
+            TransformerBlock(config.width, config.heads, config.mlp_ratio, config.activation)
+            for _ in range(config.layers)
         )
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
@@ -149,43 +150,43 @@ class TextEncoder(nn.Module):
         return len(self.blocks)
 
     def forward(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None
     ) -> tuple[Float[Tensor, "batch embed"], TokenStates]:
         """Return the contrastive embedding, not of unit length, and the token states that the decoder reads.
 
         Raises: ValueError: if a text is longer than the context.
         """
         lengths = self.checked_lengths(ids, lengths)
-        layout, captions = self.layout(ids, lengths), self.caption_layout(ids, lengths)
+        layout, caption_layout = self.layout(ids, lengths), self.caption_layout(ids, lengths)
         states = self.states(ids, layout)
-        token_states = captions.unpad(layout.pad(states)[:, : captions.columns])
-        return self.project(states, layout), TokenStates(token_states, next_tokens(ids, captions), captions)
+        token_states = caption_layout.unpad(layout.pad(states)[:, : caption_layout.columns])
+        return self.project(states, layout), TokenStates(token_states, next_tokens(ids, caption_layout), caption_layout)
 
     def contrastive(
-        self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None, *, sharing: bool = False
+        self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None, *, share_prefixes: bool = False
     ) -> Float[Tensor, "batch embed"]:
-        """Return the contrastive embedding alone. `sharing`: compute common beginnings of texts once."""
-        layout = self.layout(ids, self.checked_lengths(ids, lengths), sharing=sharing)
+        """Return the contrastive embedding alone. `share_prefixes`: compute common prefixes of texts once."""
+        layout = self.layout(ids, self.checked_lengths(ids, lengths), share_prefixes=share_prefixes)
         return self.project(self.states(ids, layout), layout)
 
-    def token_states(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None = None) -> TokenStates:
+    def token_states(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None = None) -> TokenStates:
         """Return the token states alone, which need no class token."""
-        captions = self.caption_layout(ids, self.checked_lengths(ids, lengths))
-        states = self.embed(captions.fit(ids, padding=0), captions)
+        caption_layout = self.caption_layout(ids, self.checked_lengths(ids, lengths))
+        states = self.embed(caption_layout.fit(ids, padding=0), caption_layout)
         for block in self.blocks:
-            states = block(states, layout=captions, causal=True)
-        return TokenStates(states, next_tokens(ids, captions), captions)
+            states = block(states, layout=caption_layout, causal=True)
+        return TokenStates(states, next_tokens(ids, caption_layout), caption_layout)
 
     def next_states(
-        self, ids: Int64[Tensor, "images column"], step: DecodingStep
-    ) -> Float[Tensor, "images column width"]:
+        self, ids: Int64[Tensor, "batch position"], step: DecodingStep
+    ) -> Float[Tensor, "batch position width"]:
         """Return the states of tokens that follow those in the caches of `step`."""
         states = self.embed(ids, GRID, step.positions)
         for block, cache in zip(self.blocks, step.text, strict=True):
             states = block(states, causal=step.causal, mask=step.mask, cache=cache)
         return states
 
-    def checked_lengths(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths | None) -> Lengths:
+    def checked_lengths(self, ids: Int64[Tensor, "batch position"], lengths: Lengths | None) -> Lengths:
         """Return the lengths, read from the ids if they are None.
 
         Raises: ValueError: if a text is longer than the context.
@@ -198,30 +199,30 @@ class TextEncoder(nn.Module):
             )
         return lengths
 
-    def layout(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths, *, sharing: bool = False) -> Packed:
+    def layout(self, ids: Int64[Tensor, "batch position"], lengths: Lengths, *, share_prefixes: bool = False) -> Packed:
         """Return the layout of each text's rows: its tokens, one padding token with `legacy`, then the class token."""
         rows = lengths
         if self.class_token is not None:
             rows = (lengths + 1).clip(max=self.config.context) if self.config.cls_mask == "legacy" else lengths
             rows = rows + 1
-        if sharing:
-            return pack_sharing(ids.cpu().numpy(), lengths, rows, device=ids.device)
+        if share_prefixes:
+            return pack_shared_prefixes(ids.cpu().numpy(), lengths, rows, device=ids.device)
         return pack(lengths, rows, device=ids.device)
 
-    def caption_layout(self, ids: Int64[Tensor, "batch tokens"], lengths: Lengths) -> Packed:
+    def caption_layout(self, ids: Int64[Tensor, "batch position"], lengths: Lengths) -> Packed:
         """Return the layout of the rows that predict a next token: all tokens of each text except the last."""
         return pack(lengths - 1, lengths - 1, device=ids.device)
 
     def embed(
-        self, ids: Int64[Tensor, "batch column"], layout: Grid, positions: Int64[Tensor, "column"] | None = None
+        self, ids: Int64[Tensor, "batch column"], layout: Layout, positions: Int64[Tensor, "column"] | None = None
     ) -> Float[Tensor, "*rows width"]:
         """Return the sum of token and position embeddings; `positions` default to 0, 1, 2 and so on."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         positions = layout.unpad(positions.expand_as(ids))
-        return self.token_embedding(layout.unpad(ids)) + embedding(positions, self.position)
+        return self.token_embedding(layout.unpad(ids)) + functional.embedding(positions, self.position)
 
-    def states(self, ids: Int64[Tensor, "batch tokens"], layout: Packed) -> Float[Tensor, "rows width"]:
+    def states(self, ids: Int64[Tensor, "batch position"], layout: Packed) -> Float[Tensor, "rows width"]:
         """Return the states of all rows of `layout`, including the class token's."""
         ids = layout.fit(ids, padding=0)
         states, mask = self.embed(ids, layout), self.mask(ids, layout)
@@ -242,16 +243,16 @@ class TextEncoder(nn.Module):
             return None
         # The release tested the id before each key, so the padding id 0 hides a key one position late: the class token
         # attends to one padding token, and not to itself. See docs/decisions/0003-cls-mask.md.
-        shown = pad(ids != 0, (1, -1), value=True)
+        shown = functional.pad(ids != 0, (1, -1), value=True)
         column = torch.arange(layout.columns, device=ids.device)
         is_class = column == layout.lengths[:, None] - 1
         seen = (column <= column[:, None]) & (shown[:, None, :] | ~is_class[:, :, None])
         return seen[:, None]
 
 
-def next_tokens(ids: Int64[Tensor, "batch tokens"], captions: Packed) -> Int64[Tensor, "rows"]:
+def next_tokens(ids: Int64[Tensor, "batch position"], caption_layout: Packed) -> Int64[Tensor, "rows"]:
     """Return the token after each row's, `IGNORED` for padding."""
-    return captions.unpad(captions.fit(ids[:, 1:], padding=IGNORED))
+    return caption_layout.unpad(caption_layout.fit(ids[:, 1:], padding=IGNORED))
 
 
 class TextDecoder(nn.Module):
@@ -264,8 +265,8 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.config, self.context, width = config, text.context, text.width
         block = width, config.heads, config.mlp_ratio, text.activation
-        self.self_blocks = Stack(SelfBlock(*block) for _ in range(config.layers))
-        self.cross_blocks = Stack(CrossBlock(*block) for _ in range(config.cross_layers))
+        self.self_blocks = Stack(TransformerBlock(*block) for _ in range(config.layers))
+        self.cross_blocks = Stack(CrossAttentionBlock(*block) for _ in range(config.cross_layers))
         self.norm_out = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, text.vocab_size, bias=False)
 
@@ -277,50 +278,46 @@ class TextDecoder(nn.Module):
         nn.init.normal_(self.vocabulary.weight, std=self.vocabulary.in_features**-0.5)
 
     def forward(
-        self, token_states: TokenStates, caption_tokens: Float[Tensor, "images caption_token width"]
+        self, token_states: TokenStates, caption_tokens: Float[Tensor, "batch caption_token width"]
     ) -> TokenStates:
         """Return normalised states of the same rows, from which `vocabulary` computes logits."""
         layout = token_states.layout
         states = token_states.states
         prepared = self.prepare(caption_tokens, columns=layout.columns)
-        for self_block, crosses in self.layers(prepared):
-            states = self_block(states, layout=layout, causal=True)
-            for cross_block, layer_tokens in crosses:
-                states = cross_block(states, layer_tokens, layout=layout)
+        for number, block in enumerate(self.self_blocks):
+            states = block(states, layout=layout, causal=True)
+            if number % self.config.cross_every == 0:
+                cross = number // self.config.cross_every
+                states = self.cross_blocks[cross](states, prepared[cross], layout=layout)
         return replace(token_states, states=self.norm_out(states))
 
     def next_states(
-        self, states: Float[Tensor, "images column width"], projected: Sequence[Projected], step: DecodingStep
-    ) -> Float[Tensor, "images column width"]:
+        self, states: Float[Tensor, "batch position width"], projected: Sequence[KeysValues], step: DecodingStep
+    ) -> Float[Tensor, "batch position width"]:
         """Return the states of tokens that follow those in the caches of `step`."""
-        for (self_block, crosses), cache in zip(self.layers(projected), step.decoder, strict=True):
-            states = self_block(states, causal=step.causal, mask=step.mask, cache=cache)
-            for cross_block, layer_tokens in crosses:
-                states = cross_block(states, layer_tokens)
+        for number, (block, cache) in enumerate(zip(self.self_blocks, step.decoder, strict=True)):
+            states = block(states, causal=step.causal, mask=step.mask, cache=cache)
+            if number % self.config.cross_every == 0:
+                cross = number // self.config.cross_every
+                states = self.cross_blocks[cross](states, projected[cross])
         return self.norm_out(states)
 
-    def layers(self, memories: Sequence[Memory]) -> Iterator[tuple[AttentionBlock, list[tuple[CrossBlock, Memory]]]]:
-        """Yield each self-attention block with the cross-attention block after it, if any, and what that one reads."""
-        crosses = zip(self.cross_blocks, memories, strict=True)
-        for number, block in enumerate(self.self_blocks):
-            yield block, [] if number % self.config.cross_every else [next(crosses)]
-
-    def logits(self, captions: TokenStates) -> Float[Tensor, "batch positions vocabulary"]:
+    def logits(self, caption_states: TokenStates) -> Float[Tensor, "batch position vocab"]:
         """Return logits for all positions of the context except the last; row i scores token i + 1."""
-        scores = captions.layout.pad(self.vocabulary(captions.states.to(self.vocabulary.weight.dtype)))
-        return pad(scores, (0, 0, 0, self.context - 1 - scores.shape[1]))
+        scores = caption_states.layout.pad(self.vocabulary(caption_states.states.to(self.vocabulary.weight.dtype)))
+        return functional.pad(scores, (0, 0, 0, self.context - 1 - scores.shape[1]))
 
-    def project(self, caption_tokens: Float[Tensor, "images caption_token width"]) -> list[Projected]:
+    def project(self, caption_tokens: Float[Tensor, "batch caption_token width"]) -> list[KeysValues]:
         """Return the keys and values of the caption tokens in each cross-attention layer, for many decoding steps."""
         return [block.project(caption_tokens) for block in self.cross_blocks]
 
-    def prepare(self, caption_tokens: Float[Tensor, "images caption_token width"], *, columns: int) -> list[Memory]:
+    def prepare(self, caption_tokens: Float[Tensor, "batch caption_token width"], *, columns: int) -> list[Memory]:
         """Return what each cross-attention layer reads in one pass over texts of this many columns.
 
         It is keys and values, or the caption tokens themselves: see `CrossAttention`.
         """
         first = next(iter(self.cross_blocks))
-        if not first.attention.absorbs(queries=columns, memory=caption_tokens.shape[1]):
+        if not first.attention.is_absorbed_cheaper(queries=columns, memory=caption_tokens.shape[1]):
             return list(self.project(caption_tokens))
-        tokens = layer_norm(caption_tokens, caption_tokens.shape[-1:], eps=first.memory_norm.eps)
-        return [Unprojected(tokens, block.memory_norm) for block in self.cross_blocks]
+        tokens = functional.layer_norm(caption_tokens, caption_tokens.shape[-1:], eps=first.memory_norm.eps)
+        return [NormalisedTokens(tokens, block.memory_norm) for block in self.cross_blocks]

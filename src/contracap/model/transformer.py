@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from contracap.model.attention import CrossAttention, SelfAttention
-from contracap.model.cache import LayerCache, Memory, Projected
-from contracap.model.packing import GRID, Grid
+from contracap.model.cache import KeysValues, LayerCache, Memory
+from contracap.model.packing import GRID, Layout
 
 Activation = Literal["gelu", "quick_gelu"]
-Block = TypeVar("Block", "AttentionBlock", "SelfBlock", "CrossBlock")
+Block = TypeVar("Block", "SelfAttentionBlock", "TransformerBlock", "CrossAttentionBlock")
 
 
 class QuickGELU(nn.Module):
@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
         self.contract = nn.Linear(hidden, width)
 
     def initialise(self, *, depth: int) -> None:
-        """Initialise the weights for a residual stream of `depth` blocks. Source: model.text.TextEncoder."""
+        """Initialise the weights for a residual stream of `depth` blocks, as `initialize_parameters` of openai/CLIP."""
         width = self.expand.in_features
         self.expand.reset_parameters()
         self.contract.reset_parameters()
@@ -44,8 +44,8 @@ class FeedForward(nn.Module):
         return self.contract(self.activation(self.expand(tokens)))
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention with a norm before it and a residual connection."""
+class SelfAttentionBlock(nn.Module):
+    """Self-attention with a norm before it and a residual connection, without feed-forward."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -61,7 +61,7 @@ class AttentionBlock(nn.Module):
         self,
         tokens: Float[Tensor, "*rows width"],
         *,
-        layout: Grid = GRID,
+        layout: Layout = GRID,
         causal: bool = False,
         mask: Bool[Tensor, "batch 1 query key"] | None = None,
         cache: LayerCache | None = None,
@@ -72,7 +72,7 @@ class AttentionBlock(nn.Module):
         )
 
 
-class SelfBlock(AttentionBlock):
+class TransformerBlock(SelfAttentionBlock):
     """Self-attention, then feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu"):
@@ -90,7 +90,7 @@ class SelfBlock(AttentionBlock):
         self,
         tokens: Float[Tensor, "*rows width"],
         *,
-        layout: Grid = GRID,
+        layout: Layout = GRID,
         causal: bool = False,
         mask: Bool[Tensor, "batch 1 query key"] | None = None,
         cache: LayerCache | None = None,
@@ -100,7 +100,7 @@ class SelfBlock(AttentionBlock):
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
 
 
-class CrossBlock(nn.Module):
+class CrossAttentionBlock(nn.Module):
     """Cross-attention to the caption tokens, then feed-forward, each with a norm before it and a residual."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu"):
@@ -118,12 +118,12 @@ class CrossBlock(nn.Module):
         self.attention.initialise(depth=depth)
         self.feed_forward.initialise(depth=depth)
 
-    def project(self, caption_tokens: Float[Tensor, "images caption_token width"]) -> Projected:
+    def project(self, caption_tokens: Float[Tensor, "batch caption_token width"]) -> KeysValues:
         """Return this layer's keys and values of the caption tokens."""
         return self.attention.project(self.memory_norm(caption_tokens))
 
     def forward(
-        self, tokens: Float[Tensor, "*rows width"], caption_tokens: Memory, *, layout: Grid = GRID
+        self, tokens: Float[Tensor, "*rows width"], caption_tokens: Memory, *, layout: Layout = GRID
     ) -> Float[Tensor, "*rows width"]:
         """Attend to the caption tokens; `layout` as in `CrossAttention`."""
         tokens = tokens + self.attention(self.attention_norm(tokens), caption_tokens, layout=layout)

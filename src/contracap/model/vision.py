@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from contracap.config import require_positive
-from contracap.model.transformer import Activation, SelfBlock, Stack
+from contracap.model.transformer import Activation, Stack, TransformerBlock
 
 # Scales of the patch embedding's initial rows. On photographs, each output is then about as large as its position.
 PATCH_GAIN = 1.65
@@ -73,7 +73,8 @@ class VisionEncoder(nn.Module):
         self.position = nn.Parameter(torch.empty(config.tokens, config.width))
         self.norm_in = nn.LayerNorm(config.width)
         self.blocks = Stack(
-            SelfBlock(config.width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
+            TransformerBlock(config.width, config.heads, config.mlp_ratio, config.activation)
+            for _ in range(config.layers)
         )
 
     def initialise(self) -> None:
@@ -87,24 +88,24 @@ class VisionEncoder(nn.Module):
         self.norm_in.reset_parameters()
         self.blocks.initialise()
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
         """Return the tokens of normalised images, the class token first."""
         size = self.config.image_size
-        if images.shape[2:] != (size, size):
+        if pixels.shape[2:] != (size, size):
             raise ValueError(
-                f"the images have {images.shape[2]} x {images.shape[3]} pixels; this model takes {size} x {size}: "
+                f"the images have {pixels.shape[2]} x {pixels.shape[3]} pixels; this model takes {size} x {size}: "
                 "resize them, as its processor does"
             )
         patches = rearrange(
-            images.to(self.class_token.dtype),
+            pixels.to(self.class_token.dtype),
             "batch channel (row height) (column width) -> batch (row column) (channel height width)",
             height=self.config.patch_size,
             width=self.config.patch_size,
         )
         kept = self.kept_patches(patches)
         patches = select_patches(patches, kept)
-        position = select_patches(self.position[1:].expand(len(images), -1, -1), kept)
-        first = repeat(self.class_token + self.position[0], "dim -> batch 1 dim", batch=len(images))
+        position = select_patches(self.position[1:].expand(len(pixels), -1, -1), kept)
+        first = repeat(self.class_token + self.position[0], "dim -> batch 1 dim", batch=len(pixels))
         tokens = self.norm_in(torch.cat([first, self.patch_embedding(patches) + position], dim=1))
         for block in self.blocks:
             tokens = block(tokens)

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from contracap.model.transformer import AttentionBlock, CrossBlock
+from contracap.model.compiling import allow_recompilations
+from contracap.model.transformer import CrossAttentionBlock, SelfAttentionBlock
 
-MAX_COMPILED = 64  # versions of one function
+# Versions of one function. All stacks share one: vision, text and decoder, each with and without gradients, with and
+# without autocast, and for other lengths, are more than the 8 that torch allows.
+MAX_COMPILED = 64
 
 
 def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
@@ -21,9 +24,9 @@ def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
             compiled once more when the length of the texts first changes, and then serves every length.
     """
     if compiled:
-        _allow_recompilations()
+        allow_recompilations(MAX_COMPILED)
     for block in model.modules():
-        if isinstance(block, AttentionBlock | CrossBlock):
+        if isinstance(block, SelfAttentionBlock | CrossAttentionBlock):
             # Set on the instance, so that it runs after the hooks in which FSDP gathers parameters before each call.
             forward: Callable[..., Any] = block.forward
             if recompute:
@@ -31,17 +34,6 @@ def change_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
             if compiled:
                 forward = torch.compile(forward)
             block.forward = forward
-
-
-def _allow_recompilations() -> None:
-    """Raise torch's limit of recompilations, beyond which it runs a function uncompiled without a word.
-
-    The limit is per function, and all stacks share one: vision, text and decoder, each with and without gradients,
-    with and without autocast, and for other lengths, are more than the 8 that torch allows.
-    """
-    import torch._dynamo  # takes seconds
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED)
 
 
 def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from contracap.losses import Gather
 from contracap.model.coca import CoCa, CoCaOutput
 from contracap.model.text import TokenStates
-from contracap.model.transformer import AttentionBlock, CrossBlock
+from contracap.model.transformer import CrossAttentionBlock, SelfAttentionBlock
 from contracap.parallel.blocks import change_blocks
 from contracap.parallel.gather import gather_rows
 from contracap.parallel.process_group import ParallelError, ProcessGroup
@@ -112,9 +112,9 @@ def sharded_modules(model: CoCa) -> list[nn.Module]:
     belong to the root module."""
     # Cross-attention belongs to the root: its keys and values are computed before its block runs.
     return [
-        module.feed_forward if isinstance(module, CrossBlock) else module
+        module.feed_forward if isinstance(module, CrossAttentionBlock) else module
         for module in model.modules()
-        if isinstance(module, AttentionBlock | CrossBlock)
+        if isinstance(module, SelfAttentionBlock | CrossAttentionBlock)
     ]
 
 

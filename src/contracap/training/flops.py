@@ -18,7 +18,7 @@ from contracap.losses import LossConfig
 from contracap.model.attention import CrossAttention
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.packing import ROWS
-from contracap.model.transformer import AttentionBlock, CrossBlock
+from contracap.model.transformer import CrossAttentionBlock, SelfAttentionBlock
 
 SAMPLES = 64 * ROWS  # counted together, so that packed rows need no padding
 TOWERS = {
@@ -138,7 +138,7 @@ def _pools(config: CoCaConfig, image: float, *, captioning: bool, contrastive: b
 def _absorbs(heads: int, queries: float, width: int, memory: float, memory_width: int) -> bool:
     with torch.device("meta"):
         attention = CrossAttention(width, heads, memory_width=memory_width)
-    return attention.absorbs(queries=round(queries), memory=round(memory))
+    return attention.is_absorbed_cheaper(queries=round(queries), memory=round(memory))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +183,11 @@ def count_flops(config: CoCaConfig, loss: LossConfig, texts: TextLengths) -> Flo
 
     blocks = dict.fromkeys(("image encoder", "text encoder", "decoder self-attention", "decoder cross-attention"), 0.0)
     for name, module in model.named_modules():
-        if isinstance(module, AttentionBlock | CrossBlock):
+        if isinstance(module, SelfAttentionBlock | CrossAttentionBlock):
             part = {"vision": "image encoder", "text": "text encoder"}.get(name.partition(".")[0])
-            of_decoder = "decoder self-attention" if isinstance(module, AttentionBlock) else "decoder cross-attention"
+            of_decoder = (
+                "decoder self-attention" if isinstance(module, SelfAttentionBlock) else "decoder cross-attention"
+            )
             blocks[part or of_decoder] += counted.get(f"CoCa.{name}", 0.0)
     text, self_attention = of("text"), of("decoder.self_blocks")
     if config.is_mammut:

@@ -149,7 +149,7 @@ class Run:
     def try_on_all_ranks(self, action: Callable[[], Found]) -> Found | None:
         """Return what `action` returns. If it fails on any rank, warn and return None: that does not end the run.
 
-        A rank that fails while the others wait for it, as under FSDP, is lost nevertheless.
+        Under FSDP, a rank that fails leaves the others waiting in a collective; that ends the run.
         """
         found, reason = None, ""
         try:

@@ -20,7 +20,8 @@ from contracap.parallel import ParallelModel, ProcessGroup, full_tensor
 from contracap.training.optimizer import OptimizerConfig, learning_rate_at
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100.0))
-Contrast = Callable[..., Tensor]  # a contrastive loss: of image_features, text_features and logit_scale=
+ContrastiveLoss = Callable[..., Tensor]
+"""Return the contrastive loss of image_features and text_features, with the keyword logit_scale."""
 
 
 class NonFiniteError(ValueError):
@@ -32,19 +33,19 @@ class TrainingState:
     """The model, its optimizer, and everything else that a step changes.
 
     Attributes:
-        step: updates tried so far.
+        step: steps tried so far; those that changed nothing count too.
         average: moving average of the weights by name; None if the run keeps none.
         process_group: the ranks that take this step together, each on its rows of the batch.
-        parallel: the model spread over the ranks; None if there is only one.
         learning_rate_factors: of the optimizer's groups; all 1 if there are none.
+        parallel: the model as it runs on the ranks.
     """
 
     model: CoCa
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] | None
+    parallel: ParallelModel
     step: int = 0
     process_group: ProcessGroup = ProcessGroup()
-    parallel: ParallelModel | None = None
     learning_rate_factors: Sequence[float] = ()
 
 
@@ -71,81 +72,88 @@ def compute_losses(
     batch: Batch,
     config: StepConfig,
     *,
-    tokens: int | Tensor,
-    parallel: ParallelModel | None = None,
-    contrast: Contrast | None = None,
+    num_labels: int | Tensor,
+    parallel: ParallelModel,
+    contrastive: ContrastiveLoss | None = None,
 ) -> dict[str, Tensor]:
     """Return the losses of weight above 0 by name, not weighted.
 
     Args:
-        batch: on the model's device.
-        tokens: divisor of the captioning loss: the number of labels of the whole batch, of which this may be a part.
-        parallel: the model spread over the ranks; None if there is only one.
-        contrast: used instead of `contrastive_loss`, which contrasts this batch with itself and those of other ranks.
+        batch: on the model's device; a micro-batch, if the batch is split.
+        num_labels: the number of labels of the whole batch, by which the captioning loss is divided.
+        parallel: the same model as it runs on the ranks.
+        contrastive: replaces `contrastive_loss`. Used for micro-batches, whose negatives are the whole batch.
     """
-    parallel = parallel or ParallelModel(model)
-    contrast = contrast or partial(contrastive_loss, gather=parallel.gather)
+    contrastive = contrastive or partial(contrastive_loss, gather=parallel.gather)
 
     def forward_batch(forward: Callable[..., Any]) -> Any:
         # The normalised pixels take as much memory as much of the rest: nothing else refers to them.
         return forward(normalise(batch.pixels, config.image), batch.ids, batch.lengths)
 
-    def captioning(captions: TokenStates) -> Tensor:
+    def captioning(caption_states: TokenStates) -> Tensor:
         vocabulary = model.require_decoder().vocabulary.weight
-        return captioning_loss(captions.states, vocabulary, labels=captions.labels, tokens=tokens)
+        return captioning_loss(caption_states.states, vocabulary, labels=caption_states.labels, num_labels=num_labels)
 
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
         if not config.loss.captioning:
             images, texts = forward_batch(parallel.model.contrastive_features)
-            return {"contrastive_loss": contrast(images, texts, logit_scale=model.logit_scale.exp())}
+            return {"contrastive_loss": contrastive(images, texts, logit_scale=model.logit_scale.exp())}
         if not config.loss.contrastive:
             return {"captioning_loss": captioning(forward_batch(parallel.model.caption_states))}
         output = forward_batch(parallel.model)
         return {
             "captioning_loss": captioning(output.caption_states),
-            "contrastive_loss": contrast(output.image_features, output.text_features, logit_scale=output.logit_scale),
+            "contrastive_loss": contrastive(
+                output.image_features, output.text_features, logit_scale=output.logit_scale
+            ),
         }
 
 
-def contrast_in_parts(
-    model: CoCa, parts: Sequence[Batch], config: StepConfig, *, parallel: ParallelModel
-) -> list[Contrast]:
-    """Return, for each part of a batch, a function that stands for the contrastive loss of the whole batch.
+def grad_cache_losses(
+    model: CoCa, micro_batches: Sequence[Batch], config: StepConfig, *, parallel: ParallelModel
+) -> list[ContrastiveLoss]:
+    """Return a contrastive loss for each micro-batch, whose negatives are the whole batch.
 
-    First, all parts are embedded without gradients. From these embeddings come the loss and its gradient with respect
-    to each of them. Then each part is embedded again, with gradients, and given to its function. The result has the
-    gradient of the whole loss with respect to this part; its value is an equal share of the loss.
+    First, all micro-batches are embedded without gradients. From these embeddings come the loss of the whole batch and
+    its gradient with respect to each of them. Then each micro-batch is embedded again, with gradients, and given to its
+    loss. That has the gradient of the whole loss with respect to this micro-batch; its value is an equal share of it.
     Source: GradCache (arXiv 2101.06983).
     """
     device = model.device.type
     with torch.no_grad(), parallel.forward_only(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16):
-        made = [
-            parallel.model.contrastive_features(normalise(part.pixels, config.image), part.ids, part.lengths)
-            for part in parts
+        features = [
+            parallel.model.contrastive_features(normalise(each.pixels, config.image), each.ids, each.lengths)
+            for each in micro_batches
         ]
-    images, texts = (torch.cat(features).requires_grad_() for features in zip(*made, strict=True))
+    images, texts = (torch.cat(rows).requires_grad_() for rows in zip(*features, strict=True))
     scale = model.logit_scale.detach().exp().requires_grad_()
     loss = contrastive_loss(images, texts, logit_scale=scale, gather=parallel.gather)
-    to_images, to_texts, to_scale = torch.autograd.grad(loss, (images, texts, scale))
-    count = len(parts)
+    grad_images, grad_texts, grad_scale = torch.autograd.grad(loss, (images, texts, scale))
+    count = len(micro_batches)
     return [
-        partial(_stand_in, value=loss.detach() / count, to_images=images, to_texts=texts, to_scale=to_scale / count)
-        for images, texts in zip(to_images.chunk(count), to_texts.chunk(count), strict=True)
+        partial(
+            _surrogate_loss,
+            value=loss.detach() / count,
+            grad_images=images,
+            grad_texts=texts,
+            grad_scale=grad_scale / count,
+        )
+        for images, texts in zip(grad_images.chunk(count), grad_texts.chunk(count), strict=True)
     ]
 
 
-def _stand_in(
+def _surrogate_loss(
     image_features: Float[Tensor, "batch embed"],
     text_features: Float[Tensor, "batch embed"],
     *,
     logit_scale: Float[Tensor, ""],
     value: Float[Tensor, ""],
-    to_images: Float[Tensor, "batch embed"],
-    to_texts: Float[Tensor, "batch embed"],
-    to_scale: Float[Tensor, ""],
+    grad_images: Float[Tensor, "batch embed"],
+    grad_texts: Float[Tensor, "batch embed"],
+    grad_scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Return a number with this value and these gradients."""
-    slope = (image_features * to_images).sum() + (text_features * to_texts).sum() + logit_scale * to_scale
+    slope = (image_features * grad_images).sum() + (text_features * grad_texts).sum() + logit_scale * grad_scale
     return value + (slope - slope.detach())
 
 
@@ -159,12 +167,11 @@ class StepMetrics:
     """The numbers of a step, still on the device.
 
     Attributes:
-        names: the names of `values`.
+        values: each loss, `gradient_norm` and `logit_scale`.
         weights: the weight of each loss in the sum `loss`.
     """
 
-    names: tuple[str, ...]
-    values: Float[Tensor, "names"]
+    values: Mapping[str, Float[Tensor, ""]]
     weights: Mapping[str, float]
     learning_rate: float
 
@@ -172,9 +179,11 @@ class StepMetrics:
         """Return the losses (nats), their weighted sum `loss`, `gradient_norm` before clipping, `learning_rate` and
         `logit_scale`. Waits for the device.
 
+        `logit_scale` is that after the update; the losses and the norm are from before it.
+
         Raises: NonFiniteError: if a loss or the norm is NaN or infinite; the step then changed nothing.
         """
-        numbers = dict(zip(self.names, self.values.tolist(), strict=True))
+        numbers = dict(zip(self.values, torch.stack(list(self.values.values())).tolist(), strict=True))
         logit_scale = numbers.pop("logit_scale")
         numbers = {
             **{name: number for name, number in numbers.items() if name in self.weights},
@@ -189,7 +198,7 @@ class StepMetrics:
 def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> StepMetrics:
     """Forward, backward, clip, update. Nothing here waits for the device.
 
-    A batch in parts has the losses and gradients of the batch in one. A step whose losses or gradients are not finite
+    Micro-batches have the losses and gradients of the batch as one. A step whose losses or gradients are not finite
     leaves the weights as they are. Randomness (patch dropout) depends on seed, step and rank alone, so that a resumed
     run repeats it.
     """
@@ -201,34 +210,36 @@ def train_step(state: TrainingState, batch: Batch, config: StepConfig) -> StepMe
     model.train()
     weights = {"captioning_loss": config.loss.captioning, "contrastive_loss": config.loss.contrastive}
     weights = {name: weight for name, weight in weights.items() if weight}
-    totals = _backward(state, batch, config, weights)
+    losses = _backward(state, batch, config, weights)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm or math.inf)
-    means = process_group.mean(torch.stack(list(totals.values())))
-    values = torch.cat([means, full_tensor(norm).reshape(1)])
-    _update(state, values.isfinite().all(), config)
-    names = (*totals, "gradient_norm", "logit_scale")
-    values = torch.cat([values, model.logit_scale.detach().exp().reshape(1)])
-    return StepMetrics(names, values, weights, learning_rate)
+    means = process_group.mean(torch.stack(list(losses.values())))  # one message for all losses
+    values = dict(zip(losses, means, strict=True)) | {"gradient_norm": full_tensor(norm)}
+    _update(state, torch.stack(list(values.values())).isfinite().all(), config)
+    values["logit_scale"] = model.logit_scale.detach().exp()
+    return StepMetrics(values, weights, learning_rate)
 
 
 def _backward(
     state: TrainingState, batch: Batch, config: StepConfig, weights: Mapping[str, float]
 ) -> dict[str, Float[Tensor, ""]]:
-    """Accumulate the gradients of the weighted losses over the parts of the batch. Return the losses, not weighted."""
-    model, process_group, parallel = state.model, state.process_group, state.parallel or ParallelModel(state.model)
-    tokens = process_group.mean(torch.full((), count_labels(batch), device=model.device))
-    parts = batch.to(model.device).split(config.accumulation)
-    seed = config.seed * 1_000_003 + state.step + process_group.rank * 2**48  # each rank drops patches of its own
+    """Accumulate the gradients of the weighted losses over the micro-batches. Return the losses, not weighted."""
+    model, process_group, parallel = state.model, state.process_group, state.parallel
+    num_labels = process_group.mean(torch.full((), count_labels(batch), device=model.device))
+    micro_batches = batch.to(model.device).split(config.accumulation)
+    # Distinct for every seed, step and rank. Only patch dropout draws from it.
+    seed = config.seed * 1_000_003 + state.step + process_group.rank * 2**48
     torch.manual_seed(seed)
-    contrasts: Sequence[Contrast | None] = [None] * len(parts)
-    if len(parts) > 1 and config.loss.contrastive:
-        contrasts = contrast_in_parts(model, parts, config, parallel=parallel)
-        torch.manual_seed(seed)  # each part drops the same patches again
+    contrastive_losses: Sequence[ContrastiveLoss | None] = [None] * len(micro_batches)
+    if len(micro_batches) > 1 and config.loss.contrastive:
+        contrastive_losses = grad_cache_losses(model, micro_batches, config, parallel=parallel)
+        torch.manual_seed(seed)  # each micro-batch drops the same patches again
     totals: dict[str, Tensor] = {}
-    for number, (part, contrast) in enumerate(zip(parts, contrasts, strict=True), start=1):
-        with parallel.accumulating() if number < len(parts) else nullcontext():
-            values = compute_losses(model, part, config, tokens=tokens, parallel=parallel, contrast=contrast)
+    for number, (micro_batch, contrastive) in enumerate(zip(micro_batches, contrastive_losses, strict=True), start=1):
+        with parallel.accumulating() if number < len(micro_batches) else nullcontext():
+            values = compute_losses(
+                model, micro_batch, config, num_labels=num_labels, parallel=parallel, contrastive=contrastive
+            )
             torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in values.items()}
     return totals
@@ -236,12 +247,13 @@ def _backward(
 
 @torch.no_grad()
 def _update(state: TrainingState, finite: Bool[Tensor, ""], config: StepConfig) -> None:
-    """Update the weights, their scale and their moving average, unless the step's numbers are not finite.
+    """Update the weights, `logit_scale` among them, and their moving average, unless a number is not finite.
 
     This is decided on the device, as a gradient scaler does.
     """
     model, optimizer = state.model, state.optimizer
-    optimizer.found_inf = finite.logical_not().float()  # pyrefly: ignore[missing-attribute]  # of fused optimizers
+    # Fused AdamW skips its update if `found_inf` is 1, without waiting for the device.
+    optimizer.found_inf = finite.logical_not().float()  # pyrefly: ignore[missing-attribute]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.logit_scale.clamp_(*LOGIT_SCALE_RANGE)

@@ -20,7 +20,7 @@ from contracap.images import ImageConfig
 from contracap.losses import LossConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
-from contracap.parallel import ProcessGroup
+from contracap.parallel import ParallelModel, ProcessGroup
 from contracap.pretrained import random_model
 from contracap.tokenizer import text_lengths
 from contracap.training.checkpoint import CheckpointConfig, last_checkpoint, moving_average
@@ -72,7 +72,7 @@ def saved_for_backward(model: CoCa, loss: LossConfig, batch: Batch, *, bf16: boo
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        graph = compute_losses(model, batch, step_config(loss, bf16=bf16), tokens=1)
+        graph = compute_losses(model, batch, step_config(loss, bf16=bf16), num_labels=1, parallel=ParallelModel(model))
     assert graph
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -178,7 +178,9 @@ class Live(TorchDispatchMode):
 def test_the_planned_memory_is_the_peak_of_a_real_step(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contracap.apps.plan.memory, "CAPTION_CHUNK", 512)  # the loss's, on the CPU
     model = random_model(TINY, seed=0)[0]
-    state = TrainingState(model=model, optimizer=build_optimizer(model, OptimizerConfig()), average=None)
+    state = TrainingState(
+        model=model, optimizer=build_optimizer(model, OptimizerConfig()), average=None, parallel=ParallelModel(model)
+    )
     config = replace(step_config(LossConfig()), accumulation=parts)
     train_step(state, batch_of(4 * parts), config)  # makes the moments
     planned_for = recipe(data={"train": "shards", "batch_size": 8}, accumulation=parts)
@@ -228,7 +230,12 @@ def test_a_real_checkpoint_has_the_planned_size(frozen: tuple[str, ...], average
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    state = TrainingState(model=model, optimizer=optimizer, average=moving_average(model) if averaged else None)
+    state = TrainingState(
+        model=model,
+        optimizer=optimizer,
+        average=moving_average(model) if averaged else None,
+        parallel=ParallelModel(model),
+    )
     with CheckpointWriter(
         tmp_path, CheckpointConfig(), image=processor.image_config, process_group=ProcessGroup()
     ) as writer:

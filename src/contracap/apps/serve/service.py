@@ -48,8 +48,10 @@ class DefaultStrategy:
         name = asked.pop("strategy", None)
         settings = [f"{key}={value}" for key, value in asked.items()]
         strategy = build_strategy(name or self.name, settings if name else [*self.settings, *settings])
-        if strategy.rows > MAX_BEAMS:
-            raise ConfigError(f"{strategy.rows} beams or samples of an image are more than the {MAX_BEAMS} allowed")
+        if strategy.num_texts > MAX_BEAMS:
+            raise ConfigError(
+                f"{strategy.num_texts} beams or samples of an image are more than the {MAX_BEAMS} allowed"
+            )
         return strategy
 
 
@@ -130,7 +132,7 @@ class Service:
 
 def _cost(strategy: Strategy) -> int:
     """Tokens that a strategy may write for an image."""
-    return strategy.rows * strategy.max_tokens
+    return strategy.num_texts * strategy.max_tokens
 
 
 async def _trim(pool: ThreadPoolExecutor) -> None:

@@ -1,5 +1,6 @@
 """Positions of images for texts and of texts for images in retrieval, without the matrix of all scores."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -29,8 +30,8 @@ def find_positions(
     comes first in the data is placed first, so a model that gives every pair the same score is at chance.
 
     Scores are computed in fp32, tile by tile. Each tile is counted in both directions at once, so memory grows with the
-    number of rows, not with its square. Tiles with own pairs are computed twice, because their scores must be known
-    first.
+    number of rows, not with its square. Tiles that hold matching pairs are computed twice: the
+    scores of those pairs are needed before anything is counted.
 
     Args:
         process_group: the ranks that call this with the same features; each takes every n-th row of tiles.
@@ -144,5 +145,5 @@ def _score_tile(
 
 
 def _pad(features: Float32[Tensor, "row embed"], rows: slice) -> Float32[Tensor, "side embed"]:
-    missing = min(SIDE, -(-len(features) // MULTIPLE) * MULTIPLE) - (rows.stop - rows.start)
+    missing = min(SIDE, math.ceil(len(features) / MULTIPLE) * MULTIPLE) - (rows.stop - rows.start)
     return pad(features[rows], (0, 0, 0, missing)) if missing else features[rows]
