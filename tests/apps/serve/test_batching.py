@@ -56,16 +56,19 @@ def test_requests_that_arrive_together_share_a_batch_if_their_settings_are_equal
     assert sizes == [3, 2]
 
 
-def test_a_batch_is_never_larger_than_max_batch_and_the_oldest_go_first():
+@pytest.mark.parametrize(
+    ("most", "batches"), [(4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]), (2, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]])]
+)
+def test_a_batch_is_never_larger_than_max_batch_nor_its_items_allow_and_the_oldest_go_first(most, batches):
     work = Work()
 
     async def test() -> None:
         async with Batcher(BatchingConfig(max_batch=4, max_wait_ms=20.0)) as batcher:
-            answers = await asyncio.gather(*(batcher.submit(work.double, "a", item) for item in range(10)))
+            answers = await asyncio.gather(*(batcher.submit(work.double, "a", item, most=most) for item in range(10)))
             assert answers == [2 * item for item in range(10)]
 
     run(test())
-    assert [items for _, items in work.batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [items for _, items in work.batches] == batches
 
 
 def test_a_full_batch_does_not_wait():
@@ -124,16 +127,6 @@ def test_a_failing_batch_fails_its_own_requests_only_and_the_reason_goes_to_the_
         run(test())
     assert [record.message for record in caplog.records] == ["a batch of 2 requests failed"]
     assert "13 brings bad luck" in caplog.text
-
-
-def test_work_that_loses_an_answer_fails(caplog):
-    async def test() -> None:
-        async with Batcher(BatchingConfig(max_wait_ms=0.0)) as batcher:
-            with pytest.raises(BatchError):
-                await batcher.submit(lambda settings, items, go_on: [], "a", 1)
-
-    run(test())
-    assert "a batch of 1 requests failed" in caplog.text
 
 
 def test_a_request_that_is_cancelled_leaves_the_queue():
@@ -227,14 +220,3 @@ def test_heavy_work_gives_way_to_light_work_between_its_steps():
 
     run(test())
     assert order == ["heavy begins", "light", "heavy ends"]
-
-
-def test_items_that_cost_more_share_smaller_batches():
-    work = Work()
-
-    async def test() -> None:
-        async with Batcher(BatchingConfig(max_wait_ms=20.0)) as batcher:
-            await asyncio.gather(*(batcher.submit(work.double, "a", item, most=2) for item in range(5)))
-
-    run(test())
-    assert [items for _, items in work.batches] == [[0, 1], [2, 3], [4]]
