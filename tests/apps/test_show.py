@@ -152,14 +152,14 @@ def test_behind_a_limit_the_index_tells_how_many_samples_there_are(tmp_path: Pat
 def test_the_draw_is_fair_and_no_larger_than_asked(tmp_path: Path) -> None:
     path = numbered(tmp_path / "s.tar", 10)
     drawn = np.zeros(10)
-    for seed in range(30):
+    for seed in range(20):
         keys = [
             int(shown.key[1:]) for shown in survey(path, sample_count=3, seed=seed, image=ImageConfig(size=8)).shown
         ]
         assert len(keys) == 3
         assert keys == sorted(set(keys))
         drawn[keys] += 1
-    assert 2 <= drawn.min() <= drawn.max() <= 18  # 9 each are expected, give or take 2.5
+    assert 1 <= drawn.min() <= drawn.max() <= 13  # 6 each are expected, give or take 2
 
 
 def test_a_seed_gives_the_same_survey_and_page(mixed: Path, tmp_path: Path) -> None:
@@ -192,27 +192,13 @@ def test_hostile_captions_and_names_are_escaped(mixed: Path, tmp_path: Path) -> 
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 4
+    for words in ("<li>a dog</li><li>a cat</li>", "k000 · 0.tar · 400 x 300", "(no caption)", "k000 · 1.tar"):
+        assert words in page
 
 
 def test_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
     path = shard(tmp_path / "s.tar", [sample(b"broken", "x")], prefix="\x1b[2J\n")
     assert all(line.isprintable() for line in survey_lines(survey(path)))
-
-
-def test_the_page_shows_every_caption_key_and_shard_of_a_drawn_sample(mixed: Path, tmp_path: Path) -> None:
-    write_page(survey(mixed), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    for words in ("<li>a dog</li><li>a cat</li>", "k000 · 0.tar · 400 x 300", "(no caption)", "k000 · 1.tar"):
-        assert words in page
-
-
-def test_shards_without_anything_usable_give_a_page_too(tmp_path: Path) -> None:
-    (tmp_path / "s.tar").write_bytes(b"not a tar")
-    found = survey(tmp_path / "s.tar")
-    write_page(found, tmp_path / "page.html")
-    assert found.samples == 0
-    assert found.skipped["broken_shard"].count == 1
-    assert "broken_shard 1" in "\n".join(survey_lines(found))
 
 
 @pytest.mark.parametrize(
@@ -221,13 +207,6 @@ def test_shards_without_anything_usable_give_a_page_too(tmp_path: Path) -> None:
 def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         survey(numbered(tmp_path / "s.tar", 1), **wrong)
-
-
-def test_photographs_of_flickr8k_are_all_usable(data_folder: Path) -> None:
-    found = survey(data_folder / "flickr8k" / "val", limit=100, sample_count=4)
-    assert found.samples == found.images == 100
-    assert found.captions_per_image == {5: 100}
-    assert not found.skipped
 
 
 def test_captions_are_measured_by_the_context_and_vocabulary_of_the_recipe(
@@ -252,12 +231,8 @@ def test_a_page_that_cannot_be_written_is_told_before_anything_is_read(
 
 
 def test_shards_without_a_usable_sample_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = shard(tmp_path / "s.tar", [sample(b"broken", "x")])
-    assert main(["shards", "show", str(path), "--out", str(tmp_path / "page.html")]) == 1
-    assert "no sample can be used, of 1 that were read: sample k000" in capsys.readouterr().err
-
-
-def test_shards_of_which_nothing_can_be_read_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.tar").write_bytes(b"nothing" * 200)
-    assert main(["shards", "show", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 1
-    assert "a.tar" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+    shard(tmp_path / "s.tar", [sample(b"broken", "x")])
+    for name, said in (("a.tar", "a.tar"), ("s.tar", "no sample can be used, of 1 that were read: sample k000")):
+        assert main(["shards", "show", str(tmp_path / name), "--out", str(tmp_path / "page.html")]) == 1
+        assert said in capsys.readouterr().err and not (tmp_path / "page.html").exists()

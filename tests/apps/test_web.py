@@ -46,7 +46,7 @@ def test_an_address_that_cannot_be_had_is_named(host: str) -> None:
 
 @pytest.mark.parametrize(
     ("pieces", "said", "taken"),
-    [([4, 6], None, 2), ([4, 7], None, 1), ([4], b"11", 0), ([10], b"10", 1), ([11], b"3", 0), ([10], b"many", 1)],
+    [([4, 6], None, 2), ([4, 7], None, 1), ([4], b"11", 0), ([11], b"3", 0), ([10], b"many", 1)],
 )
 def test_a_body_is_taken_up_to_the_limit_whatever_length_it_says(pieces, said, taken) -> None:
     messages = iter([{"type": "http.request", "body": bytes(size), "more_body": True} for size in pieces])

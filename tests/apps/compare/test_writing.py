@@ -44,29 +44,21 @@ def test_a_result_that_is_compared_is_never_overwritten(tmp_path: Path, capsys) 
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "clip.json"}
 
 
-def test_a_name_that_is_no_text_is_spelled_out(tmp_path: Path) -> None:
-    comparison = compare([result({"acc1": HITS})], [result({"acc1": FEWER})], names=("caf\udce9", "B"))
-    write_comparison(comparison, tmp_path, command="compare caf\udce9.json")
-    assert "caf\\udce9" in (tmp_path / "compare.md").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["command"] == "compare caf\udce9.json"
-
-
-def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    comparison = compare([result({"cifar10/acc1": HITS})], [result({"cifar10/acc1": FEWER})])
+def test_the_page_asks_the_network_for_nothing_and_escapes_names_and_the_same_results_give_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    evil = "<script>x</script>"
+    comparison = compare([result({evil: HITS})], [result({evil: FEWER})], names=("<b>caf\udce9", "B"))
     for folder in ("first", "second"):
-        write_comparison(comparison, tmp_path / folder, command="made here")
+        write_comparison(comparison, tmp_path / folder, command="compare caf\udce9.json")
     for name in FILES:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
-
-
-def test_the_page_asks_the_network_for_nothing_and_escapes_names(tmp_path: Path) -> None:
-    evil = "<script>x</script>"
-    comparison = compare([result({evil: HITS})], [result({evil: FEWER})], names=("<b>A", "B"))
-    write_comparison(comparison, tmp_path, command="made here")
-    html = (tmp_path / "compare.html").read_text(encoding="utf-8")
-    assert "<script" not in html and "<b>A" not in html
-    assert "http" not in html
+    html = (tmp_path / "first" / "compare.html").read_text(encoding="utf-8")
+    assert "<script" not in html and "<b>caf" not in html and "http" not in html
     assert 'src="data:image/svg+xml;base64,' in html
+    assert "caf\\udce9" in (tmp_path / "first" / "compare.md").read_text(encoding="utf-8")  # no text: spelled out
+    written = json.loads((tmp_path / "first" / "results.json").read_text(encoding="utf-8"))
+    assert written["command"] == "compare caf\udce9.json"
 
 
 def test_where_nothing_can_be_drawn_the_tables_and_the_page_are_written(tmp_path: Path, capsys) -> None:

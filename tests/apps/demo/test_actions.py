@@ -46,12 +46,6 @@ def test_a_caption_is_the_captioners_and_each_of_its_words_has_a_map(actions: Ac
     assert {heat.size for _, heat in made.words} == {made.seen.size} == {(SHOWN, SHOWN)}
 
 
-def test_settings_change_the_caption(actions: Actions, tmp_path: Path) -> None:
-    path = str(picture(tmp_path / "a.png"))
-    texts = [actions.caption(path, "greedy", {"max_tokens": longest}).caption.token_ids for longest in (6, 12)]
-    assert len(texts[0]) < len(texts[1])
-
-
 def test_a_caption_goes_on_from_its_prompt_whose_words_have_maps_too(actions: Actions, tmp_path: Path) -> None:
     made = actions.caption(str(picture(tmp_path / "a.png")), "greedy", prompt=" A photo of")
     assert made.caption.text.startswith("a photo of ")
@@ -68,11 +62,10 @@ def test_every_strategy_writes_with_the_settings_that_the_page_begins_with(actio
     assert list(NAMES) == list(SETTINGS_OF) and set(SETTINGS_OF) == set(STRATEGIES)
 
 
-@pytest.mark.parametrize("kind", ["truncated.jpg", "drawing.svg", "letter.png", "empty.png", "bomb.png", "wall.png"])
-def test_a_bad_image_is_named_without_its_folder(actions: Actions, tmp_path: Path, kind: str) -> None:
-    path, said = bad_uploads(tmp_path)[kind]
-    with pytest.raises(ValueError, match=f"^{said}"):
-        actions.caption(str(path), "greedy")
+def test_a_bad_image_is_named_without_its_folder(actions: Actions, tmp_path: Path) -> None:
+    for path, said in bad_uploads(tmp_path).values():
+        with pytest.raises(ValueError, match=f"^{said}"):
+            actions.caption(str(path), "greedy")
 
 
 def test_probabilities_follow_the_models_own_temperature(actions: Actions, tmp_path: Path) -> None:
@@ -139,15 +132,9 @@ def test_a_text_search_ranks_by_the_cosine(actions: Actions, tmp_path: Path) -> 
         cosines = actions.model.encode_image(actions.processor.images(paths)) @ text
     order = cosines.argsort(descending=True).tolist()
     matches = collection.search_text("a red circle")
+    assert matches[0].image.size == (320, 240)  # whole
     assert [match.name for match in matches] == [f"{place}.png" for place in order]
     assert [match.score for match in matches] == pytest.approx(cosines[order].tolist(), abs=1e-5)
-
-
-def test_what_is_found_is_shown_whole(actions: Actions, tmp_path: Path) -> None:
-    collection = Collection(actions, [picture(tmp_path / "wide.png")])
-    list(collection.fill())
-    (match,) = collection.search_text("red")
-    assert match.image.size == (320, 240)
 
 
 def test_examples_are_drawn_for_the_model_of_drawn_scenes_and_otherwise_taken_from_the_folder(
@@ -231,9 +218,3 @@ def test_settings_that_are_off_or_empty_are_left_out() -> None:
 def test_a_number_out_of_its_bounds_is_refused(answer) -> None:
     with pytest.raises(ValueError, match=r"^Beams is .*; it must be a number from 1 to 12$"):
         read_settings("beam", (Amount("width", "Beams", 1, 12, 1, 6),), [answer])
-
-
-def test_every_default_lies_within_its_bounds() -> None:
-    amounts = [setting for settings in SETTINGS_OF.values() for setting in settings if isinstance(setting, Amount)]
-    assert len(amounts) > 10
-    assert all(setting.low <= setting.default <= setting.high for setting in amounts)
