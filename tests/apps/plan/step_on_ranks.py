@@ -45,11 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     **{kind: {"parallel": {"kind": kind}} for kind in ("ddp", "fsdp", "hsdp")},
     "ddp bf16": BF16,
     "fsdp bf16": BF16 | {"parallel": {"kind": "fsdp"}},
-    "hsdp bf16": BF16 | {"parallel": {"kind": "hsdp"}},
-    "fsdp captioning": {"parallel": {"kind": "fsdp"}, "loss": {"contrastive": 0.0}},
     "hsdp contrastive": {"parallel": {"kind": "hsdp"}, "loss": {"captioning": 0.0}},
     "ddp frozen": {"frozen": ["vision"]},
-    "fsdp frozen vision": {"parallel": {"kind": "fsdp"}, "frozen": ["vision"]},
     "fsdp frozen text": {"parallel": {"kind": "fsdp"}, "frozen": ["text"]},
     "fsdp one block frozen": {"parallel": {"kind": "fsdp"}, "frozen": ["vision.blocks.0"]},
     "fsdp captioning in parts": {"parallel": {"kind": "fsdp"}, "loss": {"contrastive": 0.0}, "accumulation": 2},
@@ -57,10 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp in parts": {"parallel": {"kind": "fsdp"}, "accumulation": 2},
     "hsdp contrastive in parts": {"parallel": {"kind": "hsdp"}, "loss": {"captioning": 0.0}, "accumulation": 4},
     "ddp captioning in parts": {"loss": {"contrastive": 0.0}, "accumulation": 2},
-    "fsdp mammut": {"parallel": {"kind": "fsdp"}, "model": MAMMUT},
     "fsdp mammut in parts": {"parallel": {"kind": "fsdp"}, "model": MAMMUT, "accumulation": 2},
     "fsdp mammut captioning": {"parallel": {"kind": "fsdp"}, "model": MAMMUT, "loss": {"contrastive": 0.0}},
-    "hsdp mammut contrastive": {"parallel": {"kind": "hsdp"}, "model": MAMMUT, "loss": {"captioning": 0.0}},
 }
 
 PAYLOADS: dict[str, tuple[str, Callable[..., int]]] = {

@@ -96,38 +96,30 @@ def fused(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, **
 @pytest.mark.parametrize(
     ("config", "loss", "bf16"),
     [
-        (TINY, LossConfig(), False),
         (TINY, LossConfig(), True),
         (replace(TINY, text=replace(TINY.text, cls_mask="legacy")), LossConfig(), False),
         (replace(TINY, vision=replace(TINY.vision, patch_dropout=0.5)), LossConfig(), False),
         (with_pooler("cascade"), LossConfig(), False),
         (with_pooler("parallel"), LossConfig(), False),
         (with_pooler("class_token"), LossConfig(), True),
-        (MANY_QUERIES, LossConfig(), False),
         (MANY_QUERIES, LossConfig(), True),
-        (TINY, LossConfig(captioning=0.0), True),
         (TINY, LossConfig(contrastive=0.0), False),
         (tiny_clip(), LossConfig(captioning=0.0), True),
         (tiny_mammut(), LossConfig(), False),
-        (tiny_mammut(), LossConfig(contrastive=0.0), True),
-        (tiny_mammut(feed_forward_before_cross=False), LossConfig(), True),
+        (tiny_mammut(feed_forward_before_cross=False), LossConfig(contrastive=0.0), True),
     ],
     ids=[
-        "fp32",
         "bf16",
         "legacy",
         "patch dropout",
         "cascade",
         "parallel",
         "patches",
-        "many queries",
         "many queries, bf16",
-        "contrastive",
         "captioning",
         "clip",
         "mammut",
-        "mammut, captioning, bf16",
-        "small mammut, bf16",
+        "small mammut, captioning, bf16",
     ],
 )
 def test_the_planned_activations_are_what_torch_saves(
@@ -137,7 +129,7 @@ def test_the_planned_activations_are_what_torch_saves(
     monkeypatch.setattr(contracap.model.attention, "attend", fused)
     tokens = tokens_of(config, loss, TextLengths(mean=10.0, longest=16))
     model = random_model(config, seed=0)[0].train()
-    for rows in (64, 96, 128):
+    for rows in (64, 128):
         parts = memory_parts(recipe(), model, alone(model), tokens, rows=float(rows), product=2 if bf16 else 4)
         planned = sum(parts.get(name, 0) for name in SAVED)
         planned += 2 * rows**2 * 4 * (loss.contrastive > 0)  # the scores of both directions
@@ -185,24 +177,13 @@ def test_the_planned_memory_is_the_peak_of_a_real_step(parts: int, monkeypatch: 
     train_step(state, batch_of(4 * parts), config)  # makes the moments
     planned_for = recipe(data={"train": "shards", "batch_size": 8}, accumulation=parts)
     tokens = tokens_of(TINY, LossConfig(), TextLengths(mean=10.0, longest=16))
-    for rows in (64, 96, 128):
+    for rows in (64, 128):
         batch = batch_of(parts * rows)
         moments = [value for kept in state.optimizer.state.values() for value in kept.values()]
         with Live([*model.parameters(), *moments, batch.pixels]) as live:
             train_step(state, batch, config)
         planned = memory_parts(planned_for, model, alone(model), tokens, rows=float(rows), product=4)
         assert sum(planned.values()) == pytest.approx(live.peak, rel=0.05), rows
-
-
-@pytest.mark.parametrize(
-    ("size", "millions"),
-    [("coca_ViT-B-32", (89.16, 63.42, 100.96)), ("coca_ViT-L-14", (306.72, 123.65, 208.07))],
-)
-def test_parameters_are_those_of_the_released_models(size: str, millions: tuple[float, ...]) -> None:
-    counts = count_parameters(planned_model(recipe(size)))
-    image = counts["vision"] + counts["pooler"]
-    assert [count / 1e6 for count in (image, counts["text"], counts["decoder"])] == pytest.approx(millions, abs=0.01)
-    assert sum(counts.values()) == sum(parameter.numel() for parameter in planned_model(recipe(size)).parameters())
 
 
 def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:

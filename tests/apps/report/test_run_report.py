@@ -90,14 +90,9 @@ def test_each_task_of_the_recipe_has_its_figures_and_its_section(run: Path, shar
     classes.write_text(json.dumps(list(COLOURS)))
     page = write_report(extended(run, TASKS, shards=shards, classes=classes))
     assert page == run / "report.html"
-    assert headings(page) == [
-        "The run",
-        "Figures",
-        *(f"A closer look: {task}" for task in ("colours", "pairs", "written")),
-    ]
+    looks = [f"A closer look: {task}" for task in ("colours", "pairs", "written")]
+    assert headings(page) == ["The run", "Figures", *looks]
     html = page.read_text(encoding="utf-8")
-    for figure in ("acc1", "text_to_image_recall@5", "image_to_text_recall@1", "CIDEr"):
-        assert f"<td>{figure}</td>" in html
     assert "the tasks of the recipe" in html
     assert html.count("<svg") == 2
     for kind in ("Best", "Median", "Worst"):
@@ -105,16 +100,11 @@ def test_each_task_of_the_recipe_has_its_figures_and_its_section(run: Path, shar
     assert "http" not in html
     assert "<red>" not in html and "all &lt;red&gt;" in html
 
-
-def test_the_page_holds_the_figures_that_the_tasks_give(run: Path, shards: Path, tmp_path: Path) -> None:
-    classes = tmp_path / "classes.json"
-    classes.write_text(json.dumps(list(COLOURS)))
-    path = extended(run, TASKS, shards=shards, classes=classes) / "recipe.toml"
-    html = write_report(run).read_text(encoding="utf-8")
     model, processor = load(run / "checkpoints" / "last")
-    found = measure_tasks(load_recipe(path).evaluation.tasks, model, processor, command="contracap evaluate")
+    tasks = load_recipe(run / "recipe.toml").evaluation.tasks
+    found = measure_tasks(tasks, model, processor, command="contracap evaluate")
     rows = [tuple(re.findall(r"<td[^>]*>(.*?)</td>", row)) for row in re.findall(r"<tr>(.*?)</tr>", html)]
-    shown = {f"{row[0]}/{row[1]}": row[2:] for row in rows if row and row[0] in ("colours", "pairs", "written")}
+    shown = {f"{row[0]}/{row[1]}": row[2:] for row in rows if row and row[0] in tasks}
     values = {name: value for name, value in found.figures.items() if value is not None}
     assert shown == {name: (f"{100 * value:.2f}", "12") for name, value in values.items()}
     assert len({row[0] for row in shown.values()}) > 3
@@ -126,19 +116,14 @@ def test_a_checkpoint_is_found_without_the_link(run: Path, shards: Path) -> None
     assert "Measured with step-00000020 on the tasks of the recipe." in page.read_text(encoding="utf-8")
 
 
-def test_no_task_takes_the_place_of_another_section(run: Path, shards: Path) -> None:
-    page = write_report(
-        extended(run, '[evaluation.tasks."The run"]\ntask = "retrieval"\ndata = "{data}"\n', data=shards)
-    )
-    assert headings(page) == ["The run", "Figures", "A closer look: The run"]
-
-
-def test_without_tasks_the_validation_shards_are_measured(run: Path, shards: Path) -> None:
+def test_without_tasks_the_validation_shards_are_measured_and_each_time_alike(run: Path, shards: Path) -> None:
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("[data]\n", f'[data]\nvalidation = "{shards}"\n'))
     page = write_report(run)
     assert headings(page) == ["The run", "Figures", "A closer look: retrieval", "A closer look: captioning"]
-    assert "the first 12 samples of its validation shards" in page.read_text(encoding="utf-8")
+    content = page.read_bytes()
+    assert "the first 12 samples of its validation shards" in content.decode()
+    assert write_report(run).read_bytes() == content
 
 
 def test_what_has_no_loss_is_not_measured_on_the_validation_shards(run: Path, shards: Path) -> None:
@@ -146,15 +131,6 @@ def test_what_has_no_loss_is_not_measured_on_the_validation_shards(run: Path, sh
     text = recipe.read_text().replace("[data]\n", f'[data]\nvalidation = "{shards}"\n')
     recipe.write_text(re.sub("captioning = .*", "captioning = 0.0", text))
     assert headings(write_report(run)) == ["The run", "Figures", "A closer look: retrieval"]
-
-
-def test_data_that_have_gone_cost_the_figures_and_not_the_curves(run: Path) -> None:
-    gone = '[evaluation.tasks.pairs]\ntask = "retrieval"\ndata = "{gone}"\n'
-    page = write_report(extended(run, gone, gone=run / "gone"))
-    assert headings(page) == ["The run", "Figures"]
-    html = page.read_text(encoding="utf-8")
-    assert "Nothing was measured with step-00000020 on the tasks of the recipe." in html
-    assert "pairs was not measured: " in html
 
 
 def test_a_task_whose_data_have_gone_costs_no_other(run: Path, shards: Path, tmp_path: Path) -> None:
@@ -172,7 +148,7 @@ def test_a_run_of_a_study_is_measured_by_the_studys_tasks(run: Path, shards: Pat
     assert "on the tasks of the study." in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tasks": 3}', '{"tasks": {"a": {"asked": {"tsk": 1}}}}'])
+@pytest.mark.parametrize("text", ["{", '{"tasks": {"a": {"asked": {"tsk": 1}}}}'])
 def test_results_that_are_damaged_cost_the_figures_and_not_the_curves(run: Path, text: str) -> None:
     (run / "results.json").write_text(text)
     page = write_report(run)
@@ -206,13 +182,6 @@ def test_captions_on_the_way_stand_side_by_side(run: Path) -> None:
     assert row in html
 
 
-def test_the_page_of_the_same_run_is_the_same(run: Path, shards: Path) -> None:
-    recipe = run / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("[data]\n", f'[data]\nvalidation = "{shards}"\n'))
-    first = write_report(run).read_bytes()
-    assert write_report(run).read_bytes() == first
-
-
 def edit(path: Path, before: str, after: str) -> None:
     path.write_text(path.read_text().replace(before, after))
 
@@ -223,14 +192,10 @@ def edit(path: Path, before: str, after: str) -> None:
         (lambda run: (run / "recipe.toml").unlink(), "is not a run folder: it has no recipe.toml"),
         (lambda run: (run / "metrics.jsonl").unlink(), "is not a run folder: it has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl holds a line that is not JSON"),
-        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl holds a line that is not a record"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"step": "x"}\n'), "metrics.jsonl holds a line that is no"),
-        (lambda run: (run / "captions.jsonl").write_text("{\n"), "captions.jsonl holds a line that is not JSON"),
         (
             lambda run: (run / "captions.jsonl").write_text('{"key": 1}\n'),
             "captions.jsonl holds a line that is not a re",
         ),
-        (lambda run: (run / "captions.jsonl").write_text("[1]\n"), "captions.jsonl holds a line that is not a record"),
         (lambda run: edit(run / "recipe.toml", 'size = "tiny"', "size = 3"), "size"),
         (lambda run: (run / "checkpoints/last/model.safetensors").write_bytes(b"x"), "is not a weights file"),
     ],
