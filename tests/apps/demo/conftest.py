@@ -76,3 +76,9 @@ def server(start: Callable[..., Server], tmp_path_factory: pytest.TempPathFactor
         picture(folder / f"{number:02d}.png", seed=number)
     (folder / "broken.png").write_text("no image")
     return start("--pictures", str(folder))
+
+
+@pytest.fixture(scope="package")
+def uploading(start: Callable[..., Server]) -> Server:
+    """A server to which images to search are uploaded: its page has all inputs there are."""
+    return start()

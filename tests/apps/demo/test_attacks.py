@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,6 @@ def bait(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bait]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         yield Bait(folder / "secret.png", folder / "pipe.png", listener)
-
-
-@pytest.fixture(scope="module")
-def uploading(start: Callable[..., Server]) -> Server:
-    """A server to which images to search are uploaded: its page has all inputs there are."""
-    return start()
 
 
 @pytest.fixture

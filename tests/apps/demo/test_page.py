@@ -16,10 +16,8 @@ import pytest
 
 import contracap
 from contracap.generation import BeamSearch, Captioner
-from contracap.pretrained import random_model, save
 from tests.apps.demo.conftest import SECONDS, Server
 from tests.apps.demo.uploads import bad_uploads, huge_file, picture
-from tests.model.tiny_models import tiny_clip
 
 if os.environ.get("CI"):  # there both must be installed
     import playwright.sync_api as playwright
@@ -97,17 +95,11 @@ def rows(page: Any) -> Any:
 def test_an_uploaded_image_gets_a_caption_alternatives_and_a_map_for_each_word(visit, server, tmp_path) -> None:
     page = visit(server)
     upload(page, picture(tmp_path / "a.png"))
-    caption = caption_of(page)
-    assert rows(page).count() == 6 and caption in rows(page).first.inner_text()
-    maps = page.locator("#maps .thumbnail-item img")
-    playwright.expect(maps).to_have_count(len(caption.split()))
-    assert all(image.evaluate("image => image.naturalWidth") == 384 for image in maps.all())
-
-
-def test_choosing_a_word_shows_its_map_alone(visit, server, tmp_path) -> None:
-    page = visit(server)
-    upload(page, picture(tmp_path / "a.png"))
     words = caption_of(page).split()
+    assert rows(page).count() == 6 and " ".join(words) in rows(page).first.inner_text()
+    maps = page.locator("#maps .thumbnail-item img")
+    playwright.expect(maps).to_have_count(len(words))
+    assert all(image.evaluate("image => image.naturalWidth") == 384 for image in maps.all())
     page.get_by_role("radio").nth(1).click()
     shown = page.locator("#maps .preview")
     shown.wait_for()
@@ -166,17 +158,8 @@ def test_an_example_is_captioned_and_classified_as_an_upload_is(visit, server) -
     playwright.expect(page.locator(".confidence-set")).to_have_count(10)
 
 
-def test_a_page_that_stays_open_tells_when_all_can_be_searched(visit, start, tmp_path) -> None:
-    first = picture(tmp_path / "000.png")
-    for number in range(1, 400):
-        (tmp_path / f"{number:03d}.png").hardlink_to(first)
-    page = visit(start("--pictures", str(tmp_path)))
-    page.get_by_role("tab", name="Search").click()
-    page.get_by_text("400 images to search.").wait_for()
-
-
-def test_uploaded_images_are_searched_where_there_is_no_folder(visit, start, tmp_path) -> None:
-    page = visit(start())
+def test_uploaded_images_are_searched_where_there_is_no_folder(visit, uploading, tmp_path) -> None:
+    page = visit(uploading)
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Text", exact=True).fill("a red circle")
     page.get_by_role("button", name="Search by text").click()
@@ -190,8 +173,8 @@ def test_uploaded_images_are_searched_where_there_is_no_folder(visit, start, tmp
     playwright.expect(page.locator("#found .thumbnail-item").first).to_contain_text("1.000 1.png")
 
 
-def test_too_many_images_to_search_and_images_too_large_together_are_refused(visit, start, tmp_path) -> None:
-    page = visit(start())
+def test_too_many_images_to_search_and_images_too_large_together_are_refused(visit, uploading, tmp_path) -> None:
+    page = visit(uploading)
     page.get_by_role("tab", name="Search").click()
     pictures = page.locator("input[type=file][multiple]")
     pictures.set_input_files([huge_file(tmp_path / f"{number}.jpg", 19) for number in range(6)])
@@ -212,7 +195,7 @@ def test_the_camera_gives_a_image(visit, server) -> None:
     assert caption_of(page)
 
 
-@pytest.mark.parametrize("name", ["truncated.jpg", "drawing.svg", "letter.png", "empty.png", "bomb.png", "wall.png"])
+@pytest.mark.parametrize("name", ["truncated.jpg", "bomb.png"])
 def test_a_bad_file_is_named_and_the_page_goes_on(visit, server, tmp_path, name) -> None:
     page = visit(server)
     file, said = bad_uploads(tmp_path)[name]
@@ -225,25 +208,24 @@ def test_a_bad_file_is_named_and_the_page_goes_on(visit, server, tmp_path, name)
     assert caption_of(page)
 
 
-@pytest.mark.parametrize("megabytes", [21, 200])
-def test_a_huge_file_is_refused_and_the_page_goes_on(visit, server, tmp_path, megabytes) -> None:
+def test_a_huge_file_is_refused_and_the_page_goes_on(visit, server, tmp_path) -> None:
     page = visit(server)
-    upload(page, huge_file(tmp_path / "huge.jpg", megabytes))
+    upload(page, huge_file(tmp_path / "huge.jpg", 21))
     told(page, "maximum")
     upload(page, picture(tmp_path / "good.png"))
     assert caption_of(page)
 
 
-def test_twenty_captions_asked_at_once_are_the_captioners(server, weights, tmp_path) -> None:
+def test_captions_asked_at_once_are_the_captioners(server, weights, tmp_path) -> None:
     from gradio_client import Client, handle_file
 
-    files = [picture(tmp_path / f"{number}.png", seed=number) for number in range(20)]
+    files = [picture(tmp_path / f"{number}.png", seed=number) for number in range(10)]
 
     def answer(file: Path) -> str:
         client = Client(server.url, verbose=False, analytics_enabled=False, download_files=False)
         return client.predict(path=handle_file(file), api_name="/caption")[0]
 
-    with ThreadPoolExecutor(20) as pool:
+    with ThreadPoolExecutor(10) as pool:
         together = list(pool.map(answer, files))
     expected = [caption.text for caption in Captioner(*contracap.load(weights))(files, BeamSearch())]
     assert len(set(expected)) > 2, "the model should look at the images"
@@ -251,48 +233,27 @@ def test_twenty_captions_asked_at_once_are_the_captioners(server, weights, tmp_p
     assert "Traceback" not in server.text(), server.text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_well_and_deletes_uploads_though_a_page_is_open(
-    visit, start, tmp_path, number
-) -> None:
-    server = start()
+def test_sigterm_ends_the_server_well_and_deletes_uploads_though_a_page_is_open(visit, start, tmp_path) -> None:
+    """The page has told before, without a click, when all images could be searched."""
+    first = picture(tmp_path / "000.png")
+    for number in range(1, 400):
+        (tmp_path / f"{number:03d}.png").hardlink_to(first)
+    server = start("--pictures", str(tmp_path))
     page = visit(server)
-    upload(page, picture(tmp_path / "a.png"))
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_text("400 images to search.").wait_for()
+    page = visit(server)
+    upload(page, first)
     assert caption_of(page) and server.uploads()
-    server.process.send_signal(number)
+    server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(SECONDS) == 0, server.text()
     assert not server.uploads() and "Traceback" not in server.text() and "ASGI" not in server.text(), server.text()
 
 
-def refused(*arguments: str) -> str:
-    """What the command line says, in one line, of a call that it refuses."""
-    done = subprocess.run(
-        [sys.executable, "-m", "contracap", "demo", *arguments], capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
-    return done.stderr
-
-
-def test_what_cannot_be_served_is_refused_in_one_line_before_the_page_starts(weights, tmp_path) -> None:
-    model, processor = random_model(tiny_clip(), seed=0)
-    clip = tmp_path / "clip.safetensors"
-    save(clip, model, processor)
-    assert "this model has no text decoder" in refused(str(clip), "--port", "0")
-    assert "holds no images" in refused(str(weights), "--pictures", str(tmp_path))
+def test_a_port_in_use_is_told_in_one_line_before_the_page_starts(weights) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port}: Address already in use" in refused(str(weights), "--port", port)
-
-
-def test_an_address_in_place_of_a_image_is_not_fetched(server) -> None:
-    from gradio_client import Client
-    from gradio_client.exceptions import AppError
-
-    client = Client(server.url, verbose=False, analytics_enabled=False)
-    with socket.create_server(("127.0.0.1", 0)) as bait:
-        bait.settimeout(1)
-        address = f"http://127.0.0.1:{bait.getsockname()[1]}/a.png"
-        with pytest.raises(AppError, match="this page fetches nothing"):
-            client.predict(path={"path": address, "meta": {"_type": "gradio.FileData"}}, api_name="/classify")
-        with pytest.raises(TimeoutError):
-            bait.accept()
+        command = [sys.executable, "-m", "contracap", "demo", str(weights), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert f"127.0.0.1:{port}: Address already in use" in done.stderr
