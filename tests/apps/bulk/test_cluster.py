@@ -242,10 +242,8 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--strategy", "bogus"], "unknown strategy"),
         (["--set", "widht=3"], "widht"),
         (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
-        (["--workers", "0"], "workers must be a whole number of at least 1"),
         (["--gpus-per-worker", "1.5"], "gpus_per_worker is 1.5"),
         (["--dtype", "float16"], "give --embed too"),
         (["--prompt", "a photo of " * 9], "prompt"),
@@ -263,7 +261,7 @@ def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:port"])
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:{port}", "127.0.0.1:port"])
 def test_a_cluster_that_does_not_answer_is_one_line_and_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
@@ -326,8 +324,8 @@ def without_progress(err: str) -> list[str]:
 @pytest.mark.slow
 def test_a_run_that_sigterm_ends_says_what_is_done(start, tmp_path: Path) -> None:
     write_weights(tmp_path / "tiny.safetensors")
-    write_shards(tmp_path / "shards", 40, 50)
-    call = ["-m", "contracap", "bulk", "embed", tmp_path / "tiny.safetensors", tmp_path / "shards"]
+    write_shards(tmp_path / "shards", 20, 20)
+    call = ["-m", "contracap", "bulk", "caption", tmp_path / "tiny.safetensors", tmp_path / "shards"]
     run = start(*call, "--out", tmp_path / "out", "--workers", 1)
     until = time.monotonic() + 120
     while not list((tmp_path / "out").glob("*.parquet")) and time.monotonic() < until:
@@ -336,5 +334,5 @@ def test_a_run_that_sigterm_ends_says_what_is_done(start, tmp_path: Path) -> Non
     out, err = run.communicate(timeout=60)
     (line,) = without_progress(err)
     assert (run.returncode, out) == (143, ""), err
-    assert "of 40 shards are done; the same command continues" in line
+    assert "of 20 shards are done; the same command continues" in line
     await_end(lambda: session_of(run.pid))
