@@ -196,7 +196,7 @@ def test_a_bad_image_gets_one_line_and_leaves_the_others_of_its_batch_alone(pair
         ("strategy=bean", ("unknown strategy 'bean'", "beam")),
         ("widht=3", ("unknown key 'widht'", "'width'")),
         ("width=0", ("width", "at least 1")),
-        ("width=many", ("width", "whole number")),
+        ("width=many", ("width", "integer")),
         ("width=33", ("33", "32 allowed")),
         ("width=1000000000000000000000", ("width",)),
         ("min_tokens=20&max_tokens=10", ("min_tokens", "20", "10")),
@@ -601,7 +601,7 @@ def test_a_key_is_wanted_before_a_body_is_read(pair):
             answer = await client.post("/v1/caption", content=pieces(9, 9, read), headers=header)
             one_line(answer, 401, "Authorization: Bearer")
         assert not read
-        key = {"Authorization": "Bearer s3cret"}
+        key = {"Authorization": "bearer s3cret"}  # RFC 9110: the scheme in any case
         assert (await client.post("/v1/embed/image", content=picture("red"), headers=key)).status_code == 200
         assert (await client.get("/health")).status_code == 200
 

@@ -42,7 +42,10 @@ def add_middleware(
 
 
 class CountRequests:
-    """Middleware that counts every request. Unknown routes are counted together, because anyone can make up paths."""
+    """Middleware that counts every request except CORS preflights.
+
+    Unknown routes are counted together, because anyone can make up paths.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str]):
         self.app, self.metrics, self.routes = app, metrics, routes
@@ -74,12 +77,12 @@ class RequireKey:
     """Middleware that refuses requests to `/v1/...` without `Authorization: Bearer KEY` before their body is read."""
 
     def __init__(self, app: ASGIApp, *, key: str):
-        self.app, self.expected = app, f"Bearer {key}".encode()
+        self.app, self.key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self.expected):
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(key, self.key):
                 error = "missing or wrong API key: send the header Authorization: Bearer KEY"
                 return await problem(401, error, **{"WWW-Authenticate": "Bearer"})(scope, receive, send)
         return await self.app(scope, receive, send)
