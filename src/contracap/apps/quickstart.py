@@ -69,7 +69,7 @@ TARGETS = {
     "seconds": 300.0,
 }
 WORDS = {
-    "caption_accuracy": "captions with every object, attribute and relation right",
+    "caption_accuracy": "fully correct captions",
     "zeroshot_color": "zero-shot colour of one object",
     "zeroshot_shape": "zero-shot shape of one object",
     "text_to_image_recall@1": "text to image, recall@1",
@@ -249,16 +249,16 @@ def build_report(measured: Measured, figures: Mapping[str, float], recipe: Recip
         "": [
             paragraph(
                 f"A contrastive captioner ({recipe.size}) was trained from nothing on drawn scenes: {recipe.steps} "
-                f"steps of {recipe.data.batch_size}. Of the {len(PAIRS)} colour-shape pairs {len(HELD_OUT)} were in no "
-                "training image and in no training caption, though each colour and each shape was, with others. "
-                "Every test scene holds such a pair: of two objects at least one, and a single object always."
+                f"steps of {recipe.data.batch_size}. {len(HELD_OUT)} of the {len(PAIRS)} colour-shape pairs "
+                "never occur in training, although every colour and shape does. Every test scene contains at least one "
+                "of them."
             ),
             table(("", "reached", "chance", "target"), _figure_rows(figures), numbers=(1, 2, 3)),
         ],
         "Captions": [
             paragraph(
                 f"The first {CARDS} of {len(cards)} test scenes, in pairs of twins that differ by one exchanged "
-                "attribute. A caption is right if it names both objects with size, texture, colour and shape, and "
+                "attribute. A caption is correct if it names both objects with size, texture, colour and shape, and "
                 "their relation, in whichever phrasing."
             ),
             gallery(cards[:CARDS]),
@@ -269,8 +269,8 @@ def build_report(measured: Measured, figures: Mapping[str, float], recipe: Recip
         ],
         "Retrieval": [
             paragraph(
-                f"For each caption the five best of all {len(cards)} images, its twin's among them. Green: "
-                "the image that the caption tells; red: another one in the first place."
+                f"The five best of {len(cards)} images for each caption, its twin's among them. Green: "
+                "the caption's own image; red: another image in the first place."
             ),
             image_grid(features, best_images(features, range(GRID_ROWS)), dict(enumerate(measured.twins))),
         ],

@@ -1,4 +1,4 @@
-"""The verbs for many shards. They write one parquet file for each shard."""
+"""The commands for many shards. They write one parquet file for each shard."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -43,7 +43,7 @@ def caption(
     precision: BulkPrecision = "auto",
     size: Size = None,
 ) -> int:
-    """Write captions of tar shards on one machine or many. The same command continues where it was interrupted."""
+    """Write captions of tar shards on one machine or many. If interrupted, run the same command again to continue."""
     _require_extras()
     from contracap.apps.bulk.parts import BulkConfig
     from contracap.generation.registry import build_strategy
@@ -72,7 +72,7 @@ def embed(
     precision: BulkPrecision = "auto",
     size: Size = None,
 ) -> int:
-    """Write embeddings of tar shards on one machine or many. The same command continues where it was interrupted."""
+    """Write embeddings of tar shards on one machine or many. If interrupted, run the same command again to continue."""
     _require_extras()
     from contracap.apps.bulk.parts import BulkConfig
 
@@ -103,9 +103,12 @@ def _run(
     images = f"{rows - unreadable:,} of {rows:,} images" if unreadable else counted(rows, "image(s)")
     say(f"{images} of {counted(len(done.outcomes) - len(done.broken), 'shard(s)')}{before}: {out}")
     if without := sum(outcome.without_image for outcome in done.outcomes):
-        say(f"contracap: passed over {counted(without, 'group(s) without an image, or apart from it')}", to_stderr=True)
+        say(
+            f"contracap: skipped {counted(without, 'sample(s) without an image, or with scattered files')}",
+            to_stderr=True,
+        )
     if others := sum(outcome.other_images for outcome in done.outcomes):
-        say(f"contracap: passed over {counted(others, OTHER_IMAGE)}", to_stderr=True)
+        say(f"contracap: skipped {counted(others, OTHER_IMAGE)}", to_stderr=True)
     for outcome in done.broken:
         fail(outcome.problem)
     if done.broken:

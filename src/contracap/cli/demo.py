@@ -1,5 +1,6 @@
-"""The verb of the web page."""
+"""The command of the web page."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ def demo(
 ) -> None:
     """Serve a web page that captions, classifies and searches."""
     keep_few_kernels()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; otherwise it reports to its makers
     try:
         from contracap.apps.demo.server import serve
         from contracap.apps.web import bind

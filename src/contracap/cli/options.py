@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, and the checks of their values."""
+"""Arguments that several commands take, and the checks of their values."""
 
 import os
 import shlex
@@ -101,7 +101,7 @@ def command_line() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """How a verb loads its model."""
+    """How a command loads its model."""
 
     device: Annotated[str, "NAME"] = "auto"
     """Where the model computes: cpu, cuda or cuda:1; auto is the GPU if there is one."""

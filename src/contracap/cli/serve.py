@@ -1,4 +1,4 @@
-"""The verb that answers over HTTP."""
+"""The command that serves over HTTP."""
 
 import ipaddress
 import logging
@@ -33,7 +33,7 @@ def serve(
     access: Annotated[AccessConfig, Flags] = AccessConfig(),
     model_flags: Model = ModelFlags(),
 ) -> None:
-    """Answer over HTTP: captions, embeddings, labels, in batches of what arrives together."""
+    """Serve captions, embeddings and labels over HTTP. Concurrent requests are batched."""
     keep_few_kernels()
     try:
         from contracap.apps.serve.app import build_app
@@ -49,7 +49,8 @@ def serve(
         access = replace(access, api_key=os.environ.get(API_KEY))
     with bind(host, port) as listener:
         if access.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            logger.warning(f"whoever reaches {format_url(listener)} can use it: give --api-key KEY or set {API_KEY}")
+            url = format_url(listener)
+            logger.warning(f"no API key: anyone who can reach {url} can use this server; set --api-key or {API_KEY}")
         model = model_flags.load(weights)
         app = build_app(*model, default=default, batching=batching, limits=limits, access=access)
         longest = 2 * limits.timeout_s + HEAD_SECONDS

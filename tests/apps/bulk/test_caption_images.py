@@ -300,10 +300,10 @@ def test_wrong_calls_are_one_line_and_write_nothing(run: Run, weights: Path, her
         ([none, "pictures", "--ext", ".caption"], "--ext is for --format sidecar"),
         ([none, "pictures", "--embed"], "--embed is for captions in files"),
         ([none, "pictures", "--append"], "--append is for captions in files"),
-        ([none, "pictures", "--batch-size", "0"], "--batch-size must be a whole number of at least 1"),
-        ([none, "pictures", "--workers", "0"], "--workers must be a whole number of at least 1"),
+        ([none, "pictures", "--batch-size", "0"], "--batch-size must be an integer of at least 1"),
+        ([none, "pictures", "--workers", "0"], "--workers must be an integer of at least 1"),
         ([none, "pictures", "--strategy", "beem", "--out", "c.csv"], "'beem'"),
-        ([none, "pictures", "--set", "width=0", "--out", "c.csv"], "width must be a whole number of at least 1"),
+        ([none, "pictures", "--set", "width=0", "--out", "c.csv"], "width must be an integer of at least 1"),
         ([none, "pictures", "--out", "c.csv"], "no weights at"),
         ([clip, "pictures", "--out", "c.csv"], "decoder"),
     ]

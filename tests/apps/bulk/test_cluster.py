@@ -244,8 +244,8 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
     [
         (["--strategy", "bogus"], "unknown strategy"),
         (["--set", "widht=3"], "widht"),
-        (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
-        (["--workers", "0"], "workers must be a whole number of at least 1"),
+        (["--batch-size", "0"], "batch_size must be an integer of at least 1"),
+        (["--workers", "0"], "workers must be an integer of at least 1"),
         (["--gpus-per-worker", "1.5"], "gpus_per_worker is 1.5"),
         (["--dtype", "float16"], "give --embed too"),
         (["--prompt", "a photo of " * 9], "prompt"),

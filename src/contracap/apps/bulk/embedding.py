@@ -45,17 +45,17 @@ def embed_items(
     *,
     batch_size: int,
     workers: int,
-    waiting: Callable[[int, str], object] = lambda done, what: None,
+    on_wait: Callable[[int, str], object] = lambda done, what: None,
 ) -> Iterator[EmbeddingBatch]:
     """Embeddings of all images, in order; memory does not depend on how many there are.
 
     Args:
         workers: threads that read and decode.
-        waiting: as in `image_batches`.
+        on_wait: as in `image_batches`.
 
     Raises: ValueError: if the model gives numbers that are not finite.
     """
-    batches = image_batches(items, processor.image_config, batch_size=batch_size, workers=workers, waiting=waiting)
+    batches = image_batches(items, processor.image_config, batch_size=batch_size, workers=workers, on_wait=on_wait)
     with closing(batches), evaluating(model):
         for batch in batches:
             with torch.inference_mode():

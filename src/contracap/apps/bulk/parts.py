@@ -74,8 +74,8 @@ class ShardOutcome:
         rows: rows of its part.
         unreadable: those of them whose image cannot be read.
         first_unreadable: keys of the first of these.
-        without_image: groups without an image, which have no row.
-        other_images: images next to the one that is taken of a group.
+        without_image: samples without an image, which have no row.
+        other_images: further images of samples, of which the first is taken.
         problem: the reason if there is no part.
     """
 

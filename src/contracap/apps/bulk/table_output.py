@@ -27,9 +27,11 @@ MAX_NAME_BYTES = 255 - len(".partial-journal")  # of an output with files of our
 
 
 class Table(Output):
-    """One file with a row for each caption. Until it is whole its rows are in `FILE.partial`, from which the same
-    command continues; rows of a file that is there are kept, unless it is to be overwritten. An image whose caption is
-    blank has none. What is not a regular file, such as /dev/stdout, is never read.
+    """One file with a row for each caption.
+
+    Rows are first collected in `FILE.partial`, from which the same command continues. Existing rows are kept unless
+    `existing` is "overwrite". An image whose caption is blank has none. A file that is not regular, such as
+    /dev/stdout, is never read.
 
     Args:
         config: settings that decide the captions, kept in a hidden file next to it; None: rows of any settings may mix.

@@ -84,7 +84,7 @@ class _Request:
     Attributes:
         group: the work and what it is done with; only requests of one group share a batch.
         most: items that a batch of the group may have.
-        deadline: when it goes, however few it goes with, on the event loop's clock in seconds.
+        deadline: time at which it is sent even if its batch is not full, on the event loop's clock in seconds.
     """
 
     group: tuple[Callable[..., list[Any]], Hashable]

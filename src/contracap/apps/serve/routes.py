@@ -59,8 +59,8 @@ CurrentService = Annotated[Service, Depends(get_service)]
 async def caption(
     request: Request,
     service: CurrentService,
-    prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="what the caption begins with")] = "",
-    embedding: Annotated[bool, Query(description="whether the image's embedding is given too")] = False,
+    prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="beginning of the caption")] = "",
+    embedding: Annotated[bool, Query(description="also return the image's embedding")] = False,
 ) -> CaptionAnswer | Answers[CaptionAnswer]:
     """Write a caption for an image."""
     if service.model.captioner is None:
@@ -89,10 +89,10 @@ async def caption(
 async def classify(
     request: Request,
     service: CurrentService,
-    label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="once for each label")],
+    label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="a label; repeat it for each")],
     template: Annotated[str, Query(description="a text with {} where the label goes")] = TEMPLATE,
 ) -> Classification | Answers[Classification]:
-    """Say which of some labels fits an image, without any training on them."""
+    """Classify an image among the given labels (zero-shot)."""
     labels = tuple(label)
     if not all(text.strip() for text in labels) or len(set(labels)) < len(labels):
         raise HTTPException(400, "label: give each label once, and none empty")
@@ -113,7 +113,7 @@ async def classify(
 
 @router.post("/embed/image", openapi_extra=IMAGE_BODY)
 async def embed_image(request: Request, service: CurrentService) -> PictureEmbedding | Answers[PictureEmbedding]:
-    """Put an image into the space of images and texts."""
+    """Return the embedding of an image."""
 
     async def answer(image: Image) -> PictureEmbedding:
         return PictureEmbedding(embedding=(await service.embed_image(image)).tolist())
@@ -123,7 +123,7 @@ async def embed_image(request: Request, service: CurrentService) -> PictureEmbed
 
 @router.post("/embed/text")
 async def embed_text(texts: Texts, service: CurrentService) -> TextEmbeddings:
-    """Put texts into the space of images and texts."""
+    """Return the embeddings of texts."""
     _check_characters(sum(map(len, texts.texts)))
     embeddings = await _gather(service.embed_text(text) for text in texts.texts)
     return TextEmbeddings(embeddings=[embedding.tolist() for embedding in embeddings])

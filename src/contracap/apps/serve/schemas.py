@@ -12,7 +12,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class Problem(BaseModel):
-    """What went wrong, in one line."""
+    """An error, in one line."""
 
     error: str
 
@@ -21,15 +21,15 @@ class Alternative(BaseModel):
     """One text for the image."""
 
     caption: str
-    score: float = Field(description="what ranks the texts, higher is better")
-    log_probability: float = Field(description="sum over its tokens and the end token, in nats")
+    score: float = Field(description="ranking score; higher is better")
+    log_probability: float = Field(description="sum over the caption's tokens and the end token, in nats")
 
 
 class CaptionAnswer(Alternative):
     """The best text for the image, and the n best."""
 
-    alternatives: list[Alternative] = Field(description="best first; the first is the caption itself")
-    embedding: list[float] | None = Field(default=None, description="of the image, a unit vector, if it was asked for")
+    alternatives: list[Alternative] = Field(description="all texts found, best first; the first is the caption")
+    embedding: list[float] | None = Field(default=None, description="unit vector of the image, if requested")
 
 
 class PictureEmbedding(BaseModel):  # a name of the published schema, which clients are generated from
@@ -39,7 +39,7 @@ class PictureEmbedding(BaseModel):  # a name of the published schema, which clie
 
 
 class Answers(BaseModel, Generic[Answer]):
-    """The answer for each image of a form, in their order, or what is wrong with it."""
+    """The result for each image of a form, in order, or what is wrong with the image."""
 
     answers: list[Answer | Problem]
 
@@ -71,7 +71,7 @@ class Classification(BaseModel):
 
 
 class State(BaseModel):
-    """How the server is."""
+    """Server status."""
 
     status: str
 
@@ -98,7 +98,7 @@ STRATEGY_PARAMETERS: dict[str, Any] = {
         {
             "name": "strategy",
             "in": "query",
-            "description": "how the text is searched, such as greedy or beam; by default as the server was started",
+            "description": "decoding strategy, such as greedy or beam; by default the server's",
             "schema": {"type": "string"},
         },
         {

@@ -54,7 +54,7 @@ class DefaultStrategy:
 
 
 class Service:
-    """A model that answers one request at a time, in batches of the requests that wait together.
+    """Queues requests and runs the model on one batch at a time.
 
     Raises: ValueError: if the default strategy is wrong, or the model cannot follow it.
     """
