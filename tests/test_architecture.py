@@ -12,6 +12,8 @@ MAY_IMPORT = {
     "files": "",
     "progress": "",
     "wording": "",
+    "extras": "",
+    "precision": "",
     "tokenizer": "",
     "formats": "",
     "image_files": "formats",
@@ -53,7 +55,7 @@ MAY_IMPORT = {
     "cli": "*",
     "__main__": "cli",
 }
-OPEN = {"config", "files", "progress", "wording"}
+OPEN = {"config", "extras", "files", "precision", "progress", "wording"}
 FOREIGN = {  # and where they are at home, if anywhere
     "benchmarks": "",
     "torchvision": "",

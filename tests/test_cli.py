@@ -456,7 +456,7 @@ def test_demo_without_gradio_says_what_to_install() -> None:
     program = "import sys; sys.modules['gradio'] = None; from contracap.cli import main; sys.exit(main(['demo', 'x']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "contracap: error: the page needs the package gradio: pip install 'contracap[demo]'\n"
+    assert done.stderr == "contracap: error: this needs the package gradio: pip install 'contracap[demo]'\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Image files of all formats to RGB pixels. A damaged or hostile file is an `ImageError`."""
 
+import io
 import math
 import re
 import warnings
@@ -125,6 +126,24 @@ def measure(data: bytes, name: str) -> tuple[int, int, str]:
         if image.format != "TIFF" and _orientation(image) in SIDEWAYS:  # Pillow turns a TIFF as it opens it
             width, height = height, width
         return width, height, image.format or "unknown"
+
+
+def make_thumbnail(pixels: UInt8[Tensor, "3 height width"], side: int) -> Image.Image:
+    """Return the whole image, at most `side` pixels wide and high."""
+    image = to_pillow(pixels)
+    image.thumbnail((side, side))
+    return image
+
+
+def to_pillow(pixels: UInt8[Tensor, "3 height width"]) -> Image.Image:
+    """Return pixels as a Pillow image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Return the bytes of a JPEG file for a page."""
+    image.save(file := io.BytesIO(), "JPEG", quality=80)
+    return file.getvalue()
 
 
 def pixel_count(data: bytes) -> int:

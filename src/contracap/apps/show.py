@@ -28,7 +28,7 @@ def survey_lines(survey: Survey) -> list[str]:
 
 
 def write_page(survey: Survey, path: str | Path) -> None:
-    """Writes a survey as one HTML file that asks the network for nothing, whole or not at all."""
+    """Write a survey as one HTML file that needs no network, whole or not at all."""
     drawn = [bars(title, counts) for title, counts in _histograms(survey).items()]
     skipped = [(kind, f"{found.count:,}", _listed(found.examples)) for kind, found in survey.skipped.items()]
     cards = [

@@ -18,12 +18,12 @@ def quickstart(
 ) -> None:
     """Train a small model on images that it draws itself, then caption, classify and retrieve. Downloads nothing. If
     interrupted, run the same command again to continue."""
-    from contracap.apps.quickstart import GO_ON
+    from contracap.apps.quickstart import RESUME_HINT
     from contracap.apps.quickstart import quickstart as run
     from contracap.training.shutdown import exit_on_signal
 
-    with exit_on_signal(GO_ON):
-        run(out)
+    with exit_on_signal(RESUME_HINT):
+        run(out, command=command_line())
 
 
 def train(

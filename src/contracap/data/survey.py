@@ -1,7 +1,6 @@
 """Counts of what shards hold, and some of their samples as the trainer will see them."""
 
 import hashlib
-import io
 import math
 from array import array
 from collections import Counter
@@ -10,16 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor
 
 from contracap.config import require_count
 from contracap.data.captions import require_captions
 from contracap.data.counts import indexed_samples
 from contracap.data.samples import Record, Sample, SampleError, parse_record
 from contracap.data.shards import ShardError, list_shards, read_records
-from contracap.image_files import ImageError, decode, measure, require_trainable_size
+from contracap.image_files import ImageError, decode, encode_jpeg, make_thumbnail, measure, require_trainable_size
 from contracap.images import AugmentationConfig, ImageConfig, augment
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
@@ -237,14 +233,15 @@ class _Reader:
                 self._found.skip(error.kind, str(error))
                 continue
             generator = np.random.default_rng([self._found.seed, number])
+            crop = augment(pixels, self._found.image, augmentation, generator)
             yield ShownSample(
                 key=sample.key,
                 shard=sample.shard,
                 width=width,
                 height=height,
                 captions=sample.captions,
-                original=_jpeg(pixels),
-                crop=_jpeg(augment(pixels, self._found.image, augmentation, generator)),
+                original=encode_jpeg(make_thumbnail(pixels, SHOWN_SIDE)),
+                crop=encode_jpeg(make_thumbnail(crop, SHOWN_SIDE)),
             )
 
     def _add_captions(self, sample: Sample) -> None:
@@ -274,13 +271,6 @@ def _nearest_ratio(width: int, height: int) -> str:
         return abs(math.log(width * down / (height * across)))
 
     return min(ASPECT_RATIOS, key=distance)
-
-
-def _jpeg(pixels: UInt8[Tensor, "3 height width"]) -> bytes:
-    image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    image.save(file, "jpeg", quality=85)
-    return file.getvalue()
 
 
 def _hash(content: bytes) -> int:

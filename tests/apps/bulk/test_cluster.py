@@ -267,7 +267,7 @@ def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
 def test_a_cluster_that_does_not_answer_is_one_line_and_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    monkeypatch.setattr("contracap.cli.bulk._require_extras", lambda: None)
+    monkeypatch.setattr("contracap.cli.bulk.require_extra", lambda *names: None)
     monkeypatch.setitem(sys.modules, "ray", None)  # nothing is asked of Ray, which would wait
     write_weights(tmp_path / "tiny.safetensors")
     write_shards(tmp_path / "shards", 1, 1)
@@ -281,7 +281,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("pyarrow", "data")])
+@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("pyarrow", "ray")])
 def test_a_missing_package_is_one_line_that_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contracap.apps.serve.batching import Batcher, BatchError, BatchingConfig, Turns
+from contracap.apps.serve.batching import Batcher, BatchError, BatchingConfig, PriorityLock
 
 
 class Work:
@@ -196,7 +196,7 @@ def test_work_that_nobody_waits_for_any_more_ends_at_its_next_step():
 
 
 def test_heavy_work_gives_way_to_light_work_between_its_steps():
-    turns, order = Turns(), []
+    lock, order = PriorityLock(), []
     light_waits = threading.Event()
 
     def heavy_work(settings: str, items: list[int], go_on: Callable[[], None]) -> list[int]:
@@ -215,7 +215,7 @@ def test_heavy_work_gives_way_to_light_work_between_its_steps():
 
     async def test() -> None:
         config = BatchingConfig(max_wait_ms=0.0)
-        async with Batcher(config, turns=turns) as light, Batcher(config, turns=turns, heavy=True) as heavy:
+        async with Batcher(config, lock=lock) as light, Batcher(config, lock=lock, heavy=True) as heavy:
             first = asyncio.create_task(heavy.submit(heavy_work, "a", 1))
             while not order:
                 await asyncio.sleep(0.001)
@@ -234,7 +234,7 @@ def test_items_that_cost_more_share_smaller_batches():
 
     async def test() -> None:
         async with Batcher(BatchingConfig(max_wait_ms=20.0)) as batcher:
-            await asyncio.gather(*(batcher.submit(work.double, "a", item, most=2) for item in range(5)))
+            await asyncio.gather(*(batcher.submit(work.double, "a", item, max_items=2) for item in range(5)))
 
     run(test())
     assert [items for _, items in work.batches] == [[0, 1], [2, 3], [4]]

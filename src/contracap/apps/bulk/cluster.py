@@ -18,7 +18,8 @@ from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
 from contracap.model.coca import CoCa
-from contracap.pretrained.devices import Precision, find_device, find_precision, place
+from contracap.precision import Precision
+from contracap.pretrained.devices import find_device, find_precision, place
 from contracap.processor import Processor
 from contracap.progress import logging_on, progress_bar
 
@@ -127,7 +128,7 @@ class Ledger:
         self._begun, self._ended = Counter[str](), dict[str, ShardOutcome]()
 
     def begin(self, shard: str) -> ShardOutcome | None:
-        """Counts an attempt; returns the outcome if there is to be none, because of an earlier one or of too many."""
+        """Count an attempt. Return the outcome instead if the shard is done, or was tried too often."""
         self._begun[shard] += 1
         if shard not in self._ended and self._begun[shard] > ATTEMPTS:
             died = f"{ATTEMPTS} workers died of it, perhaps for want of memory: lower --batch-size or --workers"
@@ -135,12 +136,12 @@ class Ledger:
         return self._ended.get(shard)
 
     def end(self, outcome: ShardOutcome) -> None:
-        """Keeps the outcome."""
+        """Keep the outcome."""
         self._ended[outcome.shard] = outcome
 
 
 class Worker:
-    """Holds the model, and makes a row with the outcome of one with the name of a shard."""
+    """A worker that holds the model, and turns a row with a shard's name into one with its outcome."""
 
     def __init__(self, job: Job, placing: Placing) -> None:
         self._job, self._placing = job, placing

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
-from contracap.apps.bulk.table_files import require_pyarrow
 from contracap.evaluation.features import require_finite
+from contracap.extras import require_extra
 from contracap.files import replace_file
 from contracap.images import normalise
 from contracap.model.coca import CoCa, evaluating
@@ -87,7 +87,8 @@ def write_embeddings(path: Path, kind: EmbeddingFormat, batches: Iterator[Embedd
 
 
 def _write_parquet(partial: Path, batches: Iterator[EmbeddingBatch]) -> int:
-    pyarrow = require_pyarrow()
+    require_extra("data", "pyarrow")
+    import pyarrow
     from pyarrow.parquet import ParquetWriter
 
     schema = pyarrow.schema([("path", pyarrow.string()), ("embedding", pyarrow.list_(pyarrow.float32()))])

@@ -17,10 +17,10 @@ from contracap.apps.bulk.table_files import (
     TableError,
     TableFormat,
     read_rows,
-    require_pyarrow,
     vectors_beside,
     write_table,
 )
+from contracap.extras import require_extra
 from contracap.files import is_stream, path_text
 
 MAX_NAME_BYTES = 255 - len(".partial-journal")  # of an output with files of ours next to it; SQLite makes the journal
@@ -50,7 +50,7 @@ class Table(Output):
         self._last_before = 0  # number of the last row that was there before
         self._is_stream = is_stream(path)
         if kind == "parquet":
-            require_pyarrow()
+            require_extra("data", "pyarrow")
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not self._is_stream:

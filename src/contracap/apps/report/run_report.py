@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(run: Path) -> Path:
-    """Measures what the last checkpoint reaches, and writes RUN/report.html, whole or not at all; returns where it is.
+    """Evaluate the last checkpoint and write RUN/report.html, whole or not at all. Return its path.
 
     Raises:
         FileNotFoundError: if the folder is not that of a run.

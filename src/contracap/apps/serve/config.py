@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-MAX_REQUESTS = 1000  # under way at once
+MAX_REQUESTS = 1000  # in flight at once
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ MAX_TEXTS = 256
 MAX_TEXT_LENGTH = 4096  # characters; a context is 77 tokens
 MAX_IMAGES = 16  # of a form
 
-Answer = TypeVar("Answer", bound=BaseModel)
+Result = TypeVar("Result", bound=BaseModel)
 
 
 class Problem(BaseModel):
@@ -25,23 +25,23 @@ class Alternative(BaseModel):
     log_probability: float = Field(description="sum over the caption's tokens and the end token, in nats")
 
 
-class CaptionAnswer(Alternative):
+class CaptionResult(Alternative):
     """The best text for the image, and the n best."""
 
     alternatives: list[Alternative] = Field(description="all texts found, best first; the first is the caption")
     embedding: list[float] | None = Field(default=None, description="unit vector of the image, if requested")
 
 
-class PictureEmbedding(BaseModel):  # a name of the published schema, which clients are generated from
+class ImageEmbedding(BaseModel):
     """A unit vector in the space that images and texts share."""
 
     embedding: list[float]
 
 
-class Answers(BaseModel, Generic[Answer]):
+class Results(BaseModel, Generic[Result]):
     """The result for each image of a form, in order, or what is wrong with the image."""
 
-    answers: list[Answer | Problem]
+    answers: list[Result | Problem]
 
 
 class Texts(BaseModel):
@@ -56,7 +56,7 @@ class TextEmbeddings(BaseModel):
     embeddings: list[list[float]]
 
 
-class LabelAnswer(BaseModel):
+class LabelResult(BaseModel):
     """One label and how well it fits the image."""
 
     label: str
@@ -67,7 +67,7 @@ class LabelAnswer(BaseModel):
 class Classification(BaseModel):
     """The labels, best first."""
 
-    labels: list[LabelAnswer]
+    labels: list[LabelResult]
 
 
 class State(BaseModel):

@@ -23,8 +23,8 @@ async def health() -> State:
 @router.get("/ready")
 async def ready(service: CurrentService) -> State:
     """Check that the server takes requests; 503 while it takes none."""
-    if service.under_way.full:
-        raise HTTPException(503, service.under_way.refusal, {"Retry-After": "1"})
+    if service.in_flight.full:
+        raise HTTPException(503, service.in_flight.refusal, {"Retry-After": "1"})
     return State(status="ready")
 
 
