@@ -10,6 +10,8 @@ MAY_IMPORT = {
     "files": "",
     "progress": "",
     "wording": "",
+    "extras": "",
+    "precision": "",
     "tokenizer": "",
     "formats": "",
     "image_files": "formats",
@@ -51,7 +53,7 @@ MAY_IMPORT = {
     "cli": "*",
     "__main__": "cli",
 }
-OPEN = {"config", "files", "progress", "wording"}
+OPEN = {"config", "extras", "files", "precision", "progress", "wording"}
 FOREIGN = {  # and where they are at home, if anywhere
     "benchmarks": "",
     "torchvision": "",

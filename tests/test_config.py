@@ -75,7 +75,7 @@ def test_fields_left_out_keep_their_defaults_and_a_whole_number_stands_for_a_flo
             "'optimizer.betas.1' must be a finite number, not -inf",
         ),
         ({"steps": 1, "weights": {"a": float("inf")}}, "'weights.a' must be a finite number, not inf"),
-        ({"steps": "5"}, "'steps' must be a whole number, not '5'"),
+        ({"steps": "5"}, "'steps' must be an integer, not '5'"),
         ({"steps": 1, "resume": 1}, "'resume' must be true or false, not 1"),
         ({"steps": 1, "data": 5}, "'data' must be a string or a list, each a string, not 5"),
         ({"steps": 1, "optimizer": 5}, "'optimizer' must be a table, not 5"),

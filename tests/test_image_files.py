@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from PIL.Image import Transpose
 
-from contracap.image_files import PIXEL_LIMIT, ImageError, decode, pixel_count
+from contracap.image_files import PIXEL_LIMIT, ImageError, decode, measure, pixel_count
 
 from .image_samples import encode, largest_difference, rows, scene
 
@@ -88,6 +88,7 @@ def test_exif_orientation_turns_the_image_upright(decoder: str, kind: str, orien
     with Image.open(io.BytesIO(data)) as opened:
         assert torch.equal(decode(data), rows(ImageOps.exif_transpose(opened)))
         assert torch.equal(decode(Image.open(io.BytesIO(data))), decode(data))
+    assert measure(data, "image") == (*decode(data).shape[:0:-1], kind)
     if kind in ("PNG", "TIFF"):  # without loss
         turned = stored.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else stored
         assert torch.equal(decode(data), rows(turned))
@@ -448,6 +449,7 @@ def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.Monke
     file = io.BytesIO()
     pillow_heif.from_pillow(Image.new("RGB", (64, 48), "red")).save(file, format="HEIF")
     assert decode(file.getvalue()).shape == (3, 48, 64)
+    assert measure(file.getvalue(), "image") == (64, 48, "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match=r"HEIC.*contracap\[heic\]"):
         decode(file.getvalue())

@@ -9,7 +9,7 @@ from contracap.images import ImageConfig
 from contracap.pretrained import random_model, read_weights, save_open_clip, with_cls_mask
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.fit import match_sizes, require_fit
-from contracap.pretrained.open_clip_config import config_from_open_clip, config_to_open_clip, not_for_open_clip
+from contracap.pretrained.open_clip_config import config_from_open_clip, config_to_open_clip, list_open_clip_problems
 from contracap.pretrained.open_clip_names import from_open_clip, to_open_clip
 from contracap.pretrained.positions import interpolate_positions
 from contracap.pretrained.shapes import shapes_of
@@ -38,7 +38,7 @@ def test_weights_and_configuration_come_back_equal_from_open_clips_layout(config
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_open_clip_cannot_follow_positions_of_a_pooler(positions: bool) -> None:
-    problems = not_for_open_clip(with_pooler("shared", positions=positions))
+    problems = list_open_clip_problems(with_pooler("shared", positions=positions))
     assert any("positions" in problem for problem in problems) == positions
 
 

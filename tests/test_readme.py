@@ -70,14 +70,14 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def without_work(verbs: cli.Verbs) -> cli.Verbs:
+def without_work(verbs: cli.Commands) -> cli.Commands:
     """The same verbs, which parse what they are given and do nothing."""
 
     def parse_only(verb: Callable) -> Callable:
         return functools.wraps(verb)(lambda *_, **__: 0)
 
     return {
-        name: cli.Group(verb.help, without_work(verb.verbs)) if isinstance(verb, cli.Group) else parse_only(verb)
+        name: cli.Group(verb.help, without_work(verb.commands)) if isinstance(verb, cli.Group) else parse_only(verb)
         for name, verb in verbs.items()
     }
 
@@ -98,14 +98,14 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_commands_parse(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "VERBS", without_work(cli.VERBS))
+    monkeypatch.setattr(cli, "COMMANDS", without_work(cli.COMMANDS))
     assert cli.main(shlex.split(command)) == 0
 
 
 @pytest.mark.parametrize(("page", "mention"), mentions())
 def test_verbs_and_flags_in_sentences_exist(page: str, mention: str) -> None:
     words = mention.split()
-    options = help_of(*(words[:2] if isinstance(cli.VERBS.get(words[0]), cli.Group) else words[:1]))
+    options = help_of(*(words[:2] if isinstance(cli.COMMANDS.get(words[0]), cli.Group) else words[:1]))
     assert options.startswith("usage: ")
     assert [word for word in words if word.startswith("--") and word not in options] == []
 

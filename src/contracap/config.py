@@ -40,7 +40,7 @@ class ConfigError(ValueError):
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Return a `cls` with these values. Types are strict, though a whole number may stand for a float; unknown keys,
+    """Return a `cls` with these values. Types are strict, though an integer may stand for a float; unknown keys,
     NaN and infinity are refused.
 
     Args:
@@ -135,9 +135,9 @@ def require_paths(config: Any, *fields: str) -> None:
 
 
 def require_count(name: str, value: Any, least: int, why: str, *, most: int = 10**6) -> None:
-    """Raises: ValueError: unless `value` is a whole number from `least` to `most`."""
+    """Raises: ValueError: unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least} ({why}), not {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {least} ({why}), not {value!r}")
     if value > most:
         raise ValueError(f"{name} must be at most {most:,} ({why}), not {value:,}")
 
@@ -154,10 +154,10 @@ def list_keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str,
             yield from list_keys(inside, (*path, field.name))
             continue
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        default = "needed" if needed else "none by default"
+        default = "required" if needed else "default: none"
         if field.default not in (dataclasses.MISSING, None):
-            default = f"default {json.dumps(to_dict(field.default))}"
-        yield key, f"{_words(hints[field.name])}; {default}", meanings.get(field.name, "")
+            default = f"default: {json.dumps(to_dict(field.default))}"
+        yield key, f"{_words(hints[field.name])}, {default}", meanings.get(field.name, "")
         for each in (inside, *map(_dataclass_of, _items(hints[field.name]))):
             if each is not None:
                 yield from list_keys(each, (*path, field.name) if each is inside else (*path, field.name, "NAME"))
@@ -323,7 +323,7 @@ def _words(hint: Any) -> str:
         return f"a list, each {items[0]}" if alike else f"a list ({', '.join(items)})"
     if dataclasses.is_dataclass(hint) or hint is dict or get_origin(hint) is dict:
         return "a table"
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
     return plain.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -1,5 +1,6 @@
 """Image files of all formats to RGB pixels. A damaged or hostile file is an `ImageError`."""
 
+import io
 import math
 import re
 import warnings
@@ -40,6 +41,8 @@ MAX_DECODING_BYTES = 9 * PIXEL_LIMIT
 DECODING_BYTES = {"WEBP": 18, "AVIF": 18, "JPEG2000": 36, "HEIF": 18}
 MAX_SCANS = 100  # of a progressive JPEG; encoders make 10
 MAX_SCANNED_PIXELS = 24 * PIXEL_LIMIT  # pixels times scans
+JPEG_HEAD = b"\xff\xd8\xff"
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 STRIP_PIXELS = 2**20  # that are converted to RGB at a time
 
 
@@ -100,6 +103,49 @@ def to_tensor(pixels: np.ndarray) -> UInt8[Tensor, "3 height width"]:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def measure(data: bytes, name: str) -> tuple[int, int, str]:
+    """Return width and height of the upright image, in pixels, and its format, from the header of a file alone.
+
+    Raises: ImageError: as `decode` does, apart from damage after the header.
+    """
+    if not data:
+        raise ImageError(f"{name}: the file is empty")
+    with _silent_pillow():
+        try:
+            image = open_image(data)
+            width, height = image.size
+            by_simplejpeg = data.startswith(JPEG_HEAD) and image.mode != "CMYK"
+            _check_size(height, width, name, 9 if by_simplejpeg else _decoding_bytes(image))
+            _check_scans(data, height * width, name)
+        except ImageError:
+            raise
+        except Exception as error:
+            if (bare := _without_metadata(data, error)) is not None:
+                return measure(bare, name)
+            raise _image_error(error, data, name) from error
+        if image.format != "TIFF" and _orientation(image) in SIDEWAYS:  # Pillow turns a TIFF as it opens it
+            width, height = height, width
+        return width, height, image.format or "unknown"
+
+
+def make_thumbnail(pixels: UInt8[Tensor, "3 height width"], side: int) -> Image.Image:
+    """Return the whole image, at most `side` pixels wide and high."""
+    image = to_pillow(pixels)
+    image.thumbnail((side, side))
+    return image
+
+
+def to_pillow(pixels: UInt8[Tensor, "3 height width"]) -> Image.Image:
+    """Return pixels as a Pillow image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Return the bytes of a JPEG file for a page."""
+    image.save(file := io.BytesIO(), "JPEG", quality=80)
+    return file.getvalue()
+
+
 def pixel_count(data: bytes) -> int:
     """Return the number of pixels that the header of a file declares; 0 if it cannot be read."""
     with _silent_pillow():
@@ -111,7 +157,7 @@ def pixel_count(data: bytes) -> int:
 
 def _jpeg_pixels(data: bytes, name: str) -> np.ndarray | None:
     """Return upright RGB of a grey or colour JPEG; None if it is left to Pillow: other formats, CMYK, damaged files."""
-    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
+    if simplejpeg is None or not data.startswith(JPEG_HEAD):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -134,7 +180,6 @@ def _jpeg_pixels(data: bytes, name: str) -> np.ndarray | None:
 
 def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
     """Return upright RGB of any image that Pillow reads."""
-    # Damaged files make Pillow raise almost any error; the file cannot be used in any case.
     with _silent_pillow():
         try:
             image = source if isinstance(source, Image.Image) else open_image(source)
@@ -147,17 +192,29 @@ def _pillow_pixels(source: bytes | Image.Image, name: str) -> np.ndarray:
             return _upright_rgb(image)
         except ImageError:
             raise
-        except (ImportError, CostlyError) as error:
-            raise ImageError(f"{name}: {error}") from error
-        except Image.DecompressionBombError as error:
-            raise ImageSizeError(f"{name}: more than the {PIXEL_LIMIT} pixels allowed; scale it down first") from error
         except Exception as error:
-            if isinstance(source, bytes) and len(bare := bare_png(source)) < len(source):
-                return _pillow_pixels(bare, name)  # its metadata may be what is too large, or damaged
-            if isinstance(error, Image.UnidentifiedImageError):
-                raise ImageError(f"{name}: {_describe_unidentified(source)}") from error
-            says_more = not re.search("truncated|broken data stream", str(error), re.IGNORECASE)
-            raise ImageError(f"{name}: broken or cut off{f': {error}' if says_more else ''}") from error
+            if (bare := _without_metadata(source, error)) is not None:
+                return _pillow_pixels(bare, name)
+            raise _image_error(error, source, name) from error
+
+
+def _without_metadata(source: bytes | Image.Image, error: Exception) -> bytes | None:
+    """Return a PNG without the metadata that may be what is too large, or damaged; None if that is not the reason."""
+    if isinstance(error, ImportError | CostlyError | Image.DecompressionBombError):
+        return None
+    return bare if isinstance(source, bytes) and len(bare := bare_png(source)) < len(source) else None
+
+
+def _image_error(error: Exception, source: bytes | Image.Image, name: str) -> ImageError:
+    """Return what is to be raised for an error of Pillow, which raises almost any for a damaged file."""
+    if isinstance(error, ImportError | CostlyError):
+        return ImageError(f"{name}: {error}")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageSizeError(f"{name}: more than the {PIXEL_LIMIT} pixels allowed; scale it down first")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return ImageError(f"{name}: {_describe_unidentified(source)}")
+    says_more = not re.search("truncated|broken data stream", str(error), re.IGNORECASE)
+    return ImageError(f"{name}: broken or cut off{f': {error}' if says_more else ''}")
 
 
 def _describe_unidentified(source: bytes | Image.Image) -> str:
@@ -201,7 +258,7 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
     """Return 8-bit RGB of a loaded image, strip by strip: converting it whole takes several times its memory."""
     orientation = _orientation(image)
     width, height = image.size
-    pixels = np.empty((width, height, 3) if orientation in (5, 6, 7, 8) else (height, width, 3), np.uint8)
+    pixels = np.empty((width, height, 3) if orientation in SIDEWAYS else (height, width, 3), np.uint8)
     stored = _turn(pixels, {6: 8, 8: 6}.get(orientation, orientation))  # a view; the turns of 6 and 8 undo each other
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
@@ -238,7 +295,7 @@ def _orientation(source: bytes | Image.Image) -> int:
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Return an upright view [height, width, 3] of an image stored in this EXIF orientation, if it is known."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in SIDEWAYS:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

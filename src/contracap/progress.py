@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, and log lines elsewhere. There are neither if warnings are not logged."""
+"""Progress bars on a terminal, and log lines elsewhere. With --quiet there are neither."""
 
 import logging
 import time
@@ -42,7 +42,7 @@ class ProgressBar(tqdm):
         self.n += n or 0
         if self._logs and time.monotonic() >= self._logged + PAUSE:
             self._logged = time.monotonic()
-            logger.warning(self._line())
+            logger.info(self._line())
         return None
 
     def _line(self) -> str:
@@ -121,9 +121,7 @@ def show_waiting(bar: tqdm) -> Callable[[int, str], None]:
             bar.set_postfix_str(f"waiting for {what}" if what else "")
         elif what and time.monotonic() >= told + PAUSE:
             told = time.monotonic()
-            logger.warning(
-                "waiting for %s; %s done", what, counted(done, "image(s)") + (" is" if done == 1 else " are")
-            )
+            logger.info("waiting for %s; %s done", what, counted(done, "image(s)") + (" is" if done == 1 else " are"))
 
     return tell
 

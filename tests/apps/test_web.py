@@ -95,7 +95,7 @@ def test_an_answer_that_the_end_of_the_server_cuts_short_is_completed_once(alrea
 SECONDS = 20  # for what takes 1 or 2, on a busy machine
 PROGRAM = """
 import contracap.apps.web as web
-web.HEAD_SECONDS = 0.5
+web.HEADER_SECONDS = 0.5
 async def app(scope, receive, send):
     if scope["type"] == "lifespan":
         return

@@ -281,7 +281,7 @@ def test_source_without_a_usable_picture_is_an_error_and_can_be_tried_again(tmp_
 @pytest.mark.parametrize("setting", ["samples_per_shard", "shorter_side"])
 def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path: Path, setting: str) -> None:
     folder = make_folder(tmp_path / "source", 1)
-    with pytest.raises(ValueError, match=f"{setting} must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=f"{setting} must be an integer of at least 1"):
         make_shards(folder, tmp_path / "out", **{setting: 0})
     assert not (tmp_path / "out").exists()
 

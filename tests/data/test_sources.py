@@ -360,7 +360,7 @@ def test_option_that_does_not_apply_is_refused(tmp_path: Path, options: dict[str
 def test_missing_pyarrow_is_one_line_that_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "x.parquet", "")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(SourceError, match=r"pip install 'contracap\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'contracap\[data\]'"):
         read_source(path)
 
 

@@ -120,7 +120,7 @@ def test_a_banned_word_is_found_however_it_is_cut(text, next_piece, allowed):
     ("settings", "message"),
     [
         ({"repetition_penalty": 0.0}, "repetition_penalty must be a number from 0.1 to 10"),
-        ({"no_repeat_ngram": 0}, "no_repeat_ngram must be a whole number of at least 1"),
+        ({"no_repeat_ngram": 0}, "no_repeat_ngram must be an integer of at least 1"),
         ({"banned": ("",)}, "banned holds an empty phrase"),
         ({"forced": ("a", "  ")}, "forced holds an empty phrase"),
     ],

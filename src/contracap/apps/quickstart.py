@@ -7,26 +7,14 @@ import json
 import logging
 import shlex
 import shutil
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from contracap.apps.html_page import (
-    Html,
-    gallery,
-    image_tag,
-    page,
-    paragraph,
-    table,
-    text,
-    verdict,
-)
-from contracap.apps.report.curves import draw_curves
-from contracap.apps.report.grids import best_images, image_grid
+from contracap.apps.quickstart_page import CHANCE, TARGETS, TWIN_SCENES, Measured, build_page, figures_as_text
 from contracap.config import to_dict
 from contracap.data.drawing import scene_records, write_training_shards
 from contracap.data.grammar import COLOR_TEMPLATES, SHAPE_TEMPLATES, parse_caption
@@ -37,13 +25,12 @@ from contracap.data.scenes import (
     HELD_OUT,
     PAIRS,
     SHAPES,
-    count_meanings,
     single_scenes,
     twin_scenes,
 )
 from contracap.data.shards import write_shard
 from contracap.evaluation.result import Result
-from contracap.evaluation.retrieval import Features, evaluate_retrieval
+from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.zeroshot import evaluate_zeroshot
 from contracap.files import replace_file, write_text
 from contracap.generation.captioner import Captioner
@@ -52,38 +39,12 @@ from contracap.model.coca import CoCa
 from contracap.pretrained import load
 from contracap.processor import Processor
 from contracap.training.recipe import Recipe, load_recipe
-from contracap.training.recorder import read_metrics
 from contracap.training.trainer import train
 
 TRAINING_SCENES = 30_000
-TWIN_SCENES = 200
 SINGLE_SCENES = 320
 TEST_SEED = 2**31  # no shard of training scenes has this number
-CARDS, GRID_ROWS = 24, 12
-TARGETS = {
-    "caption_accuracy": 0.8,
-    "zeroshot_color": 0.9,
-    "zeroshot_shape": 0.9,
-    "text_to_image_recall@1": 0.8,
-    "image_to_text_recall@1": 0.8,
-    "seconds": 300.0,
-}
-WORDS = {
-    "caption_accuracy": "captions with every object, attribute and relation right",
-    "zeroshot_color": "zero-shot colour of one object",
-    "zeroshot_shape": "zero-shot shape of one object",
-    "text_to_image_recall@1": "text to image, recall@1",
-    "image_to_text_recall@1": "image to text, recall@1",
-    "seconds": "seconds in all",
-}
-CHANCE = {
-    "caption_accuracy": 1 / count_meanings(),
-    "zeroshot_color": 1 / len(COLORS),
-    "zeroshot_shape": 1 / len(SHAPES),
-    "text_to_image_recall@1": 1 / TWIN_SCENES,
-    "image_to_text_recall@1": 1 / TWIN_SCENES,
-}
-GO_ON = "the same command continues"
+RESUME_HINT = "the same command continues"
 logger = logging.getLogger(__name__)
 
 
@@ -104,26 +65,7 @@ def evaluate_scene_captions(model: CoCa, processor: Processor, samples: Sequence
     )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Results for the table and the page.
-
-    Attributes:
-        figures: by their names in `results.json`.
-        samples: test images.
-        twins: scenes of two objects, each next to its twin.
-        captions: of the twins, and whether each is right.
-        features: of the twins and their captions.
-    """
-
-    figures: dict[str, float]
-    samples: int
-    twins: Sequence[Sample]
-    captions: Sequence[tuple[str, bool]]
-    features: Features
-
-
-def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
+def quickstart(out: Path, overrides: Sequence[str] = (), *, command: str = "") -> Result:
     """Draw, train, measure, and print a table. The same call continues an interrupted one.
 
     Writes to the folder `out`: `results.json`, `report.html`, the drawn `scenes`, the `run`, and one test image,
@@ -132,6 +74,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     Args:
         out: the folder; made if need be.
         overrides: changes to the recipe, `key.path=value` each, as for `contracap train`.
+        command: the command line, for the result.
 
     Raises:
         ValueError: if the folder holds a finished quickstart, or an override is refused.
@@ -161,20 +104,20 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Result:
     else:
         figures["seconds"] = time.monotonic() - started
     result = Result(
-        command=shlex.join(["contracap", *sys.argv[1:]]),
+        command=command,
         seed=recipe.seed,
         samples=measured.samples,
         figures=figures | dict.fromkeys(reasons),
         reasons=reasons,
         details={"chance": CHANCE, "targets": TARGETS, "recipe": to_dict(recipe)},
     )
-    write_text(out / "report.html", build_report(measured, figures, recipe))
+    write_text(out / "report.html", build_page(measured, figures, recipe))
     with replace_file(out / "sample.png") as sample:
         sample.write_bytes(measured.twins[0].image)
     result.write(out / "results.json")
     print(figures_as_text(figures))
-    command = shlex.join(["contracap", "caption", str(out), str(out / "sample.png")])
-    logger.info("\nthe page: %s\ncaption an image: %s", out / "report.html", command)
+    caption = shlex.join(["contracap", "caption", str(out), str(out / "sample.png")])
+    logger.info("\nthe page: %s\ncaption an image: %s", out / "report.html", caption)
     return result
 
 
@@ -222,76 +165,3 @@ def measure(model: CoCa, processor: Processor, scenes: Path) -> Measured:
     retrieval = evaluate_retrieval(model, processor, twins, ks=(1,))
     figures |= retrieval.values
     return Measured(figures, len(twins) + len(singles), twins, captioning.predictions, retrieval.predictions)
-
-
-def figures_as_text(figures: Mapping[str, float]) -> str:
-    """The table on the terminal."""
-    rows = [("", "reached", "chance", "target"), *_figure_rows(figures)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        f"{row[0]:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    )
-
-
-def build_report(measured: Measured, figures: Mapping[str, float], recipe: Recipe) -> str:
-    """The page: figures, images with their captions, retrieval, and the curves of the run."""
-    features = measured.features
-    cards = [
-        (
-            image_tag(sample.image, alt=sample.captions[0], good=correct),
-            verdict(caption, good=correct) if correct else wrong_caption(caption, sample.captions[0]),
-        )
-        for sample, (caption, correct) in zip(measured.twins, measured.captions, strict=True)
-    ]
-    wrong = [card for card, (_, correct) in zip(cards, measured.captions, strict=True) if not correct]
-    sections = {
-        "": [
-            paragraph(
-                f"A contrastive captioner ({recipe.size}) was trained from nothing on drawn scenes: {recipe.steps} "
-                f"steps of {recipe.data.batch_size}. Of the {len(PAIRS)} colour-shape pairs {len(HELD_OUT)} were in no "
-                "training image and in no training caption, though each colour and each shape was, with others. "
-                "Every test scene holds such a pair: of two objects at least one, and a single object always."
-            ),
-            table(("", "reached", "chance", "target"), _figure_rows(figures), numbers=(1, 2, 3)),
-        ],
-        "Captions": [
-            paragraph(
-                f"The first {CARDS} of {len(cards)} test scenes, in pairs of twins that differ by one exchanged "
-                "attribute. A caption is right if it names both objects with size, texture, colour and shape, and "
-                "their relation, in whichever phrasing."
-            ),
-            gallery(cards[:CARDS]),
-        ],
-        "Wrong captions": [
-            paragraph(f"{len(wrong)} of {len(cards)}; at most {CARDS} are shown."),
-            gallery(wrong[:CARDS]),
-        ],
-        "Retrieval": [
-            paragraph(
-                f"For each caption the five best of all {len(cards)} images, its twin's among them. Green: "
-                "the image that the caption tells; red: another one in the first place."
-            ),
-            image_grid(features, best_images(features, range(GRID_ROWS)), dict(enumerate(measured.twins))),
-        ],
-        "The run": [draw_curves(read_metrics(Path(recipe.out)))],
-    }
-    return page("contracap quickstart", sections)
-
-
-def wrong_caption(caption: str, shown: str) -> Html:
-    """A caption that is wrong, and what would have been right."""
-    return Html(f"{verdict(caption, good=False)}<br>{text(f'shown: {shown}')}")
-
-
-def _figure_rows(figures: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    def percent(share: float) -> str:
-        return f"{100 * share:.3g} %" if share >= 0.001 or share == 0 else f"{100 * share:.1g} %"
-
-    return [
-        (words, percent(figures[name]), percent(CHANCE[name]), f">= {percent(TARGETS[name])}")
-        if name in CHANCE
-        else (words, f"{figures[name]:.0f}", "", f"<= {TARGETS[name]:.0f}")
-        for name, words in WORDS.items()
-        if name in figures
-    ]

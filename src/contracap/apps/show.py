@@ -28,7 +28,7 @@ def survey_lines(survey: Survey) -> list[str]:
 
 
 def write_page(survey: Survey, path: str | Path) -> None:
-    """Writes a survey as one HTML file that asks the network for nothing, whole or not at all."""
+    """Write a survey as one HTML file that needs no network, whole or not at all."""
     drawn = [bars(title, counts) for title, counts in _histograms(survey).items()]
     skipped = [(kind, f"{found.count:,}", _listed(found.examples)) for kind, found in survey.skipped.items()]
     cards = [
@@ -43,7 +43,7 @@ def write_page(survey: Survey, path: str | Path) -> None:
     sections = {"": [paragraph(_extent(survey)), table(("", ""), _rows(survey)), charts(drawn)]}
     if skipped:
         sections["Skipped"] = [
-            paragraph(f"What a trainer passes over, and what was said of the first {EXAMPLES} of each kind."),
+            paragraph(f"What training skips, with the messages of the first {EXAMPLES} of each kind."),
             table(("kind", "count", "examples"), skipped, numbers=(1,)),
         ]
     sections["Samples"] = [
@@ -91,12 +91,10 @@ def _extent(survey: Survey) -> str:
     """Say what was counted and what was only sampled."""
     extent = "Every sample of every shard was read."
     if not survey.complete:
-        extent = (
-            f"All that follows is about the first {counted(survey.samples, 'sample(s)')} alone; no others were read."
-        )
+        extent = f"Only the first {counted(survey.samples, 'sample(s)')} were read; all numbers are about these."
     return (
-        f"{extent} Images were measured by their headers, and only those shown below were decoded: one that is "
-        "damaged further in may have passed. Repeated is what came before, byte for byte."
+        f"{extent} Sizes come from image headers. Only the samples shown below were decoded, so damaged pixel data "
+        "elsewhere goes unnoticed. 'Repeated' counts exact duplicates."
     )
 
 

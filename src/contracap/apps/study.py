@@ -98,7 +98,7 @@ class StudyConfig:
 
 
 def study(config: StudyConfig, *, command: str, allow_commands: bool = False) -> list[Comparison]:
-    """Trains and measures every run that is not done yet, seed by seed, then compares the first arm with each other.
+    """Train and measure every run that is not done yet, seed by seed, then compare the first arm with each other.
 
     Writes to the folder `out`: a run folder with `results.json` for each arm and seed, and for each comparison a folder
     `FIRST-vs-ARM`, as `compare.writing.write` does.

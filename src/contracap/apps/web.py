@@ -19,7 +19,7 @@ except ImportError:  # Windows
     resource = None
 
 MIB = 2**20
-HEAD_SECONDS = 10  # that the head of a request may take to come, and that a connection may stay idle
+HEADER_SECONDS = 10  # to receive the request headers, and that a connection may stay idle
 MAX_CONNECTIONS = 1000
 
 
@@ -62,7 +62,7 @@ def run_server(
 
     Args:
         greeting: printed as soon as clients are let in.
-        patience: seconds that requests under way have to be answered once the signal has come.
+        patience: seconds that requests in flight have to be answered once the signal has come.
         request_seconds: that a connection may take for one request, reading the answer included; it is closed then.
     """
     config = uvicorn.Config(
@@ -97,13 +97,13 @@ def _connections() -> tuple[int, int]:
 
 
 class _Connection(H11Protocol):
-    """Uvicorn's connection, with limits on the time until a head is complete and on the number of connections.
+    """Uvicorn's connection, with limits on the time until the headers are complete and on the number of connections.
 
     Attributes:
         since: when it was made, or its last answer was sent, on the event loop's clock.
     """
 
-    # Uvicorn's own do not suffice: timeout_keep_alive starts after an answer, so a head may take for ever, and
+    # Uvicorn's own do not suffice: timeout_keep_alive starts after an answer, so headers may take forever, and
     # limit_concurrency refuses newcomers while idle connections hold all places.
 
     aborted = False
@@ -127,7 +127,7 @@ class _Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """True if it has not sent a whole head, and has read what it was answered."""
+        """True if it has not sent complete headers, and has read what it was answered."""
         return self.conn.their_state is h11.IDLE and not self.transport.get_write_buffer_size()
 
 
@@ -151,7 +151,7 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         now = asyncio.get_running_loop().time()
         for connection in _open(self.server_state):
-            if now - connection.since > (HEAD_SECONDS if connection.is_idle else self._request_seconds):
+            if now - connection.since > (HEADER_SECONDS if connection.is_idle else self._request_seconds):
                 connection.abort()
         return await super().on_tick(counter)
 

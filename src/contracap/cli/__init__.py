@@ -1,6 +1,7 @@
-"""The command line. Verbs import torch inside their functions, so that `--help` answers at once."""
+"""The command line. Commands import torch inside their functions, so that `--help` answers at once."""
 
 import difflib
+import logging
 import os
 import sys
 import traceback
@@ -36,18 +37,18 @@ from contracap.config import ConfigError, SettingsHelp
 BROKEN_PIPE = 141  # a shell's status for a program that SIGPIPE ended
 CANNOT_PARSE = 2
 
-Verbs = Mapping[str, "Callable[..., int | None] | Group"]
+Commands = Mapping[str, "Callable[..., int | None] | Group"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Verbs under a common word."""
+    """Commands under a common word."""
 
     help: str
-    verbs: Verbs
+    commands: Commands
 
 
-VERBS: Verbs = {
+COMMANDS: Commands = {
     "quickstart": quickstart,
     "train": train,
     "finetune": finetune,
@@ -78,12 +79,13 @@ VERBS: Verbs = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 for wrong input, or 75 if the same command can continue.
+    """Run one command and return the exit status: 0, 1 for wrong input, or 75 if the same command can continue.
 
     The status is 2 if the call cannot be parsed, 130 or 143 after Ctrl-C or SIGTERM, and 141 if the reader of stdout
     has gone, as with `| head`.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # here, because `catch_warnings` does not work in threads
+    logging.basicConfig(format="%(message)s")
     for stream in (sys.stdout, sys.stderr):  # the name of a file may hold bytes that are not text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 except BaseException as error:  # a lock that the signal met half-way may raise an error of its own
                     if (status := interrupted(error)) is None:
                         raise
-                    words = str(error) if isinstance(error, KeyboardInterrupt) else ""  # the verb's own, if any
+                    words = str(error) if isinstance(error, KeyboardInterrupt) else ""  # the command's own, if any
                     if isinstance(error, OSError):  # such as a full disk, while it cleaned up
                         words = f"interrupted: {message(error)}"
                     return fail(words or "interrupted", status=status)
@@ -111,7 +113,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     if arguments[:1] == ["--version"]:
         print(f"contracap {__version__}")
         return 0
-    if (problem := _unknown_verb(VERBS, arguments)) is not None:
+    if (problem := _unknown_command(COMMANDS, arguments)) is not None:
         return fail(problem, status=CANNOT_PARSE)
     if twice := _given_twice(arguments):
         return fail(f"{twice} is given twice: give it once, with all its values after it", status=CANNOT_PARSE)
@@ -119,10 +121,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         noun = "study" if arguments[0] == "study" else "recipe"
         return fail(f"changes to a {noun} are written KEY=VALUE: {change}", status=CANNOT_PARSE)
     try:
-        status = _app(VERBS).cli(
+        status = _app(COMMANDS).cli(
             prog="contracap",
-            description="Contrastive captioners: train, caption, classify, retrieve, evaluate. Every verb also takes "
-            "--quiet (results and errors alone) and --verbose (tracebacks, all log lines).",
+            description="Contrastive captioners: train, caption, classify, retrieve, evaluate. All commands also "
+            "accept --quiet (only results and errors) and --verbose (tracebacks and debug logs). "
+            "`contracap --version` prints the version.",
             args=arguments,
             config=(DisallowNone,),
             registry=registry,
@@ -145,13 +148,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     return status or 0
 
 
-def _app(verbs: Verbs) -> SubcommandApp:
+def _app(commands: Commands) -> SubcommandApp:
     app = SubcommandApp()
-    for name, verb in verbs.items():
-        if isinstance(verb, Group):
-            app.command(_app(verb.verbs), name=name, help=verb.help)
+    for name, command in commands.items():
+        if isinstance(command, Group):
+            app.command(_app(command.commands), name=name, help=command.help)
         else:
-            app.command(name=name)(verb)
+            app.command(name=name)(command)
     return app
 
 
@@ -162,9 +165,9 @@ def _given_twice(arguments: Sequence[str]) -> str | None:
 
 
 def _change_as_option(arguments: Sequence[str]) -> str | None:
-    """Return KEY=VALUE if an option that the verb does not have was meant as a change to a recipe or a study."""
-    verb = VERBS.get(arguments[0]) if arguments else None
-    if not callable(verb) or "overrides" not in (parameters := signature(verb).parameters):
+    """Return KEY=VALUE if an option that the command does not have was meant as a change to a recipe or a study."""
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    if not callable(command) or "overrides" not in (parameters := signature(command).parameters):
         return None
     options = [
         "--help",
@@ -182,19 +185,19 @@ def _change_as_option(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _unknown_verb(verbs: Verbs, arguments: Sequence[str], before: str = "contracap") -> str | None:
-    """Return an error message if the first word is neither a verb nor an option."""
+def _unknown_command(commands: Commands, arguments: Sequence[str], before: str = "contracap") -> str | None:
+    """Return an error message if the first word is neither a command nor an option."""
     if not arguments or arguments[0].startswith("-"):
         return None
     name = arguments[0]
     if f"{before} {name}" == "contracap bench":
         return "benchmarks need a checkout: python -m benchmarks NAME"
-    if name not in verbs:
-        near = difflib.get_close_matches(name, verbs, n=1)
-        right = f"did you mean {near[0]!r}?" if near else f"{before} has {', '.join(verbs)}"
-        return f"no verb {name!r}: {right}"
-    verb = verbs[name]
-    return _unknown_verb(verb.verbs, arguments[1:], f"{before} {name}") if isinstance(verb, Group) else None
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        right = f"did you mean {near[0]!r}?" if near else f"{before} has {', '.join(commands)}"
+        return f"unknown command {name!r}: {right}"
+    command = commands[name]
+    return _unknown_command(command.commands, arguments[1:], f"{before} {name}") if isinstance(command, Group) else None
 
 
 def _reader_has_gone() -> bool:

@@ -1,12 +1,13 @@
-"""The verbs for many shards. They write one parquet file for each shard."""
+"""The commands for many shards. They write one parquet file for each shard."""
 
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from contracap.apps.bulk.cluster_config import ClusterConfig
 from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import fail, say
-from contracap.cli.options import Precision, Settings, Size, StrategyName, WeightsName
+from contracap.cli.options import Settings, Size, StrategyName, WeightsName
+from contracap.extras import require_extra
+from contracap.precision import EmbeddingDType, Precision
 from contracap.wording import counted
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ Out = Annotated[
 ]
 Cluster = Annotated[ClusterConfig, Flags]
 BatchSize = Annotated[int, arg(help="Images in a batch.")]
-DType = Literal["float32", "float16"]
 BulkPrecision = Annotated[
     Precision, arg(help="Number format that the models compute in; auto is bf16 or fp16 on GPUs, fp32 on CPUs.")
 ]
@@ -37,14 +37,14 @@ def caption(
     settings: Settings = (),
     prompt: Annotated[str, arg(metavar="TEXT", help="The beginning of each caption.")] = "",
     embed: Annotated[bool, arg(help="Write the embeddings of the images too.")] = False,
-    dtype: Annotated[DType | None, arg(help="Number format of the embeddings; float32 by default.")] = None,
+    dtype: Annotated[EmbeddingDType | None, arg(help="Number format of the embeddings; float32 by default.")] = None,
     cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
     precision: BulkPrecision = "auto",
     size: Size = None,
 ) -> int:
-    """Write captions of tar shards on one machine or many. The same command continues where it was interrupted."""
-    _require_extras()
+    """Write captions of tar shards on one machine or many. If interrupted, run the same command again to continue."""
+    require_extra("ray", "ray", "pyarrow")
     from contracap.apps.bulk.parts import BulkConfig
     from contracap.generation.registry import build_strategy
 
@@ -66,24 +66,18 @@ def embed(
     /,
     *,
     out: Out,
-    dtype: Annotated[DType, arg(help="Number format of the embeddings.")] = "float32",
+    dtype: Annotated[EmbeddingDType, arg(help="Number format of the embeddings.")] = "float32",
     cluster: Cluster = ClusterConfig(),
     batch_size: BatchSize = 64,
     precision: BulkPrecision = "auto",
     size: Size = None,
 ) -> int:
-    """Write embeddings of tar shards on one machine or many. The same command continues where it was interrupted."""
-    _require_extras()
+    """Write embeddings of tar shards on one machine or many. If interrupted, run the same command again to continue."""
+    require_extra("ray", "ray", "pyarrow")
     from contracap.apps.bulk.parts import BulkConfig
 
     config = BulkConfig(embedding=dtype, precision=precision, batch_size=batch_size)
     return _run(weights, shards, out, config, cluster, size)
-
-
-def _require_extras() -> None:
-    for package, extra in (("ray", "ray"), ("pyarrow", "data")):
-        if find_spec(package) is None:
-            raise ImportError(f"a run over many shards needs {package}: pip install 'contracap[{extra}]'")
 
 
 def _run(
@@ -103,9 +97,12 @@ def _run(
     images = f"{rows - unreadable:,} of {rows:,} images" if unreadable else counted(rows, "image(s)")
     say(f"{images} of {counted(len(done.outcomes) - len(done.broken), 'shard(s)')}{before}: {out}")
     if without := sum(outcome.without_image for outcome in done.outcomes):
-        say(f"contracap: passed over {counted(without, 'group(s) without an image, or apart from it')}", to_stderr=True)
+        say(
+            f"contracap: skipped {counted(without, 'sample(s) without an image, or with scattered files')}",
+            to_stderr=True,
+        )
     if others := sum(outcome.other_images for outcome in done.outcomes):
-        say(f"contracap: passed over {counted(others, OTHER_IMAGE)}", to_stderr=True)
+        say(f"contracap: skipped {counted(others, OTHER_IMAGE)}", to_stderr=True)
     for outcome in done.broken:
         fail(outcome.problem)
     if done.broken:

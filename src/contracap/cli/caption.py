@@ -1,4 +1,4 @@
-"""The verb that captions images: files, folders, lists and shards of them."""
+"""The command that captions images: files, folders, lists and shards of them."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFlags:
-    """Captions of `contracap caption`, and the images that get one."""
+    """Flags that choose the images and how they are captioned."""
 
     prefix: Annotated[str, "TEXT"] = ""
     """Written before each caption, unchanged."""
@@ -87,8 +87,8 @@ def caption(
     model_flags: Model = ModelFlags(),
     json: ResultFile = None,
 ) -> int:
-    """Write a caption for each image. The same command continues where it was stopped. Unreadable images are listed
-    at the end."""
+    """Write a caption for each image. Unreadable images are listed at the end. If interrupted, run the same command
+    again to continue."""
     from contracap.apps.bulk.caption_images import caption_images, take_first
     from contracap.apps.bulk.inputs import count_items, find_items, first_items
     from contracap.apps.bulk.output_config import caption_config

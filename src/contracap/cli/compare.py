@@ -1,4 +1,4 @@
-"""The verbs that show what came out: of two results, and of one run."""
+"""The commands that show what came out: of two results, and of one run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -43,9 +43,6 @@ def compare(
 
 def report(run: Annotated[Path, arg(metavar="RUN", help="A run folder: the `out` of contracap train.")], /) -> None:
     """Write a page about a run, RUN/report.html: curves, figures, captions, retrieval, confusions."""
-    import logging
-
     from contracap.apps.report.run_report import write_report
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(write_report(run))

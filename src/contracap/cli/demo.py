@@ -1,10 +1,12 @@
-"""The verb of the web page."""
+"""The command of the web page."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 from contracap.cli.flags import arg
 from contracap.cli.options import Model, ModelFlags, WeightsName, keep_few_kernels
+from contracap.extras import require_extra
 
 
 def demo(
@@ -22,14 +24,11 @@ def demo(
 ) -> None:
     """Serve a web page that captions, classifies and searches."""
     keep_few_kernels()
-    try:
-        from contracap.apps.demo.server import serve
-        from contracap.apps.web import bind
-    except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "fastapi", "starlette", "uvicorn", "python_multipart"):
-            raise
-        raise ImportError(f"the page needs the package {error.name}: pip install 'contracap[demo]'") from None
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported; otherwise it reports to its makers
+    require_extra("demo", "gradio", "fastapi", "starlette", "uvicorn", "h11", "python_multipart")
     from contracap.apps.demo.collection import images_under
+    from contracap.apps.demo.server import serve
+    from contracap.apps.web import bind
 
     found = images_under(pictures) if pictures is not None else None
     with bind(host, port) as address:

@@ -1,4 +1,4 @@
-"""The verbs that say what is in an image without writing a text: its class, its embedding."""
+"""The commands that say what is in an image without writing a text: its class, its embedding."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ Images = Annotated[
 BatchSize = Annotated[int, arg(metavar="N", help="Images in a batch.")]
 
 
-@interruption("interrupted: the lines above are all; the same command starts again")
+@interruption("interrupted: only the results above were computed; run the command again to start over")
 def classify(
     weights: WeightsName,
     paths: Images,
@@ -144,7 +144,7 @@ def _batches(
     workers = 4 * (os.cpu_count() or 1)
     found = find_items(paths)
     with progress_bar(total=lambda: count_items(paths), unit=" images", disable=not progress) as bar:
-        made = embed_items(model, processor, found, batch_size=batch_size, workers=workers, waiting=show_waiting(bar))
+        made = embed_items(model, processor, found, batch_size=batch_size, workers=workers, on_wait=show_waiting(bar))
         for batch in made:
             yield batch
             bar.update(len(batch.names) + len(batch.broken))

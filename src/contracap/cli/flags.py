@@ -34,10 +34,10 @@ class PathText(str):
 
 
 registry = ConstructorRegistry()
-"""The rules by which all verbs turn words of the command line into values."""
+"""The rules by which all commands turn words of the command line into values."""
 
 
-PLAIN: dict[Any, tuple[str, str]] = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "a text")}
+PLAIN: dict[Any, tuple[str, str]] = {int: ("N", "an integer"), float: ("X", "a number"), str: ("TEXT", "a string")}
 """Types of values, with their names in the help and in messages."""
 
 
@@ -108,14 +108,14 @@ def _optional_choice_rule(wanted: PrimitiveTypeInfo) -> PrimitiveConstructorSpec
 
 
 Flags = tyro.conf.arg(name="")
-"""Annotates a dataclass, or a `GivenFlags`, whose fields are flags of the verb."""
+"""Annotates a dataclass, or a `GivenFlags`, whose fields are flags of the command."""
 
 FLAG_NAMES = {"settings": "set"}
 """Flags whose name differs from that of the field."""
 
 
 class GivenFlags(dict[str, Any]):
-    """The fields of `config_class` whose flags were given. No flag is required: the verb builds the class later."""
+    """The fields of `config_class` whose flags were given. No flag is required: the command builds the class later."""
 
     config_class: ClassVar[type]
 

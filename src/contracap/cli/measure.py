@@ -1,6 +1,5 @@
-"""The verb that measures a model. The result is written before it is printed, so that a closed pipe cannot lose it."""
+"""The command that measures a model. It writes the result before it prints it, so a closed pipe cannot lose it."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ class TaskFlags(GivenFlags):
     config_class = TaskConfig
 
 
-@interruption("interrupted: no figure was written; the same command starts again")
+@interruption("interrupted: no result was written; run the command again to start over")
 def evaluate(
     weights: WeightsName,
     /,
@@ -67,7 +66,6 @@ def evaluate(
             kept.append(try_write(write, predictions, found))
 
     if tasks is not None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")  # figures of a task as soon as it is done
         result = measure_tasks(wanted, model, processor, command=command_line())
     else:
         (config,) = wanted.values()

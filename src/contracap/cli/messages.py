@@ -1,4 +1,4 @@
-"""Messages of the verbs: errors, progress as `--quiet` and `--verbose` ask, and interruptions."""
+"""Messages of the commands: errors, progress as `--quiet` and `--verbose` ask, and interruptions."""
 
 import logging
 import multiprocessing
@@ -23,11 +23,11 @@ class EmptyPathError(Exception):
 
 
 class Verbosity:
-    """The two flags that every verb takes, anywhere among its arguments.
+    """The two flags that every command takes, anywhere among its arguments.
 
     Attributes:
         quiet: show results and errors only, without progress bars, summaries and log lines.
-        verbose: also show tracebacks of errors, and log lines of every level.
+        verbose: also show tracebacks of errors, and debug logs.
     """
 
     quiet: bool = False
@@ -38,7 +38,7 @@ class Verbosity:
         self.verbose = "--verbose" in arguments
         self.quiet = "--quiet" in arguments and not self.verbose
         logging.disable(logging.WARNING if self.quiet else logging.NOTSET)  # progress bars go by this, too
-        logging.getLogger("contracap").setLevel(logging.DEBUG if self.verbose else logging.NOTSET)
+        logging.getLogger("contracap").setLevel(logging.DEBUG if self.verbose else logging.INFO)
         return [word for word in arguments if word not in ("--quiet", "--verbose")]
 
 
@@ -52,7 +52,9 @@ def say(line: str, *, to_stderr: bool = False) -> None:
 
 
 @contextmanager
-def interruption(words: str = "interrupted: nothing was written; the same command starts again") -> Iterator[None]:
+def interruption(
+    words: str = "interrupted: nothing was written; run the command again to start over",
+) -> Iterator[None]:
     """A context in which Ctrl-C shows these words, unless the block has a message of its own."""
     try:
         yield

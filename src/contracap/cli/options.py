@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, and the checks of their values."""
+"""Arguments that several commands take, and the checks of their values."""
 
 import os
 import shlex
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -14,6 +14,7 @@ from contracap.cli.flags import Flags, PathText, arg
 from contracap.cli.messages import message
 from contracap.config import require_count
 from contracap.files import try_place
+from contracap.precision import Precision
 
 if TYPE_CHECKING:
     from contracap.model.coca import CoCa
@@ -33,7 +34,6 @@ AllowCommands = Annotated[
     FlagCreatePairsOff[bool], arg(help="Run the commands of sources that begin with pipe:, with all your permissions.")
 ]
 Size = Annotated[str | None, arg(metavar="NAME", help="The model's size, if the weights do not tell.")]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]  # that of `pretrained.devices`, which imports torch
 ResultFile = Annotated[Path | None, arg(metavar="OUT", help="File for the result.")]
 StrategyName = Annotated[
     str, arg(metavar="NAME", help="Decoding strategy for captions: greedy, beam, sample, legacy or rerank.")
@@ -116,7 +116,7 @@ def command_line() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """How a verb loads its model."""
+    """How a command loads its model."""
 
     device: Annotated[str, "NAME"] = "auto"
     """Where the model computes: cpu, cuda or cuda:1; auto is the GPU if there is one."""

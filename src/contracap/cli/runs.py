@@ -1,6 +1,5 @@
-"""The verbs that make a run, or plan one."""
+"""The commands that make a run, or plan one."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -17,15 +16,14 @@ def quickstart(
         "quickstart"
     ),
 ) -> None:
-    """Train a small model on images that it draws itself, then caption, classify and retrieve. Downloads nothing. The
-    same command continues where it was interrupted."""
-    from contracap.apps.quickstart import GO_ON
+    """Train a small model on images that it draws itself, then caption, classify and retrieve. Downloads nothing. If
+    interrupted, run the same command again to continue."""
+    from contracap.apps.quickstart import RESUME_HINT
     from contracap.apps.quickstart import quickstart as run
     from contracap.training.shutdown import exit_on_signal
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_on_signal(GO_ON):
-        run(out)
+    with exit_on_signal(RESUME_HINT):
+        run(out, command=command_line())
 
 
 def train(
@@ -54,7 +52,6 @@ def train(
     from contracap.training.shutdown import exit_on_signal
     from contracap.training.trainer import train as run
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_signal():
         checkpoint = run(load_recipe(recipe, overrides), allow_commands=allow_commands)
         if os.environ.get("RANK", "0") == "0":  # of the ranks of torchrun, one
@@ -79,7 +76,6 @@ def finetune(
     from contracap.apps.finetune import finetune as run
     from contracap.training.shutdown import exit_on_signal
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_signal("the same command continues"):
         print(figures_as_text(run(weights, data, out, overrides, command=command_line())))
         print(f"the page: {out / 'report.html'}")
@@ -92,15 +88,14 @@ def study(
     *,
     allow_commands: AllowCommands = False,
 ) -> None:
-    """Train one recipe in several arms with several seeds, then measure and compare them. The same command continues
-    where it was interrupted."""
+    """Train one recipe in several arms with several seeds, then measure and compare them. If interrupted, run the
+    same command again to continue."""
     from contracap.apps.compare.comparison_tables import to_markdown
     from contracap.apps.study import StudyConfig
     from contracap.apps.study import study as run
     from contracap.config import load_toml
     from contracap.training.shutdown import exit_on_signal
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_signal():
         config = load_toml(study, StudyConfig, overrides)
         for comparison in run(config, command=command_line(), allow_commands=allow_commands):

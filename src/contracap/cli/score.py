@@ -1,4 +1,4 @@
-"""The verb that scores captions which were written before, by this package or any other."""
+"""The command that scores captions which were written before, by this package or any other."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The verbs of shards."""
+"""The commands of shards."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -46,7 +46,7 @@ def make(
     samples_per_shard: Annotated[int, arg(help="Samples in a shard.")] = 1000,
     workers: Workers = None,
 ) -> None:
-    """Make tar shards of a source. The same command continues where it was interrupted."""
+    """Make tar shards of a source. If interrupted, run the same command again to continue."""
     from contracap.data.shard_maker import SKIPPED_FILE, make_shards
 
     made = make_shards(

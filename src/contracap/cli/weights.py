@@ -1,4 +1,4 @@
-"""The verbs of weights files."""
+"""The commands of weights files."""
 
 from collections import Counter
 from pathlib import Path
@@ -95,9 +95,9 @@ def convert(
     as LAION's fork of open_clip, open_clip_mammut, reads it.
     """
     from contracap.pretrained import read_weights, save_open_clip, write_weights
-    from contracap.pretrained.fidelity import changes_in_open_clip
+    from contracap.pretrained.fidelity import measure_open_clip_changes
     from contracap.pretrained.find import ENDINGS, OPEN_CLIP_WEIGHTS
-    from contracap.pretrained.open_clip_config import not_for_open_clip
+    from contracap.pretrained.open_clip_config import list_open_clip_problems
 
     found = read_weights(file, size=size)
     to = to or ("open_clip" if found.layout == "contracap" else "contracap")
@@ -112,11 +112,11 @@ def convert(
         if out.name.endswith(ENDINGS) or out.is_file():
             raise ValueError(f"open_clip's layout is a folder of two files, and {out} names a file: give a folder")
         save_open_clip(out, model=found.model, image=found.image, state=found.state)
-        for problem in not_for_open_clip(found.model):
-            say(f"contracap: warning: open_clip 3.3.0 cannot follow this model: {problem}", to_stderr=True)
-        for what, change in changes_in_open_clip(found.model, found.state).items():
-            moved = f"{what} moves by {change.mean:.4f} on average, {change.largest:.4f} at most"
-            say(f"contracap: warning: read without that key, on sample inputs, the {moved}", to_stderr=True)
+        for problem in list_open_clip_problems(found.model):
+            say(f"contracap: warning: open_clip 3.3.0 cannot load {problem}", to_stderr=True)
+        for what, change in measure_open_clip_changes(found.model, found.state).items():
+            moved = f"{what} change by {change.mean:.4f} on average (at most {change.largest:.4f})"
+            say(f"contracap: warning: without that key, {moved} on sample inputs", to_stderr=True)
     say(f"{found.path} ({found.layout}) -> {out} ({to})")
 
 
@@ -164,7 +164,6 @@ def sweep(
     allow_commands: AllowCommands = False,
 ) -> None:
     """Measure the mixtures of the weights before and after fine-tuning, and draw one skill against the other."""
-    import logging
 
     from contracap.apps.figures import require_matplotlib
     from contracap.apps.sweep import sweep as measure
@@ -176,7 +175,6 @@ def sweep(
     from contracap.pretrained import read_weights
     from contracap.pretrained.devices import find_device
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     require_matplotlib()
     require_folder(out)
     wanted = load_toml(tasks, TasksConfig).tasks

@@ -1,28 +1,21 @@
 """Counts of what shards hold, and some of their samples as the trainer will see them."""
 
 import hashlib
-import io
 import math
-import warnings
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import ExifTags, Image
-from torch import Tensor
 
 from contracap.config import require_count
 from contracap.data.captions import require_captions
 from contracap.data.counts import indexed_samples
 from contracap.data.samples import Record, Sample, SampleError, parse_record
 from contracap.data.shards import ShardError, list_shards, read_records
-from contracap.formats import FORMATS
-from contracap.image_files import ImageError, ImageSizeError, decode, require_trainable_size
+from contracap.image_files import ImageError, decode, encode_jpeg, make_thumbnail, measure, require_trainable_size
 from contracap.images import AugmentationConfig, ImageConfig, augment
 from contracap.progress import progress_bar
 from contracap.tokenizer import Tokenizer
@@ -30,7 +23,6 @@ from contracap.tokenizer import Tokenizer
 EXAMPLES = 5  # messages kept of each kind of skip
 SHOWN_SIDE = 256  # longest side, in pixels, of the images that are kept to be shown
 ASPECT_RATIOS = ("1:3", "1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1", "3:1")
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +213,7 @@ class _Reader:
         try:
             sample = parse_record(record, lines=self._lines)
             self._add_captions(sample)
-            width, height, kind = _measure(sample.image, sample.name)
+            width, height, kind = measure(sample.image, sample.name)
             require_trainable_size(height, width, sample.name)
         except (SampleError, ImageError) as error:
             found.skip(error.kind, str(error))
@@ -241,14 +233,15 @@ class _Reader:
                 self._found.skip(error.kind, str(error))
                 continue
             generator = np.random.default_rng([self._found.seed, number])
+            crop = augment(pixels, self._found.image, augmentation, generator)
             yield ShownSample(
                 key=sample.key,
                 shard=sample.shard,
                 width=width,
                 height=height,
                 captions=sample.captions,
-                original=_jpeg(pixels),
-                crop=_jpeg(augment(pixels, self._found.image, augmentation, generator)),
+                original=encode_jpeg(make_thumbnail(pixels, SHOWN_SIDE)),
+                crop=encode_jpeg(make_thumbnail(crop, SHOWN_SIDE)),
             )
 
     def _add_captions(self, sample: Sample) -> None:
@@ -272,38 +265,12 @@ class _Reader:
             self._drawn[place] = drawn
 
 
-def _measure(image: bytes, name: str) -> tuple[int, int, str]:
-    """Return width and height of the upright image, and its format, from the header alone."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image)) as content:
-                (width, height), kind, orientation = content.size, content.format, 1
-                with suppress(Exception):  # damaged EXIF data makes Pillow raise almost anything; the pixels are good
-                    orientation = content.getexif().get(ExifTags.Base.Orientation, 1)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageSizeError(f"{name}: {error}") from error
-    except Exception as error:  # damaged headers do so, too
-        raise ImageError(f"{name}: not an image, or cut off within its header") from error
-    if kind not in FORMATS:
-        raise ImageError(f"{name}: {kind} is none of {', '.join(FORMATS)}")
-    return (height, width, kind) if orientation in TURNED else (width, height, kind)
-
-
 def _nearest_ratio(width: int, height: int) -> str:
     def distance(ratio: str) -> float:
         across, down = map(int, ratio.split(":"))
         return abs(math.log(width * down / (height * across)))
 
     return min(ASPECT_RATIOS, key=distance)
-
-
-def _jpeg(pixels: UInt8[Tensor, "3 height width"]) -> bytes:
-    image, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    image.save(file, "jpeg", quality=85)
-    return file.getvalue()
 
 
 def _hash(content: bytes) -> int:

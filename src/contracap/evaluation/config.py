@@ -68,7 +68,7 @@ class TaskConfig:
     greedy decoding for answers. Unless settings say otherwise, `max_tokens` and `min_tokens` are 30 and 5 for captions,
     76 and 0 for answers."""
     settings: Annotated[tuple[str, ...], "[KEY=VALUE ...]"] = ()
-    """Settings of the strategy, such as `width=3`; the word `help` lists them."""
+    """Settings of the strategy, such as `width=3`; `contracap caption WEIGHTS --set help` lists them."""
 
     def __post_init__(self) -> None:
         names = (self.metrics,) if isinstance(self.metrics, str) else self.metrics
@@ -158,6 +158,7 @@ class EvaluationConfig:
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Tasks by name; metrics are recorded as `NAME/metric`."""
     captions: SampleCaptionsConfig | None = None
+    """Sample captions, written to captions.jsonl at each evaluation."""
 
     def __post_init__(self) -> None:
         if self.every < 1:

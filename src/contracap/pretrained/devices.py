@@ -2,14 +2,13 @@
 
 import logging
 import warnings
-from typing import Literal
 
 import torch
 
 from contracap.model.coca import CoCa
 from contracap.model.onednn import HAS_ONEDNN, use_bf16
+from contracap.precision import Precision
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # These stay in fp32. In bf16 many scores of tokens would be equal: on Flickr8k, 17 % of captions would change, not 4 %.
 VOCABULARY = "decoder.vocabulary"

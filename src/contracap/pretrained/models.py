@@ -8,7 +8,8 @@ from contracap.images import ImageConfig
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.onednn import use_onednn
 from contracap.model.sizes import SIZES, find_size
-from contracap.pretrained.devices import Precision, find_device, place
+from contracap.precision import Precision
+from contracap.pretrained.devices import find_device, place
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.find import size_is_not_weights
 from contracap.pretrained.weights import name_errors, read_weights, write_weights

@@ -236,19 +236,18 @@ def _side(size: int | Sequence[int]) -> int:
     return height
 
 
-def not_for_open_clip(config: CoCaConfig) -> list[str]:
-    """Return the differences between a model of this configuration and what open_clip 3.3.0 can build."""
+def list_open_clip_problems(config: CoCaConfig) -> list[str]:
+    """Return the properties of a model of this configuration that open_clip 3.3.0 cannot load."""
     if config.is_mammut:
         program = "open_clip 4.2" if config.text.pool == "mean" else "LAION's fork open_clip_mammut"
-        return [f"it has no MaMMUT; {program} does"]
+        return [f"a MaMMUT; {program} can"]
     problems = {
-        "it refuses the key correct_cls_mask of its configuration, and without the key its class token attends to "
-        "other tokens (train with model.text.cls_mask = 'legacy' to avoid it)": config.text.pool == "class_token"
+        "`correct_cls_mask` (to avoid it, train with model.text.cls_mask = 'legacy')": config.text.pool == "class_token"
         and config.text.cls_mask == "correct",
-        f"its {config.pooler.kind} pooler is another one": config.pooler.kind in ("cascade", "parallel"),
-        "its pooler adds no positions, and it refuses the key attn_pooler_positions": config.pooler.adds_positions,
-        "its tokenizer has 49408 ids only": config.text.vocab_size != TextConfig.vocab_size,
-        "its image and text encoder have the same activation": config.vision.activation != config.text.activation,
+        f"a {config.pooler.kind} pooler": config.pooler.kind in ("cascade", "parallel"),
+        "`attn_pooler_positions`": config.pooler.adds_positions,
+        f"a vocabulary of other than {TextConfig.vocab_size} ids": config.text.vocab_size != TextConfig.vocab_size,
+        "image and text encoders with different activations": config.vision.activation != config.text.activation,
     }
     return [problem for problem, holds in problems.items() if holds]
 

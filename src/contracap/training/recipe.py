@@ -35,8 +35,7 @@ class Recipe:
     """One training run. Fine-tuning, CLIP and caption-only training are recipes too."""
 
     size: str
-    """`contracap weights list` and docs/model.md describe the sizes: coca_ViT-S-32, -M-32, -B-32, -B-16, -L-14 and
-    -H-14, ViT-B-32, -B-16, -L-14, -H-14, -g-14 and -bigG-14 (some also with -quickgelu), flickr8k, scenes and tiny."""
+    """Name of a size, such as `coca_ViT-B-32`; `contracap weights list` shows them all."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the size to change, nested as in `CoCaConfig`: `model.vision.patch_dropout = 0.5`."""
     steps: int = 0

@@ -286,7 +286,7 @@ def test_wrong_calls_are_one_line_and_write_nothing(run: Run, here: Path) -> Non
         ([none, "pictures", "--format", "metadata", "--out", "new/metadata.jsonl"], "no file in the folder of"),
         ([none, "pictures", "--ext", ".caption"], "--ext is for --format sidecar"),
         ([none, "pictures", "--embed"], "--embed is for captions in files"),
-        ([none, "pictures", "--batch-size", "0"], "--batch-size must be a whole number of at least 1"),
+        ([none, "pictures", "--batch-size", "0"], "--batch-size must be an integer of at least 1"),
         ([none, "pictures", "--out", "c.csv"], "no weights at"),
         ([clip, "pictures", "--out", "c.csv"], "decoder"),
     ]

@@ -243,7 +243,7 @@ def test_other_weights_in_the_same_folder_are_refused_before_ray_starts(tmp_path
     ("arguments", "said"),
     [
         (["--set", "widht=3"], "widht"),
-        (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
+        (["--batch-size", "0"], "batch_size must be an integer of at least 1"),
         (["--gpus-per-worker", "1.5"], "gpus_per_worker is 1.5"),
         (["--dtype", "float16"], "give --embed too"),
         (["--prompt", "a photo of " * 9], "prompt"),
@@ -265,7 +265,7 @@ def test_a_wrong_setting_is_one_line_and_leaves_no_folder(
 def test_a_cluster_that_does_not_answer_is_one_line_and_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    monkeypatch.setattr("contracap.cli.bulk._require_extras", lambda: None)
+    monkeypatch.setattr("contracap.cli.bulk.require_extra", lambda *names: None)
     monkeypatch.setitem(sys.modules, "ray", None)  # nothing is asked of Ray, which would wait
     write_weights(tmp_path / "tiny.safetensors")
     write_shards(tmp_path / "shards", 1, 1)
@@ -279,7 +279,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("pyarrow", "data")])
+@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("pyarrow", "ray")])
 def test_a_missing_package_is_one_line_that_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:

@@ -100,9 +100,11 @@ def test_groups_of_a_shard_without_an_image_are_counted_and_texts_may_lie_anywhe
     found = list(find_items(["0.tar"]))
     assert [item.name for item in found] == ["0.tar/b", "0.tar/a"] and found[1].content() == picture(0)
     (line,) = caplog.messages
-    assert "2 groups without an image" in line and "1 group apart from the image" in line and "--sort=name" in line
+    assert (
+        "2 samples without an image" in line and "1 sample whose files are not next" in line and "--sort=name" in line
+    )
     write_shard(here / "1.tar", [("a", text)])
-    with pytest.raises(FileNotFoundError, match="1 group without an image"):
+    with pytest.raises(FileNotFoundError, match="1 sample without an image"):
         list(first_items(["1.tar"]))
 
 
@@ -239,7 +241,7 @@ def test_a_folder_in_a_list_is_told_with_list_and_line(here: Path) -> None:
 def test_further_images_of_a_group_are_counted(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tar(here / "0.tar", ["a.jpg", "a.png", "b.png", "c.jpg", "c.png"])
     assert names("0.tar") == ["0.tar/a", "0.tar/b", "0.tar/c"]
-    assert caplog.messages == ["0.tar: passed over 2 further images of a group, of which the first is taken"]
+    assert caplog.messages == ["0.tar: passed over 2 further images of a sample, of which the first is taken"]
 
 
 @pytest.mark.parametrize(

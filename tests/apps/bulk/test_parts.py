@@ -188,7 +188,7 @@ def test_settings_tell_other_weights_and_other_strategies(tiny) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"batch_size": 0}, "batch_size must be an integer"),
         ({"embedding": None}, "nothing"),
         ({"prompt": "a"}, "no captions"),
     ],

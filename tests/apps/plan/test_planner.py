@@ -208,7 +208,7 @@ def test_a_run_that_fits_warns_of_nothing() -> None:
     [
         ({"gpu": "a100"}, "unknown GPU 'a100'; the GPUs are a100-40g"),
         ({"gpus": 0}, "gpus must be"),
-        ({"gpus_per_machine": 0}, "gpus_per_machine must be a whole number of at least 1"),
+        ({"gpus_per_machine": 0}, "gpus_per_machine must be an integer of at least 1"),
         ({"text_tokens": float("nan")}, "text_tokens is nan"),
         ({"efficiency": 1.5}, "efficiency is 1.5"),
         ({"text_tokens": 17.0}, "text_tokens is 17.0; it must be from 2 to 16"),

@@ -90,7 +90,7 @@ def test_each_task_of_the_recipe_has_its_figures_and_its_section(run: Path, shar
     classes.write_text(json.dumps(list(COLOURS)))
     page = write_report(extended(run, TASKS, shards=shards, classes=classes))
     assert page == run / "report.html"
-    looks = [f"A closer look: {task}" for task in ("colours", "pairs", "written")]
+    looks = [f"{task} in detail" for task in ("colours", "pairs", "written")]
     assert headings(page) == ["The run", "Figures", *looks]
     html = page.read_text(encoding="utf-8")
     assert "the tasks of the recipe" in html
@@ -120,7 +120,7 @@ def test_without_tasks_the_validation_shards_are_measured_and_each_time_alike(ru
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("[data]\n", f'[data]\nvalidation = "{shards}"\n'))
     page = write_report(run)
-    assert headings(page) == ["The run", "Figures", "A closer look: retrieval", "A closer look: captioning"]
+    assert headings(page) == ["The run", "Figures", "retrieval in detail", "captioning in detail"]
     content = page.read_bytes()
     assert "the first 12 samples of its validation shards" in content.decode()
     assert write_report(run).read_bytes() == content
@@ -130,13 +130,13 @@ def test_what_has_no_loss_is_not_measured_on_the_validation_shards(run: Path, sh
     recipe = run / "recipe.toml"
     text = recipe.read_text().replace("[data]\n", f'[data]\nvalidation = "{shards}"\n')
     recipe.write_text(re.sub("captioning = .*", "captioning = 0.0", text))
-    assert headings(write_report(run)) == ["The run", "Figures", "A closer look: retrieval"]
+    assert headings(write_report(run)) == ["The run", "Figures", "retrieval in detail"]
 
 
 def test_a_task_whose_data_have_gone_costs_no_other(run: Path, shards: Path, tmp_path: Path) -> None:
     page = write_report(extended(run, TASKS, shards=shards, classes=tmp_path / "gone.json"))
-    assert headings(page) == ["The run", "Figures", "A closer look: pairs", "A closer look: written"]
-    assert "colours was not measured: " in page.read_text(encoding="utf-8")
+    assert headings(page) == ["The run", "Figures", "pairs in detail", "written in detail"]
+    assert "colours was not evaluated: " in page.read_text(encoding="utf-8")
 
 
 def test_a_run_of_a_study_is_measured_by_the_studys_tasks(run: Path, shards: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_run_of_a_study_is_measured_by_the_studys_tasks(run: Path, shards: Pat
     tasks = {"pairs": TaskConfig(task="retrieval", data=(str(shards),))}
     measure_tasks(tasks, model, processor, command="contracap study").write(run / "results.json")
     page = write_report(run)
-    assert headings(page) == ["The run", "Figures", "A closer look: pairs"]
+    assert headings(page) == ["The run", "Figures", "pairs in detail"]
     assert "on the tasks of the study." in page.read_text(encoding="utf-8")
 
 
@@ -153,11 +153,11 @@ def test_results_that_are_damaged_cost_the_figures_and_not_the_curves(run: Path,
     (run / "results.json").write_text(text)
     page = write_report(run)
     assert headings(page) == ["The run", "Figures"]
-    assert re.search(r"Nothing was measured: .*results\.json", page.read_text(encoding="utf-8"))
+    assert re.search(r"Nothing was evaluated: .*results\.json", page.read_text(encoding="utf-8"))
 
 
 def test_without_anything_to_measure_the_page_says_so(run: Path) -> None:
-    said = "Nothing was measured: the recipe has neither evaluation.tasks nor data.validation"
+    said = "Nothing was evaluated: the recipe has neither evaluation.tasks nor data.validation"
     assert said in write_report(run).read_text(encoding="utf-8")
 
 
@@ -165,7 +165,7 @@ def test_a_run_without_a_checkpoint_shows_its_curves(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     page = write_report(run)
     assert headings(page) == ["The run", "Figures"]
-    assert "no checkpoint yet" in page.read_text(encoding="utf-8")
+    assert "No checkpoint yet" in page.read_text(encoding="utf-8")
 
 
 def test_captions_on_the_way_stand_side_by_side(run: Path) -> None:
@@ -176,7 +176,7 @@ def test_captions_on_the_way_stand_side_by_side(run: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run / "captions.jsonl").write_text(text + '{"step": 25, "ke')  # half written
     page = write_report(run)
-    assert headings(page)[-1] == "Captions on the way"
+    assert headings(page)[-1] == "Sample captions during training"
     html = page.read_text(encoding="utf-8")
     row = "<td>words &lt;5&gt;</td><td>words &lt;10&gt;</td><td>words &lt;20&gt;</td><td>a red square</td>"
     assert row in html
@@ -216,7 +216,7 @@ def test_a_model_that_went_astray_costs_its_figures_and_not_the_curves(run: Path
     write_weights(path, model=model.config, image=processor.image_config, state=state)
     page = write_report(extended(run, '[evaluation.tasks.pairs]\ntask = "retrieval"\ndata = "{data}"\n', data=shards))
     assert headings(page) == ["The run", "Figures"]
-    assert "pairs was not measured: the model&#x27;s features" in page.read_text(encoding="utf-8")
+    assert "pairs was not evaluated: the model&#x27;s features" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("where", ["task", "validation"])

@@ -5,7 +5,7 @@ from PIL import Image
 
 from contracap.apps.report.grids import best_images, best_texts, caption_grid, image_grid
 from contracap.apps.report.sections import caption_parts, confusion_parts, spread
-from contracap.apps.report.thumbnails import SIDE, make_thumbnail, read_wanted_samples
+from contracap.apps.report.thumbnails import SIDE, encode_thumbnail, read_wanted_samples
 from contracap.data.samples import Sample
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.retrieval import Features
@@ -88,12 +88,12 @@ def test_of_many_classes_the_most_confused_pairs_are_listed() -> None:
 def test_a_large_image_becomes_a_small_jpeg_and_a_drawn_one_stays() -> None:
     file = io.BytesIO()
     Image.effect_noise((800, 400), 50).save(file, "PNG")
-    small = make_thumbnail(file.getvalue())
+    small = encode_thumbnail(file.getvalue())
     with Image.open(io.BytesIO(small)) as picture:
         assert picture.format == "JPEG"
         assert picture.size == (SIDE, SIDE // 2)
     drawn = sample("a", "red").image
-    assert make_thumbnail(drawn) == drawn
+    assert encode_thumbnail(drawn) == drawn
 
 
 def test_only_the_chosen_samples_are_kept() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from contracap.apps.serve.batching import Batcher, BatchError, BatchingConfig, Turns
+from contracap.apps.serve.batching import Batcher, BatchError, BatchingConfig, PriorityLock
 
 
 class Work:
@@ -189,7 +189,7 @@ def test_work_that_nobody_waits_for_any_more_ends_at_its_next_step():
 
 
 def test_heavy_work_gives_way_to_light_work_between_its_steps():
-    turns, order = Turns(), []
+    lock, order = PriorityLock(), []
     light_waits = threading.Event()
 
     def heavy_work(settings: str, items: list[int], go_on: Callable[[], None]) -> list[int]:
@@ -208,7 +208,7 @@ def test_heavy_work_gives_way_to_light_work_between_its_steps():
 
     async def test() -> None:
         config = BatchingConfig(max_wait_ms=0.0)
-        async with Batcher(config, turns=turns) as light, Batcher(config, turns=turns, heavy=True) as heavy:
+        async with Batcher(config, lock=lock) as light, Batcher(config, lock=lock, heavy=True) as heavy:
             first = asyncio.create_task(heavy.submit(heavy_work, "a", 1))
             while not order:
                 await asyncio.sleep(0.001)

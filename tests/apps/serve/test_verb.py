@@ -50,7 +50,7 @@ def test_an_address_that_others_reach_without_a_key_gets_a_warning(capsys, caplo
     ):
         caplog.clear()
         refusal(capsys, "none", "--port", "0", *options)
-        assert ("whoever reaches" in caplog.text) == warns, options
+        assert ("no API key" in caplog.text) == warns, options
 
 
 def test_a_port_in_use_gets_one_line(capsys, weights):

@@ -29,10 +29,10 @@ class Outcome:
     Attributes:
         captioned: captions that were made.
         added: those of them that the output did not have.
-        skipped: images that had one.
+        skipped: images that already had a caption.
         repeated: images that came before in the same run; they are among the skipped, or captioned but not added.
-        broken: why each of the others has none.
-        seconds: that it took.
+        broken: the error of each image that could not be captioned.
+        seconds: wall time.
     """
 
     captioned: int = 0
@@ -93,7 +93,7 @@ def caption_images(
 
     bar = progress_bar(total=total, unit=" images", disable=not progress)
     missing = _missing(items, output, outcome)
-    batches = image_batches(missing, image, batch_size=batch_size, workers=workers, waiting=show_waiting(bar))
+    batches = image_batches(missing, image, batch_size=batch_size, workers=workers, on_wait=show_waiting(bar))
     with _report_interruption(outcome, output), closing(batches), bar, ThreadPoolExecutor(1) as writer:
         for batch in batches:
             outcome.broken += batch.broken.values()

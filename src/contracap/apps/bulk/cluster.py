@@ -5,7 +5,7 @@ Nothing here imports Ray before the work starts; it reads some of its settings f
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from contracap.apps.bulk.output_folder import Folder
 from contracap.apps.bulk.parts import BulkConfig, PartWriter, ShardOutcome, absolute_name, part_config, part_name
 from contracap.apps.bulk.ray_session import BulkError, ray_session
 from contracap.model.coca import CoCa
+from contracap.precision import Precision
 from contracap.pretrained.devices import find_device, find_precision, place
 from contracap.processor import Processor
 from contracap.progress import logging_on, progress_bar
@@ -63,11 +64,10 @@ def run_on_cluster(
         FolderError: if the folder belongs to a run with other weights or settings.
         ValueError: if the model cannot do what is wanted.
     """
-    decided, described = part_config(config, model, processor), describe_run(weights, model, processor)
-    metadata = {**described, "settings": decided}
-    PartWriter(config, model, processor, metadata=metadata, threads=1)  # refused here, before there are workers
+    described, decided = describe_run(weights, model, processor), part_config(config, model, processor)
+    PartWriter(config, model, processor, metadata=described, threads=1)  # refused here, before there are workers
     folder = Folder(absolute_name(out))
-    folder.check(decided)
+    folder.check({name: decided[name] for name in decided if (name, decided[name]) != ("precision", "auto")})
     present, wanted = folder.names(), list(dict.fromkeys(map(absolute_name, shards)))
     todo = [shard for shard in wanted if part_name(shard) not in present]
     before = len(wanted) - len(todo)
@@ -76,14 +76,14 @@ def run_on_cluster(
     try:
         with ray_session(cluster) as ray:
             placing = _place(ray, cluster, len(todo))
-            if not placing.gpus:
-                find_precision(find_device("cpu"), config.precision)
+            config = replace(config, precision=_find_precision(ray, placing, config.precision))
+            decided = part_config(config, model, processor)
             folder.claim(decided, described=described)
             folder.remove_partial()
             job = Job(
                 config=config,
                 folder=folder.name,
-                metadata=metadata,
+                metadata={**described, "settings": decided},
                 contents=ray.put((model.cpu(), processor)),
                 ledger=ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote(),
             )
@@ -128,7 +128,7 @@ class Ledger:
         self._begun, self._ended = Counter[str](), dict[str, ShardOutcome]()
 
     def begin(self, shard: str) -> ShardOutcome | None:
-        """Counts an attempt; returns the outcome if there is to be none, because of an earlier one or of too many."""
+        """Count an attempt. Return the outcome instead if the shard is done, or was tried too often."""
         self._begun[shard] += 1
         if shard not in self._ended and self._begun[shard] > ATTEMPTS:
             died = f"{ATTEMPTS} workers died of it, perhaps for want of memory: lower --batch-size or --workers"
@@ -136,12 +136,12 @@ class Ledger:
         return self._ended.get(shard)
 
     def end(self, outcome: ShardOutcome) -> None:
-        """Keeps the outcome."""
+        """Keep the outcome."""
         self._ended[outcome.shard] = outcome
 
 
 class Worker:
-    """Holds the model, and makes a row with the outcome of one with the name of a shard."""
+    """A worker that holds the model, and turns a row with a shard's name into one with its outcome."""
 
     def __init__(self, job: Job, placing: Placing) -> None:
         self._job, self._placing = job, placing
@@ -232,6 +232,15 @@ def _place(ray: ModuleType, cluster: ClusterConfig, shards: int) -> Placing:
     wanted = cluster.workers or sum(int(count / gpus) if gpus else cores // CORES for cores, count in sizes) or 1
     workers = min(wanted, shards)
     return Placing(workers=workers, cores=cores_each(sizes, workers, gpus), gpus=gpus)
+
+
+def _find_precision(ray: ModuleType, placing: Placing, wanted: Precision) -> Precision:
+    """Return the precision that the workers compute in; the GPUs may all be in other machines than this one."""
+    if not placing.gpus:
+        return find_precision(find_device("cpu"), wanted)
+    if wanted != "auto":
+        return wanted
+    return ray.get(ray.remote(num_cpus=0, num_gpus=placing.gpus)(find_precision).remote(torch.device("cuda")))
 
 
 def cores_each(machines: Sequence[tuple[int, float]], workers: int, gpus: float) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from contracap.apps.bulk.image_batches import image_batches
 from contracap.apps.bulk.inputs import Item
-from contracap.apps.bulk.table_files import require_pyarrow
 from contracap.evaluation.features import require_finite
+from contracap.extras import require_extra
 from contracap.files import replace_file
 from contracap.images import normalise
 from contracap.model.coca import CoCa, evaluating
@@ -45,17 +45,17 @@ def embed_items(
     *,
     batch_size: int,
     workers: int,
-    waiting: Callable[[int, str], object] = lambda done, what: None,
+    on_wait: Callable[[int, str], object] = lambda done, what: None,
 ) -> Iterator[EmbeddingBatch]:
     """Embeddings of all images, in order; memory does not depend on how many there are.
 
     Args:
         workers: threads that read and decode.
-        waiting: as in `image_batches`.
+        on_wait: as in `image_batches`.
 
     Raises: ValueError: if the model gives numbers that are not finite.
     """
-    batches = image_batches(items, processor.image_config, batch_size=batch_size, workers=workers, waiting=waiting)
+    batches = image_batches(items, processor.image_config, batch_size=batch_size, workers=workers, on_wait=on_wait)
     with closing(batches), evaluating(model):
         for batch in batches:
             with torch.inference_mode():
@@ -87,7 +87,8 @@ def write_embeddings(path: Path, kind: EmbeddingFormat, batches: Iterator[Embedd
 
 
 def _write_parquet(partial: Path, batches: Iterator[EmbeddingBatch]) -> int:
-    pyarrow = require_pyarrow()
+    require_extra("data", "pyarrow")
+    import pyarrow
     from pyarrow.parquet import ParquetWriter
 
     schema = pyarrow.schema([("path", pyarrow.string()), ("embedding", pyarrow.list_(pyarrow.float32()))])

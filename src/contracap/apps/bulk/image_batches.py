@@ -51,13 +51,16 @@ def image_batches(
     *,
     batch_size: int,
     workers: int,
-    waiting: Callable[[int, str], object] = lambda done, what: None,
+    on_wait: Callable[[int, str], object] = lambda done, what: None,
 ) -> Generator[ImageBatch, None, None]:
-    """Batches of `batch_size` usable images, the last perhaps smaller, in the order of the items.
+    """Yield batches of `batch_size` usable images in the order of the items; the last may be smaller.
 
-    `workers` threads read two batches ahead. Two batches of broken images end a batch, too, so that memory does not
-    depend on the number of items. Each second in which an image is waited for, `waiting` gets the number that
-    are done and its name, with the time that a URL has; and the name "" when it has come.
+    `batch_size` broken images end a batch too, so that memory does not depend on the number of items.
+
+    Args:
+        workers: threads, which read two batches ahead.
+        on_wait: called each second with the number of finished images and the name of the image that is waited for;
+            with an empty name when it arrives.
     """
     found, rows, broken = list[Item](), list[Tensor](), dict[int, Exception]()
     done = 0
@@ -74,9 +77,9 @@ def image_batches(
             while not wait([future], timeout=1).done:
                 late = True
                 limit = f" (a URL is given up after {LONGEST:.0f} s)" if isinstance(item.source, str) else ""
-                waiting(done, f"{item.name}{limit}")
+                on_wait(done, f"{item.name}{limit}")
             if late:
-                waiting(done, "")
+                on_wait(done, "")
             done += 1
             try:
                 rows.append(future.result())

@@ -23,11 +23,11 @@ from contracap.files import check_regular, path_text, read_regular
 logger = logging.getLogger(__name__)
 LIST_SUFFIX = ".txt"
 ONLY_WEB = "of URLs of images, only http:// and https:// are read: copy the image, and give its path"
-WITHOUT_IMAGE = {  # groups of a shard, by the kind of their error: as they are counted
-    "no_picture": "group(s) without an image",
-    "unsorted": f"group(s) apart from the image ({SORT})",
+WITHOUT_IMAGE = {  # samples of a shard, by the kind of their error: as they are counted
+    "no_picture": "sample(s) without an image",
+    "unsorted": f"sample(s) whose files are not next to each other ({SORT})",
 }
-OTHER_IMAGE = "further image(s) of a group, of which the first is taken"
+OTHER_IMAGE = "further image(s) of a sample, of which the first is taken"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +45,9 @@ class Item:
     listed: str = ""
 
     def content(self) -> bytes:
-        """The encoded image.
+        """Return the encoded image.
 
-        Raises:
-            OSError, ValueError: that say why it cannot be had.
+        Raises: OSError, ValueError: if it cannot be read.
         """
         match self.source:
             case Exception() as error:
@@ -74,8 +73,8 @@ def find_items(paths: Sequence[str], *, recursive: bool = True) -> Generator[Ite
     A path is an image file, or its http(s) URL; a folder, whose images come by name and then those of its
     subfolders; a pattern with `*`, `?`, `[...]` and `**`, of images and shards; a tar shard, anywhere that
     `data/remote` reads, with braces as ranges and lists; or a `.txt` file with a path or URL of an image on each line.
-    What cannot be read becomes an item that says why, and the rest follows; what is not an image is counted, and told
-    in one line at the end.
+    An unreadable path becomes an item whose source is the error. Files that are not images are counted and reported in
+    one line at the end.
     """
     passed = SkippedFiles()
     for path in paths:
@@ -253,10 +252,10 @@ def _of_shards(path: str, passed: SkippedFiles) -> Iterator[Item]:
 
 
 def images_of(shard: str, passed: SkippedFiles) -> Generator[Item, None, None]:
-    """Yield the images of a shard, in order. `passed` counts groups without one, and further images of a group. If the
-    names of all images of a group have several dots, each is an item that says so.
+    """Yield the images of a shard, in order. `passed` counts samples without one, and further images of a sample. If
+    the names of all images of a sample have several dots, each is an item that says so.
 
-    Raises: ShardError: after the last whole group, if the shard is missing, cut or broken.
+    Raises: ShardError: after the last whole sample, if the shard is missing, cut or broken.
     """
     for record in read_records(shard, suffixes=IMAGE_SUFFIXES):
         images = {suffix: content for suffix, content in record.members.items() if is_image_suffix(suffix)}

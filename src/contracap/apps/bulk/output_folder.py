@@ -32,7 +32,7 @@ class Folder:
             raise FolderError(f"cannot write to {name}: give a local folder, or one of s3:// or gs://")
 
     def names(self) -> set[str]:
-        """The files that are there; none if there is no such folder yet."""
+        """Return the names of the files; none if there is no such folder yet."""
         try:
             if self._remote:
                 return {file.rpartition("/")[2] for file in list_files(self.name)}
@@ -55,7 +55,7 @@ class Folder:
             upload(path, f"{self.name}/{file}")
 
     def remove_partial(self) -> None:
-        """Removes what writers that were killed have left; there must be no other."""
+        """Remove what killed writers have left; no other writer may be at work."""
         if not self._remote and Path(self.name).is_dir():
             for file in Path(self.name).glob(".*.partial"):
                 file.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ class Folder:
                 raise FolderError(f"{self.name} holds a run with other settings: {different}. Give another --out")
 
     def claim(self, config: OutputConfig, *, described: Mapping[str, Any]) -> None:
-        """Makes this the folder of runs with these settings, by a manifest, or finds that it is.
+        """Make this the folder of runs with these settings, by a manifest, unless it is already.
 
         Args:
             config: what decides the content of the files, ready for JSON.

@@ -15,7 +15,7 @@ from contracap.apps.bulk.output_config import OutputConfigError
 from contracap.apps.bulk.rows import Row
 
 Existing = Literal["skip", "overwrite", "append"]
-"""Treatment of an image that has a caption: nothing; a new one in its place; one more, if it is another."""
+"""What to do with an image that already has a caption: skip it, overwrite the caption, or append another."""
 
 
 UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of characters that steer a terminal or end a line
@@ -65,7 +65,7 @@ class Output(ABC):
         """
 
     def finish(self) -> None:
-        """Make of it what the user asked for, now that all is written."""
+        """Write the final file."""
         return
 
     def __enter__(self) -> "Output":

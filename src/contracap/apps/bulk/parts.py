@@ -7,7 +7,7 @@ import re
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +31,8 @@ from contracap.generation.captioner import Captioner
 from contracap.generation.strategy import Strategy
 from contracap.images import normalise
 from contracap.model.coca import CoCa
-from contracap.pretrained.devices import Precision
+from contracap.precision import EmbeddingDType, Precision
 from contracap.processor import Processor
-
-DType = Literal["float32", "float16"]
 
 NAMED = 3  # images that cannot be read, for each shard
 METADATA_KEY = "contracap"  # of the parquet schema, as of our weights files
@@ -54,7 +52,7 @@ class BulkConfig:
 
     strategy: Strategy | None = None
     prompt: str = ""
-    embedding: DType | None = None
+    embedding: EmbeddingDType | None = None
     precision: Precision = "auto"
     batch_size: int = 64
 
@@ -74,8 +72,8 @@ class ShardOutcome:
         rows: rows of its part.
         unreadable: those of them whose image cannot be read.
         first_unreadable: keys of the first of these.
-        without_image: groups without an image, which have no row.
-        other_images: images next to the one that is taken of a group.
+        without_image: samples without an image, which have no row.
+        other_images: further images of samples, of which the first is taken.
         problem: the reason if there is no part.
     """
 
@@ -138,7 +136,7 @@ class PartWriter:
         self._schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata)})
 
     def write(self, shard: str, folder: Folder) -> ShardOutcome:
-        """Writes the part of one shard, whole or not at all; a row for each image, in their order.
+        """Write the part of one shard, whole or not at all: a row for each image, in order.
 
         An image that cannot be read has a row with `error` and nothing else. Of a shard that cannot be read to its
         end there is no part: the outcome says why. What is in memory does not grow with the shard.

@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from contracap.apps.bulk.rows import Row
+from contracap.extras import require_extra
 from contracap.files import replace_file
 
 TableFormat = Literal["jsonl", "csv", "parquet", "metadata"]
@@ -67,7 +68,8 @@ def _write_json_lines(file: IO[str], rows: Iterable[Row], kind: TableFormat) -> 
 
 
 def _write_parquet(partial: Path, rows: Iterable[Row], embedded: bool) -> None:
-    pyarrow = require_pyarrow()
+    require_extra("data", "pyarrow")
+    import pyarrow
     from pyarrow.parquet import ParquetWriter
 
     fields = [("path", pyarrow.string()), ("caption", pyarrow.string()), ("score", pyarrow.float64())]
@@ -163,7 +165,7 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    require_pyarrow()
+    require_extra("data", "pyarrow")
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
@@ -172,15 +174,3 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 _READERS = {"csv": _read_csv, "jsonl": _read_json_lines, "metadata": _read_json_lines, "parquet": _read_parquet}
-
-
-def require_pyarrow() -> Any:
-    """The package pyarrow.
-
-    Raises: TableError: if it is missing.
-    """
-    try:
-        import pyarrow
-    except ImportError:
-        raise TableError("for parquet pyarrow is needed: pip install 'contracap[data]'") from None
-    return pyarrow

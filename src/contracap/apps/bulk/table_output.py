@@ -17,19 +17,21 @@ from contracap.apps.bulk.table_files import (
     TableError,
     TableFormat,
     read_rows,
-    require_pyarrow,
     vectors_beside,
     write_table,
 )
+from contracap.extras import require_extra
 from contracap.files import is_stream, path_text
 
 MAX_NAME_BYTES = 255 - len(".partial-journal")  # of an output with files of ours next to it; SQLite makes the journal
 
 
 class Table(Output):
-    """One file with a row for each caption. Until it is whole its rows are in `FILE.partial`, from which the same
-    command continues; rows of a file that is there are kept, unless it is to be overwritten. An image whose caption is
-    blank has none. What is not a regular file, such as /dev/stdout, is never read.
+    """One file with a row for each caption.
+
+    Rows are first collected in `FILE.partial`, from which the same command continues. Existing rows are kept unless
+    `existing` is "overwrite". An image whose caption is blank has none. A file that is not regular, such as
+    /dev/stdout, is never read.
 
     Args:
         config: settings that decide the captions, kept in a hidden file next to it; None: rows of any settings may mix.
@@ -48,7 +50,7 @@ class Table(Output):
         self._last_before = 0  # number of the last row that was there before
         self._is_stream = is_stream(path)
         if kind == "parquet":
-            require_pyarrow()
+            require_extra("data", "pyarrow")
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not self._is_stream:

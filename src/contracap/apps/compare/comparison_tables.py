@@ -67,14 +67,14 @@ def describe_method(comparison: Comparison) -> str:
     if comparison.runs > 1:
         drawn = f"the samples and of the {comparison.runs} pairs of runs"
         tested = (
-            "It speaks of other runs, too, but of so few it covers less than it says where runs differ more than "
-            "samples do. It speaks alone: a test over samples would tell of these runs only."
+            "The interval also covers variation between runs. With so few runs, its true coverage is below 95 % if "
+            "runs vary more than samples. No p-value is given: a test over samples would describe these runs only."
         )
     else:
         drawn = "the samples"
         tested = (
-            f"p: flips of the sign of each sample's difference, {RESAMPLES:,} times; Holm's correction is for all "
-            "figures that were tested. Both speak of these two models, not of others that were trained the same way."
+            f"p: a sign-flip test over the samples' differences, {RESAMPLES:,} flips, with Holm's correction over all "
+            "metrics tested. Both describe these two models, not others that were trained the same way."
         )
     return (
         f"Gap: {a} minus {b}; scores are times 100. Interval: 95 % percentile bootstrap of the paired difference, "

@@ -1,4 +1,4 @@
-"""Results as `contracap evaluate --json` and other verbs write them, read back."""
+"""Results as `contracap evaluate --json` and other commands write them, read back."""
 
 import json
 import math

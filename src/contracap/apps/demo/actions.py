@@ -11,14 +11,14 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from contracap.apps.demo.overlay import overlay, to_pillow
+from contracap.apps.demo.overlay import overlay
 from contracap.evaluation.class_names import check_templates
 from contracap.evaluation.features import embed_texts, require_finite
 from contracap.evaluation.zeroshot import build_classifier, compare_with_labels, count_characters
 from contracap.generation.captioner import Caption, Captioner
 from contracap.generation.registry import build_strategy
 from contracap.generation.word_maps import attention_map, word_maps
-from contracap.image_files import decode
+from contracap.image_files import decode, to_pillow
 from contracap.images import normalise, resize_and_crop
 from contracap.model.coca import CoCa, evaluating
 from contracap.processor import Processor

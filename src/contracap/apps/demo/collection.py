@@ -12,9 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from contracap.apps.demo.actions import SHOWN, Actions
-from contracap.apps.demo.overlay import to_thumbnail
 from contracap.data.image_finder import SkippedFiles, find_images
-from contracap.image_files import ImageError
+from contracap.image_files import ImageError, make_thumbnail
 from contracap.wording import counted
 
 BATCH = 16  # images embedded at a time
@@ -123,7 +122,7 @@ class Collection:
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
             path = self._readable[place]
             name = path.name if self._folder is None else path.relative_to(self._folder).as_posix()
-            matches.append(Match(name, to_thumbnail(self.actions.read(path), SHOWN), score))
+            matches.append(Match(name, make_thumbnail(self.actions.read(path), SHOWN), score))
         return matches
 
 

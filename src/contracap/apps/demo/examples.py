@@ -9,12 +9,12 @@ from PIL import Image
 
 from contracap.apps.demo.actions import SHOWN, Actions
 from contracap.apps.demo.collection import Collection
-from contracap.apps.demo.overlay import to_thumbnail
 from contracap.apps.demo.uploads import Uploads
 from contracap.data.drawing import draw_scene
 from contracap.data.grammar import COLOR_TEMPLATES
 from contracap.data.scenes import COLORS, single_scenes, twin_scenes
 from contracap.evaluation.class_names import TEMPLATE
+from contracap.image_files import make_thumbnail
 from contracap.model.sizes import SIZES
 
 EXAMPLES = 4
@@ -55,7 +55,7 @@ def _of_collection(actions: Actions, collection: Collection) -> Iterator[tuple[s
     found = 0
     for path in collection.paths[:: -(-collection.total // TRIES) or 1]:
         try:
-            image = to_thumbnail(actions.read(path), LARGEST)
+            image = make_thumbnail(actions.read(path), LARGEST)
         except (ValueError, OSError):
             continue
         yield path.stem, image

@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from contracap.image_files import to_pillow
+
 # From cold to hot, evenly spaced: dark where nothing was looked at, light where most was; also told apart without hue.
 COLORS = torch.tensor([[13, 8, 60], [110, 20, 120], [205, 60, 90], [248, 145, 40], [252, 250, 165]]) / 255
 COLD_OPACITY, HOT_OPACITY = 0.5, 0.75
@@ -32,15 +34,3 @@ def to_colors(heat: Float[Tensor, "height width"]) -> Float[Tensor, "3 height wi
         mixed = low[:, None, None] + (place - number) * (high - low)[:, None, None]
         channels = torch.where(inside, mixed, channels)
     return channels
-
-
-def to_pillow(image: UInt8[Tensor, "3 height width"]) -> Image.Image:
-    """The image as Pillow has it."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-def to_thumbnail(image: UInt8[Tensor, "3 height width"], side: int) -> Image.Image:
-    """The whole image, at most `side` pixels wide and high."""
-    made = to_pillow(image)
-    made.thumbnail((side, side))
-    return made

@@ -1,8 +1,13 @@
-"""Settings of each strategy that a visitor can change."""
+"""Settings of each strategy that a visitor can change. Their defaults are those of the strategy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from contracap.generation.beam import BeamSearch
+from contracap.generation.constraints import Rules
+from contracap.generation.reranking import ContrastiveReranking
+from contracap.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -47,32 +52,32 @@ NAMES = {
 }
 
 LENGTHS = (
-    Amount("max_tokens", "Most tokens", 3, 76, 1, 30),
-    Amount("min_tokens", "Fewest tokens", 1, 30, 1, 5),
+    Amount("max_tokens", "Most tokens", 3, 76, 1, BeamSearch.max_tokens),
+    Amount("min_tokens", "Fewest tokens", 1, 30, 1, BeamSearch.min_tokens),
 )
 RULES = (
-    Amount("rules.repetition_penalty", "Repetition penalty (1: none)", 1, 3, 0.05, 1, off=1),
+    Amount("rules.repetition_penalty", "Repetition penalty (1: none)", 1, 3, 0.05, Rules.repetition_penalty, off=1),
     Amount("rules.no_repeat_ngram", "Tokens of a run that must not repeat (0: none)", 0, 6, 1, 0, off=0),
     Phrases("rules.banned", "Words it must not use"),
     Phrases("rules.forced", "Words it must use"),
 )
 SAMPLING = (
-    Amount("temperature", "Temperature", 0.1, 2, 0.05, 1),
+    Amount("temperature", "Temperature", 0.1, 2, 0.05, Sampling.temperature),
     Amount("top_k", "Top-k: number of likeliest tokens to draw from (0: all)", 0, 200, 1, 0, off=0),
     Amount("top_p", "Top-p: total probability of the tokens to draw from (1: all)", 0.05, 1, 0.01, 1, off=1),
     Amount("min_p", "Min-p: only tokens of this share of the likeliest (0: all)", 0, 0.9, 0.01, 0, off=0),
-    Amount("seed", "Seed", 0, 9999, 1, 0),
+    Amount("seed", "Seed", 0, 9999, 1, Sampling.seed),
 )
 SETTINGS_OF: Mapping[str, tuple[Setting, ...]] = {
     "beam": (
-        Amount("width", "Beams", 1, 12, 1, 6),
-        Amount("length_penalty", "Length penalty (above 0: longer texts)", -2, 3, 0.1, 1),
-        Amount("groups", "Groups of beams that differ", 1, 6, 1, 1, off=1),
-        Amount("diversity", "How much the groups differ", 0, 3, 0.1, 0, off=0),
+        Amount("width", "Beams", 1, 12, 1, BeamSearch.width),
+        Amount("length_penalty", "Length penalty (above 0: longer texts)", -2, 3, 0.1, BeamSearch.length_penalty),
+        Amount("groups", "Groups of beams that differ", 1, 6, 1, BeamSearch.groups, off=1),
+        Amount("diversity", "How much the groups differ", 0, 3, 0.1, BeamSearch.diversity, off=0),
     ),
     "greedy": (),
-    "sample": (*SAMPLING, Amount("samples", "Samples", 1, 16, 1, 4)),
-    "rerank": (*SAMPLING, Amount("samples", "Samples", 2, 32, 1, 8)),
+    "sample": (*SAMPLING, Amount("samples", "Samples", 1, 16, 1, Sampling.samples)),
+    "rerank": (*SAMPLING, Amount("samples", "Samples", 2, 32, 1, ContrastiveReranking.of.num_texts)),
     "legacy": (Choice("year", "Rule of the year", (2023, 2024), 2023),),
 }
 

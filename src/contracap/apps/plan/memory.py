@@ -177,7 +177,7 @@ def memory_parts(
         "AdamW moments": shares.trained * EXACT * MOMENTS,
         "moving average": shares.held * EXACT * (recipe.ema_decay > 0),
         **(_fetched(shares, activations, product) if shares.blocks else _cast(model, product)),
-        "pictures": parts * rows * 3 * config.vision.image_size**2,
+        "images": parts * rows * 3 * config.vision.image_size**2,
         "activations": activations,
         "vocabulary gradient": config.text.width * config.text.vocab_size * (tokens.decoder > 0) * EXACT,
         "captioning scores": captioning_scores(config, tokens, rows=rows, product=product),

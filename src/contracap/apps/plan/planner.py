@@ -108,7 +108,7 @@ def _title(run: PlannedRun, gpu: str) -> str:
     return (
         f"{recipe.size} on {run.gpus} {gpu}, {recipe.parallel.kind}, {precision}: "
         f"{counted(recipe.steps, 'step(s)')} of {counted(recipe.data.batch_size, 'sample(s)')}, "
-        f"{math.ceil(run.samples):,} on each GPU, texts of {run.texts.mean:.1f} tokens in the mean"
+        f"{math.ceil(run.samples):,} on each GPU, {run.texts.mean:.1f} tokens per text on average"
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from contracap.apps.plan.traffic import Collective
 from contracap.evaluation.result import Result
 
-NAMES, CELLS = 48, 15  # characters of a column
+NAMES, CELLS = 48, 17  # characters of a column
+NEGLIGIBLE = 1e-6  # share of the total
 GIB = 2.0**30
 
 
@@ -55,7 +56,7 @@ class Plan:
         """The plan for a terminal."""
         columns = (self.flops, self.training_flops, self.padded_flops, self.padded_training_flops)
         flops = {name: [column[name] for column in columns] for name in self.flops}
-        heads = ["forward", "+ backward", "padded forward", "+ backward"]
+        heads = ["forward", "training", "padded forward", "padded training"]
         collectives = {
             f"{each.kind}, {each.purpose}, {each.ranks} GPUs": [each.payload, each.sent] for each in self.collectives
         }
@@ -64,7 +65,7 @@ class Plan:
             "",
             self.title,
             *_section("parameters", ["million"], _columns(self.parameters), unit=1e6),
-            *_section("GFLOP of a sample", heads, flops, unit=1e9),
+            *_section("GFLOP per sample (training: forward + backward)", heads, flops, unit=1e9),
             *_section("memory of a GPU", ["GiB"], _columns(self.memory), unit=GIB),
             *_section("time of a step", ["ms"], _columns(self.seconds), unit=1e-3),
             *_section("collectives of a step, MB", ["payload", "sent by a GPU"], collectives, unit=1e6),
@@ -99,12 +100,13 @@ def _columns(numbers: Mapping[str, float] | Mapping[str, int]) -> dict[str, list
 
 
 def _section(title: str, heads: Sequence[str], rows: Mapping[str, Sequence[float]], *, unit: float) -> list[str]:
-    """Aligned lines, their sum last; none of no rows."""
+    """Return aligned lines, the total last. Rows that are a millionth of it or less are left out."""
     if not rows:
         return []
-    together = [sum(column) for column in zip(*rows.values(), strict=True)]
+    total = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = ["", _line(title, heads)]
-    for name, numbers in [*rows.items(), ("together", together)]:
+    shown = {name: numbers for name, numbers in rows.items() if max(numbers) > max(total) * NEGLIGIBLE}
+    for name, numbers in [*shown.items(), ("total", total)]:
         lines.append(_line(f"  {name}", [_number(number / unit) for number in numbers]))
     return lines
 

@@ -70,7 +70,7 @@ def step_seconds(run: PlannedRun, flops: SampleFlops) -> Mapping[str, float]:
     return {
         "forward and backward": passes,
         "features beforehand": features,
-        "computed again": recomputed,
+        "recomputation": recomputed,
         "update": UPDATE_BYTES * run.shares.trained / gpu.bandwidth,
         "features and numbers": travel("features", "numbers"),
         "parameters and gradients, not hidden": left,

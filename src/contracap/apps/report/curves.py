@@ -34,7 +34,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> Html:
     most = max((len(_points(records, name)) for names in series.values() for name in names.values()), default=0)
     size = _neighbours(most)
     return Html(
-        charts(made) + (paragraph(f"Of the longest curves each point is the mean of {size}.") if size > 1 else "")
+        charts(made) + (paragraph(f"Each point of the longest curves averages {size} records.") if size > 1 else "")
     )
 
 

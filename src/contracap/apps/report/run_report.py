@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(run: Path) -> Path:
-    """Measures what the last checkpoint reaches, and writes RUN/report.html, whole or not at all; returns where it is.
+    """Evaluate the last checkpoint and write RUN/report.html, whole or not at all. Return its path.
 
     Raises:
         FileNotFoundError: if the folder is not that of a run.
@@ -58,10 +58,10 @@ def write_report(run: Path) -> Path:
     if checkpoint := last_checkpoint(run / CHECKPOINTS):
         sections |= measure_checkpoint(run, recipe, checkpoint)
     else:
-        sections["Figures"] = [paragraph("There is no checkpoint yet, hence nothing was measured.")]
+        sections["Figures"] = [paragraph("No checkpoint yet, so nothing was evaluated.")]
     if (run / CAPTIONS_FILE).is_file():
         with _errors_in(run / CAPTIONS_FILE):
-            sections["Captions on the way"] = [captions_on_the_way(run / CAPTIONS_FILE)]
+            sections["Sample captions during training"] = [captions_on_the_way(run / CAPTIONS_FILE)]
     write_text(run / PAGE, page(f"{run.absolute().name}: {recipe.size}", sections))
     return run / PAGE
 
@@ -75,26 +75,26 @@ def measure_checkpoint(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str,
     except (ValueError, OSError) as error:
         evaluators, what = {}, str(error)
     if not evaluators:
-        logger.warning("nothing was measured: %s", what)
-        return {"Figures": [paragraph(f"Nothing was measured: {what}")]}
+        logger.warning("nothing was evaluated: %s", what)
+        return {"Figures": [paragraph(f"Nothing was evaluated: {what}")]}
     rows, missing, sections = [], [], {}
     for name, build_one in evaluators.items():
-        logger.info("measuring %s", name)
+        logger.info("evaluating %s", name)
         try:
             data, evaluator = build_one()
             result = evaluator(model)
         except Exception as error:  # such as weights that are NaN: the curves show when they became so
-            logger.warning("%s was not measured: %s", name, error, exc_info=unexpected(error))
-            missing.append(paragraph(f"{name} was not measured: {str(error) or type(error).__name__}"))
+            logger.warning("%s was not evaluated: %s", name, error, exc_info=unexpected(error))
+            missing.append(paragraph(f"{name} was not evaluated: {str(error) or type(error).__name__}"))
             continue
         rows += [(name, figure, f"{100 * value:.2f}", f"{result.samples:,}") for figure, value in result.values.items()]
         missing += [paragraph(f"{name}, {figure}: {reason}") for figure, reason in result.reasons.items()]
         parts = list(sections_of(result, data))
         if parts:
-            sections[f"A closer look: {name}"] = parts
+            sections[f"{name} in detail"] = parts
     head = ("task", "figure", "times 100", "samples")
     shown = [table(head, rows, numbers=(2, 3))] if rows else []
-    done = "Measured" if rows else "Nothing was measured"
+    done = "Evaluated" if rows else "Nothing was evaluated"
     return {"Figures": [paragraph(f"{done} with {checkpoint.name} on {what}."), *shown, *missing]} | sections
 
 
@@ -158,7 +158,7 @@ def captions_on_the_way(path: Path) -> Html:
         )
         for key, caption in islice(written[steps[-1]].items(), MAX_CAPTIONS)
     ]
-    return table((*(f"step {step:,}" for step in steps), "a person wrote"), rows)
+    return table((*(f"step {step:,}" for step in steps), "reference"), rows)
 
 
 def _progress(records: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
@@ -182,7 +182,7 @@ def _fact_rows(recipe: Recipe, sources: str) -> Iterator[tuple[str, str]]:
     yield "starts from", "; ".join([recipe.initialise_from or "random weights", *parts])
     yield (
         "optimizer",
-        f"peak rate {optimizer.learning_rate:g}, {optimizer.warmup_steps:,} warm-up steps, weight decay "
+        f"learning rate {optimizer.learning_rate:g}, {optimizer.warmup_steps:,} warm-up steps, weight decay "
         f"{optimizer.weight_decay:g}",
     )
     yield "precision", recipe.precision

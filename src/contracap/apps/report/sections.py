@@ -38,27 +38,25 @@ def retrieval_parts(features: Features, data: Source) -> Iterator[Html]:
     texts = best_texts(features, images)
     samples = read_wanted_samples(data, {*images, *(image for each in images_found for image in each.candidates)})
     yield paragraph(
-        f"For {counted(len(images), 'caption(s)')} the best of all {counted(len(features.images), 'image(s)')}. "
-        "Green: the caption's own image; red: another one in the first place."
+        f"The best of {counted(len(features.images), 'image(s)')} for {counted(len(images), 'caption(s)')}. "
+        "Green: the caption's own image; red: another image in the first place."
     )
     yield image_grid(features, images_found, samples)
-    yield paragraph(f"For their images the best of all {counted(len(features.captions), 'caption(s)')}.")
+    yield paragraph(f"The best of {counted(len(features.captions), 'caption(s)')} for their images.")
     yield caption_grid(features, texts, samples)
 
 
 def caption_parts(predictions: Sequence[Prediction], data: Source) -> Iterator[Html]:
     """Show the best, the median and the worst captions by CIDEr."""
     if any(prediction.cider is None for prediction in predictions):
-        yield paragraph(
-            "Without CIDEr, which was not measured, nobody knows which captions are the best and the worst."
-        )
+        yield paragraph("CIDEr was not computed, so captions cannot be ranked.")
         return
     order = sorted(range(len(predictions)), key=lambda row: -(predictions[row].cider or 0.0))
     count = min(CARDS, max(1, len(order) // 3))
     middle = (len(order) - count) // 2
     kinds = {"Best": order[:count], "Median": order[middle : middle + count], "Worst": order[-count:]}
     samples = read_wanted_samples(data, {row for rows in kinds.values() for row in rows})
-    yield paragraph("Captions by their CIDEr, which is printed times 100; below each what people wrote.")
+    yield paragraph("Captions by their CIDEr, times 100; below each, its references.")
     for kind, rows in kinds.items():
         yield Html(f"<h3>{kind}</h3>\n")
         yield gallery((thumbnail_tag(samples[row]), _beneath(predictions[row])) for row in rows)
@@ -68,15 +66,15 @@ def confusion_parts(classes: Sequence[str], labels: Sequence[int], predictions: 
     """Show how often each class is taken for each other: all, or of many classes the pairs most often confused."""
     counts = Counter(zip(labels, predictions, strict=True))
     if len(classes) <= MAX_CLASSES:
-        yield paragraph("In each row the images of one class, and what they are taken for.")
+        yield paragraph("A row for each class: its images by predicted class.")
         matrix = [[counts[label, taken] for taken in range(len(classes))] for label in range(len(classes))]
         yield heat_table("class", classes, matrix)
         return
     of_class = Counter(labels)
     wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]][:MAX_PAIRS]
-    yield paragraph(f"Of {len(classes)} classes the pairs that are most often confused.")
+    yield paragraph(f"The most frequent confusions among {len(classes)} classes.")
     yield table(
-        ("class", "taken for", "images", "of the class"),
+        ("class", "predicted", "images", "share of the class"),
         [
             (classes[label], classes[taken], f"{count:,}", f"{100 * count / of_class[label]:.1f} %")
             for (label, taken), count in wrong
@@ -86,7 +84,7 @@ def confusion_parts(classes: Sequence[str], labels: Sequence[int], predictions: 
 
 
 def _beneath(prediction: Prediction) -> Html:
-    """Return the caption of an image, its score, and what people wrote."""
+    """Return the caption of an image, its score, and its references."""
     references = "".join(f"<li>{text(caption)}</li>" for caption in prediction.captions)
     return Html(
         f'<b>{text(prediction.prediction)}</b> <span class="faint">{100 * (prediction.cider or 0.0):.0f}</span>'

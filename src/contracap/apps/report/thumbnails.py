@@ -1,14 +1,11 @@
 """Images of a data set, small enough for a page."""
 
-import io
 from collections.abc import Iterable
-
-from PIL import Image
 
 from contracap.apps.html_page import Html, image_tag
 from contracap.data.samples import Sample
 from contracap.evaluation.features import Source, sample_batches
-from contracap.image_files import decode
+from contracap.image_files import decode, encode_jpeg, make_thumbnail
 
 SIDE = 160  # pixels of the longer side
 
@@ -27,10 +24,10 @@ def read_wanted_samples(source: Source, rows: Iterable[int]) -> dict[int, Sample
 def thumbnail_tag(sample: Sample, *, good: bool | None = None) -> Html:
     """A sample's image as a thumbnail; its first caption, or its key, stands for it where it cannot be seen."""
     alt = sample.captions[0] if sample.captions else sample.key
-    return image_tag(make_thumbnail(sample.image), alt=alt, good=good)
+    return image_tag(encode_thumbnail(sample.image), alt=alt, good=good)
 
 
-def make_thumbnail(image: bytes) -> bytes:
+def encode_thumbnail(image: bytes) -> bytes:
     """A JPEG of at most `SIDE` pixels; a PNG of no more is left as it is.
 
     Raises: ImageError: if the image cannot be read.
@@ -38,7 +35,4 @@ def make_thumbnail(image: bytes) -> bytes:
     pixels = decode(image)
     if max(pixels.shape[1:]) <= SIDE and image.startswith(b"\x89PNG"):
         return image
-    small, file = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-    small.thumbnail((SIDE, SIDE))
-    small.save(file, "JPEG", quality=80)
-    return file.getvalue()
+    return encode_jpeg(make_thumbnail(pixels, SIDE))

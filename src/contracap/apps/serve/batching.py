@@ -13,7 +13,7 @@ from contracap.config import require_count
 
 Group = TypeVar("Group", bound=Hashable)
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class AbandonedError(Exception):
     """Nobody waits for the batch any more."""
 
 
-class Turns:
+class PriorityLock:
     """One batch at a time has the model. A heavy batch gives way to light ones, also between its own steps."""
 
     def __init__(self) -> None:
@@ -83,13 +83,13 @@ class _Request:
 
     Attributes:
         group: the work and what it is done with; only requests of one group share a batch.
-        most: items that a batch of the group may have.
-        deadline: when it goes, however few it goes with, on the event loop's clock in seconds.
+        max_items: items that a batch of the group may have.
+        deadline: time at which it is sent even if its batch is not full, on the event loop's clock in seconds.
     """
 
     group: tuple[Callable[..., list[Any]], Hashable]
     item: Any
-    most: int
+    max_items: int
     deadline: float
     answer: asyncio.Future[Any]
 
@@ -102,7 +102,7 @@ class Batcher:
     batch alone. Use it as `async with Batcher(...) as batcher`.
 
     Attributes:
-        turns: shared with other batchers whose work uses the same model.
+        lock: shared with other batchers whose work uses the same model.
         heavy: whether its batches give way to those of the other batchers.
         observe: is told the size of each batch.
     """
@@ -111,11 +111,11 @@ class Batcher:
         self,
         config: BatchingConfig,
         *,
-        turns: Turns | None = None,
+        lock: PriorityLock | None = None,
         heavy: bool = False,
         observe: Callable[[int], None] = lambda size: None,
     ):
-        self.config, self.turns, self.heavy, self.observe = config, turns or Turns(), heavy, observe
+        self.config, self.lock, self.heavy, self.observe = config, lock or PriorityLock(), heavy, observe
         self._waiting: dict[_Request, None] = {}  # in the order of arrival
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch")
@@ -136,25 +136,26 @@ class Batcher:
 
     async def submit(
         self,
-        work: Callable[[Group, list[Item], Callable[[], None]], list[Answer]],
+        work: Callable[[Group, list[Item], Callable[[], None]], list[Value]],
         group: Group,
         item: Item,
         *,
-        most: int | None = None,
-    ) -> Answer:
-        """Return the answer to `item` from a batch, `work(group, items, go_on)`. A cancelled call leaves the queue.
+        max_items: int | None = None,
+    ) -> Value:
+        """Return the result for `item` of a batch, `work(group, items, check_cancelled)`.
 
-        Work that takes long calls `go_on()` between its steps, which raises AbandonedError if nobody waits any more.
+        A cancelled call leaves the queue. Work that takes long calls `check_cancelled()` between its steps, which
+        raises AbandonedError if all its requests are cancelled.
 
         Args:
-            most: items that may share the batch; `max_batch` at most.
+            max_items: items that may share the batch; at most `max_batch`.
 
         Raises: BatchError: if the work failed.
         """
         loop = asyncio.get_running_loop()
-        most = min(most or self.config.max_batch, self.config.max_batch)
+        max_items = min(max_items or self.config.max_batch, self.config.max_batch)
         deadline = loop.time() + self.config.max_wait_ms / 1000
-        request = _Request((work, group), item, most, deadline, loop.create_future())
+        request = _Request((work, group), item, max_items, deadline, loop.create_future())
         self._waiting[request] = None
         self._arrived.set()
         try:
@@ -185,16 +186,16 @@ class Batcher:
     def _work(self, batch: list[_Request]) -> list[Any]:
         """Run a batch, in the thread."""
 
-        def go_on() -> None:
+        def check_cancelled() -> None:
             if all(request.answer.done() for request in batch):
                 raise AbandonedError
             if self.heavy:
-                self.turns.give_way()
+                self.lock.give_way()
 
         work, group = batch[0].group
-        with self.turns.hold(heavy=self.heavy):
-            go_on()
-            return work(group, [request.item for request in batch], go_on)
+        with self.lock.hold(heavy=self.heavy):
+            check_cancelled()
+            return work(group, [request.item for request in batch], check_cancelled)
 
     async def _next(self) -> list[_Request]:
         """Return the next batch, once it is full or its oldest request has waited long enough."""
@@ -204,9 +205,9 @@ class Batcher:
                 await self._arrived.wait()
                 continue
             oldest = next(iter(self._waiting))
-            batch = [request for request in self._waiting if request.group == oldest.group][: oldest.most]
+            batch = [request for request in self._waiting if request.group == oldest.group][: oldest.max_items]
             left = oldest.deadline - asyncio.get_running_loop().time()
-            if len(batch) == oldest.most or left <= 0:
+            if len(batch) == oldest.max_items or left <= 0:
                 for request in batch:
                     del self._waiting[request]
                 return batch

@@ -1,8 +1,8 @@
-"""Limits of a request, and access to the server. Imports no web server: the verb makes its flags from this."""
+"""Limits of a request, and access to the server. Imports no web server: the command makes its flags from this."""
 
 from dataclasses import dataclass
 
-MAX_REQUESTS = 1000  # under way at once
+MAX_REQUESTS = 1000  # in flight at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class AccessConfig:
     api_key: str | None = None
     """Key that requests must bring as Authorization: Bearer KEY. It can also be given as $CONTRACAP_API_KEY."""
     cors_origins: tuple[str, ...] = ()
-    """Pages whose scripts may ask, such as https://example.org, or * for all."""
+    """Allowed CORS origins, such as https://example.org, or * for all."""
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

@@ -33,7 +33,7 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:
-    return problem(500, "the server failed on this request; its log says why")
+    return problem(500, "internal error; see the server log")
 
 
 HANDLERS = {

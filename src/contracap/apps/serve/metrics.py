@@ -14,7 +14,7 @@ class Metrics:
         self.requests = Counter("contracap_requests", "Requests answered.", ("route", "status"), registry=registry)
         self.seconds = Histogram(
             "contracap_request_seconds",
-            "Seconds from a request's head to the end of its answer.",
+            "Seconds from the request headers to the end of the response.",
             ("route",),
             buckets=SECONDS,
             registry=registry,
@@ -28,7 +28,7 @@ class Metrics:
         self.queue_length = Gauge(
             "contracap_queue_length", "Images and texts that wait for a batch.", registry=registry
         )
-        self.under_way = Gauge(
+        self.in_flight = Gauge(
             "contracap_requests_under_way",
             "Requests with a body that are being read or answered.",
             registry=registry,

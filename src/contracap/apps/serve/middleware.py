@@ -10,9 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contracap.apps.serve.config import AccessConfig
 from contracap.apps.serve.error_responses import problem
+from contracap.apps.serve.in_flight import RequestLimiter
 from contracap.apps.serve.metrics import Metrics
 from contracap.apps.serve.service import Service
-from contracap.apps.serve.under_way import UnderWay
 from contracap.apps.web import MIB, BodyTooLargeError, limit_body
 
 SMALL_BODY = 1  # MiB, of what is not an image: it is parsed between other requests
@@ -28,7 +28,7 @@ def add_middleware(
         image_paths: paths whose bodies may have `max_body_mib`.
         paths: all paths, each of which is counted by itself.
     """
-    app.add_middleware(LimitRequests, under_way=service.under_way, image_paths=image_paths)
+    app.add_middleware(LimitRequests, in_flight=service.in_flight, image_paths=image_paths)
     if access.api_key is not None:
         app.add_middleware(RequireKey, key=access.api_key)
     app.add_middleware(CountRequests, metrics=service.metrics, routes=paths)
@@ -42,7 +42,10 @@ def add_middleware(
 
 
 class CountRequests:
-    """Middleware that counts every request. Unknown routes are counted together, because anyone can make up paths."""
+    """Middleware that counts every request except CORS preflights.
+
+    Unknown routes are counted together, because anyone can make up paths.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, routes: frozenset[str]):
         self.app, self.metrics, self.routes = app, metrics, routes
@@ -74,12 +77,12 @@ class RequireKey:
     """Middleware that refuses requests to `/v1/...` without `Authorization: Bearer KEY` before their body is read."""
 
     def __init__(self, app: ASGIApp, *, key: str):
-        self.app, self.expected = app, f"Bearer {key}".encode()
+        self.app, self.key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self.expected):
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(key, self.key):
                 error = "missing or wrong API key: send the header Authorization: Bearer KEY"
                 return await problem(401, error, **{"WWW-Authenticate": "Bearer"})(scope, receive, send)
         return await self.app(scope, receive, send)
@@ -103,24 +106,24 @@ class LimitRequests:
         image_paths: the paths whose bodies may have `max_body_mib`; those of others have `SMALL_BODY`.
     """
 
-    def __init__(self, app: ASGIApp, *, under_way: UnderWay, image_paths: frozenset[str]):
-        self.app, self.limits, self.under_way, self.image_paths = app, under_way.limits, under_way, image_paths
+    def __init__(self, app: ASGIApp, *, in_flight: RequestLimiter, image_paths: frozenset[str]):
+        self.app, self.limits, self.in_flight, self.image_paths = app, in_flight.limits, in_flight, image_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):  # these take nothing and wait for nothing
             await self.app(scope, receive, send)
-        elif self.under_way.full:
+        elif self.in_flight.full:
             await self._refuse(scope, receive, send)
         else:
             place = object()
-            self.under_way.bodies[place] = 0
+            self.in_flight.bodies[place] = 0
             try:
                 await self._within_limits(place, scope, receive, send)
             finally:
-                del self.under_way.bodies[place]
+                del self.in_flight.bodies[place]
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await problem(503, self.under_way.refusal, **{"Retry-After": "1"})(scope, receive, send)
+        await problem(503, self.in_flight.refusal, **{"Retry-After": "1"})(scope, receive, send)
 
     async def _within_limits(self, place: object, scope: Scope, receive: Receive, send: Send) -> None:
         most = self.limits.max_body_mib
@@ -150,8 +153,8 @@ class LimitRequests:
             if message["type"] == "http.disconnect":
                 raise _Gone
             body += message.get("body", b"")
-            self.under_way.bodies[place] = len(body)
-            if self.under_way.too_many_bytes:
+            self.in_flight.bodies[place] = len(body)
+            if self.in_flight.too_many_bytes:
                 raise _TooManyBytesError
             if not message.get("more_body", False):
                 return body

@@ -40,7 +40,7 @@ class ServedModel:
         return resize_and_crop(decode(data), self.processor.image_config)
 
     def captions(
-        self, strategy: Strategy, asked: list[tuple[Image, str]], go_on: Callable[[], object]
+        self, strategy: Strategy, asked: list[tuple[Image, str]], check_cancelled: Callable[[], object]
     ) -> list[Caption]:
         """Write a caption for each image, which begins with its prompt.
 
@@ -49,25 +49,25 @@ class ServedModel:
         assert self.captioner is not None  # who has none does not ask
         images, prompts = zip(*asked, strict=True)
         # One number for all, so that what is sampled does not depend on the company.
-        return self.captioner.generate(self._pixels(list(images)), strategy, prompts, [0] * len(asked), go_on)
+        return self.captioner.generate(self._pixels(list(images)), strategy, prompts, [0] * len(asked), check_cancelled)
 
     @torch.inference_mode()
-    def image_embeddings(self, _: None, images: list[Image], go_on: object) -> list[Float32[Tensor, "embed"]]:
+    def image_embeddings(self, _: None, images: list[Image], check_cancelled: object) -> list[Float32[Tensor, "embed"]]:
         """Return a unit vector for each image."""
         with evaluating(self.model):
             return list(require_finite(self.model.encode_image(self._pixels(images)), "images").cpu())
 
     @torch.inference_mode()
-    def text_embeddings(self, _: None, texts: list[str], go_on: object) -> list[Float32[Tensor, "embed"]]:
+    def text_embeddings(self, _: None, texts: list[str], check_cancelled: object) -> list[Float32[Tensor, "embed"]]:
         """Return a unit vector for each text; what does not fit the context is cut off."""
         with evaluating(self.model):
             return list(embed_texts(self.model, self.processor, texts, batch_size=len(texts)).cpu())
 
     def similarities(
-        self, classes: tuple[tuple[str, ...], tuple[str, ...]], images: list[Image], go_on: object
+        self, classes: tuple[tuple[str, ...], tuple[str, ...]], images: list[Image], check_cancelled: object
     ) -> list[tuple[Float32[Tensor, "label"], Float32[Tensor, "label"]]]:
         """Return cosine and probability of each label for each image; `classes` are labels and their templates."""
-        embeddings = torch.stack(self.image_embeddings(None, images, go_on))
+        embeddings = torch.stack(self.image_embeddings(None, images, check_cancelled))
         return list(zip(*compare_with_labels(embeddings, self._classifier(*classes), self.logit_scale), strict=True))
 
     def _new_classifier(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Float32[Tensor, "label embed"]:

@@ -15,13 +15,13 @@ from contracap.apps.serve.schemas import (
     MAX_TEXT_LENGTH,
     STRATEGY_PARAMETERS,
     Alternative,
-    Answer,
-    Answers,
-    CaptionAnswer,
+    CaptionResult,
     Classification,
-    LabelAnswer,
-    PictureEmbedding,
+    ImageEmbedding,
+    LabelResult,
     Problem,
+    Result,
+    Results,
     TextEmbeddings,
     Texts,
 )
@@ -34,7 +34,7 @@ MAX_LABELS = 100
 MAX_CHARACTERS = 65_536  # of all texts of a request
 IMAGE_PATHS = frozenset({"/v1/caption", "/v1/classify", "/v1/embed/image"})
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 async def refuse_repeated_settings(request: Request) -> None:
@@ -59,9 +59,9 @@ CurrentService = Annotated[Service, Depends(get_service)]
 async def caption(
     request: Request,
     service: CurrentService,
-    prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="what the caption begins with")] = "",
-    embedding: Annotated[bool, Query(description="whether the image's embedding is given too")] = False,
-) -> CaptionAnswer | Answers[CaptionAnswer]:
+    prompt: Annotated[str, Query(max_length=MAX_TEXT_LENGTH, description="beginning of the caption")] = "",
+    embedding: Annotated[bool, Query(description="also return the image's embedding")] = False,
+) -> CaptionResult | Results[CaptionResult]:
     """Write a caption for an image."""
     if service.model.captioner is None:
         raise HTTPException(501, "this model has no text decoder (it is a CLIP): it can embed and classify only")
@@ -73,26 +73,26 @@ async def caption(
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
 
-    async def answer(image: Image) -> CaptionAnswer:
+    async def answer(image: Image) -> CaptionResult:
         best = await service.caption(image, strategy, prompt)
         texts = [
             Alternative(caption=text.text, score=text.score, log_probability=text.log_probability)
             for text in best.alternatives
         ]
         vector = best.embedding.tolist() if embedding else None
-        return CaptionAnswer(**texts[0].model_dump(), alternatives=texts, embedding=vector)
+        return CaptionResult(**texts[0].model_dump(), alternatives=texts, embedding=vector)
 
-    return await _answer_each(request, service, answer)
+    return await _process_each(request, service, answer)
 
 
 @router.post("/classify", openapi_extra=IMAGE_BODY)
 async def classify(
     request: Request,
     service: CurrentService,
-    label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="once for each label")],
+    label: Annotated[list[str], Query(min_length=1, max_length=MAX_LABELS, description="a label; repeat it for each")],
     template: Annotated[str, Query(description="a text with {} where the label goes")] = TEMPLATE,
-) -> Classification | Answers[Classification]:
-    """Say which of some labels fits an image, without any training on them."""
+) -> Classification | Results[Classification]:
+    """Classify an image among the given labels (zero-shot)."""
     labels = tuple(label)
     if not all(text.strip() for text in labels) or len(set(labels)) < len(labels):
         raise HTTPException(400, "label: give each label once, and none empty")
@@ -105,44 +105,44 @@ async def classify(
     async def answer(image: Image) -> Classification:
         cosines, probabilities = await service.classify(image, labels, templates)
         rows = zip(labels, probabilities.tolist(), cosines.tolist(), strict=True)
-        answers = [LabelAnswer(label=name, probability=share, similarity=cosine) for name, share, cosine in rows]
+        answers = [LabelResult(label=name, probability=share, similarity=cosine) for name, share, cosine in rows]
         return Classification(labels=sorted(answers, key=lambda answer: -answer.similarity))
 
-    return await _answer_each(request, service, answer)
+    return await _process_each(request, service, answer)
 
 
 @router.post("/embed/image", openapi_extra=IMAGE_BODY)
-async def embed_image(request: Request, service: CurrentService) -> PictureEmbedding | Answers[PictureEmbedding]:
-    """Put an image into the space of images and texts."""
+async def embed_image(request: Request, service: CurrentService) -> ImageEmbedding | Results[ImageEmbedding]:
+    """Return the embedding of an image."""
 
-    async def answer(image: Image) -> PictureEmbedding:
-        return PictureEmbedding(embedding=(await service.embed_image(image)).tolist())
+    async def answer(image: Image) -> ImageEmbedding:
+        return ImageEmbedding(embedding=(await service.embed_image(image)).tolist())
 
-    return await _answer_each(request, service, answer)
+    return await _process_each(request, service, answer)
 
 
 @router.post("/embed/text")
 async def embed_text(texts: Texts, service: CurrentService) -> TextEmbeddings:
-    """Put texts into the space of images and texts."""
+    """Return the embeddings of texts."""
     _check_characters(sum(map(len, texts.texts)))
     embeddings = await _gather(service.embed_text(text) for text in texts.texts)
     return TextEmbeddings(embeddings=[embedding.tolist() for embedding in embeddings])
 
 
-async def _answer_each(
-    request: Request, service: Service, answer: Callable[[Image], Awaitable[Answer]]
-) -> Answer | Answers[Answer]:
+async def _process_each(
+    request: Request, service: Service, answer: Callable[[Image], Awaitable[Result]]
+) -> Result | Results[Result]:
     """Return one answer if the body is an image, a list of them if it is a form."""
     if not request.headers.get("content-type", "").startswith("multipart/"):
         return await answer(await service.read_image(await request.body()))
 
-    async def one(data: bytes) -> Answer | Problem:
+    async def one(data: bytes) -> Result | Problem:
         try:
             return await answer(await service.read_image(data))
         except ImageError as error:
             return Problem(error=str(error))
 
-    return Answers(answers=await _gather(one(data) for data in await _files(request)))
+    return Results(answers=await _gather(one(data) for data in await _files(request)))
 
 
 async def _files(request: Request) -> list[bytes]:
@@ -162,7 +162,7 @@ def _check_characters(characters: int) -> None:
         raise HTTPException(400, error)
 
 
-async def _gather(calls: Iterable[Awaitable[Result]]) -> list[Result]:
+async def _gather(calls: Iterable[Awaitable[Value]]) -> list[Value]:
     """Await all calls; if one raises, cancel the others."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:

@@ -8,11 +8,11 @@ MAX_TEXTS = 256
 MAX_TEXT_LENGTH = 4096  # characters; a context is 77 tokens
 MAX_IMAGES = 16  # of a form
 
-Answer = TypeVar("Answer", bound=BaseModel)
+Result = TypeVar("Result", bound=BaseModel)
 
 
 class Problem(BaseModel):
-    """What went wrong, in one line."""
+    """An error, in one line."""
 
     error: str
 
@@ -21,27 +21,27 @@ class Alternative(BaseModel):
     """One text for the image."""
 
     caption: str
-    score: float = Field(description="what ranks the texts, higher is better")
-    log_probability: float = Field(description="sum over its tokens and the end token, in nats")
+    score: float = Field(description="ranking score; higher is better")
+    log_probability: float = Field(description="sum over the caption's tokens and the end token, in nats")
 
 
-class CaptionAnswer(Alternative):
+class CaptionResult(Alternative):
     """The best text for the image, and the n best."""
 
-    alternatives: list[Alternative] = Field(description="best first; the first is the caption itself")
-    embedding: list[float] | None = Field(default=None, description="of the image, a unit vector, if it was asked for")
+    alternatives: list[Alternative] = Field(description="all texts found, best first; the first is the caption")
+    embedding: list[float] | None = Field(default=None, description="unit vector of the image, if requested")
 
 
-class PictureEmbedding(BaseModel):  # a name of the published schema, which clients are generated from
+class ImageEmbedding(BaseModel):
     """A unit vector in the space that images and texts share."""
 
     embedding: list[float]
 
 
-class Answers(BaseModel, Generic[Answer]):
-    """The answer for each image of a form, in their order, or what is wrong with it."""
+class Results(BaseModel, Generic[Result]):
+    """The result for each image of a form, in order, or what is wrong with the image."""
 
-    answers: list[Answer | Problem]
+    answers: list[Result | Problem]
 
 
 class Texts(BaseModel):
@@ -56,7 +56,7 @@ class TextEmbeddings(BaseModel):
     embeddings: list[list[float]]
 
 
-class LabelAnswer(BaseModel):
+class LabelResult(BaseModel):
     """One label and how well it fits the image."""
 
     label: str
@@ -67,11 +67,11 @@ class LabelAnswer(BaseModel):
 class Classification(BaseModel):
     """The labels, best first."""
 
-    labels: list[LabelAnswer]
+    labels: list[LabelResult]
 
 
 class State(BaseModel):
-    """How the server is."""
+    """Server status."""
 
     status: str
 
@@ -98,7 +98,7 @@ STRATEGY_PARAMETERS: dict[str, Any] = {
         {
             "name": "strategy",
             "in": "query",
-            "description": "how the text is searched, such as greedy or beam; by default as the server was started",
+            "description": "decoding strategy, such as greedy or beam; by default the server's",
             "schema": {"type": "string"},
         },
         {

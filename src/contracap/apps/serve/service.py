@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from jaxtyping import Float32
 from torch import Tensor
 
-from contracap.apps.serve.batching import Batcher, BatchingConfig, Turns
+from contracap.apps.serve.batching import Batcher, BatchingConfig, PriorityLock
 from contracap.apps.serve.config import LimitsConfig
+from contracap.apps.serve.in_flight import RequestLimiter
 from contracap.apps.serve.metrics import Metrics
 from contracap.apps.serve.model import Image, ServedModel
-from contracap.apps.serve.under_way import UnderWay
 from contracap.config import ConfigError
 from contracap.generation.captioner import Caption
 from contracap.generation.registry import build_strategy
@@ -56,7 +56,7 @@ class DefaultStrategy:
 
 
 class Service:
-    """A model that answers one request at a time, in batches of the requests that wait together.
+    """Queues requests and runs the model on one batch at a time.
 
     Raises: ValueError: if the default strategy is wrong, or the model cannot follow it.
     """
@@ -68,15 +68,15 @@ class Service:
         if model.captioner is not None:
             model.captioner.check(usual)
         self.model, self.default = model, default
-        self.metrics, self.under_way = Metrics(), UnderWay(limits)
+        self.metrics, self.in_flight = Metrics(), RequestLimiter(limits)
         self._usual_batch_cost = batching.max_batch * _cost(usual)
-        turns, observe = Turns(), self.metrics.batch_sizes.observe
-        self._light = Batcher(batching, turns=turns, observe=observe)
-        self._heavy = Batcher(batching, turns=turns, heavy=True, observe=observe)
+        lock, observe = PriorityLock(), self.metrics.batch_sizes.observe
+        self._light = Batcher(batching, lock=lock, observe=observe)
+        self._heavy = Batcher(batching, lock=lock, heavy=True, observe=observe)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._large_decoder = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
         self.metrics.queue_length.set_function(lambda: self._light.waiting + self._heavy.waiting)
-        self.metrics.under_way.set_function(lambda: len(self.under_way.bodies))
+        self.metrics.in_flight.set_function(lambda: len(self.in_flight.bodies))
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncIterator[None]:
@@ -113,7 +113,7 @@ class Service:
         """Write a caption. A strategy that costs more than the default has smaller batches and lets others go first."""
         share = self._usual_batch_cost / _cost(strategy)  # images that cost as much as a batch of the default's
         queue = self._light if share >= self._light.config.max_batch else self._heavy
-        return await queue.submit(self.model.captions, strategy, (image, prompt), most=max(1, int(share)))
+        return await queue.submit(self.model.captions, strategy, (image, prompt), max_items=max(1, int(share)))
 
     async def classify(
         self, image: Image, labels: tuple[str, ...], templates: tuple[str, ...]

@@ -15,22 +15,22 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> State:
-    """Say that the server is alive."""
+    """Check that the server is alive."""
     return State(status="alive")
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(service: CurrentService) -> State:
-    """Say whether the server takes another request; 503 while it takes none."""
-    if service.under_way.full:
-        raise HTTPException(503, service.under_way.refusal, {"Retry-After": "1"})
+    """Check that the server takes requests; 503 while it takes none."""
+    if service.in_flight.full:
+        raise HTTPException(503, service.in_flight.refusal, {"Retry-After": "1"})
     return State(status="ready")
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def prometheus(service: CurrentService) -> PlainTextResponse:
-    """Give counts and times for Prometheus."""
+    """Prometheus metrics."""
     return PlainTextResponse(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 

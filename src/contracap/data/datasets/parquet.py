@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from contracap.data.annotations import SkippedEntry, SourceError, bad_row
+from contracap.extras import require_extra
 
 BATCH = 1024  # rows that are in memory together
 IMAGES = 16  # rows with images that are in memory together
@@ -102,11 +103,10 @@ def parquet_images(path: Path, column: str, rows: Sequence[int]) -> Iterator[byt
 
 @contextmanager
 def _open_parquet(path: Path) -> Generator[Any, None, None]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise SourceError(f"to read {path} pyarrow is needed: pip install 'contracap[data]'") from None
+    require_extra("data", "pyarrow")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     with path.open("rb") as content:  # raises the system's error if it cannot be opened
         try:
             with ParquetFile(content) as file:

@@ -1,15 +1,15 @@
-"""Requests under way, and the most that a server takes at once."""
+"""Requests in flight, and the most that a server takes at once."""
 
 from dataclasses import dataclass, field
 
 from contracap.apps.serve.config import LimitsConfig
 from contracap.apps.web import MIB
 
-BODIES = 16  # times `max_body_mib` that all bodies under way may take together
+BODIES = 16  # times `max_body_mib` that all bodies in flight may take together
 
 
 @dataclass
-class UnderWay:
+class RequestLimiter:
     """Requests with a body that are being read or answered, and how many may be at most.
 
     Attributes:
@@ -35,5 +35,5 @@ class UnderWay:
         """Say why another one is refused."""
         if self.too_many_bytes:
             most = BODIES * self.limits.max_body_mib
-            return f"the requests under way take more than {most:g} MiB, the most this server keeps: try again later"
-        return f"{len(self.bodies)} requests are under way, as many as this server takes: try again later"
+            return f"the bodies of requests in progress take more than {most:g} MiB: try again later"
+        return f"too many requests in progress ({len(self.bodies)}): try again later"
