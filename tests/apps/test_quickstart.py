@@ -56,9 +56,9 @@ def short(tmp_path_factory) -> tuple[Path, Result]:
                 lambda *given: signal.raise_signal(signal.SIGTERM) or record(*given),
             )
             with pytest.raises(Interrupted, match=r"the same command continues from .*step-"):
-                quickstart(out, SHORT)
+                quickstart(out, SHORT, command="contracap quickstart")
         drawn = {path: path.stat().st_mtime_ns for path in (out / "scenes").rglob("*")}
-        result = quickstart(out, SHORT)
+        result = quickstart(out, SHORT, command="contracap quickstart")
     assert {path: path.stat().st_mtime_ns for path in (out / "scenes").rglob("*")} == drawn != {}
     return out, result
 
@@ -100,7 +100,7 @@ def test_a_folder_that_holds_a_quickstart_is_left_alone(short) -> None:
     out, _ = short
     before = (out / "results.json").read_bytes()
     with pytest.raises(ValueError, match="is there already"):
-        quickstart(out, SHORT)
+        quickstart(out, SHORT, command="contracap quickstart")
     assert (out / "results.json").read_bytes() == before
 
 

@@ -7,7 +7,7 @@ from contracap.cli.messages import interruption
 from contracap.cli.options import Model, ModelFlags, WeightsName
 
 
-@interruption("interrupted: the lines above are all; the same command starts again")
+@interruption("interrupted: only the answers above were computed; run the command again to start over")
 def ask(
     weights: WeightsName,
     image: Annotated[PathText, arg(metavar="IMAGE", help="An image or its URL.")],

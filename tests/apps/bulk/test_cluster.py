@@ -286,9 +286,9 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     def find_spec(name: str) -> Any:
         return None if name == package else object()
 
-    monkeypatch.setattr("contracap.cli.bulk.find_spec", find_spec)
+    monkeypatch.setattr("contracap.extras.find_spec", find_spec)
     assert main(["bulk", "embed", "weights", "shards", "--out", "out"]) == 1
-    assert capsys.readouterr().err.endswith(f"needs {package}: pip install 'contracap[{extra}]'\n")
+    assert capsys.readouterr().err.endswith(f"needs the package {package}: pip install 'contracap[{extra}]'\n")
 
 
 def test_the_ledger_gives_up_a_shard_that_never_ends_and_knows_one_that_did() -> None:

@@ -120,7 +120,7 @@ def test_a_batch_in_parts_pays_for_its_features_with_a_forward_pass_of_the_contr
 
 def test_a_cut_of_the_captions_is_what_texts_are_padded_to() -> None:
     cut = recipe(data={"train": "no such shards", "batch_size": 64, "captions": {"max_tokens": 8}})
-    assert "texts of 8.0 tokens" in plan_run(cut, gpus=1, gpu="l40s").title
+    assert "8.0 tokens per text" in plan_run(cut, gpus=1, gpu="l40s").title
     with pytest.raises(ValueError, match=r"text_tokens is 9\.0; it must be from 2 to 8"):
         plan_run(cut, gpus=1, gpu="l40s", text_tokens=9.0)
 
@@ -237,7 +237,7 @@ def test_caption_lengths_come_from_the_index_of_the_shards_that_are_read(tmp_pat
     assert caption_texts(both.data, 16) == TextLengths(mean=(2 * 5 + 2 * 16 + 4 * 9) / 8, longest=16)
     assert caption_texts(PUBLISHED.data, 76) is None  # remote
     plan = plan_run(both, gpus=1, gpu="l40s")
-    assert "texts of 9.8 tokens" in plan.title and len(plan.assumptions) == 1
+    assert "9.8 tokens per text" in plan.title and len(plan.assumptions) == 1
     assert len(plan_run(recipe(), gpus=1, gpu="l40s").assumptions) == 2
 
 

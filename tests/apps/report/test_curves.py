@@ -43,5 +43,5 @@ def test_recalls_of_one_direction_share_a_chart_and_single_figures_have_none() -
 
 def test_a_page_says_that_points_are_means() -> None:
     records = [{"step": step, "gradient_norm": 1.0} for step in range(3 * MAX_POINTS)]
-    assert "mean of 3" in draw_curves(records)
+    assert "averages 3 records" in draw_curves(records)
     assert "mean of" not in draw_curves(records[:10])

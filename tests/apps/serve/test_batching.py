@@ -64,7 +64,9 @@ def test_a_batch_is_never_larger_than_max_batch_nor_its_items_allow_and_the_olde
 
     async def test() -> None:
         async with Batcher(BatchingConfig(max_batch=4, max_wait_ms=20.0)) as batcher:
-            answers = await asyncio.gather(*(batcher.submit(work.double, "a", item, most=most) for item in range(10)))
+            answers = await asyncio.gather(
+                *(batcher.submit(work.double, "a", item, max_items=most) for item in range(10))
+            )
             assert answers == [2 * item for item in range(10)]
 
     run(test())

@@ -69,10 +69,10 @@ def write_report(run: Path) -> Path:
 def measure_checkpoint(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str, list[Html]]:
     """The figures of the recipe's tasks, or else of those of its study, then a section for each; without tasks, of its
     validation shards. What fails costs its own figures only."""
-    model, processor = load(checkpoint, precision="fp32")
     try:
+        model, processor = load(checkpoint, precision="fp32")
         evaluators, what = _evaluators(run, recipe, processor)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # such as weights that are NaN: the curves show when they became so
         evaluators, what = {}, str(error)
     if not evaluators:
         logger.warning("nothing was evaluated: %s", what)
@@ -83,7 +83,7 @@ def measure_checkpoint(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str,
         try:
             data, evaluator = build_one()
             result = evaluator(model)
-        except Exception as error:  # such as weights that are NaN: the curves show when they became so
+        except Exception as error:  # also out of memory
             logger.warning("%s was not evaluated: %s", name, error, exc_info=unexpected(error))
             missing.append(paragraph(f"{name} was not evaluated: {str(error) or type(error).__name__}"))
             continue
