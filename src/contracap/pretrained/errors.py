@@ -10,6 +10,10 @@ class WeightsError(ValueError):
         super().__init__(printable(message))
 
 
+class NonFiniteWeightsError(WeightsError):
+    """Weights that hold NaN or infinity."""
+
+
 def printable(text: str) -> str:
     """Return the text of a file, shortened, and with spaces for the characters that act on a terminal."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text[:MAX_MESSAGE])

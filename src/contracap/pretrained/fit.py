@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contracap.model.coca import CoCaConfig
 from contracap.model.sizes import SIZES
-from contracap.pretrained.errors import WeightsError
+from contracap.pretrained.errors import NonFiniteWeightsError, WeightsError
 from contracap.pretrained.open_clip_names import OPEN_CLIP_POSITIONS, to_open_clip
 from contracap.pretrained.positions import IMAGE_POSITIONS
 from contracap.pretrained.shapes import Shapes, key_differences, meta_state, shapes_of
@@ -29,7 +29,9 @@ def require_fit(tensors: Mapping[str, Tensor], config: CoCaConfig, *, ours: bool
         if tensor.dtype not in DTYPES:
             raise WeightsError(f"{name} is {tensor.dtype}: weights are float16, bfloat16, float32 or float64")
     if broken := find_nonfinite(tensors):
-        raise WeightsError(f"{broken} holds NaN or infinity, as after a diverged run: take an earlier checkpoint")
+        raise NonFiniteWeightsError(
+            f"{broken} holds NaN or infinity, as after a diverged run: take an earlier checkpoint"
+        )
 
 
 def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:

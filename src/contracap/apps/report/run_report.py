@@ -24,6 +24,7 @@ from contracap.evaluation.retrieval import evaluate_retrieval
 from contracap.evaluation.task import build_evaluator
 from contracap.files import read_regular, write_text
 from contracap.pretrained import load
+from contracap.pretrained.errors import NonFiniteWeightsError
 from contracap.processor import Processor
 from contracap.training.checkpoint import CHECKPOINTS, last_checkpoint
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -71,8 +72,12 @@ def measure_checkpoint(run: Path, recipe: Recipe, checkpoint: Path) -> dict[str,
     validation shards. What fails costs its own figures only."""
     try:
         model, processor = load(checkpoint, precision="fp32")
+    except NonFiniteWeightsError as error:  # the curves show when they became so
+        logger.warning("nothing was evaluated: %s", error)
+        return {"Figures": [paragraph(f"Nothing was evaluated: {error}")]}
+    try:
         evaluators, what = _evaluators(run, recipe, processor)
-    except (ValueError, OSError) as error:  # such as weights that are NaN: the curves show when they became so
+    except (ValueError, OSError) as error:
         evaluators, what = {}, str(error)
     if not evaluators:
         logger.warning("nothing was evaluated: %s", what)
