@@ -1,7 +1,6 @@
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 from contracap.losses import contrastive_loss
-from contracap.model.sizes import SIZES
-from contracap.model.transformer import CrossAttentionBlock, TransformerBlock
 from contracap.parallel import (
     Agreement,
     ParallelConfig,
@@ -86,84 +83,37 @@ def test_bytes_received_are_those_the_docstring_says(found: Found) -> None:
         assert rank["watch"][2] == 4 * others * rows * 2 * width  # without gradients
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bytes_between_ranks_that_share_a_model_are_those_the_docstring_says(found: Found, kind: str) -> None:
-    count = len(found)
-    shares = {"ddp": 1, "fsdp": count, "hsdp": count // 2}[kind]
-
-    def total(parameters: Iterable[Tensor]) -> int:
-        """Bytes of what is shared out, with the rows that fill it up."""
-        return sum(4 * -(-len(each) // shares) * shares * each[0].numel() for each in parameters if each.ndim)
-
-    model = tiny(torch.float32)
-    blocks = [block for block in model.modules() if isinstance(block, TransformerBlock)]
-    blocks += [block.feed_forward for block in model.modules() if isinstance(block, CrossAttentionBlock)]
-    parameters, again = total(model.parameters()), sum(total(block.parameters()) for block in blocks)
-    features = 4 * (count - 1) * PAIRS // count * (2 * SIZES["tiny"].embed_dim + 2)
-    labels, loss, scale = 8, 4, 4
-    for rank in found:
-        assert rank[kind, "traffic"] == {
-            "gathered": (shares - 1) * (parameters + again) // shares + features,
-            "scattered": (shares - 1) * parameters // shares,
-            "summed": (0 if kind == "fsdp" else parameters // shares) + labels + loss + scale,
-        }
-
-
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in theirs:
         close(ours[name], theirs[name], tolerance)
 
 
-@pytest.mark.parametrize(("kind", "case"), [*((kind, "update") for kind in KINDS), ("fsdp", "float32")])
-def test_loss_and_gradients_of_a_model_spread_over_ranks_equal_one_process(found: Found, kind: str, case: str) -> None:
-    dtype = torch.float32 if case == "float32" else torch.float64
-    expected, ours = backward("ddp", dtype)[1], found[0][kind, case]
-    close(ours["loss"], expected["loss"], LOSS[dtype])
-    same(ours["gradients"], expected["gradients"], GRADIENT[dtype])
+def test_updated_weights_of_a_model_spread_over_ranks_are_those_of_one_process(found: Found) -> None:
+    expected = update("ddp")
+    for kind in KINDS[len(found)]:
+        ours = [rank[kind, "update"] for rank in found]
+        close(ours[0]["loss"], expected["loss"], 1e-10)
+        same(ours[0]["gradients"], expected["gradients"], 1e-10)
+        close(ours[0]["norm"], expected["norm"], 1e-10)
+        same(ours[0]["weights"], expected["weights"], 1e-8)  # Adam divides by gradients that may be nearly 0
+        close(torch.cat([each["embedding"] for each in ours]), expected["embedding"], 1e-8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_both_passes_over_one_stack_are_those_of_one_process(found: Found, kind: str) -> None:
-    expected, ours = backward("ddp", torch.float64, config=MAMMUT)[1], found[0][kind, "mammut"]
-    close(ours["loss"], expected["loss"], 1e-10)
-    same(ours["gradients"], expected["gradients"], 1e-10)
+def test_gradients_of_a_batch_in_parts_with_two_passes_over_one_stack_equal_one_process(found: Found) -> None:
+    order = torch.arange(PAIRS).view(len(found), 2, -1).transpose(0, 1).flatten()  # a part holds rows of every rank
+    expected = backward("ddp", torch.float64, parts=2, order=order, config=MAMMUT)[1]
+    for kind in KINDS[len(found)]:
+        close(found[0][kind, "parts"]["loss"], expected["loss"], 1e-10)
+        same(found[0][kind, "parts"]["gradients"], expected["gradients"], 1e-10)
 
 
 def test_parameters_shared_in_bf16_get_gradients_averaged_in_float32(found: Found) -> None:
-    expected, ours = backward("ddp", torch.float32)[1], found[0]["fsdp", "bf16"]
+    expected, ours = backward("ddp", torch.float32)[1], found[0]["bf16"]
     close(ours["loss"], expected["loss"], 0.01)
     for name, gradient in expected["gradients"].items():
         assert ours["gradients"][name].dtype == torch.float32
         assert (ours["gradients"][name] - gradient).norm() <= 0.05 * gradient.norm(), name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_updated_weights_of_a_model_spread_over_ranks_are_those_of_one_process(found: Found, kind: str) -> None:
-    expected, ours = update("ddp"), [rank[kind, "update"] for rank in found]
-    close(ours[0]["norm"], expected["norm"], 1e-10)
-    same(ours[0]["weights"], expected["weights"], 1e-8)  # Adam divides by gradients that may be nearly 0
-    close(torch.cat([each["embedding"] for each in ours]), expected["embedding"], 1e-8)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_a_batch_in_parts_equal_one_process(found: Found, kind: str) -> None:
-    order = torch.arange(PAIRS).view(len(found), 2, -1).transpose(0, 1).flatten()  # a part holds rows of every rank
-    expected, ours = backward("ddp", torch.float64, parts=2, order=order)[1], found[0][kind, "parts"]
-    close(ours["loss"], expected["loss"], 1e-10)
-    same(ours["gradients"], expected["gradients"], 1e-10)
-
-
-def test_a_snapshot_of_a_shared_model_is_whole_on_rank_0_and_does_not_change_with_it(found: Found) -> None:
-    for number, rank in enumerate(found):
-        taken = rank["snapshot"]
-        before, after = taken["before"], taken["after"]
-        assert before.keys() == after.keys() and ("logit_scale" in before) == (number == 0)
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-        assert not torch.equal(taken["moved on"], before["moment"])
-        assert len(before["moment"]) * len(found) == taken["shape"][0]
-    weights = found[0]["snapshot"]["before"]
-    assert weights["text.norm_out.weight"].shape == found[0]["snapshot"]["shape"]
 
 
 def test_every_rank_hears_the_others(found: Found) -> None:
@@ -183,7 +133,7 @@ def test_what_one_rank_claims_is_agreed_on_a_step_later(found: Found) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_loss_of_one_process_in_chunks_is_that_of_all_at_once(dtype: torch.dtype, chunk: int) -> None:
     for scale in SCALES:
         images, texts = pairs(dtype)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from contracap import cli
 from contracap.config import build, to_toml
 from contracap.data import batch_maker
 from contracap.images import ImageConfig
-from contracap.model.sizes import SIZES
 from contracap.parallel import ParallelModel, ProcessGroup
 from contracap.pretrained import load, random_model, read_weights
-from contracap.training import loop, writer
+from contracap.training import trainer, writer
 from contracap.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -34,16 +34,24 @@ from contracap.training.optimizer import build_optimizer
 from contracap.training.recipe import Recipe
 from contracap.training.recorder import Recorder, read_metrics
 from contracap.training.run_folder import lock_folder
-from contracap.training.shutdown import Interrupted, ShutdownRequested, shutdown_signal
-from contracap.training.step import StepMetrics, TrainingState, train_step
+from contracap.training.shutdown import Interrupted, shutdown_signal
+from contracap.training.step import TrainingState, train_step
 from contracap.training.trainer import train
 from contracap.training.writer import CheckpointWriter
 
-from .test_step import CONFIG, batch
+from .interference import assert_same_weights, at_step, losses
+from .test_step import CONFIG, TINY, batch
+
+SMALL = replace(
+    TINY,
+    vision=replace(TINY.vision, layers=1),
+    text=replace(TINY.text, layers=1),
+    decoder=replace(TINY.decoder, layers=1),
+)
 
 
 def new_state(seed: int = 0) -> TrainingState:
-    model, _ = random_model(SIZES["tiny"], seed=seed)
+    model, _ = random_model(SMALL, seed=seed)
     return TrainingState(
         model=model,
         optimizer=build_optimizer(model, CONFIG.optimizer),
@@ -129,9 +137,8 @@ def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path, held: threading.E
 @pytest.mark.parametrize(
     ("config", "left"),
     [
-        ({"every": 2, "keep": 2}, [10, 12]),
-        ({"every": 2, "keep": 1, "keep_every": 4}, [0, 4, 8, 12]),
-        ({"every": 2, "keep": 2, "keep_every": 6}, [0, 6, 10, 12]),
+        ({"every": 2, "keep": 2}, [6, 8]),
+        ({"every": 2, "keep": 1, "keep_every": 4}, [0, 4, 8]),
     ],
 )
 def test_the_newest_checkpoints_stay_and_those_kept_for_good(
@@ -140,10 +147,10 @@ def test_the_newest_checkpoints_stay_and_those_kept_for_good(
     monkeypatch.setattr(writer.dcp, "save", lambda *args, **kwargs: None)
     state = new_state()
     with writing(tmp_path, **config) as saving:
-        for state.step in range(0, 14, 2):
+        for state.step in range(0, 10, 2):
             saving.save(state, {})
     assert checkpoint_steps(tmp_path) == left
-    assert last_checkpoint(tmp_path).name == "step-00000012"
+    assert last_checkpoint(tmp_path).name == "step-00000008"
 
 
 def test_checkpoints_kept_for_good_are_among_those_written() -> None:
@@ -151,7 +158,7 @@ def test_checkpoints_kept_for_good_are_among_those_written() -> None:
         CheckpointConfig(every=20, keep_every=30)
 
 
-@pytest.mark.parametrize("part", ["write_weights", "dcp.save", "json.dumps", "os.replace"])
+@pytest.mark.parametrize("part", ["write_weights", "dcp.save", "os.replace"])
 def test_what_cannot_be_written_is_said_at_the_next_step_and_the_last_good_checkpoint_stays(
     tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +190,8 @@ class Killed(BaseException):
 def test_a_kill_at_any_moment_of_a_write_leaves_a_run_that_goes_on(
     tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace, rmtree, state, kills = os.replace, shutil.rmtree, new_state(), 0
+    rename, rmtree, kills, left = os.replace, shutil.rmtree, 0, 0
+    state, restored = new_state(), new_state()
 
     def dying(action: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any, **kwargs: Any) -> None:
@@ -197,43 +205,40 @@ def test_a_kill_at_any_moment_of_a_write_leaves_a_run_that_goes_on(
 
         return run
 
-    monkeypatch.setattr(writer.os, "replace", dying(replace))
+    def save(folder: Path, step: int) -> None:
+        state.step = step
+        with writing(folder, keep=1) as saving:
+            saving.save(state, {})
+
+    save(tmp_path / "first", 1)
+    monkeypatch.setattr(writer.os, "replace", dying(rename))
     monkeypatch.setattr(writer.shutil, "rmtree", dying(rmtree))
     while True:
-        folder, left, state.step = tmp_path / str(kills), 0, 1
+        folder = tmp_path / str(kills)
         if before:
-            with writing(folder, keep=1) as saving:
-                saving.save(state, {})
-        state.step, left = 2, kills + 1
+            shutil.copytree(tmp_path / "first", folder, symlinks=True)
+        left = kills + 1
         try:
-            with writing(folder, keep=1) as saving:
-                saving.save(state, {})
+            save(folder, 2)
             break
         except Killed:
             kills += 1
         left, found = 0, last_checkpoint(folder)
         assert found is not None or not before
         if found is not None:
-            assert restore_checkpoint(found, new_state()) == {} and load(found)
-        state.step = 3
-        with writing(folder, keep=1) as saving:
-            saving.save(state, {})
+            assert restore_checkpoint(found, restored) == {} and read_weights(found).state
+        save(folder, 3)
         assert sorted(path.name for path in folder.iterdir()) == ["last", "step-00000003"]
     assert kills >= (4 if before else 2)  # and what torch does
 
 
-def test_without_a_link_a_run_goes_on_from_the_newest_checkpoint(recipe_values: dict) -> None:
-    values = recipe_values | {"resume": True}
-    train(build(Recipe, values))
-    last = Path(values["out"]) / "checkpoints" / "last"
+def test_without_a_link_a_run_goes_on_from_the_newest_checkpoint(finished: dict) -> None:
+    last = Path(finished["out"]) / "checkpoints" / "last"
     last.unlink()
-    train(build(Recipe, values | {"steps": 10}))
-    assert last.resolve().name == "step-00000010"
-    assert [record["step"] for record in read_metrics(Path(values["out"]))] == list(range(1, 11))
-    last.unlink()
-    shutil.copytree(last.with_name("step-00000010"), last)  # a copy that followed links
-    train(build(Recipe, values | {"steps": 12}))
-    assert last.is_symlink() and last.resolve().name == "step-00000012"
+    shutil.copytree(last.with_name("step-00000004"), last)  # a copy that followed links
+    train(build(Recipe, finished | {"steps": 9}))
+    assert last.is_symlink() and last.resolve().name == "step-00000009"
+    assert [step for step, *_ in losses(Path(finished["out"]))] == list(range(1, 10))
 
 
 def test_what_cannot_be_deleted_is_warned_of_and_tried_again(
@@ -246,15 +251,15 @@ def test_what_cannot_be_deleted_is_warned_of_and_tried_again(
     with writing(tmp_path, keep=1) as saving:
         with monkeypatch.context() as patch:
             patch.setattr(writer.shutil, "rmtree", busy)
-            for state.step in range(4):
+            for state.step in range(3):
                 saving.save(state, {})
             saving.wait()
-        assert f"{tmp_path / 'step-00000002'} cannot be deleted: Device or resource busy: " in caplog.text
-        assert checkpoint_steps(tmp_path) == [3]
-        assert len(list(tmp_path.iterdir())) == 5  # with three that are hidden
-        state.step = 4
+        assert f"{tmp_path / 'step-00000001'} cannot be deleted: Device or resource busy: " in caplog.text
+        assert checkpoint_steps(tmp_path) == [2]
+        assert len(list(tmp_path.iterdir())) == 4  # with two that are hidden
+        state.step = 3
         saving.save(state, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000003"]
 
 
 def test_a_checkpoint_before_the_first_step_counts_none(tmp_path: Path) -> None:
@@ -280,24 +285,9 @@ def test_a_failed_checkpoint_stops_the_run_before_the_next_one(recipe_values: di
     monkeypatch.setattr(
         writer, "write_weights", lambda *args, **kwargs: (full if next(calls) else write)(*args, **kwargs)
     )
-    folder = Path(recipe_values["out"])
     with pytest.raises(CheckpointError, match=r"step-00000004 cannot be written: No space .*: \S+/step-00000002\. Put"):
         train(build(Recipe, recipe_values | {"steps": 1000, "checkpoint": {"every": 2}}))
-    assert len(read_metrics(folder)) <= 6
-    monkeypatch.undo()
-    assert train(build(Recipe, recipe_values | {"resume": True})).name == "step-00000008"
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
-    """Let something happen within a step of the run."""
-    step = loop.train_step
-
-    def acting(state: TrainingState, *args: Any) -> StepMetrics:
-        if state.step == number - 1:
-            action()
-        return step(state, *args)
-
-    monkeypatch.setattr(loop, "train_step", acting)
+    assert len(read_metrics(Path(recipe_values["out"]))) <= 6
 
 
 def test_a_run_whose_folder_vanishes_stops_and_says_so(
@@ -313,16 +303,6 @@ def test_a_run_whose_folder_vanishes_stops_and_says_so(
     assert not folder.exists()
 
 
-def test_a_checkpoint_does_not_bring_a_vanished_run_folder_back(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with (
-        pytest.raises(CheckpointError, match=r"No such file or directory: .*run/checkpoints"),
-        writing(run / "checkpoints") as saving,
-    ):
-        saving.save(new_state(), {})
-    assert not run.exists()
-
-
 def test_records_that_cannot_be_written_stop_the_run_and_the_last_good_checkpoint_is_named(
     recipe_values: dict, monkeypatch
 ) -> None:
@@ -330,23 +310,22 @@ def test_records_that_cannot_be_written_stop_the_run_and_the_last_good_checkpoin
 
     def fills(self: Recorder, step: int, *args: Any) -> None:
         record(self, step, *args)
-        if step == 6:
+        if step == 3:
             full()
 
     monkeypatch.setattr(Recorder, "record", fills)
     with pytest.raises(
         CheckpointError,
-        match=r"run: the run cannot continue: No space left on device\. Last .*: \S+/step-00000004\. Put",
+        match=r"run: the run cannot continue: No space left on device\. Last .*: \S+/step-00000002\. Put",
     ):
-        train(build(Recipe, recipe_values))
+        train(build(Recipe, recipe_values | {"checkpoint": {"every": 2}}))
 
 
 def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of_its_own(
-    recipe_values: dict, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+    whole: Path, whole_values: dict, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save, handlers = writer.dcp.save, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    values = recipe_values | {"resume": True, "ema_decay": 0.5}
-    whole = train(build(Recipe, values | {"out": str(tmp_path / "whole")}))
+    values, folder = whole_values | {"resume": True}, Path(whole_values["out"])
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGUSR1))
 
@@ -357,7 +336,7 @@ def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of
         patch.setattr(writer.dcp, "save", asked_again)
         (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, values)))
         assert cli.main(["train", str(tmp_path / "recipe.toml")]) == 75
-    checkpoints = Path(values["out"]) / "checkpoints"
+    checkpoints = folder / "checkpoints"
     *_, error = capsys.readouterr().err.splitlines()
     assert error == (
         "contracap: error: interrupted after step 3 of 8: the same command continues from "
@@ -366,17 +345,15 @@ def test_a_run_that_is_asked_to_end_does_so_behind_a_checkpoint_with_a_status_of
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
     resumed = train(build(Recipe, values))
     for file in ("model.safetensors", "average.safetensors"):
-        ours, theirs = read_weights(resumed / file).state, read_weights(whole / file).state
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [record["step"] for record in read_metrics(Path(values["out"]))] == list(range(1, 9))
+        assert_same_weights(resumed, whole / "checkpoints" / "last", file)
+    assert losses(folder) == losses(whole)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the_next_sample(
-    recipe_values: dict, tmp_path: Path, monkeypatch, workers: int
+    whole: Path, whole_values: dict, monkeypatch, workers: int
 ) -> None:
-    values = recipe_values | {"data": recipe_values["data"] | {"workers": workers}, "steps": 6}
-    train(build(Recipe, values | {"out": str(tmp_path / "whole")}))
+    values = whole_values | {"data": whole_values["data"] | {"workers": workers}}
     decode, calls = batch_maker.decode, iter(range(1000))
 
     def stands_still(*args: Any, **kwargs: Any) -> Any:
@@ -386,15 +363,11 @@ def test_a_run_that_waits_for_data_ends_behind_a_checkpoint_and_goes_on_with_the
 
     with monkeypatch.context() as patch:
         patch.setattr(batch_maker, "decode", stands_still)
-        at_step(patch, 3, lambda: threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start())
-        with pytest.raises(Interrupted, match=r"after step 3 of 6: the same command with resume=true continues from"):
+        at_step(patch, 3, lambda: threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start())
+        with pytest.raises(Interrupted, match=r"after step 3 of 8: the same command with resume=true continues from"):
             train(build(Recipe, values))
-    train(build(Recipe, values | {"resume": True}))
-    ours, theirs = (
-        [(record["step"], record["loss"]) for record in read_metrics(folder)]
-        for folder in (Path(values["out"]), tmp_path / "whole")
-    )
-    assert ours == theirs
+    train(build(Recipe, values | {"steps": 8, "resume": True}))
+    assert losses(Path(values["out"])) == losses(whole)
 
 
 def test_a_run_that_has_not_begun_ends_at_once_and_leaves_nothing(recipe_values: dict, monkeypatch) -> None:
@@ -407,13 +380,14 @@ def test_a_run_that_has_not_begun_ends_at_once_and_leaves_nothing(recipe_values:
 def test_the_first_ctrl_c_ends_a_run_behind_a_checkpoint_and_the_second_one_at_once(
     recipe_values: dict, monkeypatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(trainer, "validation_losses", lambda *args: pytest.fail("evaluates first"))
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Interrupted, match="interrupted after step 3 of 8"):
-            train(build(Recipe, recipe_values))
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match="interrupted after step 2 of 8"):
+            train(build(Recipe, recipe_values | {"validate_every": 2}))
     assert "Ctrl-C again ends at once" in capfd.readouterr().err
     twice = [signal.SIGINT, signal.SIGINT]
-    at_step(monkeypatch, 5, lambda: [signal.raise_signal(number) for number in twice])
+    at_step(monkeypatch, 3, lambda: [signal.raise_signal(number) for number in twice])
     with pytest.raises(KeyboardInterrupt):
         train(build(Recipe, recipe_values | {"resume": True}))
 
@@ -435,7 +409,8 @@ def test_two_runs_at_once_in_a_folder_are_refused(recipe_values: dict) -> None:
     finally:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
-    assert train(build(Recipe, recipe_values)).name == "step-00000008"  # the lock goes with the process
+    with lock_folder(folder):  # the lock goes with the process
+        pass
 
 
 @pytest.mark.parametrize("existed", [True, False])
@@ -448,17 +423,10 @@ def test_a_run_that_fails_early_removes_only_a_folder_of_its_own(recipe_values: 
     assert folder.exists() == existed
 
 
-def test_a_request_that_ends_at_once_promises_no_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
-    with shutdown_signal() as shutdown, pytest.raises(ShutdownRequested), shutdown.at_once():
-        signal.raise_signal(signal.SIGINT)
-    assert "checkpoint" not in capfd.readouterr().err
-
-
-def test_shutdown_signal_while_the_optimizer_is_read_blames_no_checkpoint(recipe_values: dict, monkeypatch) -> None:
-    train(build(Recipe, recipe_values))
+def test_shutdown_signal_while_the_optimizer_is_read_blames_no_checkpoint(finished: dict, monkeypatch) -> None:
     monkeypatch.setattr(dcp.FileSystemReader, "read_data", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match=r"the same command continues from .*step-00000008"):
-        train(build(Recipe, recipe_values | {"resume": True, "steps": 9}))
+        train(build(Recipe, finished | {"steps": 9}))
 
 
 def test_of_several_ranks_one_tells_of_the_end(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -468,25 +436,18 @@ def test_of_several_ranks_one_tells_of_the_end(capfd: pytest.CaptureFixture[str]
     assert not capfd.readouterr().err
 
 
-def test_a_run_that_is_asked_to_end_does_not_evaluate_first(recipe_values: dict, monkeypatch) -> None:
-    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("contracap.training.trainer.validation_losses", lambda *args: pytest.fail("evaluates"))
-    with pytest.raises(Interrupted, match="interrupted after step 3 of 8"):
-        train(build(Recipe, recipe_values | {"validate_every": 3}))
-
-
 def test_a_run_whose_last_checkpoint_cannot_be_written_is_no_success(recipe_values: dict, monkeypatch) -> None:
     ended: list[Any] = []
     monkeypatch.setattr(Recorder, "__exit__", lambda self, kind, *_: ended.append(kind))
     monkeypatch.setattr(writer, "write_weights", full)
-    with pytest.raises(CheckpointError, match="step-00000008 cannot be written: No space left"):
-        train(build(Recipe, recipe_values | {"checkpoint": {"every": 8}}))
+    with pytest.raises(CheckpointError, match="step-00000003 cannot be written: No space left"):
+        train(build(Recipe, recipe_values | {"steps": 3}))
     assert ended == [CheckpointError]
 
 
 def test_a_run_that_is_asked_to_end_in_its_last_step_is_done(recipe_values: dict, monkeypatch) -> None:
-    at_step(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))
-    assert train(build(Recipe, recipe_values)).name == "step-00000008"
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(build(Recipe, recipe_values | {"steps": 3})).name == "step-00000003"
 
 
 def test_workers_of_the_data_stay_when_all_processes_are_asked_to_end(recipe_values: dict, monkeypatch) -> None:

@@ -18,43 +18,21 @@ def test_rate_climbs_in_a_line_and_falls_along_a_cosine() -> None:
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[4:]))
 
 
-def test_only_matrices_that_multiply_a_signal_decay() -> None:
+@pytest.mark.parametrize("decayed", ["linear", "matrices"])
+def test_only_matrices_that_multiply_a_signal_decay_or_all_as_in_open_clip(decayed: str) -> None:
     model, _ = random_model(SIZES["tiny"], seed=0)
-    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3, decayed=decayed))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay = {
-        names[parameter]: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
-    }
-    assert set(decay) == set(names.values())
-    for name in (
-        "vision.patch_embedding.weight",
-        "text.blocks.0.attention.query_key_value.weight",
-        "text.projection.weight",
-        "pooler.pool.attention.query.weight",
-        "decoder.vocabulary.weight",
-    ):
-        assert decay[name] == 0.3, name
-    for name in (
-        "logit_scale",
-        "vision.class_token",
-        "vision.position",
-        "vision.norm_in.weight",
-        "text.token_embedding.weight",
-        "text.class_token",
-        "pooler.pool.queries",
-        "text.blocks.0.attention.query_key_value.bias",
-        "decoder.norm_out.weight",
-    ):
-        assert decay[name] == 0.0, name
-
-
-def test_all_matrices_decay_as_in_open_clip_if_asked_for() -> None:
-    model, _ = random_model(SIZES["tiny"], seed=0)
-    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3, decayed="matrices"))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    decaying = {names[each] for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
-    assert {"vision.position", "text.token_embedding.weight", "pooler.pool.queries"} < decaying
-    assert not {"logit_scale", "text.class_token", "vision.norm_in.weight"} & decaying
+    groups = {group["weight_decay"]: {names[each] for each in group["params"]} for group in optimizer.param_groups}
+    assert groups.keys() == {0.3, 0.0} and groups[0.3] | groups[0.0] == set(names.values())
+    always = ["vision.patch_embedding", "text.blocks.0.attention.query_key_value", "text.projection"]
+    always += ["pooler.pool.attention.query", "decoder.vocabulary"]
+    never = ["logit_scale", "vision.norm_in.weight", "text.class_token", "decoder.norm_out.weight"]
+    never += ["vision.class_token", "text.blocks.0.attention.query_key_value.bias"]
+    assert {f"{name}.weight" for name in always} < groups[0.3] and set(never) < groups[0.0]
+    assert {"vision.position", "text.token_embedding.weight", "pooler.pool.queries"} < groups[
+        0.3 if decayed == "matrices" else 0.0
+    ]
 
 
 def test_frozen_parts_are_named_by_whole_words() -> None:

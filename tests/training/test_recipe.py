@@ -25,31 +25,15 @@ def test_every_recipe_parses_and_comes_back_from_what_it_writes(path: Path, tmp_
     assert load_toml(tmp_path / "resolved.toml", Recipe) == recipe
 
 
-def test_there_are_recipes() -> None:
-    assert {"quickstart", "flickr8k-cpu"} <= {path.stem for path in RECIPES}
-
-
-def test_a_recipe_changes_fields_of_its_size() -> None:
-    recipe = build(Recipe, LEAST | {"model": {"vision": {"patch_dropout": 0.5}, "text": {"cls_mask": "legacy"}}})
-    config = recipe.model_config
-    assert (config.vision.patch_dropout, config.vision.patch_size) == (0.5, 8)
-    assert config.text.cls_mask == "legacy"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
         ({"model": {"vison": {}}}, "in 'model': unknown key 'vison'; did you mean 'vision'"),
-        (
-            {"optimizer": {"learning_rte": 1e-3}},
-            "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'",
-        ),
-        (
-            {"optimizer": {"peak_rate": 1e-3}},
-            "'optimizer.peak_rate' is of an earlier version: it is .*learning_rate now",
-        ),
+        ({"optimizer": {"peak_rate": 1e-3}}, "'optimizer.peak_rate' is .*: it is optimizer.learning_rate now"),
+        ({"optimizer": {"final_rate": 0.0}}, "'optimizer.final_rate' is .*: it is optimizer.min_learning_rate now"),
         ({"loss": {"chunk": 64}}, "'loss.chunk' is of an earlier version: delete it"),
+        ({"kernels": {"text": "packed"}}, "'kernels' .* delete it"),
+        ({"parallel": {"gather": "ring"}}, "'parallel.gather' .* delete it"),
         ({"steps": 0}, "at least 1"),
         ({"out": ""}, "out is empty"),
         ({"initialise_from": " "}, "initialise_from is empty"),
@@ -63,7 +47,6 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
         ({"validate_every": 10}, "needs data.validation"),
         ({"stall_seconds": -1.0}, "stall_seconds is -1.0; it must be above 0, or 0"),
         ({"stall_seconds": float("nan")}, "'stall_seconds' must be a finite number, not nan"),
-        ({"peak_tflops": float("inf")}, "'peak_tflops' must be a finite number, not inf"),
         ({"wandb": ""}, "wandb is ''; give the project's name, or leave the key out"),
         ({"peak_tflops": 0.0}, "peak_tflops is 0.0; it must be above 0"),
         (
@@ -87,7 +70,6 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
             {"data": {"train": "x", "validation": ["a", 1], "batch_size": 8}},
             r"^'data\.validation\.1' must be a string, not 1$",
         ),
-        ({"steps": 10**19}, "steps is 10,000,.*; it must be at most"),
         ({"steps": 10**18}, "steps is 1,000,.*; it must be at most"),
         (
             {"data": {"train": "x", "batch_size": 10**11}},
@@ -109,20 +91,6 @@ def test_a_recipe_changes_fields_of_its_size() -> None:
 def test_a_wrong_recipe_says_what_is_wrong(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(Recipe, LEAST | change)
-
-
-@pytest.mark.parametrize(
-    ("former", "remedy"),
-    [
-        ({"optimizer": {"peak_rate": 1e-3}}, r"'optimizer\.peak_rate' .* it is optimizer\.learning_rate now"),
-        ({"optimizer": {"final_rate": 0.0}}, r"'optimizer\.final_rate' .* it is optimizer\.min_learning_rate now"),
-        ({"kernels": {"text": "packed"}}, "'kernels' .* delete it"),
-        ({"parallel": {"gather": "ring"}}, r"'parallel\.gather' .* delete it"),
-    ],
-)
-def test_a_key_of_an_earlier_version_is_refused_with_what_to_do(former: dict, remedy: str) -> None:
-    with pytest.raises(ConfigError, match=remedy):
-        build(Recipe, LEAST | former)
 
 
 def test_numbers_with_thousands_of_digits_are_refused(tmp_path: Path) -> None:
@@ -184,6 +152,8 @@ def test_the_recipe_of_a_run_folder_means_that_folder(tmp_path: Path, caplog) ->
         assert load_recipe(path).out == str(folder)
     assert "out is that folder, not runs/x" in caplog.text
     assert load_recipe(path, ["out=elsewhere"]).out == "elsewhere"
+    (folder / "checkpoints").mkdir()
+    assert load_recipe(folder) == load_recipe(path)  # the folder of a run stands for its recipe
 
 
 def test_every_key_is_listed_by_the_command_and_on_its_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,9 +200,3 @@ def test_epochs_stand_for_steps(tmp_path: Path) -> None:
 def test_epochs_on_the_command_line_replace_the_steps_of_the_file() -> None:
     recipe = load_recipe(RECIPES[0], ["epochs=2"])
     assert (recipe.epochs, recipe.steps) == (2.0, 0)
-
-
-def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "recipe.toml").write_text(to_toml(build(Recipe, LEAST)))
-    assert load_recipe(tmp_path) == load_recipe(tmp_path / "recipe.toml")

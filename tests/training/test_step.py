@@ -74,26 +74,22 @@ def test_both_losses_fall_when_a_batch_repeats(config: CoCaConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "untouched"),
+    ("contrastive", "captioning", "untouched"),
     [
-        (
-            LossConfig(contrastive=0.0, captioning=1.0),
-            ["text.class_token", "text.projection", "pooler.projection", "logit_scale"],
-        ),
-        (LossConfig(contrastive=1.0, captioning=0.0), ["decoder"]),
+        (0.0, 1.0, ("text.class_token", "text.projection", "pooler.projection", "logit_scale")),
+        (1.0, 0.0, ("decoder",)),
     ],
 )
-def test_a_loss_of_weight_0_leaves_its_branch_alone(loss: LossConfig, untouched: list[str]) -> None:
+def test_a_loss_of_weight_0_leaves_its_branch_alone(
+    contrastive: float, captioning: float, untouched: tuple[str, ...]
+) -> None:
     state = new_state()
     before = parameters(state.model)
-    numbers = numbers_of_step(state, replace(CONFIG, loss=loss))
-    assert ("contrastive_loss" in numbers) == (loss.contrastive > 0)
-    assert ("captioning_loss" in numbers) == (loss.captioning > 0)
-    for name, parameter in state.model.named_parameters():
-        left_alone = name.startswith(tuple(untouched))
-        if left_alone:
-            assert torch.equal(parameter, before[name]), name
+    config = replace(CONFIG, loss=LossConfig(contrastive=contrastive, captioning=captioning))
+    numbers = numbers_of_step(state, config)
+    assert ("contrastive_loss" in numbers, "captioning_loss" in numbers) == (contrastive > 0, captioning > 0)
     changed = [name for name, parameter in state.model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert not any(name.startswith(untouched) for name in changed)
     assert any(name.startswith("vision.") for name in changed)
 
 
@@ -114,8 +110,7 @@ def test_every_parameter_that_a_model_says_to_be_reached_has_a_gradient(
         assert (parameter.grad is None) == name.startswith(unreached), name
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
-@pytest.mark.parametrize(("contrastive", "captioning"), [(1.0, 2.0), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("parts", "contrastive", "captioning"), [(4, 1.0, 2.0), (8, 1.0, 0.0), (2, 0.0, 1.0)])
 def test_a_batch_in_parts_has_losses_and_gradients_of_the_batch_in_one(
     parts: int, contrastive: float, captioning: float
 ) -> None:

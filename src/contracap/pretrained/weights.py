@@ -208,4 +208,5 @@ def name_errors(path: Path, what: str = "") -> Iterator[None]:
     except KeyError as error:
         raise WeightsError(f"{path}: {what}{error} is missing") from None
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise WeightsError(f"{path}: {what}{text_problem(error)}") from None
+        kind = type(error) if isinstance(error, WeightsError) else WeightsError
+        raise kind(f"{path}: {what}{text_problem(error)}") from None
