@@ -7,7 +7,7 @@ from contracap.losses import LossConfig
 from contracap.model.coca import CoCa
 from contracap.model.sizes import find_size
 from contracap.training.gpus import GPUS
-from contracap.training.optimizer import freeze
+from contracap.training.parts import freeze
 from contracap.training.recipe import Recipe
 from contracap.training.utilisation import DEVICES, ModelUtilisation, Peak, find_peak
 
