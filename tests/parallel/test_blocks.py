@@ -45,23 +45,9 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses_and_gradients() -> None:
-    made = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("compiled.py"))],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    found = json.loads(made.stdout)
+def test_compiled_blocks_give_the_same_losses_and_gradients_and_stay_compiled_in_evaluation() -> None:
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("compiled.py"))]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     for name in ("compiled", "both"):
         for numbers, expected in zip(found[name], found["plain"], strict=True):
             assert numbers == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_stay_compiled_when_a_run_validates_and_evaluates() -> None:
-    subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("recompiled.py"))],
-        check=True,
-        capture_output=True,
-    )
