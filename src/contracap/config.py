@@ -171,7 +171,8 @@ def keys_text(cls: type) -> str:
     )
 
 
-def field_docstrings(cls: type) -> dict[str, str]:
+@cache
+def field_docstrings(cls: type) -> Mapping[str, str]:
     """Return the docstring below each field, on one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)

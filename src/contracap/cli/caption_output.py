@@ -78,7 +78,7 @@ class CaptionOutput:
                     f"--out {out} is one file for all captions, but side-cars need a folder: give one of them"
                 )
             roots = folders_of(paths)
-            return SideCars(self.ext or ".txt", existing, embed=self.embed, roots=roots, folder=out)
+            return SideCars(self.ext or ".txt", existing, embed=self.embed, roots=roots, inputs=paths, folder=out)
         if out is None and format == "metadata" and len(paths) == 1 and Path(paths[0]).is_dir():
             out = Path(paths[0]) / METADATA_FILE
         if out is None:

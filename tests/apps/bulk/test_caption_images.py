@@ -388,6 +388,15 @@ def test_side_cars_may_lie_in_a_folder_of_their_own(caption: Run, here: Path) ->
     assert caption(*call)[1].startswith("0 captions")
 
 
+@pytest.mark.parametrize("existing", ["--overwrite", "--append", None])
+def test_a_list_of_images_does_not_become_the_side_car_of_one(caption: Run, here: Path, existing: str | None) -> None:
+    (here / "0.jpg").write_bytes((here / "pictures/0.jpg").read_bytes())
+    (here / "0.txt").write_text("0.jpg\npictures/1.jpg\n")
+    status, out, err = caption("0.txt", "--format", "sidecar", *([existing] if existing else []))
+    assert status == 1 and out.startswith("1 caption") and "0.txt, which is read" in err
+    assert (here / "0.txt").read_text() == "0.jpg\npictures/1.jpg\n"
+
+
 def test_a_call_may_take_the_first_images_and_no_subfolders_quietly(caption: Run, here: Path) -> None:
     assert len(caption("pictures", "--limit", 3, "--device", "cpu")[1].splitlines()) == 3
     assert len(caption("pictures", "--no-recursive")[1].splitlines()) == 5

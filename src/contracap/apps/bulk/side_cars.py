@@ -27,6 +27,7 @@ class SideCars(Output):
     Args:
         suffix: of the text file, such as ".txt".
         roots: the folders that images are taken from.
+        inputs: the paths that are read, none of which becomes a side-car: a list of images is a text file too.
         folder: folder of the side-cars, if not that of the images; it has the subfolders of the images.
         config: what decides the captions, kept in a hidden file of each folder with side-cars; None: those of any
             may lie together.
@@ -39,11 +40,13 @@ class SideCars(Output):
         *,
         embed: bool,
         roots: Sequence[Path] = (),
+        inputs: Sequence[str] = (),
         folder: Path | None = None,
         config: OutputConfig | None = None,
     ) -> None:
         self.suffix, self.existing, self.embed = suffix, existing, embed
         self._roots, self._folder = [Path(os.path.abspath(root)) for root in roots], folder
+        self._inputs = set(map(os.path.realpath, inputs))
         self.config, self._config_files = config, dict[Path, ConfigFile | None]()  # None: they are written
         self._origins = dict[bytes, str]()  # of side-cars, by a digest: about 100 bytes an image
         self._lock = threading.Lock()  # images are looked for in one thread, and captions written in another
@@ -63,7 +66,12 @@ class SideCars(Output):
         self._require_config(place.parent)
         vector = place.with_suffix(".npy")
         has_vector = not self.embed or (vector.is_file() and vector.stat().st_size > 0)
-        captions = _captions(text := place.with_suffix(self.suffix))
+        text = place.with_suffix(self.suffix)
+        if os.path.realpath(text) in self._inputs:
+            raise ValueError(
+                f"{item.name}: its side-car would be {text}, which is read: rename one, or give another --ext"
+            )
+        captions = _captions(text)
         if self.existing == "append" and not _is_utf8(captions):
             raise ValueError(
                 f"{text} is not UTF-8, so no line can be added: save it as UTF-8, or give --overwrite or another --ext"
