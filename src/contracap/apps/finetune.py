@@ -290,7 +290,7 @@ def build_report(
 
 
 def _card(before: str, after: str, reference: str) -> Html:
-    return Html(f"<s>{text(before)}</s><br><b>{text(after)}</b><br>{text(f'reference: {reference}')}")
+    return Html(f"{text(f'before: {before}')}<br><b>{text(f'after: {after}')}</b><br>{text(f'reference: {reference}')}")
 
 
 def figures_as_text(result: Result) -> str:

@@ -54,7 +54,7 @@ class OptimizerConfig:
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
-    """Return the learning rate at `step` (updates done, from 0): linear warm-up, then half a cosine.
+    """Return the learning rate at `step` (steps tried, from 0): linear warm-up, then half a cosine.
 
     Deviation from the paper, whose rate decays linearly: open_clip trains with a cosine.
     """
