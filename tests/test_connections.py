@@ -80,7 +80,9 @@ def traced(tmp_path: Path) -> Callable[..., set[str]]:
             assert process.wait(SECONDS) == 0, log.read_text()
         finally:
             process.kill()
-        while f"{process.pid} +++ exited" not in trace.read_text():
+        ended, deadline = re.compile(rf"^{process.pid} +\+\+\+ exited", re.MULTILINE), time.monotonic() + SECONDS
+        while not ended.search(trace.read_text()):  # strace pads short numbers of processes
+            assert time.monotonic() < deadline, "strace does not end"
             time.sleep(0.1)
         return reached(trace.read_text())
 
