@@ -125,7 +125,7 @@ def test_wrong_input_is_one_line_and_status_1(run: Run, weights: Path, shards: P
 
 
 def test_quiet_leaves_results_and_errors_alone(run, weights, pictures, shards, tmp_path, monkeypatch) -> None:
-    """Also on a terminal, where there are bars, and with something passed over."""
+    """Also on a terminal, where there are bars, and with something skipped."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(picture(9))

@@ -89,14 +89,14 @@ def test_the_same_call_continues_and_a_finished_one_is_refused(
 
 
 def test_shards_are_used_as_they_are_and_the_last_is_held_out(colours: Path, tmp_path: Path) -> None:
-    split = hold_out(colours, tmp_path / "data", seed=0)
+    split = hold_out(colours, tmp_path / "data")
     assert (split.train, split.validation) == ((str(colours / "000.tar"),), (str(colours / "001.tar"),))
     assert (split.images, split.held_out) == (24, 24) and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("config", [TINY, with_pooler("cascade"), tiny_mammut(), SIZES["coca_ViT-L-14"]])
 def test_a_recipe_describes_any_model(config, tmp_path: Path, colours: Path) -> None:
-    recipe = choose_recipe(config, "weights", hold_out(colours, tmp_path, seed=0), tmp_path)
+    recipe = choose_recipe(config, "weights", hold_out(colours, tmp_path), tmp_path)
     assert recipe.model_config == config
     assert recipe.optimizer.learning_rate == (1e-5 if config.text.width > 100 else 1e-4)
     assert bool(recipe.loss.contrastive) == config.is_mammut == (not recipe.frozen)

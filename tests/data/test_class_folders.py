@@ -75,7 +75,7 @@ def test_other_files_beside_the_folders_are_named_in_one_line(tmp_path, caplog) 
     with caplog.at_level(logging.WARNING, logger="contracap.data.class_folders"):
         assert len(list(evaluation_samples(tmp_path))) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: passed over what is in no class folder: LICENSE, labels.csv"
+        f"{tmp_path}: skipped what is in no class folder: LICENSE, labels.csv"
     ]
 
 

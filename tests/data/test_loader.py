@@ -284,7 +284,7 @@ def test_evaluation_reads_every_sample_once_in_order_and_stops_at_damage(tmp_pat
     whole = [("b", {"jpg": jpeg(0), "txt": b"b"})]
     write_shard(tmp_path / "1.tar", [("a", {"txt": b"no picture"}), *whole])
     assert [sample.key for sample in evaluation_samples(tmp_path)] == ["0000", "0001", "0002", "b"]
-    assert re.search(r"passed over 1 .*sample a of .*1\.tar", caplog.text)
+    assert re.search(r"skipped 1 .*sample a of .*1\.tar", caplog.text)
     write_shard(tmp_path / "1.tar", [("../a", {"jpg": jpeg(0)}), *whole])
     with pytest.raises(SampleError, match=r"\.\./a.*out of the folder"):
         exhaust(evaluation_samples(tmp_path))

@@ -319,7 +319,7 @@ def test_many_samples_may_take_more_together_than_one(tmp_path: Path, monkeypatc
 def test_groups_without_a_picture_are_passed_over_and_counted(tmp_path: Path, caplog) -> None:
     write_shard(tmp_path / "0.tar", [("notes", {"json": b"{}"}), ("a", {"jpg": b"p"}), ("more", {"txt": b"t"})])
     assert [sample.key for sample in read_samples(str(tmp_path / "0.tar"))] == ["a"]
-    assert "2 groups without an image" in caplog.text
+    assert "2 samples without an image" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"x", b""])

@@ -3,10 +3,10 @@
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from contracap.extras import require_extra
 from contracap.files import replace_file
 
 FIRST, SECOND, NEITHER = "#2f6fde", "#d9730d", "#8a8f98"
@@ -29,8 +29,7 @@ class Drawing:
 
 def require_matplotlib() -> None:
     """Raises: ImportError: if it is not installed."""
-    if find_spec("matplotlib") is None:
-        raise ImportError("the figure needs the package matplotlib: pip install 'contracap[figures]'")
+    require_extra("figures", "matplotlib")
 
 
 def new_figure(width: float, height: float) -> Any:

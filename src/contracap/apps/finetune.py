@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,16 +19,15 @@ from contracap.data.loader import evaluation_samples
 from contracap.data.shard_maker import make_shards
 from contracap.data.shards import list_shards, read_records, write_shard
 from contracap.data.tar import SHARD_SUFFIXES
-from contracap.evaluation.captioning import evaluate_captioning
-from contracap.evaluation.metrics.scores import CaptionScorer
+from contracap.evaluation.config import TaskConfig
 from contracap.evaluation.predictions import Prediction
 from contracap.evaluation.result import RESULTS_FILE, Result
 from contracap.evaluation.retrieval import evaluate_retrieval
+from contracap.evaluation.task import build_evaluator
 from contracap.files import write_text
-from contracap.generation.beam import BeamSearch
 from contracap.model.coca import CoCa, CoCaConfig
 from contracap.model.sizes import SIZES
-from contracap.pretrained import find_weights, load, read_weights
+from contracap.pretrained import find_weights, load
 from contracap.processor import Processor
 from contracap.training.checkpoint import CHECKPOINTS, checkpoint_name, checkpoint_steps
 from contracap.training.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -37,6 +36,7 @@ from contracap.training.trainer import train
 
 HELD_OUT = 0.2  # of the images, at most MAX_HELD_OUT
 MAX_HELD_OUT = 200
+MIN_IMAGES = 20
 CARDS = 48  # images on the page
 EVALUATIONS = 5  # during a run
 CIDER = "captions/CIDEr"  # in metrics.jsonl
@@ -44,9 +44,7 @@ LARGE = 50_000_000  # parameters; smaller models learn at a higher rate, and mor
 logger = logging.getLogger(__name__)
 
 
-def finetune(
-    weights: str, data: Path, out: Path, overrides: Sequence[str] = (), *, command: str = "", seed: int = 0
-) -> Result:
+def finetune(weights: str, data: Path, out: Path, overrides: Sequence[str] = (), *, command: str = "") -> Result:
     """Fine-tune a captioner, and measure it on held-out images before and after. The same call continues.
 
     Writes to the folder `out`: `recipe.toml`, which can be edited and trained again, `data/`, the `run/`, `report.html`
@@ -57,25 +55,26 @@ def finetune(
         overrides: changes to the recipe, `key.path=value` each.
 
     Raises:
-        ValueError: if the folder holds a finished call, the model has no decoder, or there are fewer than 4 images.
+        ValueError: if the folder holds a finished call, the model has no decoder, or there are fewer than 20 images.
         Interrupted: if training was; the same call continues.
     """
     if (out / RESULTS_FILE).exists():
         raise ValueError(f"{out / RESULTS_FILE} is there already: look at {out / 'report.html'}, or give another --out")
-    start = read_weights(weights).model
-    if start.decoder is None:
+    model, processor = load(weights)
+    if model.decoder is None:
         raise ValueError(f"{weights} has no decoder and writes no captions: fine-tune a CoCa or a MaMMUT")
-    split = hold_out(data, out / "data", seed=seed)
+    split = hold_out(data, out / "data")
     recipe_file = out / RECIPE_FILE
     if not recipe_file.exists():
-        write_text(
-            recipe_file, _header(weights, data) + to_toml(choose_recipe(start, str(find_weights(weights)), split, out))
+        recipe = choose_recipe(model.config, str(find_weights(weights)), split, out)
+        header = (
+            f"# Fine-tuning {weights!r} on {str(data)!r}. Edit it, then: contracap train THIS_FILE out=ANOTHER_RUN\n"
         )
+        write_text(recipe_file, header + to_toml(recipe))
     recipe = load_recipe(recipe_file, ["resume=true", *overrides])
     logger.info("the recipe, to edit and train again: %s", recipe_file)
-    model, processor = load(weights)
     before = measure(model, processor, split.validation)
-    del model
+    del model  # its memory
     train(recipe)
     best = best_checkpoint(Path(recipe.out))
     model, processor = load(best)
@@ -112,10 +111,10 @@ class Split:
     held_out: int
 
 
-def hold_out(data: Path, folder: Path, *, seed: int) -> Split:
+def hold_out(data: Path, folder: Path) -> Split:
     """Make tar shards of the data, with one image in five held out, at most 200; the last of several shards as it is.
 
-    Raises: ValueError: if there are fewer than 4 images. FileNotFoundError, ValueError: as `make_shards` does.
+    Raises: ValueError: if there are fewer than 20 images. FileNotFoundError, ValueError: as `make_shards` does.
     """
     if _holds_shards(data):
         shards = list_shards(data)
@@ -131,7 +130,7 @@ def hold_out(data: Path, folder: Path, *, seed: int) -> Split:
     counts = samples_in(shards)
     total = sum(counts)
     held_out = min(MAX_HELD_OUT, math.ceil(HELD_OUT * total))
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     chosen = set(order[:held_out].tolist())
     parts = {"train": False, "validation": True}
     for name, wanted in parts.items():
@@ -142,8 +141,9 @@ def hold_out(data: Path, folder: Path, *, seed: int) -> Split:
 
 
 def _checked(split: Split) -> Split:
-    if split.images < 2 or split.held_out < 2:
-        raise ValueError(f"there are {split.images + split.held_out} images with texts: fine-tuning needs at least 20")
+    total = split.images + split.held_out
+    if total < MIN_IMAGES or min(split.images, split.held_out) < 2:
+        raise ValueError(f"there are {total} images with texts: fine-tuning needs at least {MIN_IMAGES}")
     return split
 
 
@@ -204,14 +204,7 @@ def choose_recipe(start: CoCaConfig, weights: str, split: Split, out: Path) -> R
         },
         "evaluation": {
             "every": every,
-            "tasks": {
-                "captions": {
-                    "task": "captioning",
-                    "data": split.validation,
-                    "metrics": ["cider"],
-                    "tokenizer": "python",
-                }
-            },
+            "tasks": {"captions": captioning_task(split.validation)},
         },
         "checkpoint": {"every": every, "keep": 1 if parameters >= LARGE else EVALUATIONS},
     }
@@ -220,32 +213,30 @@ def choose_recipe(start: CoCaConfig, weights: str, split: Split, out: Path) -> R
 
 def _closest_size(config: CoCaConfig) -> tuple[str, dict[str, Any]]:
     """Return the size that a configuration differs least from, and the differences, nested."""
-    wanted = dict(flatten(to_dict(config)))
-
-    def differences(name: str) -> dict[str, Any]:
-        has = dict(flatten(to_dict(SIZES[name])))
-        return {key: value for key, value in wanted.items() if key not in has or has[key] != value}
-
-    size = min(SIZES, key=lambda name: len(differences(name)))
-    nested: dict[str, Any] = {}
-    for key, value in differences(size).items():
-        *parents, last = key.split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return size, nested
+    changes = {name: _changes(to_dict(size), to_dict(config)) for name, size in SIZES.items()}
+    closest = min(changes, key=lambda name: len(list(flatten(changes[name]))))
+    return closest, changes[closest]
 
 
-def _header(weights: str, data: Path) -> str:
-    return f"# Fine-tuning {weights} on {data}. Edit it, then: contracap train THIS_FILE out=ANOTHER_RUN\n"
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _changes(before[name], value)
+        if isinstance(value, Mapping) and isinstance(before.get(name), Mapping)
+        else value
+        for name, value in after.items()
+        if before.get(name) != value
+    }
+
+
+def captioning_task(shards: Sequence[str]) -> dict[str, Any]:
+    """Return the task by which captions are judged, during the run, before and after it."""
+    return {"task": "captioning", "data": tuple(shards), "metrics": ["cider"], "tokenizer": "python"}
 
 
 def measure(model: CoCa, processor: Processor, shards: Sequence[str]) -> Result[list[Prediction]]:
     """Return CIDEr of the captions of the held-out images, and recall@5 in both directions. The predictions are the
     captions."""
-    scorer = CaptionScorer(metrics=("cider",), tokenizer="python")
-    captions = evaluate_captioning(model, processor, shards, strategy=BeamSearch(), scorer=scorer)
+    captions = build_evaluator(build(TaskConfig, captioning_task(shards)), processor)(model)
     recall = evaluate_retrieval(model, processor, shards, ks=(5,))
     return replace(captions, figures={**captions.values, **recall.values}, reasons={}, per_sample={})
 

@@ -12,18 +12,16 @@ import torch
 
 from contracap.apps.figures import FIRST, NEITHER, SECOND, draw, new_figure
 from contracap.evaluation.config import TaskConfig
-from contracap.evaluation.result import list_versions
-from contracap.evaluation.suite import build_evaluators, measure_tasks
+from contracap.evaluation.result import Result, list_versions
+from contracap.evaluation.suite import measure_tasks
 from contracap.files import write_text
-from contracap.model.coca import CoCa
 from contracap.pretrained.mixing import mix_weights, require_same_model
-from contracap.pretrained.models import processor_for
+from contracap.pretrained.models import build_model
 from contracap.pretrained.weights import Weights
 
-NEW_SKILLS, KEPT_SKILLS = (
-    ("CIDEr", "accuracy"),
-    ("text_to_image_recall@5", "acc1"),
-)  # by default the first that is there
+# By default, the first of these that is measured.
+NEW_SKILLS = ("CIDEr", "accuracy")
+KEPT_SKILLS = ("text_to_image_recall@5", "acc1")
 logger = logging.getLogger(__name__)
 
 
@@ -86,35 +84,42 @@ def sweep(
     if list(alphas) != sorted(set(alphas)) or len(alphas) < 3 or (alphas[0], alphas[-1]) != (0.0, 1.0):
         raise ValueError(f"alphas are {list(alphas)}; they must rise from 0 to 1, with at least one between")
     require_same_model(start, end)
-    processor = processor_for(start.model, start.image)
-    build_evaluators(tasks, processor)
-    results = []
+    results, names = list[Result](), list[str]()
     for alpha in alphas:
         logger.info("alpha %g", alpha)
-        model = CoCa(start.model)
-        model.load_state_dict(mix_weights(start, end, alpha=alpha).state)
-        results.append(measure_tasks(tasks, model.eval().to(device), processor, command=""))
-        if failed := [name for name in tasks if name in results[-1].reasons]:
-            raise ValueError(f"task {failed[0]}: {results[-1].reasons[failed[0]]}")
-    names = list(results[0].figures)
-    figures = {name: [result.figures[name] for result in results] for name in names}
+        model, processor = build_model(mix_weights(start, end, alpha=alpha), device=device, precision="fp32")
+        results.append(measure_tasks(tasks, model, processor, command=""))
+        if not names:  # a figure that is missing is told after the first of many mixtures
+            names = [_choose(new, NEW_SKILLS, results[0], "--new"), _choose(kept, KEPT_SKILLS, results[0], "--kept")]
+        for name in names:
+            if name not in results[-1].values:
+                raise ValueError(f"alpha {alpha:g} has no {name}{_reason(name, results[-1])}")
     return Sweep(
         alphas=alphas,
-        figures=figures,
-        new=_choose(new, NEW_SKILLS, figures, "--new"),
-        kept=_choose(kept, KEPT_SKILLS, figures, "--kept"),
+        figures={name: [result.figures.get(name) for result in results] for name in results[0].figures},
+        new=names[0],
+        kept=names[1],
     )
 
 
-def _choose(asked: str | None, usual: Sequence[str], figures: Mapping[str, Sequence[float | None]], option: str) -> str:
-    """Return the figure that is asked for, or the first of the usual ones."""
-    valued = [name for name, values in figures.items() if None not in values]
-    found = [asked] if asked else [name for end in usual for name in valued if name.endswith(f"/{end}")]
-    if not found or found[0] not in valued:
-        raise ValueError(
-            f"{option}: no task has the figure {asked or ' or '.join(usual)}; there are {', '.join(valued)}"
-        )
-    return found[0]
+def _choose(asked: str | None, usual: Sequence[str], result: Result, option: str) -> str:
+    """Return the figure that is asked for, or the first of the usual ones.
+
+    Raises: ValueError: if the result does not have it.
+    """
+    for name in [asked] if asked else [name for end in usual for name in result.values if name.endswith(f"/{end}")]:
+        if name in result.values:
+            return name
+    wanted = asked or " or ".join(usual)
+    raise ValueError(
+        f"{option}: no task has the figure {wanted}; there are {', '.join(result.values)}{_reason(asked or '', result)}"
+    )
+
+
+def _reason(name: str, result: Result) -> str:
+    """Return why a figure, or its whole task, has no value."""
+    found = [result.reasons[each] for each in (name, name.partition("/")[0]) if each in result.reasons]
+    return f" ({found[0]})" if found else ""
 
 
 def write_sweep(found: Sweep, folder: Path, *, command: str) -> None:

@@ -1,4 +1,4 @@
-"""The verb that answers questions about an image."""
+"""The command that answers questions about an image."""
 
 from typing import Annotated
 

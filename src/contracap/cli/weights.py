@@ -105,8 +105,7 @@ def convert(
     if written.exists() and written.samefile(found.path):
         raise ValueError(f"{written} is the file to convert: give another name for the result")
     if to == "contracap":
-        if out.suffix != ".safetensors":
-            raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
+        _require_safetensors(out)
         write_weights(out, model=found.model, image=found.image, state=found.state)
     else:
         if out.name.endswith(ENDINGS) or out.is_file():
@@ -135,8 +134,7 @@ def mix(
     from contracap.pretrained import find_weights, read_weights, write_weights
     from contracap.pretrained.mixing import mix_weights
 
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")
+    _require_safetensors(out)
     check_outputs([find_weights(start), find_weights(finetuned)], out=out)
     mixed = mix_weights(read_weights(start), read_weights(finetuned), alpha=alpha)
     write_weights(out, model=mixed.model, image=mixed.image, state=mixed.state)
@@ -164,7 +162,6 @@ def sweep(
     allow_commands: AllowCommands = False,
 ) -> None:
     """Measure the mixtures of the weights before and after fine-tuning, and draw one skill against the other."""
-
     from contracap.apps.figures import require_matplotlib
     from contracap.apps.sweep import sweep as measure
     from contracap.apps.sweep import write_sweep
@@ -187,3 +184,8 @@ def sweep(
     for alpha, gained, left in zip(alphas, found.values(found.new), found.values(found.kept), strict=True):
         print(f"{alpha:6g}  {gained:28.4f}  {left:28.4f}{'  <- knee' if alpha == found.knee else ''}")
     say(f"the curve: {out / 'sweep.svg'}")
+
+
+def _require_safetensors(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} does not end in .safetensors, as a weights file of contracap must")

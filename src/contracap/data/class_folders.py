@@ -46,7 +46,7 @@ class ClassFolders:
     def __iter__(self) -> Iterator[Sample]:
         """Yield every image once, folder by folder, with the class as its `label`."""
         if self.strays:
-            logger.warning(f"{self.path}: passed over what is in no class folder: {', '.join(self.strays)}")
+            logger.warning(f"{self.path}: skipped what is in no class folder: {', '.join(self.strays)}")
         skipped = SkippedFiles()
         for label, name in zip(self.labels, self.names, strict=True):
             for file in find_images(self.path / name, skipped):

@@ -45,7 +45,7 @@ class SkippedFiles:
     def report(self, where: str | Path) -> None:
         """Log the line, if there is anything to tell."""
         if self.counts:
-            logger.warning(f"{escaped(str(where))}: passed over {self}")
+            logger.warning(f"{escaped(str(where))}: skipped {self}")
 
 
 def find_images(folder: Path, skipped: SkippedFiles | None = None) -> Iterator[Path]:

@@ -134,7 +134,7 @@ def read_samples(shard: str, start: int = 0, *, lines: bool = True) -> Iterator[
                 raise
             without_image.append(str(error))
     if without_image:
-        logger.warning("passed over %d groups without an image; the first: %s", len(without_image), without_image[0])
+        logger.warning("skipped %d samples without an image; the first: %s", len(without_image), without_image[0])
 
 
 def read_records(shard: str, start: int = 0, *, suffixes: Container[str] | None = None) -> Iterator[Record]:

@@ -12,7 +12,7 @@ from contracap.precision import Precision
 from contracap.pretrained.devices import find_device, place
 from contracap.pretrained.errors import WeightsError
 from contracap.pretrained.find import size_is_not_weights
-from contracap.pretrained.weights import name_errors, read_weights, write_weights
+from contracap.pretrained.weights import Weights, name_errors, read_weights, write_weights
 from contracap.processor import Processor
 from contracap.tokenizer import Tokenizer
 
@@ -56,15 +56,22 @@ def load(
         raise WeightsError(f"weights= goes with a size, and {str(name)!r} is none; the sizes are {', '.join(SIZES)}")
     if seed is not None:
         raise WeightsError("seed= is for weights='random'")
-    found = read_weights(name, size=size)
-    with name_errors(found.path):
-        processor = processor_for(found.model, found.image)
+    return build_model(read_weights(name, size=size), device=chosen, precision=precision)
+
+
+def build_model(weights: Weights, *, device: torch.device, precision: Precision) -> tuple[CoCa, Processor]:
+    """Return the model of weights, in evaluation mode, and its processor. The model may share their memory.
+
+    Raises: WeightsError, ValueError: as `load` does.
+    """
+    with name_errors(weights.path):
+        processor = processor_for(weights.model, weights.image)
     with torch.device("meta"):
-        model = CoCa(found.model)
-    model.load_state_dict(found.state, assign=True)
+        model = CoCa(weights.model)
+    model.load_state_dict(weights.state, assign=True)
     model.float()
     use_onednn(model)
-    return place(model.eval().requires_grad_(True), device=chosen, precision=precision), processor
+    return place(model.eval().requires_grad_(True), device=device, precision=precision), processor
 
 
 def random_model(config: CoCaConfig, *, seed: int) -> tuple[CoCa, Processor]:

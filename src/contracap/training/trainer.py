@@ -303,7 +303,7 @@ def _warn(recipe: Recipe, model: CoCa, samples: int) -> None:
     if not recipe.loss.contrastive and recipe.initialise_from is not None and changes_retrieval(model):
         logger.warning(
             "loss.contrastive is 0 and the encoders train: the model will retrieve and classify worse afterwards. "
-            "frozen = ['image', 'pooler', 'text'] or loss.contrastive = 1 prevents that"
+            "frozen = ['image', 'pooler', 'text'] keeps that exactly; loss.contrastive = 1 goes on training it"
         )
 
 

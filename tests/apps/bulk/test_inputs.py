@@ -241,7 +241,7 @@ def test_a_folder_in_a_list_is_told_with_list_and_line(here: Path) -> None:
 def test_further_images_of_a_group_are_counted(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tar(here / "0.tar", ["a.jpg", "a.png", "b.png", "c.jpg", "c.png"])
     assert names("0.tar") == ["0.tar/a", "0.tar/b", "0.tar/c"]
-    assert caplog.messages == ["0.tar: passed over 2 further images of a sample, of which the first is taken"]
+    assert caplog.messages == ["0.tar: skipped 2 further images of a sample, of which the first is taken"]
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def _first_at(path: str, recursive: bool) -> Item | str:
                 raise
             return str(error)
     if first is None:
-        problem = dotted or _nothing_at(path) + (f" (passed over {passed})" if passed.counts else "")
+        problem = dotted or _nothing_at(path) + (f" (skipped {passed})" if passed.counts else "")
         if path.endswith(SHARD_SUFFIXES):
             return problem
         raise FileNotFoundError(problem)

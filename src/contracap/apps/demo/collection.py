@@ -138,6 +138,6 @@ def images_under(folder: Path) -> list[Path]:
     passed = SkippedFiles()
     found = [folder / path for path in find_images(folder, passed)]
     if not found:
-        raise ValueError(f"{folder} holds no images" + (f" (passed over {passed})" if passed.counts else ""))
+        raise ValueError(f"{folder} holds no images" + (f" (skipped {passed})" if passed.counts else ""))
     passed.report(folder)
     return found

@@ -153,7 +153,7 @@ def memory_parts(
 
     What comes only as activations go counts as far as it is larger than those: gradients, unless they lie in the
     buckets in which GPUs that hold all of a model average them, or several parts of a batch add to them; and, where a
-    model is shared out, what it takes to reduce the gradients of the root. A batch in parts has its contrastive loss
+    model is sharded, what it takes to reduce the gradients of the root. A batch in parts has its contrastive loss
     before the first of them. What is frozen has no gradients and no moments; its activations are counted as if it were
     trained.
 

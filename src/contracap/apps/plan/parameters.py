@@ -75,8 +75,8 @@ class Shares:
         gpus: all of them.
         shards: number of GPUs that hold one copy of the sharded parameters, in equal shares.
         per_machine: GPUs of a machine.
-        copied: what every GPU holds whole: all of a model that is not shared out, else what is too small for it.
-        root: what stays fetched from the forward pass to the backward pass; nothing where nothing is shared out.
+        copied: what every GPU holds whole: all of a model that is not sharded, else what is too small for it.
+        root: what stays fetched from the forward pass to the backward pass; nothing where nothing is sharded.
         blocks: what is fetched for a pass and let go again, in the order of the passes.
     """
 
@@ -89,7 +89,7 @@ class Shares:
 
     @property
     def shared(self) -> tuple[Unit, ...]:
-        """Units that are shared out."""
+        """Units that are sharded."""
         return (self.root, *self.blocks)
 
     @property

@@ -76,7 +76,7 @@ def collectives_of(recipe: Recipe, shares: Shares, *, rows: float, product: int)
     pairs, width = rows * contrastive * EXACT, 2 * recipe.model_config.embed_dim
     # Rows of both towers, then what each pair is normalised by.
     add("all_gather", "features", gpus * pairs * (width + 2), gpus, together)
-    # The number of labels, an int64, and each loss; where gradients are shared out, the norm of each.
+    # The number of labels, an int64, and each loss; where gradients are sharded, the norm of each.
     add("all_reduce", "numbers", 8 + EXACT * (contrastive + captioning), gpus, together)
     if shares.blocks:
         add(
