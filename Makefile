@@ -32,7 +32,7 @@ test-slow: $(READY) ## run the slow tests, on two cores
 bench: $(READY) ## speed and memory next to open_clip, clip_benchmark and pycocoevalcap, some hours
 	for name in data train generate zeroshot retrieval score; do $(BIN)/python -m benchmarks $$name --json runs/benchmarks/$$name.json || exit; done
 
-bench-gpu: ## the same on a GPU and the tests marked gpu, under 9 minutes, by $(PYTHON): nothing is installed
+bench-gpu: ## the same on a GPU and the tests marked gpu, by $(PYTHON): installs nothing, ends within 9 minutes
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --out runs/benchmarks/gpu
 
 check: $(READY) ## check format, lint, types and import directions
